@@ -1,0 +1,1 @@
+"""Data pruning: score training samples, select a subset and train on it."""

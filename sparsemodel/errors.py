@@ -1,0 +1,23 @@
+"""Errors that this package raises for its users; each is also a ValueError."""
+
+from __future__ import annotations
+
+
+class SparseModelError(ValueError):
+    """Base class: something that the caller passed in cannot be used as it is."""
+
+
+class MaskError(SparseModelError):
+    """A mask does not fit its model, its shapes or another mask."""
+
+
+class DensityError(SparseModelError):
+    """A density outside (0, 1], or too low to leave one weight in every layer."""
+
+
+class CodecError(SparseModelError):
+    """Bytes that are not a valid frame: damaged, truncated, too large or of another version."""
+
+
+class CheckpointError(SparseModelError):
+    """A checkpoint file that is missing, damaged or made for something else."""

@@ -1,0 +1,215 @@
+"""Masks: which weights of a model exist.
+
+A mask names parameters and gives each a boolean pattern of its shape; True means that the weight
+is active. Parameters that a mask does not name are dense (never pruned).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparsemodel.errors import DensityError, MaskError
+
+DIGEST_BYTES = 16
+
+
+class Mask(Mapping[str, torch.Tensor]):
+    """An immutable set of boolean patterns, one for each prunable parameter, in a fixed order.
+
+    Args:
+        patterns: parameter name -> bool tensor of the parameter's shape. Copied to the CPU.
+
+    Raises:
+        MaskError: a pattern is not boolean, is empty, or there is no pattern at all.
+
+    >>> mask = Mask({"fc.weight": torch.tensor([[True, False], [False, False]])})
+    >>> mask.num_active, mask.num_weights, mask.density
+    (1, 4, 0.25)
+    """
+
+    def __init__(self, patterns: Mapping[str, torch.Tensor]) -> None:
+        if not patterns:
+            raise MaskError("a mask needs at least one parameter; got none")
+        for name, pattern in patterns.items():
+            if pattern.dtype != torch.bool:
+                raise MaskError(f"mask of {name!r}: expected a bool tensor, got {pattern.dtype}")
+            if pattern.numel() == 0:
+                raise MaskError(f"mask of {name!r}: the pattern has no elements")
+        self._patterns = {
+            name: pattern.detach().to("cpu", copy=True).contiguous()
+            for name, pattern in patterns.items()
+        }
+        self._digest: str | None = None
+
+    @classmethod
+    def dense(cls, parameters: Mapping[str, torch.Tensor]) -> Mask:
+        """The mask that keeps every weight of `parameters` (name -> tensor)."""
+        return cls({name: torch.ones(p.shape, dtype=torch.bool) for name, p in parameters.items()})
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._patterns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._patterns)
+
+    def __len__(self) -> int:
+        return len(self._patterns)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and self.digest() == other.digest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+    def __repr__(self) -> str:
+        return (
+            f"Mask({len(self)} layers, {self.num_active:,} of {self.num_weights:,} active, "
+            f"density {self.density:.4g}, digest {self.digest()[:8]})"
+        )
+
+    @property
+    def num_active(self) -> int:
+        """Number of active weights."""
+        return sum(int(pattern.sum()) for pattern in self._patterns.values())
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weights, active or pruned."""
+        return sum(pattern.numel() for pattern in self._patterns.values())
+
+    @property
+    def density(self) -> float:
+        """Active weights over all weights, in [0, 1]."""
+        return self.num_active / self.num_weights
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape, in the mask's order."""
+        return {name: tuple(pattern.shape) for name, pattern in self._patterns.items()}
+
+    def counts(self) -> dict[str, int]:
+        """Name -> number of active weights, in the mask's order."""
+        return {name: int(pattern.sum()) for name, pattern in self._patterns.items()}
+
+    def densities(self) -> dict[str, float]:
+        """Name -> density of that layer, in the mask's order."""
+        return {name: float(p.sum()) / p.numel() for name, p in self._patterns.items()}
+
+    def active(self, name: str) -> torch.Tensor:
+        """Flat indices of the active weights of a layer: int64, ascending, shape [num_active]."""
+        return torch.nonzero(self._patterns[name].reshape(-1)).reshape(-1)
+
+    def pruned(self, name: str) -> torch.Tensor:
+        """Flat indices of the pruned weights of a layer: int64, ascending, shape [num_pruned]."""
+        return torch.nonzero(~self._patterns[name].reshape(-1)).reshape(-1)
+
+    def digest(self) -> str:
+        """32 hexadecimal digits that name this mask: a hash of names, shapes and patterns.
+
+        Two masks are equal exactly when their digests are (up to a 128-bit hash collision).
+        """
+        if self._digest is None:
+            sha = hashlib.sha256()
+            for name, pattern in self._patterns.items():
+                sha.update(f"{len(name.encode())}:{name}:{tuple(pattern.shape)}:".encode())
+                sha.update(np.packbits(pattern.numpy().reshape(-1)).tobytes())
+            self._digest = sha.hexdigest()[: 2 * DIGEST_BYTES]
+        return self._digest
+
+    def replace(self, patterns: Mapping[str, torch.Tensor]) -> Mask:
+        """A new mask with some layers' patterns replaced.
+
+        Raises:
+            MaskError: a name that this mask does not have, or a pattern of another shape.
+        """
+        for name, pattern in patterns.items():
+            if name not in self._patterns:
+                raise MaskError(f"no layer {name!r} in this mask; it has {list(self._patterns)}")
+            if pattern.shape != self._patterns[name].shape:
+                raise MaskError(
+                    f"mask of {name!r}: expected shape {tuple(self._patterns[name].shape)}, "
+                    f"got {tuple(pattern.shape)}"
+                )
+        return Mask({**self._patterns, **patterns})
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Set the pruned weights of `model` to zero, in place.
+
+        Raises:
+            MaskError: the model lacks a parameter that the mask names, or it has another shape.
+        """
+        parameters = dict(model.named_parameters())
+        for name, pattern in self._patterns.items():
+            if name not in parameters:
+                raise MaskError(f"the model has no parameter {name!r} that the mask names")
+            weight = parameters[name]
+            if weight.shape != pattern.shape:
+                raise MaskError(
+                    f"mask of {name!r}: the model's parameter has shape {tuple(weight.shape)}, "
+                    f"the mask {tuple(pattern.shape)}"
+                )
+            # masked_fill, not multiplication: 0 * inf would leave a NaN behind.
+            weight.masked_fill_(~pattern.to(weight.device), 0.0)
+
+
+def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that may be pruned: convolution and linear weights, the stem apart.
+
+    The stem (the first convolution, or the first linear layer where there is no convolution)
+    sees the raw input and holds few weights; it, biases and normalisation parameters stay
+    dense. A model of a single layer has no stem apart, and that layer is prunable.
+
+    Returns:
+        Name -> parameter, in the order of `model.named_parameters()`.
+
+    Raises:
+        MaskError: the model has no convolution or linear layer.
+    """
+    layers = {
+        f"{name}.weight" if name else "weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+    }
+    found = {name: p for name, p in model.named_parameters() if name in layers}
+    if not found:
+        raise MaskError(
+            f"{type(model).__name__} has no convolution or linear layer, so nothing can be pruned"
+        )
+    if len(found) > 1:
+        convolutions = [name for name in found if not isinstance(layers[name], nn.Linear)]
+        found.pop(convolutions[0] if convolutions else next(iter(found)))
+    return found
+
+
+def mask_from_scores(scores: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> Mask:
+    """Keep exactly `counts[name]` weights of highest score in each layer.
+
+    Ties are broken by position: of equal scores the lower flat index is kept.
+
+    Args:
+        scores: name -> score of each weight (any real dtype); higher means keep.
+        counts: name -> how many weights stay active.
+
+    Raises:
+        MaskError: scores that are NaN, or names that differ.
+        DensityError: a count outside [0, numel].
+    """
+    if scores.keys() != counts.keys():
+        raise MaskError(f"scores for {list(scores)} but counts for {list(counts)}")
+    patterns = {}
+    for name, score in scores.items():
+        if torch.isnan(score).any():
+            raise MaskError(f"scores of {name!r} hold NaN: no order can be made of them")
+        keep = counts[name]
+        if not 0 <= keep <= score.numel():
+            raise DensityError(f"{name!r} has {score.numel()} weights; cannot keep {keep}")
+        order = torch.argsort(score.detach().reshape(-1).cpu(), descending=True, stable=True)
+        pattern = torch.zeros(score.numel(), dtype=torch.bool)
+        pattern[order[:keep]] = True
+        patterns[name] = pattern.reshape(score.shape)
+    return Mask(patterns)
