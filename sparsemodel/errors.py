@@ -21,3 +21,7 @@ class CodecError(SparseModelError):
 
 class CheckpointError(SparseModelError):
     """A checkpoint file that is missing, damaged or made for something else."""
+
+
+class MaskMismatch(CodecError):  # noqa: N818 - the event's name; a receiver catches it to re-sync
+    """A frame was made for another mask than the receiver holds: the two must re-synchronise."""

@@ -1,0 +1,1 @@
+"""Performance and robustness checks, each a command: `python -m benchmarks.NAME`."""

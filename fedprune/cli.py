@@ -1,0 +1,348 @@
+"""The `fedprune` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedprune.config import RunConfig, parse_assignments, read_toml
+from fedprune.errors import ConfigError, FedpruneError, RunError
+from sparsemodel.errors import SparseModelError
+
+cli = typer.Typer(
+    help="Federated pruning on Flower: tiny models trained across fleets of small devices.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+ENGINES = ("flower", "inline")
+
+
+def main() -> None:
+    """Entry point: one clear line for what a user can mend, a trace with --debug."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        cli(arguments, standalone_mode=True)
+    except (FedpruneError, SparseModelError) as error:
+        if debug:
+            raise
+        errors.print(f"[red]error:[/red] {_escaped(error)}", soft_wrap=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        errors.print("interrupted; continue with --resume")
+        raise SystemExit(130) from None
+
+
+def _escaped(value: object) -> str:
+    return str(value).replace("[", r"\[")
+
+
+Method = Annotated[str | None, typer.Option(help="fedtiny, magnitude, fedavg, ...")]
+Dataset = Annotated[str | None, typer.Option(help="A data set's name, or a folder of parquet.")]
+Model = Annotated[str | None, typer.Option(help="resnet8, resnet20, resnet18, vgg11_bn.")]
+Density = Annotated[float | None, typer.Option(help="Share of prunable weights kept, 0 to 1.")]
+Clients = Annotated[int | None, typer.Option(help="Number of clients.")]
+Alpha = Annotated[float | None, typer.Option(help="Dirichlet concentration of the label split.")]
+Rounds = Annotated[int | None, typer.Option(help="Communication rounds.")]
+LocalEpochs = Annotated[int | None, typer.Option(help="Epochs of each client in each round.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
+Out = Annotated[Path | None, typer.Option(help="Run folder; default: a new one under runs/.")]
+Engine = Annotated[str, typer.Option(help="flower: Flower's simulation; inline: this process.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any other setting, as section.key=value; may be repeated."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+
+
+@cli.command()
+def run(
+    method: Method = None,
+    dataset: Dataset = None,
+    model: Model = None,
+    density: Density = None,
+    clients: Clients = None,
+    alpha: Alpha = None,
+    rounds: Rounds = None,
+    local_epochs: LocalEpochs = None,
+    seed: Annotated[int | None, typer.Option(help="Decides every random choice.")] = None,
+    device: Device = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    engine: Engine = "flower",
+    config: ConfigFile = None,
+    settings: Settings = None,
+    debug: Debug = False,
+) -> None:
+    """Train one federated model and leave it in a run folder."""
+    given = {
+        "pruning.method": method,
+        "data.dataset": dataset,
+        "model.name": model,
+        "pruning.density": density,
+        "data.clients": clients,
+        "data.alpha": alpha,
+        "training.rounds": rounds,
+        "training.local_epochs": local_epochs,
+        "seed": seed,
+        "training.device": device,
+    }
+    options = {**parse_assignments(settings or []), **_given(given)}
+    if resume and out is not None and not options and config is None:
+        # The folder knows its own settings; there is no need to repeat them.
+        run_config = RunConfig.read(_stored_config(out))
+    else:
+        run_config = _build_config(config, options)
+    folder = out or _default_folder(run_config, resume=resume)
+    execute(run_config, folder, engine=engine, resume=resume)
+
+
+@cli.command()
+def compare(
+    methods: Annotated[str, typer.Option(help="Comma-separated method names.")] = (
+        "fedavg,magnitude,fedtiny"
+    ),
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0,1,2",
+    dataset: Dataset = None,
+    model: Model = None,
+    density: Density = None,
+    clients: Clients = None,
+    alpha: Alpha = None,
+    rounds: Rounds = None,
+    local_epochs: LocalEpochs = None,
+    device: Device = None,
+    out: Annotated[Path, typer.Option(help="Folder of run folders.")] = Path("runs/compare"),
+    engine: Engine = "inline",
+    config: ConfigFile = None,
+    settings: Settings = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summaries as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run several methods with several seeds and print one table; finished runs are reused."""
+    from fedprune import runfolder  # noqa: PLC0415
+    from fedprune.methods import check_method  # noqa: PLC0415
+    from fedprune.report import comparison_table  # noqa: PLC0415
+
+    given = {
+        "data.dataset": dataset,
+        "model.name": model,
+        "pruning.density": density,
+        "data.clients": clients,
+        "data.alpha": alpha,
+        "training.rounds": rounds,
+        "training.local_epochs": local_epochs,
+        "training.device": device,
+    }
+    options = {**parse_assignments(settings or []), **_given(given)}
+    cells = []
+    for method in _split(methods):
+        check_method(method)
+        for seed in _split(seeds):
+            cells.append(_build_config(config, {**options, "pruning.method": method, "seed": seed}))
+    summaries = []
+    for number, cell in enumerate(cells, 1):
+        folder = out / f"{cell.pruning.method}-s{cell.seed}"
+        console.print(f"[bold]{number}/{len(cells)}[/bold] {folder}", highlight=False)
+        execute(
+            cell, folder, engine=engine, resume=(folder / runfolder.CONFIG).exists(), quiet=True
+        )
+        summaries.append(runfolder.read_summary(folder))
+    if as_json:
+        print(json.dumps(summaries))
+        return
+    header, rows = comparison_table(summaries)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+@cli.command()
+def report(folder: Path, debug: Debug = False) -> None:
+    """Write report.html of a run folder again."""
+    from fedprune.report import write_report  # noqa: PLC0415
+
+    console.print(f"report: {write_report(folder)}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+def inspect(model: Path, debug: Debug = False) -> None:
+    """Show what a model.safetensors holds: layers, densities, bytes, digest."""
+    import hashlib  # noqa: PLC0415
+
+    from fedprune.report import format_bytes  # noqa: PLC0415
+    from sparsemodel.checkpoint import load_sparse  # noqa: PLC0415
+
+    stored = load_sparse(model)
+    digest = hashlib.sha256(model.read_bytes()).hexdigest()
+    table = Table("tensor", "shape", "active", "density")
+    for name, tensor in stored.state.items():
+        shape = "x".join(map(str, tensor.shape))
+        if stored.mask is not None and name in stored.mask:
+            active = int(stored.mask[name].sum())
+            table.add_row(name, shape, f"{active:,}", f"{active / tensor.numel():.4f}")
+        else:
+            table.add_row(name, shape, f"{tensor.numel():,}", "dense")
+    console.print(table)
+    for key, value in sorted(stored.metadata.items()):
+        console.print(f"{key}: {_escaped(value)}", highlight=False)
+    size, dense = model.stat().st_size, sum(4 * t.numel() for t in stored.state.values())
+    console.print(f"file: {format_bytes(size)} ({format_bytes(dense)} as dense fp32)")
+    if stored.mask is not None:
+        console.print(f"density: {stored.mask.density:.4g} of {stored.mask.num_weights:,} prunable")
+        console.print(f"mask digest: {stored.mask.digest()}", highlight=False)
+    console.print(f"sha256: {digest}", highlight=False, soft_wrap=True)
+
+
+def execute(
+    config: RunConfig, folder: Path, *, engine: str, resume: bool, quiet: bool = False
+) -> None:
+    """Run or resume one run, show its progress, and leave the report beside it."""
+    from fedprune import runfolder  # noqa: PLC0415
+    from fedprune.engine import run_flower, run_inline  # noqa: PLC0415
+    from fedprune.methods import check_method  # noqa: PLC0415
+    from fedprune.models import check_model  # noqa: PLC0415
+    from fedprune.report import summary_rows, write_report  # noqa: PLC0415
+    from fedprune.training import compute_device  # noqa: PLC0415
+
+    if engine not in ENGINES:
+        raise ConfigError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")
+    check_method(config.pruning.method)
+    check_model(config.model_name)
+    compute_device(config.training.device)
+    runfolder.prepare(folder, config, resume=resume)
+    if (folder / runfolder.SUMMARY).exists():
+        console.print(f"already complete: {_escaped(folder)}", highlight=False, soft_wrap=True)
+    else:
+        progress = _progress(folder, config, quiet=quiet)
+        if engine == "inline":
+            run_inline(config, folder, resume=resume, progress=progress)
+        else:
+            run_flower(config, folder, resume=resume, progress=progress)
+        write_report(folder)
+    if not quiet:
+        table = Table(show_header=False, title="result")
+        for row in summary_rows(runfolder.read_summary(folder)):
+            table.add_row(*row)
+        console.print(table)
+        console.print(
+            f"model:  {_escaped(folder / runfolder.MODEL)}", highlight=False, soft_wrap=True
+        )
+        console.print(
+            f"report: {_escaped(folder / runfolder.REPORT)}", highlight=False, soft_wrap=True
+        )
+
+
+def _progress(folder: Path, config: RunConfig, *, quiet: bool) -> Callable[[], None]:
+    """A function that prints every line of metrics.jsonl that has come since its last call."""
+    from fedprune.report import format_bytes, format_seconds  # noqa: PLC0415
+    from fedprune.runfolder import read_metrics  # noqa: PLC0415
+
+    shown = 0
+    times: list[float] = []
+
+    def show(line: dict[str, Any]) -> None:
+        if line.get("event") == "start":
+            clients = line["clients"]
+            text = f"{len(clients)} clients, density {line['density']:.4g}"
+            if "selection" in line:
+                selection = line["selection"]
+                text += f", candidate {selection['winner'] + 1} of {len(selection['losses'])} won"
+        elif "round" in line and "event" not in line:
+            times.append(_clock())
+            recent = times[-6:]
+            left = ""
+            if len(recent) > 1:
+                each = statistics.mean(b - a for a, b in zip(recent, recent[1:], strict=False))
+                left = f"  left {format_seconds(each * (config.training.rounds - line['round']))}"
+            text = (
+                f"round {line['round']:>3}/{config.training.rounds}"
+                f"  accuracy {100 * line['test_accuracy']:5.2f} %"
+                f"  density {line['density']:.4g}"
+                f"  up {format_bytes(line['bytes_up'])}  down {format_bytes(line['bytes_down'])}{left}"
+            )
+        else:
+            return
+        console.print(text, highlight=False, soft_wrap=True)
+
+    def progress() -> None:
+        nonlocal shown
+        lines = read_metrics(folder)
+        for line in lines[shown:]:
+            if not quiet:
+                show(line)
+            for skipped in line.get("skipped", []):
+                errors.print(
+                    f"[yellow]warning:[/yellow] round {line.get('round', 0)}: client "
+                    f"{skipped['client']} left out: {_escaped(skipped['reason'])}",
+                    soft_wrap=True,
+                )
+        shown = len(lines)
+
+    if not quiet:
+        console.print(
+            f"{config.pruning.method} on {_escaped(config.data.dataset)}, {config.model_name}, "
+            f"{config.data.clients} clients, {config.training.rounds} rounds -> {_escaped(folder)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return progress
+
+
+def _clock() -> float:
+    import time  # noqa: PLC0415
+
+    return time.monotonic()
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _build_config(path: Path | None, options: dict[str, Any]) -> RunConfig:
+    values = {**(read_toml(path) if path else {}), **options}
+    dataset = values.get("data.dataset")
+    if isinstance(dataset, str) and os.path.isdir(dataset):
+        # Workers of the simulation run elsewhere; a relative path would not mean the same.
+        values["data.dataset"] = str(Path(dataset).resolve())
+    return RunConfig.parse(values)
+
+
+def _stored_config(out: Path) -> Path:
+    from fedprune.runfolder import CONFIG  # noqa: PLC0415
+
+    if not (out / CONFIG).exists():
+        raise RunError(f"nothing to resume in {out}: it has no {CONFIG}")
+    return out / CONFIG
+
+
+def _default_folder(config: RunConfig, *, resume: bool) -> Path:
+    """runs/DATASET-METHOD-dDENSITY-sSEED, numbered; with resume, the latest of them."""
+    dataset = Path(config.data.dataset).name
+    name = f"{dataset}-{config.pruning.method}-d{config.pruning.density:g}-s{config.seed}"
+    number = 1
+    while (Path("runs") / _numbered(name, number)).exists():
+        number += 1
+    return Path("runs") / _numbered(name, max(1, number - 1) if resume else number)
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"

@@ -1,0 +1,236 @@
+"""The Flower ClientApp: named actions on a client's own data.
+
+A client keeps nothing between rounds but the mask (so that only values need to be sent); if it
+has lost that, it asks for it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from torch.nn import functional
+
+from fedprune import wire
+from fedprune.config import RunConfig
+from fedprune.data import ClientData, prepare
+from fedprune.errors import ClientError, FedpruneError
+from fedprune.messages import Entries, MeasureReply, Pool, ScoreRequest, TrainReply, TrainRequest
+from fedprune.methods.fedtiny.bn_selection import measure_candidates, score_candidates
+from fedprune.models import float_state, load_float_state_
+from fedprune.training import (
+    compute_device,
+    compute_threads,
+    generator,
+    round_learning_rate,
+    stream_seed,
+    train_locally,
+)
+from fedprune.workspace import SEED_GROWTH, SEED_ROUND, Workspace, open_workspace
+from sparsemodel.adjust import topk_pruned_gradients
+from sparsemodel.codec import decode_mask, encode_mask
+from sparsemodel.errors import SparseModelError
+from sparsemodel.mask import Mask
+from sparsemodel.meter import peak_rss_bytes
+
+# Keys of the run config that say where to write, not what to compute.
+LAUNCH_SECTION = "run."
+_MASK, _POOL_PARTS = "mask", ("pool_fields", "pool_arrays")
+
+app = ClientApp()
+
+
+def run_config(context: Context) -> RunConfig:
+    """The run's configuration as Flower carries it."""
+    values = {k: v for k, v in context.run_config.items() if not k.startswith(LAUNCH_SECTION)}
+    return RunConfig.parse(values)
+
+
+Work = Callable[[RecordDict, Context, Workspace, int], RecordDict]
+
+
+def _answer(message: Message, context: Context, work: Work) -> Message:
+    """Do the work and wrap its outcome; foreseen troubles become an answer, not a crash."""
+    try:
+        config = run_config(context)
+        workspace = open_workspace(config)
+        client = int(context.node_config.get("partition-id", -1))
+        if not 0 <= client < config.data.clients:
+            raise ClientError(
+                f"partition-id {client}: expected 0 to {config.data.clients - 1}; "
+                "make the number of nodes equal to data.clients"
+            )
+        with compute_threads(config.training.threads):
+            record = work(message.content, context, workspace, client)
+    except wire.NeedsResync:
+        record = wire.resync_record()
+    except (FedpruneError, SparseModelError) as error:
+        record = wire.skip_record(str(error))
+    return Message(record, reply_to=message)
+
+
+@app.query("describe")
+def describe(message: Message, context: Context) -> Message:
+    """Who is this client, and how many samples of which class does it hold?"""
+    return _answer(message, context, lambda _, __, w, c: wire.encode_reply(w.client_info(c)))
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the global model at the mask on the client's own samples."""
+    return _answer(message, context, _train)
+
+
+@app.query("measure")
+def measure(message: Message, context: Context) -> Message:
+    """Batch-norm statistics of every candidate on the development split."""
+    return _answer(message, context, _measure)
+
+
+@app.evaluate("candidates")
+def candidates(message: Message, context: Context) -> Message:
+    """Loss of every candidate on the development split."""
+    return _answer(message, context, _score)
+
+
+def _train(record: RecordDict, context: Context, work: Workspace, client: int) -> RecordDict:
+    config = work.config
+    request = wire.decode_train_request(
+        record, shapes=work.shapes, masks=_held_masks(context, work)
+    )
+    _hold_mask(context, request.mask)
+    data = work.client(client)
+    if len(data.train_labels) < 2:
+        raise ClientError(
+            f"{len(data.train_labels)} training sample(s); batch norm needs at least 2"
+        )
+    model = work.model().to(compute_device(config.training.device))
+    load_float_state_(model, request.weights)
+    result = train_locally(
+        model,
+        data.train_images,
+        data.train_labels,
+        mask=request.mask,
+        config=config.training,
+        lr=round_learning_rate(config.training, request.round_index),
+        epochs=config.training.local_epochs,
+        seed=stream_seed(SEED_ROUND, config.seed, request.round_index, client),
+        augmented=config.data.augment,
+    )
+    reply = TrainReply(
+        num_examples=len(data.train_labels),
+        loss=result.loss,
+        values={},
+        growth=_growth(model, request, data, work, client),
+        state_bytes=result.state_bytes if request.report_resources else 0,
+        peak_rss_bytes=peak_rss_bytes() if request.report_resources else 0,
+    )
+    weights = {name: value.cpu() for name, value in float_state(model).items()}
+    return wire.encode_train_reply(
+        reply, weights=weights, mask=request.mask, dtype=config.federation.value_dtype
+    )
+
+
+def _growth(
+    model: torch.nn.Module, request: TrainRequest, data: ClientData, work: Workspace, client: int
+) -> Entries:
+    """The largest gradients at pruned coordinates on one mini-batch, after local training."""
+    if request.mask is None or not request.growth:
+        return {}
+    seed = (SEED_GROWTH, work.config.seed, request.round_index, client)
+    order = torch.randperm(len(data.train_labels), generator=generator(*seed))
+    batch = order[: work.config.training.batch_size]
+    device = next(model.parameters()).device
+    images, labels = prepare(data.train_images[batch]).to(device), data.train_labels[batch]
+    model.train()
+    return topk_pruned_gradients(
+        model,
+        request.mask,
+        request.growth,
+        lambda network: functional.cross_entropy(network(images), labels.to(device)),
+    )
+
+
+def _measure(record: RecordDict, context: Context, work: Workspace, client: int) -> RecordDict:
+    pool = _hold_pool(record, context, work)
+    data = work.client(client)
+    _require_dev(data)
+    model = work.model().to(compute_device(work.config.training.device))
+    statistics = measure_candidates(model, pool, data.dev_images)
+    return wire.encode_reply(MeasureReply(len(data.dev_labels), statistics))
+
+
+def _score(record: RecordDict, context: Context, work: Workspace, client: int) -> RecordDict:
+    pool = _hold_pool(record, context, work)
+    data = work.client(client)
+    _require_dev(data)
+    names = {name for pair in work.batch_norms for name in pair}
+    statistics = wire.decode_statistics(
+        record, shapes={name: shape for name, shape in work.shapes.items() if name in names}
+    )
+    model = work.model().to(compute_device(work.config.training.device))
+    request = ScoreRequest(pool=pool, statistics=statistics)
+    return wire.encode_reply(score_candidates(model, request, data.dev_images, data.dev_labels))
+
+
+def _require_dev(data: ClientData) -> None:
+    if len(data.dev_labels) < 1:
+        raise ClientError("no development sample: the client has a single training sample")
+
+
+# --- what a client remembers -------------------------------------------------------------------
+
+
+def _held_masks(context: Context, work: Workspace) -> list[Mask]:
+    """Masks that the client holds: the current one, or those of the candidate pool."""
+    if _MASK in context.state:
+        return [_decoded(context.state.config_records[_MASK]["mask"])]
+    stored = _stored_pool(context)
+    if stored is None:
+        return []
+    _, pool = wire.decode_pool(stored, shapes=work.shapes)
+    return pool.masks if pool else []
+
+
+@lru_cache(maxsize=8)
+def _decoded(data: bytes) -> Mask:
+    return decode_mask(data)
+
+
+def _hold_mask(context: Context, mask: Mask | None) -> None:
+    """Remember the current mask; the candidate pool is not needed any more."""
+    for key in _POOL_PARTS:
+        context.state.pop(key, None)
+    if mask is None:
+        context.state.pop(_MASK, None)
+    elif _MASK not in context.state or mask != _decoded(
+        context.state.config_records[_MASK]["mask"]
+    ):
+        context.state[_MASK] = ConfigRecord({"mask": encode_mask(mask)})
+
+
+def _hold_pool(record: RecordDict, context: Context, work: Workspace) -> Pool:
+    """The pool that the message brings or names; remembered for the next step."""
+    digest, pool = wire.decode_pool(record, shapes=work.shapes)
+    if pool is not None:
+        for key, part in zip(_POOL_PARTS, wire.record_parts(record), strict=True):
+            context.state[key] = part
+        return pool
+    stored = _stored_pool(context)
+    if stored is None:
+        raise wire.NeedsResync
+    held_digest, held = wire.decode_pool(stored, shapes=work.shapes)
+    if held is None or held_digest != digest:
+        raise wire.NeedsResync
+    return held
+
+
+def _stored_pool(context: Context) -> RecordDict | None:
+    if _POOL_PARTS[0] not in context.state:
+        return None
+    return wire.join_parts(
+        context.state.config_records[_POOL_PARTS[0]], context.state.array_records[_POOL_PARTS[1]]
+    )

@@ -1,0 +1,34 @@
+"""A small dense network of as many bytes as the sparse one: pruning's plainest rival.
+
+The same network class, narrower, with the largest width whose fp32 message is not larger than
+the sparse model's; trained by federated averaging.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fedprune.methods.base import Method
+from fedprune.models import build_model, narrow_width
+from sparsemodel.cost import model_bytes
+from sparsemodel.distribution import uniform
+from sparsemodel.mask import prunable_parameters
+
+
+class SmallDense(Method):
+    """Federated averaging of a narrower dense network."""
+
+    def build_model(self) -> nn.Module:
+        full = super().build_model()
+        prunable = prunable_parameters(full)
+        shapes = {name: tuple(p.shape) for name, p in prunable.items()}
+        kept = sum(uniform(shapes, self.config.pruning.density).values())
+        pruned = sum(p.numel() for p in prunable.values()) - kept
+        size = {
+            "num_classes": self.dataset.num_classes,
+            "input_shape": self.dataset.input_shape,
+        }
+        width = narrow_width(
+            self.config.model_name, max_bytes=model_bytes(full) - 4 * pruned, **size
+        )
+        return build_model(self.config.model_name, seed=self.config.seed, width=width, **size)

@@ -1,0 +1,163 @@
+"""What a client does with its own data: local SGD at the mask, and evaluation.
+
+Pure functions of a model, tensors and a seed; they know nothing of transport or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fedprune.config import TrainingConfig
+from fedprune.data import augment, batches, prepare
+from fedprune.errors import ConfigError
+from sparsemodel.mask import Mask
+from sparsemodel.optim import MaskedSGD
+
+EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What local training did: mean loss of the last epoch, samples seen, bytes held.
+
+    `state_bytes` is the storage of weights, gradients, momentum and indices really allocated.
+    """
+
+    loss: float
+    samples_seen: int
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over samples, so that results of several clients can be added."""
+
+    loss_sum: float
+    num_correct: int
+    num_samples: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of samples classified right, in [0, 1]."""
+        return self.num_correct / self.num_samples
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return self.loss_sum / self.num_samples
+
+
+def stream_seed(*parts: int) -> int:
+    """One 63-bit seed out of several integers, such as (seed, round, client).
+
+    A fixed mixing of the parts (SplitMix64): different tuples give unrelated streams.
+    """
+    state = 0
+    for part in (len(parts), *parts):
+        state = (state + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def generator(*parts: int) -> torch.Generator:
+    """A CPU generator seeded with `stream_seed(*parts)`."""
+    return torch.Generator().manual_seed(stream_seed(*parts))
+
+
+def round_learning_rate(config: TrainingConfig, round_index: int) -> float:
+    """Cosine decay from `config.lr` in round 0 towards 0 after the last round."""
+    return config.lr * 0.5 * (1.0 + math.cos(math.pi * round_index / config.rounds))
+
+
+@contextmanager
+def compute_threads(threads: int) -> Iterator[None]:
+    """Run with a fixed number of threads: float sums in kernels depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def compute_device(name: str) -> torch.device:
+    """The torch device of that name.
+
+    Raises:
+        ConfigError: "cuda" was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("training.device is 'cuda' but torch finds no CUDA device; use 'cpu'")
+    return torch.device(name)
+
+
+def train_locally(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    mask: Mask | None,
+    config: TrainingConfig,
+    lr: float,
+    epochs: int,
+    seed: int,
+    augmented: bool = False,
+) -> LocalResult:
+    """Train `model` in place on one client's samples; pruned weights stay exactly zero.
+
+    Args:
+        images: uint8 or float32 [N, C, H, W], N >= 2 (batch norm needs two samples).
+        labels: int64 [N].
+        seed: decides the order of samples and the augmentation.
+    """
+    device = next(model.parameters()).device
+    if mask is not None:
+        mask.apply(model)
+    model.train()
+    order = generator(seed)
+    loss_sum, samples = 0.0, 0
+    with MaskedSGD(
+        model, mask, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay
+    ) as optimiser:
+        for _ in range(epochs):
+            loss_sum, epoch_samples = 0.0, 0
+            for index in batches(len(labels), batch_size=config.batch_size, generator=order):
+                batch = images[index]
+                if augmented:
+                    batch = augment(batch, generator=order)
+                logits = model(prepare(batch).to(device))
+                loss = functional.cross_entropy(logits, labels[index].to(device))
+                optimiser.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+                loss_sum += loss.item() * len(index)
+                epoch_samples += len(index)
+            samples += epoch_samples
+        state_bytes = sum(optimiser.state_bytes().values())
+    return LocalResult(loss_sum / max(1, len(labels)), samples, state_bytes)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Evaluation:
+    """Loss and accuracy with the model's running statistics; the model is not changed."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    loss_sum, correct = 0.0, 0
+    for start in range(0, len(labels), EVALUATION_BATCH):
+        part = slice(start, start + EVALUATION_BATCH)
+        logits = model(prepare(images[part]).to(device)).float().cpu()
+        target = labels[part]
+        loss_sum += float(functional.cross_entropy(logits, target, reduction="sum").double())
+        correct += int((logits.argmax(1) == target).sum())
+    model.train(was_training)
+    return Evaluation(loss_sum, correct, len(labels))

@@ -1,0 +1,1 @@
+"""Experiments: one runnable script each, with its saved result table beside it."""

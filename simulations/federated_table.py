@@ -1,0 +1,264 @@
+"""Run a grid of federated methods, densities and seeds, resumably, and write one table.
+
+Every cell is a run folder of its own; a finished one is not run again, an interrupted one goes
+on from its last round. Test accuracy is read once, from the last round's model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from fedprune.config import RunConfig
+from fedprune.engine import run_inline
+from fedprune.report import format_bytes
+from fedprune.runfolder import CONFIG, SUMMARY, check_same_run, prepare, read_summary
+
+# Methods whose result does not depend on the density are run once for each seed.
+DENSE_METHODS = ("fedavg",)
+METHODS = ("fedtiny", "fedtiny-vanilla", "fedtiny-fixed", "magnitude", "small-dense", "fedavg")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a script fixes: its name, settings of each preset, densities and methods."""
+
+    name: str
+    title: str
+    presets: Mapping[str, Mapping[str, Any]]
+    densities: Sequence[float] = (0.01, 0.05, 0.1)
+    methods: Sequence[str] = METHODS
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    method: str
+    density: float
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        density = "" if self.method in DENSE_METHODS else f"-d{self.density:g}"
+        return f"{self.method}{density}-s{self.seed}"
+
+
+def cells(experiment: Experiment, seeds: Iterable[int]) -> list[Cell]:
+    """Every cell of the grid, seed by seed, so that an early stop leaves whole seeds."""
+    result = []
+    for seed in seeds:
+        for density in experiment.densities:
+            for method in experiment.methods:
+                if method in DENSE_METHODS and density != experiment.densities[0]:
+                    continue
+                result.append(Cell(method, 1.0 if method in DENSE_METHODS else density, seed))
+    return result
+
+
+def run_cell(cell: Cell, settings: Mapping[str, Any], out: Path) -> Path:
+    """Run, or resume, or find finished, one cell; returns its folder."""
+    config = RunConfig.parse(
+        {
+            **settings,
+            "pruning.method": cell.method,
+            "pruning.density": cell.density,
+            "seed": cell.seed,
+        }
+    )
+    folder = out / cell.folder
+    if (folder / SUMMARY).exists():
+        check_same_run(folder, config)
+        return folder
+    resume = (folder / CONFIG).exists()
+    prepare(folder, config, resume=resume)
+    run_inline(config, folder, resume=resume, progress=lambda: None)
+    return folder
+
+
+def table(experiment: Experiment, summaries: Mapping[Cell, Mapping[str, Any]]) -> str:
+    """The result as Markdown: one row for each density and method."""
+    lines = [
+        "| density | method | accuracy, % | seeds | up / round / client | of dense | "
+        "training FLOPs of dense |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    keys = sorted(
+        {(cell.density, cell.method) for cell in summaries},
+        key=lambda key: (key[0], experiment.methods.index(key[1])),
+    )
+    for density, method in keys:
+        group = [s for c, s in summaries.items() if (c.density, c.method) == (density, method)]
+        accuracies = [100 * s["test_accuracy"] for s in group]
+        spread = f" ± {statistics.stdev(accuracies):.1f}" if len(group) > 1 else ""
+        up = statistics.mean(s["bytes_up_steady_round"] for s in group)
+        dense = statistics.mean(s["bytes_dense_round"] for s in group)
+        flops = statistics.mean(s["train_flops_ratio"] for s in group)
+        # The small network's own dense size is its message; its rival is the full network.
+        share = "" if method == "small-dense" else f"{100 * up / dense:.1f} %"
+        work = "" if method == "small-dense" else f"{flops:.3f}"
+        lines.append(
+            f"| {density:g} | {method} | {statistics.mean(accuracies):.1f}{spread} | {len(group)} "
+            f"| {format_bytes(up)} | {share} | {work} |"
+        )
+    return "\n".join(lines)
+
+
+def differences(summaries: Mapping[Cell, Mapping[str, Any]]) -> str:
+    """FedTiny against each rival, paired by seed: mean difference in points ± spread."""
+    lines = ["| density | FedTiny minus | points | seeds won |", "| ---: | --- | ---: | ---: |"]
+    accuracy = {c: 100 * s["test_accuracy"] for c, s in summaries.items()}
+    densities = sorted({c.density for c in summaries if c.method == "fedtiny"})
+    rivals = [m for m in METHODS if m not in ("fedtiny", *DENSE_METHODS)]
+    for density in densities:
+        for rival in rivals:
+            pairs = [
+                accuracy[c] - accuracy[other]
+                for c in accuracy
+                if (c.method, c.density) == ("fedtiny", density)
+                and (other := Cell(rival, density, c.seed)) in accuracy
+            ]
+            if not pairs:
+                continue
+            spread = f" ± {statistics.stdev(pairs):.1f}" if len(pairs) > 1 else ""
+            won = sum(difference > 0 for difference in pairs)
+            lines.append(
+                f"| {density:g} | {rival} | {statistics.mean(pairs):+.1f}{spread} "
+                f"| {won} of {len(pairs)} |"
+            )
+    return "\n".join(lines)
+
+
+def main(experiment: Experiment) -> None:
+    """Command line of a script."""
+    parser = argparse.ArgumentParser(prog=f"python -m simulations.{experiment.name}")
+    parser.add_argument("--preset", choices=list(experiment.presets), default="small")
+    parser.add_argument("--full", action="store_true", help="same as --preset full")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--densities", default=",".join(map(str, experiment.densities)))
+    parser.add_argument("--methods", default=",".join(experiment.methods))
+    parser.add_argument("--data", help="a folder of parquet instead of the data set's name")
+    parser.add_argument("--out", type=Path, help="where run folders go; default runs/NAME-PRESET")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at a time")
+    arguments = parser.parse_args()
+    preset = "full" if arguments.full else arguments.preset
+    chosen = Experiment(
+        name=experiment.name,
+        title=experiment.title,
+        presets=experiment.presets,
+        densities=[float(d) for d in arguments.densities.split(",")],
+        methods=arguments.methods.split(","),
+    )
+    settings = dict(experiment.presets[preset])
+    if arguments.data:
+        settings["data.dataset"] = str(Path(arguments.data).resolve())
+    out = arguments.out or Path("runs") / f"{experiment.name}-{preset}"
+    grid = cells(chosen, [int(seed) for seed in arguments.seeds.split(",")])
+    summaries = run_grid(grid, settings, out, jobs=arguments.jobs)
+    page = write_page(chosen, preset, settings, summaries)
+    is_whole = not any(
+        (
+            arguments.densities != parser.get_default("densities"),
+            arguments.methods != parser.get_default("methods"),
+        )
+    )
+    # Only the whole grid replaces the saved table.
+    suffix = "" if preset == "small" else f"_{preset}"
+    target = (
+        Path(__file__).parent / f"{experiment.name}{suffix}.md" if is_whole else out / "table.md"
+    )
+    target.write_text(page, encoding="utf-8")
+    print(page)
+    print(f"table: {target}")
+
+
+def run_grid(
+    grid: Sequence[Cell], settings: Mapping[str, Any], out: Path, *, jobs: int
+) -> dict[Cell, Mapping[str, Any]]:
+    """All cells, `jobs` at a time in processes of their own; reports each as it ends."""
+    summaries: dict[Cell, Mapping[str, Any]] = {}
+    started = time.monotonic()
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(run_cell, cell, settings, out): cell for cell in grid}
+        for future in as_completed(futures):
+            cell = futures[future]
+            summaries[cell] = read_summary(future.result())
+            left = (time.monotonic() - started) / len(summaries) * (len(grid) - len(summaries))
+            print(
+                f"{len(summaries)}/{len(grid)} {cell.folder}: "
+                f"{100 * summaries[cell]['test_accuracy']:.2f} %, about {left / 60:.0f} min left",
+                flush=True,
+            )
+    return {cell: summaries[cell] for cell in grid}
+
+
+def write_page(
+    experiment: Experiment,
+    preset: str,
+    settings: Mapping[str, Any],
+    summaries: Mapping[Cell, Mapping[str, Any]],
+) -> str:
+    """The Markdown page: what was run, where, and what came out."""
+    shown = {key: value for key, value in settings.items() if key != "data.dataset"}
+    seeds = sorted({cell.seed for cell in summaries})
+    command = f"python -m simulations.{experiment.name} --preset {preset} --seeds "
+    command += ",".join(map(str, seeds))
+    return "\n".join(
+        [
+            f"# {experiment.title}",
+            "",
+            f"Written by `{command}`.",
+            "",
+            f"- commit {_commit()}, {platform.machine()}, {os.cpu_count()} cores, "
+            f"Python {platform.python_version()}, torch {_torch_version()}",
+            f"- mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}; "
+            "the seed decides data split, initial weights, order and masks alike",
+            "- every method: the same network class (small-dense: narrower), split, pre-trained "
+            "start, learning rate and rounds; no method was tuned",
+            "- test data are used once a round for the record and decide nothing",
+            "",
+            table(experiment, summaries),
+            "",
+            "FedTiny against its rivals, paired by seed:",
+            "",
+            differences(summaries),
+            "",
+            "Settings:",
+            "",
+            *[f"- `{key} = {value}`" for key, value in shown.items()],
+            "",
+        ]
+    )
+
+
+def _commit() -> str:
+    root = Path(__file__).parent
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def _torch_version() -> str:
+    import torch  # noqa: PLC0415
+
+    return torch.__version__
+
+
+if __name__ == "__main__":
+    sys.exit("run one of the experiments, for example python -m simulations.fedtiny_cifar10")

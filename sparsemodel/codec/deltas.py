@@ -1,0 +1,116 @@
+"""The change from one mask to another as bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from sparsemodel.codec.bits import decode_subset, encode_subset
+from sparsemodel.codec.frame import DEFAULT_LIMITS, Kind, Limits, open_frame, seal_frame
+from sparsemodel.codec.reader import Reader, encode_varint
+from sparsemodel.errors import CodecError, MaskMismatch
+from sparsemodel.mask import Mask
+
+# Four bytes each of the old and the new mask's digest. A receiver goes wrong only where both
+# collide, which is one chance in 2**64.
+DELTA_DIGEST_BYTES = 4
+
+
+def encode_mask_delta(base: Mask, new: Mask) -> bytes:
+    """A frame that turns `base` into `new`, two masks of the same names and shapes.
+
+    Pruned positions are ranks among the active weights of `base`, grown positions ranks among
+    its pruned weights; only the layers that change travel. See FORMAT.md.
+
+    Raises:
+        CodecError: the masks differ in names, order or shapes.
+
+    >>> base = Mask({"fc.weight": torch.tensor([True, True, False, False])})
+    >>> new = Mask({"fc.weight": torch.tensor([True, False, False, True])})
+    >>> decode_mask_delta(encode_mask_delta(base, new), base=base) == new
+    True
+    """
+    check_same_layers(base, new)
+    parts = [_short_digest(base), _short_digest(new)]
+    previous = -1
+    for index, (name, pattern) in enumerate(base.items()):
+        old, changed = pattern.numpy().reshape(-1), new[name].numpy().reshape(-1)
+        if np.array_equal(old, changed):
+            continue
+        active, absent = np.flatnonzero(old), np.flatnonzero(~old)
+        pruned, grown = np.flatnonzero(~changed[active]), np.flatnonzero(changed[absent])
+        parts.append(encode_varint(index - previous - 1))
+        # An adjustment mostly grows as many weights as it prunes: that case takes one number.
+        parts.append(encode_varint(len(pruned) << 1 | (len(grown) != len(pruned))))
+        if len(grown) != len(pruned):
+            parts.append(encode_varint(len(grown)))
+        parts.append(encode_subset(pruned, num_total=len(active)))
+        parts.append(encode_subset(grown, num_total=len(absent)))
+        previous = index
+    return seal_frame(b"".join(parts), kind=Kind.MASK_DELTA)
+
+
+def decode_mask_delta(data: bytes, *, base: Mask, limits: Limits = DEFAULT_LIMITS) -> Mask:
+    """Apply a frame that `encode_mask_delta` wrote to the mask it was made from.
+
+    Raises:
+        MaskMismatch: the frame was made from another mask than `base`.
+        CodecError: not such a frame, damaged, above `limits`, or its result is not the mask
+            that the sender announced.
+    """
+    reader = open_frame(data, kind=Kind.MASK_DELTA, limits=limits)
+    expected = reader.take(DELTA_DIGEST_BYTES, what="the digest of the base mask")
+    if expected != _short_digest(base):
+        raise MaskMismatch(
+            f"this delta starts from mask {expected.hex()}, but the base given is "
+            f"{_short_digest(base).hex()}: ask for the whole mask"
+        )
+    announced = reader.take(DELTA_DIGEST_BYTES, what="the digest of the new mask")
+    names = list(base)
+    patterns: dict[str, torch.Tensor] = {}
+    index = -1
+    while reader.remaining:
+        index += 1 + reader.varint(what="the index of a layer")
+        if index >= len(names):
+            raise CodecError(f"layer {index} of a mask of {len(names)} layers")
+        patterns[names[index]] = _read_layer(reader, base[names[index]])
+    new = base.replace(patterns)
+    if announced != _short_digest(new):
+        raise CodecError(
+            f"the delta leads to mask {_short_digest(new).hex()}, not to {announced.hex()} as "
+            "announced: ask for the whole mask"
+        )
+    return new
+
+
+def check_same_layers(base: Mask, new: Mask) -> None:
+    """Refuse two masks that differ in more than their patterns, with CodecError."""
+    if list(base.shapes().items()) != list(new.shapes().items()):
+        raise CodecError(
+            "the two masks differ in names, order or shapes; a delta needs them equal: send the "
+            "whole mask instead"
+        )
+
+
+def _read_layer(reader: Reader, pattern: torch.Tensor) -> torch.Tensor:
+    old = pattern.numpy().reshape(-1)
+    active, absent = np.flatnonzero(old), np.flatnonzero(~old)
+    head = reader.varint(what="the number of pruned weights")
+    num_pruned = num_grown = head >> 1
+    if head & 1:
+        num_grown = reader.varint(what="the number of grown weights")
+    if num_pruned > len(active) or num_grown > len(absent):
+        raise CodecError(
+            f"{num_pruned} weights pruned of {len(active)} active and {num_grown} grown of "
+            f"{len(absent)} pruned: there are not so many"
+        )
+    if bool(head & 1) != (num_grown != num_pruned) or num_pruned + num_grown == 0:
+        raise CodecError("the numbers of changed weights are not in their shortest form")
+    changed = old.copy()
+    changed[active[decode_subset(reader, num_total=len(active), count=num_pruned)]] = False
+    changed[absent[decode_subset(reader, num_total=len(absent), count=num_grown)]] = True
+    return torch.from_numpy(changed).reshape(pattern.shape)
+
+
+def _short_digest(mask: Mask) -> bytes:
+    return bytes.fromhex(mask.digest())[:DELTA_DIGEST_BYTES]

@@ -1,0 +1,197 @@
+"""How many weights each layer keeps at a target density of the whole model.
+
+Every function returns name -> number of active weights, at least one in each layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from sparsemodel.errors import DensityError, MaskError
+
+
+def uniform(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, int]:
+    """The same density in every layer, as nearly as whole weights allow.
+
+    The total is exactly round(density * N) for N weights; the weights that rounding down leaves
+    over go to the layers with the largest remainders.
+
+    Args:
+        shapes: name -> shape of the layer's weight.
+        density: active weights over all weights, in (0, 1].
+
+    Raises:
+        DensityError: a density outside (0, 1], or too low for one weight in every layer.
+
+    >>> uniform({"a": (10, 10), "b": (50,)}, 0.1)
+    {'a': 10, 'b': 5}
+    """
+    capacities = _capacities(shapes)
+    total = _total(density, capacities)
+    return _apportion({name: float(n) for name, n in capacities.items()}, capacities, total)
+
+
+def erk(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, int]:
+    """Erdős–Rényi-kernel: a layer's count is proportional to the sum of its dimensions.
+
+    The density of a convolution is ε (n_in + n_out + k_h + k_w) / (n_in n_out k_h k_w), so wide
+    layers are sparser. Layers that would pass density 1 are kept whole and ε grows for the rest,
+    so the total is exactly round(density * N).
+    Source: Evci et al., Rigging the Lottery (ICML 2020), section 3.
+
+    Args:
+        shapes: name -> shape of the layer's weight.
+        density: active weights over all weights, in (0, 1].
+
+    Raises:
+        DensityError: a density outside (0, 1], or too low for one weight in every layer.
+
+    >>> erk({"narrow": (2, 3), "wide": (20, 30)}, 0.1)
+    {'narrow': 6, 'wide': 55}
+    """
+    capacities = _capacities(shapes)
+    total = _total(density, capacities)
+    return _apportion({name: float(sum(s)) for name, s in shapes.items()}, capacities, total)
+
+
+def noise_uniform(
+    shapes: Mapping[str, tuple[int, ...]],
+    density: float,
+    *,
+    generator: torch.Generator,
+    spread: float = 0.5,
+    tolerance: float = 0.02,
+    max_draws: int = 1000,
+) -> dict[str, int]:
+    """Uniform density with independent noise in each layer: one candidate of FedTiny's pool.
+
+    Layer densities are density * (1 + U(-spread, spread)), clipped to 1, drawn again until the
+    total is within `tolerance` of density * N. Where no draw is (tiny layers, a density near 1),
+    the last draw is scaled so that the total is exactly round(density * N).
+    Source: Huang et al., Distributed Pruning Towards Tiny Neural Networks in Federated Learning
+    (ICDCS 2023), coarse pruning.
+
+    Args:
+        shapes: name -> shape of the layer's weight.
+        density: active weights over all weights, in (0, 1].
+        generator: source of the noise; advanced by one draw of len(shapes) values a try.
+        spread: half the width of the relative noise, in [0, 1].
+        tolerance: allowed relative deviation of the total, >= 0.
+        max_draws: tries before the last draw is scaled, >= 1.
+
+    Raises:
+        DensityError: a density outside (0, 1] or too low for one weight in every layer, or
+            another argument outside its range.
+    """
+    capacities = _capacities(shapes)
+    total = _total(density, capacities)
+    if not (0 <= spread <= 1 and tolerance >= 0 and max_draws >= 1):
+        raise DensityError(
+            "expected spread in [0, 1], tolerance >= 0 and max_draws >= 1, "
+            f"got {spread}, {tolerance} and {max_draws}"
+        )
+    wanted = density * sum(capacities.values())
+    quotas: dict[str, float] = {}
+    for _ in range(max_draws):
+        unit = torch.rand(
+            len(capacities), generator=generator, dtype=torch.float64, device=generator.device
+        )
+        noise = (1 + spread * (2 * unit - 1)).tolist()
+        quotas = {
+            name: min(density * factor, 1.0) * capacity
+            for (name, capacity), factor in zip(capacities.items(), noise, strict=True)
+        }
+        counts = {name: max(1, round(quota)) for name, quota in quotas.items()}
+        if abs(sum(counts.values()) - wanted) <= tolerance * wanted:
+            return counts
+    return _apportion(quotas, capacities, total)
+
+
+def global_ranking(scores: Mapping[str, torch.Tensor], density: float) -> dict[str, int]:
+    """The counts that one threshold over the scores of all layers gives.
+
+    The best weight of each layer is always kept; the other places go to the highest scores
+    wherever they are, equal scores in the order of the mapping, then of the flat index. The
+    total is exactly round(density * N).
+
+    Args:
+        scores: name -> score of each weight (any real dtype, any device); higher means keep.
+        density: active weights over all weights, in (0, 1].
+
+    Raises:
+        DensityError: a density outside (0, 1], or too low for one weight in every layer.
+        MaskError: scores that are NaN.
+
+    >>> global_ranking({"a": torch.tensor([9.0, 8.0, 7.0]), "b": torch.tensor([1.0])}, 0.75)
+    {'a': 2, 'b': 1}
+    """
+    capacities = _capacities({name: tuple(score.shape) for name, score in scores.items()})
+    total = _total(density, capacities)
+    for name, score in scores.items():
+        if torch.isnan(score).any():
+            raise MaskError(f"scores of {name!r} hold NaN: no order can be made of them")
+    flat = torch.cat([score.detach().reshape(-1).cpu().double() for score in scores.values()])
+    order = torch.argsort(flat, descending=True, stable=True).numpy()
+    sizes = np.fromiter(capacities.values(), dtype=np.int64)
+    ranked = np.repeat(np.arange(len(sizes)), sizes)[order]
+    best = np.unique(ranked, return_index=True)[1]
+    others = np.delete(ranked, best)[: total - len(sizes)]
+    counts = 1 + np.bincount(others, minlength=len(sizes))
+    return dict(zip(capacities, counts.tolist(), strict=True))
+
+
+def _capacities(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Name -> number of weights, active or pruned."""
+    capacities = {name: math.prod(shape) for name, shape in shapes.items()}
+    if not capacities or min(capacities.values()) < 1:
+        raise DensityError(f"expected one layer or more, none of them empty; got {dict(shapes)}")
+    return capacities
+
+
+def _total(density: float, capacities: Mapping[str, int]) -> int:
+    """Number of active weights of the whole model, checked to reach every layer."""
+    if not 0 < density <= 1:  # NaN fails both comparisons
+        raise DensityError(f"density must be in (0, 1], got {density}")
+    num_weights = sum(capacities.values())
+    total = round(density * num_weights)
+    if total < len(capacities):
+        raise DensityError(
+            f"density {density:g} keeps {total} of {num_weights} weights, fewer than the "
+            f"{len(capacities)} layers; the lowest density possible for this model is "
+            f"{len(capacities) / num_weights:.6g}"
+        )
+    return total
+
+
+def _apportion(
+    weights: Mapping[str, float], capacities: Mapping[str, int], total: int
+) -> dict[str, int]:
+    """Split `total` in proportion to `weights`, each share between 1 and the layer's capacity.
+
+    Shares above their capacity are cut to it and the excess is split among the others in the
+    same proportion; fractions are settled by largest remainder, the first layer first.
+    """
+    quotas = {name: float(capacity) for name, capacity in capacities.items()}
+    free = set(capacities)
+    while free:
+        # A full layer stays full: filling others only raises the factor of those left.
+        left = total - sum(capacities[name] for name in capacities if name not in free)
+        factor = left / math.fsum(weights[name] for name in free)
+        full = {name for name in free if factor * weights[name] > capacities[name]}
+        if not full:
+            quotas |= {name: factor * weights[name] for name in free}
+            break
+        free -= full
+    counts = {name: max(1, min(int(quotas[name]), capacities[name])) for name in capacities}
+    while (missing := total - sum(counts.values())) != 0:
+        if missing > 0:
+            open_layers = [name for name in counts if counts[name] < capacities[name]]
+            counts[max(open_layers, key=lambda name: quotas[name] - counts[name])] += 1
+        else:
+            open_layers = [name for name in counts if counts[name] > 1]
+            counts[min(open_layers, key=lambda name: quotas[name] - counts[name])] -= 1
+    return counts

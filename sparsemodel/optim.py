@@ -1,0 +1,202 @@
+"""Optimisers whose gradients and state are as sparse as the weights."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from sparsemodel.errors import MaskError, SparseModelError
+from sparsemodel.mask import Mask
+
+
+class MaskedSGD:
+    """Stochastic gradient descent with momentum that stores only what belongs to active weights.
+
+    While it is open, a hook on each masked parameter moves the gradient at the active weights
+    into a vector of that many values and frees the dense gradient at once, so `.grad` of masked
+    parameters is always None and one dense layer gradient at most is alive in a backward pass.
+    Gradients of several backward passes add up until `zero_grad`. The updates equal those of
+    torch.optim.SGD on a masked model with masked gradients; pruned weights stay exactly zero.
+    Parameters without a mask, and layers whose mask is full, take the plain dense path; those
+    with requires_grad off are left alone.
+
+    Close it (or use it in a `with` block) before another optimiser or
+    `topk_pruned_gradients` works on the same model.
+
+    Args:
+        model: its pruned weights must be zero (`mask.apply(model)`), its weights contiguous.
+        mask: which weights exist; None for a dense model.
+        lr: learning rate, >= 0; may be set anew between steps.
+        momentum: in [0, 1); 0 keeps no momentum.
+        weight_decay: L2 penalty on the active weights, >= 0.
+
+    Raises:
+        MaskError: the mask does not fit the model, or a pruned weight is not zero.
+        SparseModelError: a number outside its range.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> mask = Mask({"weight": torch.tensor([[True, False]])})
+    >>> mask.apply(model)
+    >>> with MaskedSGD(model, mask, lr=0.1) as optimizer:
+    ...     model(torch.ones(1, 2)).sum().backward()
+    ...     optimizer.step()
+    >>> model.weight[0, 1].item()
+    0.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: Mask | None,
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0):
+            raise SparseModelError(
+                "expected lr >= 0, momentum in [0, 1) and weight_decay >= 0, "
+                f"got {lr}, {momentum} and {weight_decay}"
+            )
+        self.lr = lr
+        self._momentum = momentum
+        self._weight_decay = weight_decay
+        parameters = dict(model.named_parameters())
+        missing = [name for name in mask or () if name not in parameters]
+        if missing:
+            raise MaskError(f"the model has no parameters {missing} that the mask names")
+        self._slots = [
+            _Slot(parameter, _active_indices(name, parameter, mask))
+            for name, parameter in parameters.items()
+            if parameter.requires_grad
+        ]
+        self._frozen = [p for p in parameters.values() if not p.requires_grad]
+        # The hooks hold slots, never this object, so they go when it does, closed or not.
+        removals = [slot.attach() for slot in self._slots if slot.indices is not None]
+        self._detach = weakref.finalize(self, _call_all, removals)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the weights; parameters that got no gradient stay as they are."""
+        for slot in self._slots:
+            slot.update(lr=self.lr, momentum=self._momentum, weight_decay=self._weight_decay)
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for slot in self._slots:
+            slot.gradient = None
+            slot.parameter.grad = None
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of storage held now, by kind: weights, gradients, momentum and indices.
+
+        Weights are those of the whole model, whose masked layers are stored dense.
+        """
+        slots = self._slots
+        parameters = [*(slot.parameter for slot in slots), *self._frozen]
+        gradients = [*(slot.gradient for slot in slots), *(p.grad for p in parameters)]
+        return {
+            "weights": _storage_bytes(parameters),
+            "gradients": _storage_bytes(gradients),
+            "momentum": _storage_bytes(slot.momentum for slot in slots),
+            "indices": _storage_bytes(slot.indices for slot in slots),
+        }
+
+    def close(self) -> None:
+        """Remove the hooks: gradients of later backward passes are dense again."""
+        self._detach()
+
+    def __enter__(self) -> MaskedSGD:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Slot:
+    """One parameter with its gradient and momentum; `indices` is None on the dense path."""
+
+    def __init__(self, parameter: nn.Parameter, indices: torch.Tensor | None) -> None:
+        self.parameter = parameter
+        self.indices = indices
+        self.gradient: torch.Tensor | None = None
+        self.momentum: torch.Tensor | None = None
+
+    def attach(self) -> Callable[[], None]:
+        """Gather the gradient that is there and every later one, until the result is called."""
+        if self.parameter.grad is not None:
+            self.gather(self.parameter)
+        handle = self.parameter.register_post_accumulate_grad_hook(self.gather)  # type: ignore[no-untyped-call]
+        remove: Callable[[], None] = handle.remove
+        return remove
+
+    def gather(self, parameter: torch.Tensor) -> None:
+        """Add the gradient at the active weights to the compact one and free the dense one."""
+        dense, parameter.grad = parameter.grad, None
+        if dense is None:
+            raise MaskError(
+                "a gradient was taken by another hook; close the earlier MaskedSGD of this model "
+                "before making a new one"
+            )
+        assert self.indices is not None, "dense parameters have no hook"
+        values = dense.reshape(-1).index_select(0, self.indices)
+        self.gradient = values if self.gradient is None else self.gradient.add_(values)
+
+    def update(self, *, lr: float, momentum: float, weight_decay: float) -> None:
+        """One step, in the order of operations of torch.optim.SGD."""
+        weight, indices = self.parameter, self.indices
+        gradient = weight.grad if indices is None else self.gradient
+        if gradient is None:
+            return
+        if weight_decay:
+            values = weight if indices is None else weight.view(-1).index_select(0, indices)
+            gradient = gradient.add(values, alpha=weight_decay)
+        if momentum:
+            if self.momentum is None:
+                self.momentum = gradient.clone()
+            else:
+                self.momentum.mul_(momentum).add_(gradient)
+            gradient = self.momentum
+        if indices is None:
+            weight.add_(gradient, alpha=-lr)
+        else:
+            weight.view(-1).index_add_(0, indices, gradient, alpha=-lr)
+
+
+def _active_indices(name: str, weight: nn.Parameter, mask: Mask | None) -> torch.Tensor | None:
+    """Flat indices of the active weights, or None where all weights are active."""
+    if mask is None or name not in mask:
+        return None
+    pattern = mask[name]
+    if pattern.shape != weight.shape:
+        raise MaskError(
+            f"mask of {name!r} has shape {tuple(pattern.shape)}, its weight {tuple(weight.shape)}"
+        )
+    if not weight.is_contiguous():
+        raise MaskError(f"the weight {name!r} is not contiguous; make it so before training")
+    if weight.detach()[~pattern.to(weight.device)].count_nonzero():
+        raise MaskError(f"pruned weights of {name!r} are not zero; call mask.apply(model) first")
+    if pattern.all():
+        return None
+    dtype = torch.int32 if pattern.numel() < 2**31 else torch.int64
+    return mask.active(name).to(device=weight.device, dtype=dtype)
+
+
+def _call_all(functions: list[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
+
+
+def _storage_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Bytes of the distinct storages under these tensors."""
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
