@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from fedprune import __version__
 from fedprune.aggregate import EntryMean, WeightedMean
@@ -76,6 +75,8 @@ def run(workspace: Workspace, cohort: Cohort, folder: RunFolder) -> RunState:
     with compute_threads(config.training.threads):
         # 1. Where we stand: the last checkpoint, or the method's own start.
         state = folder.state or start(workspace, cohort, folder)
+        # A checkpoint keeps names sorted; messages follow the model's order.
+        state = replace(state, weights={name: state.weights[name] for name in workspace.shapes})
         while state.round_index < config.training.rounds:
             state = play_round(workspace, cohort, folder, state)
             folder.save(state)

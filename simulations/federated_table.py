@@ -22,7 +22,6 @@ from typing import Any
 
 from fedprune.config import RunConfig
 from fedprune.engine import run_inline
-from fedprune.report import format_bytes
 from fedprune.runfolder import CONFIG, SUMMARY, check_same_run, prepare, read_summary
 
 # Methods whose result does not depend on the density are run once for each seed.
@@ -89,6 +88,8 @@ def run_cell(cell: Cell, settings: Mapping[str, Any], out: Path) -> Path:
 
 def table(experiment: Experiment, summaries: Mapping[Cell, Mapping[str, Any]]) -> str:
     """The result as Markdown: one row for each density and method."""
+    from fedprune.report import format_bytes  # noqa: PLC0415
+
     lines = [
         "| density | method | accuracy, % | seeds | up / round / client | of dense | "
         "training FLOPs of dense |",
@@ -165,8 +166,9 @@ def main(experiment: Experiment) -> None:
         settings["data.dataset"] = str(Path(arguments.data).resolve())
     out = arguments.out or Path("runs") / f"{experiment.name}-{preset}"
     grid = cells(chosen, [int(seed) for seed in arguments.seeds.split(",")])
+    commit = _commit()
     summaries = run_grid(grid, settings, out, jobs=arguments.jobs)
-    page = write_page(chosen, preset, settings, summaries)
+    page = write_page(chosen, preset, settings, summaries, commit)
     is_whole = not any(
         (
             arguments.densities != parser.get_default("densities"),
@@ -208,6 +210,7 @@ def write_page(
     preset: str,
     settings: Mapping[str, Any],
     summaries: Mapping[Cell, Mapping[str, Any]],
+    commit: str,
 ) -> str:
     """The Markdown page: what was run, where, and what came out."""
     shown = {key: value for key, value in settings.items() if key != "data.dataset"}
@@ -220,7 +223,7 @@ def write_page(
             "",
             f"Written by `{command}`.",
             "",
-            f"- commit {_commit()}, {platform.machine()}, {os.cpu_count()} cores, "
+            f"- commit {commit}, {platform.machine()}, {os.cpu_count()} cores, "
             f"Python {platform.python_version()}, torch {_torch_version()}",
             f"- mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}; "
             "the seed decides data split, initial weights, order and masks alike",

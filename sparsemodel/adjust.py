@@ -136,8 +136,9 @@ def prune_and_grow(
 
     Args:
         mask: the mask in force.
-        weights: name -> dense weights of the layer, at least for the names in `counts`.
-        candidates: name -> (flat indices, gradients), for the same names as `counts`.
+        weights: name -> dense weights of the layer, at least for the names in `candidates`.
+        candidates: name -> (flat indices, gradients), for names in `counts`; a layer without any
+            stays as it is.
         counts: name -> how many weights to exchange at most.
 
     Raises:
@@ -145,14 +146,14 @@ def prune_and_grow(
             range or NaN; weights that are NaN.
     """
     _check_layers(mask, counts)
-    if candidates.keys() != counts.keys():
+    if not candidates.keys() <= counts.keys():
         raise MaskError(f"candidates for {sorted(candidates)} but counts for {sorted(counts)}")
     patterns = {}
-    for name, count in counts.items():
+    for name in candidates:
         if name not in weights:
             raise MaskError(f"no weights of {name!r}; got {list(weights)}")
         pattern = _pattern(mask, name, weights[name]).reshape(-1).clone()
-        grown = _grown(name, pattern, candidates[name], count)
+        grown = _grown(name, pattern, candidates[name], counts[name])
         active = mask.active(name)
         magnitudes = weights[name].detach().cpu().reshape(-1)[active].abs()
         if torch.isnan(magnitudes).any():

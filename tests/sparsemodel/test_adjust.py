@@ -226,6 +226,11 @@ def test_ties_go_to_the_lower_index_on_both_sides() -> None:
     assert new.active("a").tolist() == [1, 2, 3]
 
 
+def test_a_layer_without_candidates_stays() -> None:
+    mask = one_layer([0, 1], 4)
+    assert prune_and_grow(mask, {"a": torch.ones(4)}, {}, {"a": 1}) == mask
+
+
 def test_grown_weights_start_at_zero_whatever_was_there() -> None:
     old, new = one_layer([0], 3), one_layer([2], 3)
     other = torch.ones(2)
@@ -289,6 +294,6 @@ def test_bad_weights_counts_and_masks_are_refused() -> None:
     with pytest.raises(MaskError, match="its weight"):
         prune_and_grow(mask, {"a": torch.ones(5)}, candidates, {"a": 1})
     with pytest.raises(MaskError, match="counts for"):
-        prune_and_grow(mask, {"a": torch.ones(4)}, {}, {"a": 1})
+        prune_and_grow(mask, {"a": torch.ones(4)}, candidates, {})
     with pytest.raises(MaskError, match="differ in layers"):
         grown_and_pruned(mask, one_layer([0], 5))

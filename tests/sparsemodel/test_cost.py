@@ -115,6 +115,12 @@ def test_resnet18_with_a_cifar_stem_has_its_known_sizes() -> None:
     assert forward_flops(model, (3, 32, 32), mask=empty) == 0
 
 
+def test_a_model_in_train_mode_runs_on_a_single_sample() -> None:
+    """In train mode batch norm refuses a batch of one value per channel."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).train()
+    assert layer_macs(model, (3,)) == {"0.weight": 6}
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).train()
     state = copy.deepcopy(model.state_dict())

@@ -157,6 +157,13 @@ def test_synflow_is_conserved_from_layer_to_layer_and_at_each_unit() -> None:
     torch.testing.assert_close(into, out_of)
 
 
+def test_synflow_is_computed_in_eval_mode() -> None:
+    """In train mode batch norm would subtract the mean of the single input and stop the flow."""
+    expected = synflow(small_network().eval(), NAMES, (2, 4, 4))
+    actual = synflow(small_network().train(), NAMES, (2, 4, 4))
+    assert all(torch.equal(actual[name], expected[name]) for name in NAMES)
+
+
 def test_synflow_stays_in_range_for_deep_models() -> None:
     """60 layers of 64 ones with weights 10 reach 640^60 = 2e168, far above float32."""
     model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(60)])

@@ -1,0 +1,114 @@
+"""Local training: pruned weights stay zero, seeds decide everything, small clients work."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from fedprune.config import TrainingConfig
+from fedprune.data import prepare
+from fedprune.models import build_model, float_state
+from fedprune.training import (
+    compute_device,
+    evaluate,
+    round_learning_rate,
+    stream_seed,
+    train_locally,
+)
+from sparsemodel.mask import Mask, prunable_parameters
+
+
+def digits_like(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return images, torch.arange(count) % 3
+
+
+def trained(count: int = 40, *, mask: Mask | None = None, seed: int = 1, epochs: int = 2):  # type: ignore[no-untyped-def]
+    model = build_model("resnet8", num_classes=3, input_shape=(1, 8, 8), seed=0, width=4)
+    images, labels = digits_like(count)
+    config = TrainingConfig(batch_size=8)
+    result = train_locally(
+        model, images, labels, mask=mask, config=config, lr=0.1, epochs=epochs, seed=seed
+    )
+    return model, result
+
+
+def half_mask() -> Mask:
+    model = build_model("resnet8", num_classes=3, input_shape=(1, 8, 8), seed=0, width=4)
+    generator = torch.Generator().manual_seed(5)
+    return Mask(
+        {
+            n: torch.rand(p.shape, generator=generator) < 0.5
+            for n, p in prunable_parameters(model).items()
+        }
+    )
+
+
+def test_pruned_weights_stay_exactly_zero_and_active_ones_move() -> None:
+    mask = half_mask()
+    model, _ = trained(mask=mask)
+    for name, weight in prunable_parameters(model).items():
+        assert not weight.detach()[~mask[name]].any()
+        assert (weight.detach()[mask[name]] != 0).all()
+
+
+def test_state_is_as_small_as_the_mask_says() -> None:
+    """Dense: weights + gradients + momentum. At half density the last two are halved."""
+    _, dense = trained()
+    _, sparse = trained(mask=half_mask())
+    assert sparse.state_bytes < dense.state_bytes
+
+
+def test_equal_seeds_give_equal_bits() -> None:
+    first, second, other = (float_state(trained(seed=s)[0]) for s in (1, 1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_two_samples_and_a_last_batch_of_one(count: int) -> None:
+    """Nine samples in batches of eight would leave one alone, which batch norm cannot train."""
+    model, result = trained(count)
+    assert result.samples_seen == 2 * count
+    assert all(torch.isfinite(value).all() for value in float_state(model).values())
+
+
+def test_evaluation_adds_up() -> None:
+    model, _ = trained()
+    images, labels = digits_like(300)  # more than one evaluation batch
+    result = evaluate(model, images, labels)
+    model.eval()
+    with torch.no_grad():
+        logits = model(prepare(images))
+    assert result.num_samples == 300
+    assert result.num_correct == int((logits.argmax(1) == labels).sum())
+    assert result.loss == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert result.accuracy == result.num_correct / 300
+
+
+def test_learning_rate_decays_by_the_cosine() -> None:
+    config = TrainingConfig(rounds=10, lr=0.2)
+    rates = [round_learning_rate(config, r) for r in range(10)]
+    assert rates[0] == 0.2
+    assert rates[5] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(0.1 * (1 + math.cos(0.9 * math.pi)))
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_derived_seeds_do_not_collide() -> None:
+    seeds = {stream_seed(a, b, c) for a in range(6) for b in range(20) for c in range(20)}
+    assert len(seeds) == 6 * 20 * 20
+    assert stream_seed(1, 2) != stream_seed(2, 1)
+    assert stream_seed(1) != stream_seed(1, 0)
+
+
+def test_missing_cuda_is_a_clear_error() -> None:
+    if torch.cuda.is_available():
+        assert compute_device("cuda").type == "cuda"
+        return
+    with pytest.raises(ValueError, match="use 'cpu'"):
+        compute_device("cuda")
