@@ -151,7 +151,7 @@ def density_chart(
         for place, old, new in zip(places, before, after, strict=True):
             if old is not None and new is not None:
                 axes.plot([old, new], [place, place], color=GRID, linewidth=3, zorder=1)
-            texts = [f"{d:.3g}" for d in (old, new) if d is not None]
+            texts = dict.fromkeys(f"{d:.3g}" for d in (old, new) if d is not None)
             axes.text(
                 1.01,
                 place,
@@ -189,10 +189,11 @@ def candidate_chart(losses: Sequence[float], winner: int, *, label: str) -> str:
         axes.barh(places, finite, height=0.66, color=colours)
         for place, loss in enumerate(losses):
             text = f"{loss:.4g}" if math.isfinite(loss) else "–"
-            axes.text(
-                finite[place],
-                place,
-                f" {text}  winner" if place == winner else f" {text}",
+            axes.annotate(
+                f"{text}, winner" if place == winner else text,
+                (finite[place], place),
+                xytext=(5, 0),
+                textcoords="offset points",
                 verticalalignment="center",
                 color=INK,
                 fontweight="bold" if place == winner else "normal",
@@ -216,19 +217,21 @@ def label_chart(clients: Sequence[int], counts: Sequence[Sequence[int]], *, labe
     from matplotlib.colors import to_rgba  # noqa: PLC0415
 
     num_classes = max(len(row) for row in counts)
+    largest = max((n / sum(row) for row in counts for n in row if n), default=1.0)
     row_height = 0.24 if len(clients) <= 30 else 0.11
     with _figure(WHOLE, 0.95 + row_height * len(clients)) as figure:
         axes, bars = figure.subplots(ncols=2, sharey=True, width_ratios=[4, 1])
-        for shade, patch in _shaded_cells(counts):
+        for shade, patch in _shaded_cells(counts, full=largest):
             patch.set(facecolor=to_rgba(ACCENT, shade), edgecolor="none")
             axes.add_patch(patch)
         axes.set(xlim=(-0.5, num_classes - 0.5), ylim=(len(clients) - 0.5, -0.5))
-        axes.set(xlabel="class (darker: a larger share of the client's samples)", ylabel="client")
+        legend = f"full colour: {100 * largest:.0f} % of a client's samples, fainter: fewer"
+        axes.set(xlabel=f"class ({legend})", ylabel="client")
         step = 1 if len(clients) <= 30 else 10
         axes.set_yticks(range(0, len(clients), step), [str(c) for c in clients[::step]])
         axes.set_xticks(range(0, num_classes, 1 if num_classes <= 25 else 10))
         bars.barh(range(len(clients)), [sum(row) for row in counts], height=0.7, color=ACCENT)
-        bars.set_xlabel("training samples")
+        bars.set_xlabel("samples")
         bars.xaxis.get_major_locator().set_params(nbins=3, integer=True)
         bars.grid(visible=False, axis="y")
         axes.grid(visible=False)
@@ -237,8 +240,11 @@ def label_chart(clients: Sequence[int], counts: Sequence[Sequence[int]], *, labe
         return _svg(figure, label)
 
 
-def _shaded_cells(counts: Sequence[Sequence[int]]) -> Iterator[tuple[float, Any]]:
-    """One path for all cells of a shade: a tenth of the text of one path a cell."""
+def _shaded_cells(counts: Sequence[Sequence[int]], *, full: float) -> Iterator[tuple[float, Any]]:
+    """Opacity and cells of that opacity; the share `full` of a row is opaque.
+
+    One path for all cells of a shade takes a tenth of the text of one path a cell.
+    """
     from matplotlib.patches import PathPatch  # noqa: PLC0415
     from matplotlib.path import Path  # noqa: PLC0415
 
@@ -247,7 +253,7 @@ def _shaded_cells(counts: Sequence[Sequence[int]]) -> Iterator[tuple[float, Any]
         total = sum(numbers)
         for column, number in enumerate(numbers):
             if number > 0:
-                shade = math.ceil(SHADES * number / total)
+                shade = math.ceil(SHADES * number / total / full - 1e-9)
                 x0, x1, y0, y1 = column - 0.46, column + 0.46, row - 0.42, row + 0.42
                 corners = [(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]
                 cells.setdefault(shade, []).append(Path(corners, closed=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -70,7 +71,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error
 
 
 @cli.command()
-def run(
+def run(  # noqa: PLR0917 - the command's options
     method: Method = None,
     dataset: Dataset = None,
     model: Model = None,
@@ -112,7 +113,7 @@ def run(
 
 
 @cli.command()
-def compare(
+def compare(  # noqa: PLR0917 - the command's options
     methods: Annotated[str, typer.Option(help="Comma-separated method names.")] = (
         "fedavg,magnitude,fedtiny"
     ),
@@ -229,10 +230,14 @@ def execute(
         console.print(f"already complete: {_escaped(folder)}", highlight=False, soft_wrap=True)
     else:
         progress = _progress(folder, config, quiet=quiet)
-        if engine == "inline":
-            run_inline(config, folder, resume=resume, progress=progress)
-        else:
-            run_flower(config, folder, resume=resume, progress=progress)
+        try:
+            if engine == "inline":
+                run_inline(config, folder, resume=resume, progress=progress)
+            else:
+                run_flower(config, folder, resume=resume, progress=progress)
+        except (FedpruneError, SparseModelError):
+            runfolder.discard_unstarted(folder)
+            raise
         write_report(folder)
     if not quiet:
         table = Table(show_header=False, title="result")
@@ -267,13 +272,14 @@ def _progress(folder: Path, config: RunConfig, *, quiet: bool) -> Callable[[], N
             recent = times[-6:]
             left = ""
             if len(recent) > 1:
-                each = statistics.mean(b - a for a, b in zip(recent, recent[1:], strict=False))
+                each = statistics.mean(b - a for a, b in itertools.pairwise(recent))
                 left = f"  left {format_seconds(each * (config.training.rounds - line['round']))}"
             text = (
                 f"round {line['round']:>3}/{config.training.rounds}"
                 f"  accuracy {100 * line['test_accuracy']:5.2f} %"
                 f"  density {line['density']:.4g}"
-                f"  up {format_bytes(line['bytes_up'])}  down {format_bytes(line['bytes_down'])}{left}"
+                f"  up {format_bytes(line['bytes_up'])}"
+                f"  down {format_bytes(line['bytes_down'])}{left}"
             )
         else:
             return

@@ -187,12 +187,18 @@ def _require_dev(data: ClientData) -> None:
 def _held_masks(context: Context, work: Workspace) -> list[Mask]:
     """Masks that the client holds: the current one, or those of the candidate pool."""
     if _MASK in context.state:
-        return [_decoded(context.state.config_records[_MASK]["mask"])]
+        return [_decoded(_mask_bytes(context))]
     stored = _stored_pool(context)
     if stored is None:
         return []
     _, pool = wire.decode_pool(stored, shapes=work.shapes)
     return pool.masks if pool else []
+
+
+def _mask_bytes(context: Context) -> bytes:
+    data = context.state.config_records[_MASK]["mask"]
+    assert isinstance(data, bytes)
+    return data
 
 
 @lru_cache(maxsize=8)
@@ -206,9 +212,7 @@ def _hold_mask(context: Context, mask: Mask | None) -> None:
         context.state.pop(key, None)
     if mask is None:
         context.state.pop(_MASK, None)
-    elif _MASK not in context.state or mask != _decoded(
-        context.state.config_records[_MASK]["mask"]
-    ):
+    elif _MASK not in context.state or mask != _decoded(_mask_bytes(context)):
         context.state[_MASK] = ConfigRecord({"mask": encode_mask(mask)})
 
 
@@ -216,8 +220,8 @@ def _hold_pool(record: RecordDict, context: Context, work: Workspace) -> Pool:
     """The pool that the message brings or names; remembered for the next step."""
     digest, pool = wire.decode_pool(record, shapes=work.shapes)
     if pool is not None:
-        for key, part in zip(_POOL_PARTS, wire.record_parts(record), strict=True):
-            context.state[key] = part
+        fields, arrays = wire.record_parts(record)
+        context.state[_POOL_PARTS[0]], context.state[_POOL_PARTS[1]] = fields, arrays
         return pool
     stored = _stored_pool(context)
     if stored is None:

@@ -123,12 +123,12 @@ class RunConfig:
                 problems.append(_unknown_key(key, known))
                 continue
             try:
-                value = _convert(key, value, type(known[key]))
+                converted = _convert(key, value, type(known[key]))
             except ConfigError as error:
                 problems.append(str(error))
                 continue
             section, _, name = key.rpartition(".")
-            sections.setdefault(section, {})[name] = value
+            sections.setdefault(section, {})[name] = converted
         if problems:
             raise ConfigError("; ".join(problems))
         top: dict[str, Any] = dict(sections.pop("", {}))
@@ -270,9 +270,9 @@ def _problems(config: RunConfig) -> Iterable[str]:
         "pruning.adjust_every": pruning.adjust_every,
         "pruning.server_per_class": pruning.server_per_class,
     }
-    for key, value in at_least_one.items():
-        if value < 1:
-            yield f"{key}: expected at least 1, got {value}"
+    for key, count in at_least_one.items():
+        if count < 1:
+            yield f"{key}: expected at least 1, got {count}"
     not_negative = {
         "seed": config.seed,
         "data.num_train": data.num_train,
@@ -284,9 +284,9 @@ def _problems(config: RunConfig) -> Iterable[str]:
         "pruning.pretrain_epochs": pruning.pretrain_epochs,
         "federation.clients_per_round": config.federation.clients_per_round,
     }
-    for key, value in not_negative.items():
-        if not value >= 0:
-            yield f"{key}: expected 0 or more, got {value}"
+    for key, amount in not_negative.items():
+        if not amount >= 0:
+            yield f"{key}: expected 0 or more, got {amount}"
     if training.batch_size < 2:
         yield f"training.batch_size: batch norm needs at least 2, got {training.batch_size}"
     if not 0 < pruning.density <= 1:

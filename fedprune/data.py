@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +25,8 @@ from torch.nn import functional
 
 from fedprune.errors import DataError
 
-FASHION_FOLDER = Path("/usr/share/dataset-fashion-mnist")
+Array = np.ndarray[Any, Any]
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 PARTITION_SCHEMES = ("iid", "dirichlet", "pathological", "natural")
 DIGITS_TEST_SHARE = 0.2
 
@@ -65,23 +69,28 @@ class ClientData:
 
 
 def prepare(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, C, H, W] -> float32, (x / 255 − 0.5) / 0.25.
+    """uint8 [N, C, H, W] -> float32, (x / 255 − 0.5) / 0.25; float images pass as they are.
 
     The constants are fixed: a mean over everybody's images would be data that leave a client.
+
+    >>> prepare(torch.tensor([0, 255], dtype=torch.uint8))
+    tensor([-2.,  2.])
     """
+    if images.is_floating_point():
+        return images.float()
     return (images.float() / 255.0 - 0.5) / 0.25
 
 
-# --- named data sets -----------------------------------------------------------------------------
+# --- named data sets ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Source:
     """One side of a data set before its images are decoded."""
 
-    labels: np.ndarray[Any, Any]
-    images: Callable[[np.ndarray[Any, Any]], torch.Tensor]
-    groups: np.ndarray[Any, Any] | None = None
+    labels: Array
+    images: Callable[[Array], torch.Tensor]
+    groups: Array | None = None
 
 
 @lru_cache(maxsize=2)
@@ -112,14 +121,11 @@ def load_dataset(
             f"unknown data set {name!r}; known: {', '.join(DATASETS)}; "
             "or give a folder of parquet files with columns img and label"
         )
+    num_classes = _num_classes(train.labels, test.labels, name)
     train_index = _subset(train.labels, num_train, seed=seed, what=f"{name}, training side")
     test_index = _subset(test.labels, num_test, seed=seed, what=f"{name}, test side")
     train_labels = torch.from_numpy(train.labels[train_index].astype(np.int64))
     test_labels = torch.from_numpy(test.labels[test_index].astype(np.int64))
-    num_classes = int(train.labels.max()) + 1
-    for side, labels in (("training", train_labels), ("test", test_labels)):
-        if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-            raise DataError(f"{name}: a {side} label lies outside 0 ... {num_classes - 1}")
     train_images, test_images = train.images(train_index), test.images(test_index)
     if train_images.shape[1:] != test_images.shape[1:]:
         raise DataError(
@@ -138,6 +144,24 @@ def load_dataset(
     )
 
 
+def _num_classes(train: Array, test: Array, name: str) -> int:
+    """One more than the largest training label, once all labels are known to be good."""
+    for side, labels in (("training", train), ("test", test)):
+        if len(labels) == 0:
+            raise DataError(f"{name}: the {side} side has no samples")
+        if labels.dtype.kind not in "iu":
+            raise DataError(f"{name}: {side} labels must be whole numbers, got {labels.dtype}")
+    num_classes = int(train.max()) + 1
+    for side, labels in (("training", train), ("test", test)):
+        wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+        if len(wrong):
+            raise DataError(
+                f"{name}: {side} label {labels[wrong[0]]} of row {wrong[0]} lies outside "
+                f"0 ... {num_classes - 1}, the training side's classes"
+            )
+    return num_classes
+
+
 def _digits() -> tuple[_Source, _Source]:
     """scikit-learn's 1,797 digits of 8×8, a fixed stratified fifth of them for testing."""
     from sklearn.datasets import load_digits  # noqa: PLC0415
@@ -152,38 +176,49 @@ def _digits() -> tuple[_Source, _Source]:
 
 
 def _fashion_mnist() -> tuple[_Source, _Source]:
-    """From Debian's package or torchvision's folder ($FEDPRUNE_DATA), else downloaded there."""
-    if FASHION_FOLDER.is_dir():
-        return (_idx_side(FASHION_FOLDER, "train"), _idx_side(FASHION_FOLDER, "t10k"))
-    from torchvision.datasets import FashionMNIST  # noqa: PLC0415
+    """From torchvision's folder under $FEDPRUNE_DATA or Debian's package, else downloaded."""
+    root = Path(os.environ.get("FEDPRUNE_DATA", Path.home() / ".cache" / "fedprune"))
+    folders = (root / "FashionMNIST" / "raw", DEBIAN_FASHION_MNIST)
+    folder = next((found for found in folders if found.is_dir()), None)
+    if folder is None:
+        from torchvision.datasets import FashionMNIST  # noqa: PLC0415
 
-    root = os.environ.get("FEDPRUNE_DATA", str(Path.home() / ".cache" / "fedprune"))
-    try:
-        sides = [FashionMNIST(root, train=train, download=True) for train in (True, False)]
-    except (RuntimeError, OSError) as error:
-        raise DataError(
-            f"fashion-mnist is not in {root} and cannot be downloaded ({error}); install "
-            "Debian's dataset-fashion-mnist, or set FEDPRUNE_DATA to torchvision's folder"
-        ) from None
-    train, test = (_in_memory(s.data.numpy()[:, None], s.targets.numpy()) for s in sides)
-    return train, test
+        folder = folders[0]
+        try:
+            FashionMNIST(root, download=True)
+        except (RuntimeError, OSError) as error:
+            raise DataError(
+                f"fashion-mnist is not in {folder} and cannot be downloaded ({error}); install "
+                "Debian's dataset-fashion-mnist, or set FEDPRUNE_DATA to torchvision's folder"
+            ) from None
+    return _idx_side(folder, "train"), _idx_side(folder, "t10k")
 
 
 def _idx_side(folder: Path, prefix: str) -> _Source:
-    def read(kind: str, header: int) -> np.ndarray[Any, Any]:
-        path = next(iter(sorted(folder.glob(f"{prefix}-{kind}-idx*"))), None)
-        if path is None:
-            raise DataError(f"no {prefix}-{kind} file in {folder}; reinstall the package")
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        return np.frombuffer(data, np.uint8, offset=header)
-
-    labels = read("labels", 8)
-    return _in_memory(read("images", 16).reshape(len(labels), 1, 28, 28), labels)
+    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", num_dims=3)
+    labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", num_dims=1)
+    if len(images) != len(labels):
+        raise DataError(f"{folder}: {len(images)} {prefix} images but {len(labels)} labels")
+    return _in_memory(images[:, None], labels)
 
 
-def _in_memory(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> _Source:
-    return _Source(labels, lambda index: torch.from_numpy(images[index].copy()))
+def _read_idx(folder: Path, name: str, *, num_dims: int) -> Array:
+    """An idx file of bytes, plain or gzipped: four magic bytes, big-endian sizes, the data."""
+    packed = folder / f"{name}.gz"
+    try:
+        data = gzip.decompress(packed.read_bytes()) if packed.exists() else b""
+        data = data or (folder / name).read_bytes()
+    except (OSError, EOFError) as error:
+        raise DataError(f"cannot read {folder / name} or {packed.name} ({error})") from None
+    header = 4 + 4 * num_dims
+    sizes = np.frombuffer(data[4:header].ljust(4 * num_dims, b"\0"), ">u4").tolist()
+    if data[:4] != bytes((0, 0, 8, num_dims)) or len(data) != header + math.prod(sizes):
+        raise DataError(f"{folder / name} is damaged: not an idx file of {num_dims} dimensions")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(sizes)
+
+
+def _in_memory(images: Array, labels: Array) -> _Source:
+    return _Source(labels, lambda index: torch.from_numpy(images[index]))
 
 
 def _hub(path: str, config: str | None, image: str, label: str) -> tuple[_Source, _Source]:
@@ -205,15 +240,17 @@ def _parquet_folder(folder: Path) -> tuple[_Source, _Source]:
     import pyarrow.parquet  # noqa: PLC0415
 
     sides = []
-    for prefixes in (("train",), ("test", "validation", "valid")):
-        files = sorted(path for path in folder.rglob("*.parquet") if path.name.startswith(prefixes))
-        if not files:
+    everything = sorted(folder.rglob("*.parquet"))
+    for prefixes in (("train",), ("test", "validation")):
+        # A validation file is the test side only where there is no test file.
+        found = ([p for p in everything if p.name.startswith(prefix)] for prefix in prefixes)
+        files = next(filter(None, found), None)
+        if files is None:
             raise DataError(
                 f"no {prefixes[0]}*.parquet in {folder}; expected train*.parquet and test*.parquet"
             )
         try:
-            tables = [pyarrow.parquet.read_table(path) for path in files]
-            table = pyarrow.concat_tables(tables)
+            table = pyarrow.concat_tables([pyarrow.parquet.read_table(path) for path in files])
         except (OSError, pyarrow.ArrowInvalid) as error:
             raise DataError(f"cannot read {files[0]}: {error}") from None
         names = set(table.column_names)
@@ -227,20 +264,22 @@ def _parquet_folder(folder: Path) -> tuple[_Source, _Source]:
 
 
 def _table_side(table: Any, image: str, where: str) -> _Source:
-    labels = table["label"].to_numpy()
-    if labels.dtype.kind not in "iu":
-        raise DataError(f"{where}: labels must be whole numbers, got {labels.dtype}")
     groups = None
+    for name in {"label", "client"}.intersection(table.column_names):
+        if table[name].null_count:
+            raise DataError(f"{where}: column {name!r} has {table[name].null_count} empty cells")
     if "client" in table.column_names:
-        _, groups = np.unique(table["client"].to_numpy(zero_copy_only=False), return_inverse=True)
+        _, groups = np.unique(table["client"].to_numpy(), return_inverse=True)
         groups = groups.astype(np.int64)
     column = table[image]
 
-    def images(index: np.ndarray[Any, Any]) -> torch.Tensor:
+    def images(index: Array) -> torch.Tensor:
         cells = column.take(index).to_pylist()
-        return _decoded([c["bytes"] if isinstance(c, dict) else c for c in cells], index, where)
+        return _decoded(
+            [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells], index, where
+        )
 
-    return _Source(labels, images, groups)
+    return _Source(table["label"].to_numpy(), images, groups)
 
 
 def _columns(dataset: Any, image: str, label: str) -> _Source:
@@ -248,28 +287,29 @@ def _columns(dataset: Any, image: str, label: str) -> _Source:
 
     undecoded = dataset.cast_column(image, datasets.Image(decode=False))
 
-    def images(index: np.ndarray[Any, Any]) -> torch.Tensor:
+    def images(index: Array) -> torch.Tensor:
         cells = undecoded.select(index)[image]
-        data = [c["bytes"] or Path(c["path"]).read_bytes() for c in cells]
+        data = [cell["bytes"] or Path(cell["path"]).read_bytes() for cell in cells]
         return _decoded(data, index, "the hub's data set")
 
-    return _Source(np.asarray(dataset[label]), images)
+    return _Source(dataset.with_format("numpy")[label][:], images)
 
 
-def _decoded(encoded: list[bytes], index: np.ndarray[Any, Any], where: str) -> torch.Tensor:
-    """Pictures in any format Pillow reads -> uint8 [N, C, H, W]."""
-    import io  # noqa: PLC0415
+def _decoded(encoded: list[Any], index: Array, where: str) -> torch.Tensor:
+    """Pictures in any format that Pillow reads, 8 bits a channel -> uint8 [N, C, H, W]."""
+    from PIL import Image  # noqa: PLC0415
 
-    from PIL import Image, UnidentifiedImageError  # noqa: PLC0415
-
-    arrays: list[np.ndarray[Any, Any]] = []
+    arrays: list[Array] = []
     for row, data in zip(index, encoded, strict=True):
         try:
             with Image.open(io.BytesIO(data)) as picture:
-                gray = picture.mode in ("L", "1", "I", "I;16")
-                array = np.asarray(picture.convert("L" if gray else "RGB"))
-        except (UnidentifiedImageError, OSError, TypeError) as error:
+                mode = picture.mode
+                array = np.asarray(picture.convert("L" if mode in ("1", "L", "LA") else "RGB"))
+        except (OSError, SyntaxError, ValueError, TypeError) as error:
             raise DataError(f"{where}: row {row} is not a picture ({error})") from None
+        if mode.startswith(("I", "F")):
+            # Pillow would clip such pixels to 255.
+            raise DataError(f"{where}: the picture of row {row} has more than 8 bits a channel")
         array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
         if arrays and array.shape != arrays[0].shape:
             raise DataError(
@@ -289,16 +329,12 @@ DATASETS: dict[str, Callable[[], tuple[_Source, _Source]]] = {
 }
 
 
-def _subset(
-    labels: np.ndarray[Any, Any], count: int | None, *, seed: int, what: str
-) -> np.ndarray[Any, Any]:
+def _subset(labels: Array, count: int | None, *, seed: int, what: str) -> Array:
     """Ascending indices of a stratified subset, class shares kept to within one sample."""
-    if len(labels) == 0:
-        raise DataError(f"{what}: there are no samples")
     if count is None or count == len(labels):
         return np.arange(len(labels))
-    if count > len(labels):
-        raise DataError(f"{what}: asked for {count} samples, there are {len(labels)}")
+    if not 1 <= count <= len(labels):
+        raise DataError(f"{what}: asked for {count} samples; there are {len(labels)}")
     random = np.random.default_rng(seed)
     order = random.permutation(len(labels))
     # The k-th of n_c samples of a class gets (k + u) / n_c: taking the smallest of all keeps
@@ -318,21 +354,21 @@ def _fingerprint(*tensors: torch.Tensor) -> str:
     return sha.hexdigest()[:16]
 
 
-# --- division among server and clients ---------------------------------------------------------------
+# --- division among server and clients ---------------------------------------------------------
 
 
-def split_server_set(
-    labels: torch.Tensor, *, per_class: int, seed: int
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def split_server_set(labels: torch.Tensor, *, per_class: int, seed: int) -> tuple[Array, Array]:
     """Set a few labelled samples of each class aside for the server.
 
     Args:
         labels: int64 [N], of the training side.
-        per_class: how many of each class; at most half of a class is taken.
+        per_class: how many of each class, 0 or more; at most half of a class is taken.
 
     Returns:
         Server's and remaining indices, both ascending, disjoint, together 0 ... N - 1.
     """
+    if per_class < 0:
+        raise DataError(f"server set: expected 0 or more samples of a class, got {per_class}")
     random = np.random.default_rng(seed)
     values = labels.numpy()
     chosen = [
@@ -353,17 +389,19 @@ def partition(
     classes_per_client: int = 2,
     groups: torch.Tensor | None = None,
     seed: int,
-) -> list[np.ndarray[Any, Any]]:
+) -> list[Array]:
     """Divide samples among clients with flwr-datasets' partitioners.
 
     Args:
         labels: int64 [N].
-        scheme: iid; dirichlet (label shares drawn with concentration `alpha`); pathological
-            (`classes_per_client` labels each); natural (by `groups`, several groups a client
-            where there are more groups than clients).
+        scheme: iid; dirichlet (each class is dealt out by shares drawn with concentration
+            `alpha`); pathological (`classes_per_client` labels each, used equally often to
+            within one client); natural (by `groups`, several groups a client where there are
+            more groups than clients).
+        groups: int64 [N], for natural.
 
     Returns:
-        For each client its ascending indices; every sample is in exactly one.
+        For each client its ascending indices, at least one; every sample is in exactly one.
 
     Raises:
         DataError: more clients than samples, groups missing or too few, or a scheme that
@@ -373,91 +411,136 @@ def partition(
         raise DataError(
             f"unknown partition {scheme!r}; expected one of {', '.join(PARTITION_SCHEMES)}"
         )
-    if num_clients > len(labels):
+    if not 1 <= num_clients <= len(labels):
         raise DataError(
-            f"{num_clients} clients but only {len(labels)} training samples; use fewer clients"
+            f"cannot divide {len(labels)} training samples among {num_clients} clients; "
+            "use at least one client, and no more than there are samples"
         )
-    if scheme == "natural":
-        groups = _merged_groups(groups, num_clients, seed)
-    shares = _flower_partition(labels, num_clients, scheme, alpha, classes_per_client, groups, seed)
+    # The partitioners cut each class in the order of the rows, so the order is drawn first:
+    # neighbours in a file are often alike.
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(labels))
+    values = labels.numpy()[order]
+    if scheme == "iid":
+        shares = _iid(values, num_clients)
+    elif scheme == "dirichlet":
+        shares = _dirichlet(values, num_clients, alpha, seed)
+    elif scheme == "pathological":
+        shares = _pathological(values, num_clients, classes_per_client, random)
+    else:
+        shares = _natural(groups, order, num_clients, random)
     assert sum(map(len, shares)) == len(labels)
-    empty = [client for client, share in enumerate(shares) if len(share) == 0]
-    if empty:
-        raise DataError(f"clients {empty} would have no sample; use fewer clients")
-    return shares
+    assert all(len(share) for share in shares)
+    return [np.sort(order[share]) for share in shares]
 
 
-def _merged_groups(groups: torch.Tensor | None, num_clients: int, seed: int) -> torch.Tensor:
-    """As many groups as clients: a seeded even dealing of the natural ones."""
-    if groups is None:
-        raise DataError("a natural partition needs a column 'client' in the data")
-    found = groups.unique()
-    if len(found) < num_clients:
-        raise DataError(f"{num_clients} clients but only {len(found)} natural groups")
-    order = np.random.default_rng(seed).permutation(len(found))
-    owner = torch.empty(len(found), dtype=torch.int64)
-    owner[torch.from_numpy(order)] = torch.arange(len(found)) % num_clients
-    return owner[torch.searchsorted(found, groups)]
+def _iid(labels: Array, num_clients: int) -> list[Array]:
+    from flwr_datasets.partitioner import IidPartitioner  # noqa: PLC0415
+
+    return _divide(labels, IidPartitioner(num_partitions=num_clients), num_clients)
 
 
-def _flower_partition(
-    labels: torch.Tensor,
-    num_clients: int,
-    scheme: str,
-    alpha: float,
-    classes_per_client: int,
-    groups: torch.Tensor | None,
-    seed: int,
-) -> list[np.ndarray[Any, Any]]:
-    import datasets  # noqa: PLC0415
-    from flwr_datasets import partitioner as flower  # noqa: PLC0415
+def _dirichlet(labels: Array, num_clients: int, alpha: float, seed: int) -> list[Array]:
+    from flwr_datasets.partitioner import DirichletPartitioner  # noqa: PLC0415
 
-    columns = {"index": np.arange(len(labels)), "label": labels.numpy()}
-    if groups is not None:
-        columns["group"] = groups.numpy()
-    makers: dict[str, Callable[[], Any]] = {
-        "iid": lambda: flower.IidPartitioner(num_partitions=num_clients),
-        "dirichlet": lambda: flower.DirichletPartitioner(
+    smallest = min(2, len(labels) // num_clients)
+    try:
+        divider = DirichletPartitioner(
             num_partitions=num_clients,
-            partition_by="label",
-            alpha=alpha,
-            min_partition_size=min(2, len(labels) // num_clients),
+            partition_by="key",
+            alpha=float(alpha),
+            min_partition_size=smallest,
             self_balancing=False,
             seed=seed,
-        ),
-        "pathological": lambda: flower.PathologicalPartitioner(
-            num_partitions=num_clients,
-            partition_by="label",
-            num_classes_per_partition=classes_per_client,
-            class_assignment_mode="deterministic",
-            seed=seed,
-        ),
-        "natural": lambda: flower.NaturalIdPartitioner(partition_by="group"),
-    }
-    table = datasets.Dataset.from_dict(columns)
-    if scheme == "iid":
-        # The partitioner cuts in order, so the order is drawn first.
-        table = table.select(np.random.default_rng(seed).permutation(len(labels)))
-    bars = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.disable_progress_bar()
-    try:
-        divider = makers[scheme]()
-        divider.dataset = table
-        parts = [np.asarray(divider.load_partition(k)["index"]) for k in range(num_clients)]
+        )
+        return _divide(labels, divider, num_clients)
     except ValueError as error:
-        raise DataError(f"{scheme} partition into {num_clients} clients: {error}") from None
-    finally:
-        if bars:
-            datasets.enable_progress_bar()
-    return [np.sort(part.astype(np.int64)) for part in parts]
+        raise DataError(
+            f"dirichlet partition of {len(labels)} samples among {num_clients} clients with "
+            f"alpha {alpha}: no draw gives every client {smallest} samples; use a larger alpha "
+            f"or fewer clients ({str(error)[:100]})"
+        ) from None
+
+
+def _pathological(
+    labels: Array, num_clients: int, per_client: int, random: np.random.Generator
+) -> list[Array]:
+    """Parts of one class each, dealt to the clients in turn.
+
+    Asking the partitioner for single-class parts, `per_client` of them a client, reaches every
+    class with as few clients as possible; its own assignments leave classes, and so samples, out.
+    """
+    from flwr_datasets.partitioner import PathologicalPartitioner  # noqa: PLC0415
+
+    classes, sizes = np.unique(labels, return_counts=True)
+    num_parts = num_clients * per_client
+    if not 1 <= per_client <= len(classes) <= num_parts:
+        raise DataError(
+            f"pathological partition: {num_clients} clients of {per_client} classes each cannot "
+            f"hold {len(classes)} classes; classes_per_client must be 1 to {len(classes)}, and "
+            "clients times classes_per_client at least the number of classes"
+        )
+    codes = random.permutation(len(classes))
+    wanted = num_parts // len(classes) + (codes < num_parts % len(classes))
+    short = np.flatnonzero(sizes < wanted)
+    if len(short):
+        first = short[0]
+        raise DataError(
+            f"pathological partition: class {classes[first]} has {sizes[first]} samples for "
+            f"{wanted[first]} clients; use fewer clients or classes_per_client"
+        )
+    divider = PathologicalPartitioner(
+        num_partitions=num_parts,
+        partition_by="key",
+        num_classes_per_partition=1,
+        class_assignment_mode="deterministic",
+        shuffle=False,
+    )
+    parts = _divide(codes[np.searchsorted(classes, labels)], divider, num_parts)
+    starts = range(0, num_parts, per_client)
+    return [np.concatenate(parts[start : start + per_client]) for start in starts]
+
+
+def _natural(
+    groups: torch.Tensor | None, order: Array, num_clients: int, random: np.random.Generator
+) -> list[Array]:
+    """As many groups as clients, by an even dealing of the natural ones."""
+    from flwr_datasets.partitioner import NaturalIdPartitioner  # noqa: PLC0415
+
+    if groups is None:
+        raise DataError("a natural partition needs a column 'client' in the data")
+    found, group = np.unique(groups.numpy()[order], return_inverse=True)
+    if len(found) < num_clients:
+        raise DataError(f"{num_clients} clients but only {len(found)} natural groups")
+    owner = random.permutation(np.arange(len(found)) % num_clients)
+    return _divide(owner[group], NaturalIdPartitioner(partition_by="key"), num_clients)
+
+
+def _divide(keys: Array, divider: Any, num_parts: int) -> list[Array]:
+    """Row numbers of each part that a flwr-datasets partitioner makes of rows with `keys`."""
+    import datasets  # noqa: PLC0415
+
+    # It warns at every draw that is repeated, and shows bars: noise before a run.
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        divider.dataset = datasets.Dataset.from_dict({"row": np.arange(len(keys)), "key": keys})
+        parts = [divider.load_partition(part) for part in range(num_parts)]
+        return [part.with_format("numpy")[:]["row"].astype(np.int64) for part in parts]
 
 
 def client_data(
     dataset: ImageSet, indices: torch.Tensor, *, dev_share: float = 0.1, seed: int
 ) -> ClientData:
-    """A client's samples, a seeded `dev_share` of them (at least one of two) for development."""
+    """A client's samples, a seeded `dev_share` of them for development.
+
+    Of two samples or more at least one is for development and one for training; a single one
+    is for training.
+
+    Args:
+        indices: int64 [n], into the training side.
+    """
     order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
-    num_dev = max(1, round(dev_share * len(order))) if len(order) > 1 else 0
+    num_dev = min(max(1, round(dev_share * len(order))), len(order) - 1) if len(order) else 0
     dev, train = order[:num_dev].sort().values, order[num_dev:].sort().values
     return ClientData(
         train_images=dataset.train_images[train],
@@ -473,7 +556,7 @@ def label_histogram(labels: torch.Tensor, num_classes: int) -> list[int]:
     return counts
 
 
-# --- batches ------------------------------------------------------------------------------------
+# --- batches -----------------------------------------------------------------------------------
 
 
 def batches(
@@ -482,6 +565,9 @@ def batches(
     """Shuffled index batches; a last batch of one joins the batch before it.
 
     Batch norm cannot be trained on a single value, and no sample should be left out for that.
+
+    >>> [len(b) for b in batches(9, batch_size=4, generator=torch.Generator().manual_seed(0))]
+    [4, 5]
     """
     order = torch.randperm(num_samples, generator=generator)
     starts = list(range(0, num_samples, batch_size))
@@ -495,7 +581,7 @@ def augment(images: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor
     """Random crop of the zero-padded image and random horizontal flip, drawn for each image.
 
     Args:
-        images: [N, C, H, W]; padding is H / 8 on every side (4 for CIFAR's 32).
+        images: [N, C, H, W]; the padding is H / 8 on every side, rounded up (4 for CIFAR's 32).
     """
     n, _, height, width = images.shape
     pad = math.ceil(height / 8)

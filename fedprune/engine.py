@@ -8,7 +8,6 @@ command itself exits 0 even when the app has failed).
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -40,8 +39,17 @@ START_SECONDS = 90.0
 LOG, SUPERLINK_LOG = "run.log", "superlink.log"
 Progress = Callable[[], None]
 
+# Runs the command given after it so that it is ended when its parent dies, however that dies
+# (Linux: prctl(PR_SET_PDEATHSIG, SIGTERM); elsewhere it just runs it).
+END_WITH_PARENT = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
-# --- inline --------------------------------------------------------------------------------------
+
+# --- inline ------------------------------------------------------------------------------------
 
 
 class InlineGrid(Grid):
@@ -177,7 +185,7 @@ def _launch_values(out: Path, *, resume: bool) -> dict[str, Any]:
     }
 
 
-# --- flower --------------------------------------------------------------------------------------
+# --- flower ------------------------------------------------------------------------------------
 
 
 def run_flower(config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> None:
@@ -272,16 +280,11 @@ def _free_ports(count: int) -> list[int]:
         return [int(each.getsockname()[1]) for each in sockets]
 
 
-def _die_with_parent() -> None:
-    """Linux: the SuperLink ends when this process does, however that ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
 @contextlib.contextmanager
 def _superlink(home: Path, ports: list[int], environment: dict[str, str]) -> Iterator[None]:
     """A private SuperLink in simulation mode, for as long as the context lasts."""
-    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+    command = [sys.executable, "-c", END_WITH_PARENT]
+    command += ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--control-api-address", f"127.0.0.1:{ports[1]}"]
     command += ["--host", "127.0.0.1", "--port", str(ports[0])]
     with (home / SUPERLINK_LOG).open("w") as log:
@@ -291,7 +294,6 @@ def _superlink(home: Path, ports: list[int], environment: dict[str, str]) -> Ite
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
         )
     try:
         deadline = time.monotonic() + START_SECONDS

@@ -6,6 +6,7 @@ Convolutional residual networks after He et al., Deep Residual Learning for Imag
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -74,7 +75,7 @@ def _cifar_resnet(blocks: int) -> Callable[[int, InputShape, int | None], nn.Mod
     def build(num_classes: int, input_shape: InputShape, width: int | None) -> nn.Module:
         return CifarResNet(
             blocks,
-            width=width or DEFAULT_WIDTH,
+            width=DEFAULT_WIDTH if width is None else width,
             in_channels=input_shape[0],
             num_classes=num_classes,
         )
@@ -88,15 +89,17 @@ def _resnet18(num_classes: int, input_shape: InputShape, width: int | None) -> n
 
     _refuse_width("resnet18", width)
     model: nn.Module = resnet18(num_classes=num_classes)
-    model.conv1 = nn.Conv2d(input_shape[0], 64, 3, 1, 1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    stem = nn.Conv2d(input_shape[0], 64, 3, 1, 1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1 = stem
     model.maxpool = nn.Identity()
     return model
 
 
 def _vgg11_bn(num_classes: int, input_shape: InputShape, width: int | None) -> nn.Module:
-    """torchvision's vgg11_bn features with one linear classifier."""
-    from torchvision.models import vgg11_bn  # noqa: PLC0415
+    """torchvision's vgg11_bn convolutions, a global average pool and one linear classifier."""
+    # Not vgg11_bn() itself: it first draws 124 million weights of a classifier for ImageNet.
+    from torchvision.models import vgg  # noqa: PLC0415
 
     _refuse_width("vgg11_bn", width)
     if min(input_shape[1:]) < 32:
@@ -104,15 +107,22 @@ def _vgg11_bn(num_classes: int, input_shape: InputShape, width: int | None) -> n
             f"vgg11_bn halves the image five times and needs 32×32 or more; got "
             f"{input_shape[1]}×{input_shape[2]}; use resnet8 or resnet20"
         )
-    model: nn.Module = vgg11_bn(num_classes=num_classes)
-    features = model.features
-    assert isinstance(features, nn.Sequential)
+    features: nn.Sequential = vgg.make_layers(vgg.cfgs["A"], batch_norm=True)
     if input_shape[0] != 3:
         features[0] = nn.Conv2d(input_shape[0], 64, 3, padding=1)
-        nn.init.kaiming_normal_(features[0].weight, mode="fan_out", nonlinearity="relu")
-    model.avgpool = nn.AdaptiveAvgPool2d(1)
-    model.classifier = nn.Linear(512, num_classes)
-    return model
+    for layer in features:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(
+        OrderedDict(
+            features=features,
+            avgpool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            classifier=nn.Linear(512, num_classes),
+        )
+    )
 
 
 def _refuse_width(name: str, width: int | None) -> None:
@@ -157,6 +167,11 @@ def build_model(
     torch.Size([1, 10])
     """
     check_model(name)
+    sizes = {"classes": num_classes, "width": 1 if width is None else width}
+    sizes |= dict(zip(("channels", "image height", "image width"), input_shape, strict=True))
+    for what, size in sizes.items():
+        if size < 1:
+            raise ModelError(f"{name}: {what} must be at least 1, got {size}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MODELS[name](num_classes, input_shape, width)
@@ -180,28 +195,27 @@ def parameter_blocks(model: nn.Module, *, granularity: str) -> list[list[str]]:
         return [names]
     if granularity != "block":
         raise ModelError(f"granularity: expected layer, block or entire; got {granularity!r}")
-    stages = [_stage_of(model, name) for name in names]
     groups: dict[int, list[str]] = {}
-    for name, stage in zip(names, stages, strict=True):
-        groups.setdefault(max(groups) if stage is None else stage, []).append(name)
+    for name in names:
+        groups.setdefault(_stage_of(model, name, last=max(groups, default=None)), []).append(name)
     return [groups[stage] for stage in sorted(groups)]
 
 
-def _stage_of(model: nn.Module, name: str) -> int | None:
-    """Number of the stage that a parameter belongs to; None: with the stage before it."""
+def _stage_of(model: nn.Module, name: str, *, last: int | None) -> int:
+    """Number of the stage of a parameter; `last` is the latest stage before it."""
     first, *rest = name.split(".")
+    features = getattr(model, "features", None)
     if first.startswith("layer") and first[5:].isdigit():
         return int(first[5:])
-    if first == "features":
-        features = model.get_submodule("features")
-        assert isinstance(features, nn.Sequential)
-        before = list(features)[: int(rest[0])]
+    if first in ("features", "classifier") and isinstance(features, nn.Sequential):
+        before = features if first == "classifier" else features[: int(rest[0])]
         return sum(isinstance(layer, nn.MaxPool2d) for layer in before)
-    if first == "fc":
-        return None
-    if first == "classifier":
-        return sum(isinstance(layer, nn.MaxPool2d) for layer in model.modules())
-    raise ModelError(f"cannot tell which block {name!r} of {type(model).__name__} belongs to")
+    if first == "fc" and last is not None:
+        return last
+    raise ModelError(
+        f"cannot tell which block {name!r} of {type(model).__name__} belongs to; "
+        "use granularity layer or entire"
+    )
 
 
 def batch_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
@@ -251,13 +265,13 @@ def narrow_width(name: str, *, num_classes: int, input_shape: InputShape, max_by
     Raises:
         ModelError: the model's width is fixed, or even width 1 needs more.
     """
+    check_model(name)
     if name not in ADJUSTABLE_WIDTH:
         raise ModelError(f"{name} has a fixed width; use one of {', '.join(ADJUSTABLE_WIDTH)}")
 
     def size(width: int) -> int:
-        model = build_model(
-            name, num_classes=num_classes, input_shape=input_shape, seed=0, width=width
-        )
+        with torch.device("meta"):  # shapes alone: the dense net may be far larger
+            model = MODELS[name](num_classes, input_shape, width)
         return 4 * sum(value.numel() for value in float_state(model).values())
 
     if size(1) > max_bytes:

@@ -76,9 +76,12 @@ section { padding: 18px 20px; min-width: 0; }
 .wide { grid-column: 1 / -1; }
 .pair { display: grid; gap: 20px; align-items: center;
   grid-template-columns: repeat(2, minmax(0, 1fr)); }
+.settings { columns: 3 260px; column-gap: 32px; }
+.settings table { break-inside: avoid; table-layout: fixed; margin-bottom: 20px; }
+.settings caption { color: var(--ink); font-weight: 600; }
 figure { margin: 0; overflow-x: auto; }
 svg { display: block; width: 100%; height: auto; }
-.wide > figure > svg { min-width: 620px; }
+.wide > figure > svg { min-width: 860px; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 svg text { font-family: inherit !important; font-variant-numeric: tabular-nums; }
 .scroll { max-height: 420px; overflow: auto; }
@@ -87,7 +90,7 @@ table { border-collapse: collapse; width: 100%; font-size: 14px;
 caption { text-align: left; color: var(--muted); padding-bottom: 6px; }
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: anywhere; }
-th { color: var(--muted); font-weight: 600; }
+th { color: var(--muted); font-weight: 600; overflow-wrap: normal; }
 tr.winner td { font-weight: 600; color: var(--accent); }
 summary { cursor: pointer; font-weight: 600; font-size: 18px; }
 details[open] summary { margin-bottom: 8px; }
@@ -238,14 +241,14 @@ def _page(run: _Run) -> str:
 <dl class="tiles">
 {tiles}
 </dl>
-<p class="note">A steady round moves values only, no mask. “Dense” is the same network sent and
-trained without pruning, in 32-bit floats.</p>
+<p class="note">Bytes of a client and round are those of a steady round, which moves values only,
+no mask. “Dense” is the same network sent and trained without pruning, in 32-bit floats.</p>
 <div class="grid">
 {sections}
 </div>
 </main>
-<footer><p>Made by fedprune{_text(version)} from this folder's {CONFIG}, {METRICS}, {SUMMARY} and
-{MODEL}. Test data were used for the record only.</p></footer>
+<footer><p>Made by fedprune{_text(version)} from the files of this folder. Test data were used for
+the record only.</p></footer>
 </body>
 </html>
 """
@@ -261,11 +264,12 @@ def _accuracy(run: _Run) -> str:
         return _section("Accuracy by round", f"<p>{NOTHING} No round has been evaluated yet.</p>")
     label = (
         f"Accuracy by round: {percent(values[0])} after round {numbers[0]}, "
-        f"{percent(values[-1])} after round {numbers[-1]}; mask adjusted after "
-        f"{len(adjusted)} rounds"
+        f"{percent(values[-1])} after round {numbers[-1]}; mask adjustments: {len(adjusted)}"
     )
     chart = accuracy_chart(numbers, _gaps(values), adjusted, label=label)
-    note = f"Test data. The mask was adjusted after {len(adjusted)} of {len(numbers)} rounds."
+    note = "Test data."
+    if adjusted:
+        note += f" The mask was adjusted after {len(adjusted)} of {len(numbers)} rounds."
     return _section("Accuracy by round", _figure(chart, note))
 
 
@@ -295,13 +299,12 @@ def _traffic(run: _Run) -> str:
         label=label,
     )
     masks = sum(known_number(line.get("mask_bytes")) or 0 for line in run.rounds)
-    note = f"Dense FedAvg would send {format_bytes(reference)} each way in a round. "
-    note += f"Masks took {format_bytes(masks)} of the rounds' bytes."
+    note = f"Dense FedAvg would send {format_bytes(reference)} each way in a round."
+    if masks:
+        note += f" Masks took {format_bytes(masks)} of the rounds' bytes."
     if numbers[0] == 0:
-        note += (
-            f" Round 0 is the candidate selection: up {format_bytes(up[0])}, "
-            f"down {format_bytes(down[0])}."
-        )
+        what = "the candidate selection" if "selection" in run.start else "the start"
+        note += f" Round 0 is {what}: up {format_bytes(up[0])}, down {format_bytes(down[0])}."
     return _section("Bytes by round", _figure(chart, note))
 
 
@@ -364,7 +367,8 @@ def _densities(run: _Run) -> str:
         after_label=later,
         label=label,
     )
-    return _section("Layer densities", _figure(chart, f"At the start and {later}."), wide=True)
+    note = "Parameters that are not listed are never pruned."
+    return _section("Layer densities", _figure(chart, note), wide=True)
 
 
 def _clients(run: _Run) -> str:
@@ -422,10 +426,14 @@ def _rounds(run: _Run) -> str:
 
 
 def _configuration(run: _Run) -> str:
-    rows = [[key, str(value)] for key, value in run.config.flat().items()]
-    table = _table(["setting", "value"], rows)
-    content = f"<details open><summary>Configuration</summary>{table}</details>"
-    return _section(None, content, wide=True)
+    tables: dict[str, list[list[str]]] = {}
+    for key, value in run.config.flat().items():
+        section, _, name = key.rpartition(".")
+        tables.setdefault(section or "run", []).append([name, str(value) or NOTHING])
+    content = "".join(
+        _table(["setting", "value"], rows, caption=section) for section, rows in tables.items()
+    )
+    return _section("Configuration", f'<div class="settings">{content}</div>', wide=True)
 
 
 def _section(title: str | None, content: str, *, wide: bool = False) -> str:

@@ -95,12 +95,12 @@ def comparison_table(summaries: Sequence[Mapping[str, Any]]) -> tuple[list[str],
 
 
 def facts(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(label, value, note) of each result."""
+    """(label, value, note) of each result; a value that is not known is a dash with no note."""
     dense = summary.get("bytes_dense_round")
     up, down = summary.get("bytes_up_steady_round"), summary.get("bytes_down_steady_round")
     state, target = summary.get("state_bytes"), summary.get("density_target")
     rounds = summary.get("rounds")
-    return [
+    results = [
         (
             "test accuracy",
             percent(summary.get("test_accuracy")),
@@ -111,8 +111,8 @@ def facts(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             rounded(summary.get("density")),
             "" if target is None else "dense" if target == 1 else f"target {rounded(target)}",
         ),
-        ("upload, one client, steady round", format_bytes(up), _share(up, dense)),
-        ("download, one client, steady round", format_bytes(down), _share(down, dense)),
+        ("upload / client / round", format_bytes(up), _share(up, dense)),
+        ("download / client / round", format_bytes(down), _share(down, dense)),
         ("upload, whole run", format_bytes(summary.get("bytes_up")), "all clients"),
         ("download, whole run", format_bytes(summary.get("bytes_down")), "all clients"),
         ("training FLOPs", percent(summary.get("train_flops_ratio")), "of dense training"),
@@ -120,6 +120,7 @@ def facts(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("peak memory", format_bytes(summary.get("peak_rss_bytes")), "resident set"),
         ("time", format_seconds(summary.get("seconds")), ""),
     ]
+    return [(label, value, "" if value == NOTHING else note) for label, value, note in results]
 
 
 def known_number(value: Any) -> float | None:
@@ -136,11 +137,13 @@ def _mean(group: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 
 def rounded(value: Any, form: str = ".4g") -> str:
+    """A number in the given format, a dash where there is none."""
     number = known_number(value)
     return NOTHING if number is None else format(number, form)
 
 
 def percent(value: Any) -> str:
+    """A share of 1 in per cent, a dash where there is none."""
     number = known_number(value)
     return NOTHING if number is None else f"{100 * number:.2f} %"
 

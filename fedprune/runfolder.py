@@ -120,6 +120,14 @@ def prepare(path: Path, config: RunConfig, *, resume: bool) -> None:
         raise RunError(f"cannot write to {path}: {error.strerror}") from None
 
 
+def discard_unstarted(path: Path) -> None:
+    """Remove a folder in which nothing but the configuration was ever written."""
+    if {entry.name for entry in path.iterdir()} <= {CONFIG, LOCK}:
+        for entry in path.iterdir():
+            entry.unlink()
+        path.rmdir()
+
+
 def check_same_run(path: Path, config: RunConfig) -> None:
     """Raise RunError, naming every difference, unless `config` is that of the run in `path`."""
     before, now = RunConfig.parse(read_toml(path / CONFIG)).flat(), config.flat()

@@ -55,7 +55,8 @@ def main(grid: Grid, context: Context) -> None:
         cohort = GridCohort(grid, workspace, launcher_pid=launcher)
         cohort.join()
         run(workspace, cohort, folder)
-    print(f"run folder: {path.resolve()}", flush=True)
+    if not launcher:  # nobody else tells the user where the result is
+        print(f"run folder: {path.resolve()}", flush=True)
 
 
 class GridCohort:

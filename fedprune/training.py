@@ -137,7 +137,7 @@ def train_locally(
                 logits = model(prepare(batch).to(device))
                 loss = functional.cross_entropy(logits, labels[index].to(device))
                 optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimiser.step()
                 loss_sum += loss.item() * len(index)
                 epoch_samples += len(index)

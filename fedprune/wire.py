@@ -52,11 +52,11 @@ _FRAMES = "a"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class NeedsResync(Exception):
+class NeedsResync(Exception):  # noqa: N818 - an event, not a failure
     """The client lacks the mask or pool that a message refers to; send it whole."""
 
 
-# --- records ---------------------------------------------------------------------------------
+# --- records -----------------------------------------------------------------------------------
 
 
 def build_record(fields: Mapping[str, Any], frames: Mapping[str, bytes]) -> RecordDict:
@@ -127,7 +127,7 @@ def _number_list(values: Mapping[str, Any], key: str, kind: type, length: int) -
     return list(numbers)
 
 
-# --- server to client ------------------------------------------------------------------------
+# --- server to client --------------------------------------------------------------------------
 
 
 def request_digest(request: Request) -> str:
@@ -260,7 +260,7 @@ def decode_statistics(record: RecordDict, *, shapes: Shapes) -> list[State]:
     ]
 
 
-# --- client to server ------------------------------------------------------------------------
+# --- client to server --------------------------------------------------------------------------
 
 
 def encode_train_reply(

@@ -114,7 +114,7 @@ def topk_pruned_gradients(
             for name, weight in weights.items():
                 pattern = _pattern(mask, name, weight)
                 consume = _consumer(name, pattern, buffers[name], tile)
-                handle = weight.register_post_accumulate_grad_hook(consume)  # type: ignore[no-untyped-call]
+                handle = weight.register_post_accumulate_grad_hook(consume)
                 hooks.callback(handle.remove)
             torch.autograd.backward(scalar_loss(model, loss))
     return {name: buffer.entries() for name, buffer in buffers.items()}

@@ -135,7 +135,7 @@ class _Slot:
         """Gather the gradient that is there and every later one, until the result is called."""
         if self.parameter.grad is not None:
             self.gather(self.parameter)
-        handle = self.parameter.register_post_accumulate_grad_hook(self.gather)  # type: ignore[no-untyped-call]
+        handle = self.parameter.register_post_accumulate_grad_hook(self.gather)
         remove: Callable[[], None] = handle.remove
         return remove
 

@@ -24,11 +24,17 @@ class SmallDense(Method):
         shapes = {name: tuple(p.shape) for name, p in prunable.items()}
         kept = sum(uniform(shapes, self.config.pruning.density).values())
         pruned = sum(p.numel() for p in prunable.values()) - kept
-        size = {
-            "num_classes": self.dataset.num_classes,
-            "input_shape": self.dataset.input_shape,
-        }
+        name, dataset = self.config.model_name, self.dataset
         width = narrow_width(
-            self.config.model_name, max_bytes=model_bytes(full) - 4 * pruned, **size
+            name,
+            num_classes=dataset.num_classes,
+            input_shape=dataset.input_shape,
+            max_bytes=model_bytes(full) - 4 * pruned,
         )
-        return build_model(self.config.model_name, seed=self.config.seed, width=width, **size)
+        return build_model(
+            name,
+            num_classes=dataset.num_classes,
+            input_shape=dataset.input_shape,
+            seed=self.config.seed,
+            width=width,
+        )

@@ -54,7 +54,7 @@ def fedtiny_state(config: RunConfig) -> tuple[FedTiny, RunState]:
     return method, RunState(round_index=0, weights=float_state(model), mask=mask)
 
 
-# --- the pool ------------------------------------------------------------------------------------
+# --- the pool ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("density", "size"), [(0.1, 1), (0.05, 2), (0.01, 10), (0.001, 10)])
@@ -78,7 +78,7 @@ def test_pool_candidates_differ_and_meet_the_density() -> None:
     assert [mask.digest() for mask in longer[:4]] == [mask.digest() for mask in pool]
 
 
-# --- batch-norm selection ------------------------------------------------------------------------
+# --- batch-norm selection ----------------------------------------------------------------------
 
 
 class OneNorm(nn.Module):
@@ -186,7 +186,7 @@ def test_selection_without_an_answer_is_an_error() -> None:
         pool_statistics([], [], 2)
 
 
-# --- progressive pruning -------------------------------------------------------------------------
+# --- progressive pruning -----------------------------------------------------------------------
 
 
 def test_every_block_has_its_turn_from_output_to_input() -> None:
@@ -283,7 +283,7 @@ def test_a_round_without_growth_entries_changes_no_mask() -> None:
     assert after.adjustments == 1
 
 
-# --- every method ----------------------------------------------------------------------------------
+# --- every method ------------------------------------------------------------------------------
 
 
 def test_all_methods_use_one_network_class_and_the_same_start() -> None:

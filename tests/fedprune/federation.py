@@ -1,0 +1,56 @@
+"""A small real federation, run in this process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+
+from fedprune import client, server
+from fedprune.config import RunConfig
+from fedprune.engine import InlineGrid
+from fedprune.runfolder import MODEL, prepare
+
+TINY = {
+    "seed": 7,
+    "data.num_train": 300,
+    "data.num_test": 60,
+    "data.clients": 4,
+    "model.width": 4,
+    "training.rounds": 4,
+    "training.local_epochs": 1,
+    "pruning.density": 0.2,
+    "pruning.pool_size": 2,
+    "pruning.adjust_every": 1,
+    "pruning.adjust_until": 4,
+}
+
+ClientApp = Callable[[Message, Context], Message | None]
+
+
+def tiny(**changes: Any) -> RunConfig:
+    """The small federation's configuration; `data__clients=3` stands for data.clients = 3."""
+    return RunConfig.parse({**TINY, **{k.replace("__", "."): v for k, v in changes.items()}})
+
+
+def run_inline(
+    config: RunConfig, out: Path, *, clients: ClientApp | None = None, resume: bool = False
+) -> Path:
+    """Run the real ServerApp over an in-process grid; `clients` may misbehave."""
+    prepare(out, config, resume=resume)
+    values = {**config.flat(), "run.out": str(out), "run.resume": True}
+    grid = InlineGrid(
+        clients or client.app,  # type: ignore[arg-type]
+        run_config=values,
+        num_nodes=config.data.clients,
+    )
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=values)
+    server.app(grid, context)
+    return out
+
+
+def digest(out: Path) -> str:
+    return hashlib.sha256((out / MODEL).read_bytes()).hexdigest()
