@@ -214,7 +214,6 @@ def execute(
 ) -> None:
     """Run or resume one run, show its progress, and leave the report beside it."""
     from fedprune import runfolder  # noqa: PLC0415
-    from fedprune.engine import run_flower, run_inline  # noqa: PLC0415
     from fedprune.methods import check_method  # noqa: PLC0415
     from fedprune.models import check_model  # noqa: PLC0415
     from fedprune.report import summary_rows, write_report  # noqa: PLC0415
@@ -229,6 +228,9 @@ def execute(
     if (folder / runfolder.SUMMARY).exists():
         console.print(f"already complete: {_escaped(folder)}", highlight=False, soft_wrap=True)
     else:
+        # Flower takes seconds to import: not before everything that can be refused has been.
+        from fedprune.engine import run_flower, run_inline  # noqa: PLC0415
+
         progress = _progress(folder, config, quiet=quiet)
         try:
             if engine == "inline":

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -573,7 +574,7 @@ def batches(
     starts = list(range(0, num_samples, batch_size))
     if len(starts) > 1 and num_samples - starts[-1] == 1:
         starts.pop()
-    for start, end in zip(starts, [*starts[1:], num_samples], strict=True):
+    for start, end in pairwise([*starts, num_samples]):
         yield order[start:end]
 
 

@@ -26,6 +26,7 @@ from fedprune.messages import (
     ScoreRequest,
     TrainRequest,
 )
+from fedprune.report import write_report
 from fedprune.workspace import Workspace, open_workspace
 from sparsemodel.errors import SparseModelError
 from sparsemodel.mask import Mask
@@ -55,8 +56,8 @@ def main(grid: Grid, context: Context) -> None:
         cohort = GridCohort(grid, workspace, launcher_pid=launcher)
         cohort.join()
         run(workspace, cohort, folder)
-    if not launcher:  # nobody else tells the user where the result is
-        print(f"run folder: {path.resolve()}", flush=True)
+    if not launcher:  # nobody else writes the report and says where it is
+        print(f"report: {write_report(path).resolve()}", flush=True)
 
 
 class GridCohort:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def run_inline(
 ) -> Path:
     """Run the real ServerApp over an in-process grid; `clients` may misbehave."""
     prepare(out, config, resume=resume)
-    values = {**config.flat(), "run.out": str(out), "run.resume": True}
+    values = {**config.flat(), "run.out": str(out), "run.launcher-pid": os.getpid()}
     grid = InlineGrid(
         clients or client.app,  # type: ignore[arg-type]
         run_config=values,

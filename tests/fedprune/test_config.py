@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import fedprune
 from fedprune.config import RunConfig, parse_assignments, read_toml
 from fedprune.errors import ConfigError
 
@@ -81,3 +83,13 @@ def test_assignments() -> None:
     assert parse_assignments(["a.b=1", "c = x=y"]) == {"a.b": "1", "c": "x=y"}
     with pytest.raises(ConfigError, match="expected section"):
         parse_assignments(["novalue"])
+
+
+def test_flower_app_lists_every_key_with_its_default() -> None:
+    """Flower refuses an override of a key that the app's own configuration does not list."""
+    project = Path(fedprune.__file__).parent / "flower_app" / "pyproject.toml"
+    tables = tomllib.loads(project.read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
+    assert set(tables.pop("run")) == {"out", "resume"}
+    flat = {"seed": tables.pop("seed")}
+    flat |= {f"{name}.{key}": value for name, part in tables.items() for key, value in part.items()}
+    assert flat == RunConfig().flat()

@@ -72,6 +72,7 @@ def test_metrics_hold_a_line_a_round_and_sum_to_the_summary(finished: Path) -> N
         assert sum(line[direction] for line in (start, *rounds)) == summary[direction]
     assert rounds[-1]["test_accuracy"] == summary["test_accuracy"]
     assert any(line["adjusted"] for line in rounds)
+    assert not skipped(finished)
 
 
 def test_final_model_is_sparse_and_has_the_reported_accuracy(finished: Path) -> None:

@@ -1,0 +1,172 @@
+"""The command as a user meets it: real processes, exit codes, one clear line for an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from federation import TINY, digest, run_inline, tiny
+
+from fedprune.runfolder import CHECKPOINT, SUMMARY, read_metrics, read_summary
+
+FEDPRUNE = str(Path(sys.executable).parent / "fedprune")
+OPTIONS = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
+
+
+def fedprune(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(
+        [FEDPRUNE, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_run_twice_gives_two_folders_and_one_digest(finished: Path, tmp_path: Path) -> None:
+    """A second run does not touch the first; both have the digest of the in-process run."""
+    for _ in range(2):
+        done = fedprune("run", "--engine", "inline", *OPTIONS, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "round   4/4" in done.stdout
+    assert "report.html" in done.stdout
+    folders = sorted((tmp_path / "runs").iterdir())
+    names = [folder.name for folder in folders]
+    assert names == ["digits-fedtiny-d0.2-s7", "digits-fedtiny-d0.2-s7-2"]
+    assert [digest(folder) for folder in folders] == [digest(finished)] * 2
+    for folder in folders:
+        files = {p.name for p in folder.iterdir()}
+        assert {"config.toml", "metrics.jsonl", "summary.json", "report.html"} <= files
+
+
+def test_kill_at_random_moments_then_resume_gives_the_same_bits(tmp_path: Path) -> None:
+    """kill -9, again and again, wherever it hits: the digest is that of an undisturbed run."""
+    config = tiny(training__rounds=12)
+    expected = digest(run_inline(config, tmp_path / "undisturbed"))
+    out = tmp_path / "killed run"
+    command = [FEDPRUNE, "run", "--engine", "inline", *OPTIONS]
+    command += ["--rounds", "12", "--out", str(out)]
+    moments = random.Random(0)
+    kills = 0
+    while not (out / SUMMARY).exists():
+        assert kills < 30
+        resume = ["--resume"] if (out / "config.toml").exists() else []
+        process = subprocess.Popen(
+            [*command, *resume], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        before = len(read_metrics(out))
+        # Let it come a little further than the last one, then strike at any moment.
+        while process.poll() is None and len(read_metrics(out)) <= before + 2:
+            time.sleep(0.01)
+        if kills < 4:
+            time.sleep(moments.uniform(0.0, 0.3))
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills == 4
+    assert digest(out) == expected
+    assert [line.get("round") for line in read_metrics(out)] == [None, *range(1, 13)]
+
+
+@pytest.mark.ray
+def test_flower_engine_gives_the_bits_of_inline(finished: Path, tmp_path: Path) -> None:
+    """Through SuperLink, `flwr run` and Ray: same digest, same bytes, and nothing left running."""
+    out = tmp_path / "flower run"
+    done = fedprune("run", "--engine", "flower", *OPTIONS, "--out", str(out), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert digest(out) == digest(finished)
+    ours, theirs = read_summary(out), read_summary(finished)
+    for key in ("bytes_up", "bytes_down", "test_accuracy", "train_flops_ratio"):
+        assert ours[key] == theirs[key]
+
+
+@pytest.mark.ray
+def test_failure_inside_flower_is_reported_with_its_reason(tmp_path: Path) -> None:
+    """`flwr run` itself exits 0 when the app raises; the command must not."""
+    done = fedprune("run", "--dataset", "no such set", "--clients", "2", "--out", "r", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "unknown data set 'no such set'" in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--method", "magic"], "known methods: fedavg"),
+        (["run", "--model", "gpt"], "known models: resnet8"),
+        (["run", "--engine", "steam"], "flower, inline"),
+        (["run", "--density", "0"], "0 < density <= 1"),
+        (["run", "--engine", "inline", "--dataset", "nope"], "known: digits"),
+        (["run", "--engine", "inline", "--clients", "5000"], "5000 clients"),
+        (["run", "--engine", "inline", "--density", "0.00001"], "lowest"),
+        (["run", "--set", "training.rouns=3"], "did you mean 'training.rounds'"),
+        (["run", "--set", "training"], "section.key=value"),
+        (["run", "--config", "none.toml"], "no config file at none.toml"),
+        (["run", "--resume", "--out", "nothing"], "nothing to resume"),
+        (["run", "--device", "tpu"], "cpu, cuda"),
+        (["report", "nowhere"], "nowhere"),
+        (["inspect", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["compare", "--methods", "fedavg,magic"], "unknown method 'magic'"),
+    ],
+)
+def test_one_clear_line_and_exit_status(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = fedprune(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob(CHECKPOINT))
+
+
+def test_debug_shows_the_trace(tmp_path: Path) -> None:
+    done = fedprune("run", "--method", "magic", "--debug", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_config_file_and_options_over_it(tmp_path: Path) -> None:
+    (tmp_path / "my run.toml").write_text(tiny(training__rounds=2).toml())
+    done = fedprune(
+        "run", "--engine", "inline", "--config", "my run.toml", "--seed", "9", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    summary = read_summary(tmp_path / "runs" / "digits-fedtiny-d0.2-s9")
+    assert (summary["rounds"], summary["seed"]) == (2, 9)
+
+
+def test_compare_prints_one_table_and_reuses_finished_runs(tmp_path: Path) -> None:
+    arguments = ["compare", "--methods", "fedavg,magnitude", "--seeds", "0,1", *OPTIONS]
+    arguments += ["--rounds", "1"]
+    done = fedprune(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "±" in done.stdout
+    again = fedprune(*arguments, "--json", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    summaries = json.loads(again.stdout.splitlines()[-1])
+    assert [(s["method"], s["seed"]) for s in summaries] == [
+        ("fedavg", 0),
+        ("fedavg", 1),
+        ("magnitude", 0),
+        ("magnitude", 1),
+    ]
+    assert again.stdout.count("already complete") == 4
+
+
+def test_inspect_and_report(finished: Path) -> None:
+    done = fedprune("inspect", str(finished / "model.safetensors"), cwd=finished)
+    assert done.returncode == 0, done.stderr
+    assert digest(finished) in done.stdout
+    assert "method: fedtiny" in done.stdout
+    done = fedprune("report", str(finished), cwd=finished)
+    assert done.returncode == 0, done.stderr
+    assert (finished / "report.html").exists()

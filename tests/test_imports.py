@@ -1,0 +1,37 @@
+"""The directions of imports, and that importing a package stays light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_imports_go_one_way() -> None:
+    """The contracts in pyproject.toml: layers, a torch-only core, flwr only at the edge."""
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-logo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("sparsemodel", "torch flwr datasets sklearn torchvision"),
+        ("sparsemodel.codec", "flwr datasets sklearn torchvision transformers matplotlib"),
+        ("sparsemodel.adjust", "flwr datasets sklearn torchvision transformers matplotlib"),
+        ("datapruning", "torch flwr datasets sklearn torchvision"),
+        ("fedprune", "torch flwr ray datasets sklearn torchvision matplotlib"),
+        ("fedprune.config", "torch flwr ray datasets sklearn torchvision matplotlib"),
+        ("fedprune.cli", "torch flwr ray datasets sklearn torchvision matplotlib"),
+        ("fedprune.loop", "flwr ray datasets sklearn torchvision matplotlib"),
+    ],
+)
+def test_import_is_light(module: str, heavy: str) -> None:
+    code = f"import sys, {module}; print([m for m in {heavy.split()!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
