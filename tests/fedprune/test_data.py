@@ -158,6 +158,11 @@ def test_a_subset_is_stratified_and_decided_by_the_seed(folder: Path) -> None:
     )
 
 
+def test_the_smallest_subset_is_not_always_of_the_largest_class(folder: Path) -> None:
+    firsts = [load_dataset(str(folder), num_train=1, seed=seed).train_labels for seed in range(20)]
+    assert {0, 1} <= {int(labels) for labels in firsts}
+
+
 def test_rows_outside_the_subset_are_not_decoded(folder: Path) -> None:
     """The rows that were not chosen are turned into garbage, and the subset stays the same."""
     whole = load_dataset(str(folder))
@@ -448,6 +453,16 @@ def test_pathological_clients_have_their_number_of_classes(clients: int, per_cli
             labels[s].tolist().count(label) for s in shares if label in set(labels[s].tolist())
         ]
         assert max(counts) - min(counts) <= 1
+
+
+def test_pathological_clients_draw_which_classes_go_together() -> None:
+    """2 of 10 classes each: in file order client 0 would always hold classes 0 and 1."""
+    labels = torch.arange(100) % 10
+    pairs = {
+        tuple(labels[divide(labels, 5, "pathological", seed=seed)[0]].unique().tolist())
+        for seed in range(6)
+    }
+    assert len(pairs) > 2
 
 
 def test_pathological_partitions_that_would_lose_samples_are_refused() -> None:
