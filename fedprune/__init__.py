@@ -1,8 +1,14 @@
-"""Federated pruning on Flower."""
+"""Federated pruning on Flower.
 
-from importlib.metadata import PackageNotFoundError, version
+>>> import fedprune
+>>> config = fedprune.RunConfig.parse({"pruning.method": "magnitude", "training.rounds": 1})
+>>> summary = fedprune.run(config, getfixture("tmp_path") / "run")
+>>> summary["rounds"], round(summary["density"], 2)
+(1, 0.05)
+"""
 
-try:
-    __version__ = version("fedprune")
-except PackageNotFoundError:  # a source tree that was not installed
-    __version__ = "0+unknown"
+from fedprune.config import RunConfig
+from fedprune.runner import run
+from fedprune.version import __version__
+
+__all__ = ["RunConfig", "__version__", "run"]

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedprune.config import RunConfig, parse_assignments, read_toml
-from fedprune.errors import ConfigError, FedpruneError, RunError
+from fedprune.errors import FedpruneError, RunError
 from sparsemodel.errors import SparseModelError
 
 cli = typer.Typer(
@@ -27,8 +27,6 @@ cli = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
-
-ENGINES = ("flower", "inline")
 
 
 def main() -> None:
@@ -109,7 +107,7 @@ def run(  # noqa: PLR0917 - the command's options
     else:
         run_config = _build_config(config, options)
     folder = out or _default_folder(run_config, resume=resume)
-    execute(run_config, folder, engine=engine, resume=resume)
+    _execute(run_config, folder, engine=engine, resume=resume)
 
 
 @cli.command()
@@ -158,7 +156,7 @@ def compare(  # noqa: PLR0917 - the command's options
     for number, cell in enumerate(cells, 1):
         folder = out / f"{cell.pruning.method}-s{cell.seed}"
         console.print(f"[bold]{number}/{len(cells)}[/bold] {folder}", highlight=False)
-        execute(
+        _execute(
             cell, folder, engine=engine, resume=(folder / runfolder.CONFIG).exists(), quiet=True
         )
         summaries.append(runfolder.read_summary(folder))
@@ -209,49 +207,25 @@ def inspect(model: Path, debug: Debug = False) -> None:
     console.print(f"sha256: {digest}", highlight=False, soft_wrap=True)
 
 
-def execute(
+def _execute(
     config: RunConfig, folder: Path, *, engine: str, resume: bool, quiet: bool = False
 ) -> None:
-    """Run or resume one run, show its progress, and leave the report beside it."""
-    from fedprune import runfolder  # noqa: PLC0415
-    from fedprune.methods import check_method  # noqa: PLC0415
-    from fedprune.models import check_model  # noqa: PLC0415
-    from fedprune.report import summary_rows, write_report  # noqa: PLC0415
-    from fedprune.training import compute_device  # noqa: PLC0415
+    """Run or resume one run, show its progress and where its results are."""
+    from fedprune import runfolder, runner  # noqa: PLC0415
+    from fedprune.results import summary_rows  # noqa: PLC0415
 
-    if engine not in ENGINES:
-        raise ConfigError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")
-    check_method(config.pruning.method)
-    check_model(config.model_name)
-    compute_device(config.training.device)
-    runfolder.prepare(folder, config, resume=resume)
-    if (folder / runfolder.SUMMARY).exists():
+    was_complete = resume and (folder / runfolder.SUMMARY).exists()
+    progress = _progress(folder, config, quiet=quiet)
+    summary = runner.run(config, folder, engine=engine, resume=resume, progress=progress)
+    if was_complete:
         console.print(f"already complete: {_escaped(folder)}", highlight=False, soft_wrap=True)
-    else:
-        # Flower takes seconds to import: not before everything that can be refused has been.
-        from fedprune.engine import run_flower, run_inline  # noqa: PLC0415
-
-        progress = _progress(folder, config, quiet=quiet)
-        try:
-            if engine == "inline":
-                run_inline(config, folder, resume=resume, progress=progress)
-            else:
-                run_flower(config, folder, resume=resume, progress=progress)
-        except (FedpruneError, SparseModelError):
-            runfolder.discard_unstarted(folder)
-            raise
-        write_report(folder)
     if not quiet:
         table = Table(show_header=False, title="result")
-        for row in summary_rows(runfolder.read_summary(folder)):
+        for row in summary_rows(summary):
             table.add_row(*row)
         console.print(table)
-        console.print(
-            f"model:  {_escaped(folder / runfolder.MODEL)}", highlight=False, soft_wrap=True
-        )
-        console.print(
-            f"report: {_escaped(folder / runfolder.REPORT)}", highlight=False, soft_wrap=True
-        )
+        for label, name in (("model: ", runfolder.MODEL), ("report:", runfolder.REPORT)):
+            console.print(f"{label} {_escaped(folder / name)}", highlight=False, soft_wrap=True)
 
 
 def _progress(folder: Path, config: RunConfig, *, quiet: bool) -> Callable[[], None]:
@@ -259,7 +233,7 @@ def _progress(folder: Path, config: RunConfig, *, quiet: bool) -> Callable[[], N
     from fedprune.report import format_bytes, format_seconds  # noqa: PLC0415
     from fedprune.runfolder import read_metrics  # noqa: PLC0415
 
-    shown = 0
+    shown = -1  # nothing yet, not even the heading: the settings may still be refused
     times: list[float] = []
 
     def show(line: dict[str, Any]) -> None:
@@ -287,8 +261,20 @@ def _progress(folder: Path, config: RunConfig, *, quiet: bool) -> Callable[[], N
             return
         console.print(text, highlight=False, soft_wrap=True)
 
+    def heading() -> None:
+        console.print(
+            f"{config.pruning.method} on {_escaped(config.data.dataset)}, {config.model_name}, "
+            f"{config.data.clients} clients, {config.training.rounds} rounds -> {_escaped(folder)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
     def progress() -> None:
         nonlocal shown
+        if shown < 0:
+            shown = 0
+            if not quiet:
+                heading()
         lines = read_metrics(folder)
         for line in lines[shown:]:
             if not quiet:
@@ -301,13 +287,6 @@ def _progress(folder: Path, config: RunConfig, *, quiet: bool) -> Callable[[], N
                 )
         shown = len(lines)
 
-    if not quiet:
-        console.print(
-            f"{config.pruning.method} on {_escaped(config.data.dataset)}, {config.model_name}, "
-            f"{config.data.clients} clients, {config.training.rounds} rounds -> {_escaped(folder)}",
-            highlight=False,
-            soft_wrap=True,
-        )
     return progress
 
 

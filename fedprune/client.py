@@ -15,12 +15,13 @@ from flwr.clientapp import ClientApp
 from torch.nn import functional
 
 from fedprune import wire
+from fedprune.batches import prepare
 from fedprune.config import RunConfig
-from fedprune.data import ClientData, prepare
 from fedprune.errors import ClientError, FedpruneError
 from fedprune.messages import Entries, MeasureReply, Pool, ScoreRequest, TrainReply, TrainRequest
 from fedprune.methods.fedtiny.bn_selection import measure_candidates, score_candidates
 from fedprune.models import float_state, load_float_state_
+from fedprune.partition import ClientData
 from fedprune.training import (
     compute_device,
     compute_threads,

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from fedprune import __version__
 from fedprune.aggregate import EntryMean, WeightedMean
 from fedprune.config import RunConfig
 from fedprune.errors import ClientError, RunError
@@ -31,6 +31,7 @@ from fedprune.training import (
     stream_seed,
     train_locally,
 )
+from fedprune.version import __version__
 from fedprune.workspace import SEED_PRETRAIN, SEED_SAMPLING, Workspace
 from sparsemodel.checkpoint import save_sparse
 from sparsemodel.codec import mask_delta_entropy_bytes
@@ -84,8 +85,11 @@ def run(workspace: Workspace, cohort: Cohort, folder: RunFolder) -> RunState:
     return state
 
 
-def start(workspace: Workspace, cohort: Cohort, folder: RunFolder) -> RunState:
-    """Pre-train briefly on the server's few labelled samples, then let the method begin."""
+def pretrain(workspace: Workspace) -> nn.Module:
+    """The dense model after brief training on the server's few labelled samples.
+
+    Every method starts from it.
+    """
     config, dataset = workspace.config, workspace.dataset
     model = workspace.model().to(compute_device(config.training.device))
     if config.pruning.pretrain_epochs:
@@ -100,7 +104,12 @@ def start(workspace: Workspace, cohort: Cohort, folder: RunFolder) -> RunState:
             seed=stream_seed(SEED_PRETRAIN, config.seed),
             augmented=config.data.augment,
         )
-    model.cpu()
+    return model.cpu()
+
+
+def start(workspace: Workspace, cohort: Cohort, folder: RunFolder) -> RunState:
+    """Pre-train, then let the method begin."""
+    model = pretrain(workspace)
 
     def ask(request: Request) -> Iterator[tuple[int, Reply]]:
         folder.totals.train_flops += _selection_flops(workspace, cohort, request)
@@ -223,12 +232,13 @@ def finish(workspace: Workspace, cohort: Cohort, folder: RunFolder, state: RunSt
             "dataset": workspace.dataset.name,
             "method": config.pruning.method,
             "model": config.model_name,
+            "width": str(getattr(workspace.model(), "width", "")),
             "num_classes": str(workspace.dataset.num_classes),
             "input_shape": "x".join(map(str, workspace.dataset.input_shape)),
         },
     )
-    model = workspace.model()
-    parameters = 4 * sum(p.numel() for p in model.parameters())
+    reference = workspace.method.build_reference()
+    parameters = 4 * sum(p.numel() for p in reference.parameters())
     folder.write_summary(
         {
             "method": config.pruning.method,
@@ -236,14 +246,14 @@ def finish(workspace: Workspace, cohort: Cohort, folder: RunFolder, state: RunSt
             "model": config.model_name,
             "seed": config.seed,
             "rounds": state.round_index,
-            "density_target": config.pruning.density if state.mask else 1.0,
+            "density_target": config.pruning.density if workspace.method.uses_density else 1.0,
             "density": state.mask.density if state.mask else 1.0,
             "test_accuracy": totals.test_accuracy,
             "bytes_up": totals.bytes_up,
             "bytes_down": totals.bytes_down,
             "bytes_up_steady_round": totals.bytes_up_steady_round,
             "bytes_down_steady_round": totals.bytes_down_steady_round,
-            "bytes_dense_round": model_bytes(model),
+            "bytes_dense_round": model_bytes(reference),
             "train_flops_ratio": totals.train_flops / totals.dense_flops,
             "state_bytes": totals.state_bytes,
             "state_bytes_dense": 3 * parameters,
@@ -299,7 +309,8 @@ def _count_training_flops(
     config, shape = workspace.config, workspace.dataset.input_shape
     model = workspace.model()
     samples = sum(num_examples) * config.training.local_epochs
-    folder.totals.dense_flops += samples * training_flops(model, shape)
+    reference = workspace.method.build_reference()
+    folder.totals.dense_flops += samples * training_flops(reference, shape)
     folder.totals.train_flops += samples * training_flops(model, shape, mask=request.mask)
     if request.growth:
         # One more mini-batch: forward and input gradient at the mask, and the whole weight

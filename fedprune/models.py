@@ -50,6 +50,7 @@ class CifarResNet(nn.Module):
 
     def __init__(self, blocks: int, *, width: int, in_channels: int, num_classes: int) -> None:
         super().__init__()
+        self.width = width
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = _stage(width, width, blocks, stride=1)

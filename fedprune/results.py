@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 NOTHING = "–"
-# Its dense network is not the one that the other methods are compared with.
-OWN_NETWORK = "small-dense"
 
 
 def format_bytes(num_bytes: float | None) -> str:
@@ -77,7 +75,7 @@ def comparison_table(summaries: Sequence[Mapping[str, Any]]) -> tuple[list[str],
         spread = ""
         if accuracy is not None and len(group) > 1:
             spread = f" ± {100 * statistics.stdev(s['test_accuracy'] for s in group):.2f}"
-        flops = None if method == OWN_NETWORK else _mean(group, "train_flops_ratio")
+        flops = _mean(group, "train_flops_ratio")
         rows.append(
             [
                 method,

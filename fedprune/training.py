@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fedprune.batches import augment, batches, prepare
 from fedprune.config import TrainingConfig
-from fedprune.data import augment, batches, prepare
 from fedprune.errors import ConfigError
 from sparsemodel.mask import Mask
 from sparsemodel.optim import MaskedSGD

@@ -13,19 +13,18 @@ import torch
 from torch import nn
 
 from fedprune.config import RunConfig
-from fedprune.data import (
-    ClientData,
-    ImageSet,
-    client_data,
-    label_histogram,
-    load_dataset,
-    partition,
-    split_server_set,
-)
+from fedprune.data import ImageSet, load_dataset
 from fedprune.messages import ClientInfo
 from fedprune.methods import build_method
 from fedprune.methods.base import Method
 from fedprune.models import batch_norm_pairs, float_state
+from fedprune.partition import (
+    ClientData,
+    client_data,
+    label_histogram,
+    partition,
+    split_server_set,
+)
 from fedprune.training import stream_seed
 
 # The first part of a derived seed says what it is for, so that no two uses share a stream.

@@ -20,9 +20,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fedprune.config import RunConfig
-from fedprune.engine import run_inline
-from fedprune.runfolder import CONFIG, SUMMARY, check_same_run, prepare, read_summary
+import fedprune
+from fedprune import RunConfig
+from fedprune.results import format_bytes
+from fedprune.runfolder import CONFIG, read_summary
 
 # Methods whose result does not depend on the density are run once for each seed.
 DENSE_METHODS = ("fedavg",)
@@ -77,19 +78,12 @@ def run_cell(cell: Cell, settings: Mapping[str, Any], out: Path) -> Path:
         }
     )
     folder = out / cell.folder
-    if (folder / SUMMARY).exists():
-        check_same_run(folder, config)
-        return folder
-    resume = (folder / CONFIG).exists()
-    prepare(folder, config, resume=resume)
-    run_inline(config, folder, resume=resume, progress=lambda: None)
+    fedprune.run(config, folder, resume=(folder / CONFIG).exists())
     return folder
 
 
 def table(experiment: Experiment, summaries: Mapping[Cell, Mapping[str, Any]]) -> str:
     """The result as Markdown: one row for each density and method."""
-    from fedprune.report import format_bytes  # noqa: PLC0415
-
     lines = [
         "| density | method | accuracy, % | seeds | up / round / client | of dense | "
         "training FLOPs of dense |",
@@ -106,12 +100,9 @@ def table(experiment: Experiment, summaries: Mapping[Cell, Mapping[str, Any]]) -
         up = statistics.mean(s["bytes_up_steady_round"] for s in group)
         dense = statistics.mean(s["bytes_dense_round"] for s in group)
         flops = statistics.mean(s["train_flops_ratio"] for s in group)
-        # The small network's own dense size is its message; its rival is the full network.
-        share = "" if method == "small-dense" else f"{100 * up / dense:.1f} %"
-        work = "" if method == "small-dense" else f"{flops:.3f}"
         lines.append(
             f"| {density:g} | {method} | {statistics.mean(accuracies):.1f}{spread} | {len(group)} "
-            f"| {format_bytes(up)} | {share} | {work} |"
+            f"| {format_bytes(up)} | {100 * up / dense:.1f} % | {flops:.3f} |"
         )
     return "\n".join(lines)
 

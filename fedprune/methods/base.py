@@ -47,12 +47,18 @@ class Ask(Protocol):
 class Method:
     """Dense federated averaging; other methods override the hooks they change."""
 
+    uses_density = False  # whether `pruning.density` changes what the method does
+
     def __init__(self, config: RunConfig, dataset: ImageSet) -> None:
         self.config = config
         self.dataset = dataset
 
     def build_model(self) -> nn.Module:
         """The network of this run, the same bits on server and clients."""
+        return self.build_reference()
+
+    def build_reference(self) -> nn.Module:
+        """The full dense network that savings are measured against."""
         return build_model(
             self.config.model_name,
             num_classes=self.dataset.num_classes,

@@ -21,6 +21,8 @@ from sparsemodel.mask import mask_from_scores, prunable_parameters
 class Magnitude(Method):
     """Server one-shot magnitude pruning with a fixed mask."""
 
+    uses_density = True
+
     def initialise(self, model: nn.Module, state: RunState, ask: Ask) -> RunState:
         names = prunable_parameters(model)
         counts = uniform(

@@ -18,8 +18,10 @@ from sparsemodel.mask import prunable_parameters
 class SmallDense(Method):
     """Federated averaging of a narrower dense network."""
 
+    uses_density = True
+
     def build_model(self) -> nn.Module:
-        full = super().build_model()
+        full = self.build_reference()
         prunable = prunable_parameters(full)
         shapes = {name: tuple(p.shape) for name, p in prunable.items()}
         kept = sum(uniform(shapes, self.config.pruning.density).values())

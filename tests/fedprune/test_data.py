@@ -21,21 +21,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fedprune.data import (
-    DATASETS,
-    PARTITION_SCHEMES,
-    ImageSet,
-    _columns,
-    augment,
-    batches,
+from fedprune.batches import augment, batches, prepare
+from fedprune.config import PARTITIONS
+from fedprune.data import DATASETS, ImageSet, _columns, load_dataset
+from fedprune.errors import DataError
+from fedprune.partition import (
     client_data,
     label_histogram,
-    load_dataset,
     partition,
-    prepare,
     split_server_set,
 )
-from fedprune.errors import DataError
 
 
 @pytest.fixture(autouse=True)
@@ -367,7 +362,7 @@ def divide(
     return [share.tolist() for share in shares]
 
 
-@pytest.mark.parametrize("scheme", PARTITION_SCHEMES)
+@pytest.mark.parametrize("scheme", PARTITIONS)
 @settings(max_examples=8, deadline=None)
 @given(num_clients=st.integers(3, 9), seed=st.integers(0, 2**62), extra=st.integers(0, 70))
 def test_every_sample_is_in_exactly_one_share(
@@ -380,7 +375,7 @@ def test_every_sample_is_in_exactly_one_share(
     assert sorted(index for share in shares for index in share) == list(range(len(labels)))
 
 
-@pytest.mark.parametrize("scheme", PARTITION_SCHEMES)
+@pytest.mark.parametrize("scheme", PARTITIONS)
 def test_a_partition_is_decided_by_its_seed_alone_and_is_silent(
     scheme: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -487,7 +482,7 @@ def test_natural_groups_stay_whole_and_are_dealt_evenly() -> None:
 
 def test_partitions_that_cannot_be_are_refused() -> None:
     labels = torch.arange(10) % 2
-    for scheme in PARTITION_SCHEMES:
+    for scheme in PARTITIONS:
         with pytest.raises(DataError, match="10 training samples among 11 clients"):
             divide(labels, 11, scheme)
     with pytest.raises(DataError, match="among 0 clients"):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from fedprune.batches import prepare
 from fedprune.config import RunConfig
-from fedprune.data import prepare
 from fedprune.errors import ConfigError, RunError
 from fedprune.messages import MeasureReply, MeasureRequest, Pool, Reply, Request, ScoreRequest
 from fedprune.methods import METHODS, build_method

@@ -507,7 +507,7 @@ def test_comparison_table() -> None:
         summary(test_accuracy=0.85, seconds=150, bytes_up_steady_round=30_000, density=0.05),
         summary(density_target=0.1, density=0.1, bytes_up_steady_round=None),
         summary(density_target=0.1, density=0.1, test_accuracy=math.nan),
-        summary(method="small-dense", density_target=1.0, density=1.0, train_flops_ratio=1.0),
+        summary(method="small-dense", density_target=0.1, density=1.0, train_flops_ratio=0.2),
     ]
     header, rows = comparison_table(runs)
     assert header == [
@@ -519,6 +519,6 @@ def test_comparison_table() -> None:
         ["fedavg", "1", "1", "87.65", "21.9 kB", "31.4 kB", "1.000", *rest],
         ["fedtiny", "0.05", "3", "83.00 ± 2.65", "20.0 kB", "31.4 kB", "0.071", *two_minutes],
         ["fedtiny", "0.1", "2", "–", "–", "31.4 kB", "0.071", *rest],
-        ["small-dense", "1", "1", "87.65", "21.9 kB", "31.4 kB", "–", *rest],
+        ["small-dense", "1", "1", "87.65", "21.9 kB", "31.4 kB", "0.200", *rest],
     ]
     assert comparison_table([]) == (header, [])

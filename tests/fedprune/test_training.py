@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fedprune.batches import prepare
 from fedprune.config import TrainingConfig
-from fedprune.data import prepare
 from fedprune.models import build_model, float_state
 from fedprune.training import (
     compute_device,

@@ -23,6 +23,7 @@ from fedprune.models import float_state, load_float_state_, parameter_blocks
 class FedTiny(Method):
     """The complete method; the two ablations switch one part off."""
 
+    uses_density = True
     adaptive_selection = True
     progressive_pruning = True
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fedprune.aggregate import WeightedMean
-from fedprune.data import prepare
+from fedprune.batches import prepare
 from fedprune.errors import RunError
 from fedprune.messages import MeasureReply, MeasureRequest, Pool, ScoreReply, ScoreRequest, State
 from fedprune.methods.base import Ask

@@ -1,0 +1,62 @@
+"""The one way to run a configuration: for the command, simulations and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedprune.config import RunConfig
+from fedprune.errors import ConfigError, FedpruneError
+from sparsemodel.errors import SparseModelError
+
+ENGINES = ("flower", "inline")
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    engine: str = "inline",
+    resume: bool = False,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Run or resume one run in `folder`, and leave the report beside it.
+
+    Args:
+        engine: "inline" (this process) or "flower" (Flower's simulation engine).
+        resume: continue what the folder holds; a complete run is left as it is.
+        progress: called a few times a second while metrics.jsonl grows.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
+            what to do. A folder in which nothing was computed is removed again.
+    """
+    from fedprune import runfolder  # noqa: PLC0415
+    from fedprune.methods import check_method  # noqa: PLC0415
+    from fedprune.models import check_model  # noqa: PLC0415
+    from fedprune.training import compute_device  # noqa: PLC0415
+
+    folder = Path(folder)
+    if engine not in ENGINES:
+        raise ConfigError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")
+    check_method(config.pruning.method)
+    check_model(config.model_name)
+    compute_device(config.training.device)
+    runfolder.prepare(folder, config, resume=resume)
+    if not (folder / runfolder.SUMMARY).exists():
+        # Flower takes seconds to import: not before all that can be refused has been.
+        from fedprune.engine import run_flower, run_inline  # noqa: PLC0415
+        from fedprune.report import write_report  # noqa: PLC0415
+
+        start = run_inline if engine == "inline" else run_flower
+        try:
+            start(config, folder, resume=resume, progress=progress)
+        except (FedpruneError, SparseModelError):
+            runfolder.discard_unstarted(folder)
+            raise
+        write_report(folder)
+    return runfolder.read_summary(folder)
