@@ -122,9 +122,11 @@ class GridCohort:
 
         A client whose mask is not the one meant asks for a re-sync and is sent everything.
         """
+        # Clients that hold the same are sent the same: it is encoded once.
+        records: dict[frozenset[str], RecordDict] = {}
         pending: dict[str, int] = {}
         for client in sorted(self.clients) if clients is None else clients:
-            pending[self._request(client, request)] = client
+            pending[self._request(client, request, records)] = client
         resynced: set[int] = set()
         for client, message in self._replies(pending):
             try:
@@ -133,7 +135,7 @@ class GridCohort:
                 if wire.wants_resync(record) and client not in resynced:
                     resynced.add(client)
                     self._held[client] = frozenset()
-                    pending[self._request(client, request)] = client
+                    pending[self._request(client, request, records)] = client
                     continue
                 reply = wire.decode_reply(
                     record,
@@ -150,13 +152,18 @@ class GridCohort:
         if isinstance(request, TrainRequest):
             self._last_mask = request.mask
 
-    def _request(self, client: int, request: Request) -> str:
-        record = wire.encode_request(
-            request,
-            held=self._held.get(client, frozenset()),
-            base=self._last_mask,
-            dtype=self._config.federation.value_dtype,
-        )
+    def _request(
+        self, client: int, request: Request, records: dict[frozenset[str], RecordDict]
+    ) -> str:
+        held = self._held.get(client, frozenset())
+        if held not in records:
+            records[held] = wire.encode_request(
+                request,
+                held=held,
+                base=self._last_mask,
+                dtype=self._config.federation.value_dtype,
+            )
+        record = records[held]
         self._traffic.down.append(wire.record_bytes(record))
         if isinstance(request, TrainRequest):
             self._traffic.mask += wire.mask_frame_bytes(record)

@@ -22,6 +22,7 @@ from typing import Any
 
 import fedprune
 from fedprune import RunConfig
+from fedprune.config import parse_assignments
 from fedprune.results import format_bytes
 from fedprune.runfolder import CONFIG, read_summary
 
@@ -140,6 +141,7 @@ def main(experiment: Experiment) -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--densities", default=",".join(map(str, experiment.densities)))
     parser.add_argument("--methods", default=",".join(experiment.methods))
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--data", help="a folder of parquet instead of the data set's name")
     parser.add_argument("--out", type=Path, help="where run folders go; default runs/NAME-PRESET")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at a time")
@@ -155,22 +157,20 @@ def main(experiment: Experiment) -> None:
     settings = dict(experiment.presets[preset])
     if arguments.data:
         settings["data.dataset"] = str(Path(arguments.data).resolve())
-    out = arguments.out or Path("runs") / f"{experiment.name}-{preset}"
+    changes = parse_assignments(arguments.set)
+    settings.update(changes)
+    name = "-".join([experiment.name, preset, *(f"{k}={v}" for k, v in changes.items())])
+    out = arguments.out or Path("runs") / name
     grid = cells(chosen, [int(seed) for seed in arguments.seeds.split(",")])
     commit = _commit()
     summaries = run_grid(grid, settings, out, jobs=arguments.jobs)
     page = write_page(chosen, preset, settings, summaries, commit)
-    is_whole = not any(
-        (
-            arguments.densities != parser.get_default("densities"),
-            arguments.methods != parser.get_default("methods"),
-        )
-    )
-    # Only the whole grid replaces the saved table.
+    # Only the whole grid with the preset's own settings replaces the saved table.
+    is_whole = not changes and chosen.densities == list(experiment.densities)
+    is_whole = is_whole and chosen.methods == list(experiment.methods)
     suffix = "" if preset == "small" else f"_{preset}"
-    target = (
-        Path(__file__).parent / f"{experiment.name}{suffix}.md" if is_whole else out / "table.md"
-    )
+    saved = Path(__file__).parent / f"{experiment.name}{suffix}.md"
+    target = saved if is_whole else out / "table.md"
     target.write_text(page, encoding="utf-8")
     print(page)
     print(f"table: {target}")
