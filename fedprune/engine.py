@@ -195,10 +195,9 @@ def run_flower(config: RunConfig, out: Path, *, resume: bool, progress: Progress
         progress: called a few times a second while the run goes on.
 
     Raises:
-        RunError: the simulation engine is missing, or the run failed; says why.
-        ConfigError: CUDA was asked for and there is none.
+        RunError: the simulation engine cannot be used, or the run failed; says why.
     """
-    _require_simulation(config)
+    _require_simulation()
     with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
         home = Path(temporary)
         app = _write_app(home / "app", config, out, resume=resume)
@@ -221,17 +220,19 @@ def run_flower(config: RunConfig, out: Path, *, resume: bool, progress: Progress
             raise RunError(_failure(home, status))
 
 
-def _require_simulation(config: RunConfig) -> None:
+def _require_simulation() -> None:
     try:
         import ray  # noqa: F401, PLC0415
     except ImportError:
         raise RunError(
             "the flower engine needs Ray: pip install 'fedprune[sim]', or use --engine inline"
         ) from None
-    if config.training.device == "cuda":
-        from fedprune.training import compute_device  # noqa: PLC0415
-
-        compute_device("cuda")
+    if any(character.isspace() for character in sys.executable):
+        # Ray starts its workers through a shell without quoting; the run would hang.
+        raise RunError(
+            f"Ray cannot start workers with an interpreter whose path holds a space "
+            f"({sys.executable}); use an environment elsewhere, or --engine inline"
+        )
 
 
 def _federation(config: RunConfig) -> list[str]:
