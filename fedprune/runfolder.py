@@ -87,11 +87,6 @@ class RunFolder:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, self.path / SUMMARY)
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the run has ended and left its summary."""
-        return (self.path / SUMMARY).exists()
-
 
 def prepare(path: Path, config: RunConfig, *, resume: bool) -> None:
     """Make the folder for a new run, or check that this configuration continues the old one.

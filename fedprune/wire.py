@@ -130,13 +130,6 @@ def _number_list(values: Mapping[str, Any], key: str, kind: type, length: int) -
 # --- server to client --------------------------------------------------------------------------
 
 
-def request_digest(request: Request) -> str:
-    """Names what a client must hold to understand the request; "" for nothing."""
-    if isinstance(request, TrainRequest):
-        return request.mask.digest() if request.mask else ""
-    return pool_digest(request.pool)
-
-
 def pool_digest(pool: Pool) -> str:
     """Names a pool by its masks and weights."""
     sha = hashlib.sha256(encode_tensors(pool.weights, mask=None))

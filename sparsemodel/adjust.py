@@ -165,26 +165,6 @@ def prune_and_grow(
     return mask.replace(patterns)
 
 
-def grown_and_pruned(old: Mask, new: Mask) -> dict[str, Entries]:
-    """What changed between two masks.
-
-    Returns:
-        Name -> (indices grown, indices pruned), flat, int64, ascending; changed layers only.
-
-    Raises:
-        MaskError: the masks have different names or shapes.
-    """
-    _check_same_layers(old, new)
-    changes = {
-        name: (
-            torch.nonzero((new[name] & ~old[name]).reshape(-1)).reshape(-1),
-            torch.nonzero((old[name] & ~new[name]).reshape(-1)).reshape(-1),
-        )
-        for name in old
-    }
-    return {name: change for name, change in changes.items() if len(change[0]) + len(change[1])}
-
-
 def carry_weights(
     weights: Mapping[str, torch.Tensor], *, old: Mask, new: Mask
 ) -> dict[str, torch.Tensor]:

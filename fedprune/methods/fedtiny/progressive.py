@@ -11,7 +11,7 @@ from dataclasses import replace
 from fedprune.config import RunConfig
 from fedprune.messages import Entries, State
 from fedprune.methods.base import RunState
-from sparsemodel.adjust import prune_and_grow
+from sparsemodel.adjust import carry_weights, prune_and_grow
 from sparsemodel.schedule import adjustment_counts, block_of_adjustment, cosine
 
 
@@ -49,7 +49,7 @@ def adjust(state: RunState, mean: State, growth: Entries, counts: dict[str, int]
         {name: growth[name] for name in counts if name in growth},
         counts,
     )
-    weights = {**mean, **{name: mean[name] * mask[name] for name in counts}}
+    weights = carry_weights(mean, old=state.mask, new=mask)
     return replace(
         state,
         round_index=state.round_index + 1,
