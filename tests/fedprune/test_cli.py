@@ -51,11 +51,11 @@ def test_run_twice_gives_two_folders_and_one_digest(finished: Path, tmp_path: Pa
 
 def test_kill_at_random_moments_then_resume_gives_the_same_bits(tmp_path: Path) -> None:
     """kill -9, again and again, wherever it hits: the digest is that of an undisturbed run."""
-    config = tiny(training__rounds=12)
+    config = tiny(training__rounds=40)
     expected = digest(run_inline(config, tmp_path / "undisturbed"))
     out = tmp_path / "killed run"
     command = [FEDPRUNE, "run", "--engine", "inline", *OPTIONS]
-    command += ["--rounds", "12", "--out", str(out)]
+    command += ["--rounds", "40", "--out", str(out)]
     moments = random.Random(0)
     kills = 0
     while not (out / SUMMARY).exists():
@@ -73,9 +73,9 @@ def test_kill_at_random_moments_then_resume_gives_the_same_bits(tmp_path: Path) 
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.communicate()
-    assert kills == 4
+    assert kills >= 3  # a loaded machine may let it finish before the last one
     assert digest(out) == expected
-    assert [line.get("round") for line in read_metrics(out)] == [None, *range(1, 13)]
+    assert [line.get("round") for line in read_metrics(out)] == [None, *range(1, 41)]
 
 
 @pytest.mark.ray
