@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,15 @@ from torch import nn
 from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.mask import Mask
 from sparsemodel.optim import MaskedSGD
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """BLAS may use fewer threads on a busy machine, and then sums in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def network() -> nn.Sequential:
