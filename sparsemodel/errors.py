@@ -25,3 +25,7 @@ class CheckpointError(SparseModelError):
 
 class MaskMismatch(CodecError):  # noqa: N818 - the event's name; a receiver catches it to re-sync
     """A frame was made for another mask than the receiver holds: the two must re-synchronise."""
+
+
+class NativeLibraryWarning(UserWarning):
+    """The native kernels cannot be used, so that the slower reference computes instead."""

@@ -1,0 +1,1 @@
+"""Kernels that compute with sparse weights: a native CPU library and a plain torch reference."""
