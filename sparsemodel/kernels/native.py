@@ -1,0 +1,236 @@
+"""The native CPU library on torch tensors: addresses and sizes are read off here.
+
+Callers make the outputs and see to dtype (float32), device (CPU) and layout (batch innermost).
+"""
+# ruff: noqa: PLR0917 - kernels take their arrays by position, in the library's order
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparsemodel.errors import MaskError, SparseModelError
+from sparsemodel.kernels import cpu
+from sparsemodel.kernels.geometry import ConvGeometry
+
+Tensor = torch.Tensor
+
+_NOT_FINITE = "NaN"
+
+
+def runs(x: Tensor) -> bool:
+    """Whether the native library is loaded and takes tensors like `x`."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and loaded()
+
+
+def loaded() -> bool:
+    """Whether the native library can be used in this process."""
+    return cpu.library() is not None
+
+
+def transpose_pattern(row_ptr: Tensor, cols: Tensor, geometry: ConvGeometry) -> Tensor:
+    """The index that input gradients need: int32, t_cols then t_perm then t_row_ptr."""
+    lib, g = _library(), _smallest(geometry)
+    nnz = cols.numel()
+    index = torch.empty(2 * nnz + lib.transposed_rows(g) + 1, dtype=torch.int32)
+    t_cols, t_perm, t_row_ptr = _parts(index, nnz)
+    lib.transpose_pattern(g, row_ptr.data_ptr(), cols.data_ptr(), t_row_ptr, t_cols, t_perm)
+    return index
+
+
+def linear(
+    x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, cols: Tensor, y: Tensor
+) -> None:
+    """Write W · x + bias into `y`."""
+    g = _linear_geometry(x, y)
+    _forward(g, x, values, bias, row_ptr, cols, y)
+
+
+def linear_input_grad(
+    dy: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor, transposed: Tensor, dx: Tensor
+) -> None:
+    """Write the gradient for the input into `dx`."""
+    _input_grad(_linear_geometry(dx, dy), dy, values, row_ptr, cols, transposed, dx)
+
+
+def linear_weight_grad(
+    x: Tensor, dy: Tensor, row_ptr: Tensor, cols: Tensor, dvalues: Tensor, dbias: Tensor
+) -> None:
+    """Write the gradients for values and (unless it has no elements) bias."""
+    _weight_grad(_linear_geometry(x, dy), x, dy, row_ptr, cols, dvalues, dbias)
+
+
+def linear_topk_grad(
+    x: Tensor, dy: Tensor, row_ptr: Tensor, cols: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Indices and values of the k largest gradients outside the mask."""
+    pruned = x.shape[-1] * dy.shape[-1] - cols.numel()
+    return _topk_grad(_linear_geometry(x, dy), x, dy, row_ptr, cols, min(k, pruned))
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_ptr: Tensor,
+    cols: Tensor,
+    geometry: ConvGeometry,
+    y: Tensor,
+) -> None:
+    """Write the convolution into `y`."""
+    _forward(_conv_geometry(x, y, geometry), x, values, bias, row_ptr, cols, y)
+
+
+def conv2d_input_grad(
+    dy: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    cols: Tensor,
+    transposed: Tensor,
+    geometry: ConvGeometry,
+    dx: Tensor,
+) -> None:
+    """Write the gradient for the input into `dx`."""
+    g = _conv_geometry(dx, dy, geometry)
+    _input_grad(g, dy, values, row_ptr, cols, transposed, dx)
+
+
+def conv2d_weight_grad(
+    x: Tensor,
+    dy: Tensor,
+    row_ptr: Tensor,
+    cols: Tensor,
+    geometry: ConvGeometry,
+    dvalues: Tensor,
+    dbias: Tensor,
+) -> None:
+    """Write the gradients for values and (unless it has no elements) bias."""
+    _weight_grad(_conv_geometry(x, dy, geometry), x, dy, row_ptr, cols, dvalues, dbias)
+
+
+def conv2d_topk_grad(
+    x: Tensor, dy: Tensor, row_ptr: Tensor, cols: Tensor, geometry: ConvGeometry, k: int
+) -> tuple[Tensor, Tensor]:
+    """Indices and values of the k largest gradients outside the mask."""
+    pruned = geometry.out_channels * geometry.row_length - cols.numel()
+    g = _conv_geometry(x, dy, geometry)
+    return _topk_grad(g, x, dy, row_ptr, cols, min(k, pruned))
+
+
+def transpose(x: Tensor, y: Tensor, rows: int, columns: int) -> None:
+    """Write the transpose of the `rows` × `columns` numbers of `x` into `y`."""
+    _library().transpose(rows, columns, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's first element is; None stays a null pointer."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _library() -> Any:
+    library = cpu.library()
+    assert library is not None, "callers ask runs() first"
+    return library
+
+
+def _forward(
+    g: cpu.Geometry,
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_ptr: Tensor,
+    cols: Tensor,
+    y: Tensor,
+) -> None:
+    if y.numel():
+        _library().conv_forward(
+            g, row_ptr.data_ptr(), cols.data_ptr(), values.data_ptr(), address(bias),
+            x.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def _input_grad(
+    g: cpu.Geometry,
+    dy: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    cols: Tensor,
+    transposed: Tensor,
+    dx: Tensor,
+) -> None:
+    if dx.numel():
+        t_cols, t_perm, t_row_ptr = _parts(transposed, cols.numel())
+        _library().conv_input_grad(
+            g, t_row_ptr, t_cols, t_perm, values.data_ptr(), dy.data_ptr(), dx.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def _weight_grad(
+    g: cpu.Geometry,
+    x: Tensor,
+    dy: Tensor,
+    row_ptr: Tensor,
+    cols: Tensor,
+    dvalues: Tensor,
+    dbias: Tensor,
+) -> None:
+    if dy.numel() == 0:
+        dvalues.zero_()
+        dbias.zero_()
+        return
+    _library().conv_weight_grad(
+        g, row_ptr.data_ptr(), cols.data_ptr(), x.data_ptr(), dy.data_ptr(), dvalues.data_ptr(),
+        dbias.data_ptr() if dbias.numel() else None, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _topk_grad(
+    g: cpu.Geometry, x: Tensor, dy: Tensor, row_ptr: Tensor, cols: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    indices, top = torch.empty(k, dtype=torch.int64), torch.empty(k)
+    count = torch.zeros(1, dtype=torch.int64)
+    try:
+        _library().topk_grad(
+            g, row_ptr.data_ptr(), cols.data_ptr(), x.data_ptr(), dy.data_ptr(), k, 0,
+            indices.data_ptr(), top.data_ptr(), count.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    except SparseModelError as error:
+        if _NOT_FINITE not in str(error):
+            raise
+        raise MaskError(f"{error}; has training diverged?") from error
+    assert int(count) == k, "k was cut to the number of pruned weights"
+    return indices, top
+
+
+def _parts(transposed: Tensor, nnz: int) -> tuple[int, int, int]:
+    """Addresses of t_cols, t_perm and t_row_ptr inside the transposed index."""
+    start = transposed.data_ptr()
+    return start, start + 4 * nnz, start + 8 * nnz
+
+
+def _linear_geometry(x: Tensor, y: Tensor) -> cpu.Geometry:
+    width_in, width_out = x.shape[-1], y.shape[-1]
+    batch = y.numel() // width_out if width_out else 0
+    return cpu.Geometry(batch, width_in, width_out, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1)
+
+
+def _conv_geometry(x: Tensor, y: Tensor, g: ConvGeometry) -> cpu.Geometry:
+    batch, _, height, width = x.shape
+    return cpu.Geometry(
+        batch, g.in_channels, g.out_channels, height, width, y.shape[2], y.shape[3], g.kernel_h,
+        g.kernel_w, g.stride_h, g.stride_w, g.padding_h, g.padding_w, g.dilation_h, g.dilation_w,
+        g.groups,
+    )  # fmt: skip
+
+
+def _smallest(g: ConvGeometry) -> cpu.Geometry:
+    """The geometry with one output pixel: the transposed index does not depend on sizes."""
+    height = g.dilation_h * (g.kernel_h - 1) + 1
+    width = g.dilation_w * (g.kernel_w - 1) + 1
+    return cpu.Geometry(
+        1, g.in_channels, g.out_channels, height, width,
+        *g.output_size(height, width), g.kernel_h, g.kernel_w, g.stride_h, g.stride_w,
+        g.padding_h, g.padding_w, g.dilation_h, g.dilation_w, g.groups,
+    )  # fmt: skip
