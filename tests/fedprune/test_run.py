@@ -14,6 +14,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from fedprune import client, wire, workspace
 from fedprune.data import load_dataset
 from fedprune.errors import ConfigError, DataError, FedpruneError, RunError
+from fedprune.messages import TrainReply, TrainRequest
 from fedprune.methods import METHODS
 from fedprune.models import float_state, load_float_state_
 from fedprune.runfolder import CHECKPOINT, METRICS, SUMMARY, read_metrics, read_summary
@@ -137,6 +138,57 @@ def test_only_float_entries_travel() -> None:
     work = open_workspace(tiny())
     assert not any("num_batches_tracked" in name for name in work.shapes)
     assert any("num_batches_tracked" in name for name in work.model().state_dict())
+
+
+def test_a_round_is_the_weighted_mean_of_unequal_clients_and_their_gradients(
+    tmp_path: Path,
+) -> None:
+    """Round 1, from the messages themselves, in float64: θ = Σ p_k θ_k over the clients' own
+    sample counts, and the mask grows where |Σ p_k g_k| is largest. Round 2 starts from it."""
+    asked: dict[int, dict[int, TrainRequest]] = {0: {}, 1: {}}
+    replies: dict[int, TrainReply] = {}
+    config = tiny(training__rounds=2, pruning__adjust_until=2, data__alpha=0.3)
+    work = open_workspace(config)
+
+    def listening(message: Message, context: Context) -> Message:
+        held = client._held_masks(context, work)
+        reply = client.app(message, context)
+        if message.metadata.message_type == "train":
+            who = int(context.node_config["partition-id"])
+            request = wire.decode_train_request(message.content, shapes=work.shapes, masks=held)
+            asked[request.round_index][who] = request
+            if request.round_index == 0:
+                answer = wire.decode_reply(
+                    reply.content, request, shapes=work.shapes, batch_norms=work.batch_norms
+                )
+                assert isinstance(answer, TrainReply)
+                replies[who] = answer
+        return reply
+
+    run_inline(config, tmp_path / "run", clients=listening)
+    counts = {who: len(work.client(who).train_labels) for who in replies}
+    assert len(replies) == 4
+    assert max(counts.values()) > 1.5 * min(counts.values())
+    share = {who: count / sum(counts.values()) for who, count in counts.items()}
+    before, after = asked[0][0], asked[1][0]
+    assert before.mask is not None
+    assert after.mask is not None
+    assert before.growth
+    variances = {variance for _, variance in work.batch_norms}
+    for name in set(work.shapes) - variances:
+        dense = torch.zeros(work.shapes[name], dtype=torch.float64)
+        where = before.mask[name] if name in before.mask else torch.ones_like(dense).bool()
+        for who, reply in replies.items():
+            dense[where] += share[who] * reply.values[name].double().reshape(-1)
+        kept = where & after.mask[name] if name in after.mask else where
+        torch.testing.assert_close(after.weights[name][kept].double(), dense[kept])
+    for name, count in before.growth.items():
+        gradient = torch.zeros(before.mask[name].numel(), dtype=torch.float64)
+        for who, reply in replies.items():
+            indices, values = reply.growth[name]
+            gradient[indices] += share[who] * values.double()
+        grown = (after.mask[name] & ~before.mask[name]).reshape(-1).nonzero()[:, 0]
+        assert grown.tolist() == gradient.abs().topk(count).indices.sort().values.tolist()
 
 
 # --- bytes --------------------------------------------------------------------------------------
