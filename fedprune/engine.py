@@ -21,6 +21,7 @@ import time
 import traceback
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ def run_flower(config: RunConfig, out: Path, *, resume: bool, progress: Progress
         home = Path(temporary)
         app = _write_app(home / "app", config, out, resume=resume)
         ports = _free_ports(2)
-        environment = _environment(home)
+        environment = _environment(home, commands=_commands(home))
         (home / "config.toml").write_text(
             '[superlink]\ndefault = "private"\n\n'
             f'[superlink.private]\naddress = "127.0.0.1:{ports[0]}"\ninsecure = true\n'
@@ -227,12 +228,6 @@ def _require_simulation() -> None:
         raise RunError(
             "the flower engine needs Ray: pip install 'fedprune[sim]', or use --engine inline"
         ) from None
-    if any(character.isspace() for character in sys.executable):
-        # Ray starts its workers through a shell without quoting; the run would hang.
-        raise RunError(
-            f"Ray cannot start workers with an interpreter whose path holds a space "
-            f"({sys.executable}); use an environment elsewhere, or --engine inline"
-        )
 
 
 def _federation(config: RunConfig) -> list[str]:
@@ -260,7 +255,36 @@ def _write_app(path: Path, config: RunConfig, out: Path, *, resume: bool) -> Pat
     return path
 
 
-def _environment(home: Path) -> dict[str, str]:
+def _commands(home: Path) -> Path:
+    """The folder of this interpreter's commands, under a path without white space.
+
+    Ray starts its workers through a shell and does not quote the interpreter's path. Where that
+    holds white space, Flower's commands are started through a link to this environment instead.
+    """
+    if not any(character.isspace() for character in sys.executable):
+        return Path(sys.executable).parent
+    link = home / "environment"
+    if any(character.isspace() for character in str(link)):
+        raise RunError(
+            f"Ray cannot start workers from a path with white space: neither {sys.executable} "
+            f"nor the temporary folder {home}; set TMPDIR to another one, or use --engine inline"
+        )
+    link.symlink_to(sys.prefix, target_is_directory=True)
+    interpreter = link / Path(sys.executable).relative_to(sys.prefix)
+    commands = home / "commands"
+    commands.mkdir()
+    for entry in entry_points(group="console_scripts"):
+        if entry.name.startswith(("flwr", "flower")):
+            script = commands / entry.name
+            script.write_text(
+                f"#!{interpreter}\nimport sys\nfrom {entry.module} import {entry.attr}\n"
+                f"sys.exit({entry.attr}())\n"
+            )
+            script.chmod(0o755)
+    return commands
+
+
+def _environment(home: Path, *, commands: Path) -> dict[str, str]:
     """A private Flower home; quiet, offline, and this interpreter's commands first."""
     return {
         **os.environ,
@@ -269,7 +293,7 @@ def _environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "PATH": os.pathsep.join([str(commands), os.environ.get("PATH", "")]),
     }
 
 
