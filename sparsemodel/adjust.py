@@ -153,7 +153,9 @@ def prune_and_grow(
         if name not in weights:
             raise MaskError(f"no weights of {name!r}; got {list(weights)}")
         pattern = _pattern(mask, name, weights[name]).reshape(-1).clone()
-        grown = _grown(name, pattern, candidates[name], counts[name])
+        grown = grown_positions(
+            name, len(pattern), pattern.__getitem__, candidates[name], counts[name]
+        )
         active = mask.active(name)
         magnitudes = weights[name].detach().cpu().reshape(-1)[active].abs()
         if torch.isnan(magnitudes).any():
@@ -206,22 +208,39 @@ def _consumer(
     return consume
 
 
-def _grown(name: str, pattern: torch.Tensor, candidates: Entries, count: int) -> torch.Tensor:
-    """Flat indices of the `count` best candidates that are not zero, best first."""
+def grown_positions(
+    name: str,
+    numel: int,
+    active: Callable[[torch.Tensor], torch.Tensor],
+    candidates: Entries,
+    count: int,
+) -> torch.Tensor:
+    """Flat indices of the `count` best candidates that are not zero, best first.
+
+    Args:
+        name: the layer, for messages.
+        numel: number of its weights, active or pruned.
+        active: tells of flat indices (int64) which are active now (bool).
+        candidates: flat indices and gradients.
+        count: how many to grow at most.
+
+    Raises:
+        MaskError: candidates that are active, repeated, out of range or NaN.
+    """
     indices, values = (tensor.detach().cpu() for tensor in candidates)
     if indices.dim() != 1 or indices.shape != values.shape:
         raise MaskError(
             f"candidates of {name!r}: expected indices and values of one shape [n], got "
             f"{tuple(indices.shape)} and {tuple(values.shape)}"
         )
-    if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= len(pattern)):
+    if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= numel):
         raise MaskError(
-            f"candidates of {name!r}: indices must be in [0, {len(pattern)}), got "
+            f"candidates of {name!r}: indices must be in [0, {numel}), got "
             f"{int(indices.min())} to {int(indices.max())}"
         )
     if len(torch.unique(indices)) != len(indices):
         raise MaskError(f"candidates of {name!r} name a coordinate twice; sum them first")
-    if pattern[indices.long()].any():
+    if active(indices.long()).any():
         raise MaskError(f"candidates of {name!r} hold active weights; were they of an older mask?")
     if torch.isnan(values).any():
         raise MaskError(f"candidates of {name!r} hold NaN; leave out the client that sent it")

@@ -79,15 +79,25 @@ def save_sparse(
         if taken:
             raise CheckpointError(f"{path}: the state already has tensors named {sorted(taken)}")
         tensors |= parts
+    write_file(path, tensors, {} if mask is None else mask.shapes(), metadata)
+
+
+def write_file(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    layers: Mapping[str, tuple[int, ...]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write stored tensors (on the CPU) and the shapes of the masked layers, in their order."""
     header = {
         "format": FORMAT,
         "version": VERSION,
-        "layers": None if mask is None else [[n, list(s)] for n, s in mask.shapes().items()],
+        "layers": [[name, list(shape)] for name, shape in layers.items()] or None,
         "metadata": dict(metadata),
     }
     # safetensors orders tensors by itself, but several metadata keys as they happen to hash.
     text = json.dumps(header, sort_keys=True)
-    data = safetensors.torch.save(tensors, metadata={METADATA_KEY: text})
+    data = safetensors.torch.save(dict(tensors), metadata={METADATA_KEY: text})
     _write_atomically(path, data)
 
 
@@ -101,6 +111,25 @@ def load_sparse(path: str | os.PathLike[str]) -> SparseCheckpoint:
             `save_sparse`, or by a version that this one does not know.
     """
     path = Path(path)
+    tensors, layers, metadata = read_file(path)
+    patterns: dict[str, torch.Tensor] = {}
+    for name, shape in layers:
+        values, patterns[name] = take_layer(path, name, shape, tensors)
+        weight = torch.zeros(shape, dtype=values.dtype)
+        weight[patterns[name]] = values
+        tensors[name] = weight
+    mask = Mask(patterns) if patterns else None
+    return SparseCheckpoint(state=dict(sorted(tensors.items())), mask=mask, metadata=metadata)
+
+
+def read_file(
+    path: Path,
+) -> tuple[dict[str, torch.Tensor], list[tuple[str, tuple[int, ...]]], dict[str, str]]:
+    """A file's tensors as stored, its masked layers (name, shape) and the caller's metadata.
+
+    Raises:
+        CheckpointError: as `load_sparse`.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -112,14 +141,12 @@ def load_sparse(path: str | os.PathLike[str]) -> SparseCheckpoint:
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise _damaged(path, f"it is no whole safetensors file ({error})") from error
     layers, metadata = _read_header(path, data)
-    patterns: dict[str, torch.Tensor] = {}
-    for name, shape in layers or ():
-        if name in tensors or name in patterns:
+    seen = set(tensors)
+    for name, _ in layers:
+        if name in seen:
             raise _damaged(path, f"it holds {name!r} twice")
-        values, pattern = _expand(path, name, shape, tensors)
-        tensors[name], patterns[name] = values, pattern
-    mask = None if layers is None else Mask(patterns)
-    return SparseCheckpoint(state=dict(sorted(tensors.items())), mask=mask, metadata=metadata)
+        seen.add(name)
+    return tensors, layers, metadata
 
 
 def _compress(
@@ -136,14 +163,25 @@ def _compress(
             f"{path}: pruned weights of {name!r} are not zero and would be lost; "
             "call mask.apply(model) before saving"
         )
+    return layer_tensors(name, weight[pattern], pattern)
+
+
+def layer_tensors(
+    name: str, values: torch.Tensor, pattern: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The two tensors that a file holds of a masked layer."""
     bits = np.packbits(pattern.numpy().reshape(-1))
-    return {f"{name}.values": weight[pattern], f"{name}.mask": torch.from_numpy(bits)}
+    return {f"{name}.values": values, f"{name}.mask": torch.from_numpy(bits)}
 
 
-def _expand(
+def take_layer(
     path: Path, name: str, shape: tuple[int, ...], tensors: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take a layer's two tensors out of `tensors`; return its dense weight and its pattern."""
+    """Take a masked layer's two tensors out of `tensors`; return its values and its pattern.
+
+    Raises:
+        CheckpointError: they are missing or do not fit each other or the shape.
+    """
     missing = [key for key in (f"{name}.values", f"{name}.mask") if key not in tensors]
     if missing:
         raise _damaged(path, f"it lacks the tensors {missing}")
@@ -167,15 +205,13 @@ def _expand(
             f"the values of {name!r} have shape {tuple(values.shape)} and dtype {values.dtype}, "
             f"expected {num_active} floating-point values",
         )
-    weight = torch.zeros(shape, dtype=values.dtype)
-    weight[pattern] = values
-    return weight, pattern
+    return values, pattern
 
 
 def _read_header(
     path: Path, data: bytes
-) -> tuple[list[tuple[str, tuple[int, ...]]] | None, dict[str, str]]:
-    """Layers of the mask in order (None without a mask) and the caller's metadata."""
+) -> tuple[list[tuple[str, tuple[int, ...]]], dict[str, str]]:
+    """Layers of the mask in order (none without a mask) and the caller's metadata."""
     # safetensors.torch.load has checked the outer header: eight bytes of length, then JSON.
     length = int.from_bytes(data[:8], "little")
     text = (json.loads(data[8 : 8 + length]).get("__metadata__") or {}).get(METADATA_KEY)
@@ -197,9 +233,9 @@ def _read_header(
     return _read_layers(path, header.get("layers")), _read_strings(path, header.get("metadata"))
 
 
-def _read_layers(path: Path, layers: Any) -> list[tuple[str, tuple[int, ...]]] | None:
+def _read_layers(path: Path, layers: Any) -> list[tuple[str, tuple[int, ...]]]:
     if layers is None:
-        return None
+        return []
     if not isinstance(layers, list) or not layers:
         raise _damaged(path, "its list of masked layers is no list or is empty")
     checked = []

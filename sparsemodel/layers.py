@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import nn
 
+from sparsemodel.adjust import Entries
 from sparsemodel.choice import dense_is_faster
 from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.kernels import reference
-from sparsemodel.kernels.functional import SparseIndex, build_index, sparse_conv2d, sparse_linear
+from sparsemodel.kernels.functional import (
+    SparseIndex,
+    build_index,
+    conv2d_topk_grad,
+    linear_topk_grad,
+    sparse_conv2d,
+    sparse_linear,
+)
 from sparsemodel.kernels.geometry import ConvGeometry, is_batch_innermost, is_features_first
 from sparsemodel.pattern import (
     carry_values,
@@ -54,7 +63,7 @@ class SparseLayer(nn.Module):
             raise SparseModelError(f"execution is one of {EXECUTIONS}, got {execution!r}")
         self.execution: Execution = execution
         self._geometry = geometry
-        self._weight_shape = tuple(mask.shape)
+        self._weight_shape = mask.shape
         self.values = nn.Parameter(values)
         self.bias = None if bias is None else nn.Parameter(bias)
         self._set_pattern(*csr_from_mask(mask.to(values.device)))
@@ -65,14 +74,14 @@ class SparseLayer(nn.Module):
         return reference.dense_weight(self.values, self.row_ptr, self.cols, self._weight_shape)
 
     @property
-    def weight_shape(self) -> tuple[int, ...]:
+    def weight_shape(self) -> torch.Size:
         """Shape of the dense weight."""
         return self._weight_shape
 
     @property
     def density(self) -> float:
         """Active weights over all weights, in [0, 1]."""
-        return len(self.cols) / math.prod(self._weight_shape)
+        return len(self.cols) / self._weight_shape.numel()
 
     def mask(self) -> torch.Tensor:
         """The pattern as a bool tensor of the dense weight's shape."""
@@ -107,7 +116,7 @@ class SparseLayer(nn.Module):
             MaskError: positions that are not ascending or out of range.
         """
         positions = positions.to(self.cols.device)
-        numel = math.prod(self._weight_shape)
+        numel = self._weight_shape.numel()
         ordered = positions.dim() == 1 and bool((positions.diff() > 0).all())
         if not ordered or (len(positions) and not 0 <= positions[0] <= positions[-1] < numel):
             raise MaskError(f"expected ascending flat indices in [0, {numel})")
@@ -124,12 +133,36 @@ class SparseLayer(nn.Module):
         )
         return source
 
+    def topk_grad(self, x: torch.Tensor, dy: torch.Tensor, k: int) -> Entries:
+        """The k weight gradients of largest magnitude at pruned places, without the dense one.
+
+        Args:
+            x: an input of the layer.
+            dy: the gradient of the output that it gave.
+            k: how many to keep, >= 0.
+
+        Returns:
+            Flat indices into the dense weight (int64, ascending) and gradients (float32).
+        """
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         shape = "×".join(map(str, self._weight_shape))
         return (
             f"{shape}, nnz={len(self.cols)}, density={self.density:.4g}, "
             f"bias={self.bias is not None}, execution={self.execution!r}"
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._set_pattern(self.row_ptr, self.cols)  # the native library may be there, or not
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        device = self.cols.device
+        super()._apply(fn, recurse)
+        if self.cols.device != device:
+            self._set_pattern(self.row_ptr, self.cols)
+        return self
 
     def _set_pattern(self, row_ptr: torch.Tensor, cols: torch.Tensor) -> None:
         self.register_buffer("row_ptr", row_ptr)
@@ -242,6 +275,9 @@ class SparseLinear(SparseLayer):
             )
         return sparse_linear(x, self.values, self.bias, self._index(), dense=self._dense(x))
 
+    def topk_grad(self, x: torch.Tensor, dy: torch.Tensor, k: int) -> Entries:
+        return linear_topk_grad(_cast_by_autocast(x, dy), dy, self._index(), k)
+
     def _dense(self, x: torch.Tensor) -> bool:
         if self.execution != "auto":
             return self.execution == "dense"
@@ -350,6 +386,12 @@ class SparseConv2d(SparseLayer):
         return sparse_conv2d(
             x, self.values, self.bias, self._index(), self._geometry, dense=self._dense(x)
         )
+
+    def topk_grad(self, x: torch.Tensor, dy: torch.Tensor, k: int) -> Entries:
+        x = _cast_by_autocast(x, dy)
+        if x.dim() == 3:
+            x, dy = x.unsqueeze(0), dy.unsqueeze(0)
+        return conv2d_topk_grad(x, dy, self._index(), self._geometry, k)
 
     def _dense(self, x: torch.Tensor) -> bool:
         if self.execution != "auto" or x.dim() != 4:

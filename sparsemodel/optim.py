@@ -1,16 +1,24 @@
-"""Optimisers whose gradients and state are as sparse as the weights."""
+"""Optimisers whose gradients and state are as sparse as the weights.
+
+`MaskedSGD` works on a dense model under a mask, `SparseSGD` and `SparseAdam` on the parameters of
+a sparsified one (or of any model).
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import ParamsT
 
 from sparsemodel.errors import MaskError, SparseModelError
+from sparsemodel.kernels import native
 from sparsemodel.mask import Mask
+from sparsemodel.meter import storage_bytes
 
 
 class MaskedSGD:
@@ -100,10 +108,10 @@ class MaskedSGD:
         parameters = [*(slot.parameter for slot in slots), *self._frozen]
         gradients = [*(slot.gradient for slot in slots), *(p.grad for p in parameters)]
         return {
-            "weights": _storage_bytes(parameters),
-            "gradients": _storage_bytes(gradients),
-            "momentum": _storage_bytes(slot.momentum for slot in slots),
-            "indices": _storage_bytes(slot.indices for slot in slots),
+            "weights": storage_bytes(parameters),
+            "gradients": storage_bytes(gradients),
+            "momentum": storage_bytes(slot.momentum for slot in slots),
+            "indices": storage_bytes(slot.indices for slot in slots),
         }
 
     def close(self) -> None:
@@ -120,6 +128,163 @@ class MaskedSGD:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class SparseSGD(torch.optim.Optimizer):
+    """Stochastic gradient descent with momentum; one native pass over each parameter.
+
+    Takes a sparsified model's parameters like any others. Updates and state are those of
+    torch.optim.SGD (dampening 0, no Nesterov), whose state dicts it reads and writes.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate, >= 0.
+        momentum: in [0, 1); 0 keeps no momentum.
+        weight_decay: L2 penalty, >= 0.
+
+    Raises:
+        SparseModelError: a number outside its range.
+
+    >>> weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    >>> weight.grad = torch.tensor([1.0, 0.0])
+    >>> SparseSGD([weight], lr=0.5).step()
+    >>> weight.tolist()
+    [0.5, 2.0]
+    """
+
+    def __init__(
+        self, params: ParamsT, *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
+        if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0):
+            raise SparseModelError(
+                "expected lr >= 0, momentum in [0, 1) and weight_decay >= 0, "
+                f"got {lr}, {momentum} and {weight_decay}"
+            )
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient; returns what `closure` returned, if any."""
+        loss = _evaluated(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(
+        self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]
+    ) -> None:
+        lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
+        buffer = self.state[parameter].get("momentum_buffer")
+        if momentum and buffer is None:
+            buffer = torch.zeros_like(parameter)
+            self.state[parameter]["momentum_buffer"] = buffer
+        if _native(parameter, gradient, buffer):
+            native.library().sgd_step(
+                parameter.numel(), parameter.data_ptr(), gradient.data_ptr(),
+                native.address(buffer) if momentum else None, lr, momentum, decay,
+                torch.get_num_threads(),
+            )  # fmt: skip
+            torch.autograd.graph.increment_version(parameter)
+            return
+        if decay:
+            gradient = gradient.add(parameter, alpha=decay)
+        if momentum:
+            gradient = buffer.mul_(momentum).add_(gradient)
+        parameter.add_(gradient, alpha=-lr)
+
+
+class SparseAdam(torch.optim.Optimizer):
+    """Adam, or AdamW with `decoupled`; one native pass over each parameter.
+
+    Takes a sparsified model's parameters like any others. Updates and state are those of
+    torch.optim.Adam and AdamW (no AMSGrad), whose state dicts it reads and writes. It is no
+    relation of torch.optim.SparseAdam, which is for embeddings.
+    Sources: Kingma and Ba (ICLR 2015); Loshchilov and Hutter (ICLR 2019).
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate, >= 0.
+        betas: decay of the first and second moment, each in [0, 1).
+        eps: added to the root of the second moment, >= 0.
+        weight_decay: >= 0.
+        decoupled: whether weight decay shrinks the weights (AdamW) or is added to the gradient.
+
+    Raises:
+        SparseModelError: a number outside its range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+    ) -> None:
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
+            raise SparseModelError(
+                "expected lr, eps and weight_decay >= 0 and betas in [0, 1), "
+                f"got {lr}, {eps}, {weight_decay} and {betas}"
+            )
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**numbers, "decoupled": decoupled})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient; returns what `closure` returned, if any."""
+        loss = _evaluated(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(
+        self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]
+    ) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        step, mean, square = int(state["step"]), state["exp_avg"], state["exp_avg_sq"]
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        eps, decay, decoupled = group["eps"], group["weight_decay"], group["decoupled"]
+        if _native(parameter, gradient, mean, square):
+            native.library().adam_step(
+                parameter.numel(), parameter.data_ptr(), gradient.data_ptr(), mean.data_ptr(),
+                square.data_ptr(), lr, beta1, beta2, eps, decay, decoupled, step,
+                torch.get_num_threads(),
+            )  # fmt: skip
+            torch.autograd.graph.increment_version(parameter)
+            return
+        if decay and decoupled:
+            parameter.mul_(1 - lr * decay)
+        elif decay:
+            gradient = gradient.add(parameter, alpha=decay)
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        divisor = square.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+        parameter.addcdiv_(mean, divisor, value=-lr / (1 - beta1**step))
+
+
+def _evaluated(closure: Callable[[], Any] | None) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def _native(parameter: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the native step takes a parameter with its gradient and state."""
+    return native.reaches(parameter) and all(
+        t is None or (native.reaches(t) and t.is_contiguous()) for t in (parameter, *others)
+    )
 
 
 class _Slot:
@@ -194,9 +359,3 @@ def _active_indices(name: str, weight: nn.Parameter, mask: Mask | None) -> torch
 def _call_all(functions: list[Callable[[], None]]) -> None:
     for function in functions:
         function()
-
-
-def _storage_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
-    """Bytes of the distinct storages under these tensors."""
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

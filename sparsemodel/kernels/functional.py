@@ -100,6 +100,46 @@ def sparse_conv2d(
     return y
 
 
+def linear_topk_grad(x: Tensor, dy: Tensor, index: SparseIndex, k: int) -> tuple[Tensor, Tensor]:
+    """The k weight gradients of `sparse_linear` of largest magnitude outside the mask.
+
+    The dense gradient is never made: memory is a tile and O(k). Of equal magnitudes the lower
+    flat index wins.
+
+    Args:
+        x: the layer's input, [*, in].
+        dy: its output's gradient, [*, out].
+        index: the pattern.
+        k: how many to keep, >= 0.
+
+    Returns:
+        Flat indices into the dense weight (int64, ascending) and gradients (float32), min(k,
+        pruned weights) of each, on the CPU.
+
+    Raises:
+        MaskError: a gradient is NaN.
+        SparseModelError: dtypes or devices that differ.
+    """
+    _check_alike(x, dy, index)
+    dense = not _native(dy, index)
+    if not dense:
+        x, dy = features_first(x), features_first(dy)
+    indices, values = ops.linear_topk_grad(x, dy, index.row_ptr, index.cols, k, dense)
+    return indices, values
+
+
+def conv2d_topk_grad(
+    x: Tensor, dy: Tensor, index: SparseIndex, geometry: ConvGeometry, k: int
+) -> tuple[Tensor, Tensor]:
+    """As `linear_topk_grad`, for `sparse_conv2d`: x [B, in, H, W], dy [B, out, OH, OW]."""
+    _check_alike(x, dy, index)
+    dense = not _native(dy, index)
+    if not dense:
+        x, dy = batch_innermost(x), batch_innermost(dy)
+    indices, values = ops.conv2d_topk_grad(x, dy, index.row_ptr, index.cols, geometry, k, dense)
+    return indices, values
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -184,7 +224,9 @@ class _Conv2d(torch.autograd.Function):
 
 
 def _native(values: Tensor, index: SparseIndex) -> bool:
-    return native.runs(values) and index.transposed.numel() > 0
+    """Whether native kernels take this; the index by input exists where the library does."""
+    known = values.dtype == torch.float32 and values.device.type == "cpu"
+    return known and index.transposed.numel() > 0
 
 
 def _check_alike(x: Tensor, values: Tensor, index: SparseIndex) -> None:

@@ -20,7 +20,7 @@ def batch_innermost(x: torch.Tensor) -> torch.Tensor:
     """The tensor [B, C, H, W], stored as contiguous [C, H, W, B]."""
     if is_batch_innermost(x):
         return x
-    if _plain(x) and x.is_contiguous():
+    if native.reaches(x) and x.is_contiguous():
         y = empty_batch_innermost(x, *x.shape)
         native.transpose(x, y, x.shape[0], x.numel() // max(1, x.shape[0]))
         return y
@@ -31,7 +31,7 @@ def contiguous_nchw(x: torch.Tensor) -> torch.Tensor:
     """The tensor [B, C, H, W] in a layout that torch's convolutions take without a copy."""
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
-    if _plain(x) and is_batch_innermost(x):
+    if native.reaches(x) and is_batch_innermost(x):
         y = x.new_empty(x.shape)
         native.transpose(x, y, x.numel() // max(1, x.shape[0]), x.shape[0])
         return y
@@ -42,18 +42,8 @@ def features_first(x: torch.Tensor) -> torch.Tensor:
     """The tensor [*, F], stored as contiguous [F, *]."""
     if is_features_first(x):
         return x
-    if _plain(x) and x.is_contiguous():
+    if native.reaches(x) and x.is_contiguous():
         y = empty_features_first(x, tuple(x.shape))
         native.transpose(x, y, x.numel() // max(1, x.shape[-1]), x.shape[-1])
         return y
     return x.movedim(-1, 0).contiguous().movedim(0, -1)
-
-
-def _plain(x: torch.Tensor) -> bool:
-    """Whether there is real memory behind `x` that the native library takes."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in {torch.Tensor, torch.nn.Parameter}
-        and native.runs(x)
-        and x.numel() > 0
-    )

@@ -24,6 +24,16 @@ def runs(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and loaded()
 
 
+def reaches(x: Tensor) -> bool:
+    """Whether `x` is real memory (not traced, not fake) that the native library takes."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in {torch.Tensor, torch.nn.Parameter}
+        and runs(x)
+        and x.numel() > 0
+    )
+
+
 def loaded() -> bool:
     """Whether the native library can be used in this process."""
     return cpu.library() is not None
@@ -31,7 +41,7 @@ def loaded() -> bool:
 
 def transpose_pattern(row_ptr: Tensor, cols: Tensor, geometry: ConvGeometry) -> Tensor:
     """The index that input gradients need: int32, t_cols then t_perm then t_row_ptr."""
-    lib, g = _library(), _smallest(geometry)
+    lib, g = library(), _smallest(geometry)
     nnz = cols.numel()
     index = torch.empty(2 * nnz + lib.transposed_rows(g) + 1, dtype=torch.int32)
     t_cols, t_perm, t_row_ptr = _parts(index, nnz)
@@ -120,7 +130,7 @@ def conv2d_topk_grad(
 
 def transpose(x: Tensor, y: Tensor, rows: int, columns: int) -> None:
     """Write the transpose of the `rows` × `columns` numbers of `x` into `y`."""
-    _library().transpose(rows, columns, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+    library().transpose(rows, columns, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -128,10 +138,11 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _library() -> Any:
-    library = cpu.library()
-    assert library is not None, "callers ask runs() first"
-    return library
+def library() -> Any:
+    """The bindings, of a library that is known to be loaded."""
+    bindings = cpu.library()
+    assert bindings is not None, "callers ask runs() first"
+    return bindings
 
 
 def _forward(
@@ -144,7 +155,7 @@ def _forward(
     y: Tensor,
 ) -> None:
     if y.numel():
-        _library().conv_forward(
+        library().conv_forward(
             g, row_ptr.data_ptr(), cols.data_ptr(), values.data_ptr(), address(bias),
             x.data_ptr(), y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -161,7 +172,7 @@ def _input_grad(
 ) -> None:
     if dx.numel():
         t_cols, t_perm, t_row_ptr = _parts(transposed, cols.numel())
-        _library().conv_input_grad(
+        library().conv_input_grad(
             g, t_row_ptr, t_cols, t_perm, values.data_ptr(), dy.data_ptr(), dx.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
@@ -180,7 +191,7 @@ def _weight_grad(
         dvalues.zero_()
         dbias.zero_()
         return
-    _library().conv_weight_grad(
+    library().conv_weight_grad(
         g, row_ptr.data_ptr(), cols.data_ptr(), x.data_ptr(), dy.data_ptr(), dvalues.data_ptr(),
         dbias.data_ptr() if dbias.numel() else None, torch.get_num_threads(),
     )  # fmt: skip
@@ -192,7 +203,7 @@ def _topk_grad(
     indices, top = torch.empty(k, dtype=torch.int64), torch.empty(k)
     count = torch.zeros(1, dtype=torch.int64)
     try:
-        _library().topk_grad(
+        library().topk_grad(
             g, row_ptr.data_ptr(), cols.data_ptr(), x.data_ptr(), dy.data_ptr(), k, 0,
             indices.data_ptr(), top.data_ptr(), count.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
