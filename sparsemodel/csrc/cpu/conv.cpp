@@ -1,0 +1,124 @@
+// Forward and input gradient: sparse rows times packed tiles.
+#include "conv.h"
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "pool.h"
+
+namespace spc {
+namespace {
+
+// The entries as the inner loop reads them.
+void expand(const Stencil& s, const Tiling& t, const Rows& rows, Entry* entries, int threads) {
+    const std::int64_t codes = s.source_channels / s.groups * s.kernel();
+    auto* offsets = scratch_array<std::int32_t>(Slot::offsets, codes);
+    code_offsets(s, t, offsets);
+    const std::int64_t per_group = s.target_channels / s.groups, pitch = group_pitch(s, t);
+    const std::int64_t total = s.target_phases() * s.target_channels;
+    const std::int64_t parts = std::min<std::int64_t>(total, threads * 4);
+    parallel(parts, threads, [&](std::int64_t part) {
+        const std::int64_t last = total * (part + 1) / parts;
+        for (std::int64_t row = total * part / parts; row < last; ++row) {
+            const std::int64_t group = row % s.target_channels / per_group;
+            const auto base = static_cast<std::int32_t>(group * pitch);
+            for (std::int32_t e = rows.row_ptr[row]; e < rows.row_ptr[row + 1]; ++e)
+                entries[e] = {base + offsets[rows.cols[e]],
+                              rows.values[rows.perm ? rows.perm[e] : e]};
+        }
+    });
+}
+
+}  // namespace
+
+void split_rows(const std::int32_t* row_ptr, std::int64_t rows, std::int64_t parts,
+                std::int64_t* bounds) {
+    // A row costs about four entries by itself: its results are stored.
+    const auto before = [&](std::int64_t row) {
+        return static_cast<std::int64_t>(row_ptr[row]) + 4 * row;
+    };
+    std::int64_t row = 0;
+    for (std::int64_t part = 0; part < parts; ++part) {
+        while (row < rows && before(row) * parts < before(rows) * part) ++row;
+        bounds[part] = row;
+    }
+    bounds[parts] = rows;
+}
+
+std::uint64_t next_call() {
+    static std::atomic<std::uint64_t> calls{0};
+    return ++calls;
+}
+
+const float* own_tile(const Stencil& s, const Tiling& t, std::uint64_t call, std::int64_t index,
+                      const float* source) {
+    thread_local std::uint64_t packed_call = 0;
+    thread_local std::int64_t packed_index = 0;
+    const Tile tile = tile_at(s, t, index);
+    if (t.direct) return packed_tile(s, t, tile, source, nullptr);
+    auto* buffer = scratch_array<float>(Slot::packed, t.packed_floats);
+    if (packed_call != call || packed_index != index) {
+        packed_tile(s, t, tile, source, buffer);
+        packed_call = call;
+        packed_index = index;
+    }
+    return buffer;
+}
+
+bool sparse_times_tiles(const Stencil& s, const Rows& rows, const float* bias,
+                        const float* source, float* target, int threads) {
+    Tiling t;
+    if (!make_tiling(s, &t)) return false;
+    const std::int64_t phases = s.target_phases(), channels = s.target_channels;
+    const std::int64_t nnz = rows.row_ptr[phases * channels];
+    threads = worthwhile_threads(
+        threads, static_cast<double>(nnz + channels) * static_cast<double>(t.tiles()) *
+                     static_cast<double>(t.tile_rows * t.tile_cols * t.lanes) / kBlockFloats);
+    auto* entries = scratch_array<Entry>(Slot::entries, std::max<std::int64_t>(nnz, 1));
+    expand(s, t, rows, entries, threads);
+
+    const std::int64_t wanted = threads == 1 ? 1 : 4 * threads;
+    const std::int64_t parts =
+        std::clamp<std::int64_t>((wanted + t.tiles() - 1) / t.tiles(), 1, channels);
+    std::vector<std::int64_t> bounds(static_cast<std::size_t>(phases * (parts + 1)));
+    for (std::int64_t phase = 0; phase < phases; ++phase)
+        split_rows(rows.row_ptr + phase * channels, channels, parts,
+                   bounds.data() + phase * (parts + 1));
+
+    const Kernels& kernel = kernels();
+    const std::uint64_t call = next_call();
+    parallel(t.tiles() * parts, threads, [&](std::int64_t item) {
+        const std::int64_t index = item / parts, part = item % parts;
+        const Tile tile = tile_at(s, t, index);
+        const float* packed = own_tile(s, t, call, index, source);
+        const std::int64_t span = t.span(tile);
+        auto* runs = scratch_array<Run>(Slot::runs, kernel.group_floats);
+        for (std::int64_t first = 0; first < span; first += kernel.group_floats) {
+            const std::int64_t length = std::min<std::int64_t>(kernel.group_floats, span - first);
+            for (std::int64_t phase = 0; phase < phases; ++phase) {
+                const std::int64_t* range = bounds.data() + phase * (parts + 1) + part;
+                SpmmGroup g;
+                g.runs = runs;
+                g.num_runs =
+                    static_cast<int>(make_runs(s, t, tile, phase, first, length, runs));
+                if (g.num_runs == 0 || range[0] == range[1]) continue;
+                g.whole_blocks = std::all_of(runs, runs + g.num_runs, [](const Run& run) {
+                    return run.source % kBlockFloats == 0 && run.length % kBlockFloats == 0;
+                });
+                g.packed = packed + first;
+                g.row_ptr = rows.row_ptr + phase * channels + range[0];
+                g.entries = entries;
+                g.bias = bias ? bias + range[0] : nullptr;
+                g.rows = range[1] - range[0];
+                g.out_stride = s.target_row();
+                g.out = target + range[0] * g.out_stride;
+                g.blocks = static_cast<int>((length + kBlockFloats - 1) / kBlockFloats);
+                kernel.spmm(g);
+            }
+        }
+    });
+    return true;
+}
+
+}  // namespace spc

@@ -1,0 +1,51 @@
+// Sparse convolution on checked arguments; sparse_cpu.h says what the arguments are.
+#pragma once
+
+#include <cstdint>
+
+#include "stencil.h"
+
+namespace spc {
+
+// Sparse rows in the order in which a stencil's target channels (by phase) read them.
+struct Rows {
+    const std::int32_t* row_ptr;  // [target_phases * target_channels + 1]
+    const std::int32_t* cols;     // [nnz]
+    const std::int32_t* perm;     // [nnz] place of the value, or null: in order
+    const float* values;
+};
+
+std::int32_t check_geometry(const spc_geometry* g, const char* where);
+std::int32_t check_row_ptr(const spc_geometry* g, const std::int32_t* row_ptr, std::int64_t rows,
+                           const char* where);
+
+// target = rows * source + bias.
+bool sparse_times_tiles(const Stencil& s, const Rows& rows, const float* bias,
+                        const float* source, float* target, int threads);
+
+bool weight_grad(const Stencil& s, const std::int32_t* row_ptr, const std::int32_t* cols,
+                 const float* x, const float* dy, float* dvalues, float* dbias, int threads);
+
+struct TopK {
+    std::int64_t k, tile_bytes;
+    std::int64_t* indices;
+    float* values;
+    std::int64_t count;
+    bool not_finite;
+};
+
+bool topk_grad(const Stencil& s, const std::int32_t* row_ptr, const std::int32_t* cols,
+               const float* x, const float* dy, TopK* top, int threads);
+
+// Boundaries [parts + 1] of parts of about equally many entries.
+void split_rows(const std::int32_t* row_ptr, std::int64_t rows, std::int64_t parts,
+                std::int64_t* bounds);
+
+// An own number for each call, by which a worker knows that its packed tile is of this call.
+std::uint64_t next_call();
+
+// Packs tile `index` into this thread's buffer unless it is the one already there.
+const float* own_tile(const Stencil& s, const Tiling& t, std::uint64_t call, std::int64_t index,
+                      const float* source);
+
+}  // namespace spc

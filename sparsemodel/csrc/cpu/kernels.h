@@ -1,0 +1,116 @@
+// The inner loops, as a table of functions with one implementation per instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace spc {
+
+// A non-zero as the inner loops read it: where its input starts, in floats from the packed
+// tile's start, and the weight.
+struct Entry {
+    std::int32_t offset;
+    float value;
+};
+
+// A stretch of one row's results: `length` floats from `source` of the group to `target` of the
+// output row.
+struct Run {
+    std::int32_t source, length;
+    std::int64_t target;
+};
+
+constexpr int kBlockFloats = 16;
+constexpr int kMaxGroupFloats = 256;  // results that one pass over a row's entries makes
+
+// Work of one pass over rows: a group of `blocks` blocks of consecutive packed positions.
+struct SpmmGroup {
+    const float* packed;           // first position of the group in the packed tile
+    const std::int32_t* row_ptr;   // [rows + 1], into entries
+    const Entry* entries;
+    const float* bias;             // [rows] or null
+    std::int64_t rows;
+    float* out;                    // row 0 of the output
+    std::int64_t out_stride;       // floats from one output row to the next
+    const Run* runs;
+    int num_runs;
+    int blocks;                    // 1 .. group_floats / 16
+    bool whole_blocks;             // every run is made of whole blocks
+};
+
+// Inner products of staged output gradients with shifted inputs.
+struct SddmmBlock {
+    const float* packed;           // first position in the packed tile
+    const float* dy;               // staged gradient, [rows][dy_stride], zero where there is none
+    std::int64_t dy_stride;
+    int blocks;                    // length of the products in blocks of 16
+};
+
+struct PackTile {
+    const float* source;           // channel 0, pixel (0, 0), lane 0 of the wanted lanes
+    float* packed;
+    std::int64_t channel_stride, row_stride, pixel_stride;  // of the source, in floats
+    std::int64_t packed_channel;   // floats from one packed channel-and-phase to the next
+    std::int64_t packed_row;       // floats from one packed row to the next
+    int lanes, lane_pitch;         // wanted lanes; lanes of a packed pixel (the rest is zero)
+    int rows, cols;                // packed rows and columns
+    int first_row, last_row, first_col, last_col;  // those that lie in the source
+    std::int64_t first_offset;     // source offset of packed (first_row, first_col)
+};
+
+struct AdamFactors {
+    float beta1_rest, beta2, beta2_rest, decay, shrink, eps, root_correction, step_size;
+    bool decoupled;
+};
+
+struct Kernels {
+    const char* name;
+    int group_floats;  // results per pass: registers times width
+    void (*spmm)(const SpmmGroup&);
+    // sums[e] += product of dy row 0 with the input at offsets[e].
+    void (*sddmm)(const SddmmBlock&, const std::int32_t* offsets, std::int64_t count, float* sums);
+    // The same for `rows` staged rows at once; sums of row r start at r * sums_stride.
+    void (*sddmm_rows)(const SddmmBlock&, int rows, const std::int32_t* offsets,
+                       std::int64_t count, float* sums, std::int64_t sums_stride);
+    float (*sum)(const float* x, std::int64_t count);  // count a multiple of 16
+    // staged[run.source ...] = row[run.target ...]; the rest of `staged` stays.
+    void (*stage)(const Run* runs, std::int64_t num_runs, const float* row, float* staged);
+    void (*pack)(const PackTile&, std::int64_t channels);
+    void (*copy)(float* to, const float* from, std::int64_t count);
+
+    // Batch norm of one channel. Moments are summed in double over blocks.
+    double (*channel_sum)(const float* x, std::int64_t count);
+    double (*channel_square)(const float* x, float mean, std::int64_t count);
+    void (*channel_affine)(const float* x, const float* residual, float* y, float mean,
+                           float scale, float shift, bool relu, std::int64_t count);
+    // *sum = sum of g, *product = sum of g * (x - mean); g = dy where y > 0 (y null: dy).
+    void (*channel_gradient_sums)(const float* x, const float* y, const float* dy, float mean,
+                                  std::int64_t count, double* sum, double* product);
+    // dx = scale * (g - mean_g - (x - mean) * slope); dresidual = g.
+    void (*channel_gradient)(const float* x, const float* y, const float* dy, float* dx,
+                             float* dresidual, float mean, float scale, float mean_g, float slope,
+                             std::int64_t count);
+    void (*relu)(const float* x, float* y, std::int64_t count);
+    void (*relu_gradient)(const float* y, const float* dy, float* dx, std::int64_t count);
+
+    // Lane-wise steps of pooling.
+    void (*max_step)(const float* x, float* best, std::uint8_t* taps, std::uint8_t tap,
+                     std::int64_t count);
+    void (*pick_step)(const std::uint8_t* taps, const float* dy, float* dx, std::uint8_t tap,
+                      std::int64_t count);
+    void (*add_scaled)(const float* x, float* y, float factor, std::int64_t count);  // y += f x
+    void (*scale)(const float* x, float* y, float factor, std::int64_t count);       // y = f x
+
+    void (*transpose)(const float* x, float* y, std::int64_t rows, std::int64_t cols,
+                      std::int64_t x_stride, std::int64_t y_stride);
+
+    void (*sgd)(float* values, const float* gradient, float* buffer, float lr, float momentum,
+                float decay, std::int64_t count);
+    void (*adam)(float* values, const float* gradient, float* mean, float* square,
+                 const AdamFactors& factors, std::int64_t count);
+};
+
+// The table in use.
+const Kernels& kernels();
+
+}  // namespace spc

@@ -1,0 +1,210 @@
+#include "pool.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "sparse_cpu.h"
+
+namespace spc {
+namespace {
+
+constexpr int kMaxThreads = 256;
+constexpr double kOperationsPerThread = 400e3;  // about ten microseconds of fused multiply-adds
+constexpr int kSpins = 2000;
+
+inline void pause() {
+#if defined(SPC_X86)
+    __builtin_ia32_pause();
+#endif
+}
+
+struct Job {
+    void (*body)(void*, std::int64_t);
+    void* context;
+    std::int64_t items;
+    std::atomic<std::int64_t> next{0};
+    std::atomic<bool> out_of_memory{false};
+
+    void work() {
+        try {
+            for (std::int64_t item = next++; item < items; item = next++) body(context, item);
+        } catch (const std::bad_alloc&) {
+            out_of_memory = true;
+            next = items;
+        }
+    }
+};
+
+thread_local bool inside = false;  // this thread is at work in a job
+
+struct Scratch {
+    void* memory[static_cast<int>(Slot::count)] = {};
+    std::size_t size[static_cast<int>(Slot::count)] = {};
+
+    void release() {
+        for (int i = 0; i < static_cast<int>(Slot::count); ++i) {
+            std::free(memory[i]);
+            memory[i] = nullptr;
+            size[i] = 0;
+        }
+    }
+    ~Scratch() { release(); }
+};
+
+thread_local Scratch mine;
+std::atomic<std::uint64_t> release_epoch{0};
+
+class Pool {
+public:
+    void run(std::int64_t items, int threads, void (*body)(void*, std::int64_t), void* context) {
+        Job job;
+        job.body = body;
+        job.context = context;
+        job.items = items;
+        const int helpers = std::min(threads - 1, grow(threads - 1));
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            job_ = &job;
+            wanted_ = helpers;
+            generation_.fetch_add(1, std::memory_order_release);
+        }
+        wake_.notify_all();
+        inside = true;
+        job.work();
+        inside = false;
+        // A helper that has not woken by now is not waited for: it finds no job.
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            job_ = nullptr;
+        }
+        for (int spins = 0; spins < kSpins && active_.load(std::memory_order_acquire); ++spins)
+            pause();
+        if (active_.load(std::memory_order_acquire)) {
+            std::unique_lock<std::mutex> lock(mutex_);
+            done_.wait(lock, [this] { return active_.load() == 0; });
+        }
+        if (job.out_of_memory) throw std::bad_alloc();
+    }
+
+    std::mutex& owner() { return owner_; }
+
+private:
+    // Starts workers up to `wanted`; how many there are. A machine without threads has none.
+    int grow(int wanted) {
+        while (static_cast<int>(num_workers_) < wanted) {
+            try {
+                std::thread(&Pool::serve, this, num_workers_).detach();
+            } catch (const std::system_error&) {
+                break;
+            }
+            ++num_workers_;
+        }
+        return num_workers_;
+    }
+
+    void serve(int index) {
+        inside = true;
+        std::uint64_t released = release_epoch.load();
+        std::uint64_t seen = 0;
+        for (;;) {
+            for (int spins = 0;
+                 spins < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spins)
+                pause();
+            Job* job = nullptr;
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, [&] { return generation_.load() != seen; });
+                seen = generation_.load();
+                if (job_ && index < wanted_) {
+                    job = job_;
+                    ++active_;
+                }
+            }
+            if (!job) continue;
+            if (released != release_epoch.load()) {
+                released = release_epoch.load();
+                mine.release();
+            }
+            job->work();
+            {
+                std::lock_guard<std::mutex> lock(mutex_);
+                --active_;
+            }
+            done_.notify_one();
+        }
+    }
+
+    std::mutex owner_;  // held by the thread whose job runs
+    std::mutex mutex_;
+    std::condition_variable wake_, done_;
+    std::atomic<std::uint64_t> generation_{0};
+    std::atomic<int> active_{0};  // workers inside job_
+    Job* job_ = nullptr;
+    int wanted_ = 0;
+    int num_workers_ = 0;
+};
+
+// Never destroyed: workers may still wait in it when the process ends. A forked child has no
+// workers, so it starts with a new pool.
+std::atomic<Pool*> the_pool{nullptr};
+
+Pool& pool() {
+    static const bool once = [] {
+        the_pool = new Pool;
+        pthread_atfork(nullptr, nullptr, [] { the_pool = new Pool; });
+        return true;
+    }();
+    (void)once;
+    return *the_pool.load();
+}
+
+}  // namespace
+
+void parallel_raw(std::int64_t items, int threads, void (*body)(void*, std::int64_t),
+                  void* context) {
+    if (threads > items) threads = static_cast<int>(items);
+    if (threads > kMaxThreads) threads = kMaxThreads;
+    if (threads > 1 && !inside) {
+        Pool& workers = pool();
+        std::unique_lock<std::mutex> lock(workers.owner(), std::try_to_lock);
+        if (lock.owns_lock()) {
+            workers.run(items, threads, body, context);
+            return;
+        }
+    }
+    for (std::int64_t item = 0; item < items; ++item) body(context, item);
+}
+
+int worthwhile_threads(int threads, double operations) {
+    const double worth = operations / kOperationsPerThread;
+    return worth < threads ? (worth < 1.0 ? 1 : static_cast<int>(worth)) : threads;
+}
+
+void* scratch(Slot slot, std::size_t bytes) {
+    const int i = static_cast<int>(slot);
+    if (mine.size[i] < bytes || !mine.memory[i]) {
+        std::free(mine.memory[i]);
+        mine.size[i] = 0;
+        const std::size_t rounded = (bytes + 4096) / 4096 * 4096;
+        mine.memory[i] = std::aligned_alloc(4096, rounded);
+        if (!mine.memory[i]) throw std::bad_alloc();
+        mine.size[i] = rounded;
+    }
+    return mine.memory[i];
+}
+
+}  // namespace spc
+
+extern "C" void spc_release_scratch(void) {
+    ++spc::release_epoch;  // each worker frees its own before its next job
+    spc::mine.release();
+}
