@@ -59,6 +59,15 @@ class _Source:
     groups: Array | None = None
 
 
+def check_dataset(name: str) -> None:
+    """Raise DataError, listing the known ones, unless `name` is a known data set or a folder."""
+    if name not in DATASETS and not Path(name).is_dir():
+        raise DataError(
+            f"unknown data set {name!r}; known: {', '.join(DATASETS)}; "
+            "or give a folder of parquet files with columns img and label"
+        )
+
+
 @lru_cache(maxsize=2)
 def load_dataset(
     name: str, *, num_train: int | None = None, num_test: int | None = None, seed: int = 0
@@ -78,15 +87,8 @@ def load_dataset(
     >>> load_dataset("digits").input_shape
     (1, 8, 8)
     """
-    if name in DATASETS:
-        train, test = DATASETS[name]()
-    elif Path(name).is_dir():
-        train, test = _parquet_folder(Path(name))
-    else:
-        raise DataError(
-            f"unknown data set {name!r}; known: {', '.join(DATASETS)}; "
-            "or give a folder of parquet files with columns img and label"
-        )
+    check_dataset(name)
+    train, test = DATASETS[name]() if name in DATASETS else _parquet_folder(Path(name))
     num_classes = _num_classes(train.labels, test.labels, name)
     train_index = _subset(train.labels, num_train, seed=seed, what=f"{name}, training side")
     test_index = _subset(test.labels, num_test, seed=seed, what=f"{name}, test side")

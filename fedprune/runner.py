@@ -36,6 +36,7 @@ def run(
             what to do. A folder in which nothing was computed is removed again.
     """
     from fedprune import runfolder  # noqa: PLC0415
+    from fedprune.data import check_dataset  # noqa: PLC0415
     from fedprune.methods import check_method  # noqa: PLC0415
     from fedprune.models import check_model  # noqa: PLC0415
     from fedprune.training import compute_device  # noqa: PLC0415
@@ -43,6 +44,7 @@ def run(
     folder = Path(folder)
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")
+    check_dataset(config.data.dataset)
     check_method(config.pruning.method)
     check_model(config.model_name)
     compute_device(config.training.device)
