@@ -154,12 +154,12 @@ class SparseLayer(nn.Module):
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._set_pattern(self.row_ptr, self.cols)  # the native library may be there, or not
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         device = self.cols.device
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.cols.device != device:
             self._set_pattern(self.row_ptr, self.cols)
         return self
