@@ -122,8 +122,6 @@ def linear_topk_grad(x: Tensor, dy: Tensor, index: SparseIndex, k: int) -> tuple
     """
     _check_alike(x, dy, index)
     dense = not _native(dy, index)
-    if not dense:
-        x, dy = features_first(x), features_first(dy)
     indices, values = ops.linear_topk_grad(x, dy, index.row_ptr, index.cols, k, dense)
     return indices, values
 
@@ -134,8 +132,6 @@ def conv2d_topk_grad(
     """As `linear_topk_grad`, for `sparse_conv2d`: x [B, in, H, W], dy [B, out, OH, OW]."""
     _check_alike(x, dy, index)
     dense = not _native(dy, index)
-    if not dense:
-        x, dy = batch_innermost(x), batch_innermost(dy)
     indices, values = ops.conv2d_topk_grad(x, dy, index.row_ptr, index.cols, geometry, k, dense)
     return indices, values
 

@@ -1,8 +1,9 @@
 """The raw operators `torch.ops.sparsemodel.*`: schema, kernel and shape rule of each.
 
 They know nothing of gradients (sparsemodel.kernels.functional does) and expect arguments that
-fit; what a kernel reads sparsely must be in the batch-innermost layout. `dense` asks for the
-plain-torch kernel through the dense weight; the native library serves the rest.
+fit. `dense` asks for the plain-torch kernel through the dense weight; the native library serves
+the rest, in the batch-innermost layout. Inputs in another are converted here too, since under
+torch.compile the strides that a caller saw need not be the real ones.
 """
 # ruff: noqa: PLR0917 - kernels take their arrays by position, in the library's order
 
@@ -19,6 +20,7 @@ from sparsemodel.kernels.geometry import (
     empty_batch_innermost,
     empty_features_first,
 )
+from sparsemodel.kernels.layout import batch_innermost, features_first
 
 Tensor = torch.Tensor
 
@@ -45,7 +47,7 @@ def _linear(
     if dense:
         return reference.linear(x, values, bias, row_ptr, cols)
     y = empty_features_first(x, (*x.shape[:-1], row_ptr.numel() - 1))
-    native.linear(x, values, bias, row_ptr, cols, y)
+    native.linear(features_first(x), values, bias, row_ptr, cols, y)
     return y
 
 
@@ -74,7 +76,7 @@ def _linear_input_grad(
     if dense:
         return reference.linear_input_grad(dy, values, row_ptr, cols, in_features)
     dx = empty_features_first(dy, (*dy.shape[:-1], in_features))
-    native.linear_input_grad(dy, values, row_ptr, cols, transposed, dx)
+    native.linear_input_grad(features_first(dy), values, row_ptr, cols, transposed, dx)
     return dx
 
 
@@ -99,7 +101,7 @@ def _linear_weight_grad(
         gradient = reference.linear_weight_grad(x, dy, row_ptr, cols)
         return gradient, dy.reshape(-1, dy.shape[-1]).sum(0) if bias else dy.new_empty(0)
     dvalues, dbias = _linear_weight_grad_shapes(x, dy, row_ptr, cols, bias, dense)
-    native.linear_weight_grad(x, dy, row_ptr, cols, dvalues, dbias)
+    native.linear_weight_grad(features_first(x), features_first(dy), row_ptr, cols, dvalues, dbias)
     return dvalues, dbias
 
 
@@ -122,7 +124,7 @@ def _conv2d(
     if dense:
         return reference.conv2d(x, values, bias, row_ptr, cols, g)
     y = empty_batch_innermost(x, x.shape[0], g.out_channels, *_output_size(x, g))
-    native.conv2d(x, values, bias, row_ptr, cols, g, y)
+    native.conv2d(batch_innermost(x), values, bias, row_ptr, cols, g, y)
     return y
 
 
@@ -156,7 +158,7 @@ def _conv2d_input_grad(
     if dense:
         return reference.conv2d_input_grad(dy, values, row_ptr, cols, g, (height, width))
     dx = empty_batch_innermost(dy, dy.shape[0], g.in_channels, height, width)
-    native.conv2d_input_grad(dy, values, row_ptr, cols, transposed, g, dx)
+    native.conv2d_input_grad(batch_innermost(dy), values, row_ptr, cols, transposed, g, dx)
     return dx
 
 
@@ -191,7 +193,9 @@ def _conv2d_weight_grad(
         gradient = reference.conv2d_weight_grad(x, dy, row_ptr, cols, g)
         return gradient, dy.sum((0, 2, 3)) if bias else dy.new_empty(0)
     dvalues, dbias = _conv2d_weight_grad_shapes(x, dy, row_ptr, cols, geometry, bias, dense)
-    native.conv2d_weight_grad(x, dy, row_ptr, cols, g, dvalues, dbias)
+    native.conv2d_weight_grad(
+        batch_innermost(x), batch_innermost(dy), row_ptr, cols, g, dvalues, dbias
+    )
     return dvalues, dbias
 
 
@@ -212,7 +216,7 @@ def _linear_topk_grad(
 ) -> tuple[Tensor, Tensor]:
     if dense:
         return reference.linear_topk_grad(x, dy, row_ptr, cols, k)
-    return native.linear_topk_grad(x, dy, row_ptr, cols, k)
+    return native.linear_topk_grad(features_first(x), features_first(dy), row_ptr, cols, k)
 
 
 def _linear_topk_grad_shapes(
@@ -233,7 +237,7 @@ def _conv2d_topk_grad(
     g = ConvGeometry(*geometry)
     if dense:
         return reference.conv2d_topk_grad(x, dy, row_ptr, cols, g, k)
-    return native.conv2d_topk_grad(x, dy, row_ptr, cols, g, k)
+    return native.conv2d_topk_grad(batch_innermost(x), batch_innermost(dy), row_ptr, cols, g, k)
 
 
 def _conv2d_topk_grad_shapes(
