@@ -1,0 +1,118 @@
+// A plan's nodes, and the two programs (training, inference) that they are compiled into.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "sparse_plan.h"
+
+namespace spc {
+
+enum class Kind { input, conv, norm, relu, add, max_pool, avg_pool, global_pool, flatten };
+
+struct Node {
+    Kind kind;
+    int source = -1;
+    int other = -1;  // residual, or the second addend
+    std::int64_t channels = 0, height = 0, width = 0;  // of the result
+    spc_geometry conv{};
+    spc_pool_geometry pool{};
+    bool relu = false, include_pad = false, bound = false;
+    double eps = 0.0, momentum = 0.0;
+    spc_conv_arrays conv_arrays{};
+    spc_norm_arrays norm_arrays{};
+
+    std::int64_t pixels() const { return height * width; }
+    std::int64_t size() const { return channels * height * width; }
+};
+
+// A stretch of the arena, in use from step `first` to step `last`.
+struct Buffer {
+    std::size_t sample_bytes, fixed_bytes;
+    int first = -1, last = -1;
+    std::size_t offset = 0;
+};
+
+enum class Action {
+    load, conv, norm_train, norm_infer, relu, add, max_pool, avg_pool, global_pool,
+    loss, weight_grad, input_grad, norm_grad, relu_grad, max_pool_grad, avg_pool_grad,
+    global_pool_grad, copy, accumulate
+};
+
+constexpr int kOperands = 7;
+
+// One kernel call; operands are numbers of buffers, -1 for none.
+struct Step {
+    Action action;
+    int node;
+    bool backward = false;
+    int x = -1, y = -1, dy = -1, dx = -1;
+    int residual = -1;  // or the second addend
+    int dresidual = -1;
+    int saved = -1;     // mean and inverse deviation of batch norm, winners of max pooling
+
+    void operands(int (&all)[kOperands]) const {
+        const int these[kOperands] = {x, y, dy, dx, residual, dresidual, saved};
+        for (int i = 0; i < kOperands; ++i) all[i] = these[i];
+    }
+};
+
+struct Program {
+    std::vector<Buffer> buffers;
+    std::vector<Step> steps;
+    int logits = -1;
+    std::size_t bytes = 0;
+};
+
+struct FreeMemory {
+    void operator()(void* p) const;
+};
+
+}  // namespace spc
+
+struct spc_plan {
+    std::int32_t batch = 0;
+    bool recompute = false, built = false;
+    int output = -1;
+    std::vector<spc::Node> nodes;
+    spc::Program train, infer;
+    std::unique_ptr<char, spc::FreeMemory> arena;
+    std::vector<double> seconds;  // [2 * nodes]
+    std::vector<std::int32_t> no_rows;  // zeros: the row_ptr of a pattern without entries
+};
+
+namespace spc {
+
+Program training_program(const spc_plan& plan);
+Program inference_program(const spc_plan& plan);
+
+// Gives buffers that are in use at the same time different places.
+void place_buffers(Program* program, std::int32_t batch);
+
+struct Batch {
+    std::int32_t size;
+    const spc_images* images;
+    const std::int64_t* labels;  // or null
+    int threads;
+};
+
+struct Score {
+    double loss = 0.0;
+    std::int64_t correct = 0;
+};
+
+std::int32_t run_program(spc_plan* plan, const Program& program, const Batch& batch, Score* score);
+std::int32_t sgd_step(spc_plan* plan, const spc_sgd& sgd, int threads);
+float* buffer_at(const spc_plan& plan, const Program& program, int buffer);
+
+// images [B, C, pixels] -> x [C, pixels, B].
+std::int32_t load_images(const spc_images& images, std::int64_t batch, std::int64_t channels,
+                         std::int64_t pixels, float* x, int threads);
+
+// Mean cross-entropy of softmax(logits [classes, batch]); its gradient unless `dlogits` is null.
+Score softmax_cross_entropy(const float* logits, const std::int64_t* labels, std::int64_t classes,
+                            std::int64_t batch, float* dlogits);
+
+}  // namespace spc

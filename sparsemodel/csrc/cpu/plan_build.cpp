@@ -1,0 +1,276 @@
+// From nodes to programs: which kernel calls, in which order, on which buffers.
+#include <utility>
+
+#include "plan.h"
+
+namespace spc {
+namespace {
+
+class Writer {
+public:
+    Writer(const spc_plan& plan, bool training) : plan_(plan), training_(training) {
+        const std::size_t count = plan.nodes.size();
+        value_.assign(count, -1);
+        saved_.assign(count, -1);
+        gradient_.assign(count, -1);
+        wants_.assign(count, 0);
+        readers_.assign(count, 0);
+        last_reader_.assign(count, -1);
+        kept_.assign(count, 0);
+        for (int i = 0; i < static_cast<int>(count); ++i) study(i);
+        last_reader_[storage(plan.output)] = plan.output + 1;  // the loss
+        if (training)
+            for (int i = 0; i < static_cast<int>(count); ++i) keep(i);
+    }
+
+    Program write() {
+        for (int i = 0; i <= plan_.output; ++i) forward(i);
+        program_.logits = value_[plan_.output];
+        Step loss{Action::loss, plan_.output};
+        loss.x = program_.logits;
+        if (training_) loss.dy = gradient_[plan_.output] = activation(plan_.output);
+        emit(loss);
+        if (training_)
+            for (int i = plan_.output; i > 0; --i) backward(i);
+        return std::move(program_);
+    }
+
+private:
+    const Node& node(int i) const { return plan_.nodes[static_cast<std::size_t>(i)]; }
+
+    // The node whose result a node's result is another view of.
+    int storage(int i) const {
+        while (node(i).kind == Kind::flatten) i = node(i).source;
+        return i;
+    }
+
+    static bool trains(const spc_parameter& p) { return p.values && p.gradient; }
+    static bool trains(const Node& n) {
+        if (n.kind == Kind::conv)
+            return trains(n.conv_arrays.bias) || n.conv_arrays.weight.gradient;
+        return n.kind == Kind::norm &&
+               (trains(n.norm_arrays.gamma) || trains(n.norm_arrays.beta));
+    }
+
+    void study(int i) {
+        const Node& n = node(i);
+        wants_[i] = trains(n) || (n.source >= 0 && wants_[n.source]) ||
+                    (n.other >= 0 && wants_[n.other]);
+        if (n.kind == Kind::flatten) return;
+        for (int read : {n.source, n.other}) {
+            if (read < 0) continue;
+            ++readers_[storage(read)];
+            last_reader_[storage(read)] = i;
+        }
+    }
+
+    // Whether the input of a batch norm is computed again instead of kept.
+    bool recomputed(int norm) const {
+        const int source = node(norm).source;
+        return plan_.recompute && node(source).kind == Kind::conv && readers_[source] == 1 &&
+               source != plan_.output;
+    }
+
+    // Marks what the backward pass of a node reads.
+    void keep(int i) {
+        const Node& n = node(i);
+        if (!wants_[i]) return;
+        if (n.kind == Kind::relu || (n.kind == Kind::norm && n.relu)) kept_[i] = 1;
+        if (n.kind == Kind::conv) kept_[storage(n.source)] = 1;
+        if (n.kind == Kind::norm)
+            kept_[storage(recomputed(i) ? node(n.source).source : n.source)] = 1;
+    }
+
+    // Whether node i may write its result over the result of `source`.
+    bool overwrites(int i, int source) const {
+        const int s = storage(source);
+        return last_reader_[s] == i && node(i).source != node(i).other && !kept_[s];
+    }
+
+    int buffer(std::size_t sample_bytes, std::size_t fixed_bytes = 0) {
+        program_.buffers.push_back({sample_bytes, fixed_bytes});
+        return static_cast<int>(program_.buffers.size()) - 1;
+    }
+
+    int activation(int i) {
+        return buffer(sizeof(float) * static_cast<std::size_t>(node(i).size()));
+    }
+
+    void emit(const Step& step) {
+        const int index = static_cast<int>(program_.steps.size());
+        program_.steps.push_back(step);
+        int operands[kOperands];
+        step.operands(operands);
+        for (int operand : operands) {
+            if (operand < 0) continue;
+            Buffer& b = program_.buffers[static_cast<std::size_t>(operand)];
+            if (b.first < 0) b.first = index;
+            b.last = index;
+        }
+    }
+
+    void forward(int i) {
+        const Node& n = node(i);
+        if (n.kind == Kind::flatten) {
+            value_[i] = value_[n.source];
+            return;
+        }
+        Step step{forward_action(n), i};
+        step.x = n.source < 0 ? -1 : value_[n.source];
+        step.residual = n.other < 0 ? -1 : value_[n.other];
+        const bool elementwise =
+            n.kind == Kind::norm || n.kind == Kind::relu || n.kind == Kind::add;
+        if (elementwise && overwrites(i, n.source)) {
+            step.y = step.x;
+        } else if (elementwise && n.other >= 0 && overwrites(i, n.other)) {
+            step.y = step.residual;
+        } else {
+            step.y = activation(i);
+        }
+        if (step.action == Action::norm_train) {
+            saved_[i] = buffer(0, 2 * sizeof(float) * static_cast<std::size_t>(n.channels));
+        } else if (n.kind == Kind::max_pool && training_ && wants_[i]) {
+            saved_[i] = buffer(static_cast<std::size_t>(n.size()));
+        }
+        step.saved = saved_[i];
+        value_[i] = step.y;
+        emit(step);
+    }
+
+    Action forward_action(const Node& n) const {
+        switch (n.kind) {
+            case Kind::input: return Action::load;
+            case Kind::conv: return Action::conv;
+            case Kind::norm:
+                // Without running statistics the batch's own serve in inference too.
+                return training_ || !n.norm_arrays.running_mean ? Action::norm_train
+                                                                : Action::norm_infer;
+            case Kind::relu: return Action::relu;
+            case Kind::add: return Action::add;
+            case Kind::max_pool: return Action::max_pool;
+            case Kind::avg_pool: return Action::avg_pool;
+            default: return Action::global_pool;
+        }
+    }
+
+    Step backward_step(Action action, int i) const {
+        Step step{action, i, true};
+        step.dy = gradient_[i];
+        return step;
+    }
+
+    // The gradient of a node's result is complete: all its readers come later.
+    void backward(int i) {
+        const Node& n = node(i);
+        if (gradient_[i] < 0 || !wants_[i]) return;
+        switch (n.kind) {
+            case Kind::input: return;
+            case Kind::conv: return backward_conv(i);
+            case Kind::norm: return backward_norm(i);
+            case Kind::add: return backward_add(i);
+            case Kind::flatten: return give(n.source, gradient_[i]);
+            case Kind::relu: {
+                Step step = backward_step(Action::relu_grad, i);
+                step.y = value_[i];
+                step.dx = step.dy;
+                emit(step);
+                return give(n.source, step.dx);
+            }
+            case Kind::max_pool: return backward_pool(Action::max_pool_grad, i);
+            case Kind::avg_pool: return backward_pool(Action::avg_pool_grad, i);
+            case Kind::global_pool: return backward_pool(Action::global_pool_grad, i);
+        }
+    }
+
+    void backward_conv(int i) {
+        const Node& n = node(i);
+        if (trains(n)) {
+            Step step = backward_step(Action::weight_grad, i);
+            step.x = value_[n.source];
+            emit(step);
+        }
+        if (!wants_[n.source]) return;
+        Step step = backward_step(Action::input_grad, i);
+        step.dx = activation(n.source);
+        emit(step);
+        give(n.source, step.dx);
+    }
+
+    void backward_norm(int i) {
+        const Node& n = node(i);
+        Step step = backward_step(Action::norm_grad, i);
+        step.x = value_[n.source];
+        if (recomputed(i)) {
+            Step again{Action::conv, n.source, true};
+            again.x = value_[node(n.source).source];
+            again.y = step.x = activation(n.source);
+            emit(again);
+        }
+        if (n.relu) step.y = value_[i];
+        step.saved = saved_[i];
+        const bool passes = n.other >= 0 && wants_[n.other];
+        // Without ReLU the residual's gradient is dy as it is; then dx needs a place of its own.
+        if (passes && n.relu) step.dresidual = activation(i);
+        step.dx = passes && !n.relu ? activation(i) : step.dy;
+        emit(step);
+        give(n.source, step.dx);
+        if (passes) give(n.other, n.relu ? step.dresidual : step.dy);
+    }
+
+    void backward_add(int i) {
+        const Node& n = node(i);
+        const bool both = wants_[n.source] && wants_[n.other];
+        int second = gradient_[i];
+        // The left side takes the buffer over, unless it only adds it to its own.
+        if (both && gradient_[n.source] < 0) {
+            Step copy = backward_step(Action::copy, i);
+            copy.dx = second = activation(i);
+            emit(copy);
+        }
+        give(n.source, gradient_[i]);
+        give(n.other, second);
+    }
+
+    void backward_pool(Action action, int i) {
+        const int source = node(i).source;
+        if (!wants_[source]) return;
+        Step step = backward_step(action, i);
+        step.saved = saved_[i];
+        step.dx = activation(source);
+        emit(step);
+        give(source, step.dx);
+    }
+
+    // A reader's contribution to the gradient of a node's result.
+    void give(int i, int contribution) {
+        if (!wants_[i]) return;
+        int& gradient = gradient_[i];
+        if (gradient < 0) {
+            gradient = contribution;
+            return;
+        }
+        Step step{Action::accumulate, i, true};
+        step.x = contribution;
+        step.dx = gradient;
+        emit(step);
+    }
+
+    const spc_plan& plan_;
+    const bool training_;
+    Program program_;
+    // By node: buffer of the result, of what its backward pass needs besides, and of the
+    // result's gradient; whether that gradient is wanted.
+    std::vector<int> value_, saved_, gradient_;
+    std::vector<char> wants_;
+    // By storage: how many nodes read it, the last of them, whether the backward pass does.
+    std::vector<int> readers_, last_reader_;
+    std::vector<char> kept_;
+};
+
+}  // namespace
+
+Program training_program(const spc_plan& plan) { return Writer(plan, true).write(); }
+
+Program inference_program(const spc_plan& plan) { return Writer(plan, false).write(); }
+
+}  // namespace spc
