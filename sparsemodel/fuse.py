@@ -135,9 +135,10 @@ def _replace(last: fx.Node, norm: fx.Node, *, addition: fx.Node | None, relu: bo
     with last.graph.inserting_before(last):
         fused = last.graph.call_module(str(norm.target), (norm.args[0], residual, relu))
     last.replace_all_uses_with(fused)
-    for node in (last, addition, norm):
-        if node is not None and not node.users and node is not fused:
-            node.graph.erase_node(node)
+    last.graph.erase_node(last)
+    if addition is not None and addition is not last:
+        addition.graph.erase_node(addition)
+    norm.graph.erase_node(norm)
 
 
 def _norm_of_addition(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
@@ -148,7 +149,7 @@ def _norm_of_addition(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node |
     if not all(isinstance(argument, fx.Node) for argument in node.args):
         return None
     # `residual += norm` also changes the residual for others; `norm += residual` is seen by none.
-    candidates = node.args[:1] if _changes(node) else node.args[::-1]
+    candidates = node.args[:1] if _changes(node) else node.args
     return next((n for n in candidates if isinstance(n, fx.Node) and _is_norm(n, modules)), None)
 
 

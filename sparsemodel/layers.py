@@ -268,7 +268,8 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[*, in] -> [*, out]."""
-        x = _cast_by_autocast(x, self.values)
+        if torch.is_autocast_enabled(x.device.type):
+            return _without_autocast(self, x)
         if x.shape[-1] != self.in_features:
             raise SparseModelError(
                 f"expected an input [*, {self.in_features}], got {tuple(x.shape)}"
@@ -276,7 +277,7 @@ class SparseLinear(SparseLayer):
         return sparse_linear(x, self.values, self.bias, self._index(), dense=self._dense(x))
 
     def topk_grad(self, x: torch.Tensor, dy: torch.Tensor, k: int) -> Entries:
-        return linear_topk_grad(_cast_by_autocast(x, dy), dy, self._index(), k)
+        return linear_topk_grad(x.to(dy.dtype), dy, self._index(), k)
 
     def _dense(self, x: torch.Tensor) -> bool:
         if self.execution != "auto":
@@ -380,7 +381,8 @@ class SparseConv2d(SparseLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, in, H, W] -> [B, out, OH, OW], or both without B."""
-        x = _cast_by_autocast(x, self.values)
+        if torch.is_autocast_enabled(x.device.type):
+            return _without_autocast(self, x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         return sparse_conv2d(
@@ -388,7 +390,7 @@ class SparseConv2d(SparseLayer):
         )
 
     def topk_grad(self, x: torch.Tensor, dy: torch.Tensor, k: int) -> Entries:
-        x = _cast_by_autocast(x, dy)
+        x = x.to(dy.dtype)  # under autocast they may differ
         if x.dim() == 3:
             x, dy = x.unsqueeze(0), dy.unsqueeze(0)
         return conv2d_topk_grad(x, dy, self._index(), self._geometry, k)
@@ -508,8 +510,8 @@ def _check_shape(mask: torch.Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _cast_by_autocast(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Under autocast earlier layers may hand over half precision; the values decide."""
-    if x.dtype != values.dtype and torch.is_autocast_enabled(x.device.type):
-        return x.to(values.dtype)
-    return x
+def _without_autocast(layer: SparseLayer, x: torch.Tensor) -> torch.Tensor:
+    """Compute in the type of the layer's values, whatever autocast made of its input."""
+    with torch.autocast(x.device.type, enabled=False):
+        y: torch.Tensor = layer.forward(x.to(layer.values.dtype))
+    return y

@@ -71,10 +71,14 @@ def is_features_first(x: torch.Tensor) -> bool:
 def empty_batch_innermost(
     like: torch.Tensor, batch: int, channels: int, height: int, width: int
 ) -> torch.Tensor:
-    """An uninitialised logical [B, C, H, W] tensor stored as [C, H, W, B]."""
-    return like.new_empty(channels, height, width, batch).permute(3, 0, 1, 2)
+    """An uninitialised logical [B, C, H, W] tensor stored as [C, H, W, B]; no view."""
+    strides = 1, height * width * batch, width * batch, batch
+    return like.new_empty_strided((batch, channels, height, width), strides)
 
 
 def empty_features_first(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """An uninitialised logical [*, F] tensor stored as [F, *]."""
-    return like.new_empty(shape[-1], *shape[:-1]).movedim(0, -1)
+    """An uninitialised logical [*, F] tensor stored as [F, *]; no view."""
+    strides, step = [0] * len(shape), 1
+    for i in (*range(len(shape) - 2, -1, -1), len(shape) - 1):
+        strides[i], step = step, step * shape[i]
+    return like.new_empty_strided(shape, strides)

@@ -48,8 +48,15 @@ def linear(
     cols: torch.Tensor,
 ) -> torch.Tensor:
     """[*, in] -> [*, out]."""
-    weight = dense_weight(values, row_ptr, cols, (len(row_ptr) - 1, x.shape[-1]))
-    return functional.linear(x, weight, bias)
+    weight = dense_weight(values, row_ptr, cols, (len(row_ptr) - 1, x.shape[-1])).t()
+    # Not functional.linear: what it returns may be a view, which autograd would let nobody change.
+    y = x.new_empty(*x.shape[:-1], weight.shape[1])
+    rows_x, rows_y = x.reshape(-1, x.shape[-1]), y.view(-1, weight.shape[1])
+    if bias is None:
+        torch.mm(rows_x, weight, out=rows_y)
+    else:
+        torch.addmm(bias, rows_x, weight, out=rows_y)
+    return y
 
 
 def linear_input_grad(

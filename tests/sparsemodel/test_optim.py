@@ -1,8 +1,9 @@
-"""The sparse optimiser against torch.optim.SGD on masked weights and gradients."""
+"""The sparse optimisers against torch.optim's on masked weights and gradients."""
 
 import copy
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 
 from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.mask import Mask
-from sparsemodel.optim import MaskedSGD
+from sparsemodel.optim import MaskedSGD, SparseAdam, SparseSGD
+from sparsemodel.sparsify import densify, sparsify
 
 
 @pytest.fixture(autouse=True)
@@ -244,3 +246,99 @@ def test_bad_arguments_are_refused() -> None:
     channels_last.to(memory_format=torch.channels_last)
     with pytest.raises(MaskError, match="not contiguous"):
         MaskedSGD(channels_last, mask, lr=0.1)
+
+
+STEPS = [
+    (SparseSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.0}),
+    (SparseSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}),
+    (SparseAdam, torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.05}),
+    (SparseAdam, torch.optim.Adam, {"lr": 0.01, "betas": (0.0, 0.5), "eps": 1e-3}),
+    (SparseAdam, torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.05}),
+]
+
+
+@pytest.mark.parametrize(("ours", "torchs", "options"), STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_on_values_equal_torchs(
+    ours: type[torch.optim.Optimizer],
+    torchs: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Any length, a parameter without gradient, a change of lr, state dicts exchanged half-way."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(n, generator=generator).to(dtype) for n in (0, 1, 7, 64, 1031)]
+    start.append(torch.randn(6, 4, generator=generator).to(dtype).t())  # not contiguous
+    mine, theirs = ([nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    extra = {"decoupled": True} if torchs is torch.optim.AdamW else {}
+    optimizer, expected = ours(mine, **options, **extra), torchs(theirs, **options)
+    for step in range(12):
+        for group in (optimizer.param_groups[0], expected.param_groups[0]):
+            group["lr"] = options["lr"] / (1 + step)
+        for one, two in zip(mine, theirs, strict=True):
+            if step != 3 or one.dim() == 2:
+                gradient = torch.randn(one.shape, generator=generator).to(dtype)
+                one.grad, two.grad = gradient.clone(), gradient
+            else:
+                one.grad = two.grad = None
+        optimizer.step()
+        expected.step()
+        if step == 6:
+            saved = copy.deepcopy(optimizer.state_dict()["state"])
+            swapped = copy.deepcopy(expected.state_dict()["state"])
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": swapped})
+            expected.load_state_dict({**expected.state_dict(), "state": saved})
+    for one, two in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_a_sparsified_model_trains_as_the_masked_one_step_by_step(weight_decay: float) -> None:
+    model, mask = sparse_network()
+    sparse = sparsify(model, mask, execution="sparse")
+    mine = SparseSGD(sparse.parameters(), lr=0.1, weight_decay=weight_decay)
+    with MaskedSGD(model, mask, lr=0.1, weight_decay=weight_decay) as theirs:
+        for step in range(10):
+            for network, optimizer in ((model, theirs), (sparse, mine)):
+                optimizer.zero_grad()
+                backward(network, step)
+                optimizer.step()
+            for name, found in densify(sparse).named_parameters():
+                torch.testing.assert_close(
+                    found, model.get_parameter(name), rtol=1e-4, atol=1e-5, msg=f"{step} {name}"
+                )
+
+
+def test_autograd_sees_a_native_step_as_a_change_in_place() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    loss = (weight * weight).sum()
+    weight.grad = torch.ones(3)
+    SparseSGD([weight], lr=0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_closures_and_schedules_work() -> None:
+    """lr 1 then 0.1 on the gradient 1: 0 - 1 - 0.1."""
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = SparseSGD([weight], lr=1.0, momentum=0.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = weight.sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 0.0
+    schedule.step()
+    assert optimizer.step(closure) == -1.0
+    torch.testing.assert_close(weight.detach(), torch.tensor([-1.1]))
+
+
+def test_bad_numbers_are_refused() -> None:
+    weights = [nn.Parameter(torch.ones(1))]
+    with pytest.raises(SparseModelError, match="expected lr >= 0, momentum"):
+        SparseSGD(weights, lr=0.1, momentum=1.0)
+    with pytest.raises(SparseModelError, match="betas in"):
+        SparseAdam(weights, betas=(0.9, 1.0))

@@ -1,5 +1,7 @@
 """Sparse linear and convolution against torch's dense ones in float64, gradients included."""
 
+# ruff: noqa: PLR0917 - hypothesis passes arguments by name
+
 from collections.abc import Iterator
 
 import hypothesis.strategies as st
@@ -111,9 +113,7 @@ def test_conv2d_and_its_gradients_equal_the_dense_ones(
 
     wide_x, wide_w = (t.detach().double().requires_grad_() for t in (x, weight))
     wide_b = None if offsets is None else offsets.detach().double().requires_grad_()
-    expected = functional.conv2d(
-        wide_x, wide_w, wide_b, g.stride, g.padding, g.dilation, g.groups
-    )
+    expected = functional.conv2d(wide_x, wide_w, wide_b, g.stride, g.padding, g.dilation, g.groups)
     dy = torch.randn(expected.shape, generator=generator)
     expected.backward(dy.double())
 
@@ -326,9 +326,7 @@ def test_schemas_and_shape_rules_hold(dense: bool) -> None:
         (ops.linear_topk_grad, (a, b, rows, columns, 5, dense)),
     ]
     for operator, arguments in calls:
-        torch.library.opcheck(
-            operator, arguments, test_utils=("test_schema", "test_faketensor")
-        )
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_frozen_values_and_inputs_get_no_gradient() -> None:

@@ -1,5 +1,7 @@
 """Fused batch norm, pools and layout changes against torch's own modules in float64."""
 
+# ruff: noqa: PLR0917 - hypothesis passes arguments by name
+
 import copy
 
 import hypothesis.strategies as st
@@ -44,8 +46,14 @@ def norm_of(channels: int, generator: torch.Generator, **options: object) -> nn.
 @given(
     shape=SHAPES,
     options=st.sampled_from(
-        [{}, {"momentum": 0.3}, {"momentum": None}, {"affine": False}, {"eps": 0.1}]
-        + [{"track_running_stats": False}]
+        [
+            {},
+            {"momentum": 0.3},
+            {"momentum": None},
+            {"affine": False},
+            {"eps": 0.1},
+            {"track_running_stats": False},
+        ]
     ),
     with_residual=st.booleans(),
     relu=st.booleans(),
