@@ -132,6 +132,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "transpose_pattern": (_Geometry, _I, _I, _I, _I, _I),
     "conv_forward": (_Geometry, _I, _I, _F, _F, _F, _F, _INT),
     "conv_input_grad": (_Geometry, _I, _I, _I, _F, _F, _F, _INT),
+    "conv_backward": (_Geometry, _I, _I, _I, _F, _F, _F, _F, _F, _F, _INT),
     "conv_weight_grad": (_Geometry, _I, _I, _F, _F, _F, _F, _INT),
     "topk_grad": (_Geometry, _I, _I, _F, _F, _LONG, _LONG, _L, _F, _L, _INT),
     "batchnorm_train": (

@@ -8,9 +8,7 @@
 #include "pool.h"
 
 namespace spc {
-namespace {
 
-// The entries as the inner loop reads them.
 void expand(const Stencil& s, const Tiling& t, const Rows& rows, Entry* entries, int threads) {
     const std::int64_t codes = s.source_channels / s.groups * s.kernel();
     auto* offsets = scratch_array<std::int32_t>(Slot::offsets, codes);
@@ -30,7 +28,40 @@ void expand(const Stencil& s, const Tiling& t, const Rows& rows, Entry* entries,
     });
 }
 
-}  // namespace
+Aim aim(const Stencil& s, const Tiling& t, const Tile& tile, std::int64_t phase,
+        int group_floats) {
+    const std::int64_t span = t.span(tile);
+    Aim a{(span + kBlockFloats - 1) / kBlockFloats, nullptr, nullptr, nullptr};
+    auto* runs = scratch_array<Run>(Slot::runs, span);
+    if (tile.lanes % kBlockFloats == 0) {
+        auto* targets = scratch_array<std::int64_t>(Slot::targets, a.blocks);
+        std::fill(targets, targets + a.blocks, -1);
+        const std::int64_t count = make_runs(s, t, tile, phase, 0, span, runs);
+        for (const Run* run = runs; run != runs + count; ++run)
+            for (std::int32_t k = 0; k < run->length; k += kBlockFloats)
+                targets[(run->source + k) / kBlockFloats] = run->target + k;
+        a.targets = targets;
+        return a;
+    }
+    const std::int64_t groups = (span + group_floats - 1) / group_floats;
+    auto* starts = scratch_array<std::int32_t>(Slot::targets, groups + 1);
+    std::int64_t count = 0;
+    for (std::int64_t i = 0; i < groups; ++i) {
+        starts[i] = static_cast<std::int32_t>(count);
+        const std::int64_t first = i * group_floats;
+        const std::int64_t length = std::min<std::int64_t>(group_floats, span - first);
+        count += make_runs(s, t, tile, phase, first, length, runs + count);
+    }
+    starts[groups] = static_cast<std::int32_t>(count);
+    a.runs = runs;
+    a.run_starts = starts;
+    return a;
+}
+
+double pass_work(const Stencil& s, const Tiling& t, std::int64_t nnz) {
+    return static_cast<double>(nnz + s.target_channels) * static_cast<double>(t.tiles()) *
+           static_cast<double>(t.tile_rows * t.tile_cols * t.lanes) / kBlockFloats;
+}
 
 void split_rows(const std::int32_t* row_ptr, std::int64_t rows, std::int64_t parts,
                 std::int64_t* bounds) {
@@ -72,9 +103,7 @@ bool sparse_times_tiles(const Stencil& s, const Rows& rows, const float* bias,
     if (!make_tiling(s, &t)) return false;
     const std::int64_t phases = s.target_phases(), channels = s.target_channels;
     const std::int64_t nnz = rows.row_ptr[phases * channels];
-    threads = worthwhile_threads(
-        threads, static_cast<double>(nnz + channels) * static_cast<double>(t.tiles()) *
-                     static_cast<double>(t.tile_rows * t.tile_cols * t.lanes) / kBlockFloats);
+    threads = worthwhile_threads(threads, pass_work(s, t, nnz));
     auto* entries = scratch_array<Entry>(Slot::entries, std::max<std::int64_t>(nnz, 1));
     expand(s, t, rows, entries, threads);
 
@@ -92,29 +121,25 @@ bool sparse_times_tiles(const Stencil& s, const Rows& rows, const float* bias,
         const std::int64_t index = item / parts, part = item % parts;
         const Tile tile = tile_at(s, t, index);
         const float* packed = own_tile(s, t, call, index, source);
-        const std::int64_t span = t.span(tile);
-        auto* runs = scratch_array<Run>(Slot::runs, kernel.group_floats);
-        for (std::int64_t first = 0; first < span; first += kernel.group_floats) {
-            const std::int64_t length = std::min<std::int64_t>(kernel.group_floats, span - first);
-            for (std::int64_t phase = 0; phase < phases; ++phase) {
-                const std::int64_t* range = bounds.data() + phase * (parts + 1) + part;
-                SpmmGroup g;
-                g.runs = runs;
-                g.num_runs =
-                    static_cast<int>(make_runs(s, t, tile, phase, first, length, runs));
-                if (g.num_runs == 0 || range[0] == range[1]) continue;
-                g.whole_blocks = std::all_of(runs, runs + g.num_runs, [](const Run& run) {
-                    return run.source % kBlockFloats == 0 && run.length % kBlockFloats == 0;
-                });
-                g.packed = packed + first;
-                g.row_ptr = rows.row_ptr + phase * channels + range[0];
-                g.entries = entries;
-                g.bias = bias ? bias + range[0] : nullptr;
-                g.rows = range[1] - range[0];
-                g.out_stride = s.target_row();
-                g.out = target + range[0] * g.out_stride;
-                g.blocks = static_cast<int>((length + kBlockFloats - 1) / kBlockFloats);
-                kernel.spmm(g);
+        SpmmTile work;
+        work.entries = entries;
+        work.out_stride = s.target_row();
+        for (std::int64_t phase = 0; phase < phases; ++phase) {
+            const std::int64_t* range = bounds.data() + phase * (parts + 1) + part;
+            work.row_ptr = rows.row_ptr + phase * channels + range[0];
+            work.bias = bias ? bias + range[0] : nullptr;
+            work.rows = range[1] - range[0];
+            work.out = target + range[0] * work.out_stride;
+            const Aim a = aim(s, t, tile, phase, kernel.group_floats);
+            work.runs = a.runs;
+            const std::int64_t step = t.stretch / kBlockFloats;
+            for (std::int64_t block = 0; block < a.blocks; block += step) {
+                const std::int64_t first = block * kBlockFloats;
+                work.packed = packed + first;
+                work.blocks = std::min(step, a.blocks - block);
+                work.targets = a.targets ? a.targets + block : nullptr;
+                work.run_starts = a.targets ? nullptr : a.run_starts + first / kernel.group_floats;
+                kernel.spmm(work);
             }
         }
     });

@@ -23,8 +23,31 @@ std::int32_t check_row_ptr(const spc_geometry* g, const std::int32_t* row_ptr, s
 bool sparse_times_tiles(const Stencil& s, const Rows& rows, const float* bias,
                         const float* source, float* target, int threads);
 
+// Where the results of a tile go, for one target phase, in groups of `group_floats`.
+struct Aim {
+    std::int64_t blocks;
+    const std::int64_t* targets;
+    const Run* runs;
+    const std::int32_t* run_starts;
+};
+Aim aim(const Stencil& s, const Tiling& t, const Tile& tile, std::int64_t phase, int group_floats);
+
+// The entries as the inner loops read them.
+void expand(const Stencil& s, const Tiling& t, const Rows& rows, Entry* entries, int threads);
+
+// About how many block operations a pass over all tiles takes.
+double pass_work(const Stencil& s, const Tiling& t, std::int64_t nnz);
+
+// dx and the weight gradient from the input-gradient stencil and the transposed pattern.
+bool backward(const Stencil& s, const Rows& rows, const float* x, const float* dy, float* dx,
+              float* dvalues, int threads);
+
+// dbias [channels] = sums of dy [channels, count].
+void bias_grad(std::int64_t channels, std::int64_t count, const float* dy, float* dbias,
+               int threads);
+
 bool weight_grad(const Stencil& s, const std::int32_t* row_ptr, const std::int32_t* cols,
-                 const float* x, const float* dy, float* dvalues, float* dbias, int threads);
+                 const float* x, const float* dy, float* dvalues, int threads);
 
 struct TopK {
     std::int64_t k, tile_bytes;

@@ -12,6 +12,10 @@ int32_t too_large(const char* where) {
                 where);
 }
 
+int64_t out_plane(const spc_geometry& g) {
+    return static_cast<int64_t>(g.out_h) * g.out_w * g.batch;
+}
+
 int32_t check_call(const char* where, const spc_geometry* g, const int32_t* row_ptr,
                    const int32_t* cols, bool transposed, int32_t threads) {
     if (int32_t code = check_geometry(g, where)) return code;
@@ -68,9 +72,29 @@ extern "C" int32_t spc_conv_weight_grad(const spc_geometry* g, const int32_t* ro
     if (!dvalues && row_ptr[g->out_channels] > 0)
         return fail(SPC_NULL_POINTER, "%s: dvalues is null", where);
     return guarded(where, [&] {
-        return weight_grad(forward_stencil(*g), row_ptr, cols, x, dy, dvalues, dbias, threads)
-                   ? SPC_OK
-                   : too_large(where);
+        if (!weight_grad(forward_stencil(*g), row_ptr, cols, x, dy, dvalues, threads))
+            return too_large(where);
+        if (dbias) bias_grad(g->out_channels, out_plane(*g), dy, dbias, threads);
+        return static_cast<int32_t>(SPC_OK);
+    });
+}
+
+extern "C" int32_t spc_conv_backward(const spc_geometry* g, const int32_t* t_row_ptr,
+                                     const int32_t* t_cols, const int32_t* t_perm,
+                                     const float* values, const float* x, const float* dy,
+                                     float* dx, float* dvalues, float* dbias, int32_t threads) {
+    const char* where = "conv_backward";
+    if (int32_t code = check_call(where, g, t_row_ptr, t_cols, true, threads)) return code;
+    if (int32_t code = check_pointers(where, {x, dy, dx})) return code;
+    const int64_t rows = static_cast<int64_t>(g->stride_h) * g->stride_w * g->in_channels;
+    if ((!values || !t_perm || !dvalues) && t_row_ptr[rows] > 0)
+        return fail(SPC_NULL_POINTER, "%s: values, t_perm or dvalues is null", where);
+    return guarded(where, [&] {
+        const Rows transposed{t_row_ptr, t_cols, t_perm, values};
+        if (!backward(input_grad_stencil(*g), transposed, x, dy, dx, dvalues, threads))
+            return too_large(where);
+        if (dbias) bias_grad(g->out_channels, out_plane(*g), dy, dbias, threads);
+        return static_cast<int32_t>(SPC_OK);
     });
 }
 

@@ -100,13 +100,5 @@ void stage(const Run* runs, std::int64_t num_runs, const float* row, float* stag
     }
 }
 
-float sum(const float* x, std::int64_t count) {
-    vec parts[kBlockVecs];
-    for (int k = 0; k < kBlockVecs; ++k) parts[k] = splat(0.0f);
-    for (std::int64_t i = 0; i < count; i += kBlock)
-        for (int k = 0; k < kBlockVecs; ++k) parts[k] = parts[k] + load(x + i + k * kWidth);
-    return sum_block(parts);
-}
-
 }  // namespace
 }  // namespace spc::SPC_ISA

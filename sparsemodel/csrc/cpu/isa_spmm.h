@@ -11,60 +11,73 @@ namespace {
 constexpr int kGroupVecs = kRegisters == 32 ? (kWidth == 16 ? 8 : 16) : 8;
 constexpr int kGroupFloats = kGroupVecs * kWidth;
 
-inline void store_runs(const SpmmGroup& g, const float* staged, float* out) {
-    for (int i = 0; i < g.num_runs; ++i) {
-        const Run& run = g.runs[i];
-        const float* from = staged + run.source;
-        float* to = out + run.target;
-        for (int k = 0; k < run.length; ++k) to[k] = from[k];
+// One row's results at one group of N vectors.
+template <int N>
+inline void multiply(const Entry* e, const Entry* end, const float* packed, vec start, vec* sums) {
+    for (int k = 0; k < N; ++k) sums[k] = start;
+    for (; e != end; ++e) {
+        const float* from = packed + e->offset;
+        const vec weight = splat(e->value);
+        for (int k = 0; k < N; ++k) sums[k] = fma(weight, load(from + k * kWidth), sums[k]);
     }
 }
 
 template <int N>
-void spmm_group(const SpmmGroup& g) {
-    // Where each block goes, or -1 for positions between image rows, which are no pixels.
-    std::int64_t target[N * kWidth / kBlock + 1];
-    for (int i = 0; i < N / kBlockVecs; ++i) target[i] = -1;
-    if (g.whole_blocks) {
-        for (int i = 0; i < g.num_runs; ++i)
-            for (int k = 0; k < g.runs[i].length; k += kBlock)
-                target[(g.runs[i].source + k) / kBlock] = g.runs[i].target + k;
-    }
+inline void store_blocks(const vec* sums, const std::int64_t* targets, float* out) {
+    for (int i = 0; i < N / kBlockVecs; ++i)
+        if (targets[i] >= 0)
+            for (int k = 0; k < kBlockVecs; ++k)
+                store(out + targets[i] + k * kWidth, sums[i * kBlockVecs + k]);
+}
+
+template <int N>
+inline void store_runs(const vec* sums, const Run* run, const Run* end, float* out) {
     alignas(64) float staged[N * kWidth];
-    float* out = g.out;
-    for (std::int64_t row = 0; row < g.rows; ++row, out += g.out_stride) {
-        vec sums[N];
-        const vec start = splat(g.bias ? g.bias[row] : 0.0f);
-        for (int k = 0; k < N; ++k) sums[k] = start;
-        const Entry* end = g.entries + g.row_ptr[row + 1];
-        for (const Entry* e = g.entries + g.row_ptr[row]; e != end; ++e) {
-            const float* from = g.packed + e->offset;
-            const vec weight = splat(e->value);
-            for (int k = 0; k < N; ++k) sums[k] = fma(weight, load(from + k * kWidth), sums[k]);
-        }
-        if (g.whole_blocks) {
-            for (int i = 0; i < N / kBlockVecs; ++i)
-                if (target[i] >= 0)
-                    for (int k = 0; k < kBlockVecs; ++k)
-                        store(out + target[i] + k * kWidth, sums[i * kBlockVecs + k]);
-        } else {
-            for (int k = 0; k < N; ++k) store(staged + k * kWidth, sums[k]);
-            store_runs(g, staged, out);
-        }
+    for (int k = 0; k < N; ++k) store(staged + k * kWidth, sums[k]);
+    for (; run != end; ++run) {
+        const float* from = staged + run->source;
+        float* to = out + run->target;
+        for (int k = 0; k < run->length; ++k) to[k] = from[k];
     }
 }
 
-// Calls the instance for `blocks` blocks; one instance for each count, no padding to a power.
+template <int N>
+inline void group(const SpmmTile& t, std::int64_t index, const Entry* e, const Entry* end,
+                  vec start, float* out) {
+    vec sums[N];
+    multiply<N>(e, end, t.packed + index * kGroupFloats, start, sums);
+    if (t.targets) {
+        store_blocks<N>(sums, t.targets + index * (kGroupFloats / kBlock), out);
+    } else {
+        store_runs<N>(sums, t.runs + t.run_starts[index], t.runs + t.run_starts[index + 1], out);
+    }
+}
+
+// The last group, of `blocks` < a whole group's.
 template <int Blocks>
-void spmm_dispatch(const SpmmGroup& g) {
-    if (g.blocks == Blocks) {
-        spmm_group<Blocks * kBlockVecs>(g);
+inline void last_group(const SpmmTile& t, std::int64_t index, std::int64_t blocks, const Entry* e,
+                       const Entry* end, vec start, float* out) {
+    if (blocks == Blocks) {
+        group<Blocks * kBlockVecs>(t, index, e, end, start, out);
     } else if constexpr (Blocks > 1) {
-        spmm_dispatch<Blocks - 1>(g);
+        last_group<Blocks - 1>(t, index, blocks, e, end, start, out);
     }
 }
 
-void spmm(const SpmmGroup& g) { spmm_dispatch<kGroupFloats / kBlock>(g); }
+// Row by row, so that a row's entries stay at hand, its loop's length is predicted and its
+// results are written one behind the other.
+void spmm(const SpmmTile& t) {
+    constexpr int kGroupBlocks = kGroupFloats / kBlock;
+    const std::int64_t whole = t.blocks / kGroupBlocks, rest = t.blocks % kGroupBlocks;
+    float* out = t.out;
+    for (std::int64_t row = 0; row < t.rows; ++row, out += t.out_stride) {
+        const Entry *e = t.entries + t.row_ptr[row], *end = t.entries + t.row_ptr[row + 1];
+        const vec start = splat(t.bias ? t.bias[row] : 0.0f);
+        for (std::int64_t i = 0; i < whole; ++i) group<kGroupVecs>(t, i, e, end, start, out);
+        if constexpr (kGroupBlocks > 1)
+            if (rest) last_group<kGroupBlocks - 1>(t, whole, rest, e, end, start, out);
+    }
+}
 
 void pack(const PackTile& t, std::int64_t channels) {
     const std::size_t pixel = sizeof(float) * static_cast<std::size_t>(t.lane_pitch);

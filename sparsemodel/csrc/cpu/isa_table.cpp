@@ -1,5 +1,6 @@
 // The table of one instruction set: compiled once for each, with SPC_ISA and its flags.
 #include "isa_arrays.h"
+#include "isa_backward.h"
 #include "isa_norm.h"
 #include "isa_sddmm.h"
 #include "isa_spmm.h"
@@ -11,17 +12,29 @@ namespace spc::SPC_ISA {
 
 extern const Kernels table;
 const Kernels table = {
-    SPC_STRING(SPC_ISA), kGroupFloats,
-    spmm,                sddmm,
-    sddmm_rows,          sum,
-    stage,               pack,
-    copy,                channel_sum,
-    channel_square,      channel_affine,
-    channel_gradient_sums, channel_gradient,
-    relu_array,          relu_gradient,
-    max_step,            pick_step,
-    add_scaled,          scale_array,
-    transpose,           sgd,
+    SPC_STRING(SPC_ISA),
+    kGroupFloats,
+    kBackFloats,
+    spmm,
+    backward,
+    sddmm,
+    sddmm_rows,
+    stage,
+    pack,
+    copy,
+    channel_sum,
+    channel_square,
+    channel_affine,
+    channel_gradient_sums,
+    channel_gradient,
+    relu_array,
+    relu_gradient,
+    max_step,
+    pick_step,
+    add_scaled,
+    scale_array,
+    transpose,
+    sgd,
     adam,
 };
 

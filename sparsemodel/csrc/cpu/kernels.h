@@ -21,21 +21,40 @@ struct Run {
 };
 
 constexpr int kBlockFloats = 16;
-constexpr int kMaxGroupFloats = 256;  // results that one pass over a row's entries makes
+constexpr int kMaxGroupFloats = 128;  // positions per pass divide this in every set
 
-// Work of one pass over rows: a group of `blocks` blocks of consecutive packed positions.
-struct SpmmGroup {
-    const float* packed;           // first position of the group in the packed tile
-    const std::int32_t* row_ptr;   // [rows + 1], into entries
+// Sparse rows times consecutive positions of a packed tile, a group of `group_floats` at a time.
+// Where each position's result goes is told by block if pixels are whole blocks, else by runs.
+struct SpmmTile {
+    const float* packed;            // first position
+    const std::int32_t* row_ptr;    // [rows + 1], into entries
     const Entry* entries;
-    const float* bias;             // [rows] or null
+    const float* bias;              // [rows] or null
     std::int64_t rows;
-    float* out;                    // row 0 of the output
-    std::int64_t out_stride;       // floats from one output row to the next
+    float* out;                     // row 0 of the output
+    std::int64_t out_stride;        // floats from one output row to the next
+    std::int64_t blocks;            // positions in blocks of 16, the last one may be partly used
+    const std::int64_t* targets;    // [blocks] place in the output row, -1: no pixel; or null
+    const Run* runs;                // without targets: runs of group i are
+    const std::int32_t* run_starts; // [run_starts[i], run_starts[i + 1])
+};
+
+// Both gradients of a layer, by the transposed pattern: every packed output gradient that is
+// loaded serves its input gradient and its weight gradient.
+struct BackwardTile {
+    const float* packed;            // the output gradient
+    const std::int32_t* row_ptr;
+    const Entry* entries;
+    std::int64_t rows;
+    const float* x;                 // row 0 of the input and of its gradient, both laid out alike
+    float* dx;
+    std::int64_t stride;
+    std::int64_t blocks;
+    const std::int64_t* targets;    // as in SpmmTile, with groups of `backward_floats`
     const Run* runs;
-    int num_runs;
-    int blocks;                    // 1 .. group_floats / 16
-    bool whole_blocks;             // every run is made of whole blocks
+    const std::int32_t* run_starts;
+    float* sums;                    // sums[e] += weight gradient of entry e
+    float* lanes;                   // scratch, 16 floats for each entry of the longest row
 };
 
 // Inner products of staged output gradients with shifted inputs.
@@ -65,14 +84,14 @@ struct AdamFactors {
 
 struct Kernels {
     const char* name;
-    int group_floats;  // results per pass: registers times width
-    void (*spmm)(const SpmmGroup&);
+    int group_floats, backward_floats;  // positions per pass: registers times width
+    void (*spmm)(const SpmmTile&);
+    void (*backward)(const BackwardTile&);
     // sums[e] += product of dy row 0 with the input at offsets[e].
     void (*sddmm)(const SddmmBlock&, const std::int32_t* offsets, std::int64_t count, float* sums);
     // The same for `rows` staged rows at once; sums of row r start at r * sums_stride.
     void (*sddmm_rows)(const SddmmBlock&, int rows, const std::int32_t* offsets,
                        std::int64_t count, float* sums, std::int64_t sums_stride);
-    float (*sum)(const float* x, std::int64_t count);  // count a multiple of 16
     // staged[run.source ...] = row[run.target ...]; the rest of `staged` stays.
     void (*stage)(const Run* runs, std::int64_t num_runs, const float* row, float* staged);
     void (*pack)(const PackTile&, std::int64_t channels);

@@ -29,7 +29,7 @@ int worthwhile_threads(int threads, double operations);
 
 // Scratch memory of this thread, 64-byte aligned, kept and grown between calls. Slots are
 // independent; asking a slot again invalidates what it gave before. Throws std::bad_alloc.
-enum class Slot { entries, offsets, packed, staged, partial, runs, gradient, candidates, count };
+enum class Slot { entries, offsets, packed, staged, partial, runs, targets, gradient, count };
 void* scratch(Slot slot, std::size_t bytes);
 
 template <class T>

@@ -99,6 +99,13 @@ SPC_API int32_t spc_conv_input_grad(const spc_geometry* g, const int32_t* t_row_
                                     const int32_t* t_cols, const int32_t* t_perm,
                                     const float* values, const float* dy, float* dx,
                                     int32_t threads);
+/* Both gradients in one call, half again as fast as the two: dx as above, dvalues [nnz] and dbias
+ * [O] (NULL: not wanted) as below, in the order of the values; sums are taken in another order
+ * than spc_conv_weight_grad's. */
+SPC_API int32_t spc_conv_backward(const spc_geometry* g, const int32_t* t_row_ptr,
+                                  const int32_t* t_cols, const int32_t* t_perm,
+                                  const float* values, const float* x, const float* dy, float* dx,
+                                  float* dvalues, float* dbias, int32_t threads);
 /* dvalues [nnz] = the weight gradient at the mask; dbias [O] (NULL: not wanted). */
 SPC_API int32_t spc_conv_weight_grad(const spc_geometry* g, const int32_t* row_ptr,
                                      const int32_t* cols, const float* x, const float* dy,

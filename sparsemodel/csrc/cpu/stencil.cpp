@@ -5,8 +5,10 @@
 namespace spc {
 namespace {
 
-// A tile is to stay in a second-level cache of 1 MiB beside the results that stream through it.
-constexpr std::int64_t kPackedBytes = 640 * 1024;
+// What the rows read at a time is to stay in a second-level cache of 1 MiB beside the results
+// that stream through it; a tile, of many such stretches, in a share of the third level.
+constexpr std::int64_t kStretchBytes = 832 * 1024;
+constexpr std::int64_t kTileBytes = 4 * 1024 * 1024;
 constexpr std::int64_t kLargestOffset = (std::int64_t{1} << 31) - 1;
 constexpr std::int64_t kSlack = kBlockFloats;  // whole blocks may reach behind the tile
 
@@ -66,15 +68,35 @@ std::int64_t shared_zeros(const Axis& w) {
     return std::max<std::int64_t>(0, shared);
 }
 
-int choose_lanes(std::int64_t batch, std::int64_t positions) {
-    // Whole blocks a pixel where the batch has them, more where the plane is small, so that a
-    // group of results is full; an uneven batch is cut into even slices.
-    std::int64_t most = kBlockFloats;
-    while (most * positions < 128) most += kBlockFloats;
-    const std::int64_t slices = ceil_div(batch, most);
-    const std::int64_t lanes = ceil_div(batch, slices);
-    return static_cast<int>(lanes > kBlockFloats ? ceil_div(lanes, kBlockFloats) * kBlockFloats
-                                                 : lanes);
+// Packed bytes that `floats` consecutive results read.
+std::int64_t reach_bytes(const Stencil& s, std::int64_t lanes, std::int64_t floats) {
+    const std::int64_t pixels = ceil_div(floats, lanes), row = s.w.grid;
+    const std::int64_t rows = (pixels <= row ? 1 : ceil_div(pixels, row)) + s.h.extent;
+    const std::int64_t cols = std::min(pixels, row) + s.w.extent;
+    return rows * cols * lanes * 4 * s.source_channels * s.source_slots();
+}
+
+// Samples side by side in a packed pixel: the more, the longer the stretches of memory that are
+// read and written at once; but what a group of results reads must fit the cache.
+int choose_lanes(const Stencil& s) {
+    const std::int64_t batch = s.batch, pixels = s.h.grid * s.w.grid;
+    for (std::int64_t most : {128, 64, 48, 32}) {
+        if (most > 64 && pixels > 1) continue;
+        const std::int64_t even = ceil_div(batch, ceil_div(batch, most));
+        const std::int64_t lanes = ceil_div(even, kBlockFloats) * kBlockFloats;
+        const std::int64_t padded = ceil_div(batch, lanes) * lanes;
+        const std::int64_t least = std::min<std::int64_t>(256, pixels * lanes);
+        if (even > kBlockFloats && padded * 8 <= batch * 9 &&
+            (pixels == 1 || reach_bytes(s, lanes, least) <= kStretchBytes))
+            return static_cast<int>(lanes);
+    }
+    return static_cast<int>(ceil_div(batch, ceil_div(batch, kBlockFloats)));
+}
+
+std::int64_t choose_stretch(const Stencil& s, std::int64_t lanes) {
+    std::int64_t stretch = kMaxGroupFloats;
+    while (stretch < 4096 && reach_bytes(s, lanes, 2 * stretch) <= kStretchBytes) stretch *= 2;
+    return stretch;
 }
 
 void set_layout(const Stencil& s, Tiling* t) {
@@ -109,16 +131,16 @@ bool make_tiling(const Stencil& s, Tiling* t) {
                            s.h.target == 1 && s.w.target == 1 && s.h.taps[0].shift == 0 &&
                            s.w.taps[0].shift == 0;
     t->direct = pointwise && s.batch % kBlockFloats == 0;
-    t->lanes = t->direct ? s.batch : choose_lanes(s.batch, s.h.grid * s.w.grid);
+    t->lanes = t->direct ? s.batch : choose_lanes(s);
     t->slices = ceil_div(s.batch, t->lanes);
-    const std::int64_t rows_of = s.source_channels * s.source_slots() * t->lanes * 4;
-    // Columns first whole, then halved until a few rows fit.
-    std::int64_t cut = 1, rows = 0;
-    for (;; cut *= 2) {
+    t->stretch = choose_stretch(s, t->lanes);
+    const std::int64_t pixel_bytes = s.source_channels * s.source_slots() * t->lanes * 4;
+    // Whole rows where some fit, for they are contiguous; halved until they do.
+    std::int64_t rows = 0;
+    for (std::int64_t cut = 1;; cut *= 2) {
         t->tile_cols = ceil_div(s.w.grid, cut);
-        const std::int64_t row_bytes = rows_of * (t->tile_cols + s.w.extent);
-        rows = kPackedBytes / row_bytes - s.h.extent;
-        if (rows >= std::min<std::int64_t>(s.h.grid, 2) || t->tile_cols <= 2) break;
+        rows = kTileBytes / (pixel_bytes * (t->tile_cols + s.w.extent)) - s.h.extent;
+        if (rows >= std::min<std::int64_t>(s.h.grid, 2) || t->tile_cols <= 4) break;
     }
     rows = std::clamp<std::int64_t>(rows, 1, s.h.grid);
     t->tile_rows = ceil_div(s.h.grid, ceil_div(s.h.grid, rows));

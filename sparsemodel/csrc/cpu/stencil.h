@@ -75,6 +75,7 @@ struct Tiling {
     std::int64_t packed_rows, packed_cols;
     std::int64_t plane;         // floats of one packed channel and phase
     std::int64_t packed_floats; // of a tile, with slack for whole blocks
+    std::int64_t stretch;       // positions (floats) that all rows work on before the next ones
     bool direct;                // the source itself serves as the packed tile
 
     std::int64_t tiles() const { return slices * tiles_h * tiles_w; }

@@ -53,23 +53,21 @@ struct WeightGrad {
     const std::int32_t* offsets;
     const float* x;
     const float* dy;
-    bool bias;
     std::uint64_t call;
 };
 
-// Adds one tile's gradients of rows [first, last) to sums [nnz] and, if wanted, bias sums.
+// Adds one tile's gradients of rows [first, last) to sums [nnz].
 void add_tile(const WeightGrad& w, std::int64_t index, std::int64_t first, std::int64_t last,
-              float* sums, float* bias_sums) {
+              float* sums) {
     const Kernels& kernel = kernels();
     auto* staged = scratch_array<float>(Slot::staged, kStaged);
     for_stretches(w.s, w.t, w.call, index, w.x, staged, 1, [&](const Stretch& stretch) {
         const SddmmBlock block{stretch.packed, staged, 0, stretch.blocks};
         for (std::int64_t row = first; row < last; ++row) {
             const std::int64_t begin = w.row_ptr[row], count = w.row_ptr[row + 1] - begin;
-            if (count == 0 && !w.bias) continue;
+            if (count == 0) continue;
             kernel.stage(stretch.runs, stretch.num_runs, w.dy + row * w.s.target_row(), staged);
             kernel.sddmm(block, w.offsets + begin, count, sums + begin);
-            if (w.bias) bias_sums[row] += kernel.sum(staged, stretch.blocks * kBlockFloats);
         }
     });
 }
@@ -77,13 +75,11 @@ void add_tile(const WeightGrad& w, std::int64_t index, std::int64_t first, std::
 }  // namespace
 
 bool weight_grad(const Stencil& s, const std::int32_t* row_ptr, const std::int32_t* cols,
-                 const float* x, const float* dy, float* dvalues, float* dbias, int threads) {
+                 const float* x, const float* dy, float* dvalues, int threads) {
     Tiling t;
     if (!make_tiling(s, &t)) return false;
     const std::int64_t rows = s.target_channels, nnz = row_ptr[rows];
-    threads = worthwhile_threads(
-        threads, static_cast<double>(nnz + rows) * static_cast<double>(t.tiles()) *
-                     static_cast<double>(t.tile_rows * t.tile_cols * t.lanes) / kBlockFloats);
+    threads = worthwhile_threads(threads, pass_work(s, t, nnz));
     const std::int64_t codes = s.source_channels / s.groups * s.kernel();
     auto* by_code = scratch_array<std::int32_t>(Slot::offsets, codes);
     code_offsets(s, t, by_code);
@@ -100,28 +96,25 @@ bool weight_grad(const Stencil& s, const std::int32_t* row_ptr, const std::int32
     std::vector<std::int64_t> bounds(static_cast<std::size_t>(parts + 1));
     split_rows(row_ptr, rows, parts, bounds.data());
 
-    const WeightGrad w{s, t, row_ptr, offsets, x, dy, dbias != nullptr, next_call()};
-    const std::int64_t buffers = threads == 1 ? 1 : chunks, width = nnz + rows;
-    auto* partial = scratch_array<float>(Slot::partial, buffers * width);
+    const WeightGrad w{s, t, row_ptr, offsets, x, dy, next_call()};
+    const std::int64_t buffers = threads == 1 ? 1 : chunks;
+    auto* partial = scratch_array<float>(Slot::partial, buffers * nnz + 1);
     const auto merge = [&](std::int64_t chunk, const float* from) {
         for (std::int64_t e = 0; e < nnz; ++e)
             dvalues[e] = chunk ? dvalues[e] + from[e] : from[e];
-        for (std::int64_t row = 0; dbias && row < rows; ++row)
-            dbias[row] = chunk ? dbias[row] + from[nnz + row] : from[nnz + row];
     };
     const auto run = [&](std::int64_t item) {
         const std::int64_t chunk = item / parts, part = item % parts;
-        float* sums = partial + (buffers == 1 ? 0 : chunk * width);
+        float* sums = partial + (buffers == 1 ? 0 : chunk * nnz);
         const std::int64_t first = bounds[part], last = bounds[part + 1];
         std::fill(sums + row_ptr[first], sums + row_ptr[last], 0.0f);
-        std::fill(sums + nnz + first, sums + nnz + last, 0.0f);
         for (std::int64_t i = t.tiles() * chunk / chunks; i < t.tiles() * (chunk + 1) / chunks; ++i)
-            add_tile(w, i, first, last, sums, sums + nnz);
+            add_tile(w, i, first, last, sums);
         if (buffers == 1) merge(chunk, sums);
     };
     parallel(chunks * parts, threads, run);
     for (std::int64_t chunk = 0; buffers > 1 && chunk < chunks; ++chunk)
-        merge(chunk, partial + chunk * width);
+        merge(chunk, partial + chunk * nnz);
     return true;
 }
 

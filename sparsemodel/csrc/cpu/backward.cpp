@@ -1,0 +1,115 @@
+// Input and weight gradient together: the output gradient is packed once and read once.
+#include <algorithm>
+#include <vector>
+
+#include "conv.h"
+#include "pool.h"
+
+namespace spc {
+namespace {
+
+// Groups of tiles with partial sums of their own, a fixed number so that sums do not depend on
+// the number of threads.
+constexpr std::int64_t kChunks = 8;
+
+struct Work {
+    const Stencil& s;
+    const Tiling& t;
+    const Rows& rows;
+    const Entry* entries;
+    const float* x;
+    const float* dy;
+    float* dx;
+    std::int64_t longest;  // entries of the longest row
+    std::uint64_t call;
+};
+
+// One tile, target channels [range[0], range[1]) of one phase; adds to sums [nnz].
+void add_tile(const Work& w, std::int64_t index, std::int64_t phase, const std::int64_t* range,
+              float* sums) {
+    const Kernels& kernel = kernels();
+    const Tile tile = tile_at(w.s, w.t, index);
+    const float* packed = own_tile(w.s, w.t, w.call, index, w.dy);
+    const Aim a = aim(w.s, w.t, tile, phase, kernel.backward_floats);
+    BackwardTile work;
+    work.entries = w.entries;
+    work.row_ptr = w.rows.row_ptr + phase * w.s.target_channels + range[0];
+    work.rows = range[1] - range[0];
+    work.stride = w.s.target_row();
+    work.x = w.x + range[0] * work.stride;
+    work.dx = w.dx + range[0] * work.stride;
+    work.runs = a.runs;
+    work.sums = sums;
+    work.lanes = scratch_array<float>(Slot::staged, kBlockFloats * (w.longest + 1));
+    const std::int64_t step = w.t.stretch / kBlockFloats;
+    for (std::int64_t block = 0; block < a.blocks; block += step) {
+        const std::int64_t first = block * kBlockFloats;
+        work.packed = packed + first;
+        work.blocks = std::min(step, a.blocks - block);
+        work.targets = a.targets ? a.targets + block : nullptr;
+        work.run_starts = a.targets ? nullptr : a.run_starts + first / kernel.backward_floats;
+        kernel.backward(work);
+    }
+}
+
+}  // namespace
+
+void bias_grad(std::int64_t channels, std::int64_t count, const float* dy, float* dbias,
+               int threads) {
+    const double work = static_cast<double>(channels) * static_cast<double>(count) / kBlockFloats;
+    parallel(channels, worthwhile_threads(threads, work), [&](std::int64_t c) {
+        dbias[c] = static_cast<float>(kernels().channel_sum(dy + c * count, count));
+    });
+}
+
+bool backward(const Stencil& s, const Rows& rows, const float* x, const float* dy, float* dx,
+              float* dvalues, int threads) {
+    Tiling t;
+    if (!make_tiling(s, &t)) return false;
+    const std::int64_t phases = s.target_phases(), channels = s.target_channels;
+    const std::int64_t total = phases * channels, nnz = rows.row_ptr[total];
+    threads = worthwhile_threads(threads, 2.0 * pass_work(s, t, nnz));
+    auto* entries = scratch_array<Entry>(Slot::entries, std::max<std::int64_t>(nnz, 1));
+    expand(s, t, rows, entries, threads);
+    std::int64_t longest = 0;
+    for (std::int64_t row = 0; row < total; ++row)
+        longest = std::max<std::int64_t>(longest, rows.row_ptr[row + 1] - rows.row_ptr[row]);
+
+    const std::int64_t chunks = std::min(t.tiles(), kChunks);
+    const std::int64_t parts =
+        threads == 1 ? 1
+                     : std::clamp<std::int64_t>((4 * threads + chunks - 1) / chunks, 1, channels);
+    std::vector<std::int64_t> bounds(static_cast<std::size_t>(phases * (parts + 1)));
+    for (std::int64_t phase = 0; phase < phases; ++phase)
+        split_rows(rows.row_ptr + phase * channels, channels, parts,
+                   bounds.data() + phase * (parts + 1));
+
+    const Work w{s, t, rows, entries, x, dy, dx, longest, next_call()};
+    const std::int64_t buffers = threads == 1 ? 1 : chunks;
+    auto* partial = scratch_array<float>(Slot::partial, buffers * nnz + 1);
+    const auto merge = [&](std::int64_t chunk, const float* sums) {
+        for (std::int64_t e = 0; e < nnz; ++e) {
+            float& value = dvalues[rows.perm[e]];
+            value = chunk ? value + sums[e] : sums[e];
+        }
+    };
+    parallel(chunks * parts, threads, [&](std::int64_t item) {
+        const std::int64_t chunk = item / parts, part = item % parts;
+        float* sums = partial + (buffers == 1 ? 0 : chunk * nnz);
+        for (std::int64_t phase = 0; phase < phases; ++phase) {
+            const std::int64_t* range = bounds.data() + phase * (parts + 1) + part;
+            const std::int32_t* row_ptr = rows.row_ptr + phase * channels;
+            std::fill(sums + row_ptr[range[0]], sums + row_ptr[range[1]], 0.0f);
+        }
+        const std::int64_t last = t.tiles() * (chunk + 1) / chunks;
+        for (std::int64_t index = t.tiles() * chunk / chunks; index < last; ++index)
+            for (std::int64_t phase = 0; phase < phases; ++phase)
+                add_tile(w, index, phase, bounds.data() + phase * (parts + 1) + part, sums);
+        if (buffers == 1) merge(chunk, sums);
+    });
+    for (std::int64_t chunk = 0; buffers > 1 && chunk < chunks; ++chunk)
+        merge(chunk, partial + chunk * nnz);
+    return true;
+}
+
+}  // namespace spc
