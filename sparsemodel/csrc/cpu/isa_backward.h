@@ -17,24 +17,31 @@ constexpr int kBackFloats = kBackVecs * kWidth;
 template <int N>
 inline void multiply_both(const Entry* e, const Entry* end, const float* packed,
                           const vec* inputs, vec* sums, float* lanes) {
+    SPC_UNROLL
     for (int k = 0; k < N; ++k) sums[k] = splat(0.0f);
     for (; e != end; ++e, lanes += kBlock) {
         const float* from = packed + e->offset;
         const vec weight = splat(e->value);
         vec parts[kBlockVecs];
+        SPC_UNROLL
         for (int k = 0; k < kBlockVecs; ++k) parts[k] = load(lanes + k * kWidth);
+        SPC_UNROLL
         for (int k = 0; k < N; ++k) {
-            const vec gradient = load(from + k * kWidth);
+            vec gradient = load(from + k * kWidth);
+            hold(gradient);
             sums[k] = fma(weight, gradient, sums[k]);
             parts[k % kBlockVecs] = fma(inputs[k], gradient, parts[k % kBlockVecs]);
         }
+        SPC_UNROLL
         for (int k = 0; k < kBlockVecs; ++k) store(lanes + k * kWidth, parts[k]);
     }
 }
 
 template <int N>
 inline void load_blocks(const float* x, const std::int64_t* targets, vec* inputs) {
+    SPC_UNROLL
     for (int i = 0; i < N / kBlockVecs; ++i)
+        SPC_UNROLL
         for (int k = 0; k < kBlockVecs; ++k)
             inputs[i * kBlockVecs + k] =
                 targets[i] >= 0 ? load(x + targets[i] + k * kWidth) : splat(0.0f);
@@ -45,6 +52,7 @@ inline void load_runs(const float* x, const Run* run, const Run* end, vec* input
     alignas(64) float staged[N * kWidth] = {};
     for (; run != end; ++run)
         for (int k = 0; k < run->length; ++k) staged[run->source + k] = x[run->target + k];
+    SPC_UNROLL
     for (int k = 0; k < N; ++k) inputs[k] = load(staged + k * kWidth);
 }
 

@@ -14,17 +14,23 @@ template <int N>
 void sddmm_entries(const SddmmBlock& b, const std::int32_t* offsets, float* sums) {
     vec parts[N][kBlockVecs];
     const float* from[N];
+    SPC_UNROLL
     for (int e = 0; e < N; ++e) {
         from[e] = b.packed + offsets[e];
+        SPC_UNROLL
         for (int k = 0; k < kBlockVecs; ++k) parts[e][k] = splat(0.0f);
     }
     const std::int64_t floats = static_cast<std::int64_t>(b.blocks) * kBlock;
     for (std::int64_t i = 0; i < floats; i += kBlock)
+        SPC_UNROLL
         for (int k = 0; k < kBlockVecs; ++k) {
-            const vec gradient = load(b.dy + i + k * kWidth);
+            vec gradient = load(b.dy + i + k * kWidth);
+            hold(gradient);
+            SPC_UNROLL
             for (int e = 0; e < N; ++e)
                 parts[e][k] = fma(gradient, load(from[e] + i + k * kWidth), parts[e][k]);
         }
+    SPC_UNROLL
     for (int e = 0; e < N; ++e) sums[e] += sum_block(parts[e]);
 }
 
@@ -52,22 +58,33 @@ void sddmm_tile(const SddmmBlock& b, const float* dy, const std::int32_t* offset
                 std::int64_t stride) {
     vec parts[R][C][kBlockVecs];
     const float* from[C];
+    SPC_UNROLL
     for (int c = 0; c < C; ++c) from[c] = b.packed + offsets[c];
+    SPC_UNROLL
     for (int r = 0; r < R; ++r)
+        SPC_UNROLL
         for (int c = 0; c < C; ++c)
+            SPC_UNROLL
             for (int k = 0; k < kBlockVecs; ++k) parts[r][c][k] = splat(0.0f);
     const std::int64_t floats = static_cast<std::int64_t>(b.blocks) * kBlock;
     for (std::int64_t i = 0; i < floats; i += kBlock)
+        SPC_UNROLL
         for (int k = 0; k < kBlockVecs; ++k) {
             vec gradient[R];
+            SPC_UNROLL
             for (int r = 0; r < R; ++r) gradient[r] = load(dy + r * b.dy_stride + i + k * kWidth);
+            SPC_UNROLL
             for (int c = 0; c < C; ++c) {
-                const vec input = load(from[c] + i + k * kWidth);
+                vec input = load(from[c] + i + k * kWidth);
+                hold(input);
+                SPC_UNROLL
                 for (int r = 0; r < R; ++r)
                     parts[r][c][k] = fma(gradient[r], input, parts[r][c][k]);
             }
         }
+    SPC_UNROLL
     for (int r = 0; r < R; ++r)
+        SPC_UNROLL
         for (int c = 0; c < C; ++c) sums[r * stride + c] += sum_block(parts[r][c]);
 }
 

@@ -14,18 +14,22 @@ constexpr int kGroupFloats = kGroupVecs * kWidth;
 // One row's results at one group of N vectors.
 template <int N>
 inline void multiply(const Entry* e, const Entry* end, const float* packed, vec start, vec* sums) {
+    SPC_UNROLL
     for (int k = 0; k < N; ++k) sums[k] = start;
     for (; e != end; ++e) {
         const float* from = packed + e->offset;
         const vec weight = splat(e->value);
+        SPC_UNROLL
         for (int k = 0; k < N; ++k) sums[k] = fma(weight, load(from + k * kWidth), sums[k]);
     }
 }
 
 template <int N>
 inline void store_blocks(const vec* sums, const std::int64_t* targets, float* out) {
+    SPC_UNROLL
     for (int i = 0; i < N / kBlockVecs; ++i)
         if (targets[i] >= 0)
+            SPC_UNROLL
             for (int k = 0; k < kBlockVecs; ++k)
                 store(out + targets[i] + k * kWidth, sums[i * kBlockVecs + k]);
 }
@@ -33,6 +37,7 @@ inline void store_blocks(const vec* sums, const std::int64_t* targets, float* ou
 template <int N>
 inline void store_runs(const vec* sums, const Run* run, const Run* end, float* out) {
     alignas(64) float staged[N * kWidth];
+    SPC_UNROLL
     for (int k = 0; k < N; ++k) store(staged + k * kWidth, sums[k]);
     for (; run != end; ++run) {
         const float* from = staged + run->source;

@@ -116,6 +116,21 @@ inline float sum_block(const vec* a) { return sum_lanes((a[0] + a[2]) + (a[1] + 
 
 #endif
 
+// Keeps a loaded vector in its register: a compiler would rather load it again for a second use.
+inline void hold(vec& a) {
+#if defined(SPC_AVX512) || defined(SPC_AVX2)
+    asm("" : "+v"(a));
+#elif defined(SPC_NEON)
+    asm("" : "+w"(a));
+#else
+    (void)a;
+#endif
+}
+
+// Loops over the vectors of a group are unrolled before arrays are given registers; unrolled
+// later they would live on the stack.
+#define SPC_UNROLL _Pragma("GCC unroll 32")
+
 constexpr int kBlock = 16;
 constexpr int kBlockVecs = kBlock / kWidth;
 
