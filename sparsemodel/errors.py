@@ -27,5 +27,9 @@ class MaskMismatch(CodecError):  # noqa: N818 - the event's name; a receiver cat
     """A frame was made for another mask than the receiver holds: the two must re-synchronise."""
 
 
+class PlanError(SparseModelError):
+    """A model that no training plan can be made of: train it through its modules instead."""
+
+
 class NativeLibraryWarning(UserWarning):
     """The native kernels cannot be used, so that the slower reference computes instead."""

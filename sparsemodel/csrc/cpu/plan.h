@@ -37,7 +37,7 @@ struct Buffer {
 
 enum class Action {
     load, conv, norm_train, norm_infer, relu, add, max_pool, avg_pool, global_pool,
-    loss, weight_grad, input_grad, norm_grad, relu_grad, max_pool_grad, avg_pool_grad,
+    loss, conv_grads, weight_grad, input_grad, norm_grad, relu_grad, max_pool_grad, avg_pool_grad,
     global_pool_grad, copy, accumulate
 };
 

@@ -184,13 +184,20 @@ private:
 
     void backward_conv(int i) {
         const Node& n = node(i);
-        if (trains(n)) {
-            Step step = backward_step(Action::weight_grad, i);
-            step.x = value_[n.source];
+        const bool passes = wants_[n.source], weight = n.conv_arrays.weight.gradient;
+        if (!trains(n) && !passes) return;
+        // Both gradients in one pass where both are wanted.
+        Step step = backward_step(Action::conv_grads, i);
+        step.x = value_[n.source];
+        if (trains(n) && !(passes && weight)) {
+            step.action = Action::weight_grad;
             emit(step);
+            step.action = Action::input_grad;
+        } else if (!trains(n)) {
+            step.action = Action::input_grad;
         }
-        if (!wants_[n.source]) return;
-        Step step = backward_step(Action::input_grad, i);
+        if (!passes) return;
+        if (step.action == Action::input_grad) step.x = -1;
         step.dx = activation(n.source);
         emit(step);
         give(n.source, step.dx);

@@ -47,6 +47,7 @@ public:
             case Action::relu: return spc_relu_forward(count, x, y, threads);
             case Action::add: return add(x, at(step.residual), y, count, threads);
             case Action::loss: return loss(n, x, dy);
+            case Action::conv_grads: return conv_grads(n, x, dy, dx);
             case Action::weight_grad: return weight_grad(n, x, dy);
             case Action::input_grad: return input_grad(n, dy, dx);
             case Action::norm_grad: return norm_grad(n, step);
@@ -73,6 +74,13 @@ private:
         const spc_conv_arrays& a = n.conv_arrays;
         return spc_conv_forward(&g, a.row_ptr, a.cols, a.weight.values, a.bias.values, x, y,
                                 batch_.threads);
+    }
+
+    std::int32_t conv_grads(const Node& n, const float* x, const float* dy, float* dx) const {
+        const spc_geometry g = geometry(n);
+        const spc_conv_arrays& a = n.conv_arrays;
+        return spc_conv_backward(&g, a.t_row_ptr, a.t_cols, a.t_perm, a.weight.values, x, dy, dx,
+                                 a.weight.gradient, a.bias.gradient, batch_.threads);
     }
 
     std::int32_t weight_grad(const Node& n, const float* x, const float* dy) const {

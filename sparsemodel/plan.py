@@ -1,0 +1,294 @@
+"""A training step of a whole network in one native call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sparsemodel.errors import PlanError, SparseModelError
+from sparsemodel.kernels.cpu import Geometry
+from sparsemodel.kernels.geometry import ConvGeometry
+from sparsemodel.kernels.plan_abi import Images, NativePlan
+from sparsemodel.layers import SparseLinear
+from sparsemodel.plan_arrays import BoundLayer, BoundModule, BoundNorm
+from sparsemodel.plan_trace import Operation, conv_geometry, trace_operations
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class OperationSeconds:
+    """What one operation took in the last run."""
+
+    name: str
+    kind: str
+    forward: float
+    backward: float
+
+
+class TrainingPlan:
+    """Forward pass, loss and backward pass of a sparsified model as one native call.
+
+    The model stays the owner of parameters, gradients and running statistics: `step` fills
+    `.grad` of its parameters (overwriting what is there), any optimiser moves them, and it can be
+    trained, saved and evaluated through its modules in between. Results equal the modules' up to
+    rounding, and are the same bits for every number of threads (torch.get_num_threads()).
+    Activations live in one arena, made by the first run and used by all later ones.
+
+    Known are sparse and plain convolutions and linear layers, batch norm, ReLU, addition, max,
+    average and global average pooling, flattening, and their functional forms, in a model that
+    torch.fx can trace. Plain layers are computed with sparse kernels as full patterns: meant for
+    stems and classifiers, slow for whole networks. The loss is the mean softmax cross-entropy.
+
+    After `change_mask`, or when parameters move, the next call follows by itself. Freezing or
+    thawing a parameter needs a new plan.
+
+    Args:
+        model: of sparse and plain layers, float32 on the CPU; its training flag plays no part.
+        input_shape: of one sample, (C, H, W) or (features,).
+        batch_size: the largest batch; smaller ones may be given to every call.
+        recompute: whether convolution outputs that only batch norm reads are computed again in
+            the backward pass instead of kept: about half the memory, for some more time.
+        normalization: mean and standard deviation of each channel, for pixels in [0, 1]; needed
+            to give images in bytes.
+
+    Raises:
+        PlanError: the model has an operation that plans do not know, which the message names.
+        SparseModelError: the native library is not in use.
+
+    >>> from sparsemodel.mask import Mask
+    >>> from sparsemodel.sparsify import sparsify
+    >>> dense = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> model = sparsify(dense, Mask({"2.weight": torch.eye(2, 8).bool()}))
+    >>> plan = TrainingPlan(model, (4,), batch_size=16)
+    >>> loss, num_correct = plan.step(torch.zeros(3, 4), torch.tensor([0, 1, 1]))
+    >>> model[2].values.grad.shape
+    torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: Sequence[int],
+        *,
+        batch_size: int,
+        recompute: bool = False,
+        normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> None:
+        self._input_shape = tuple(input_shape)
+        self._batch_size = batch_size
+        self._operations = trace_operations(model, self._input_shape)
+        self._classes = self._operations[-1].shape[0]
+        self._pixels = _pixel_factors(self._input_shape, normalization)
+        self._plan = NativePlan(batch_size, recompute=recompute)
+        self._bound: list[BoundModule] = []
+        for number, operation in enumerate(self._operations):
+            added = self._add(operation)
+            assert added == number, "each operation is one node"
+        self._refuse_ties()
+        self._refresh()
+        self._plan.build(len(self._operations) - 1)
+
+    @property
+    def batch_size(self) -> int:
+        """The largest batch."""
+        return self._batch_size
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of all activations and their gradients for a full batch."""
+        return self._plan.arena_bytes()
+
+    def step(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """Loss and gradients of a batch, in training mode.
+
+        Every parameter's `.grad` is overwritten, running statistics move as in training.
+
+        Args:
+            images: [B, *input_shape], float32 (or uint8, with `normalization`), on the CPU.
+            labels: [B], int64 in [0, classes).
+
+        Returns:
+            Mean cross-entropy, and how many largest logits are at the label.
+
+        Raises:
+            SparseModelError: images or labels of another shape, dtype or range; nothing has
+                changed then.
+        """
+        images, labels = self._checked(images), _checked_labels(labels, len(images))
+        if len(images) > self._batch_size:
+            raise SparseModelError(
+                f"the plan is for batches of at most {self._batch_size}, got {len(images)}"
+            )
+        self._refresh()
+        result = self._plan.train(
+            len(images), self._native(images), labels.data_ptr(), threads=torch.get_num_threads()
+        )
+        for bound in self._bound:
+            bound.hand_over()
+        return result
+
+    def evaluate(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """Mean loss and number correct by running statistics, of any number of samples.
+
+        Args:
+            images: [N, *input_shape]; more than a batch go through in pieces.
+            labels: [N], int64.
+        """
+        images, labels = self._checked(images), _checked_labels(labels, len(images))
+        self._refresh()
+        total, correct = 0.0, 0
+        pieces = zip(images.split(self._batch_size), labels.split(self._batch_size), strict=True)
+        for some, their_labels in pieces:
+            loss, right = self._plan.infer(
+                len(some),
+                self._native(some),
+                labels=their_labels.data_ptr(),
+                threads=torch.get_num_threads(),
+            )
+            total += loss * len(some)
+            correct += right
+        return total / len(images), correct
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes] by running statistics, of any number of samples [N, ...]."""
+        images = self._checked(images)
+        self._refresh()
+        logits = torch.empty(len(images), self._classes)
+        pieces = zip(images.split(self._batch_size), logits.split(self._batch_size), strict=True)
+        for some, result in pieces:
+            self._plan.infer(
+                len(some),
+                self._native(some),
+                logits=result.data_ptr(),
+                threads=torch.get_num_threads(),
+            )
+        return logits
+
+    def seconds(self) -> list[OperationSeconds]:
+        """Time of each operation in the last run; the loss counts with the last one."""
+        forward, backward = self._plan.seconds()
+        return [
+            OperationSeconds(operation.name, operation.kind, float(f), float(b))
+            for operation, f, b in zip(self._operations, forward, backward, strict=True)
+        ]
+
+    def _add(self, operation: Operation) -> int:
+        """Add the node of an operation to the native plan; its number."""
+        plan, module = self._plan, operation.module
+        match operation.kind:
+            case "input":
+                return plan.add("input", *_planes(operation.shape))
+            case "conv":
+                assert module is not None
+                (source,) = operation.inputs
+                geometry = _geometry(operation)
+                size = _planes(self._operations[source].shape)[1:]
+                node = plan.add("conv", source, _native_geometry(geometry, self._batch_size, size))
+                self._bound.append(BoundLayer(plan, node, module, operation.name, geometry))
+                return node
+            case "norm":
+                assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+                source, residual = (*operation.inputs, -1)[:2]
+                momentum = -1.0 if module.momentum is None else module.momentum
+                node = plan.add("batchnorm", source, residual, operation.relu, module.eps, momentum)
+                self._bound.append(BoundNorm(plan, node, module, operation.name))
+                return node
+            case "max_pool":
+                return plan.add("maxpool", *operation.inputs, operation.window)
+            case "avg_pool":
+                return plan.add(
+                    "avgpool", *operation.inputs, operation.window, operation.include_pad
+                )
+            case "global_pool":
+                return plan.add("global_avgpool", *operation.inputs)
+        return plan.add(operation.kind, *operation.inputs)
+
+    def _refuse_ties(self) -> None:
+        seen: dict[int, str] = {}
+        for bound in self._bound:
+            for parameter, _ in bound.parameters():
+                if id(parameter) in seen:
+                    raise PlanError(
+                        f"{bound.title!r} and {seen[id(parameter)]!r} share a parameter, so that "
+                        "its gradients would add up; train the model through its modules"
+                    )
+                seen[id(parameter)] = bound.title
+
+    def _refresh(self) -> None:
+        for bound in self._bound:
+            bound.refresh()
+
+    def _checked(self, images: Tensor) -> Tensor:
+        allowed = (torch.float32,) if self._pixels is None else (torch.float32, torch.uint8)
+        shape = tuple(images.shape)
+        if shape[1:] != self._input_shape or len(shape) < 2 or shape[0] < 1:
+            raise SparseModelError(f"expected images [B, *{self._input_shape}], got {shape}")
+        if images.dtype not in allowed or images.device.type != "cpu":
+            names = " or ".join(str(dtype) for dtype in allowed)
+            raise SparseModelError(
+                f"expected images of {names} on the CPU, got {images.dtype} on {images.device} "
+                "(bytes need normalization=(mean, std))"
+            )
+        return images.contiguous()
+
+    def _native(self, images: Tensor) -> Images:
+        if images.dtype == torch.float32:
+            return Images.floats(images.data_ptr())
+        assert self._pixels is not None, "bytes are refused without"
+        scale, shift = self._pixels
+        return Images.bytes(images.data_ptr(), scale.data_ptr(), shift.data_ptr())
+
+
+def _checked_labels(labels: Tensor, count: int) -> Tensor:
+    if labels.shape != (count,) or labels.dtype != torch.int64 or labels.device.type != "cpu":
+        raise SparseModelError(
+            f"expected labels int64 [{count}] on the CPU, got {labels.dtype} of shape "
+            f"{tuple(labels.shape)} on {labels.device}"
+        )
+    return labels.contiguous()
+
+
+def _pixel_factors(
+    shape: tuple[int, ...], normalization: tuple[Sequence[float], Sequence[float]] | None
+) -> tuple[Tensor, Tensor] | None:
+    """scale and shift with (byte / 255 - mean) / std = scale * byte + shift."""
+    if normalization is None:
+        return None
+    mean, std = (torch.tensor(list(numbers), dtype=torch.float64) for numbers in normalization)
+    if mean.shape != (shape[0],) or std.shape != mean.shape or not bool((std > 0).all()):
+        raise SparseModelError(
+            f"normalization: expected mean and positive std of {shape[0]} channels, got "
+            f"{normalization}"
+        )
+    return (1 / (255 * std)).float(), (-mean / std).float()
+
+
+def _planes(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    channels, *size = shape
+    return (channels, size[0], size[1]) if size else (channels, 1, 1)
+
+
+def _geometry(operation: Operation) -> ConvGeometry:
+    module = operation.module
+    if isinstance(module, SparseLinear | nn.Linear):
+        return ConvGeometry(module.out_features, module.in_features, 1, 1)
+    assert module is not None
+    return conv_geometry(module, operation.name)  # type: ignore[arg-type]
+
+
+def _native_geometry(g: ConvGeometry, batch: int, size: tuple[int, int]) -> Geometry:
+    return Geometry.conv(
+        batch,
+        g.in_channels,
+        g.out_channels,
+        size,
+        (g.kernel_h, g.kernel_w),
+        stride=g.stride,
+        padding=g.padding,
+        dilation=(g.dilation_h, g.dilation_w),
+        groups=g.groups,
+    )
