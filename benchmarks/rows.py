@@ -1,0 +1,74 @@
+"""Rows of a benchmark: one shape for tables, JSON lines and plots."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+from benchmarks.plot import draw
+from benchmarks.timing import Neighbours, machine
+
+
+@dataclass(frozen=True)
+class Row:
+    """Ours beside a peer's in one case; both in `unit`, less is better.
+
+    `case` says what is measured and, after a comma, which way of ours.
+    """
+
+    bench: str
+    case: str
+    density: float
+    ours: float
+    peer: float
+    peer_name: str
+    unit: str
+
+    @property
+    def ratio(self) -> float:
+        """How many times better ours is."""
+        return self.peer / self.ours
+
+    def as_json(self) -> str:
+        """One line with every field and the ratio."""
+        return json.dumps({**asdict(self), "ratio": self.ratio})
+
+    def as_line(self) -> str:
+        """One line of a table."""
+        return (
+            f"{self.case:<44} d={self.density:<5g} {self.ours:>9.3f} {self.unit:<3} "
+            f"{self.ratio:8.2f} x  {self.peer_name} ({self.peer:.3f} {self.unit})"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, quick: str) -> None:
+    """What all benchmarks of the sparse core understand; `quick` says what --quick leaves out."""
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the ratios over the density")
+    parser.add_argument("--threads", type=int, help="threads of all sides; default: torch's own")
+
+
+def show(rows: Iterable[Row], arguments: argparse.Namespace) -> list[Row]:
+    """Print rows as they come, then draw them if that was asked for."""
+    notes, neighbours = sys.stderr if arguments.json else sys.stdout, Neighbours()
+    print(f"# {machine()}", file=notes, flush=True)
+    shown: list[Row] = []
+    for row in rows:
+        print(row.as_json() if arguments.json else row.as_line(), flush=True)
+        shown.append(row)
+    print(f"# other processes took {neighbours.share():.0%} of the processors", file=notes)
+    if arguments.plot:
+        draw(arguments.plot, _curves(shown))
+    return shown
+
+
+def _curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+    """For each case and peer its (density, ratio) points."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        curves.setdefault(f"{row.case} / {row.peer_name}", []).append((row.density, row.ratio))
+    return curves
