@@ -14,9 +14,12 @@ from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.kernels.plan_abi import Images, NativePlan
 from sparsemodel.layers import SparseLinear
 from sparsemodel.plan_arrays import BoundLayer, BoundModule, BoundNorm
-from sparsemodel.plan_trace import Operation, conv_geometry, trace_operations
+from sparsemodel.plan_rules import Operation, conv_geometry
+from sparsemodel.plan_trace import trace_operations
 
 Tensor = torch.Tensor
+
+_NATIVE_NAMES = {"max_pool": "maxpool", "avg_pool": "avgpool", "global_pool": "global_avgpool"}
 
 
 @dataclass(frozen=True)
@@ -178,34 +181,38 @@ class TrainingPlan:
 
     def _add(self, operation: Operation) -> int:
         """Add the node of an operation to the native plan; its number."""
-        plan, module = self._plan, operation.module
-        match operation.kind:
-            case "input":
-                return plan.add("input", *_planes(operation.shape))
-            case "conv":
-                assert module is not None
-                (source,) = operation.inputs
-                geometry = _geometry(operation)
-                size = _planes(self._operations[source].shape)[1:]
-                node = plan.add("conv", source, _native_geometry(geometry, self._batch_size, size))
-                self._bound.append(BoundLayer(plan, node, module, operation.name, geometry))
-                return node
-            case "norm":
-                assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
-                source, residual = (*operation.inputs, -1)[:2]
-                momentum = -1.0 if module.momentum is None else module.momentum
-                node = plan.add("batchnorm", source, residual, operation.relu, module.eps, momentum)
-                self._bound.append(BoundNorm(plan, node, module, operation.name))
-                return node
-            case "max_pool":
-                return plan.add("maxpool", *operation.inputs, operation.window)
-            case "avg_pool":
-                return plan.add(
-                    "avgpool", *operation.inputs, operation.window, operation.include_pad
-                )
-            case "global_pool":
-                return plan.add("global_avgpool", *operation.inputs)
-        return plan.add(operation.kind, *operation.inputs)
+        if operation.kind == "conv":
+            return self._add_layer(operation)
+        if operation.kind == "norm":
+            return self._add_norm(operation)
+        if operation.kind == "input":
+            return self._plan.add("input", *_planes(operation.shape))
+        name = _NATIVE_NAMES.get(operation.kind, operation.kind)
+        arguments: list[object] = list(operation.inputs)
+        if operation.window is not None:
+            arguments.append(operation.window)
+        if operation.kind == "avg_pool":
+            arguments.append(operation.include_pad)
+        return self._plan.add(name, *arguments)
+
+    def _add_layer(self, operation: Operation) -> int:
+        module, (source,) = operation.module, operation.inputs
+        assert module is not None, "a layer is a module"
+        geometry = _geometry(operation)
+        size = _planes(self._operations[source].shape)[1:]
+        native = _native_geometry(geometry, self._batch_size, size)
+        node = self._plan.add("conv", source, native)
+        self._bound.append(BoundLayer(self._plan, node, module, operation.name, geometry))
+        return node
+
+    def _add_norm(self, operation: Operation) -> int:
+        module = operation.module
+        assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+        source, residual = (*operation.inputs, -1)[:2]
+        momentum = -1.0 if module.momentum is None else module.momentum
+        node = self._plan.add("batchnorm", source, residual, operation.relu, module.eps, momentum)
+        self._bound.append(BoundNorm(self._plan, node, module, operation.name))
+        return node
 
     def _refuse_ties(self) -> None:
         seen: dict[int, str] = {}
