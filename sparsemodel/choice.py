@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from sparsemodel.kernels.geometry import ConvGeometry
 
+# From this density on no sparse kernel is faster than the dense ones.
+MAX_SPARSE_DENSITY = 0.5
+
 
 def dense_is_faster(
     geometry: ConvGeometry, nnz: int, batch: int, size: tuple[int, int], *, in_place: bool

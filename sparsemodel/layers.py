@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from sparsemodel.adjust import Entries
-from sparsemodel.choice import dense_is_faster
+from sparsemodel.choice import MAX_SPARSE_DENSITY, dense_is_faster
 from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.kernels import reference
 from sparsemodel.kernels.functional import (
     SparseIndex,
-    build_index,
     conv2d_topk_grad,
     linear_topk_grad,
     sparse_conv2d,
@@ -41,7 +40,8 @@ class SparseLayer(nn.Module):
 
     `values`, a parameter [nnz] in the order of `weight[mask]`, is the only weight storage, so
     gradients and optimiser state are as long as it is. The pattern is in the int32 buffers
-    `row_ptr` [out + 1] and `cols` [nnz]; a third, not part of the state, serves gradients.
+    `row_ptr` [out + 1] and `cols` [nnz]. Two more indices are not part of the state: `transposed`
+    serves gradients of sparse kernels, `flat` the dense ones (made when they first run).
     """
 
     values: nn.Parameter
@@ -49,6 +49,7 @@ class SparseLayer(nn.Module):
     row_ptr: torch.Tensor
     cols: torch.Tensor
     transposed: torch.Tensor
+    flat: torch.Tensor
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class SparseLayer(nn.Module):
         self.execution: Execution = execution
         self._geometry = geometry
         self._weight_shape = mask.shape
+        self._numel = mask.numel()
         self.values = nn.Parameter(values)
         self.bias = None if bias is None else nn.Parameter(bias)
         self._set_pattern(*csr_from_mask(mask.to(values.device)))
@@ -71,7 +73,7 @@ class SparseLayer(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The dense weight, zeros at pruned places; differentiable, made anew at each access."""
-        return reference.dense_weight(self.values, self.row_ptr, self.cols, self._weight_shape)
+        return reference.dense_weight(self.values, self.active_positions(), self._weight_shape)
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -165,14 +167,22 @@ class SparseLayer(nn.Module):
         return self
 
     def _set_pattern(self, row_ptr: torch.Tensor, cols: torch.Tensor) -> None:
+        sparse = self.execution != "dense" and len(cols) <= MAX_SPARSE_DENSITY * self._numel
+        index = SparseIndex.build(row_ptr, cols, self._geometry, sparse=sparse)
         self.register_buffer("row_ptr", row_ptr)
         self.register_buffer("cols", cols)
-        transposed = build_index(row_ptr, cols, self._geometry)
-        self.register_buffer("transposed", transposed, persistent=False)
+        self.register_buffer("transposed", index.transposed, persistent=False)
+        self.register_buffer("flat", index.flat, persistent=False)
 
-    def _index(self) -> SparseIndex:
-        buffers = self._buffers  # a third of the cost of attribute access, three times a call
-        return SparseIndex(buffers["row_ptr"], buffers["cols"], buffers["transposed"])  # type: ignore[arg-type]
+    def _index(self, dense: bool) -> SparseIndex:
+        buffers: dict[str, Any] = self._buffers  # attribute access costs three times as much
+        index = SparseIndex(
+            buffers["row_ptr"], buffers["cols"], buffers["transposed"], buffers["flat"]
+        )
+        if dense and len(index.cols) < self._numel and not torch.compiler.is_compiling():
+            index = index.with_positions(self._geometry.row_length)
+            buffers["flat"] = index.flat
+        return index
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **keywords: Any
@@ -274,10 +284,11 @@ class SparseLinear(SparseLayer):
             raise SparseModelError(
                 f"expected an input [*, {self.in_features}], got {tuple(x.shape)}"
             )
-        return sparse_linear(x, self.values, self.bias, self._index(), dense=self._dense(x))
+        dense = self._dense(x)
+        return sparse_linear(x, self.values, self.bias, self._index(dense), dense=dense)
 
     def topk_grad(self, x: torch.Tensor, dy: torch.Tensor, k: int) -> Entries:
-        return linear_topk_grad(x.to(dy.dtype), dy, self._index(), k)
+        return linear_topk_grad(x.to(dy.dtype), dy, self._index(False), k)
 
     def _dense(self, x: torch.Tensor) -> bool:
         if self.execution != "auto":
@@ -385,15 +396,16 @@ class SparseConv2d(SparseLayer):
             return _without_autocast(self, x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
+        dense = self._dense(x)
         return sparse_conv2d(
-            x, self.values, self.bias, self._index(), self._geometry, dense=self._dense(x)
+            x, self.values, self.bias, self._index(dense), self._geometry, dense=dense
         )
 
     def topk_grad(self, x: torch.Tensor, dy: torch.Tensor, k: int) -> Entries:
         x = x.to(dy.dtype)  # under autocast they may differ
         if x.dim() == 3:
             x, dy = x.unsqueeze(0), dy.unsqueeze(0)
-        return conv2d_topk_grad(x, dy, self._index(), self._geometry, k)
+        return conv2d_topk_grad(x, dy, self._index(False), self._geometry, k)
 
     def _dense(self, x: torch.Tensor) -> bool:
         if self.execution != "auto" or x.dim() != 4:

@@ -14,26 +14,41 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sparsemodel.errors import SparseModelError
-from sparsemodel.kernels import native, ops
+from sparsemodel.kernels import native, ops, reference
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.kernels.layout import batch_innermost, contiguous_nchw, features_first
+from sparsemodel.pattern import flat_positions
 
 Tensor = torch.Tensor
 
 
 class SparseIndex(NamedTuple):
-    """Where a layer's values stand: CSR by output, and the native index by input."""
+    """Where a layer's values stand: CSR by output, the native index by input, flat indices.
+
+    `transposed` is there (not empty) where native kernels can run, `flat` (int64 [nnz]) where
+    dense kernels have run.
+    """
 
     row_ptr: Tensor
     cols: Tensor
     transposed: Tensor
+    flat: Tensor
 
+    @classmethod
+    def build(
+        cls, row_ptr: Tensor, cols: Tensor, geometry: ConvGeometry, *, sparse: bool = True
+    ) -> SparseIndex:
+        """The index of a checked pattern; of what `sparse` kernels alone read, only if asked."""
+        transposed = torch.empty(0, dtype=torch.int32, device=cols.device)
+        if sparse and cols.device.type == "cpu" and native.loaded():
+            transposed = native.transpose_pattern(row_ptr, cols, geometry)
+        return cls(row_ptr, cols, transposed, cols.new_empty(0, dtype=torch.int64))
 
-def build_index(row_ptr: Tensor, cols: Tensor, geometry: ConvGeometry) -> Tensor:
-    """The native index by input of a checked pattern; empty where the library cannot run."""
-    if row_ptr.device.type == "cpu" and native.loaded():
-        return native.transpose_pattern(row_ptr, cols, geometry)
-    return torch.empty(0, dtype=torch.int32, device=row_ptr.device)
+    def with_positions(self, row_length: int) -> SparseIndex:
+        """The same with `flat`, which dense kernels read."""
+        if self.flat.numel() == self.cols.numel():
+            return self
+        return self._replace(flat=flat_positions(self.row_ptr, self.cols, row_length))
 
 
 def sparse_linear(
@@ -55,8 +70,11 @@ def sparse_linear(
         SparseModelError: dtypes or devices that differ.
     """
     _check_alike(x, values, index)
-    dense = dense or not _native(values, index)
-    y: Tensor = _Linear.apply(x, values, bias, *index, dense)
+    if dense or not _native(values, index):
+        index = _positions(index, values, (index.row_ptr.numel() - 1) * x.shape[-1], x.shape[-1])
+        y: Tensor = _DenseLinear.apply(x, values, bias, index.flat, index.row_ptr.numel() - 1)
+    else:
+        y = _Linear.apply(x, values, bias, index.row_ptr, index.cols, index.transposed)
     return y
 
 
@@ -95,8 +113,13 @@ def sparse_conv2d(
             f"a {geometry.kernel_h}×{geometry.kernel_w} window does not fit the padded input of "
             f"shape {tuple(x.shape)}"
         )
-    dense = dense or not _native(values, index)
-    y: Tensor = _Conv2d.apply(x, values, bias, *index, geometry, dense)
+    if dense or not _native(values, index):
+        index = _positions(
+            index, values, geometry.out_channels * geometry.row_length, geometry.row_length
+        )
+        y: Tensor = _DenseConv2d.apply(x, values, bias, index.flat, geometry)
+    else:
+        y = _Conv2d.apply(x, values, bias, index.row_ptr, index.cols, index.transposed, geometry)
     return y
 
 
@@ -121,8 +144,9 @@ def linear_topk_grad(x: Tensor, dy: Tensor, index: SparseIndex, k: int) -> tuple
         SparseModelError: dtypes or devices that differ.
     """
     _check_alike(x, dy, index)
-    dense = not _native(dy, index)
-    indices, values = ops.linear_topk_grad(x, dy, index.row_ptr, index.cols, k, dense)
+    if not _native(dy, index):
+        return reference.linear_topk_grad(x, dy, index.row_ptr, index.cols, k)
+    indices, values = ops.linear_topk_grad(x, dy, index.row_ptr, index.cols, k)
     return indices, values
 
 
@@ -131,8 +155,9 @@ def conv2d_topk_grad(
 ) -> tuple[Tensor, Tensor]:
     """As `linear_topk_grad`, for `sparse_conv2d`: x [B, in, H, W], dy [B, out, OH, OW]."""
     _check_alike(x, dy, index)
-    dense = not _native(dy, index)
-    indices, values = ops.conv2d_topk_grad(x, dy, index.row_ptr, index.cols, geometry, k, dense)
+    if not _native(dy, index):
+        return reference.conv2d_topk_grad(x, dy, index.row_ptr, index.cols, geometry, k)
+    indices, values = ops.conv2d_topk_grad(x, dy, index.row_ptr, index.cols, geometry, k)
     return indices, values
 
 
@@ -146,35 +171,46 @@ class _Linear(torch.autograd.Function):
         row_ptr: Tensor,
         cols: Tensor,
         transposed: Tensor,
-        dense: bool,
     ) -> Tensor:
-        if not dense:
-            x = features_first(x)
+        x = features_first(x)
+        y: Tensor = ops.linear(x, values, bias, row_ptr, cols)
         kept = x if values.requires_grad else None
         ctx.save_for_backward(kept, values, row_ptr, cols, transposed)
         ctx.in_features = x.shape[-1]
-        ctx.dense = dense
-        y: Tensor = ops.linear(x, values, bias, row_ptr, cols, dense)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values, row_ptr, cols, transposed = ctx.saved_tensors
-        dx = dvalues = dbias = None
-        if not ctx.dense:
-            dy = features_first(dy)
-        if ctx.needs_input_grad[0]:
-            dx = ops.linear_input_grad(
-                dy, values, row_ptr, cols, transposed, ctx.in_features, ctx.dense
-            )
-        if ctx.needs_input_grad[1]:
-            bias = ctx.needs_input_grad[2]
-            dvalues, dbias = ops.linear_weight_grad(x, dy, row_ptr, cols, bias, ctx.dense)
-            dbias = dbias if bias else None
-        elif ctx.needs_input_grad[2]:
+        wanted = _wanted(ctx)
+        dx, dvalues, dbias = ops.linear_backward(
+            dy, x, values, row_ptr, cols, transposed, ctx.in_features, wanted
+        )
+        if ctx.needs_input_grad[2] and not wanted[2]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-        return dx, dvalues, dbias, None, None, None, None
+        return (*_given(ctx, dx, dvalues, dbias), None, None, None)
+
+
+class _DenseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        flat: Tensor,
+        out_features: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, values, flat)
+        return reference.linear(x, values, bias, flat, out_features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, flat = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        return (*reference.linear_backward(dy, x, values, flat, wanted), None, None)
 
 
 class _Conv2d(torch.autograd.Function):
@@ -188,35 +224,67 @@ class _Conv2d(torch.autograd.Function):
         cols: Tensor,
         transposed: Tensor,
         geometry: ConvGeometry,
-        dense: bool,
     ) -> Tensor:
-        x = contiguous_nchw(x) if dense else batch_innermost(x)
+        x = batch_innermost(x)
+        y: Tensor = ops.conv2d(x, values, bias, row_ptr, cols, geometry)
         kept = x if values.requires_grad else None
         ctx.save_for_backward(kept, values, row_ptr, cols, transposed)
         ctx.geometry, ctx.size = geometry, x.shape[2:]
-        ctx.dense = dense
-        y: Tensor = ops.conv2d(x, values, bias, row_ptr, cols, geometry, dense)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values, row_ptr, cols, transposed = ctx.saved_tensors
-        dx = dvalues = dbias = None
-        dy = contiguous_nchw(dy) if ctx.dense else batch_innermost(dy)
-        if ctx.needs_input_grad[0]:
-            dx = ops.conv2d_input_grad(
-                dy, values, row_ptr, cols, transposed, ctx.geometry, *ctx.size, ctx.dense
-            )
-        if ctx.needs_input_grad[1]:
-            bias = ctx.needs_input_grad[2]
-            dvalues, dbias = ops.conv2d_weight_grad(
-                x, dy, row_ptr, cols, ctx.geometry, bias, ctx.dense
-            )
-            dbias = dbias if bias else None
-        elif ctx.needs_input_grad[2]:
+        wanted = _wanted(ctx)
+        dx, dvalues, dbias = ops.conv2d_backward(
+            dy, x, values, row_ptr, cols, transposed, ctx.geometry, ctx.size, wanted
+        )
+        if ctx.needs_input_grad[2] and not wanted[2]:
             dbias = dy.sum((0, 2, 3))
-        return dx, dvalues, dbias, None, None, None, None, None
+        return (*_given(ctx, dx, dvalues, dbias), None, None, None, None)
+
+
+class _DenseConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        flat: Tensor,
+        geometry: ConvGeometry,
+    ) -> Tensor:
+        x = contiguous_nchw(x)
+        ctx.save_for_backward(x, values, flat)
+        ctx.geometry = geometry
+        return reference.conv2d(x, values, bias, flat, geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, flat = ctx.saved_tensors
+        gradients = reference.conv2d_backward(
+            contiguous_nchw(dy), x, values, flat, ctx.geometry, ctx.needs_input_grad[:3]
+        )
+        return (*gradients, None, None)
+
+
+def _wanted(ctx: Any) -> tuple[bool, bool, bool]:
+    """Which gradients to ask of a kernel; it gives the bias's only beside the values'."""
+    dx, dvalues, dbias = ctx.needs_input_grad[:3]
+    return dx, dvalues, dvalues and dbias
+
+
+def _given(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients that autograd asked for, None for the others."""
+    needs = ctx.needs_input_grad
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=False))
+
+
+def _positions(index: SparseIndex, values: Tensor, numel: int, row_length: int) -> SparseIndex:
+    """The index as a dense kernel needs it; a full pattern needs no flat indices."""
+    return index if values.numel() == numel else index.with_positions(row_length)
 
 
 def _native(values: Tensor, index: SparseIndex) -> bool:

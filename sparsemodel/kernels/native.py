@@ -44,8 +44,7 @@ def transpose_pattern(row_ptr: Tensor, cols: Tensor, geometry: ConvGeometry) -> 
     lib, g = library(), _smallest(geometry)
     nnz = cols.numel()
     index = torch.empty(2 * nnz + lib.transposed_rows(g) + 1, dtype=torch.int32)
-    t_cols, t_perm, t_row_ptr = _parts(index, nnz)
-    lib.transpose_pattern(g, row_ptr.data_ptr(), cols.data_ptr(), t_row_ptr, t_cols, t_perm)
+    lib.transpose_pattern(g, row_ptr.data_ptr(), cols.data_ptr(), *_parts(index, nnz))
     return index
 
 
@@ -57,18 +56,22 @@ def linear(
     _forward(g, x, values, bias, row_ptr, cols, y)
 
 
-def linear_input_grad(
-    dy: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor, transposed: Tensor, dx: Tensor
+def linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    values: Tensor,
+    row_ptr: Tensor,
+    cols: Tensor,
+    transposed: Tensor,
+    in_features: int,
+    dx: Tensor,
+    dvalues: Tensor,
+    dbias: Tensor,
 ) -> None:
-    """Write the gradient for the input into `dx`."""
-    _input_grad(_linear_geometry(dx, dy), dy, values, row_ptr, cols, transposed, dx)
-
-
-def linear_weight_grad(
-    x: Tensor, dy: Tensor, row_ptr: Tensor, cols: Tensor, dvalues: Tensor, dbias: Tensor
-) -> None:
-    """Write the gradients for values and (unless it has no elements) bias."""
-    _weight_grad(_linear_geometry(x, dy), x, dy, row_ptr, cols, dvalues, dbias)
+    """Write those gradients that have elements; `x` is needed for values and bias."""
+    width_out = dy.shape[-1]
+    g = _linear_sizes(dy.numel() // width_out if width_out else 0, in_features, width_out)
+    _backward(g, dy, x, values, row_ptr, cols, transposed, dx, dvalues, dbias)
 
 
 def linear_topk_grad(
@@ -92,31 +95,22 @@ def conv2d(
     _forward(_conv_geometry(x, y, geometry), x, values, bias, row_ptr, cols, y)
 
 
-def conv2d_input_grad(
+def conv2d_backward(
     dy: Tensor,
+    x: Tensor | None,
     values: Tensor,
     row_ptr: Tensor,
     cols: Tensor,
     transposed: Tensor,
     geometry: ConvGeometry,
+    size: tuple[int, int],
     dx: Tensor,
-) -> None:
-    """Write the gradient for the input into `dx`."""
-    g = _conv_geometry(dx, dy, geometry)
-    _input_grad(g, dy, values, row_ptr, cols, transposed, dx)
-
-
-def conv2d_weight_grad(
-    x: Tensor,
-    dy: Tensor,
-    row_ptr: Tensor,
-    cols: Tensor,
-    geometry: ConvGeometry,
     dvalues: Tensor,
     dbias: Tensor,
 ) -> None:
-    """Write the gradients for values and (unless it has no elements) bias."""
-    _weight_grad(_conv_geometry(x, dy, geometry), x, dy, row_ptr, cols, dvalues, dbias)
+    """Write those gradients that have elements; `x` is needed for values and bias."""
+    g = _conv_sizes(dy.shape[0], size, dy, geometry)
+    _backward(g, dy, x, values, row_ptr, cols, transposed, dx, dvalues, dbias)
 
 
 def conv2d_topk_grad(
@@ -161,40 +155,38 @@ def _forward(
         )  # fmt: skip
 
 
-def _input_grad(
+def _backward(
     g: cpu.Geometry,
     dy: Tensor,
+    x: Tensor | None,
     values: Tensor,
     row_ptr: Tensor,
     cols: Tensor,
     transposed: Tensor,
     dx: Tensor,
-) -> None:
-    if dx.numel():
-        t_cols, t_perm, t_row_ptr = _parts(transposed, cols.numel())
-        library().conv_input_grad(
-            g, t_row_ptr, t_cols, t_perm, values.data_ptr(), dy.data_ptr(), dx.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-
-
-def _weight_grad(
-    g: cpu.Geometry,
-    x: Tensor,
-    dy: Tensor,
-    row_ptr: Tensor,
-    cols: Tensor,
     dvalues: Tensor,
     dbias: Tensor,
 ) -> None:
     if dy.numel() == 0:
-        dvalues.zero_()
-        dbias.zero_()
+        for gradient in (dx, dvalues, dbias):
+            gradient.zero_()
         return
-    library().conv_weight_grad(
-        g, row_ptr.data_ptr(), cols.data_ptr(), x.data_ptr(), dy.data_ptr(), dvalues.data_ptr(),
-        dbias.data_ptr() if dbias.numel() else None, torch.get_num_threads(),
-    )  # fmt: skip
+    lib, threads = library(), torch.get_num_threads()
+    index = _parts(transposed, cols.numel())
+    bias = dbias.data_ptr() if dbias.numel() else None
+    weights = bool(dvalues.numel() or dbias.numel())
+    if weights and dx.numel():
+        lib.conv_backward(
+            g, *index, values.data_ptr(), address(x), dy.data_ptr(), dx.data_ptr(),
+            dvalues.data_ptr(), bias, threads,
+        )  # fmt: skip
+    elif dx.numel():
+        lib.conv_input_grad(g, *index, values.data_ptr(), dy.data_ptr(), dx.data_ptr(), threads)
+    elif weights:
+        lib.conv_weight_grad(
+            g, row_ptr.data_ptr(), cols.data_ptr(), address(x), dy.data_ptr(), dvalues.data_ptr(),
+            bias, threads,
+        )  # fmt: skip
 
 
 def _topk_grad(
@@ -216,21 +208,27 @@ def _topk_grad(
 
 
 def _parts(transposed: Tensor, nnz: int) -> tuple[int, int, int]:
-    """Addresses of t_cols, t_perm and t_row_ptr inside the transposed index."""
+    """Addresses of t_row_ptr, t_cols and t_perm inside the transposed index."""
     start = transposed.data_ptr()
-    return start, start + 4 * nnz, start + 8 * nnz
+    return start + 8 * nnz, start, start + 4 * nnz
 
 
 def _linear_geometry(x: Tensor, y: Tensor) -> cpu.Geometry:
     width_in, width_out = x.shape[-1], y.shape[-1]
-    batch = y.numel() // width_out if width_out else 0
+    return _linear_sizes(y.numel() // width_out if width_out else 0, width_in, width_out)
+
+
+def _linear_sizes(batch: int, width_in: int, width_out: int) -> cpu.Geometry:
     return cpu.Geometry(batch, width_in, width_out, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1)
 
 
 def _conv_geometry(x: Tensor, y: Tensor, g: ConvGeometry) -> cpu.Geometry:
-    batch, _, height, width = x.shape
+    return _conv_sizes(x.shape[0], (x.shape[2], x.shape[3]), y, g)
+
+
+def _conv_sizes(batch: int, size: tuple[int, int], y: Tensor, g: ConvGeometry) -> cpu.Geometry:
     return cpu.Geometry(
-        batch, g.in_channels, g.out_channels, height, width, y.shape[2], y.shape[3], g.kernel_h,
+        batch, g.in_channels, g.out_channels, *size, y.shape[2], y.shape[3], g.kernel_h,
         g.kernel_w, g.stride_h, g.stride_w, g.padding_h, g.padding_w, g.dilation_h, g.dilation_w,
         g.groups,
     )  # fmt: skip

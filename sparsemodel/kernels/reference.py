@@ -1,8 +1,8 @@
 """Sparse kernels in plain torch: any device, any floating-point type, any layout.
 
 Forward and gradients go through the dense weight, made for the call and freed after it, so a
-reference kernel costs what the dense layer costs. Patterns are CSR rows of the weight flattened
-to [out, row_length]; `values` are in the same row-major order.
+reference kernel costs what the dense layer costs. `values` are those at the ascending indices
+`flat` (int64 [nnz]) of the weight flattened; where no weight is pruned, `flat` is not looked at.
 """
 # ruff: noqa: PLR0917 - kernels take their arrays by position, in the library's order
 
@@ -20,23 +20,23 @@ from sparsemodel.pattern import flat_positions
 # A gradient tile of top-K growth holds about this many coordinates.
 TILE_COORDINATES = 1 << 18
 
+# Whether the gradients for input, values and bias are asked for, and those gradients.
+Wanted = tuple[bool, bool, bool]
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
-def dense_weight(
-    values: torch.Tensor, row_ptr: torch.Tensor, cols: torch.Tensor, shape: tuple[int, ...]
-) -> torch.Tensor:
+
+def dense_weight(values: torch.Tensor, flat: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The weight with zeros at its pruned places, of shape `shape`; a view where none is pruned."""
     numel = math.prod(shape)
     if values.numel() == numel:
         return values.view(shape)
-    flat = flat_positions(row_ptr, cols, numel // shape[0])
-    return values.new_zeros(numel).index_copy_(0, flat, values).view(shape)
+    return values.new_zeros(numel).scatter(0, flat, values).view(shape)
 
 
-def active_values(weight: torch.Tensor, row_ptr: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+def active_values(weight: torch.Tensor, flat: torch.Tensor, nnz: int) -> torch.Tensor:
     """The entries of a dense weight or gradient at the active places: [nnz]."""
-    if cols.numel() == weight.numel():
+    if nnz == weight.numel():
         return weight.reshape(-1)
-    flat = flat_positions(row_ptr, cols, weight.numel() // weight.shape[0])
     return weight.reshape(-1).index_select(0, flat)
 
 
@@ -44,14 +44,14 @@ def linear(
     x: torch.Tensor,
     values: torch.Tensor,
     bias: torch.Tensor | None,
-    row_ptr: torch.Tensor,
-    cols: torch.Tensor,
+    flat: torch.Tensor,
+    out_features: int,
 ) -> torch.Tensor:
     """[*, in] -> [*, out]."""
-    weight = dense_weight(values, row_ptr, cols, (len(row_ptr) - 1, x.shape[-1])).t()
+    weight = dense_weight(values, flat, (out_features, x.shape[-1])).t()
     # Not functional.linear: what it returns may be a view, which autograd would let nobody change.
-    y = x.new_empty(*x.shape[:-1], weight.shape[1])
-    rows_x, rows_y = x.reshape(-1, x.shape[-1]), y.view(-1, weight.shape[1])
+    y = x.new_empty(*x.shape[:-1], out_features)
+    rows_x, rows_y = x.reshape(-1, x.shape[-1]), y.view(-1, out_features)
     if bias is None:
         torch.mm(rows_x, weight, out=rows_y)
     else:
@@ -59,65 +59,54 @@ def linear(
     return y
 
 
-def linear_input_grad(
-    dy: torch.Tensor,
-    values: torch.Tensor,
-    row_ptr: torch.Tensor,
-    cols: torch.Tensor,
-    in_features: int,
-) -> torch.Tensor:
-    """Gradient of `linear` for its input: [*, out] -> [*, in]."""
-    return dy.matmul(dense_weight(values, row_ptr, cols, (dy.shape[-1], in_features)))
-
-
-def linear_weight_grad(
-    x: torch.Tensor, dy: torch.Tensor, row_ptr: torch.Tensor, cols: torch.Tensor
-) -> torch.Tensor:
-    """Gradient of `linear` for its values: [nnz]."""
-    rows_x, rows_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    return active_values(rows_dy.t().matmul(rows_x), row_ptr, cols)
+def linear_backward(
+    dy: torch.Tensor, x: torch.Tensor, values: torch.Tensor, flat: torch.Tensor, wanted: Wanted
+) -> Gradients:
+    """Gradients of `linear` for input, values and bias, those that are wanted."""
+    dx = dvalues = dbias = None
+    rows_dy = dy.reshape(-1, dy.shape[-1])
+    if wanted[0]:
+        weight = dense_weight(values, flat, (dy.shape[-1], x.shape[-1]))
+        dx = rows_dy.mm(weight).view(x.shape)
+    if wanted[1]:
+        gradient = rows_dy.t().mm(x.reshape(-1, x.shape[-1]))
+        dvalues = active_values(gradient, flat, values.numel())
+    if wanted[2]:
+        dbias = rows_dy.sum(0)
+    return dx, dvalues, dbias
 
 
 def conv2d(
     x: torch.Tensor,
     values: torch.Tensor,
     bias: torch.Tensor | None,
-    row_ptr: torch.Tensor,
-    cols: torch.Tensor,
+    flat: torch.Tensor,
     geometry: ConvGeometry,
 ) -> torch.Tensor:
     """[B, in, H, W] -> [B, out, OH, OW]."""
     g = geometry
-    weight = dense_weight(values, row_ptr, cols, g.weight_shape)
+    weight = dense_weight(values, flat, g.weight_shape)
     return functional.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
 
 
-def conv2d_input_grad(
+def conv2d_backward(
     dy: torch.Tensor,
-    values: torch.Tensor,
-    row_ptr: torch.Tensor,
-    cols: torch.Tensor,
-    geometry: ConvGeometry,
-    input_size: tuple[int, int],
-) -> torch.Tensor:
-    """Gradient of `conv2d` for its input of height and width `input_size`: [B, in, H, W]."""
-    weight = dense_weight(values, row_ptr, cols, geometry.weight_shape)
-    # Only the shape of the input matters here.
-    x = dy.new_empty(1).expand(dy.shape[0], geometry.in_channels, *input_size)
-    return _conv_backward(dy, x, weight, geometry, wanted=(True, False))[0]
-
-
-def conv2d_weight_grad(
     x: torch.Tensor,
-    dy: torch.Tensor,
-    row_ptr: torch.Tensor,
-    cols: torch.Tensor,
+    values: torch.Tensor,
+    flat: torch.Tensor,
     geometry: ConvGeometry,
-) -> torch.Tensor:
-    """Gradient of `conv2d` for its values: [nnz]."""
-    weight = dy.new_empty(1).expand(geometry.weight_shape)
-    gradient = _conv_backward(dy, x, weight, geometry, wanted=(False, True))[1]
-    return active_values(gradient, row_ptr, cols)
+    wanted: Wanted,
+) -> Gradients:
+    """Gradients of `conv2d` for input, values and bias, those that are wanted."""
+    # For the weight's gradient alone, only the weight's shape matters.
+    weight = (
+        dense_weight(values, flat, geometry.weight_shape)
+        if wanted[0]
+        else dy.new_empty(1).expand(geometry.weight_shape)
+    )
+    dx, gradient, dbias = _conv_backward(dy, x, weight, geometry, wanted)
+    dvalues = active_values(gradient, flat, values.numel()) if wanted[1] else None
+    return dx if wanted[0] else None, dvalues, dbias if wanted[2] else None
 
 
 def linear_topk_grad(
@@ -157,7 +146,7 @@ def conv2d_topk_grad(
             first, last = group * out_width + start, group * out_width + stop
             part = geometry._replace(out_channels=stop - start, in_channels=in_width, groups=1)
             weight = dy.new_empty(1).expand(part.weight_shape)
-            tile = _conv_backward(dy[:, first:last], x_group, weight, part, (False, True))[1]
+            tile = _conv_backward(dy[:, first:last], x_group, weight, part, (False, True, False))[1]
             _offer(buffer, tile, row_ptr, cols, first)
     return buffer.entries()
 
@@ -167,15 +156,15 @@ def _conv_backward(
     x: torch.Tensor,
     weight: torch.Tensor,
     geometry: ConvGeometry,
-    wanted: tuple[bool, bool],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of a dense convolution for input and weight, those that are `wanted`."""
+    wanted: Wanted,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of a dense convolution for input, weight and bias, those that are wanted."""
     g = geometry
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, g.stride, g.padding, g.dilation, False, (0, 0), g.groups,
-        (*wanted, False),
+    dx, dw, db = torch.ops.aten.convolution_backward(
+        dy, x, weight, [g.out_channels], g.stride, g.padding, g.dilation, False, (0, 0), g.groups,
+        wanted,
     )  # fmt: skip
-    return dx, dw
+    return dx, dw, db
 
 
 def _tiles(num_rows: int, row_length: int) -> list[tuple[int, int]]:
