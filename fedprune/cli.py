@@ -58,6 +58,10 @@ Alpha = Annotated[float | None, typer.Option(help="Dirichlet concentration of th
 Rounds = Annotated[int | None, typer.Option(help="Communication rounds.")]
 LocalEpochs = Annotated[int | None, typer.Option(help="Epochs of each client in each round.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
+Execution = Annotated[
+    str | None,
+    typer.Option(help="sparse, masked or dense; default: sparse on a CPU, else masked."),
+]
 Out = Annotated[Path | None, typer.Option(help="Run folder; default: a new one under runs/.")]
 Engine = Annotated[str, typer.Option(help="flower: Flower's simulation; inline: this process.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
@@ -80,6 +84,7 @@ def run(  # noqa: PLR0917 - the command's options
     local_epochs: LocalEpochs = None,
     seed: Annotated[int | None, typer.Option(help="Decides every random choice.")] = None,
     device: Device = None,
+    execution: Execution = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     engine: Engine = "flower",
@@ -99,6 +104,7 @@ def run(  # noqa: PLR0917 - the command's options
         "training.local_epochs": local_epochs,
         "seed": seed,
         "training.device": device,
+        "training.execution": execution,
     }
     options = {**parse_assignments(settings or []), **_given(given)}
     if resume and out is not None and not options and config is None:
@@ -124,6 +130,7 @@ def compare(  # noqa: PLR0917 - the command's options
     rounds: Rounds = None,
     local_epochs: LocalEpochs = None,
     device: Device = None,
+    execution: Execution = None,
     out: Annotated[Path, typer.Option(help="Folder of run folders.")] = Path("runs/compare"),
     engine: Engine = "inline",
     config: ConfigFile = None,
@@ -145,6 +152,7 @@ def compare(  # noqa: PLR0917 - the command's options
         "training.rounds": rounds,
         "training.local_epochs": local_epochs,
         "training.device": device,
+        "training.execution": execution,
     }
     options = {**parse_assignments(settings or []), **_given(given)}
     cells = []

@@ -12,17 +12,16 @@ from functools import lru_cache
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from torch.nn import functional
 
 from fedprune import wire
-from fedprune.batches import prepare
 from fedprune.config import RunConfig
 from fedprune.errors import ClientError, FedpruneError
-from fedprune.messages import Entries, MeasureReply, Pool, ScoreRequest, TrainReply, TrainRequest
+from fedprune.messages import MeasureReply, Pool, ScoreRequest, TrainReply, TrainRequest
 from fedprune.methods.fedtiny.bn_selection import measure_candidates, score_candidates
 from fedprune.models import float_state, load_float_state_
 from fedprune.partition import ClientData
 from fedprune.training import (
+    GrowthBatch,
     compute_device,
     compute_threads,
     generator,
@@ -31,7 +30,6 @@ from fedprune.training import (
     train_locally,
 )
 from fedprune.workspace import SEED_GROWTH, SEED_ROUND, Workspace, open_workspace
-from sparsemodel.adjust import topk_pruned_gradients
 from sparsemodel.codec import decode_mask, encode_mask
 from sparsemodel.errors import SparseModelError
 from sparsemodel.mask import Mask
@@ -120,12 +118,13 @@ def _train(record: RecordDict, context: Context, work: Workspace, client: int) -
         epochs=config.training.local_epochs,
         seed=stream_seed(SEED_ROUND, config.seed, request.round_index, client),
         augmented=config.data.augment,
+        growth=_growth_batch(request, data, work, client) if request.mask is not None else None,
     )
     reply = TrainReply(
         num_examples=len(data.train_labels),
         loss=result.loss,
         values={},
-        growth=_growth(model, request, data, work, client),
+        growth=result.growth,
         state_bytes=result.state_bytes if request.report_resources else 0,
         peak_rss_bytes=peak_rss_bytes() if request.report_resources else 0,
     )
@@ -135,24 +134,13 @@ def _train(record: RecordDict, context: Context, work: Workspace, client: int) -
     )
 
 
-def _growth(
-    model: torch.nn.Module, request: TrainRequest, data: ClientData, work: Workspace, client: int
-) -> Entries:
-    """The largest gradients at pruned coordinates on one mini-batch, after local training."""
-    if request.mask is None or not request.growth:
-        return {}
+def _growth_batch(
+    request: TrainRequest, data: ClientData, work: Workspace, client: int
+) -> GrowthBatch:
+    """One mini-batch, drawn anew, for the gradients at pruned weights after local training."""
     seed = (SEED_GROWTH, work.config.seed, request.round_index, client)
     order = torch.randperm(len(data.train_labels), generator=generator(*seed))
-    batch = order[: work.config.training.batch_size]
-    device = next(model.parameters()).device
-    images, labels = prepare(data.train_images[batch]).to(device), data.train_labels[batch]
-    model.train()
-    return topk_pruned_gradients(
-        model,
-        request.mask,
-        request.growth,
-        lambda network: functional.cross_entropy(network(images), labels.to(device)),
-    )
+    return GrowthBatch(request.growth, order[: work.config.training.batch_size])
 
 
 def _measure(record: RecordDict, context: Context, work: Workspace, client: int) -> RecordDict:

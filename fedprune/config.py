@@ -48,7 +48,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Local training of a client: SGD with momentum, learning rate cosine-decayed over rounds."""
+    """Local training of a client: SGD with momentum, learning rate cosine-decayed over rounds.
+
+    `execution` is how a masked model is computed: "sparse" (active weights only), "masked",
+    "dense", or "auto": sparse on a CPU that has the native kernels, else masked.
+    """
 
     rounds: int = 20
     local_epochs: int = 2
@@ -58,6 +62,7 @@ class TrainingConfig:
     weight_decay: float = 5e-4
     device: str = "cpu"
     threads: int = 1
+    execution: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,7 @@ PARTITIONS = ("iid", "dirichlet", "pathological", "natural")
 GRANULARITIES = ("layer", "block", "entire")
 VALUE_DTYPES = ("fp32", "fp16", "bf16", "int8")
 DEVICES = ("cpu", "cuda")
+EXECUTIONS = ("auto", "sparse", "masked", "dense")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -256,6 +262,7 @@ def _problems(config: RunConfig) -> Iterable[str]:
         "pruning.granularity": (pruning.granularity, GRANULARITIES),
         "federation.value_dtype": (config.federation.value_dtype, VALUE_DTYPES),
         "training.device": (training.device, DEVICES),
+        "training.execution": (training.execution, EXECUTIONS),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:

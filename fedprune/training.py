@@ -6,7 +6,7 @@ Pure functions of a model, tensors and a seed; they know nothing of transport or
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,8 +17,9 @@ from torch.nn import functional
 from fedprune.batches import augment, batches, prepare
 from fedprune.config import TrainingConfig
 from fedprune.errors import ConfigError
+from fedprune.execution import local_model
+from fedprune.messages import Entries
 from sparsemodel.mask import Mask
-from sparsemodel.optim import MaskedSGD
 
 EVALUATION_BATCH = 256
 
@@ -28,11 +29,21 @@ class LocalResult:
     """What local training did: mean loss of the last epoch, samples seen, bytes held.
 
     `state_bytes` is the storage of weights, gradients, momentum and indices really allocated.
+    `growth` holds the gradients that a `GrowthBatch` asked for.
     """
 
     loss: float
     samples_seen: int
     state_bytes: int
+    growth: Entries
+
+
+@dataclass(frozen=True)
+class GrowthBatch:
+    """How many gradients at pruned weights are wanted of each layer, and on which samples."""
+
+    counts: Mapping[str, int]
+    samples: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,7 @@ def train_locally(
     epochs: int,
     seed: int,
     augmented: bool = False,
+    growth: GrowthBatch | None = None,
 ) -> LocalResult:
     """Train `model` in place on one client's samples; pruned weights stay exactly zero.
 
@@ -118,32 +130,31 @@ def train_locally(
         images: uint8 or float32 [N, C, H, W], N >= 2 (batch norm needs two samples).
         labels: int64 [N].
         seed: decides the order of samples and the augmentation.
+        growth: asks for the largest gradients at pruned weights once training is over.
     """
     device = next(model.parameters()).device
     if mask is not None:
         mask.apply(model)
-    model.train()
+    local = local_model(model, mask, input_shape=tuple(images.shape[1:]), config=config, lr=lr)
     order = generator(seed)
     loss_sum, samples = 0.0, 0
-    with MaskedSGD(
-        model, mask, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay
-    ) as optimiser:
-        for _ in range(epochs):
-            loss_sum, epoch_samples = 0.0, 0
-            for index in batches(len(labels), batch_size=config.batch_size, generator=order):
-                batch = images[index]
-                if augmented:
-                    batch = augment(batch, generator=order)
-                logits = model(prepare(batch).to(device))
-                loss = functional.cross_entropy(logits, labels[index].to(device))
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                loss_sum += loss.item() * len(index)
-                epoch_samples += len(index)
-            samples += epoch_samples
-        state_bytes = sum(optimiser.state_bytes().values())
-    return LocalResult(loss_sum / max(1, len(labels)), samples, state_bytes)
+    for _ in range(epochs):
+        loss_sum, epoch_samples = 0.0, 0
+        for index in batches(len(labels), batch_size=config.batch_size, generator=order):
+            batch = images[index]
+            if augmented:
+                batch = augment(batch, generator=order)
+            loss = local.step(prepare(batch).to(device), labels[index].to(device))
+            loss_sum += loss * len(index)
+            epoch_samples += len(index)
+        samples += epoch_samples
+    state_bytes = local.state_bytes()
+    entries: Entries = {}
+    if growth is not None and growth.counts:
+        batch = prepare(images[growth.samples]).to(device)
+        entries = local.growth(growth.counts, batch, labels[growth.samples].to(device))
+    local.finish()
+    return LocalResult(loss_sum / max(1, len(labels)), samples, state_bytes, entries)
 
 
 @torch.no_grad()

@@ -191,6 +191,23 @@ def test_a_round_is_the_weighted_mean_of_unequal_clients_and_their_gradients(
         assert grown.tolist() == gradient.abs().topk(count).indices.sort().values.tolist()
 
 
+def test_sparse_execution_gives_the_rounds_of_masked_execution(tmp_path: Path) -> None:
+    """Same masks, losses and weights round by round; only rounding differs, and what is held."""
+    runs = {}
+    for execution in ("sparse", "masked"):
+        config = tiny(training__execution=execution, training__lr=0.02)
+        runs[execution] = run_inline(config, tmp_path / execution)
+    sparse, masked = (read_metrics(runs[kind])[1:] for kind in ("sparse", "masked"))
+    for ours, theirs in zip(sparse, masked, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+        assert ours["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-3)
+        assert ours["bytes_up"] == pytest.approx(theirs["bytes_up"], rel=1e-3)
+    ours, theirs = (load_sparse(runs[kind] / CHECKPOINT) for kind in ("sparse", "masked"))
+    assert ours.mask == theirs.mask
+    for name, value in theirs.state.items():
+        torch.testing.assert_close(ours.state[name], value, rtol=1e-2, atol=1e-3)
+
+
 # --- bytes --------------------------------------------------------------------------------------
 
 

@@ -10,8 +10,10 @@ from torch.nn import functional
 
 from fedprune.batches import prepare
 from fedprune.config import TrainingConfig
+from fedprune.execution import choose_execution
 from fedprune.models import build_model, float_state
 from fedprune.training import (
+    GrowthBatch,
     compute_device,
     evaluate,
     round_learning_rate,
@@ -37,19 +39,19 @@ def trained(count: int = 40, *, mask: Mask | None = None, seed: int = 1, epochs:
     return model, result
 
 
-def half_mask() -> Mask:
+def random_mask(density: float = 0.5) -> Mask:
     model = build_model("resnet8", num_classes=3, input_shape=(1, 8, 8), seed=0, width=4)
     generator = torch.Generator().manual_seed(5)
     return Mask(
         {
-            n: torch.rand(p.shape, generator=generator) < 0.5
+            n: torch.rand(p.shape, generator=generator) < density
             for n, p in prunable_parameters(model).items()
         }
     )
 
 
 def test_pruned_weights_stay_exactly_zero_and_active_ones_move() -> None:
-    mask = half_mask()
+    mask = random_mask()
     model, _ = trained(mask=mask)
     for name, weight in prunable_parameters(model).items():
         assert not weight.detach()[~mask[name]].any()
@@ -57,10 +59,10 @@ def test_pruned_weights_stay_exactly_zero_and_active_ones_move() -> None:
 
 
 def test_state_is_as_small_as_the_mask_says() -> None:
-    """Dense: weights + gradients + momentum. At half density the last two are halved."""
+    """Dense: weights + gradients + momentum; sparse: those and three indices an active weight."""
     _, dense = trained()
-    _, sparse = trained(mask=half_mask())
-    assert sparse.state_bytes < dense.state_bytes
+    _, sparse = trained(mask=random_mask(0.1))
+    assert sparse.state_bytes < 0.5 * dense.state_bytes
 
 
 def test_equal_seeds_give_equal_bits() -> None:
@@ -112,3 +114,73 @@ def test_missing_cuda_is_a_clear_error() -> None:
         return
     with pytest.raises(ValueError, match="use 'cpu'"):
         compute_device("cuda")
+
+
+# --- execution ---------------------------------------------------------------------------------
+
+
+def executed(execution: str, mask: Mask):  # type: ignore[no-untyped-def]
+    model = build_model("resnet8", num_classes=3, input_shape=(1, 8, 8), seed=0, width=4)
+    images, labels = digits_like(40)
+    result = train_locally(
+        model,
+        images,
+        labels,
+        mask=mask,
+        config=TrainingConfig(batch_size=8, execution=execution),
+        lr=0.05,
+        epochs=2,
+        seed=1,
+        growth=GrowthBatch({"fc.weight": 5, "layer2.0.conv1.weight": 7}, torch.arange(16)),
+    )
+    return float_state(model), result
+
+
+@pytest.mark.parametrize("execution", ["sparse", "masked"])
+def test_executions_do_the_same(execution: str) -> None:
+    """Ten steps, running statistics and growth gradients of each against plainly dense training."""
+    mask = random_mask()
+    state, result = executed(execution, mask)
+    dense, expected = executed("dense", mask)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-4)
+    for name, value in dense.items():
+        torch.testing.assert_close(state[name], value, rtol=2e-4, atol=2e-5)
+    assert set(result.growth) == {"fc.weight", "layer2.0.conv1.weight"}
+    for name, (indices, values) in result.growth.items():
+        assert torch.equal(indices, expected.growth[name][0])
+        assert not mask[name].reshape(-1)[indices].any()
+        torch.testing.assert_close(values, expected.growth[name][1], rtol=1e-3, atol=1e-5)
+
+
+def test_executions_hold_what_they_say() -> None:
+    """12 bytes a weight when dense; masked: weights whole, the rest by density, 4 for an index;
+    sparse: 12 + 12 for indices, all by density. Stem, norms and biases are dense in all."""
+    mask = random_mask(0.1)
+    held = {kind: executed(kind, mask)[1].state_bytes for kind in ("dense", "masked", "sparse")}
+    model = build_model("resnet8", num_classes=3, input_shape=(1, 8, 8), seed=0, width=4)
+    parameters = sum(p.numel() for p in model.parameters())
+    rest = parameters - mask.num_weights
+    assert held["dense"] == 12 * parameters
+    assert held["masked"] == 12 * rest + 4 * mask.num_weights + 12 * mask.num_active
+    rows = 4 * sum(2 * sum(p.shape[:2]) * 9 for p in mask.values())  # more than all row pointers
+    assert 12 * rest + 24 * mask.num_active < held["sparse"]
+    assert held["sparse"] < 12 * rest + 24 * mask.num_active + rows
+
+
+@pytest.mark.parametrize(
+    ("execution", "device", "expected"),
+    [("dense", "cpu", "dense"), ("auto", "cuda", "masked"), ("sparse", "cuda", "sparse")],
+)
+def test_choice_of_execution(execution: str, device: str, expected: str) -> None:
+    config = TrainingConfig(execution=execution, device=device)
+    assert choose_execution(config, random_mask()) == expected
+    assert choose_execution(config, None) == "masked"  # nothing is pruned
+
+
+def test_automatic_execution_without_native_kernels_is_masked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The reference path of sparse layers is slower than dense kernels."""
+    for library, expected in ((None, "masked"), (object(), "sparse")):
+        monkeypatch.setattr("sparsemodel.kernels.cpu.library", lambda found=library: found)
+        assert choose_execution(TrainingConfig(), random_mask()) == expected
