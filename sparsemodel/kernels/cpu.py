@@ -182,7 +182,11 @@ class CpuLibrary:
             setattr(self, name, functools.partial(self._call, function))
 
     def _call(self, function: Any, *arguments: Any) -> None:
-        if function(*arguments):
+        try:
+            status = function(*arguments)
+        except ctypes.ArgumentError as error:
+            raise SparseModelError(f"{function.__name__}: {error}") from error
+        if status:
             self._fail()
 
     def _fail(self) -> None:
