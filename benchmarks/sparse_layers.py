@@ -108,7 +108,7 @@ def _shape_rows(shape: Shape, densities: Sequence[float], *, rounds: int) -> Ite
         mask = _random_mask(dense.weight.shape, density, generator)
         masked = _copy(dense, mask)
         found = _sides(masked, mask, x, dy, density)
-        _check(shape.name, _dense(masked, x, dy).grad(), found, mask)
+        check(shape.name, _dense(masked, x, dy).grad(), found, mask)
         sides |= {(name, density): side for name, side in found.items()}
     calls = {f"{name}@{density}": side.grad for (name, density), side in sides.items()}
     seconds = interleaved(calls, rounds=rounds)
@@ -258,9 +258,7 @@ def _random_mask(shape: torch.Size, density: float, generator: torch.Generator) 
     return mask.reshape(shape)
 
 
-def _check(
-    name: str, expected: tuple[Tensor, Tensor], sides: dict[str, Side], mask: Tensor
-) -> None:
+def check(name: str, expected: tuple[Tensor, Tensor], sides: dict[str, Side], mask: Tensor) -> None:
     """Raise unless every side's gradients are those of the masked dense layer."""
     dx, dw = expected[0], expected[1][mask]
     for label, side in sides.items():

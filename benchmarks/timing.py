@@ -17,7 +17,12 @@ TURN_SECONDS = 0.01
 MAX_CALLS = 25
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median seconds of one call of each contender.
 
     In every round each contender has one turn, so that all share whatever else the machine
@@ -28,16 +33,23 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], *, rounds: int) 
     Args:
         contenders: name -> what to time.
         rounds: turns of each contender, >= 1, after two unmeasured calls of each.
+        clock: seconds.
     """
-    expected = {name: min(_seconds(call), _seconds(call)) for name, call in contenders.items()}
+
+    def seconds(call: Callable[[], object]) -> float:
+        start = clock()
+        call()
+        return clock() - start
+
+    expected = {name: min(seconds(call), seconds(call)) for name, call in contenders.items()}
     turns: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
             num_calls = min(MAX_CALLS, max(1, round(TURN_SECONDS / expected[name])))
             if num_calls > 1:
                 call()
-            turns[name].append(statistics.median(_seconds(call) for _ in range(num_calls)))
-    return {name: statistics.median(seconds) for name, seconds in turns.items()}
+            turns[name].append(statistics.median(seconds(call) for _ in range(num_calls)))
+    return {name: statistics.median(times) for name, times in turns.items()}
 
 
 def use_threads(num_threads: int | None) -> int:
@@ -95,9 +107,3 @@ def _processor() -> str:
         return "unknown processor"
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "unknown processor")
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

@@ -1,0 +1,186 @@
+"""The benchmarks of the sparse core run and print what they promise; nothing here is timed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import sparse_layers, sparse_memory, sparse_step, timing
+from benchmarks.rows import Row, add_arguments, show
+from sparsemodel.kernels import cpu
+
+needs_kernels = pytest.mark.skipif(cpu.isa() is None, reason="no native kernels here")
+KEYS = ["bench", "case", "density", "ours", "peer", "peer_name", "unit", "ratio"]
+PNG = b"\x89PNG"
+
+
+def row(density: float = 0.1, ours: float = 2.0, peer: float = 5.0) -> Row:
+    return Row("some", "a case", density, ours, peer, "dense", "ms")
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, quick="")
+    return parser.parse_args(words)
+
+
+def checked(rows: Sequence[Row]) -> list[Row]:
+    """The rows, each with positive finite numbers and the ratio that they give."""
+    for entry in rows:
+        numbers = json.loads(entry.as_json())
+        assert list(numbers) == KEYS
+        assert 0 < entry.density <= 1
+        assert 0 < entry.ours < math.inf
+        assert 0 < entry.peer < math.inf
+        assert numbers["ratio"] == entry.peer / entry.ours
+    return list(rows)
+
+
+def ratios(rows: Sequence[Row], case: str, density: float, peer: str) -> list[float]:
+    return [
+        r.ratio
+        for r in rows
+        if r.case.startswith(case) and r.density == density and r.peer_name.startswith(peer)
+    ]
+
+
+def test_interleaved_gives_turns_and_takes_medians() -> None:
+    now, order = 0.0, ""
+    slow_calls = iter([0.02, 0.02, 0.5, 0.03, 0.04])
+
+    def slow() -> None:
+        nonlocal now, order
+        order += "S"
+        now += next(slow_calls)
+
+    def fast() -> None:
+        nonlocal now, order
+        order += "f"
+        now += 0.005
+
+    seconds = timing.interleaved({"slow": slow, "fast": fast}, rounds=3, clock=lambda: now)
+    # Two calls each beforehand; then a slow call, one fast call that does not count and two that do.
+    assert order == "SSff" + 3 * "Sfff"
+    assert seconds == pytest.approx({"slow": 0.04, "fast": 0.005})
+
+
+def test_neighbours_share_is_a_share() -> None:
+    neighbours = timing.Neighbours()
+    sum(range(10**6))
+    share = neighbours.share()
+    assert math.isnan(share) or 0 <= share <= 1
+
+
+def test_show_prints_json_lines_alone_and_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if cpu.isa() is None:
+        pytest.skip("no native kernels here")
+    path = tmp_path / "ratios.png"
+    show([row(0.1), row(0.01, 1.0)], parsed("--json", "--plot", str(path)))
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["ratio"] for line in lines] == [2.5, 5.0]
+    assert path.read_bytes().startswith(PNG)
+
+
+@needs_kernels
+def test_show_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    show([row()], parsed())
+    machine, line, neighbours = capsys.readouterr().out.splitlines()
+    assert machine.startswith("# ")
+    assert line.split() == [
+        "a",
+        "case",
+        "d=0.1",
+        "2.000",
+        "ms",
+        "2.50",
+        "x",
+        "dense",
+        "(5.000",
+        "ms)",
+    ]
+    assert "other processes" in neighbours
+
+
+@needs_kernels
+def test_sparse_layers_rows() -> None:
+    shapes = [
+        sparse_layers.conv(8, 6, batch=4),
+        sparse_layers.conv(16, 3, batch=4),
+        sparse_layers.conv(8, 6, batch=4, groups=8),
+        sparse_layers.linear(24, 16, 8),
+    ]
+    rows = checked(list(sparse_layers.rows(shapes, (0.1, 1.0), rounds=1)))
+    for shape in shapes:
+        assert len(ratios(rows, shape.name, 0.1, "dense")) == 2  # both layouts
+        assert len(ratios(rows, shape.name, 1.0, "dense")) == 3  # and the sparse kernels
+    assert len(ratios(rows, shapes[-1].name, 0.1, "torch CSR")) == 1
+    first, second = (ratios(rows, shape.name, 0.1, "dense")[0] for shape in shapes[:2])
+    (median,) = ratios(rows, "median of 2", 0.1, "dense")
+    assert median == pytest.approx((first + second) / 2)
+    own = [r for shape in shapes for r in rows if r.case == shape.name and "dense" in r.peer_name]
+    (lowest, _) = [r for r in rows if r.case.startswith("lowest")]
+    assert lowest.ratio == pytest.approx(min(r.ratio for r in own))
+
+
+@needs_kernels
+def test_sparse_layers_refuses_wrong_gradients() -> None:
+    mask = torch.tensor([[True, False], [True, True]])
+    right = (torch.ones(3, 2), torch.ones(2, 2))
+    wrong = sparse_layers.Side(lambda: (torch.ones(3, 2), torch.tensor([1, 1, 1.1])), at_mask=True)
+    with pytest.raises(RuntimeError, match=r"a layer, ours: gradient for weights off by 1\.00e-01"):
+        sparse_layers.check("a layer", right, {"ours": wrong}, mask)
+
+
+@needs_kernels
+def test_sparse_step_rows() -> None:
+    rows = checked(list(sparse_step.rows(["resnet8"], [2], [0.1, 0.5], rounds=lambda batch: 1)))
+    cases = [f"resnet8 b2, {way}" for way in ("plan", "recompute", "modules")]
+    assert [(r.case, r.density) for r in rows] == [(c, d) for d in (0.1, 0.5) for c in cases]
+
+
+def test_random_mask_keeps_the_stem_dense() -> None:
+    model = sparse_step.build_model("resnet8", num_classes=10, input_shape=(3, 32, 32), seed=0)
+    mask = sparse_step.random_mask(model, 0.1)
+    assert "conv1.weight" not in mask
+    for name, density in mask.densities().items():
+        assert density == pytest.approx(0.1, abs=1 / mask[name].numel())
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_sparse_memory_rows() -> None:
+    rows = checked(list(sparse_memory.rows("resnet8", 8, [0.1], threads=1)))
+    model = sparse_step.build_model("resnet8", num_classes=10, input_shape=(3, 32, 32), seed=0)
+    weights = sum(p.numel() for p in model.parameters())
+    found = {r.case.removeprefix("resnet8 b8 "): r for r in rows}
+    for way in ("plan", "recompute", "modules"):
+        state = found[f"state, {way}"]
+        assert (
+            state.peer * 2**20 == 12 * weights
+        )  # weights, gradients and momentum, four bytes each
+        assert state.ratio > 2
+    assert found["activations, recompute"].ours < found["activations, plan"].ours
+
+
+@pytest.mark.parametrize("benchmark", [sparse_layers, sparse_step, sparse_memory])
+def test_commands_refuse_without_native_kernels(
+    benchmark: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cpu.ENVIRONMENT, "off")
+    monkeypatch.setattr(sys, "argv", ["benchmark"])
+    main: Callable[[], None] = benchmark.main  # type: ignore[attr-defined]
+    cpu.library.cache_clear()
+    try:
+        with pytest.raises(SystemExit, match="no native kernels"):
+            main()
+    finally:
+        cpu.library.cache_clear()
