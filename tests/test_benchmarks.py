@@ -66,7 +66,7 @@ def test_interleaved_gives_turns_and_takes_medians() -> None:
         now += 0.005
 
     seconds = timing.interleaved({"slow": slow, "fast": fast}, rounds=3, clock=lambda: now)
-    # Two calls each beforehand; then a slow call, one fast call that does not count and two that do.
+    # Two calls each beforehand; then a slow call, a fast one that does not count and two that do.
     assert order == "SSff" + 3 * "Sfff"
     assert seconds == pytest.approx({"slow": 0.04, "fast": 0.005})
 
