@@ -113,6 +113,7 @@ class BoundLayer(BoundModule):
         super().__init__(plan, node, module, title)
         self._geometry = geometry
         self._sparse = isinstance(module, SparseLayer)
+        self._own_index = torch.empty(0)
         self._names = ("values" if self._sparse else "weight", "bias")
         if not self._sparse:
             weight = module._parameters["weight"]
@@ -127,14 +128,12 @@ class BoundLayer(BoundModule):
 
     def _bind(self) -> None:
         row_ptr, cols, transposed = self._pattern()
-        t_cols, t_perm, t_row_ptr = (
-            transposed.data_ptr() + 4 * len(cols) * place for place in range(3)
-        )
+        index = native._parts(transposed, len(cols))
         self._plan.bind_conv(
             self._node,
             ConvArrays(
-                row_ptr.data_ptr(), cols.data_ptr(), t_row_ptr, t_cols, t_perm,
-                self._parameter(0), self._parameter(1),
+                row_ptr.data_ptr(), cols.data_ptr(), *index, self._parameter(0),
+                self._parameter(1),
             ),
         )  # fmt: skip
 
@@ -147,8 +146,9 @@ class BoundLayer(BoundModule):
         assert row_ptr is not None
         assert cols is not None
         assert transposed is not None
-        if transposed.numel() == 0:
-            raise PlanError(f"{self.title} was made without the native library; sparsify again")
+        if transposed.numel() == 0:  # where the layer itself computes densely
+            transposed = native.transpose_pattern(row_ptr, cols, self._geometry)
+            self._own_index = transposed
         return row_ptr, cols, transposed
 
 

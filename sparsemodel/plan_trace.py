@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from torch import fx, nn
 
@@ -46,7 +48,17 @@ def trace_operations(model: nn.Module, input_shape: Shape) -> list[Operation]:
     return _fused(_live(operations, output))
 
 
+class _Proxy(fx.Proxy):
+    """Tells `x += y` from `x = x + y`: other names of x see the sum."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         leaf = isinstance(module, (SparseLayer, *FUSED.values()))
         return leaf or super().is_leaf_module(module, name)
