@@ -1,0 +1,158 @@
+// A plan of a small residual network from C: its gradients against finite differences, its memory
+// under the sanitizers that this program is built with. Exits with the number of failed checks.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "sparse_plan.h"
+
+namespace {
+
+int failures = 0;
+
+void check(bool good, const char* what) {
+    if (good) return;
+    ++failures;
+    std::printf("FAILED: %s (last error: %s)\n", what, spc_last_error());
+}
+
+std::mt19937 generator(1);
+
+std::vector<float> normal(std::size_t count) {
+    std::normal_distribution<float> draw;
+    std::vector<float> values(count);
+    for (float& v : values) v = draw(generator);
+    return values;
+}
+
+struct Parameter {
+    explicit Parameter(std::size_t count)
+        : values(normal(count)), gradient(count), momentum(count) {}
+    spc_parameter arrays() { return {values.data(), gradient.data(), momentum.data()}; }
+    std::vector<float> values, gradient, momentum;
+};
+
+spc_geometry geometry(int in, int out, int size, int kernel, int stride) {
+    const int pad = kernel / 2, result = (size + 2 * pad - kernel) / stride + 1;
+    return {1, in, out, size, size, result, result, kernel, kernel, stride, stride, pad, pad,
+            1, 1, 1};
+}
+
+struct Layer {
+    Layer(spc_plan* plan, int source, const spc_geometry& g, double density)
+        : node(spc_plan_conv(plan, source, &g)), row_ptr(1, 0), bias(g.out_channels), weight(0) {
+        std::bernoulli_distribution active(density);
+        for (int o = 0; o < g.out_channels; ++o) {
+            for (int c = 0; c < g.in_channels * g.kernel_h * g.kernel_w; ++c)
+                if (active(generator)) cols.push_back(c);
+            row_ptr.push_back(static_cast<int>(cols.size()));
+        }
+        weight = Parameter(cols.size());
+        t_row_ptr.resize(static_cast<std::size_t>(spc_transposed_rows(&g)) + 1);
+        t_cols.resize(cols.size());
+        t_perm.resize(cols.size());
+        check(!spc_check_pattern(&g, row_ptr.data(), cols.data()), "pattern");
+        check(!spc_transpose_pattern(&g, row_ptr.data(), cols.data(), t_row_ptr.data(),
+                                     t_cols.data(), t_perm.data()),
+              "transpose");
+        const spc_conv_arrays arrays{row_ptr.data(), cols.data(),     t_row_ptr.data(),
+                                     t_cols.data(),  t_perm.data(),   weight.arrays(),
+                                     bias.arrays()};
+        check(!spc_plan_bind_conv(plan, node, &arrays), "bind_conv");
+    }
+    int node;
+    std::vector<int> row_ptr, cols, t_row_ptr, t_cols, t_perm;
+    Parameter bias, weight;
+};
+
+struct Norm {
+    Norm(spc_plan* plan, int source, int residual, int channels)
+        : node(spc_plan_batchnorm(plan, source, residual, 1, 1e-5, 0.1)),
+          gamma(static_cast<std::size_t>(channels)),
+          beta(static_cast<std::size_t>(channels)),
+          mean(static_cast<std::size_t>(channels)),
+          var(static_cast<std::size_t>(channels), 1.0f) {
+        const spc_norm_arrays arrays{gamma.arrays(), beta.arrays(), mean.data(), var.data(),
+                                     nullptr};
+        check(!spc_plan_bind_norm(plan, node, &arrays), "bind_norm");
+    }
+    int node;
+    Parameter gamma, beta;
+    std::vector<float> mean, var;
+};
+
+void test_network(int batch, int flags, int threads) {
+    spc_plan* plan = spc_plan_new(batch, flags);
+    const int x = spc_plan_input(plan, 3, 8, 8);
+    Layer stem(plan, x, geometry(3, 8, 8, 3, 1), 1.0);
+    Norm norm0(plan, stem.node, -1, 8);
+    Layer conv1(plan, norm0.node, geometry(8, 16, 8, 3, 2), 0.2);
+    Norm norm1(plan, conv1.node, -1, 16);
+    Layer conv2(plan, norm1.node, geometry(16, 16, 4, 3, 1), 0.2);
+    Layer side(plan, norm0.node, geometry(8, 16, 8, 1, 2), 0.5);
+    Norm norm2(plan, conv2.node, side.node, 16);
+    const int relu = spc_plan_relu(plan, norm2.node);
+    const int sum = spc_plan_add(plan, relu, norm2.node);
+    Layer fc(plan, spc_plan_flatten(plan, spc_plan_global_avgpool(plan, sum)),
+             geometry(16, 4, 1, 1, 1), 0.6);
+    check(!spc_plan_build(plan, fc.node), "build");
+    check(spc_plan_arena_bytes(plan) > 0, "arena_bytes");
+
+    const std::vector<float> pixels = normal(static_cast<std::size_t>(batch) * 3 * 64);
+    std::vector<std::int64_t> labels;
+    for (int b = 0; b < batch; ++b) labels.push_back(b % 4);
+    const spc_images images{pixels.data(), SPC_FLOAT32, nullptr, nullptr};
+    double loss = 0.0;
+    std::int64_t correct = 0;
+    const auto step = [&](const spc_sgd* sgd) {
+        check(!spc_plan_train(plan, batch, &images, labels.data(), sgd, threads, &loss, &correct),
+              "train");
+        return loss;
+    };
+    step(nullptr);
+    for (Parameter* p : {&stem.weight, &norm0.gamma, &conv1.weight, &norm1.beta, &conv2.weight,
+                         &side.weight, &side.bias, &norm2.gamma, &fc.weight, &fc.bias}) {
+        const std::vector<float> before = p->values, gradient = p->gradient;
+        const std::vector<float> direction = normal(before.size());
+        double slope = 0.0, scale = 0.0;
+        for (std::size_t i = 0; i < before.size(); ++i) {
+            slope += static_cast<double>(gradient[i]) * direction[i];
+            scale += std::abs(static_cast<double>(gradient[i]) * direction[i]);
+        }
+        // Where a ReLU bends nearby, the slopes of the two sides differ and one is the gradient's.
+        const double middle = step(nullptr);
+        double error = 1e9;
+        for (float width : {5e-4f, -5e-4f}) {
+            for (std::size_t i = 0; i < before.size(); ++i)
+                p->values[i] = before[i] + width * direction[i];
+            error = std::min(error, std::abs((step(nullptr) - middle) / width - slope));
+        }
+        p->values = before;
+        check(error < 0.02 * scale + 5e-3, "gradient");
+    }
+    const spc_sgd sgd{0.05, 0.9, 1e-4};
+    const double first = step(&sgd);
+    for (int i = 0; i < 20; ++i) step(&sgd);
+    check(loss < first, "training lowers the loss");
+    std::vector<float> logits(static_cast<std::size_t>(batch) * 4);
+    check(!spc_plan_infer(plan, 1, &images, logits.data(), nullptr, threads, nullptr, nullptr),
+          "infer one");
+    check(!spc_plan_infer(plan, batch, &images, nullptr, labels.data(), threads, &loss, &correct),
+          "infer all");
+    std::vector<double> seconds(64);
+    check(spc_plan_seconds(plan, seconds.data()) == fc.node + 1, "seconds");
+    spc_plan_free(plan);
+}
+
+}  // namespace
+
+int main() {
+    for (int batch : {2, 7, 64})
+        for (int flags : {0, static_cast<int>(SPC_PLAN_RECOMPUTE)})
+            for (int threads : {1, 2}) test_network(batch, flags, threads);
+    std::printf("%d failed\n", failures);
+    return failures;
+}
