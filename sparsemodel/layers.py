@@ -60,15 +60,23 @@ class SparseLayer(nn.Module):
         execution: Execution,
     ) -> None:
         super().__init__()
-        if execution not in EXECUTIONS:
-            raise SparseModelError(f"execution is one of {EXECUTIONS}, got {execution!r}")
-        self.execution: Execution = execution
+        self._execution = _checked(execution)
         self._geometry = geometry
         self._weight_shape = mask.shape
         self._numel = mask.numel()
         self.values = nn.Parameter(values)
         self.bias = None if bias is None else nn.Parameter(bias)
         self._set_pattern(*csr_from_mask(mask.to(values.device)))
+
+    @property
+    def execution(self) -> Execution:
+        """Which kernels compute the layer: "sparse", "dense", or "auto", by the cost model."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: Execution) -> None:
+        self._execution = _checked(execution)
+        self._set_pattern(self.row_ptr, self.cols)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -167,7 +175,8 @@ class SparseLayer(nn.Module):
         return self
 
     def _set_pattern(self, row_ptr: torch.Tensor, cols: torch.Tensor) -> None:
-        sparse = self.execution != "dense" and len(cols) <= MAX_SPARSE_DENSITY * self._numel
+        wide = len(cols) > MAX_SPARSE_DENSITY * self._numel
+        sparse = self._execution == "sparse" or (self._execution == "auto" and not wide)
         index = SparseIndex.build(row_ptr, cols, self._geometry, sparse=sparse)
         self.register_buffer("row_ptr", row_ptr)
         self.register_buffer("cols", cols)
@@ -291,11 +300,11 @@ class SparseLinear(SparseLayer):
         return linear_topk_grad(x.to(dy.dtype), dy, self._index(False), k)
 
     def _dense(self, x: torch.Tensor) -> bool:
-        if self.execution != "auto":
-            return self.execution == "dense"
+        if self._execution != "auto":
+            return self._execution == "dense"
         batch = x.numel() // self.in_features if self.in_features else 0
         nnz = self.cols.numel()
-        return dense_is_faster(self._geometry, nnz, batch, (1, 1), in_place=is_features_first(x))
+        return dense_is_faster(self._geometry, nnz, batch, (1, 1), in_layout=is_features_first(x))
 
 
 class SparseConv2d(SparseLayer):
@@ -408,14 +417,14 @@ class SparseConv2d(SparseLayer):
         return conv2d_topk_grad(x, dy, self._index(False), self._geometry, k)
 
     def _dense(self, x: torch.Tensor) -> bool:
-        if self.execution != "auto" or x.dim() != 4:
-            return self.execution == "dense"
+        if self._execution != "auto" or x.dim() != 4:
+            return self._execution == "dense"
         return dense_is_faster(
             self._geometry,
             self.cols.numel(),
             x.shape[0],
             (x.shape[2], x.shape[3]),
-            in_place=is_batch_innermost(x),
+            in_layout=is_batch_innermost(x),
         )
 
 
@@ -512,6 +521,12 @@ def _plain_padding(layer: nn.Conv2d) -> Pair:
             "leave this layer out of the mask"
         )
     return reach[0] // 2, reach[1] // 2
+
+
+def _checked(execution: Execution) -> Execution:
+    if execution not in EXECUTIONS:
+        raise SparseModelError(f"execution is one of {EXECUTIONS}, got {execution!r}")
+    return execution
 
 
 def _check_shape(mask: torch.Tensor, shape: tuple[int, ...]) -> None:

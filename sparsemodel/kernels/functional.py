@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from sparsemodel.errors import SparseModelError
 from sparsemodel.kernels import native, ops, reference
@@ -70,11 +71,19 @@ def sparse_linear(
         SparseModelError: dtypes or devices that differ.
     """
     _check_alike(x, values, index)
+    differentiable = _differentiable(x, values, bias)
+    y: Tensor
     if dense or not _native(values, index):
-        index = _positions(index, values, (index.row_ptr.numel() - 1) * x.shape[-1], x.shape[-1])
-        y: Tensor = _DenseLinear.apply(x, values, bias, index.flat, index.row_ptr.numel() - 1)
-    else:
+        out_features, in_features = index.row_ptr.numel() - 1, x.shape[-1]
+        if values.numel() == out_features * in_features:
+            return functional.linear(x, values.view(out_features, in_features), bias)
+        flat = index.with_positions(in_features).flat
+        call = _DenseLinear.apply if differentiable else reference.linear
+        y = call(x, values, bias, flat, out_features)
+    elif differentiable:
         y = _Linear.apply(x, values, bias, index.row_ptr, index.cols, index.transposed)
+    else:
+        y = ops.linear(features_first(x), values, bias, index.row_ptr, index.cols)
     return y
 
 
@@ -113,13 +122,21 @@ def sparse_conv2d(
             f"a {geometry.kernel_h}×{geometry.kernel_w} window does not fit the padded input of "
             f"shape {tuple(x.shape)}"
         )
+    differentiable = _differentiable(x, values, bias)
+    y: Tensor
     if dense or not _native(values, index):
-        index = _positions(
-            index, values, geometry.out_channels * geometry.row_length, geometry.row_length
-        )
-        y: Tensor = _DenseConv2d.apply(x, values, bias, index.flat, geometry)
-    else:
+        if values.numel() == geometry.out_channels * geometry.row_length and x.is_contiguous():
+            weight, g = values.view(geometry.weight_shape), geometry
+            return functional.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
+        flat = index.with_positions(geometry.row_length).flat
+        if differentiable:
+            y = _DenseConv2d.apply(x, values, bias, flat, geometry)
+        else:
+            y = reference.conv2d(contiguous_nchw(x), values, bias, flat, geometry)
+    elif differentiable:
         y = _Conv2d.apply(x, values, bias, index.row_ptr, index.cols, index.transposed, geometry)
+    else:
+        y = ops.conv2d(batch_innermost(x), values, bias, index.row_ptr, index.cols, geometry)
     return y
 
 
@@ -282,9 +299,11 @@ def _given(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=False))
 
 
-def _positions(index: SparseIndex, values: Tensor, numel: int, row_length: int) -> SparseIndex:
-    """The index as a dense kernel needs it; a full pattern needs no flat indices."""
-    return index if values.numel() == numel else index.with_positions(row_length)
+def _differentiable(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
+    """Whether a call has to be recorded for gradients."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    )
 
 
 def _native(values: Tensor, index: SparseIndex) -> bool:

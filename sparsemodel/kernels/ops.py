@@ -29,11 +29,17 @@ _LIBRARY = torch.library.Library("sparsemodel", "DEF")
 
 
 def _define(name: str, schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
-    """Register an operator and return its callable form."""
+    """Register an operator and return what calls it."""
     _LIBRARY.define(f"{name}{schema}")
     _LIBRARY.impl(name, kernel, "CPU")
     torch.library.register_fake(f"sparsemodel::{name}", shapes, lib=_LIBRARY)
-    return getattr(torch.ops.sparsemodel, name).default
+    operator = getattr(torch.ops.sparsemodel, name).default
+
+    def call(first: Tensor, *rest: Any) -> Any:
+        # The dispatcher costs more than a small layer; only traced and fake tensors need it.
+        return kernel(first, *rest) if native.reaches(first) else operator(first, *rest)
+
+    return call
 
 
 def _linear(

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from sparsemodel.choice import dense_is_faster
 from sparsemodel.errors import MaskError, SparseModelError
+from sparsemodel.kernels import native
+from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.layers import SparseConv2d, SparseLinear
 from sparsemodel.meter import storage_bytes
 
@@ -80,7 +83,7 @@ def test_values_are_the_only_weight_storage() -> None:
     """100 of 10,000 weights: 4 bytes a value and gradient, 4 for its column, 8 for gradients."""
     mask = torch.zeros(100, 100, dtype=torch.bool)
     mask.view(-1)[::100] = True
-    layer = SparseLinear(100, 100, mask, bias=False)
+    layer = SparseLinear(100, 100, mask, bias=False, execution="sparse")
     assert [p.shape for p in layer.parameters()] == [(100,)]
     layer(torch.randn(4, 100)).sum().backward()
     assert layer.values.grad is not None
@@ -194,6 +197,42 @@ def test_compiled_layers_give_the_same(execution: str, training: bool) -> None:
     net(x).square().sum().backward()
     for (name, found), expected in zip(twin.named_parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_automatic_choice_follows_shape_and_density() -> None:
+    """Dense where it must win (full, tiny), sparse where it must (1 % of a large layer)."""
+
+    def dense(nnz: float, geometry: ConvGeometry, batch: int, size: int, layout: bool) -> bool:
+        weights = geometry.out_channels * geometry.row_length
+        return dense_is_faster(geometry, int(nnz * weights), batch, (size, size), in_layout=layout)
+
+    large = ConvGeometry(256, 256, 3, 3, 1, 1, 1, 1)
+    for batch in (1, 16, 64):
+        for layout in (False, True):
+            assert dense(1.0, large, batch, 8, layout)
+            assert not dense(0.01, large, batch, 8, layout)
+            choices = [dense(d / 100, large, batch, 8, layout) for d in range(1, 101)]
+            assert choices == sorted(choices), "one change from sparse to dense as density grows"
+    assert dense(0.05, ConvGeometry(8, 8, 1, 1), 1, 1, True)
+    assert dense(0.5, ConvGeometry(512, 512, 1, 1), 16, 1, True)
+
+
+def test_execution_is_obeyed_and_may_be_changed() -> None:
+    mask = pattern(64, 64, density=0.9)
+    layer = SparseLinear(64, 64, mask, bias=False, execution="sparse")
+    x = torch.randn(32, 64)
+    expected = layer(x)
+    assert layer.transposed.numel() > 0 or not native.loaded()
+    assert layer.flat.numel() == 0 or not native.loaded()
+    for execution in ("dense", "auto"):  # both dense at this density
+        layer.execution = execution  # type: ignore[assignment]
+        assert layer.transposed.numel() == 0
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+        assert layer.flat.tolist() == layer.active_positions().tolist()
+    layer.execution = "sparse"
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(SparseModelError, match="execution is one of"):
+        layer.execution = "fast"  # type: ignore[assignment]
 
 
 def test_moving_the_pattern_keeps_what_stays_active() -> None:

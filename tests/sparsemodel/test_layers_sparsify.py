@@ -396,7 +396,7 @@ def test_files_of_other_models_are_refused(tmp_path: Path) -> None:
 def test_state_bytes_are_those_of_active_weights() -> None:
     """4 bytes for value, gradient and momentum each; columns and the index by input apart."""
     model, mask = build(Residual, density=0.05)
-    sparse = sparsify(model, mask)
+    sparse = sparsify(model, mask, execution="sparse")
     optimizer = SparseSGD(sparse.parameters(), lr=0.1)
     pruned = mask.num_weights - mask.num_active
     numel = sum(p.numel() for p in model.parameters()) - pruned

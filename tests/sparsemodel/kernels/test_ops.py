@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from torch.nn import functional
 
 from sparsemodel.errors import MaskError, SparseModelError
-from sparsemodel.kernels import native, ops
+from sparsemodel.kernels import native
 from sparsemodel.kernels.functional import (
     SparseIndex,
     conv2d_topk_grad,
@@ -311,18 +311,21 @@ def test_schemas_and_shape_rules_hold() -> None:
     flat_mask = random_mask((6, 8), 0.3, torch.Generator().manual_seed(1))
     rows, columns, by_width, _ = index_of(flat_mask, ConvGeometry(6, 8, 1, 1))
     v, a, b = torch.randn(len(columns)), torch.randn(5, 8), torch.randn(5, 6)
+    operators = torch.ops.sparsemodel
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (ops.conv2d, (x, values, torch.randn(4), row_ptr, cols, g)),
-        (ops.conv2d_topk_grad, (x, dy, row_ptr, cols, g, 5)),
-        (ops.linear, (a, v, None, rows, columns)),
-        (ops.linear_topk_grad, (a, b, rows, columns, 5)),
+        (operators.conv2d, (x, values, torch.randn(4), row_ptr, cols, g)),
+        (operators.conv2d_topk_grad, (x, dy, row_ptr, cols, g, 5)),
+        (operators.linear, (a, v, None, rows, columns)),
+        (operators.linear_topk_grad, (a, b, rows, columns, 5)),
     ]
     for wanted in [(True, True, True), (True, False, False), (False, True, False)]:
         conv_index = (row_ptr, cols, by_input, g, (6, 7), wanted)
-        calls.append((ops.conv2d_backward, (dy, x, values, *conv_index)))
-        calls.append((ops.linear_backward, (b, a, v, rows, columns, by_width, 8, wanted)))
+        calls.append((operators.conv2d_backward, (dy, x, values, *conv_index)))
+        calls.append((operators.linear_backward, (b, a, v, rows, columns, by_width, 8, wanted)))
     for operator, arguments in calls:
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            operator.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def test_frozen_values_and_inputs_get_no_gradient() -> None:
