@@ -52,10 +52,20 @@ def add_arguments(parser: argparse.ArgumentParser, *, quick: str) -> None:
     parser.add_argument("--threads", type=int, help="threads of all sides; default: torch's own")
 
 
+def add_timing_arguments(parser: argparse.ArgumentParser) -> None:
+    """What benchmarks that time understand beside."""
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="time the processor instead of the wall, on a busy machine; needs --threads 1",
+    )
+
+
 def show(rows: Iterable[Row], arguments: argparse.Namespace) -> list[Row]:
     """Print rows as they come, then draw them if that was asked for."""
     notes, neighbours = sys.stderr if arguments.json else sys.stdout, Neighbours()
-    print(f"# {machine()}", file=notes, flush=True)
+    clock = ", processor time" if getattr(arguments, "processor_time", False) else ""
+    print(f"# {machine()}{clock}", file=notes, flush=True)
     shown: list[Row] = []
     for row in rows:
         print(row.as_json() if arguments.json else row.as_line(), flush=True)

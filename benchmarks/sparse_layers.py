@@ -1,6 +1,7 @@
 """Sparse layers against dense torch, sparseprop and torch's CSR: forward and backward.
 
     python -m benchmarks.sparse_layers [--quick] [--json] [--plot FILE.png] [--threads N]
+        [--processor-time]
 
 A call is a layer's forward pass and the gradients for input and weights, through autograd. Each
 side gets input and output gradient in the layout that suits it best, as inside a network of its
@@ -24,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from benchmarks.rows import Row, add_arguments, show
-from benchmarks.timing import interleaved, use_threads
+from benchmarks.rows import Row, add_arguments, add_timing_arguments, show
+from benchmarks.timing import Clock, clock, interleaved, use_threads
 from sparsemodel.layers import SparseConv2d, SparseLinear
 
 BENCH = "sparse_layers"
@@ -84,17 +85,21 @@ SHAPES = (
 )
 
 
-def rows(shapes: Sequence[Shape], densities: Sequence[float], *, rounds: int) -> Iterator[Row]:
+def rows(
+    shapes: Sequence[Shape], densities: Sequence[float], *, rounds: int, clock: Clock
+) -> Iterator[Row]:
     """The rows of every shape, then their summary."""
     all_rows: list[Row] = []
     for shape in shapes:
-        for row in _shape_rows(shape, densities, rounds=rounds):
+        for row in _shape_rows(shape, densities, rounds=rounds, clock=clock):
             all_rows.append(row)
             yield row
     yield from _summary(all_rows, densities)
 
 
-def _shape_rows(shape: Shape, densities: Sequence[float], *, rounds: int) -> Iterator[Row]:
+def _shape_rows(
+    shape: Shape, densities: Sequence[float], *, rounds: int, clock: Clock
+) -> Iterator[Row]:
     generator = torch.Generator().manual_seed(0)
     dense = shape.layer()
     with torch.no_grad():
@@ -111,7 +116,7 @@ def _shape_rows(shape: Shape, densities: Sequence[float], *, rounds: int) -> Ite
         check(shape.name, _dense(masked, x, dy).grad(), found, mask)
         sides |= {(name, density): side for name, side in found.items()}
     calls = {f"{name}@{density}": side.grad for (name, density), side in sides.items()}
-    seconds = interleaved(calls, rounds=rounds)
+    seconds = interleaved(calls, rounds=rounds, clock=clock)
     times = {key: 1e3 * seconds[f"{key[0]}@{key[1]}"] for key in sides}
     best = min((times[key], key[0]) for key in times if key[0].startswith("dense"))
     for (name, density), ours in times.items():
@@ -305,13 +310,15 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{BENCH}", description=__doc__)
     add_arguments(parser, quick="fewer densities and rounds")
+    add_timing_arguments(parser)
     arguments = parser.parse_args()
     use_threads(arguments.threads)
     if importlib.util.find_spec("sparseprop") is None:
         print("sparseprop is not installed; going on without it", file=sys.stderr)
     densities = QUICK_DENSITIES if arguments.quick else DENSITIES
-    rounds = 3 if arguments.quick else 15
-    show(rows(SHAPES, densities, rounds=rounds), arguments)
+    rounds = 3 if arguments.quick else 9
+    chosen = clock(processor_time=arguments.processor_time)
+    show(rows(SHAPES, densities, rounds=rounds, clock=chosen), arguments)
 
 
 if __name__ == "__main__":

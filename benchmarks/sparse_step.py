@@ -1,6 +1,7 @@
 """Whole training steps of sparse networks against dense torch.
 
     python -m benchmarks.sparse_step [--quick] [--json] [--plot FILE.png] [--threads N]
+        [--processor-time]
 
 A step is forward pass, cross-entropy, backward pass and SGD with momentum on one mini-batch of
 3×32×32 images. Dense is the plain network, in the faster of NCHW and channels_last, with
@@ -20,8 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.rows import Row, add_arguments, show
-from benchmarks.timing import interleaved, use_threads
+from benchmarks.rows import Row, add_arguments, add_timing_arguments, show
+from benchmarks.timing import Clock, clock, interleaved, use_threads
 from fedprune.models import build_model
 from sparsemodel.distribution import uniform
 from sparsemodel.mask import Mask, mask_from_scores, prunable_parameters
@@ -47,11 +48,12 @@ def rows(
     densities: Sequence[float],
     *,
     rounds: Callable[[int], int],
+    clock: Clock,
 ) -> Iterator[Row]:
     """Rows of every model and batch size; `rounds` says how many for a batch size."""
     for name in models:
         for batch in batches:
-            yield from _case_rows(name, batch, densities, rounds=rounds(batch))
+            yield from _case_rows(name, batch, densities, rounds=rounds(batch), clock=clock)
 
 
 def random_mask(model: nn.Module, density: float, *, seed: int = 0) -> Mask:
@@ -69,7 +71,9 @@ def batch_of(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randint(10, (size,), generator=generator)
 
 
-def _case_rows(name: str, batch: int, densities: Sequence[float], *, rounds: int) -> Iterator[Row]:
+def _case_rows(
+    name: str, batch: int, densities: Sequence[float], *, rounds: int, clock: Clock
+) -> Iterator[Row]:
     model = build_model(name, num_classes=10, input_shape=INPUT_SHAPE, seed=0)
     images, labels = batch_of(batch)
     steps: dict[tuple[str, float], Step] = {
@@ -95,7 +99,7 @@ def _case_rows(name: str, batch: int, densities: Sequence[float], *, rounds: int
                 raise RuntimeError(f"{name}, {way}, d={density}: another loss than dense torch's")
             steps[way, density] = step
     calls = {f"{way}@{density}": step for (way, density), step in steps.items()}
-    seconds = interleaved(calls, rounds=rounds)
+    seconds = interleaved(calls, rounds=rounds, clock=clock)
     times = {key: 1e3 * seconds[f"{key[0]}@{key[1]}"] for key in steps}
     peer, peer_name = min((times[key], key[0]) for key in times if key[1] == 0)
     for (way, density), ours in times.items():
@@ -149,6 +153,7 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{BENCH}", description=__doc__)
     add_arguments(parser, quick="resnet18 and resnet20, fewer rounds")
+    add_timing_arguments(parser)
     parser.add_argument("--models", default="", help=f"comma-separated, of {', '.join(MODELS)}")
     arguments = parser.parse_args()
     use_threads(arguments.threads)
@@ -156,7 +161,8 @@ def main() -> None:
     if arguments.models:
         models = tuple(arguments.models.split(","))
     rounds = (QUICK_ROUNDS if arguments.quick else ROUNDS).__getitem__
-    show(rows(models, BATCHES, DENSITIES, rounds=rounds), arguments)
+    chosen = clock(processor_time=arguments.processor_time)
+    show(rows(models, BATCHES, DENSITIES, rounds=rounds, clock=chosen), arguments)
 
 
 if __name__ == "__main__":

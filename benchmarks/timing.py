@@ -16,12 +16,14 @@ from sparsemodel.kernels import cpu
 TURN_SECONDS = 0.01
 MAX_CALLS = 25
 
+Clock = Callable[[], float]
+
 
 def interleaved(
     contenders: Mapping[str, Callable[[], object]],
     *,
     rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of one call of each contender.
 
@@ -61,6 +63,19 @@ def use_threads(num_threads: int | None) -> int:
         torch.set_num_threads(num_threads)
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     return torch.get_num_threads()
+
+
+def clock(*, processor_time: bool) -> Clock:
+    """The wall clock, or the processor time of this process, which other processes do not hold up.
+
+    Raises:
+        SystemExit: processor time of several threads, which adds up what they do side by side.
+    """
+    if not processor_time:
+        return time.perf_counter
+    if torch.get_num_threads() > 1:
+        raise SystemExit("--processor-time needs --threads 1: it adds up over threads")
+    return time.process_time
 
 
 def machine() -> str:

@@ -6,7 +6,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,14 @@ from sparsemodel.kernels import cpu
 needs_kernels = pytest.mark.skipif(cpu.isa() is None, reason="no native kernels here")
 KEYS = ["bench", "case", "density", "ours", "peer", "peer_name", "unit", "ratio"]
 PNG = b"\x89PNG"
+
+
+@pytest.fixture
+def single_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def row(density: float = 0.1, ours: float = 2.0, peer: float = 5.0) -> Row:
@@ -71,6 +80,14 @@ def test_interleaved_gives_turns_and_takes_medians() -> None:
     assert seconds == pytest.approx({"slow": 0.04, "fast": 0.005})
 
 
+def test_processor_time_is_for_one_thread(single_thread: None) -> None:
+    assert timing.clock(processor_time=False) is time.perf_counter
+    assert timing.clock(processor_time=True) is time.process_time
+    torch.set_num_threads(2)
+    with pytest.raises(SystemExit, match="--threads 1"):
+        timing.clock(processor_time=True)
+
+
 def test_neighbours_share_is_a_share() -> None:
     neighbours = timing.Neighbours()
     sum(range(10**6))
@@ -118,7 +135,7 @@ def test_sparse_layers_rows() -> None:
         sparse_layers.conv(8, 6, batch=4, groups=8),
         sparse_layers.linear(24, 16, 8),
     ]
-    rows = checked(list(sparse_layers.rows(shapes, (0.1, 1.0), rounds=1)))
+    rows = checked(list(sparse_layers.rows(shapes, (0.1, 1.0), rounds=1, clock=time.perf_counter)))
     for shape in shapes:
         assert len(ratios(rows, shape.name, 0.1, "dense")) == 2  # both layouts
         assert len(ratios(rows, shape.name, 1.0, "dense")) == 3  # and the sparse kernels
@@ -142,7 +159,13 @@ def test_sparse_layers_refuses_wrong_gradients() -> None:
 
 @needs_kernels
 def test_sparse_step_rows() -> None:
-    rows = checked(list(sparse_step.rows(["resnet8"], [2], [0.1, 0.5], rounds=lambda batch: 1)))
+    rows = checked(
+        list(
+            sparse_step.rows(
+                ["resnet8"], [2], [0.1, 0.5], rounds=lambda batch: 1, clock=time.process_time
+            )
+        )
+    )
     cases = [f"resnet8 b2, {way}" for way in ("plan", "recompute", "modules")]
     assert [(r.case, r.density) for r in rows] == [(c, d) for d in (0.1, 0.5) for c in cases]
 
@@ -176,6 +199,7 @@ def test_commands_refuse_without_native_kernels(
     benchmark: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(cpu.ENVIRONMENT, "off")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the command sets, and this takes back
     monkeypatch.setattr(sys, "argv", ["benchmark"])
     main: Callable[[], None] = benchmark.main  # type: ignore[attr-defined]
     cpu.library.cache_clear()
