@@ -41,13 +41,14 @@ void add_tile(const Work& w, std::int64_t index, std::int64_t phase, const std::
     work.runs = a.runs;
     work.sums = sums;
     work.lanes = scratch_array<float>(Slot::staged, kBlockFloats * (w.longest + 1));
-    const std::int64_t step = w.t.stretch / kBlockFloats;
-    for (std::int64_t block = 0; block < a.blocks; block += step) {
-        const std::int64_t first = block * kBlockFloats;
-        work.packed = packed + first;
-        work.blocks = std::min(step, a.blocks - block);
-        work.targets = a.targets ? a.targets + block : nullptr;
-        work.run_starts = a.targets ? nullptr : a.run_starts + first / kernel.backward_floats;
+    for (const Stretch& stretch : stretches(w.t, tile, a.targets != nullptr)) {
+        work.packed = packed + stretch.first;
+        work.blocks = stretch.blocks;
+        work.segments = stretch.segments;
+        work.segment_floats = stretch.segment_floats;
+        work.targets = a.targets ? a.targets + stretch.first / kBlockFloats : nullptr;
+        work.run_starts =
+            a.targets ? nullptr : a.run_starts + stretch.first / kernel.backward_floats;
         kernel.backward(work);
     }
 }

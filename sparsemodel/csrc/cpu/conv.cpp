@@ -132,13 +132,14 @@ bool sparse_times_tiles(const Stencil& s, const Rows& rows, const float* bias,
             work.out = target + range[0] * work.out_stride;
             const Aim a = aim(s, t, tile, phase, kernel.group_floats);
             work.runs = a.runs;
-            const std::int64_t step = t.stretch / kBlockFloats;
-            for (std::int64_t block = 0; block < a.blocks; block += step) {
-                const std::int64_t first = block * kBlockFloats;
-                work.packed = packed + first;
-                work.blocks = std::min(step, a.blocks - block);
-                work.targets = a.targets ? a.targets + block : nullptr;
-                work.run_starts = a.targets ? nullptr : a.run_starts + first / kernel.group_floats;
+            for (const Stretch& stretch : stretches(t, tile, a.targets != nullptr)) {
+                work.packed = packed + stretch.first;
+                work.blocks = stretch.blocks;
+                work.segments = stretch.segments;
+                work.segment_floats = stretch.segment_floats;
+                work.targets = a.targets ? a.targets + stretch.first / kBlockFloats : nullptr;
+                work.run_starts =
+                    a.targets ? nullptr : a.run_starts + stretch.first / kernel.group_floats;
                 kernel.spmm(work);
             }
         }

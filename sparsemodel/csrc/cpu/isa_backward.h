@@ -57,18 +57,18 @@ inline void load_runs(const float* x, const Run* run, const Run* end, vec* input
 }
 
 template <int N>
-inline void backward_group(const BackwardTile& t, std::int64_t index, const Entry* e,
+inline void backward_group(const BackwardTile& t, std::int64_t position, const Entry* e,
                            const Entry* end, const float* x, float* dx) {
     vec inputs[N], sums[N];
-    const float* packed = t.packed + index * kBackFloats;
+    const float* packed = t.packed + position;
     if (t.targets) {
-        const std::int64_t* targets = t.targets + index * (kBackFloats / kBlock);
+        const std::int64_t* targets = t.targets + position / kBlock;
         load_blocks<N>(x, targets, inputs);
         multiply_both<N>(e, end, packed, inputs, sums, t.lanes);
         store_blocks<N>(sums, targets, dx);
     } else {
-        const Run* run = t.runs + t.run_starts[index];
-        const Run* last = t.runs + t.run_starts[index + 1];
+        const Run* run = t.runs + t.run_starts[position / kBackFloats];
+        const Run* last = t.runs + t.run_starts[position / kBackFloats + 1];
         load_runs<N>(x, run, last, inputs);
         multiply_both<N>(e, end, packed, inputs, sums, t.lanes);
         store_runs<N>(sums, run, last, dx);
@@ -76,12 +76,12 @@ inline void backward_group(const BackwardTile& t, std::int64_t index, const Entr
 }
 
 template <int Blocks>
-inline void last_backward_group(const BackwardTile& t, std::int64_t index, std::int64_t blocks,
+inline void last_backward_group(const BackwardTile& t, std::int64_t position, std::int64_t blocks,
                                 const Entry* e, const Entry* end, const float* x, float* dx) {
     if (blocks == Blocks) {
-        backward_group<Blocks * kBlockVecs>(t, index, e, end, x, dx);
+        backward_group<Blocks * kBlockVecs>(t, position, e, end, x, dx);
     } else if constexpr (Blocks > 1) {
-        last_backward_group<Blocks - 1>(t, index, blocks, e, end, x, dx);
+        last_backward_group<Blocks - 1>(t, position, blocks, e, end, x, dx);
     }
 }
 
@@ -94,10 +94,13 @@ void backward(const BackwardTile& t) {
         const float* x = t.x + row * t.stride;
         float* dx = t.dx + row * t.stride;
         std::memset(t.lanes, 0, sizeof(float) * kBlock * static_cast<std::size_t>(count));
-        for (std::int64_t i = 0; i < whole; ++i)
-            backward_group<kBackVecs>(t, i, e, end, x, dx);
-        if constexpr (kGroupBlocks > 1)
-            if (rest) last_backward_group<kGroupBlocks - 1>(t, whole, rest, e, end, x, dx);
+        for (std::int64_t segment = 0; segment < t.segments; ++segment) {
+            std::int64_t at = segment * t.segment_floats;
+            for (std::int64_t i = 0; i < whole; ++i, at += kBackFloats)
+                backward_group<kBackVecs>(t, at, e, end, x, dx);
+            if constexpr (kGroupBlocks > 1)
+                if (rest) last_backward_group<kGroupBlocks - 1>(t, at, rest, e, end, x, dx);
+        }
         for (std::int32_t k = 0; k < count; ++k) {
             vec parts[kBlockVecs];
             for (int j = 0; j < kBlockVecs; ++j)

@@ -47,25 +47,25 @@ inline void store_runs(const vec* sums, const Run* run, const Run* end, float* o
 }
 
 template <int N>
-inline void group(const SpmmTile& t, std::int64_t index, const Entry* e, const Entry* end,
+inline void group(const SpmmTile& t, std::int64_t position, const Entry* e, const Entry* end,
                   vec start, float* out) {
     vec sums[N];
-    multiply<N>(e, end, t.packed + index * kGroupFloats, start, sums);
+    multiply<N>(e, end, t.packed + position, start, sums);
     if (t.targets) {
-        store_blocks<N>(sums, t.targets + index * (kGroupFloats / kBlock), out);
+        store_blocks<N>(sums, t.targets + position / kBlock, out);
     } else {
-        store_runs<N>(sums, t.runs + t.run_starts[index], t.runs + t.run_starts[index + 1], out);
+        store_runs<N>(sums, t.runs + t.run_starts[position / kGroupFloats], t.runs + t.run_starts[position / kGroupFloats + 1], out);
     }
 }
 
 // The last group, of `blocks` < a whole group's.
 template <int Blocks>
-inline void last_group(const SpmmTile& t, std::int64_t index, std::int64_t blocks, const Entry* e,
+inline void last_group(const SpmmTile& t, std::int64_t position, std::int64_t blocks, const Entry* e,
                        const Entry* end, vec start, float* out) {
     if (blocks == Blocks) {
-        group<Blocks * kBlockVecs>(t, index, e, end, start, out);
+        group<Blocks * kBlockVecs>(t, position, e, end, start, out);
     } else if constexpr (Blocks > 1) {
-        last_group<Blocks - 1>(t, index, blocks, e, end, start, out);
+        last_group<Blocks - 1>(t, position, blocks, e, end, start, out);
     }
 }
 
@@ -78,9 +78,13 @@ void spmm(const SpmmTile& t) {
     for (std::int64_t row = 0; row < t.rows; ++row, out += t.out_stride) {
         const Entry *e = t.entries + t.row_ptr[row], *end = t.entries + t.row_ptr[row + 1];
         const vec start = splat(t.bias ? t.bias[row] : 0.0f);
-        for (std::int64_t i = 0; i < whole; ++i) group<kGroupVecs>(t, i, e, end, start, out);
-        if constexpr (kGroupBlocks > 1)
-            if (rest) last_group<kGroupBlocks - 1>(t, whole, rest, e, end, start, out);
+        for (std::int64_t segment = 0; segment < t.segments; ++segment) {
+            std::int64_t at = segment * t.segment_floats;
+            for (std::int64_t i = 0; i < whole; ++i, at += kGroupFloats)
+                group<kGroupVecs>(t, at, e, end, start, out);
+            if constexpr (kGroupBlocks > 1)
+                if (rest) last_group<kGroupBlocks - 1>(t, at, rest, e, end, start, out);
+        }
     }
 }
 

@@ -34,7 +34,9 @@ struct SpmmTile {
     float* out;                     // row 0 of the output
     std::int64_t out_stride;        // floats from one output row to the next
     std::int64_t blocks;            // positions in blocks of 16, the last one may be partly used
-    const std::int64_t* targets;    // [blocks] place in the output row, -1: no pixel; or null
+    std::int64_t segments;          // that many times, `segment_floats` further each time
+    std::int64_t segment_floats;
+    const std::int64_t* targets;    // by block: place in the output row, -1: no pixel; or null
     const Run* runs;                // without targets: runs of group i are
     const std::int32_t* run_starts; // [run_starts[i], run_starts[i + 1])
 };
@@ -49,7 +51,7 @@ struct BackwardTile {
     const float* x;                 // row 0 of the input and of its gradient, both laid out alike
     float* dx;
     std::int64_t stride;
-    std::int64_t blocks;
+    std::int64_t blocks, segments, segment_floats;
     const std::int64_t* targets;    // as in SpmmTile, with groups of `backward_floats`
     const Run* runs;
     const std::int32_t* run_starts;

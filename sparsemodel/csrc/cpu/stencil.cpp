@@ -5,10 +5,10 @@
 namespace spc {
 namespace {
 
-// What the rows read at a time is to stay in a second-level cache of 1 MiB beside the results
-// that stream through it; a tile, of many such stretches, in a share of the third level.
-constexpr std::int64_t kStretchBytes = 832 * 1024;
-constexpr std::int64_t kTileBytes = 4 * 1024 * 1024;
+// Measured on layers of 64 to 512 channels: long contiguous pieces of memory weigh more than a
+// fit into the second-level cache, so tiles may take some of the third level.
+constexpr std::int64_t kTileBytes = 6 * 1024 * 1024;
+constexpr std::int64_t kStretchFloats = 1024;
 constexpr std::int64_t kLargestOffset = (std::int64_t{1} << 31) - 1;
 constexpr std::int64_t kSlack = kBlockFloats;  // whole blocks may reach behind the tile
 
@@ -68,35 +68,36 @@ std::int64_t shared_zeros(const Axis& w) {
     return std::max<std::int64_t>(0, shared);
 }
 
-// Packed bytes that `floats` consecutive results read.
-std::int64_t reach_bytes(const Stencil& s, std::int64_t lanes, std::int64_t floats) {
-    const std::int64_t pixels = ceil_div(floats, lanes), row = s.w.grid;
-    const std::int64_t rows = (pixels <= row ? 1 : ceil_div(pixels, row)) + s.h.extent;
-    const std::int64_t cols = std::min(pixels, row) + s.w.extent;
-    return rows * cols * lanes * 4 * s.source_channels * s.source_slots();
-}
-
-// Samples side by side in a packed pixel: the more, the longer the stretches of memory that are
-// read and written at once; but what a group of results reads must fit the cache.
+// Samples side by side in a packed pixel: many, in whole blocks where that pads the batch little,
+// as long as the inputs of one group of results fit a tile.
 int choose_lanes(const Stencil& s) {
     const std::int64_t batch = s.batch, pixels = s.h.grid * s.w.grid;
-    for (std::int64_t most : {128, 64, 48, 32}) {
+    for (std::int64_t most : {128, 64, 48, 32, 16}) {
         if (most > 64 && pixels > 1) continue;
         const std::int64_t even = ceil_div(batch, ceil_div(batch, most));
         const std::int64_t lanes = ceil_div(even, kBlockFloats) * kBlockFloats;
-        const std::int64_t padded = ceil_div(batch, lanes) * lanes;
-        const std::int64_t least = std::min<std::int64_t>(256, pixels * lanes);
-        if (even > kBlockFloats && padded * 8 <= batch * 9 &&
-            (pixels == 1 || reach_bytes(s, lanes, least) <= kStretchBytes))
+        const std::int64_t reach = (1 + s.h.extent) * (kMaxGroupFloats / lanes + s.w.extent);
+        const std::int64_t bytes = reach * lanes * 4 * s.source_channels * s.source_slots();
+        const bool fits = pixels == 1 || most == 16 || bytes <= kTileBytes;
+        if (fits && ceil_div(batch, lanes) * lanes * 8 <= batch * 9)
             return static_cast<int>(lanes);
     }
     return static_cast<int>(ceil_div(batch, ceil_div(batch, kBlockFloats)));
 }
 
-std::int64_t choose_stretch(const Stencil& s, std::int64_t lanes) {
-    std::int64_t stretch = kMaxGroupFloats;
-    while (stretch < 4096 && reach_bytes(s, lanes, 2 * stretch) <= kStretchBytes) stretch *= 2;
-    return stretch;
+// About kStretchFloats positions: even pieces of a row, or some rows.
+void choose_stretch(const Stencil& s, Tiling* t) {
+    const std::int64_t pieces = ceil_div(s.w.grid * t->lanes, kStretchFloats);
+    t->stretch_cols = ceil_div(s.w.grid, pieces);
+    if (t->lanes % kBlockFloats == 0) {
+        const std::int64_t unit = std::max<std::int64_t>(1, kMaxGroupFloats / t->lanes);
+        if (t->stretch_cols > unit)
+            t->stretch_cols = std::min(s.w.grid, ceil_div(t->stretch_cols, unit) * unit);
+    }
+    t->joined = t->stretch_cols * t->lanes % kMaxGroupFloats != 0;
+    if (t->joined) t->stretch_cols = s.w.grid;
+    const std::int64_t row = t->stretch_cols * t->lanes;
+    t->stretch_rows = std::clamp<std::int64_t>(kStretchFloats / row, 1, s.h.grid);
 }
 
 void set_layout(const Stencil& s, Tiling* t) {
@@ -133,12 +134,12 @@ bool make_tiling(const Stencil& s, Tiling* t) {
     t->direct = pointwise && s.batch % kBlockFloats == 0;
     t->lanes = t->direct ? s.batch : choose_lanes(s);
     t->slices = ceil_div(s.batch, t->lanes);
-    t->stretch = choose_stretch(s, t->lanes);
+    choose_stretch(s, t);
     const std::int64_t pixel_bytes = s.source_channels * s.source_slots() * t->lanes * 4;
     // Whole rows where some fit, for they are contiguous; halved until they do.
     std::int64_t rows = 0;
-    for (std::int64_t cut = 1;; cut *= 2) {
-        t->tile_cols = ceil_div(s.w.grid, cut);
+    for (std::int64_t pieces = 1;; pieces *= 2) {
+        t->tile_cols = ceil_div(s.w.grid, pieces);
         rows = kTileBytes / (pixel_bytes * (t->tile_cols + s.w.extent)) - s.h.extent;
         if (rows >= std::min<std::int64_t>(s.h.grid, 2) || t->tile_cols <= 4) break;
     }
@@ -159,6 +160,33 @@ Tile tile_at(const Stencil& s, const Tiling& t, std::int64_t index) {
     tile.first_lane = slice * t.lanes;
     tile.lanes = static_cast<int>(std::min<std::int64_t>(t.lanes, s.batch - tile.first_lane));
     return tile;
+}
+
+std::vector<Stretch> stretches(const Tiling& t, const Tile& tile, bool even) {
+    std::vector<Stretch> list;
+    const auto blocks_of = [](std::int64_t floats) { return ceil_div(floats, kBlockFloats); };
+    if (!even) {
+        // Runs are told by group from the tile's start: cut only between groups.
+        const std::int64_t row = t.stretch_cols * t.lanes * t.stretch_rows;
+        const std::int64_t step = ceil_div(row, kMaxGroupFloats) * kMaxGroupFloats;
+        for (std::int64_t first = 0; first < t.span(tile); first += step)
+            list.push_back({first, blocks_of(std::min(step, t.span(tile) - first)), 1, 0});
+        return list;
+    }
+    for (std::int64_t i = 0; i < tile.rows; i += t.stretch_rows) {
+        const std::int64_t rows = std::min(t.stretch_rows, tile.rows - i);
+        const std::int64_t cols = t.joined ? tile.cols : t.stretch_cols;
+        for (std::int64_t j = 0; j < tile.cols; j += cols) {
+            const std::int64_t first = (i * t.pitch + j) * t.lanes;
+            const std::int64_t wide = std::min(cols, tile.cols - j);
+            if (t.joined) {
+                list.push_back({first, blocks_of(((rows - 1) * t.pitch + wide) * t.lanes), 1, 0});
+            } else {
+                list.push_back({first, blocks_of(wide * t.lanes), rows, t.pitch * t.lanes});
+            }
+        }
+    }
+    return list;
 }
 
 const float* packed_tile(const Stencil& s, const Tiling& t, const Tile& tile, const float* source,

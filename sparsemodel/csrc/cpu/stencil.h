@@ -75,7 +75,10 @@ struct Tiling {
     std::int64_t packed_rows, packed_cols;
     std::int64_t plane;         // floats of one packed channel and phase
     std::int64_t packed_floats; // of a tile, with slack for whole blocks
-    std::int64_t stretch;       // positions (floats) that all rows work on before the next ones
+    // Positions that all rows work on before the next ones: a rectangle, or whole rows joined
+    // (with what lies between them) where a row is too short to fill a group.
+    std::int64_t stretch_rows, stretch_cols;
+    bool joined;
     bool direct;                // the source itself serves as the packed tile
 
     std::int64_t tiles() const { return slices * tiles_h * tiles_w; }
@@ -84,6 +87,15 @@ struct Tiling {
         return ((t.rows - 1) * pitch + t.cols) * lanes;
     }
 };
+
+// Positions that all rows of the pattern work on at a time: `segments` times `blocks` blocks from
+// packed position `first`, `segment_floats` apart.
+struct Stretch {
+    std::int64_t first, blocks, segments, segment_floats;
+};
+
+// The stretches of a tile; `even`: results go by whole blocks, so that a stretch may begin at any.
+std::vector<Stretch> stretches(const Tiling& t, const Tile& tile, bool even);
 
 // False where the offsets in a tile would not fit 31 bits.
 bool make_tiling(const Stencil& s, Tiling* tiling);

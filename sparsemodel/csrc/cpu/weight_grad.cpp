@@ -21,14 +21,14 @@ constexpr std::int64_t kChunks = 8;
 std::int64_t round_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b * b; }
 
 // A part of a tile's positions, with the runs by which target rows are staged.
-struct Stretch {
+struct Staged {
     const float* packed;
     const Run* runs;
     std::int64_t num_runs;
     int blocks;
 };
 
-// Calls body(stretch) for all stretches of a tile; `staged_rows` rows of staging are cleared, so
+// Calls body(staged) for all stretches of a tile; `staged_rows` rows of staging are cleared, so
 // that positions between pixels stay zero.
 template <class Body>
 void for_stretches(const Stencil& s, const Tiling& t, std::uint64_t call, std::int64_t index,
@@ -41,7 +41,7 @@ void for_stretches(const Stencil& s, const Tiling& t, std::uint64_t call, std::i
         const std::int64_t length = std::min(kStaged, span - first);
         std::fill(staged, staged + staged_rows * kStaged, 0.0f);
         const std::int64_t num = make_runs(s, t, tile, 0, first, length, runs);
-        body(Stretch{packed + first, runs, num,
+        body(Staged{packed + first, runs, num,
                      static_cast<int>(round_up(length, kBlockFloats) / kBlockFloats)});
     }
 }
@@ -61,7 +61,7 @@ void add_tile(const WeightGrad& w, std::int64_t index, std::int64_t first, std::
               float* sums) {
     const Kernels& kernel = kernels();
     auto* staged = scratch_array<float>(Slot::staged, kStaged);
-    for_stretches(w.s, w.t, w.call, index, w.x, staged, 1, [&](const Stretch& stretch) {
+    for_stretches(w.s, w.t, w.call, index, w.x, staged, 1, [&](const Staged& stretch) {
         const SddmmBlock block{stretch.packed, staged, 0, stretch.blocks};
         for (std::int64_t row = first; row < last; ++row) {
             const std::int64_t begin = w.row_ptr[row], count = w.row_ptr[row + 1] - begin;
@@ -197,7 +197,7 @@ bool topk_grad(const Stencil& s, const std::int32_t* row_ptr, const std::int32_t
         auto* staged = scratch_array<float>(Slot::staged, kStrip * kStaged);
         std::fill(gradient, gradient + (last - first) * codes, 0.0f);
         for (std::int64_t index = 0; index < t.tiles(); ++index) {
-            for_stretches(s, t, call, index, x, staged, kStrip, [&](const Stretch& stretch) {
+            for_stretches(s, t, call, index, x, staged, kStrip, [&](const Staged& stretch) {
                 const SddmmBlock b{stretch.packed + group * group_pitch(s, t), staged, kStaged,
                                    stretch.blocks};
                 for (std::int64_t row = first; row < last; row += kStrip) {
