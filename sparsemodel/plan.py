@@ -11,8 +11,9 @@ from torch import nn
 from sparsemodel.errors import PlanError, SparseModelError
 from sparsemodel.kernels.cpu import Geometry
 from sparsemodel.kernels.geometry import ConvGeometry
-from sparsemodel.kernels.plan_abi import Images, NativePlan
+from sparsemodel.kernels.plan_abi import Images, NativePlan, Sgd
 from sparsemodel.layers import SparseLinear
+from sparsemodel.optim import SparseSGD
 from sparsemodel.plan_arrays import BoundLayer, BoundModule, BoundNorm
 from sparsemodel.plan_rules import Operation, conv_geometry
 from sparsemodel.plan_trace import trace_operations
@@ -105,14 +106,18 @@ class TrainingPlan:
         """Bytes of all activations and their gradients for a full batch."""
         return self._plan.arena_bytes()
 
-    def step(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        """Loss and gradients of a batch, in training mode.
+    def step(
+        self, images: Tensor, labels: Tensor, *, optimizer: SparseSGD | None = None
+    ) -> tuple[float, int]:
+        """Loss and gradients of a batch, in training mode; and the update, if asked.
 
         Every parameter's `.grad` is overwritten, running statistics move as in training.
 
         Args:
             images: [B, *input_shape], float32 (or uint8, with `normalization`), on the CPU.
             labels: [B], int64 in [0, classes).
+            optimizer: its step is taken in the same native call; it has one parameter group, of
+                exactly the parameters that the plan trains. None: step any optimiser yourself.
 
         Returns:
             Mean cross-entropy, and how many largest logits are at the label.
@@ -126,12 +131,22 @@ class TrainingPlan:
             raise SparseModelError(
                 f"the plan is for batches of at most {self._batch_size}, got {len(images)}"
             )
-        self._refresh()
+        sgd = None if optimizer is None else self._sgd(optimizer)
+        for bound in self._bound:
+            bound.refresh(optimizer)
         result = self._plan.train(
-            len(images), self._native(images), labels.data_ptr(), threads=torch.get_num_threads()
+            len(images),
+            self._native(images),
+            labels.data_ptr(),
+            sgd=sgd,
+            threads=torch.get_num_threads(),
         )
         for bound in self._bound:
             bound.hand_over()
+        # Autograd cannot see writes through an address.
+        torch.autograd.graph.increment_version(
+            [t for bound in self._bound for t in bound.written(parameters=sgd is not None)]
+        )
         return result
 
     def evaluate(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
@@ -224,6 +239,22 @@ class TrainingPlan:
                         "its gradients would add up; train the model through its modules"
                     )
                 seen[id(parameter)] = bound.title
+
+    def _sgd(self, optimizer: SparseSGD) -> Sgd:
+        """The numbers of an optimiser that trains what the plan trains."""
+        if not isinstance(optimizer, SparseSGD) or len(optimizer.param_groups) != 1:
+            raise SparseModelError(
+                "expected a SparseSGD with one parameter group; call step() of others yourself"
+            )
+        group = optimizer.param_groups[0]
+        theirs = {id(p) for p in group["params"] if p.requires_grad}
+        own = {id(p) for b in self._bound for p, _ in b.parameters() if p.requires_grad}
+        if theirs != own:
+            raise SparseModelError(
+                f"the optimiser has {len(theirs)} parameters, the plan trains {len(own)}, and "
+                "they are not the same; call the optimiser's step() yourself"
+            )
+        return Sgd(float(group["lr"]), group["momentum"], group["weight_decay"])
 
     def _refresh(self) -> None:
         for bound in self._bound:

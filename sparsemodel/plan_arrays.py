@@ -12,6 +12,7 @@ from sparsemodel.kernels import native
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.kernels.plan_abi import ConvArrays, NativePlan, NormArrays, Parameter
 from sparsemodel.layers import SparseLayer
+from sparsemodel.optim import SparseSGD
 from sparsemodel.pattern import csr_from_mask
 
 Tensor = torch.Tensor
@@ -40,6 +41,19 @@ class Gradient:
             parameter.grad = self._gradient
 
 
+def _momentum(optimizer: SparseSGD, parameter: Tensor | None) -> Tensor | None:
+    """A trained parameter's momentum buffer, made if there is none yet; None where none is kept."""
+    if parameter is None or not parameter.requires_grad:
+        return None
+    if not optimizer.param_groups[0]["momentum"]:
+        return None
+    state = optimizer.state[parameter]
+    if state.get("momentum_buffer") is None:
+        state["momentum_buffer"] = torch.zeros_like(parameter)
+    buffer: Tensor = state["momentum_buffer"]
+    return buffer
+
+
 class BoundModule:
     """A module's arrays, bound to a node of a plan; `refresh` follows them when they move."""
 
@@ -51,6 +65,7 @@ class BoundModule:
         self._module = module
         self.title = title
         self._gradients = (Gradient(), Gradient())
+        self._momenta: list[Tensor | None] = [None, None]
         self._key: tuple[Any, ...] = ()
         self._held: list[Tensor] = []
 
@@ -60,9 +75,15 @@ class BoundModule:
         pairs = zip(self._names, self._gradients, strict=True)
         return [(p, gradient) for name, gradient in pairs if (p := own.get(name)) is not None]
 
-    def refresh(self) -> None:
-        """Bind anew what has moved since the last call, after a mask change for instance."""
-        tensors = self._tensors()
+    def refresh(self, optimizer: SparseSGD | None = None) -> None:
+        """Bind anew what has moved since the last call, after a mask change for instance.
+
+        With an optimiser its momentum is bound too.
+        """
+        if optimizer is not None:
+            own = self._module._parameters
+            self._momenta = [_momentum(optimizer, own.get(name)) for name in self._names]
+        tensors = [*self._tensors(), *self._momenta]
         key = tuple(
             None if t is None else (t.data_ptr(), t.shape, t.requires_grad) for t in tensors
         )
@@ -78,6 +99,16 @@ class BoundModule:
         """Give each parameter its gradient."""
         for parameter, gradient in self.parameters():
             gradient.give(parameter)
+
+    def written(self, *, parameters: bool) -> list[Tensor]:
+        """Tensors that a step writes into: statistics, and parameters that it updates."""
+        if not parameters:
+            return self._statistics()
+        trained = [p for p, _ in self.parameters() if p.requires_grad]
+        return [*trained, *self._statistics()]
+
+    def _statistics(self) -> list[Tensor]:
+        return []
 
     def _tensors(self) -> list[Tensor | None]:
         raise NotImplementedError
@@ -101,7 +132,12 @@ class BoundModule:
         parameter = self._module._parameters.get(self._names[index])
         if parameter is None:
             return Parameter()
-        return Parameter(parameter.data_ptr() or None, self._gradients[index].of(parameter), None)
+        momentum = self._momenta[index]
+        return Parameter(
+            parameter.data_ptr() or None,
+            self._gradients[index].of(parameter),
+            None if momentum is None else momentum.data_ptr(),
+        )
 
 
 class BoundLayer(BoundModule):
@@ -156,17 +192,21 @@ class BoundNorm(BoundModule):
     """A batch norm."""
 
     _names = ("weight", "bias")
-    _statistics = ("running_mean", "running_var", "num_batches_tracked")
+    _buffers = ("running_mean", "running_var", "num_batches_tracked")
+
+    def _statistics(self) -> list[Tensor]:
+        own = self._module._buffers
+        return [b for name in self._buffers if (b := own[name]) is not None]
 
     def _tensors(self) -> list[Tensor | None]:
         parameters, buffers = self._module._parameters, self._module._buffers
         return [
             *(parameters.get(name) for name in self._names),
-            *(buffers[name] for name in self._statistics),
+            *(buffers[name] for name in self._buffers),
         ]
 
     def _bind(self) -> None:
-        buffers = (self._module._buffers[name] for name in self._statistics)
+        buffers = (self._module._buffers[name] for name in self._buffers)
         addresses = [None if b is None else b.data_ptr() for b in buffers]
         self._plan.bind_norm(
             self._node, NormArrays(self._parameter(0), self._parameter(1), *addresses)

@@ -104,6 +104,57 @@ def test_training_follows_the_module_path(name: str, kind: type) -> None:
         assert_states_match(by_plan, densify(by_modules), 1e-4)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_with_its_optimizer_is_both_steps(momentum: float) -> None:
+    model, mask = masked("resnet8")
+    models = [sparsify(model, mask) for _ in range(2)]
+    plans = [TrainingPlan(m, SHAPE, batch_size=8) for m in models]
+    optimizers = [
+        SparseSGD(m.parameters(), lr=0.05, momentum=momentum, weight_decay=1e-3) for m in models
+    ]
+    changed = random_mask(model, 0.2, seed=7)
+    for step in range(4):
+        images, labels = batch(8, step)
+        plans[0].step(images, labels)
+        optimizers[0].step()
+        plans[1].step(images, labels, optimizer=optimizers[1])
+        if step == 1:
+            for m, optimizer in zip(models, optimizers, strict=True):
+                change_mask(m, Mask({n: changed[n] for n in mask}), optimizer=optimizer)
+                optimizer.param_groups[0]["lr"] = 0.02
+    for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        buffers = [
+            o.state[p].get("momentum_buffer") for o, p in zip(optimizers, (a, b), strict=True)
+        ]
+        assert (buffers[0] is None) == (momentum == 0)
+        assert buffers[0] is None or torch.equal(*buffers)
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    model, mask = masked("resnet8")
+    sparse = sparsify(model, mask)
+    plan = TrainingPlan(sparse, SHAPE, batch_size=8)
+    some = SparseSGD(list(sparse.parameters())[1:], lr=0.1)
+    with pytest.raises(SparseModelError, match="not the same"):
+        plan.step(*batch(8), optimizer=some)
+    groups = SparseSGD([{"params": [p]} for p in sparse.parameters()], lr=0.1)
+    with pytest.raises(SparseModelError, match="one parameter group"):
+        plan.step(*batch(8), optimizer=groups)
+
+
+def test_autograd_sees_what_a_step_writes() -> None:
+    model, mask = masked("resnet8")
+    sparse = sparsify(model, mask)
+    plan = TrainingPlan(sparse, SHAPE, batch_size=8)
+    images, labels = batch(8)
+    loss = functional.cross_entropy(sparse(images), labels)
+    plan.step(images, labels, optimizer=SparseSGD(sparse.parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_pools_groups_bias_and_dilation() -> None:
     torch.manual_seed(0)
     model = pooled()

@@ -178,11 +178,12 @@ def test_the_arena_of_a_small_network_counted_by_hand() -> None:
 
     Kept to the backward pass: x, conv output and norm output, winners (288 bytes) and statistics
     (24), in multiples of 64 bytes. The peak is at the pool's gradient: these, and the gradients
-    of pool (18) and norm (3 planes). Recomputing keeps one plane of 3 less, but while the convolution is
-    computed again, its output and the gradient of the norm live beside x and the norm output, when
-    pooled values and winners are gone.
+    of pool (18) and norm (3 planes). Recomputing keeps no conv output; but while it is computed
+    again, it and the gradient of the norm live beside x and the norm output, when winners and the
+    gradient of pool are gone.
     """
-    planes, pooled, winners, statistics = 16 * 4 * 24, 16 * 4 * 18, 320, 64
+    planes, pooled = 16 * 4 * 24, 16 * 4 * 18
+    winners, statistics = 320, 64
     net = Net(batch=16).build()
     kept = 2 * planes + 3 * planes + 3 * planes + winners + statistics
     assert net.plan.arena_bytes() == kept + pooled + 3 * planes
