@@ -38,6 +38,7 @@ void add_tile(const Work& w, std::int64_t index, std::int64_t phase, const std::
     work.stride = w.s.target_row();
     work.x = w.x + range[0] * work.stride;
     work.dx = w.dx + range[0] * work.stride;
+    work.streams = streams(w.s, w.dx);
     work.runs = a.runs;
     work.sums = sums;
     work.lanes = scratch_array<float>(Slot::staged, kBlockFloats * (w.longest + 1));

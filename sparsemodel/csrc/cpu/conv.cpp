@@ -58,6 +58,12 @@ Aim aim(const Stencil& s, const Tiling& t, const Tile& tile, std::int64_t phase,
     return a;
 }
 
+bool streams(const Stencil& s, const float* target) {
+    constexpr std::int64_t kCachedFloats = 1 << 20;
+    return s.batch % kBlockFloats == 0 && reinterpret_cast<std::uintptr_t>(target) % 64 == 0 &&
+           s.target_channels * s.target_row() > kCachedFloats;
+}
+
 double pass_work(const Stencil& s, const Tiling& t, std::int64_t nnz) {
     return static_cast<double>(nnz + s.target_channels) * static_cast<double>(t.tiles()) *
            static_cast<double>(t.tile_rows * t.tile_cols * t.lanes) / kBlockFloats;
@@ -124,6 +130,7 @@ bool sparse_times_tiles(const Stencil& s, const Rows& rows, const float* bias,
         SpmmTile work;
         work.entries = entries;
         work.out_stride = s.target_row();
+        work.streams = streams(s, target);
         for (std::int64_t phase = 0; phase < phases; ++phase) {
             const std::int64_t* range = bounds.data() + phase * (parts + 1) + part;
             work.row_ptr = rows.row_ptr + phase * channels + range[0];

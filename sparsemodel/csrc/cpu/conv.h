@@ -32,6 +32,10 @@ struct Aim {
 };
 Aim aim(const Stencil& s, const Tiling& t, const Tile& tile, std::int64_t phase, int group_floats);
 
+// Whether results are better written past the caches: they are more than stay there, and every
+// block is a cache line.
+bool streams(const Stencil& s, const float* target);
+
 // The entries as the inner loops read them.
 void expand(const Stencil& s, const Tiling& t, const Rows& rows, Entry* entries, int threads);
 

@@ -65,7 +65,7 @@ inline void backward_group(const BackwardTile& t, std::int64_t position, const E
         const std::int64_t* targets = t.targets + position / kBlock;
         load_blocks<N>(x, targets, inputs);
         multiply_both<N>(e, end, packed, inputs, sums, t.lanes);
-        store_blocks<N>(sums, targets, dx);
+        store_blocks<N>(sums, targets, dx, t.streams);
     } else {
         const Run* run = t.runs + t.run_starts[position / kBackFloats];
         const Run* last = t.runs + t.run_starts[position / kBackFloats + 1];
@@ -108,6 +108,7 @@ void backward(const BackwardTile& t) {
             t.sums[first + k] += sum_block(parts);
         }
     }
+    if (t.streams) finish_streams();
 }
 
 }  // namespace

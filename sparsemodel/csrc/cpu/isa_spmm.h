@@ -25,13 +25,20 @@ inline void multiply(const Entry* e, const Entry* end, const float* packed, vec 
 }
 
 template <int N>
-inline void store_blocks(const vec* sums, const std::int64_t* targets, float* out) {
+inline void store_blocks(const vec* sums, const std::int64_t* targets, float* out, bool streams) {
     SPC_UNROLL
-    for (int i = 0; i < N / kBlockVecs; ++i)
-        if (targets[i] >= 0)
-            SPC_UNROLL
-            for (int k = 0; k < kBlockVecs; ++k)
-                store(out + targets[i] + k * kWidth, sums[i * kBlockVecs + k]);
+    for (int i = 0; i < N / kBlockVecs; ++i) {
+        if (targets[i] < 0) continue;
+        float* to = out + targets[i];
+        SPC_UNROLL
+        for (int k = 0; k < kBlockVecs; ++k) {
+            if (streams) {
+                stream(to + k * kWidth, sums[i * kBlockVecs + k]);
+            } else {
+                store(to + k * kWidth, sums[i * kBlockVecs + k]);
+            }
+        }
+    }
 }
 
 template <int N>
@@ -52,7 +59,7 @@ inline void group(const SpmmTile& t, std::int64_t position, const Entry* e, cons
     vec sums[N];
     multiply<N>(e, end, t.packed + position, start, sums);
     if (t.targets) {
-        store_blocks<N>(sums, t.targets + position / kBlock, out);
+        store_blocks<N>(sums, t.targets + position / kBlock, out, t.streams);
     } else {
         store_runs<N>(sums, t.runs + t.run_starts[position / kGroupFloats], t.runs + t.run_starts[position / kGroupFloats + 1], out);
     }
@@ -86,6 +93,7 @@ void spmm(const SpmmTile& t) {
                 if (rest) last_group<kGroupBlocks - 1>(t, at, rest, e, end, start, out);
         }
     }
+    if (t.streams) finish_streams();
 }
 
 void pack(const PackTile& t, std::int64_t channels) {

@@ -37,6 +37,7 @@ struct SpmmTile {
     std::int64_t segments;          // that many times, `segment_floats` further each time
     std::int64_t segment_floats;
     const std::int64_t* targets;    // by block: place in the output row, -1: no pixel; or null
+    bool streams;                   // write past the caches; targets must be whole cache lines
     const Run* runs;                // without targets: runs of group i are
     const std::int32_t* run_starts; // [run_starts[i], run_starts[i + 1])
 };
@@ -53,6 +54,7 @@ struct BackwardTile {
     std::int64_t stride;
     std::int64_t blocks, segments, segment_floats;
     const std::int64_t* targets;    // as in SpmmTile, with groups of `backward_floats`
+    bool streams;
     const Run* runs;
     const std::int32_t* run_starts;
     float* sums;                    // sums[e] += weight gradient of entry e

@@ -38,7 +38,7 @@ struct Buffer {
 enum class Action {
     load, conv, norm_train, norm_infer, relu, add, max_pool, avg_pool, global_pool,
     loss, conv_grads, weight_grad, input_grad, norm_grad, relu_grad, max_pool_grad, avg_pool_grad,
-    global_pool_grad, copy, accumulate
+    global_pool_grad, copy, accumulate, compress, expand
 };
 
 constexpr int kOperands = 7;
@@ -74,7 +74,7 @@ struct FreeMemory {
 
 struct spc_plan {
     std::int32_t batch = 0;
-    bool recompute = false, built = false;
+    bool recompute = false, bfloat16 = false, built = false;
     int output = -1;
     std::vector<spc::Node> nodes;
     spc::Program train, infer;
@@ -110,6 +110,10 @@ float* buffer_at(const spc_plan& plan, const Program& program, int buffer);
 // images [B, C, pixels] -> x [C, pixels, B].
 std::int32_t load_images(const spc_images& images, std::int64_t batch, std::int64_t channels,
                          std::int64_t pixels, float* x, int threads);
+
+// Between float32 and bfloat16, to the nearest, ties to even.
+void compress(const float* x, std::uint16_t* y, std::int64_t count, int threads);
+void expand(const std::uint16_t* x, float* y, std::int64_t count, int threads);
 
 // Mean cross-entropy of softmax(logits [classes, batch]); its gradient unless `dlogits` is null.
 Score softmax_cross_entropy(const float* logits, const std::int64_t* labels, std::int64_t classes,

@@ -194,7 +194,7 @@ void allocate(spc_plan* plan) {
 
 extern "C" spc_plan* spc_plan_new(int32_t batch, int32_t flags) {
     const char* where = "plan_new";
-    if (batch < 1 || (flags & ~SPC_PLAN_RECOMPUTE) != 0) {
+    if (batch < 1 || (flags & ~(SPC_PLAN_RECOMPUTE | SPC_PLAN_BFLOAT16)) != 0) {
         fail(SPC_BAD_ARGUMENT, "%s: expected batch >= 1 and known flags, got %d and %d", where,
              batch, flags);
         return nullptr;
@@ -205,6 +205,7 @@ extern "C" spc_plan* spc_plan_new(int32_t batch, int32_t flags) {
         return nullptr;
     }
     plan->batch = batch;
+    plan->bfloat16 = (flags & SPC_PLAN_BFLOAT16) != 0;
     plan->recompute = (flags & SPC_PLAN_RECOMPUTE) != 0;
     return plan;
 }

@@ -17,6 +17,8 @@ public:
         readers_.assign(count, 0);
         last_reader_.assign(count, -1);
         kept_.assign(count, 0);
+        half_.assign(count, -1);
+        expanded_.assign(count, 0);
         for (int i = 0; i < static_cast<int>(count); ++i) study(i);
         last_reader_[storage(plan.output)] = plan.output + 1;  // the loss
         if (training)
@@ -24,7 +26,10 @@ public:
     }
 
     Program write() {
-        for (int i = 0; i <= plan_.output; ++i) forward(i);
+        for (int i = 0; i <= plan_.output; ++i) {
+            forward(i);
+            compress_after(i);
+        }
         program_.logits = value_[plan_.output];
         Step loss{Action::loss, plan_.output};
         loss.x = program_.logits;
@@ -153,6 +158,42 @@ private:
         }
     }
 
+    // Whether a result is kept to the backward pass in half the bytes. Not the inputs of batch
+    // norm, whose small deviations from a large mean would be lost, nor the few images.
+    bool compressed(int s) const {
+        return plan_.bfloat16 && kept_[s] && node(s).kind != Kind::conv &&
+               node(s).kind != Kind::input;
+    }
+
+    // Compresses results that no forward step reads after node i's.
+    void compress_after(int i) {
+        const Node& n = node(i);
+        if (n.kind == Kind::flatten) return;
+        for (int read : {n.source, n.other}) {
+            if (read < 0) continue;
+            const int s = storage(read);
+            if (!compressed(s) || last_reader_[s] != i || half_[s] >= 0) continue;
+            Step step{Action::compress, s};
+            step.x = value_[s];
+            step.y = half_[s] = buffer(2 * static_cast<std::size_t>(node(s).size()));
+            emit(step);
+        }
+    }
+
+    // The result of a node for a backward step.
+    int kept_value(int i) {
+        const int s = storage(i);
+        if (half_[s] < 0) return value_[s];
+        if (!expanded_[s]) {
+            Step step{Action::expand, s, true};
+            step.x = half_[s];
+            step.y = value_[s] = activation(s);
+            emit(step);
+            expanded_[s] = 1;
+        }
+        return value_[s];
+    }
+
     Step backward_step(Action action, int i) const {
         Step step{action, i, true};
         step.dy = gradient_[i];
@@ -171,7 +212,7 @@ private:
             case Kind::flatten: return give(n.source, gradient_[i]);
             case Kind::relu: {
                 Step step = backward_step(Action::relu_grad, i);
-                step.y = value_[i];
+                step.y = kept_value(i);
                 step.dx = step.dy;
                 emit(step);
                 return give(n.source, step.dx);
@@ -188,7 +229,7 @@ private:
         if (!trains(n) && !passes) return;
         // Both gradients in one pass where both are wanted.
         Step step = backward_step(Action::conv_grads, i);
-        step.x = value_[n.source];
+        step.x = kept_value(n.source);
         if (trains(n) && !(passes && weight)) {
             step.action = Action::weight_grad;
             emit(step);
@@ -206,14 +247,15 @@ private:
     void backward_norm(int i) {
         const Node& n = node(i);
         Step step = backward_step(Action::norm_grad, i);
-        step.x = value_[n.source];
-        if (recomputed(i)) {
+        if (!recomputed(i)) {
+            step.x = kept_value(n.source);
+        } else {
             Step again{Action::conv, n.source, true};
-            again.x = value_[node(n.source).source];
+            again.x = kept_value(node(n.source).source);
             again.y = step.x = activation(n.source);
             emit(again);
         }
-        if (n.relu) step.y = value_[i];
+        if (n.relu) step.y = kept_value(i);
         step.saved = saved_[i];
         const bool passes = n.other >= 0 && wants_[n.other];
         // Without ReLU the residual's gradient is dy as it is; then dx needs a place of its own.
@@ -272,6 +314,9 @@ private:
     // By storage: how many nodes read it, the last of them, whether the backward pass does.
     std::vector<int> readers_, last_reader_;
     std::vector<char> kept_;
+    // By storage: buffer of the compressed result, and whether the backward pass has expanded it.
+    std::vector<int> half_;
+    std::vector<char> expanded_;
 };
 
 }  // namespace

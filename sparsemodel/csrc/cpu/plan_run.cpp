@@ -55,6 +55,12 @@ public:
             case Action::copy:
                 std::memcpy(dx, dy, sizeof(float) * static_cast<std::size_t>(count));
                 return SPC_OK;
+            case Action::compress:
+                compress(x, reinterpret_cast<std::uint16_t*>(y), count, threads);
+                return SPC_OK;
+            case Action::expand:
+                expand(reinterpret_cast<const std::uint16_t*>(x), y, count, threads);
+                return SPC_OK;
             case Action::accumulate: return add(dx, x, dx, count, threads);
             default: return pool(n, step);
         }

@@ -28,6 +28,8 @@ constexpr int kWidth = 16;
 constexpr int kRegisters = 32;
 inline vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, vec a) { _mm512_storeu_ps(p, a); }
+inline void stream(float* p, vec a) { _mm512_stream_ps(p, a); }
+inline void finish_streams() { _mm_sfence(); }
 inline vec splat(float a) { return _mm512_set1_ps(a); }
 inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline vec root(vec a) { return _mm512_sqrt_ps(a); }
@@ -53,6 +55,8 @@ constexpr int kWidth = 8;
 constexpr int kRegisters = 16;
 inline vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, vec a) { _mm256_storeu_ps(p, a); }
+inline void stream(float* p, vec a) { _mm256_stream_ps(p, a); }
+inline void finish_streams() { _mm_sfence(); }
 inline vec splat(float a) { return _mm256_set1_ps(a); }
 inline vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline vec root(vec a) { return _mm256_sqrt_ps(a); }
@@ -114,6 +118,11 @@ inline vec gate(vec y, vec g) { return y > 0.0f ? g : splat(0.0f); }
 inline float sum_lanes(vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 inline float sum_block(const vec* a) { return sum_lanes((a[0] + a[2]) + (a[1] + a[3])); }
 
+#endif
+
+#if !defined(SPC_AVX512) && !defined(SPC_AVX2)
+inline void stream(float* p, vec a) { store(p, a); }
+inline void finish_streams() {}
 #endif
 
 // Keeps a loaded vector in its register: a compiler would rather load it again for a second use.

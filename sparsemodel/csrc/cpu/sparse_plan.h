@@ -34,7 +34,11 @@ typedef struct spc_plan spc_plan;
 enum spc_plan_flags {
     /* Drop the output of a convolution that only a batch norm reads, and compute it again in the
      * backward pass: about half the activations for one more forward convolution. */
-    SPC_PLAN_RECOMPUTE = 1
+    SPC_PLAN_RECOMPUTE = 1,
+    /* Keep results of batch norm, ReLU, addition and pooling in bfloat16 between the passes: half
+     * their bytes. Loss, statistics and inference stay the same bits; gradients are those of
+     * activations rounded to 8 bits. */
+    SPC_PLAN_BFLOAT16 = 2
 };
 
 typedef struct {

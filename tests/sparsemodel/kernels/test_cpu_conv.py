@@ -234,6 +234,33 @@ def test_neither_threads_nor_vectors_change_a_bit(number: int) -> None:
         expected = expected or one
 
 
+def test_results_written_past_the_caches_are_the_same() -> None:
+    """Large results that begin with a cache line are streamed; shifted by one float they are not."""
+    layer = make_layer(cpu.Geometry.conv(64, 24, 24, (28, 28), (3, 3), padding=(1, 1)), 0.1, 0)
+    g, lib = layer.geometry, native()
+    t_row_ptr = np.empty(lib.transposed_rows(g) + 1, np.int32)
+    t_cols, t_perm = np.empty_like(layer.cols), np.empty_like(layer.cols)
+    lib.transpose_pattern(g, layer.row_ptr, layer.cols, t_row_ptr, t_cols, t_perm)
+    transposed = (t_row_ptr, t_cols, t_perm, layer.values)
+
+    def outputs(shift: int) -> list[Array]:
+        arrays = []
+        for shape in (layer.dy.shape, layer.x.shape, layer.x.shape):
+            room = np.full(int(np.prod(shape)) + 32, np.nan, np.float32)
+            start = -room.ctypes.data % 64 // 4 + shift
+            arrays.append(room[start : start + int(np.prod(shape))].reshape(shape))
+        y, dx, dx2 = arrays
+        lib.conv_forward(g, layer.row_ptr, layer.cols, layer.values, None, layer.x, y, 2)
+        lib.conv_input_grad(g, *transposed, layer.dy, dx, 2)
+        lib.conv_backward(
+            g, *transposed, layer.x, layer.dy, dx2, np.empty_like(layer.values), None, 2
+        )
+        return arrays
+
+    for streamed, stored in zip(outputs(0), outputs(1), strict=True):
+        np.testing.assert_array_equal(streamed, stored)
+
+
 def test_ties_go_to_the_lower_index() -> None:
     """All gradients are 3 or -3: x is 1, dy is 1 or -1, three samples; index 1 is active."""
     layer = make_layer(cpu.Geometry.linear(3, 4, 2), 0.0, 0)
