@@ -53,7 +53,13 @@ class SparseIndex(NamedTuple):
 
 
 def sparse_linear(
-    x: Tensor, values: Tensor, bias: Tensor | None, index: SparseIndex, *, dense: bool = False
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: SparseIndex,
+    geometry: ConvGeometry,
+    *,
+    dense: bool = False,
 ) -> Tensor:
     """x · Wᵀ + bias with a sparse W.
 
@@ -62,15 +68,18 @@ def sparse_linear(
         values: [nnz], the active weights.
         bias: [out] or None.
         index: the pattern.
+        geometry: that of a 1×1 convolution, `ConvGeometry(out, in, 1, 1)`.
         dense: compute through the dense weight, in torch's layout.
 
     Returns:
         [*, out], stored features first unless computed densely.
 
     Raises:
-        SparseModelError: dtypes or devices that differ.
+        SparseModelError: dtypes or devices that differ, or a shape that does not fit.
     """
     _check_alike(x, values, index)
+    _check_weights(values, bias, index, geometry)
+    _check_width(x, geometry.in_channels)
     differentiable = _differentiable(x, values, bias)
     y: Tensor
     if dense or not _native(values, index):
@@ -113,10 +122,8 @@ def sparse_conv2d(
         SparseModelError: dtypes or devices that differ, or a shape that does not fit.
     """
     _check_alike(x, values, index)
-    if x.dim() != 4 or x.shape[1] != geometry.in_channels:
-        raise SparseModelError(
-            f"expected an input [B, {geometry.in_channels}, H, W], got {tuple(x.shape)}"
-        )
+    _check_weights(values, bias, index, geometry)
+    _check_planes(x, geometry.in_channels)
     if min(geometry.output_size(x.shape[2], x.shape[3])) < 1:
         raise SparseModelError(
             f"a {geometry.kernel_h}×{geometry.kernel_w} window does not fit the padded input of "
@@ -140,7 +147,9 @@ def sparse_conv2d(
     return y
 
 
-def linear_topk_grad(x: Tensor, dy: Tensor, index: SparseIndex, k: int) -> tuple[Tensor, Tensor]:
+def linear_topk_grad(
+    x: Tensor, dy: Tensor, index: SparseIndex, geometry: ConvGeometry, k: int
+) -> tuple[Tensor, Tensor]:
     """The k weight gradients of `sparse_linear` of largest magnitude outside the mask.
 
     The dense gradient is never made: memory is a tile and O(k). Of equal magnitudes the lower
@@ -150,6 +159,7 @@ def linear_topk_grad(x: Tensor, dy: Tensor, index: SparseIndex, k: int) -> tuple
         x: the layer's input, [*, in].
         dy: its output's gradient, [*, out].
         index: the pattern.
+        geometry: as in `sparse_linear`.
         k: how many to keep, >= 0.
 
     Returns:
@@ -158,9 +168,11 @@ def linear_topk_grad(x: Tensor, dy: Tensor, index: SparseIndex, k: int) -> tuple
 
     Raises:
         MaskError: a gradient is NaN.
-        SparseModelError: dtypes or devices that differ.
+        SparseModelError: dtypes or devices that differ, or a shape that does not fit.
     """
     _check_alike(x, dy, index)
+    _check_width(x, geometry.in_channels)
+    _check_width(dy, geometry.out_channels)
     if not _native(dy, index):
         return reference.linear_topk_grad(x, dy, index.row_ptr, index.cols, k)
     indices, values = ops.linear_topk_grad(x, dy, index.row_ptr, index.cols, k)
@@ -172,6 +184,8 @@ def conv2d_topk_grad(
 ) -> tuple[Tensor, Tensor]:
     """As `linear_topk_grad`, for `sparse_conv2d`: x [B, in, H, W], dy [B, out, OH, OW]."""
     _check_alike(x, dy, index)
+    _check_planes(x, geometry.in_channels)
+    _check_planes(dy, geometry.out_channels)
     if not _native(dy, index):
         return reference.conv2d_topk_grad(x, dy, index.row_ptr, index.cols, geometry, k)
     indices, values = ops.conv2d_topk_grad(x, dy, index.row_ptr, index.cols, geometry, k)
@@ -310,6 +324,34 @@ def _native(values: Tensor, index: SparseIndex) -> bool:
     """Whether native kernels take this; the index by input exists where the library does."""
     known = values.dtype == torch.float32 and values.device.type == "cpu"
     return known and index.transposed.numel() > 0
+
+
+def _check_width(x: Tensor, width: int) -> None:
+    if x.dim() == 0 or x.shape[-1] != width:
+        raise SparseModelError(f"expected a tensor [*, {width}], got {tuple(x.shape)}")
+
+
+def _check_planes(x: Tensor, channels: int) -> None:
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise SparseModelError(f"expected a tensor [B, {channels}, H, W], got {tuple(x.shape)}")
+
+
+def _check_weights(
+    values: Tensor, bias: Tensor | None, index: SparseIndex, geometry: ConvGeometry
+) -> None:
+    if values.shape != index.cols.shape:
+        raise SparseModelError(
+            f"expected {index.cols.numel()} values, as the pattern has, got {tuple(values.shape)}"
+        )
+    if bias is not None and (
+        bias.numel() != geometry.out_channels
+        or bias.dtype != values.dtype
+        or bias.device != values.device
+    ):
+        raise SparseModelError(
+            f"expected a bias of {geometry.out_channels} {values.dtype} numbers on "
+            f"{values.device}, got {tuple(bias.shape)}, {bias.dtype} on {bias.device}"
+        )
 
 
 def _check_alike(x: Tensor, values: Tensor, index: SparseIndex) -> None:

@@ -276,5 +276,5 @@ def test_bad_arguments_are_named() -> None:
     uneven = nn.Conv2d(4, 6, 2, padding="same")
     with pytest.raises(SparseModelError, match="pads unevenly"):
         SparseConv2d.from_dense(uneven, pattern(6, 4, 2, 2))
-    with pytest.raises(SparseModelError, match=r"expected an input \[\*, 7\], got \(2, 6\)"):
+    with pytest.raises(SparseModelError, match=r"expected a tensor \[\*, 7\], got \(2, 6\)"):
         SparseLinear(7, 5, pattern(5, 7))(torch.ones(2, 6))

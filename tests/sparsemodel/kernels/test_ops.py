@@ -171,8 +171,8 @@ def test_linear_and_its_gradients_equal_the_dense_ones(
         x = x.movedim(-1, 0).contiguous().movedim(0, -1)
     x.requires_grad_()
     values = weight[mask].requires_grad_()
-    index = index_of(mask, ConvGeometry(width_out, width_in, 1, 1))
-    y = sparse_linear(x, values, offsets, index, dense=dense)
+    g = ConvGeometry(width_out, width_in, 1, 1)
+    y = sparse_linear(x, values, offsets, index_of(mask, g), g, dense=dense)
     y.backward(dy)
     assert_near(y, expected)
     assert_near(x.grad, wide_x.grad)
@@ -245,8 +245,8 @@ def test_topk_of_a_linear_layer_equals_sorting_the_dense_gradient(
     x = torch.randint(-2, 3, (*leading, widths[1]), generator=generator).float()
     dy = torch.randint(-2, 3, (*leading, widths[0]), generator=generator).float()
     gradient = dy.reshape(-1, widths[0]).t() @ x.reshape(-1, widths[1])
-    index = index_of(mask, ConvGeometry(*widths, 1, 1))
-    assert_topk(linear_topk_grad(x, dy, index, k), gradient, mask, k)
+    g = ConvGeometry(*widths, 1, 1)
+    assert_topk(linear_topk_grad(x, dy, index_of(mask, g), g, k), gradient, mask, k)
 
 
 def assert_topk(found: tuple[Tensor, Tensor], gradient: Tensor, mask: Tensor, k: int) -> None:
@@ -266,10 +266,10 @@ def assert_topk(found: tuple[Tensor, Tensor], gradient: Tensor, mask: Tensor, k:
 
 def test_topk_refuses_nan() -> None:
     mask = torch.eye(3, dtype=torch.bool)
-    index = index_of(mask, ConvGeometry(3, 3, 1, 1))
+    g = ConvGeometry(3, 3, 1, 1)
     x, dy = torch.ones(2, 3), torch.full((2, 3), float("nan"))
     with pytest.raises(MaskError, match="has training diverged"):
-        linear_topk_grad(x, dy, index, 2)
+        linear_topk_grad(x, dy, index_of(mask, g), g, 2)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -290,14 +290,15 @@ def test_gradcheck_of_conv2d_in_float64(groups: int) -> None:
 def test_gradcheck_of_linear_in_float64() -> None:
     generator = torch.Generator().manual_seed(0)
     mask = random_mask((5, 7), 0.4, generator)
-    index = index_of(mask, ConvGeometry(5, 7, 1, 1))
+    g = ConvGeometry(5, 7, 1, 1)
+    index = index_of(mask, g)
     tensors = (
         torch.randn(2, 3, 7, dtype=torch.float64, generator=generator),
         torch.randn(int(mask.sum()), dtype=torch.float64, generator=generator),
         torch.randn(5, dtype=torch.float64, generator=generator),
     )
     inputs = tuple(t.requires_grad_() for t in tensors)
-    assert torch.autograd.gradcheck(lambda *a: sparse_linear(*a, index), inputs)
+    assert torch.autograd.gradcheck(lambda *a: sparse_linear(*a, index, g), inputs)
 
 
 def test_schemas_and_shape_rules_hold() -> None:
@@ -344,9 +345,10 @@ def test_frozen_values_and_inputs_get_no_gradient() -> None:
 
 
 def test_an_empty_batch_gives_zero_gradients() -> None:
-    index = index_of(torch.eye(3, dtype=torch.bool), ConvGeometry(3, 3, 1, 1))
+    g = ConvGeometry(3, 3, 1, 1)
+    index = index_of(torch.eye(3, dtype=torch.bool), g)
     values = torch.ones(3, requires_grad=True)
-    y = sparse_linear(torch.empty(0, 3), values, None, index)
+    y = sparse_linear(torch.empty(0, 3), values, None, index, g)
     assert y.shape == (0, 3)
     y.sum().backward()
     assert values.grad is not None
@@ -373,9 +375,10 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 
 def test_second_derivatives_are_refused() -> None:
-    index = index_of(torch.eye(3, dtype=torch.bool), ConvGeometry(3, 3, 1, 1))
+    g = ConvGeometry(3, 3, 1, 1)
+    index = index_of(torch.eye(3, dtype=torch.bool), g)
     x = torch.ones(2, 3, requires_grad=True)
-    y = sparse_linear(x, torch.ones(3), None, index).square().sum()
+    y = sparse_linear(x, torch.ones(3), None, index, g).square().sum()
     (first,) = torch.autograd.grad(y, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
@@ -389,7 +392,14 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         sparse_conv2d(torch.ones(1, 3, 4, 4).double(), values, None, index, g)
     with pytest.raises(SparseModelError, match="on meta"):
         sparse_conv2d(torch.ones(1, 3, 4, 4, device="meta"), values, None, index, g)
-    with pytest.raises(SparseModelError, match=r"expected an input \[B, 3, H, W\]"):
+    with pytest.raises(SparseModelError, match=r"expected a tensor \[B, 3, H, W\]"):
         sparse_conv2d(torch.ones(1, 2, 4, 4), values, None, index, g)
+    x = torch.ones(1, 3, 4, 4)
+    with pytest.raises(SparseModelError, match="expected 54 values"):
+        sparse_conv2d(x, values[1:], None, index, g)
+    with pytest.raises(SparseModelError, match=r"a bias of 2 torch\.float32 numbers"):
+        sparse_conv2d(x, values, torch.ones(3), index, g)
+    with pytest.raises(SparseModelError, match=r"expected a tensor \[B, 2, H, W\]"):
+        conv2d_topk_grad(x, torch.ones(1, 3, 2, 2), index, g, 1)
     with pytest.raises(SparseModelError, match="3×3 window does not fit"):
         sparse_conv2d(torch.ones(1, 3, 2, 4), values, None, index, g)
