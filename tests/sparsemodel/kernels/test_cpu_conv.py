@@ -235,7 +235,7 @@ def test_neither_threads_nor_vectors_change_a_bit(number: int) -> None:
 
 
 def test_results_written_past_the_caches_are_the_same() -> None:
-    """Large results that begin with a cache line are streamed; shifted by one float they are not."""
+    """Large results that begin with a cache line are streamed, those shifted by a float are not."""
     layer = make_layer(cpu.Geometry.conv(64, 24, 24, (28, 28), (3, 3), padding=(1, 1)), 0.1, 0)
     g, lib = layer.geometry, native()
     t_row_ptr = np.empty(lib.transposed_rows(g) + 1, np.int32)
