@@ -56,6 +56,9 @@ class TrainingPlan:
         batch_size: the largest batch; smaller ones may be given to every call.
         recompute: whether convolution outputs that only batch norm reads are computed again in
             the backward pass instead of kept: about half the memory, for some more time.
+        activation_dtype: float32, or bfloat16: results of batch norm, ReLU, addition and pooling
+            are kept for the backward pass in half the bytes. Loss and statistics stay the same
+            bits; gradients are those of activations rounded to 8 bits.
         normalization: mean and standard deviation of each channel, for pixels in [0, 1]; needed
             to give images in bytes.
 
@@ -80,6 +83,7 @@ class TrainingPlan:
         *,
         batch_size: int,
         recompute: bool = False,
+        activation_dtype: torch.dtype = torch.float32,
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
         self._input_shape = tuple(input_shape)
@@ -87,7 +91,13 @@ class TrainingPlan:
         self._operations = trace_operations(model, self._input_shape)
         self._classes = self._operations[-1].shape[0]
         self._pixels = _pixel_factors(self._input_shape, normalization)
-        self._plan = NativePlan(batch_size, recompute=recompute)
+        if activation_dtype not in {torch.float32, torch.bfloat16}:
+            raise SparseModelError(
+                f"activation_dtype is torch.float32 or torch.bfloat16, got {activation_dtype}"
+            )
+        self._plan = NativePlan(
+            batch_size, recompute=recompute, bfloat16=activation_dtype == torch.bfloat16
+        )
         self._bound: list[BoundModule] = []
         for number, operation in enumerate(self._operations):
             added = self._add(operation)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sparsemodel.errors import SparseModelError
 from sparsemodel.kernels import cpu
 
-RECOMPUTE = 1
+RECOMPUTE, BFLOAT16 = 1, 2
 _INT, _LONG, _REAL, _ADDRESS = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
@@ -120,9 +120,10 @@ class NativePlan:
         SparseModelError: the library refused the arguments; the message says why.
     """
 
-    def __init__(self, batch: int, *, recompute: bool = False) -> None:
+    def __init__(self, batch: int, *, recompute: bool = False, bfloat16: bool = False) -> None:
         self._dll = _library()
-        self._plan = self._dll.spc_plan_new(batch, RECOMPUTE if recompute else 0)
+        flags = (RECOMPUTE if recompute else 0) | (BFLOAT16 if bfloat16 else 0)
+        self._plan = self._dll.spc_plan_new(batch, flags)
         if not self._plan:
             self._fail()
         weakref.finalize(self, self._dll.spc_plan_free, self._plan)

@@ -17,6 +17,7 @@ public:
         readers_.assign(count, 0);
         last_reader_.assign(count, -1);
         kept_.assign(count, 0);
+        precise_.assign(count, 0);
         half_.assign(count, -1);
         expanded_.assign(count, 0);
         for (int i = 0; i < static_cast<int>(count); ++i) study(i);
@@ -82,8 +83,11 @@ private:
         if (!wants_[i]) return;
         if (n.kind == Kind::relu || (n.kind == Kind::norm && n.relu)) kept_[i] = 1;
         if (n.kind == Kind::conv) kept_[storage(n.source)] = 1;
-        if (n.kind == Kind::norm)
-            kept_[storage(recomputed(i) ? node(n.source).source : n.source)] = 1;
+        if (n.kind == Kind::norm && recomputed(i)) {
+            kept_[storage(node(n.source).source)] = 1;
+        } else if (n.kind == Kind::norm) {
+            kept_[storage(n.source)] = precise_[storage(n.source)] = 1;
+        }
     }
 
     // Whether node i may write its result over the result of `source`.
@@ -158,10 +162,10 @@ private:
         }
     }
 
-    // Whether a result is kept to the backward pass in half the bytes. Not the inputs of batch
-    // norm, whose small deviations from a large mean would be lost, nor the few images.
+    // Whether a result is kept to the backward pass in half the bytes. Not what batch norm reads:
+    // small deviations from a large mean would be lost.
     bool compressed(int s) const {
-        return plan_.bfloat16 && kept_[s] && node(s).kind != Kind::conv &&
+        return plan_.bfloat16 && kept_[s] && !precise_[s] && node(s).kind != Kind::conv &&
                node(s).kind != Kind::input;
     }
 
@@ -247,6 +251,7 @@ private:
     void backward_norm(int i) {
         const Node& n = node(i);
         Step step = backward_step(Action::norm_grad, i);
+        if (n.relu) step.y = kept_value(i);  // first: its compressed form is then done with
         if (!recomputed(i)) {
             step.x = kept_value(n.source);
         } else {
@@ -255,7 +260,6 @@ private:
             again.y = step.x = activation(n.source);
             emit(again);
         }
-        if (n.relu) step.y = kept_value(i);
         step.saved = saved_[i];
         const bool passes = n.other >= 0 && wants_[n.other];
         // Without ReLU the residual's gradient is dy as it is; then dx needs a place of its own.
@@ -311,9 +315,10 @@ private:
     // result's gradient; whether that gradient is wanted.
     std::vector<int> value_, saved_, gradient_;
     std::vector<char> wants_;
-    // By storage: how many nodes read it, the last of them, whether the backward pass does.
+    // By storage: how many nodes read it, the last of them, whether the backward pass does and
+    // needs it whole.
     std::vector<int> readers_, last_reader_;
-    std::vector<char> kept_;
+    std::vector<char> kept_, precise_;
     // By storage: buffer of the compressed result, and whether the backward pass has expanded it.
     std::vector<int> half_;
     std::vector<char> expanded_;

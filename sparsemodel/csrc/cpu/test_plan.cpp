@@ -151,7 +151,7 @@ void test_network(int batch, int flags, int threads) {
 
 int main() {
     for (int batch : {2, 7, 64})
-        for (int flags : {0, static_cast<int>(SPC_PLAN_RECOMPUTE)})
+        for (int flags : {0, SPC_PLAN_RECOMPUTE + 0, SPC_PLAN_RECOMPUTE + SPC_PLAN_BFLOAT16})
             for (int threads : {1, 2}) test_network(batch, flags, threads);
     std::printf("%d failed\n", failures);
     return failures;
