@@ -13,7 +13,8 @@
  * the caller alone. Results do not depend on it. AVX-512, AVX2 and NEON give the same bits, the
  * scalar path (which has no fused multiply-add) differs by rounding. Output arrays must not
  * overlap inputs unless the function says so. Outputs are written once and need not be cleared.
- * Calls from several threads at once are allowed.
+ * Calls from several threads at once are allowed. NaN and infinity come through the forward pass
+ * exactly; one in x or dy may also reach weight gradients of the same channel that do not meet it.
  */
 #ifndef SPARSE_CPU_H
 #define SPARSE_CPU_H
