@@ -128,5 +128,11 @@ void pack(const PackTile& t, std::int64_t channels) {
     }
 }
 
+void copy(float* to, const float* from, std::int64_t count) {
+    std::int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
+    for (; i < count; ++i) to[i] = from[i];
+}
+
 }  // namespace
 }  // namespace spc::SPC_ISA

@@ -21,6 +21,7 @@ const Kernels table = {
     sddmm_rows,
     stage,
     pack,
+    copy,
     channel_sum,
     channel_square,
     channel_affine,

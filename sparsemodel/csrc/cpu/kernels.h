@@ -99,6 +99,7 @@ struct Kernels {
     // staged[run.source ...] = row[run.target ...]; the rest of `staged` stays.
     void (*stage)(const Run* runs, std::int64_t num_runs, const float* row, float* staged);
     void (*pack)(const PackTile&, std::int64_t channels);
+    void (*copy)(float* to, const float* from, std::int64_t count);
 
     // Batch norm of one channel. Moments are summed in double over blocks.
     double (*channel_sum)(const float* x, std::int64_t count);
