@@ -15,6 +15,7 @@ are compared with dense torch's before anything is timed.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import statistics
 import sys
@@ -27,7 +28,7 @@ from torch import nn
 
 from benchmarks.rows import Row, add_arguments, add_timing_arguments, show
 from benchmarks.timing import Clock, clock, interleaved, use_threads
-from sparsemodel.layers import SparseConv2d, SparseLinear
+from sparsemodel.layers import Execution, SparseConv2d, SparseLinear
 
 BENCH = "sparse_layers"
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -39,6 +40,7 @@ TOLERANCE = 1e-4  # of the largest entry: sums of float32 in another order
 RESNET = "conv 3x3"
 
 Tensor = torch.Tensor
+Dense = nn.Conv2d | nn.Linear
 Layout = Callable[[Tensor], Tensor]
 
 
@@ -47,7 +49,7 @@ class Shape:
     """A layer to measure: its dense form, and the shape of its input."""
 
     name: str
-    layer: Callable[[], nn.Conv2d | nn.Linear]
+    layer: Callable[[], Dense]
     input_shape: tuple[int, ...]
 
 
@@ -129,9 +131,7 @@ def _shape_rows(
                 yield Row(BENCH, case, density, ours, times[peer, density], peer, "ms")
 
 
-def _sides(
-    masked: nn.Conv2d | nn.Linear, mask: Tensor, x: Tensor, dy: Tensor, density: float
-) -> dict[str, Side]:
+def _sides(masked: Dense, mask: Tensor, x: Tensor, dy: Tensor, density: float) -> dict[str, Side]:
     """Every sparse way to compute a layer whose pruned weights are zero."""
     sides = {
         "ours": _ours(masked, mask, x, dy, layout=_innermost),
@@ -150,9 +150,7 @@ def _sides(
     return sides
 
 
-def _sparse_layer(
-    masked: nn.Conv2d | nn.Linear, mask: Tensor, execution: str
-) -> SparseConv2d | SparseLinear:
+def _sparse_layer(masked: Dense, mask: Tensor, execution: Execution) -> SparseConv2d | SparseLinear:
     if isinstance(masked, nn.Conv2d):
         return SparseConv2d.from_dense(masked, mask, execution=execution)
     return SparseLinear.from_dense(masked, mask, execution=execution)
@@ -183,26 +181,26 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _dense(layer: nn.Conv2d | nn.Linear, x: Tensor, dy: Tensor, *, layout: Layout = _plain) -> Side:
+def _dense(layer: Dense, x: Tensor, dy: Tensor, *, layout: Layout = _plain) -> Side:
     if layout is _channels_last:
         layer.to(memory_format=torch.channels_last)
     return _side(layer, layer.weight, layout(x), layout(dy), at_mask=False)
 
 
 def _ours(
-    masked: nn.Conv2d | nn.Linear,
+    masked: Dense,
     mask: Tensor,
     x: Tensor,
     dy: Tensor,
     *,
     layout: Layout,
-    execution: str = "auto",
+    execution: Execution = "auto",
 ) -> Side:
     layer = _sparse_layer(masked, mask, execution)
     return _side(layer, layer.values, layout(x), layout(dy), at_mask=True)
 
 
-def _sparseprop(masked: nn.Conv2d | nn.Linear, x: Tensor, dy: Tensor) -> Side:
+def _sparseprop(masked: Dense, x: Tensor, dy: Tensor) -> Side:
     """The faster of its modes: vectorised over the batch (stored innermost) or over the width."""
     from sparseprop.modules import SparseConv2d as Conv  # noqa: PLC0415 - optional
     from sparseprop.modules import SparseLinear as Linear  # noqa: PLC0415
@@ -233,26 +231,12 @@ def _csr(masked: nn.Linear, x: Tensor, dy: Tensor) -> Side:
     return Side(grad, at_mask=False)
 
 
-def _copy(layer: nn.Conv2d | nn.Linear, mask: Tensor | None = None) -> nn.Conv2d | nn.Linear:
+def _copy(layer: Dense, mask: Tensor | None = None) -> Dense:
     """A copy of a layer with its pruned weights at zero."""
-    copy = _like(layer)
-    with torch.no_grad():
-        copy.weight.copy_(layer.weight if mask is None else layer.weight * mask)
-    return copy
-
-
-def _like(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
-    if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.in_features, layer.out_features, bias=False)
-    return nn.Conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        groups=layer.groups,
-        bias=False,
-    )
+    copied = copy.deepcopy(layer)
+    if mask is not None:
+        copied.weight.data.mul_(mask)
+    return copied
 
 
 def _random_mask(shape: torch.Size, density: float, generator: torch.Generator) -> Tensor:

@@ -43,7 +43,13 @@ MODEL, BATCH = "resnet18", 16
 STEPS = 3
 DENSITIES = (0.01, 0.05)
 DENSE = ("dense", "dense channels_last")
-OURS = ("plan", "recompute", "modules")
+# Ways to train, with what TrainingPlan takes for those that have a plan.
+PLANS: dict[str, dict[str, Any]] = {
+    "plan": {},
+    "recompute": {"recompute": True},
+    "recompute bfloat16": {"recompute": True, "activation_dtype": torch.bfloat16},
+}
+OURS = (*PLANS, "modules")
 SHARE_MOVED = 0.15  # of a layer's active weights: the mean of FedTiny's adjustments
 MIB = 2**20
 
@@ -114,36 +120,41 @@ def _prepared(
     way: str, model_name: str, batch: int, density: float
 ) -> tuple[nn.Module, torch.optim.Optimizer, Step, Callable[[], int]]:
     """Model, optimiser, a step, and what tells the bytes of its activations."""
-    model = build_model(model_name, num_classes=10, input_shape=INPUT_SHAPE, seed=0)
+    model = build_model(model_name, num_classes=10, input_shape=INPUT_SHAPE, seed=0).train()
     images, labels = batch_of(batch)
     if way == "dense channels_last":
         model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
-    if way in OURS:
-        model = sparsify(model, random_mask(model, density))
-        optimizer: torch.optim.Optimizer = SparseSGD(
-            model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM
-        )
-    else:
-        optimizer = torch.optim.SGD(
+    if way in DENSE:
+        dense_sgd = torch.optim.SGD(
             model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, fused=True
         )
-    model.train()
-    if way in {"plan", "recompute"}:
-        plan = TrainingPlan(model, INPUT_SHAPE, batch_size=batch, recompute=way == "recompute")
+        return model, dense_sgd, *_autograd_step(model, dense_sgd, images, labels)
+    model = sparsify(model, random_mask(model, density))
+    sgd = SparseSGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    if way not in PLANS:
+        return model, sgd, *_autograd_step(model, sgd, images, labels)
+    plan = TrainingPlan(model, INPUT_SHAPE, batch_size=batch, **PLANS[way])
+    return (
+        model,
+        sgd,
+        lambda: plan.step(images, labels, optimizer=sgd),
+        lambda: plan.arena_bytes,
+    )
 
-        def planned() -> None:
-            plan.step(images, labels)
-            optimizer.step()
 
-        return model, optimizer, planned, lambda: plan.arena_bytes
-
+def _autograd_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+) -> tuple[Step, Callable[[], int]]:
     def step() -> None:
         optimizer.zero_grad()
         functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
 
-    return model, optimizer, step, lambda: _saved_bytes(model, images, labels)
+    return step, lambda: _saved_bytes(model, images, labels)
 
 
 def _saved_bytes(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> int:
