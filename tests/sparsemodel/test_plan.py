@@ -219,7 +219,7 @@ def test_recomputing_changes_no_bit() -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_bfloat16_rounds_gradients_alone(name: str, recompute: bool) -> None:
-    """Eight bits of an activation are within 2**-9 of it; through the layers that is some 1 %."""
+    """Rounding to eight bits, which may be 2**-9 off, makes 0.2 %; cutting them off, 0.35 %."""
     model, mask = masked(name)
     images, labels = batch(16)
     losses, gradients, states, sizes = [], [], [], []
@@ -235,7 +235,7 @@ def test_bfloat16_rounds_gradients_alone(name: str, recompute: bool) -> None:
     assert losses[0] == losses[1]
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
     error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
-    assert 0 < error < 0.02
+    assert 0 < error < 0.003
     # In a small network the first layer's gradient, which is not compressed, sets the peak.
     assert sizes[1] <= sizes[0]
     if name == "resnet20":

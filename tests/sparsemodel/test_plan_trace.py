@@ -66,6 +66,9 @@ KNOWN: dict[str, tuple[Callable[..., torch.Tensor], int]] = {
     "adaptive": (lambda m, x: functional.adaptive_avg_pool2d(x, (1, 1)).flatten(1), 4),
     "twice the same": (lambda m, x: flat(x + x), 256),
     "relu twice used": (lambda m, x: flat(functional.relu(x) + x), 256),
+    "relu plus another": (
+        lambda m, x: flat(functional.relu(x) + functional.avg_pool2d(x, 3, 1, 1)), 256,
+    ),
     "norm used twice": (lambda m, x: flat(torch.relu(x).add(torch.add(x, x))), 256),
     "in place, shared": (in_place_on_a_shared_value, 256),
     "in place on a sum": (lambda m, x: flat(functional.relu(x + x, inplace=True)), 256),
@@ -109,6 +112,20 @@ def test_a_sum_that_grows_in_place(recompute: bool) -> None:
     torch.manual_seed(0)
     again = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
     assert_plan_matches(Calls(sum_in_place_under_two_names, 256, again=again), recompute)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_fused_relu_is_kept_for_its_gradient(recompute: bool) -> None:
+    """The sum after it, which could take its place in memory, has other signs."""
+    if not native.loaded():
+        pytest.skip("build the native library to run training plans")
+
+    def after(model: Calls, x: torch.Tensor) -> torch.Tensor:
+        x = functional.relu(x)
+        return flat(x + model.layers["again"](functional.avg_pool2d(x, 3, 1, 1)))
+
+    torch.manual_seed(0)
+    assert_plan_matches(Calls(after, 256, again=nn.Conv2d(4, 4, 1)), recompute)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ public:
         half_.assign(count, -1);
         expanded_.assign(count, 0);
         for (int i = 0; i < static_cast<int>(count); ++i) study(i);
-        last_reader_[storage(plan.output)] = plan.output + 1;  // the loss
         if (training)
             for (int i = 0; i < static_cast<int>(count); ++i) keep(i);
     }
