@@ -103,8 +103,7 @@ class SparseModel:
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         if self._plan is None:
             return _step(self._model, self._optimizer, images, labels)
-        loss, _ = self._plan.step(images, labels)
-        self._optimizer.step()
+        loss, _ = self._plan.step(images, labels, optimizer=self._optimizer)
         return loss
 
     def growth(
