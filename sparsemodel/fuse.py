@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from sparsemodel.fused import FUSED, FusedBatchNorm2d
+from sparsemodel.errors import SparseModelError
+from sparsemodel.fused import FusedBatchNorm2d
 from sparsemodel.kernels import pool
-from sparsemodel.layers import SparseLayer
+from sparsemodel.tracing import has_hooks, is_leaf, trace_forward
 
 _RELUS = {torch.relu, torch.relu_, functional.relu, functional.relu_, "relu", "relu_"}
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -56,41 +55,24 @@ def unfuse_forward(model: nn.Module) -> None:
         del model.__dict__["forward"]
 
 
-class _Tracer(fx.Tracer):
-    """Sees sparse and fused layers as wholes, as it does torch's own."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (SparseLayer, *FUSED.values())) or super().is_leaf_module(
-            module, name
-        )
-
-
 def _trace(model: nn.Module) -> fx.Graph | None:
-    """The graph of one forward call, if it is the same in training and in evaluation."""
-    tracer = _Tracer()
-    hooked = [
-        module
+    """The graph of one forward call, if it is known whole and calls no hooks of containers."""
+    hooked = any(
+        has_hooks(module)
         for name, module in model.named_modules()
-        if module is not model and not tracer.is_leaf_module(module, name) and _has_hooks(module)
-    ]
-    if hooked or tracer.is_leaf_module(model, ""):
+        if module is not model and not is_leaf(module, name)
+    )
+    if hooked or is_leaf(model):
         return None
-    attributes = set(model.__dict__)
-    graphs = []
     try:
-        for mode in (True, False):
-            with _mode(model, mode):
-                graphs.append(_Tracer().trace(model))
-    except Exception:  # whatever a model's own code raises on symbolic inputs
+        graph = trace_forward(model)
+    except SparseModelError:
         return None
-    finally:
-        for name in set(model.__dict__) - attributes:  # constants that tracing left behind
-            del model.__dict__[name]
     constants = any(
         node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
-        for node in graphs[0].nodes
+        for node in graph.nodes
     )
-    return None if constants or str(graphs[0]) != str(graphs[1]) else graphs[0]
+    return None if constants else graph
 
 
 def _rewrite(model: nn.Module, graph: fx.Graph) -> int:
@@ -176,19 +158,3 @@ def _changes(node: fx.Node, modules: dict[str, nn.Module] | None = None) -> bool
     if node.op == "call_method":
         return str(node.target).endswith("_")
     return node.target in _IN_PLACE or bool(node.kwargs.get("inplace", False))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """All modules in training or evaluation mode inside; as they were on exit."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

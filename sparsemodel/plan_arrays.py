@@ -164,7 +164,7 @@ class BoundLayer(BoundModule):
 
     def _bind(self) -> None:
         row_ptr, cols, transposed = self._pattern()
-        index = native._parts(transposed, len(cols))
+        index = native.index_parts(transposed, len(cols))
         self._plan.bind_conv(
             self._node,
             ConvArrays(

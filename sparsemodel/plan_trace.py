@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from torch import fx, nn
 
-from sparsemodel.errors import PlanError
-from sparsemodel.fused import FUSED
-from sparsemodel.layers import SparseLayer
+from sparsemodel.errors import PlanError, SparseModelError
 from sparsemodel.plan_rules import Operation, Shape, Translator, module_title
+from sparsemodel.tracing import has_hooks, is_leaf, trace_forward
 
 
 def trace_operations(model: nn.Module, input_shape: Shape) -> list[Operation]:
@@ -32,7 +27,7 @@ def trace_operations(model: nn.Module, input_shape: Shape) -> list[Operation]:
             called twice, or a model that torch.fx cannot trace.
     """
     training = model.training
-    if _Tracer().is_leaf_module(model, ""):
+    if is_leaf(model):
         model = nn.Sequential(model)
     graph = _graph(model)
     operations, output = Translator(dict(model.named_modules()), input_shape).run(graph)
@@ -48,54 +43,14 @@ def trace_operations(model: nn.Module, input_shape: Shape) -> list[Operation]:
     return _fused(_live(operations, output))
 
 
-class _Proxy(fx.Proxy):
-    """Tells `x += y` from `x = x + y`: other names of x see the sum."""
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-
-class _Tracer(fx.Tracer):
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        leaf = isinstance(module, (SparseLayer, *FUSED.values()))
-        return leaf or super().is_leaf_module(module, name)
-
-
 def _graph(model: nn.Module) -> fx.Graph:
-    """The graph of a forward pass, if it is the same in training and in evaluation."""
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if has_hooks(module):
             raise PlanError(f"{module_title(name, module)} has hooks, which a plan would not call")
-    attributes = set(model.__dict__)
-    graphs = []
     try:
-        for training in (True, False):
-            with _mode(model, training):
-                graphs.append(_Tracer().trace(model))
-    except Exception as error:  # whatever a model's own code raises on symbolic inputs
-        raise PlanError(f"{type(model).__name__} cannot be traced: {error}") from error
-    finally:
-        for name in set(model.__dict__) - attributes:  # constants that tracing left behind
-            del model.__dict__[name]
-    if str(graphs[0]) != str(graphs[1]):
-        raise PlanError(
-            f"{type(model).__name__} computes something else in training than in evaluation"
-        )
-    return graphs[0]
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        return trace_forward(model)
+    except SparseModelError as error:
+        raise PlanError(str(error)) from error
 
 
 def _live(operations: list[Operation], output: int) -> list[Operation]:

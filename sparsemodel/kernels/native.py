@@ -44,7 +44,7 @@ def transpose_pattern(row_ptr: Tensor, cols: Tensor, geometry: ConvGeometry) -> 
     lib, g = library(), _smallest(geometry)
     nnz = cols.numel()
     index = torch.empty(2 * nnz + lib.transposed_rows(g) + 1, dtype=torch.int32)
-    lib.transpose_pattern(g, row_ptr.data_ptr(), cols.data_ptr(), *_parts(index, nnz))
+    lib.transpose_pattern(g, row_ptr.data_ptr(), cols.data_ptr(), *index_parts(index, nnz))
     return index
 
 
@@ -172,7 +172,7 @@ def _backward(
             gradient.zero_()
         return
     lib, threads = library(), torch.get_num_threads()
-    index = _parts(transposed, cols.numel())
+    index = index_parts(transposed, cols.numel())
     bias = dbias.data_ptr() if dbias.numel() else None
     weights = bool(dvalues.numel() or dbias.numel())
     if weights and dx.numel():
@@ -207,7 +207,7 @@ def _topk_grad(
     return indices, top
 
 
-def _parts(transposed: Tensor, nnz: int) -> tuple[int, int, int]:
+def index_parts(transposed: Tensor, nnz: int) -> tuple[int, int, int]:
     """Addresses of t_row_ptr, t_cols and t_perm inside the transposed index."""
     start = transposed.data_ptr()
     return start + 8 * nnz, start, start + 4 * nnz

@@ -178,7 +178,17 @@ class WritesInPlace(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("factory", [Branching, WritesInPlace])
+class SumUnderTwoNames(WritesInPlace):
+    """torch.fx alone records `y += x` as a new sum, which `kept` would not be."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = kept = self.norm(self.conv(x))
+        y += self.again(x)
+        logits: torch.Tensor = self.fc((functional.relu(y) + kept).flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("factory", [Branching, WritesInPlace, SumUnderTwoNames])
 def test_models_that_cannot_be_fused_give_the_same(factory: Callable[[], nn.Module]) -> None:
     model, mask = build(factory)
     sparse = sparsify(model, mask)
