@@ -57,14 +57,19 @@ Step = Callable[[], object]
 
 
 def rows(
-    model: str, batch: int, densities: Sequence[float], *, threads: int | None
+    model: str,
+    batch: int,
+    densities: Sequence[float],
+    *,
+    threads: int | None,
+    ways: Sequence[str] = OURS,
 ) -> Iterator[Row]:
-    """Rows of state and peak of every variant, in MiB."""
+    """Rows of state and peak of dense torch and some ways of ours, in MiB."""
     peers = {way: measured(way, model, batch, 1.0, threads=threads) for way in DENSE}
     name = min(peers, key=lambda way: peers[way]["peak"])
     peer = peers[name]
     for density in densities:
-        for way in OURS:
+        for way in ways:
             ours = measured(way, model, batch, density, threads=threads)
             for what in ("state", "activations", "peak", "peak with top-K"):
                 if what in ours:

@@ -181,19 +181,19 @@ def test_random_mask_keeps_the_stem_dense() -> None:
 @needs_kernels
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_sparse_memory_rows() -> None:
-    rows = checked(list(sparse_memory.rows("resnet8", 8, [0.1], threads=1)))
+    ways = ("plan", "recompute bfloat16", "modules")
+    rows = checked(list(sparse_memory.rows("resnet8", 8, [0.1], threads=1, ways=ways)))
     model = sparse_step.build_model("resnet8", num_classes=10, input_shape=(3, 32, 32), seed=0)
     weights = sum(p.numel() for p in model.parameters())
     found = {r.case.removeprefix("resnet8 b8 "): r for r in rows}
-    for way in sparse_memory.OURS:
+    for way in ways:
         state = found[f"state, {way}"]
         assert (
             state.peer * 2**20 == 12 * weights
         )  # weights, gradients and momentum, four bytes each
         assert state.ratio > 2
-    plans = [found[f"activations, {way}"].ours for way in sparse_memory.PLANS]
-    assert plans == sorted(plans, reverse=True)
-    assert plans[-1] < 0.6 * plans[0]
+    kept, halved = (found[f"activations, {way}"].ours for way in ways[:2])
+    assert halved < 0.6 * kept
 
 
 @pytest.mark.parametrize("benchmark", [sparse_layers, sparse_step, sparse_memory])
