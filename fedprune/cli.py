@@ -188,7 +188,10 @@ def report(folder: Path, debug: Debug = False) -> None:
 
 @cli.command()
 def inspect(model: Path, debug: Debug = False) -> None:
-    """Show what a model.safetensors holds: layers, densities, bytes, digest."""
+    """Show what a model.safetensors holds: layers, densities, bytes, digest.
+
+    A silent output is a channel or feature whose weights are all zero: it carries nothing.
+    """
     import hashlib  # noqa: PLC0415
 
     from fedprune.report import format_bytes  # noqa: PLC0415
@@ -196,12 +199,16 @@ def inspect(model: Path, debug: Debug = False) -> None:
 
     stored = load_sparse(model)
     digest = hashlib.sha256(model.read_bytes()).hexdigest()
-    table = Table("tensor", "shape", "active", "density")
+    table = Table("tensor", "shape", "active", "density", "silent outputs")
+    silent = outputs = 0
     for name, tensor in stored.state.items():
         shape = "x".join(map(str, tensor.shape))
         if stored.mask is not None and name in stored.mask:
             active = int(stored.mask[name].sum())
-            table.add_row(name, shape, f"{active:,}", f"{active / tensor.numel():.4f}")
+            zeros = int((tensor.flatten(1) == 0).all(1).sum())
+            silent, outputs = silent + zeros, outputs + len(tensor)
+            density = f"{active / tensor.numel():.4f}"
+            table.add_row(name, shape, f"{active:,}", density, f"{zeros} of {len(tensor)}")
         else:
             table.add_row(name, shape, f"{tensor.numel():,}", "dense")
     console.print(table)
@@ -211,6 +218,7 @@ def inspect(model: Path, debug: Debug = False) -> None:
     console.print(f"file: {format_bytes(size)} ({format_bytes(dense)} as dense fp32)")
     if stored.mask is not None:
         console.print(f"density: {stored.mask.density:.4g} of {stored.mask.num_weights:,} prunable")
+        console.print(f"silent outputs: {silent} of {outputs}", highlight=False)
         console.print(f"mask digest: {stored.mask.digest()}", highlight=False)
     console.print(f"sha256: {digest}", highlight=False, soft_wrap=True)
 

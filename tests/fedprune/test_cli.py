@@ -15,6 +15,7 @@ import pytest
 from federation import TINY, digest, run_inline, tiny
 
 from fedprune.runfolder import CHECKPOINT, SUMMARY, read_metrics, read_summary
+from sparsemodel.checkpoint import load_sparse
 
 FEDPRUNE = str(Path(sys.executable).parent / "fedprune")
 OPTIONS = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
@@ -167,6 +168,11 @@ def test_inspect_and_report(finished: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert digest(finished) in done.stdout
     assert "method: fedtiny" in done.stdout
+    stored = load_sparse(finished / "model.safetensors")
+    assert stored.mask is not None
+    sums = [stored.state[name].abs().flatten(1).sum(1) for name in stored.mask]
+    silent = sum(int((values == 0).sum()) for values in sums)
+    assert f"silent outputs: {silent} of {sum(map(len, sums))}" in done.stdout
     done = fedprune("report", str(finished), cwd=finished)
     assert done.returncode == 0, done.stderr
     assert (finished / "report.html").exists()
