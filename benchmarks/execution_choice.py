@@ -1,6 +1,7 @@
 """What execution="auto" chooses, against the plain dense layer and both forced ways.
 
     python -m benchmarks.execution_choice [--quick] [--json] [--threads N]
+        [--processor-time]
 
 Each row is a layer as a user meets it, on plain torch tensors, training (forward and backward)
 or inference: "auto" beside the plain dense torch layer (the goal is a ratio of 0.95 or more at
@@ -16,8 +17,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from benchmarks.rows import Row, add_arguments, show
-from benchmarks.timing import interleaved, use_threads
+from benchmarks.rows import Row, add_arguments, add_timing_arguments, show
+from benchmarks.timing import Clock, clock, interleaved, use_threads
 from sparsemodel.layers import EXECUTIONS, Execution, SparseConv2d, SparseLinear
 
 BENCH = "execution_choice"
@@ -38,7 +39,7 @@ def layers(*, quick: bool) -> Iterator[tuple[str, nn.Conv2d | nn.Linear, torch.T
         yield f"linear 512->512 b{batch}", nn.Linear(512, 512), x
 
 
-def rows(*, quick: bool) -> Iterator[Row]:
+def rows(*, quick: bool, clock: Clock) -> Iterator[Row]:
     """Rows of every case, density and way."""
     rounds = 5 if quick else 15
     for name, plain, x in layers(quick=quick):
@@ -47,7 +48,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
             sparse = {execution: _sparse(plain, mask, execution) for execution in EXECUTIONS}
             for kind, call in (("train", _train), ("infer", _infer)):
                 calls = {"torch": call(plain, x)} | {k: call(v, x) for k, v in sparse.items()}
-                seconds = interleaved(calls, rounds=rounds)
+                seconds = interleaved(calls, rounds=rounds, clock=clock)
                 peer = 1e3 * seconds.pop("torch")
                 for execution, ours in seconds.items():
                     case = f"{name} {kind}, {execution}"
@@ -87,9 +88,11 @@ def main() -> None:
     """Parse the command line and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, quick="two densities and one batch size")
+    add_timing_arguments(parser)
     arguments = parser.parse_args()
     use_threads(arguments.threads)
-    show(rows(quick=arguments.quick), arguments)
+    chosen = clock(processor_time=arguments.processor_time)
+    show(rows(quick=arguments.quick, clock=chosen), arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 // The table of one instruction set: compiled once for each, with SPC_ISA and its flags.
 #include "isa_arrays.h"
 #include "isa_backward.h"
+#include "isa_blocks.h"
 #include "isa_norm.h"
 #include "isa_sddmm.h"
 #include "isa_spmm.h"
@@ -15,6 +16,7 @@ const Kernels table = {
     SPC_STRING(SPC_ISA),
     kGroupFloats,
     kBackFloats,
+    kGradientRows,
     spmm,
     backward,
     sddmm,
@@ -22,6 +24,10 @@ const Kernels table = {
     stage,
     pack,
     copy,
+    expand_row,
+    gather_row,
+    row_dots,
+    row_gradients,
     channel_sum,
     channel_square,
     channel_affine,

@@ -81,6 +81,32 @@ struct PackTile {
     std::int64_t first_offset;     // source offset of packed (first_row, first_col)
 };
 
+// One row of a weight: the bit of each place, and the values of those that exist.
+struct BlockRow {
+    const float* values;
+    const float* values_end;       // of all rows
+    const std::uint16_t* bits;
+    std::int64_t length;           // places
+    std::int64_t stride;           // floats from one sample of x to the next
+};
+
+// A stretch of a row that begins at a whole block, and where its gradient goes.
+struct GradientRow {
+    const float* values;           // read for dx
+    const float* values_end;
+    const std::uint16_t* bits;
+    float* dvalues;                // written with x
+    float* dvalues_end;            // of the stretch
+};
+
+struct BlockSamples {
+    std::int64_t count, places, stride;  // stride: floats from one sample of x and dx to the next
+    const float* dy;               // of the first sample; rows follow each other
+    std::int64_t dy_stride;
+    const float* x;                // null: no dvalues
+    float* dx;                     // added to; null: not wanted
+};
+
 struct AdamFactors {
     float beta1_rest, beta2, beta2_rest, decay, shrink, eps, root_correction, step_size;
     bool decoupled;
@@ -89,6 +115,7 @@ struct AdamFactors {
 struct Kernels {
     const char* name;
     int group_floats, backward_floats;  // positions per pass: registers times width
+    int gradient_rows;
     void (*spmm)(const SpmmTile&);
     void (*backward)(const BackwardTile&);
     // sums[e] += product of dy row 0 with the input at offsets[e].
@@ -100,6 +127,16 @@ struct Kernels {
     void (*stage)(const Run* runs, std::int64_t num_runs, const float* row, float* staged);
     void (*pack)(const PackTile&, std::int64_t channels);
     void (*copy)(float* to, const float* from, std::int64_t count);
+
+    // Values to their places in a row, which is written once, zeros too; and back, where up to
+    // values_end, the row's, may be written in between.
+    void (*expand_row)(const BlockRow&, float* weight);
+    void (*gather_row)(const BlockRow&, const float* weight, float* values,
+                       const float* values_end);
+    // sums[s] = the row times sample s.
+    void (*row_dots)(const BlockRow&, const float* x, std::int64_t samples, float* sums);
+    // Gradients of at most `gradient_rows` rows.
+    void (*row_gradients)(const GradientRow* rows, int num_rows, const BlockSamples&);
 
     // Batch norm of one channel. Moments are summed in double over blocks.
     double (*channel_sum)(const float* x, std::int64_t count);

@@ -120,6 +120,33 @@ SPC_API int32_t spc_topk_grad(const spc_geometry* g, const int32_t* row_ptr, con
                               const float* x, const float* dy, int64_t k, int64_t tile_bytes,
                               int64_t* indices, float* top, int64_t* count, int32_t threads);
 
+/* ---- through the dense weight, [rows, row_length], of which row_ptr, cols are the pattern ---- */
+/* bits uint16 [rows, ceil(row_length / 16)]: bit i % 16 of a row's word i / 16 says whether its
+ * weight i exists. Made once per pattern, a 32nd of the dense weight's size; the calls below find
+ * the values of 16 weights by it in one step. */
+SPC_API int32_t spc_pattern_bits(int64_t rows, int64_t row_length, const int32_t* row_ptr,
+                                 const int32_t* cols, uint16_t* bits, int32_t threads);
+/* weight [rows, row_length] = the values [nnz] at their places, zeros elsewhere. */
+SPC_API int32_t spc_dense_weight(int64_t rows, int64_t row_length, const int32_t* row_ptr,
+                                 const uint16_t* bits, const float* values, float* weight,
+                                 int32_t threads);
+/* values [nnz] = those of a dense weight or gradient at the pattern. */
+SPC_API int32_t spc_active_values(int64_t rows, int64_t row_length, const int32_t* row_ptr,
+                                  const uint16_t* bits, const float* weight, float* values,
+                                  int32_t threads);
+/* A linear layer of few samples, which lie one after the other: x [batch, in], y [batch, out];
+ * bias [out] (NULL: none). The weight is put together 16 places at a time, in registers. */
+SPC_API int32_t spc_linear_few(int64_t batch, int64_t in, int64_t out, const int32_t* row_ptr,
+                               const uint16_t* bits, const float* values, const float* bias,
+                               const float* x, float* y, int32_t threads);
+/* Its gradients: dx [batch, in] and dvalues [nnz], either NULL: not wanted; dbias [out] (NULL: not
+ * wanted). values are read for dx, x for dvalues. */
+SPC_API int32_t spc_linear_few_backward(int64_t batch, int64_t in, int64_t out,
+                                        const int32_t* row_ptr, const int32_t* cols,
+                                        const uint16_t* bits, const float* values,
+                                        const float* x, const float* dy, float* dx,
+                                        float* dvalues, float* dbias, int32_t threads);
+
 /* ---- batch norm (+ residual) (+ ReLU), X [channels, count], count = H * W * B ---- */
 /* y = relu(gamma * (x - mean) / sqrt(var + eps) + beta + residual) by the batch's statistics.
  * gamma, beta NULL: 1 and 0. residual NULL: none. relu: 0 or 1. saved_mean, saved_invstd
