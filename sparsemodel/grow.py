@@ -69,7 +69,7 @@ def prune_and_grow(
         MaskError: names that do not fit; a negative count; candidates that are active, repeated,
             out of range or NaN; weights that are NaN.
     """
-    layers = _counted_layers(model, counts)
+    layers = counted_layers(model, counts)
     if not candidates.keys() <= counts.keys():
         raise MaskError(f"candidates for {sorted(candidates)} but counts for {sorted(counts)}")
     moves = {
@@ -102,7 +102,7 @@ def topk_pruned_gradients(
         MaskError: names that do not fit, a negative count, a gradient that is NaN, or a layer
             that the loss calls twice (its gradient is a sum that has to be held whole).
     """
-    layers = _counted_layers(model, counts)
+    layers = counted_layers(model, counts)
     found = {
         name: (torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float32))
         for name in counts
@@ -173,7 +173,12 @@ def _move(
             state[key] = carry_values(tensor, source)
 
 
-def _counted_layers(model: nn.Module, counts: Mapping[str, int]) -> dict[str, SparseLayer]:
+def counted_layers(model: nn.Module, counts: Mapping[str, int]) -> dict[str, SparseLayer]:
+    """The sparse layers of a model, after a look at counts for some of them.
+
+    Raises:
+        MaskError: a name that is no sparse layer's weight, or a negative count.
+    """
     layers = sparse_layers(model)
     for name, count in counts.items():
         if name not in layers:

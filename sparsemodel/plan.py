@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from sparsemodel.adjust import Entries
 from sparsemodel.errors import PlanError, SparseModelError
+from sparsemodel.grow import counted_layers
 from sparsemodel.kernels.cpu import Geometry
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.kernels.plan_abi import Images, NativePlan, Sgd
-from sparsemodel.layers import SparseLinear
+from sparsemodel.layers import SparseLayer, SparseLinear
 from sparsemodel.optim import SparseSGD
 from sparsemodel.plan_arrays import BoundLayer, BoundModule, BoundNorm
+from sparsemodel.plan_growth import Growth
 from sparsemodel.plan_rules import Operation, conv_geometry
 from sparsemodel.plan_trace import trace_operations
 
@@ -87,6 +90,7 @@ class TrainingPlan:
         activation_dtype: torch.dtype = torch.float32,
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
+        self._model = model
         self._input_shape = tuple(input_shape)
         self._batch_size = batch_size
         self._operations = trace_operations(model, self._input_shape)
@@ -100,6 +104,7 @@ class TrainingPlan:
             batch_size, recompute=recompute, bfloat16=activation_dtype == torch.bfloat16
         )
         self._bound: list[BoundModule] = []
+        self._nodes: dict[nn.Module, int] = {}  # of sparse layers
         for number, operation in enumerate(self._operations):
             added = self._add(operation)
             assert added == number, "each operation is one node"
@@ -137,11 +142,7 @@ class TrainingPlan:
             SparseModelError: images or labels of another shape, dtype or range; nothing has
                 changed then.
         """
-        images, labels = self._checked(images), _checked_labels(labels, len(images))
-        if len(images) > self._batch_size:
-            raise SparseModelError(
-                f"the plan is for batches of at most {self._batch_size}, got {len(images)}"
-            )
+        images, labels = self._checked_batch(images, labels)
         sgd = None if optimizer is None else self._sgd(optimizer)
         for bound in self._bound:
             bound.refresh(optimizer)
@@ -159,6 +160,34 @@ class TrainingPlan:
             [t for bound in self._bound for t in bound.written(parameters=sgd is not None)]
         )
         return result
+
+    def topk_pruned_gradients(
+        self, counts: Mapping[str, int], images: Tensor, labels: Tensor
+    ) -> dict[str, Entries]:
+        """The largest gradients, by magnitude, at pruned weights, of a batch in training mode.
+
+        As `grow.topk_pruned_gradients` of the mean cross-entropy, without its memory: what is
+        added to the plan's is a tile of gradient for each thread and O(K). The backward pass ends
+        with the earliest layer asked for. Parameters, gradients, momentum and running statistics
+        stay as they are.
+
+        Args:
+            counts: weight name of a sparse layer (`sparsify.sparse_layers`) -> how many to keep.
+            images, labels: as in `step`.
+
+        Returns:
+            Name -> (flat indices, int64, ascending; gradients, float32), at most counts[name] of
+            each: fewer where fewer weights are pruned, none where the plan has no such layer. Of
+            equal magnitudes the lower index is kept.
+
+        Raises:
+            MaskError: names that do not fit, a negative count, a gradient that is NaN.
+            SparseModelError: images or labels of another shape, dtype or range.
+        """
+        images, labels = self._checked_batch(images, labels)
+        growth = Growth(counted_layers(self._model, counts), self._nodes, counts)
+        self._refresh()
+        return growth.take(self._plan, self._native(images), labels)
 
     def evaluate(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
         """Mean loss and number correct by running statistics, of any number of samples.
@@ -229,6 +258,8 @@ class TrainingPlan:
         native = _native_geometry(geometry, self._batch_size, size)
         node = self._plan.add("conv", source, native)
         self._bound.append(BoundLayer(self._plan, node, module, operation.name, geometry))
+        if isinstance(module, SparseLayer):
+            self._nodes[module] = node
         return node
 
     def _add_norm(self, operation: Operation) -> int:
@@ -270,6 +301,14 @@ class TrainingPlan:
     def _refresh(self) -> None:
         for bound in self._bound:
             bound.refresh()
+
+    def _checked_batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = self._checked(images), _checked_labels(labels, len(images))
+        if len(images) > self._batch_size:
+            raise SparseModelError(
+                f"the plan is for batches of at most {self._batch_size}, got {len(images)}"
+            )
+        return images, labels
 
     def _checked(self, images: Tensor) -> Tensor:
         allowed = (torch.float32,) if self._pixels is None else (torch.float32, torch.uint8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from sparsemodel.errors import SparseModelError
 from sparsemodel.kernels import cpu
 
 RECOMPUTE, BFLOAT16 = 1, 2
+_NOT_FINITE = 5
 _INT, _LONG, _REAL, _ADDRESS = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
@@ -47,6 +49,17 @@ class Sgd(ctypes.Structure):
     """The optimiser step that ends a training step."""
 
     _fields_ = tuple((name, _REAL) for name in ("lr", "momentum", "weight_decay"))
+
+
+class TopK(ctypes.Structure):
+    """How many of a convolution's largest pruned gradients are asked for, and where they go.
+
+    `count` is written: how many there are, -1 where one is NaN.
+    """
+
+    _fields_ = (
+        ("k", _LONG), ("indices", _ADDRESS), ("top", _ADDRESS), ("count", _LONG), ("node", _INT),
+    )  # fmt: skip
 
 
 class Images(ctypes.Structure):
@@ -85,6 +98,7 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "train": (
         *(_INT, ctypes.POINTER(Images), _Labels, ctypes.POINTER(Sgd), _INT, _Double, _Count),
     ),
+    "topk_grads": (_INT, ctypes.POINTER(Images), _Labels, ctypes.POINTER(TopK), _INT, _INT),
     "infer": (_INT, ctypes.POINTER(Images), _ADDRESS, _Labels, _INT, _Double, _Count),
 }
 
@@ -164,6 +178,22 @@ class NativePlan:
             )
         )
         return self._loss.value, self._correct.value
+
+    def topk_grads(
+        self, batch: int, images: Images, labels: int, topk: Sequence[TopK], *, threads: int = 1
+    ) -> list[int]:
+        """The largest gradients at pruned weights, into the arrays of `topk`.
+
+        Returns:
+            How many of each there are; -1 of the one that holds a NaN, and the others not made.
+        """
+        asked = (TopK * len(topk))(*topk)
+        status = self._dll.spc_plan_topk_grads(
+            self._plan, batch, images, labels, asked, len(topk), threads
+        )
+        if status != _NOT_FINITE:
+            self._check(status)
+        return [one.count for one in asked]
 
     def infer(
         self,

@@ -19,6 +19,7 @@ from sparsemodel.kernels.plan_abi import (
     NormArrays,
     Parameter,
     Sgd,
+    TopK,
 )
 
 Array = np.ndarray[Any, Any]
@@ -171,6 +172,31 @@ def test_loss_of_known_logits() -> None:
     logits = np.empty((2, 2), np.float32)
     plan.infer(2, Images.floats(images.ctypes.data), logits=logits.ctypes.data)
     np.testing.assert_allclose(logits, [np.log([1, 3])] * 2, rtol=1e-6)
+
+
+def test_largest_gradients_of_known_logits() -> None:
+    """Without weights the gradients of the logits are as above: (1/4, -1/4) and (-3/4, 3/4).
+
+    For inputs (2, 4) and (0, 8) those of the weights are (0.25, -2.5) and (-0.25, 2.5); of the two
+    smaller ones, which are equally large, the first is taken.
+    """
+    plan = NativePlan(2)
+    output = plan.add("conv", plan.add("input", 2, 1, 1), Geometry.linear(2, 2, 2))
+    rows = np.zeros(3, np.int32)
+    bias = Weights(np.log([1.0, 3.0]))
+    places = [address(a) for a in (rows, None, rows, None, None)]
+    plan.bind_conv(output, ConvArrays(*places, Parameter(), bias.parameter()))
+    plan.build(output)
+    images, labels = np.array([[2, 4], [0, 8]], np.float32), np.array([1, 0])
+    indices, top = np.full(3, -1), np.zeros(3, np.float32)
+    asked = TopK(3, indices.ctypes.data, top.ctypes.data, 0, output)
+    floats = Images.floats(images.ctypes.data)
+    assert plan.topk_grads(2, floats, labels.ctypes.data, [asked]) == [3]
+    assert indices.tolist() == [0, 1, 3]
+    np.testing.assert_allclose(top, [0.25, -2.5, 2.5], rtol=1e-6)
+    assert not bias.gradient.any()
+    images[1, 0] = np.nan
+    assert plan.topk_grads(2, floats, labels.ctypes.data, [asked]) == [-1]
 
 
 def test_the_arena_of_a_small_network_counted_by_hand() -> None:

@@ -1,4 +1,4 @@
-// A plan's nodes, and the two programs (training, inference) that they are compiled into.
+// A plan's nodes, and the programs (training, inference, growth) that they are compiled into.
 #pragma once
 
 #include <cstddef>
@@ -37,7 +37,7 @@ struct Buffer {
 
 enum class Action {
     load, conv, norm_train, norm_infer, relu, add, max_pool, avg_pool, global_pool,
-    loss, conv_grads, weight_grad, input_grad, norm_grad, relu_grad, max_pool_grad, avg_pool_grad,
+    loss, conv_grads, weight_grad, topk_grad, input_grad, norm_grad, relu_grad, max_pool_grad, avg_pool_grad,
     global_pool_grad, copy, accumulate, compress, expand
 };
 
@@ -79,6 +79,7 @@ struct spc_plan {
     std::vector<spc::Node> nodes;
     spc::Program train, infer;
     std::unique_ptr<char, spc::FreeMemory> arena;
+    std::size_t allocated = 0;  // bytes of the arena
     std::vector<double> seconds;  // [2 * nodes]
     std::vector<std::int32_t> no_rows;  // zeros: the row_ptr of a pattern without entries
 };
@@ -87,6 +88,8 @@ namespace spc {
 
 Program training_program(const spc_plan& plan);
 Program inference_program(const spc_plan& plan);
+// Of the loss's largest gradients at the pruned weights of nodes [asked], and nothing else.
+Program growth_program(const spc_plan& plan, const std::vector<char>& asked);
 
 // Gives buffers that are in use at the same time different places.
 void place_buffers(Program* program, std::int32_t batch);
@@ -96,6 +99,8 @@ struct Batch {
     const spc_images* images;
     const std::int64_t* labels;  // or null
     int threads;
+    spc_plan_topk* topk = nullptr;  // of a growth program, one for each node asked
+    int num_topk = 0;
 };
 
 struct Score {

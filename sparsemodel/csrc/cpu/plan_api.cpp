@@ -182,12 +182,41 @@ int32_t check_sgd(const char* where, const spc_plan* plan, const spc_sgd& sgd) {
     return SPC_OK;
 }
 
-void allocate(spc_plan* plan) {
-    if (plan->arena) return;
+// Nothing in the arena outlives a run, so that a larger one may replace it.
+void allocate(spc_plan* plan, size_t at_least = 0) {
     constexpr size_t page = 4096;
-    const size_t bytes = (static_cast<size_t>(spc_plan_arena_bytes(plan)) + page) / page * page;
+    const auto planned = static_cast<size_t>(spc_plan_arena_bytes(plan));
+    const size_t bytes = ((at_least > planned ? at_least : planned) + page) / page * page;
+    if (bytes <= plan->allocated) return;
+    plan->arena.reset();
+    plan->allocated = 0;
     plan->arena.reset(static_cast<char*>(std::aligned_alloc(page, bytes)));
     if (!plan->arena) throw std::bad_alloc();
+    plan->allocated = bytes;
+}
+
+// Marks the convolutions whose gradients are asked for.
+int32_t check_topk(const char* where, const spc_plan* plan, spc_plan_topk* topk, int32_t num,
+                   std::vector<char>* asked) {
+    asked->assign(plan->nodes.size(), 0);
+    for (int32_t i = 0; i < num; ++i) {
+        spc_plan_topk& top = topk[i];
+        top.count = 0;
+        if (int32_t code = check_source(where, plan, top.node)) return code;
+        char& known = (*asked)[static_cast<size_t>(top.node)];
+        if (plan->nodes[static_cast<size_t>(top.node)].kind != Kind::conv || known)
+            return fail(SPC_BAD_ARGUMENT,
+                        "%s: node %d is no convolution, or asked for a second time", where,
+                        top.node);
+        known = 1;
+        if (top.k < 0)
+            return fail(SPC_BAD_ARGUMENT, "%s: expected k >= 0 of node %d, got %lld", where,
+                        top.node, static_cast<long long>(top.k));
+        if ((!top.indices || !top.top) && top.k > 0)
+            return fail(SPC_NULL_POINTER, "%s: indices or top of node %d is null", where,
+                        top.node);
+    }
+    return SPC_OK;
 }
 
 }  // namespace
@@ -408,6 +437,25 @@ extern "C" int32_t spc_plan_train(spc_plan* plan, int32_t batch, const spc_image
         *loss = score.loss;
         *correct = score.correct;
         return sgd ? sgd_step(plan, *sgd, threads) : static_cast<int32_t>(SPC_OK);
+    });
+}
+
+extern "C" int32_t spc_plan_topk_grads(spc_plan* plan, int32_t batch, const spc_images* images,
+                                       const int64_t* labels, spc_plan_topk* topk, int32_t num,
+                                       int32_t threads) {
+    const char* where = "plan_topk_grads";
+    const Batch run{batch, images, labels, threads, topk, num};
+    if (int32_t code = check_pointers(where, {plan, images, labels, topk})) return code;
+    if (int32_t code = check_run(where, plan, run)) return code;
+    if (int32_t code = check_variance(where, plan, batch, true)) return code;
+    return guarded(where, [&]() -> int32_t {
+        std::vector<char> asked;
+        if (int32_t code = check_topk(where, plan, topk, num, &asked)) return code;
+        Program program = growth_program(*plan, asked);
+        place_buffers(&program, plan->batch);
+        allocate(plan, program.bytes);
+        Score score;
+        return run_program(plan, program, run, &score);
     });
 }
 

@@ -6,9 +6,12 @@
 namespace spc {
 namespace {
 
+// Without `asked` the gradients of trained parameters are made, with it only the largest of the
+// weights of nodes [asked].
 class Writer {
 public:
-    Writer(const spc_plan& plan, bool training) : plan_(plan), training_(training) {
+    Writer(const spc_plan& plan, bool backward, const std::vector<char>* asked = nullptr)
+        : plan_(plan), backward_(backward), asked_(asked) {
         const std::size_t count = plan.nodes.size();
         value_.assign(count, -1);
         saved_.assign(count, -1);
@@ -21,7 +24,7 @@ public:
         half_.assign(count, -1);
         expanded_.assign(count, 0);
         for (int i = 0; i < static_cast<int>(count); ++i) study(i);
-        if (training)
+        if (backward_)
             for (int i = 0; i < static_cast<int>(count); ++i) keep(i);
     }
 
@@ -33,9 +36,9 @@ public:
         program_.logits = value_[plan_.output];
         Step loss{Action::loss, plan_.output};
         loss.x = program_.logits;
-        if (training_) loss.dy = gradient_[plan_.output] = activation(plan_.output);
+        if (backward_) loss.dy = gradient_[plan_.output] = activation(plan_.output);
         emit(loss);
-        if (training_)
+        if (backward_)
             for (int i = plan_.output; i > 0; --i) backward(i);
         return std::move(program_);
     }
@@ -50,7 +53,10 @@ private:
     }
 
     static bool trains(const spc_parameter& p) { return p.values && p.gradient; }
-    static bool trains(const Node& n) {
+    // Whether a node has parameters whose gradients are made.
+    bool trains(int i) const {
+        if (asked_) return (*asked_)[static_cast<std::size_t>(i)];
+        const Node& n = node(i);
         if (n.kind == Kind::conv)
             return trains(n.conv_arrays.bias) || n.conv_arrays.weight.gradient;
         return n.kind == Kind::norm &&
@@ -59,7 +65,7 @@ private:
 
     void study(int i) {
         const Node& n = node(i);
-        wants_[i] = trains(n) || (n.source >= 0 && wants_[n.source]) ||
+        wants_[i] = trains(i) || (n.source >= 0 && wants_[n.source]) ||
                     (n.other >= 0 && wants_[n.other]);
         if (n.kind == Kind::flatten) return;
         for (int read : {n.source, n.other}) {
@@ -81,7 +87,7 @@ private:
         const Node& n = node(i);
         if (!wants_[i]) return;
         if (n.kind == Kind::relu || (n.kind == Kind::norm && n.relu)) kept_[i] = 1;
-        if (n.kind == Kind::conv) kept_[storage(n.source)] = 1;
+        if (n.kind == Kind::conv && trains(i)) kept_[storage(n.source)] = 1;
         if (n.kind == Kind::norm && recomputed(i)) {
             kept_[storage(node(n.source).source)] = 1;
         } else if (n.kind == Kind::norm) {
@@ -137,7 +143,7 @@ private:
         }
         if (step.action == Action::norm_train) {
             saved_[i] = buffer(0, 2 * sizeof(float) * static_cast<std::size_t>(n.channels));
-        } else if (n.kind == Kind::max_pool && training_ && wants_[i]) {
+        } else if (n.kind == Kind::max_pool && backward_ && wants_[i]) {
             saved_[i] = buffer(static_cast<std::size_t>(n.size()));
         }
         step.saved = saved_[i];
@@ -151,7 +157,7 @@ private:
             case Kind::conv: return Action::conv;
             case Kind::norm:
                 // Without running statistics the batch's own serve in inference too.
-                return training_ || !n.norm_arrays.running_mean ? Action::norm_train
+                return backward_ || !n.norm_arrays.running_mean ? Action::norm_train
                                                                 : Action::norm_infer;
             case Kind::relu: return Action::relu;
             case Kind::add: return Action::add;
@@ -228,20 +234,17 @@ private:
 
     void backward_conv(int i) {
         const Node& n = node(i);
-        const bool passes = wants_[n.source], weight = n.conv_arrays.weight.gradient;
-        if (!trains(n) && !passes) return;
+        const bool passes = wants_[n.source];
         // Both gradients in one pass where both are wanted.
-        Step step = backward_step(Action::conv_grads, i);
-        step.x = kept_value(n.source);
-        if (trains(n) && !(passes && weight)) {
-            step.action = Action::weight_grad;
-            emit(step);
-            step.action = Action::input_grad;
-        } else if (!trains(n)) {
-            step.action = Action::input_grad;
+        const bool both = passes && !asked_ && n.conv_arrays.weight.gradient;
+        Step step = backward_step(both ? Action::conv_grads : Action::input_grad, i);
+        if (both) step.x = kept_value(n.source);
+        if (trains(i) && !both) {
+            Step own = backward_step(asked_ ? Action::topk_grad : Action::weight_grad, i);
+            own.x = kept_value(n.source);
+            emit(own);
         }
         if (!passes) return;
-        if (step.action == Action::input_grad) step.x = -1;
         step.dx = activation(n.source);
         emit(step);
         give(n.source, step.dx);
@@ -308,7 +311,8 @@ private:
     }
 
     const spc_plan& plan_;
-    const bool training_;
+    const bool backward_;
+    const std::vector<char>* asked_;
     Program program_;
     // By node: buffer of the result, of what its backward pass needs besides, and of the
     // result's gradient; whether that gradient is wanted.
@@ -328,5 +332,9 @@ private:
 Program training_program(const spc_plan& plan) { return Writer(plan, true).write(); }
 
 Program inference_program(const spc_plan& plan) { return Writer(plan, false).write(); }
+
+Program growth_program(const spc_plan& plan, const std::vector<char>& asked) {
+    return Writer(plan, true, &asked).write();
+}
 
 }  // namespace spc

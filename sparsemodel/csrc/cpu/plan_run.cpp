@@ -30,7 +30,8 @@ std::int32_t add(const float* a, const float* b, float* y, std::int64_t count, i
 class Runner {
 public:
     Runner(spc_plan* plan, const Program& program, const Batch& batch, Score* score)
-        : plan_(plan), program_(program), batch_(batch), score_(score) {}
+        : plan_(plan), program_(program), batch_(batch), score_(score),
+          training_(&program == &plan->train) {}
 
     std::int32_t run(const Step& step) {
         const Node& n = plan_->nodes[static_cast<std::size_t>(step.node)];
@@ -49,6 +50,7 @@ public:
             case Action::loss: return loss(n, x, dy);
             case Action::conv_grads: return conv_grads(n, x, dy, dx);
             case Action::weight_grad: return weight_grad(n, x, dy);
+            case Action::topk_grad: return topk_grad(step.node, x, dy);
             case Action::input_grad: return input_grad(n, dy, dx);
             case Action::norm_grad: return norm_grad(n, step);
             case Action::relu_grad: return spc_relu_backward(count, y, dy, dx, threads);
@@ -98,6 +100,18 @@ private:
                                     batch_.threads);
     }
 
+    std::int32_t topk_grad(int node, const float* x, const float* dy) const {
+        spc_plan_topk* top = batch_.topk;
+        while (top->node != node) ++top;
+        const Node& n = plan_->nodes[static_cast<std::size_t>(node)];
+        const spc_geometry g = geometry(n);
+        const std::int32_t code =
+            spc_topk_grad(&g, n.conv_arrays.row_ptr, n.conv_arrays.cols, x, dy, top->k, 0,
+                          top->indices, top->top, &top->count, batch_.threads);
+        if (code == SPC_NOT_FINITE) top->count = -1;
+        return code;
+    }
+
     std::int32_t input_grad(const Node& n, const float* dy, float* dx) const {
         const spc_geometry g = geometry(n);
         const spc_conv_arrays& a = n.conv_arrays;
@@ -107,17 +121,17 @@ private:
 
     std::int32_t norm_train(const Node& n, const Step& step) const {
         const spc_norm_arrays& a = n.norm_arrays;
-        const bool training = &program_ == &plan_->train;
         double momentum = n.momentum < 0.0 ? 0.0 : n.momentum;
-        if (training && a.num_batches) {
+        if (training_ && a.num_batches) {
             ++*a.num_batches;
             if (n.momentum < 0.0) momentum = 1.0 / static_cast<double>(*a.num_batches);
         }
         float* saved = at(step.saved);
         return spc_batchnorm_train(n.channels, n.pixels() * batch_.size, at(step.x),
                                    at(step.residual), a.gamma.values, a.beta.values, n.eps,
-                                   momentum, a.running_mean, a.running_var, n.relu, at(step.y),
-                                   saved, saved + n.channels, batch_.threads);
+                                   momentum, training_ ? a.running_mean : nullptr,
+                                   training_ ? a.running_var : nullptr, n.relu, at(step.y), saved,
+                                   saved + n.channels, batch_.threads);
     }
 
     std::int32_t norm_infer(const Node& n, const Step& step) const {
@@ -133,8 +147,10 @@ private:
         const float* saved = at(step.saved);
         return spc_batchnorm_backward(n.channels, n.pixels() * batch_.size, at(step.x),
                                       at(step.y), at(step.dy), a.gamma.values, saved,
-                                      saved + n.channels, n.relu, at(step.dx), a.gamma.gradient,
-                                      a.beta.gradient, at(step.dresidual), batch_.threads);
+                                      saved + n.channels, n.relu, at(step.dx),
+                                      training_ ? a.gamma.gradient : nullptr,
+                                      training_ ? a.beta.gradient : nullptr, at(step.dresidual),
+                                      batch_.threads);
     }
 
     std::int32_t pool(const Node& n, const Step& step) const {
@@ -169,6 +185,7 @@ private:
     const Program& program_;
     const Batch& batch_;
     Score* score_;
+    const bool training_;  // whether parameters get gradients and running statistics move
 };
 
 }  // namespace

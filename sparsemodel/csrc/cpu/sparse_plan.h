@@ -17,7 +17,7 @@
  *
  * Conventions are those of sparse_cpu.h; functions that add a node return its number, or -1
  * with spc_last_error(). A plan runs in one thread at a time; different plans may run at once.
- * Results do not depend on `threads`. After a run that failed, gradients, running statistics and
+ * Results do not depend on `threads`. After a training step that failed, gradients, running statistics and
  * parameters are partly updated, unless the error is about the arguments.
  */
 #ifndef SPARSE_PLAN_H
@@ -74,6 +74,15 @@ typedef struct {
     const float* shift;
 } spc_images;
 
+/* The largest gradients asked for, and found, at the pruned weights of one convolution. */
+typedef struct {
+    int64_t k;        /* >= 0; how many are asked for */
+    int64_t* indices; /* [k] flat as in spc_topk_grad, ascending; `count` of them are written */
+    float* top;       /* [k] */
+    int64_t count;    /* written: at most k; -1 where a gradient is NaN */
+    int32_t node;     /* the convolution; each at most once */
+} spc_plan_topk;
+
 /* A plan for up to `batch` samples; `flags` of spc_plan_flags. NULL with spc_last_error(). */
 SPC_API spc_plan* spc_plan_new(int32_t batch, int32_t flags);
 SPC_API void spc_plan_free(spc_plan* plan);
@@ -116,6 +125,15 @@ SPC_API int64_t spc_plan_arena_bytes(const spc_plan* plan);
 SPC_API int32_t spc_plan_train(spc_plan* plan, int32_t batch, const spc_images* images,
                                const int64_t* labels, const spc_sgd* sgd, int32_t threads,
                                double* loss, int64_t* correct);
+/* The k largest |gradients| of the mean loss of a batch outside the masks of `num` convolutions,
+ * with batch norm by the batch's own statistics as in training; ties go to the lower index. No
+ * other gradient of parameters is made, the backward pass ends with the first of these nodes, and
+ * gradients, momentum and running statistics stay as they are. Memory is the arena (larger than
+ * spc_plan_arena_bytes only for layers that were frozen when the plan was built) and that of
+ * spc_topk_grad. A NaN gives SPC_NOT_FINITE, and what other nodes get is undefined. */
+SPC_API int32_t spc_plan_topk_grads(spc_plan* plan, int32_t batch, const spc_images* images,
+                                    const int64_t* labels, spc_plan_topk* topk, int32_t num,
+                                    int32_t threads);
 /* By running statistics: logits float32 [batch, classes] (NULL: not wanted), and with labels
  * (NULL: none) mean loss and number correct. */
 SPC_API int32_t spc_plan_infer(spc_plan* plan, int32_t batch, const spc_images* images,

@@ -43,10 +43,14 @@ spc_geometry geometry(int in, int out, int size, int kernel, int stride) {
 
 struct Layer {
     Layer(spc_plan* plan, int source, const spc_geometry& g, double density)
-        : node(spc_plan_conv(plan, source, &g)), row_ptr(1, 0), bias(g.out_channels), weight(0) {
+        : node(spc_plan_conv(plan, source, &g)),
+          length(g.in_channels * g.kernel_h * g.kernel_w),
+          row_ptr(1, 0),
+          bias(g.out_channels),
+          weight(0) {
         std::bernoulli_distribution active(density);
         for (int o = 0; o < g.out_channels; ++o) {
-            for (int c = 0; c < g.in_channels * g.kernel_h * g.kernel_w; ++c)
+            for (int c = 0; c < length; ++c)
                 if (active(generator)) cols.push_back(c);
             row_ptr.push_back(static_cast<int>(cols.size()));
         }
@@ -63,7 +67,7 @@ struct Layer {
                                      bias.arrays()};
         check(!spc_plan_bind_conv(plan, node, &arrays), "bind_conv");
     }
-    int node;
+    int node, length;  // of a row of the weight
     std::vector<int> row_ptr, cols, t_row_ptr, t_cols, t_perm;
     Parameter bias, weight;
 };
@@ -83,6 +87,57 @@ struct Norm {
     Parameter gamma, beta;
     std::vector<float> mean, var;
 };
+
+// All pruned gradients of two layers: at the places that the patterns lack, in order, with
+// gradients and statistics left alone.
+void test_topk(spc_plan* plan, int batch, const spc_images* images, const std::int64_t* labels,
+               const std::vector<const Layer*>& layers, const Norm& norm, int threads) {
+    std::vector<spc_plan_topk> asked;
+    std::vector<std::vector<std::int64_t>> indices, pruned;
+    std::vector<std::vector<float>> top, gradients;
+    for (const Layer* layer : layers) {
+        pruned.emplace_back();
+        const auto rows = static_cast<int>(layer->row_ptr.size()) - 1;
+        for (int row = 0; row < rows; ++row)
+            for (int c = 0; c < layer->length; ++c)
+                if (!std::binary_search(layer->cols.begin() + layer->row_ptr[row],
+                                        layer->cols.begin() + layer->row_ptr[row + 1], c))
+                    pruned.back().push_back(static_cast<std::int64_t>(row) * layer->length + c);
+        indices.emplace_back(pruned.back().size() + 9);
+        top.emplace_back(indices.back().size());
+        gradients.push_back(layer->weight.gradient);
+        asked.push_back({static_cast<std::int64_t>(indices.back().size()), indices.back().data(),
+                         top.back().data(), 0, layer->node});
+    }
+    const std::vector<float> mean = norm.mean, var = norm.var, beta = norm.beta.gradient;
+    const auto call = [&](std::size_t num) {
+        return spc_plan_topk_grads(plan, batch, images, labels, asked.data(),
+                                   static_cast<std::int32_t>(num), threads);
+    };
+    check(!call(asked.size()), "topk_grads");
+    for (std::size_t i = 0; i < asked.size(); ++i) {
+        const auto count = static_cast<std::size_t>(asked[i].count);
+        check(count == pruned[i].size() &&
+                  std::equal(pruned[i].begin(), pruned[i].end(), indices[i].begin()),
+              "all pruned places");
+        check(std::any_of(top[i].begin(), top[i].begin() + asked[i].count,
+                          [](float g) { return g != 0.0f; }),
+              "gradients of pruned weights");
+        check(gradients[i] == layers[i]->weight.gradient, "gradients are left alone");
+    }
+    check(mean == norm.mean && var == norm.var && beta == norm.beta.gradient,
+          "statistics are left alone");
+    asked.push_back(asked[0]);
+    check(call(asked.size()) == SPC_BAD_ARGUMENT, "a node asked for twice");
+    asked.pop_back();
+    asked[0].k = -1;
+    check(call(1) == SPC_BAD_ARGUMENT, "negative k");
+    asked[0].k = 1;
+    for (std::int32_t node : {-1, norm.node, 1000}) {
+        asked[0].node = node;
+        check(call(1) == SPC_BAD_ARGUMENT, "no convolution");
+    }
+}
 
 void test_network(int batch, int flags, int threads) {
     spc_plan* plan = spc_plan_new(batch, flags);
@@ -113,6 +168,8 @@ void test_network(int batch, int flags, int threads) {
         return loss;
     };
     step(nullptr);
+    test_topk(plan, batch, &images, labels.data(), {&fc, &conv1, &side}, norm1, threads);
+    test_topk(plan, batch, &images, labels.data(), {&conv2}, norm2, threads);
     for (Parameter* p : {&stem.weight, &norm0.gamma, &conv1.weight, &norm1.beta, &conv2.weight,
                          &side.weight, &side.bias, &norm2.gamma, &fc.weight, &fc.bias}) {
         const std::vector<float> before = p->values, gradient = p->gradient;
