@@ -1,6 +1,7 @@
 // The table of one instruction set: compiled once for each, with SPC_ISA and its flags.
 #include "isa_arrays.h"
 #include "isa_backward.h"
+#include "isa_direct.h"
 #include "isa_norm.h"
 #include "isa_sddmm.h"
 #include "isa_spmm.h"
@@ -17,6 +18,8 @@ const Kernels table = {
     kBackFloats,
     spmm,
     backward,
+    direct_spmm,
+    direct_backward,
     sddmm,
     sddmm_rows,
     stage,
