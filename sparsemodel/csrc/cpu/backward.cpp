@@ -137,13 +137,13 @@ bool backward(const Stencil& s, const Rows& rows, const float* x, const float* d
               float* dvalues, int threads) {
     const std::int64_t phases = s.target_phases(), channels = s.target_channels;
     const std::int64_t total = phases * channels, nnz = rows.row_ptr[total];
+    Tiling t;
+    if (!make_tiling(s, &t)) return false;
     DirectPlan plan;
-    if (plan_direct(s, nnz, &plan)) {
+    if (plan_direct(s, t, nnz, &plan)) {
         direct_backward(s, plan, rows, x, dy, dx, dvalues, threads);
         return true;
     }
-    Tiling t;
-    if (!make_tiling(s, &t)) return false;
     threads = worthwhile_threads(threads, 2.0 * pass_work(s, t, nnz));
     auto* entries = scratch_array<Entry>(Slot::entries, std::max<std::int64_t>(nnz, 1));
     expand(s, t, rows, entries, threads);

@@ -141,15 +141,15 @@ void direct_times(const Stencil& s, const DirectPlan& plan, const Rows& rows, co
 
 bool sparse_times_tiles(const Stencil& s, const Rows& rows, const float* bias,
                         const float* source, float* target, int threads) {
-    DirectPlan plan;
-    if (plan_direct(s, rows.row_ptr[s.target_phases() * s.target_channels], &plan)) {
-        direct_times(s, plan, rows, bias, source, target, threads);
-        return true;
-    }
     Tiling t;
     if (!make_tiling(s, &t)) return false;
     const std::int64_t phases = s.target_phases(), channels = s.target_channels;
     const std::int64_t nnz = rows.row_ptr[phases * channels];
+    DirectPlan plan;
+    if (plan_direct(s, t, nnz, &plan)) {
+        direct_times(s, plan, rows, bias, source, target, threads);
+        return true;
+    }
     threads = worthwhile_threads(threads, pass_work(s, t, nnz));
     auto* entries = scratch_array<Entry>(Slot::entries, std::max<std::int64_t>(nnz, 1));
     expand(s, t, rows, entries, threads);

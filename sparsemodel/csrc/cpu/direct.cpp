@@ -1,14 +1,22 @@
 #include "direct.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "pool.h"
 
 namespace spc {
 namespace {
 
-std::int64_t env(const char* n, std::int64_t d) { const char* v = std::getenv(n); return v ? std::atoll(v) : d; }
+constexpr std::int64_t kLargestOffset = (std::int64_t{1} << 31) - 1;
+constexpr std::int64_t kStepFloats = 1024;
+constexpr std::int64_t kStepLanes = 64;
+constexpr std::int64_t kMaxClasses = 32;
+// Measured, in entries of one group: starting and storing a group, packing a group of the source,
+// an entry's place in one list; and what an entry costs on a source whose channels share sets of
+// the caches.
+constexpr double kGroupCost = 1.5, kPackCost = 4.0, kListCost = 0.15, kDirectLoad = 1.05;
+// Lists beyond this would drive the source out of the second and third level.
+constexpr std::int64_t kListBytes = 4 * 1024 * 1024;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -26,46 +34,83 @@ void classify(const Axis& axis, std::vector<int>* class_of, std::vector<std::uin
     }
 }
 
+// As much of a row as holds kStepFloats, or some whole rows. Long pieces: measured, lanes or
+// columns that fit more rows into the second level lose more than they gain.
 void choose_step(const Stencil& s, DirectPlan* plan) {
-    const std::int64_t kStepFloats = env("SF", 1024), kStepBytes = env("SB", 800) << 10, kRows = env("SR", 2);
-    const auto bytes = [&] {
-        return (std::min<std::int64_t>(plan->rows + s.h.extent, s.h.source)) *
-               std::min<std::int64_t>(plan->cols + s.w.extent, s.w.source) * plan->lanes * 4 * s.source_channels;
-    };
-    for (std::int64_t most = env("SL", 64);; most /= 2) {
-        const std::int64_t blocks = s.batch / kBlockFloats;
-        plan->lanes = ceil_div(blocks, ceil_div(s.batch, most)) * kBlockFloats;
-        const std::int64_t pixels = std::max<std::int64_t>(1, kStepFloats / plan->lanes);
-        plan->rows = std::min<std::int64_t>(kRows, s.h.target);
-        plan->cols = std::clamp<std::int64_t>(pixels / plan->rows, 1, s.w.target);
-        plan->rows = std::clamp<std::int64_t>(pixels / plan->cols, 1, s.h.target);
-        if (bytes() <= kStepBytes || most <= 16) break;
-    }
-    plan->cols = ceil_div(s.w.target, ceil_div(s.w.target, plan->cols));
-    plan->rows = ceil_div(s.h.target, ceil_div(s.h.target, plan->rows));
+    const std::int64_t blocks = s.batch / kBlockFloats;
+    plan->lanes = ceil_div(blocks, ceil_div(s.batch, kStepLanes)) * kBlockFloats;
+    const std::int64_t pixels = std::max<std::int64_t>(1, kStepFloats / plan->lanes);
+    const std::int64_t cols = std::min<std::int64_t>(pixels, s.w.target);
+    const std::int64_t rows = std::clamp<std::int64_t>(pixels / cols, 1, s.h.target);
     plan->slices = ceil_div(s.batch, plan->lanes);
-    plan->steps_h = ceil_div(s.h.target, plan->rows);
-    plan->steps_w = ceil_div(s.w.target, plan->cols);
+    plan->steps_h = ceil_div(s.h.target, rows);
+    plan->steps_w = ceil_div(s.w.target, cols);
+    plan->rows = ceil_div(s.h.target, plan->steps_h);
+    plan->cols = ceil_div(s.w.target, plan->steps_w);
+}
+
+// How many of positions [first, first + count) are of each class.
+std::vector<std::int64_t> count_classes(const std::vector<int>& class_of, std::size_t classes,
+                                        std::int64_t first, std::int64_t count) {
+    std::vector<std::int64_t> counts(classes);
+    const auto last = std::min<std::int64_t>(first + count, class_of.size());
+    for (std::int64_t i = first; i < last; ++i) ++counts[class_of[i]];
+    return counts;
+}
+
+double share(std::uint64_t taps, const Axis& axis) {
+    return static_cast<double>(__builtin_popcountll(taps)) / static_cast<double>(axis.taps.size());
+}
+
+// What one row of the pattern with `entries` entries costs over all steps; the unit is one entry
+// at one group of kMaxGroupFloats positions.
+double direct_cost(const Stencil& s, const DirectPlan& plan, double entries) {
+    double cost = kListCost * entries * static_cast<double>(plan.classes());
+    for (std::int64_t h = 0; h < plan.steps_h; ++h) {
+        const auto rows =
+            count_classes(plan.row_class, plan.row_taps.size(), h * plan.rows, plan.rows);
+        for (std::int64_t w = 0; w < plan.steps_w; ++w) {
+            const auto cols =
+                count_classes(plan.col_class, plan.col_taps.size(), w * plan.cols, plan.cols);
+            for (std::size_t i = 0; i < rows.size(); ++i)
+                for (std::size_t j = 0; j < cols.size(); ++j) {
+                    const std::int64_t groups =
+                        ceil_div(rows[i] * cols[j] * plan.lanes, kMaxGroupFloats);
+                    const double kept = share(plan.row_taps[i], s.h) * share(plan.col_taps[j], s.w);
+                    cost += static_cast<double>(plan.slices * groups) *
+                            (kDirectLoad * kept * entries + kGroupCost);
+                }
+        }
+    }
+    return cost;
+}
+
+double packed_cost(const Stencil& s, const Tiling& t, double entries) {
+    const std::int64_t positions =
+        t.joined ? ((t.tile_rows - 1) * t.pitch + t.tile_cols) * t.lanes
+                 : t.tile_rows * t.tile_cols * t.lanes;
+    const double groups =
+        static_cast<double>(t.tiles() * ceil_div(positions, kMaxGroupFloats));
+    const double packed = static_cast<double>(s.source_channels * s.source_row()) /
+                          static_cast<double>(s.target_channels * kMaxGroupFloats);
+    return groups * (entries + kGroupCost) + (t.direct ? 0.0 : kPackCost * packed);
 }
 
 }  // namespace
 
-bool plan_direct(const Stencil& s, std::int64_t nnz, DirectPlan* plan) {
-    constexpr std::int64_t kLargestOffset = (std::int64_t{1} << 31) - 1;
-    const std::int64_t on = env("DIRECT", 1);
-    if (!on) return false;
+bool plan_direct(const Stencil& s, const Tiling& t, std::int64_t nnz, DirectPlan* plan) {
     if (s.batch % kBlockFloats != 0 || s.target_phases() != 1) return false;
     if (s.h.source_step != 1 || s.w.source_step != 1) return false;
     if (s.h.taps.size() > 64 || s.w.taps.size() > 64) return false;
     if (s.source_channels * s.source_row() > kLargestOffset) return false;
     classify(s.h, &plan->row_class, &plan->row_taps);
     classify(s.w, &plan->col_class, &plan->col_taps);
-    if (plan->classes() > 32) return false;
-    const std::int64_t blocks = s.target_row() / kBlockFloats;
-    if (blocks < env("MB", 8) * plan->classes()) return false;
-    if (nnz * plan->classes() * 12 > (env("MN", 100000) << 10)) return false;
+    if (plan->classes() > kMaxClasses) return false;
+    const auto entry_bytes = static_cast<std::int64_t>(sizeof(DirectEntry));
+    if (nnz * plan->classes() * entry_bytes > kListBytes) return false;
     choose_step(s, plan);
-    return true;
+    const double entries = static_cast<double>(nnz) / static_cast<double>(s.target_channels);
+    return direct_cost(s, *plan, entries) < packed_cost(s, t, entries);
 }
 
 DirectLists list_entries(const Stencil& s, const DirectPlan& plan, const Rows& rows, int threads) {
@@ -99,7 +144,7 @@ DirectLists list_entries(const Stencil& s, const DirectPlan& plan, const Rows& r
             const auto base = static_cast<std::int32_t>(row / (total / s.groups) * channels *
                                                         s.source_row());
             const std::int32_t first = rows.row_ptr[row];
-            DirectEntry* to[32];
+            DirectEntry* to[kMaxClasses];
             for (std::int64_t k = 0; k < classes; ++k) to[k] = entries + k * nnz + first;
             for (std::int32_t e = first; e < rows.row_ptr[row + 1]; ++e) {
                 const Code& c = codes[rows.cols[e]];
@@ -138,8 +183,6 @@ DirectSteps::Rectangle DirectSteps::rectangle(std::int64_t step) const {
 
 Ahead DirectSteps::ahead(const Rectangle& now, std::int64_t step) {
     Ahead a{};
-    const std::int64_t on = env("AHEAD", 1);
-    if (!on) return a;
     if (step + 1 >= plan_.steps()) return a;
     const Rectangle next = rectangle(step + 1);
     const auto clip = [](std::int64_t at, std::int64_t size) {

@@ -24,8 +24,8 @@ struct DirectPlan {
     std::int64_t steps() const { return slices * steps_h * steps_w; }
 };
 
-// False where packing serves better, or the source cannot be read directly.
-bool plan_direct(const Stencil& s, std::int64_t nnz, DirectPlan* plan);
+// False where packing, as in `t`, costs less, or the source cannot be read directly.
+bool plan_direct(const Stencil& s, const Tiling& t, std::int64_t nnz, DirectPlan* plan);
 
 // Entries by class, in this thread's scratch memory.
 struct DirectLists {
