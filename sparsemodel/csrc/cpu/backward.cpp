@@ -1,4 +1,5 @@
-// Input and weight gradient together: the output gradient is packed once and read once.
+// Input and weight gradient together: the output gradient is packed once, or not at all, and
+// read once.
 #include <algorithm>
 #include <vector>
 
@@ -112,8 +113,7 @@ void direct_backward(const Stencil& s, const DirectPlan& plan, const Rows& rows,
     const std::int64_t parts = count_parts(chunks, channels, threads);
     std::vector<std::int64_t> bounds(static_cast<std::size_t>(parts + 1));
     split_rows(rows.row_ptr, channels, parts, bounds.data());
-    add_chunks(chunks, parts, nnz, rows, dvalues, threads,
-               [&](std::int64_t chunk, std::int64_t part, float* sums) {
+    const auto add = [&](std::int64_t chunk, std::int64_t part, float* sums) {
         const std::int64_t* range = bounds.data() + part;
         std::fill(sums + rows.row_ptr[range[0]], sums + rows.row_ptr[range[1]], 0.0f);
         DirectSteps all(s, plan, lists, dy, range);
@@ -128,7 +128,8 @@ void direct_backward(const Stencil& s, const DirectPlan& plan, const Rows& rows,
             work.lanes = lanes;
             kernels().direct_backward(work);
         }
-    });
+    };
+    add_chunks(chunks, parts, nnz, rows, dvalues, threads, add);
 }
 
 }  // namespace
@@ -156,8 +157,7 @@ bool backward(const Stencil& s, const Rows& rows, const float* x, const float* d
                    bounds.data() + phase * (parts + 1));
 
     const Work w{s, t, rows, entries, x, dy, dx, longest, next_call()};
-    add_chunks(chunks, parts, nnz, rows, dvalues, threads,
-               [&](std::int64_t chunk, std::int64_t part, float* sums) {
+    const auto add = [&](std::int64_t chunk, std::int64_t part, float* sums) {
         for (std::int64_t phase = 0; phase < phases; ++phase) {
             const std::int64_t* range = bounds.data() + phase * (parts + 1) + part;
             const std::int32_t* row_ptr = rows.row_ptr + phase * channels;
@@ -167,7 +167,8 @@ bool backward(const Stencil& s, const Rows& rows, const float* x, const float* d
         for (std::int64_t index = t.tiles() * chunk / chunks; index < last; ++index)
             for (std::int64_t phase = 0; phase < phases; ++phase)
                 add_tile(w, index, phase, bounds.data() + phase * (parts + 1) + part, sums);
-    });
+    };
+    add_chunks(chunks, parts, nnz, rows, dvalues, threads, add);
     return true;
 }
 

@@ -1,4 +1,4 @@
-// Forward and input gradient: sparse rows times packed tiles.
+// Forward and input gradient: sparse rows times packed tiles, or times the source as it is.
 #include "conv.h"
 
 #include <algorithm>

@@ -135,7 +135,8 @@ DirectLists list_entries(const Stencil& s, const DirectPlan& plan, const Rows& r
                                                                 plan.col_taps[k % wide] >> j & 1)
                                      << k;
             }
-    auto* entries = scratch_array<DirectEntry>(Slot::entries, std::max<std::int64_t>(1, classes * nnz));
+    auto* entries =
+        scratch_array<DirectEntry>(Slot::entries, std::max<std::int64_t>(1, classes * nnz));
     auto* ends = scratch_array<std::int32_t>(Slot::targets, classes * total);
     const std::int64_t parts = std::min<std::int64_t>(total, threads * 4);
     parallel(parts, threads, [&](std::int64_t part) {
@@ -232,7 +233,8 @@ DirectTile DirectSteps::tile(std::int64_t step) {
             }
         }
         if (sources_.size() == first) continue;
-        pieces_.push_back({lists_.entries + k * lists_.nnz, lists_.ends + k * lists_.rows + range_[0],
+        pieces_.push_back({lists_.entries + k * lists_.nnz,
+                           lists_.ends + k * lists_.rows + range_[0],
                            static_cast<std::int64_t>(sources_.size() - first),
                            sources_.data() + first, targets_.data() + first});
     }

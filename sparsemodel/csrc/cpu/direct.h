@@ -35,8 +35,8 @@ struct DirectLists {
 };
 DirectLists list_entries(const Stencil& s, const DirectPlan& plan, const Rows& rows, int threads);
 
-// Runs steps [first, last) for target channels [range[0], range[1]): calls body(tile) with all
-// but the fields of the output filled in.
+// Makes the tiles of steps for target channels [range[0], range[1]), all but the fields of the
+// pattern and the output.
 class DirectSteps {
 public:
     DirectSteps(const Stencil& s, const DirectPlan& plan, const DirectLists& lists,
