@@ -34,7 +34,8 @@ class SparseLayer(nn.Module):
     `values`, a parameter [nnz] in the order of `weight[mask]`, is the only weight storage, so
     gradients and optimiser state are as long as it is. The pattern is in the int32 buffers
     `row_ptr` [out + 1] and `cols` [nnz]. Two more indices are not part of the state: `transposed`
-    serves gradients of sparse kernels, `flat` the dense ones (made when they first run).
+    serves gradients of sparse kernels; `bits`, a bit a weight, the dense ones (made when they
+    first run).
     """
 
     values: nn.Parameter
@@ -42,7 +43,7 @@ class SparseLayer(nn.Module):
     row_ptr: torch.Tensor
     cols: torch.Tensor
     transposed: torch.Tensor
-    flat: torch.Tensor
+    bits: torch.Tensor
 
     def __init__(
         self,
@@ -174,16 +175,16 @@ class SparseLayer(nn.Module):
         self.register_buffer("row_ptr", row_ptr)
         self.register_buffer("cols", cols)
         self.register_buffer("transposed", index.transposed, persistent=False)
-        self.register_buffer("flat", index.flat, persistent=False)
+        self.register_buffer("bits", index.bits, persistent=False)
 
     def _index(self, dense: bool) -> SparseIndex:
         buffers: dict[str, Any] = self._buffers  # attribute access costs three times as much
         index = SparseIndex(
-            buffers["row_ptr"], buffers["cols"], buffers["transposed"], buffers["flat"]
+            buffers["row_ptr"], buffers["cols"], buffers["transposed"], buffers["bits"]
         )
-        if dense and len(index.cols) < self._numel and not torch.compiler.is_compiling():
-            index = index.with_positions(self._geometry.row_length)
-            buffers["flat"] = index.flat
+        if dense and not index.bits.numel() and not torch.compiler.is_compiling():
+            index = index.with_bits(self._geometry.row_length)
+            buffers["bits"] = index.bits
         return index
 
     def _load_from_state_dict(

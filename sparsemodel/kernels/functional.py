@@ -8,6 +8,7 @@ Gradients of gradients are not offered.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -22,18 +23,22 @@ from sparsemodel.pattern import flat_positions
 
 Tensor = torch.Tensor
 
+# Up to so many rows a linear layer's dense weight is put together in registers: at 16 it takes as
+# long as the dense weight and torch's product, beyond longer.
+MAX_FEW_ROWS = 16
+
 
 class SparseIndex(NamedTuple):
-    """Where a layer's values stand: CSR by output, the native index by input, flat indices.
+    """Where a layer's values stand: CSR by output, the native index by input, a bit a weight.
 
-    `transposed` is there (not empty) where native kernels can run, `flat` (int64 [nnz]) where
-    dense kernels have run.
+    `transposed` is there (not empty) where native sparse kernels can run, `bits` (int16 [out,
+    ceil(row length / 16)]) where the native library has computed through the dense weight.
     """
 
     row_ptr: Tensor
     cols: Tensor
     transposed: Tensor
-    flat: Tensor
+    bits: Tensor
 
     @classmethod
     def build(
@@ -43,13 +48,13 @@ class SparseIndex(NamedTuple):
         transposed = torch.empty(0, dtype=torch.int32, device=cols.device)
         if sparse and cols.device.type == "cpu" and native.loaded():
             transposed = native.transpose_pattern(row_ptr, cols, geometry)
-        return cls(row_ptr, cols, transposed, cols.new_empty(0, dtype=torch.int64))
+        return cls(row_ptr, cols, transposed, cols.new_empty(0, dtype=torch.int16))
 
-    def with_positions(self, row_length: int) -> SparseIndex:
-        """The same with `flat`, which dense kernels read."""
-        if self.flat.numel() == self.cols.numel():
+    def with_bits(self, row_length: int) -> SparseIndex:
+        """The same with `bits`, where the native library can make them."""
+        if self.bits.numel() or not native.reaches_pattern(self.cols):
             return self
-        return self._replace(flat=flat_positions(self.row_ptr, self.cols, row_length))
+        return self._replace(bits=native.pattern_bits(self.row_ptr, self.cols, row_length))
 
 
 def sparse_linear(
@@ -83,13 +88,8 @@ def sparse_linear(
     differentiable = _differentiable(x, values, bias)
     y: Tensor
     if dense or not _native(values, index):
-        out_features, in_features = index.row_ptr.numel() - 1, x.shape[-1]
-        if values.numel() == out_features * in_features:
-            return functional.linear(x, values.view(out_features, in_features), bias)
-        flat = index.with_positions(in_features).flat
-        call = _DenseLinear.apply if differentiable else reference.linear
-        y = call(x, values, bias, flat, out_features)
-    elif differentiable:
+        return _dense_linear(x, values, bias, index, differentiable)
+    if differentiable:
         y = _Linear.apply(x, values, bias, index.row_ptr, index.cols, index.transposed)
     else:
         y = ops.linear(features_first(x), values, bias, index.row_ptr, index.cols)
@@ -132,15 +132,8 @@ def sparse_conv2d(
     differentiable = _differentiable(x, values, bias)
     y: Tensor
     if dense or not _native(values, index):
-        if values.numel() == geometry.out_channels * geometry.row_length and x.is_contiguous():
-            weight, g = values.view(geometry.weight_shape), geometry
-            return functional.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
-        flat = index.with_positions(geometry.row_length).flat
-        if differentiable:
-            y = _DenseConv2d.apply(x, values, bias, flat, geometry)
-        else:
-            y = reference.conv2d(contiguous_nchw(x), values, bias, flat, geometry)
-    elif differentiable:
+        return _dense_conv2d(x, values, bias, index, geometry, differentiable)
+    if differentiable:
         y = _Conv2d.apply(x, values, bias, index.row_ptr, index.cols, index.transposed, geometry)
     else:
         y = ops.conv2d(batch_innermost(x), values, bias, index.row_ptr, index.cols, geometry)
@@ -223,6 +216,51 @@ class _Linear(torch.autograd.Function):
         return (*_given(ctx, dx, dvalues, dbias), None, None, None)
 
 
+def _dense_linear(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: SparseIndex, differentiable: bool
+) -> Tensor:
+    """Through the dense weight; of few rows, without ever making it."""
+    shape = index.row_ptr.numel() - 1, x.shape[-1]
+    few = x.numel() <= MAX_FEW_ROWS * shape[1] and native.reaches(x)
+    if not few and values.numel() == shape[0] * shape[1]:
+        return functional.linear(x, values.view(shape), bias)
+    index = index.with_bits(shape[1])
+    y: Tensor
+    if few:
+        call = _FewLinear.apply if differentiable else native.linear_few
+        y = call(x.contiguous(), values, bias, index.row_ptr, index.cols, index.bits)
+    elif differentiable:
+        y = _DenseLinear.apply(x, values, bias, index.row_ptr, index.cols, index.bits)
+    else:
+        y = reference.linear(x, _weight(values, index, shape), bias)
+    return y
+
+
+class _FewLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        row_ptr: Tensor,
+        cols: Tensor,
+        bits: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, values, row_ptr, cols, bits)
+        return native.linear_few(x, values, bias, row_ptr, cols, bits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, row_ptr, cols, bits = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        gradients = native.linear_few_backward(
+            dy.contiguous(), x, values, row_ptr, cols, bits, wanted
+        )
+        return (*gradients, None, None, None)
+
+
 class _DenseLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -230,18 +268,24 @@ class _DenseLinear(torch.autograd.Function):
         x: Tensor,
         values: Tensor,
         bias: Tensor | None,
-        flat: Tensor,
-        out_features: int,
+        row_ptr: Tensor,
+        cols: Tensor,
+        bits: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, values, flat)
-        return reference.linear(x, values, bias, flat, out_features)
+        ctx.save_for_backward(x, values, row_ptr, cols, bits)
+        index = SparseIndex(row_ptr, cols, cols, bits)
+        shape = row_ptr.numel() - 1, x.shape[-1]
+        return reference.linear(x, _weight(values, index, shape), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, flat = ctx.saved_tensors
+        x, values, row_ptr, cols, bits = ctx.saved_tensors
+        index = SparseIndex(row_ptr, cols, cols, bits)
         wanted = ctx.needs_input_grad[:3]
-        return (*reference.linear_backward(dy, x, values, flat, wanted), None, None)
+        weight = _weight(values, index, (dy.shape[-1], x.shape[-1])) if wanted[0] else None
+        dx, gradient, dbias = reference.linear_backward(dy, x, weight, wanted)
+        return dx, _at_mask(gradient, index), dbias, None, None, None
 
 
 class _Conv2d(torch.autograd.Function):
@@ -276,6 +320,27 @@ class _Conv2d(torch.autograd.Function):
         return (*_given(ctx, dx, dvalues, dbias), None, None, None, None)
 
 
+def _dense_conv2d(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: SparseIndex,
+    geometry: ConvGeometry,
+    differentiable: bool,
+) -> Tensor:
+    """Through the dense weight, made for the call."""
+    if values.numel() == geometry.out_channels * geometry.row_length and x.is_contiguous():
+        return reference.conv2d(x, values.view(geometry.weight_shape), bias, geometry)
+    index = index.with_bits(geometry.row_length)
+    if differentiable:
+        y: Tensor = _DenseConv2d.apply(
+            x, values, bias, index.row_ptr, index.cols, index.bits, geometry
+        )
+        return y
+    weight = _weight(values, index, geometry.weight_shape)
+    return reference.conv2d(contiguous_nchw(x), weight, bias, geometry)
+
+
 class _DenseConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -283,22 +348,50 @@ class _DenseConv2d(torch.autograd.Function):
         x: Tensor,
         values: Tensor,
         bias: Tensor | None,
-        flat: Tensor,
+        row_ptr: Tensor,
+        cols: Tensor,
+        bits: Tensor,
         geometry: ConvGeometry,
     ) -> Tensor:
         x = contiguous_nchw(x)
-        ctx.save_for_backward(x, values, flat)
+        ctx.save_for_backward(x, values, row_ptr, cols, bits)
         ctx.geometry = geometry
-        return reference.conv2d(x, values, bias, flat, geometry)
+        index = SparseIndex(row_ptr, cols, cols, bits)
+        return reference.conv2d(x, _weight(values, index, geometry.weight_shape), bias, geometry)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, flat = ctx.saved_tensors
-        gradients = reference.conv2d_backward(
-            contiguous_nchw(dy), x, values, flat, ctx.geometry, ctx.needs_input_grad[:3]
-        )
-        return (*gradients, None, None)
+        x, values, row_ptr, cols, bits = ctx.saved_tensors
+        index = SparseIndex(row_ptr, cols, cols, bits)
+        wanted, shape = ctx.needs_input_grad[:3], ctx.geometry.weight_shape
+        # For the weight's gradient alone, only the weight's shape matters.
+        weight = _weight(values, index, shape) if wanted[0] else dy.new_empty(1).expand(shape)
+        dy = contiguous_nchw(dy)
+        dx, gradient, dbias = reference.conv2d_backward(dy, x, weight, ctx.geometry, wanted)
+        return dx, _at_mask(gradient, index), dbias, None, None, None, None
+
+
+def _weight(values: Tensor, index: SparseIndex, shape: tuple[int, ...]) -> Tensor:
+    """The dense weight; a view of the values where none is pruned."""
+    if values.numel() == math.prod(shape):
+        return values.view(shape)
+    if index.bits.numel() and native.reaches(values):
+        return native.dense_weight(values, index.row_ptr, index.bits, shape)
+    flat = flat_positions(index.row_ptr, index.cols, math.prod(shape[1:]))
+    return reference.dense_weight(values, flat, shape)
+
+
+def _at_mask(gradient: Tensor | None, index: SparseIndex) -> Tensor | None:
+    """A dense weight's gradient at the active places."""
+    if gradient is None or gradient.numel() == index.cols.numel():
+        return None if gradient is None else gradient.reshape(-1)
+    if index.bits.numel() and native.reaches(gradient):
+        return native.active_values(gradient.contiguous(), index.row_ptr, index.cols, index.bits)
+    row_length = math.prod(gradient.shape[1:])
+    return gradient.reshape(-1).index_select(
+        0, flat_positions(index.row_ptr, index.cols, row_length)
+    )
 
 
 def _wanted(ctx: Any) -> tuple[bool, bool, bool]:

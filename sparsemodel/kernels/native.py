@@ -6,6 +6,7 @@ Callers make the outputs and see to dtype (float32), device (CPU) and layout (ba
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ def reaches(x: Tensor) -> bool:
     )
 
 
+def reaches_pattern(cols: Tensor) -> bool:
+    """Whether a pattern is real memory that the native library takes."""
+    return not torch.compiler.is_compiling() and cols.device.type == "cpu" and loaded()
+
+
 def loaded() -> bool:
     """Whether the native library can be used in this process."""
     return cpu.library() is not None
@@ -46,6 +52,72 @@ def transpose_pattern(row_ptr: Tensor, cols: Tensor, geometry: ConvGeometry) -> 
     index = torch.empty(2 * nnz + lib.transposed_rows(g) + 1, dtype=torch.int32)
     lib.transpose_pattern(g, row_ptr.data_ptr(), cols.data_ptr(), *index_parts(index, nnz))
     return index
+
+
+def pattern_bits(row_ptr: Tensor, cols: Tensor, row_length: int) -> Tensor:
+    """A bit a weight: int16 [rows, ceil(row_length / 16)]."""
+    rows = row_ptr.numel() - 1
+    bits = torch.empty((rows, (row_length + 15) // 16), dtype=torch.int16)
+    library().pattern_bits(
+        rows, row_length, row_ptr.data_ptr(), cols.data_ptr(), bits.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return bits
+
+
+def dense_weight(values: Tensor, row_ptr: Tensor, bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The weight of shape `shape`, zeros at its pruned places."""
+    weight = values.new_empty(shape)
+    library().dense_weight(
+        shape[0], math.prod(shape[1:]), row_ptr.data_ptr(), bits.data_ptr(), values.data_ptr(),
+        weight.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return weight
+
+
+def active_values(weight: Tensor, row_ptr: Tensor, cols: Tensor, bits: Tensor) -> Tensor:
+    """The entries of a contiguous dense weight or gradient at the active places: [nnz]."""
+    values = weight.new_empty(cols.numel())
+    library().active_values(
+        weight.shape[0], math.prod(weight.shape[1:]), row_ptr.data_ptr(), bits.data_ptr(),
+        weight.data_ptr(), values.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return values
+
+
+def linear_few(
+    x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, cols: Tensor, bits: Tensor
+) -> Tensor:
+    """W · x + bias of few rows: x contiguous [*, in]."""
+    width_in, width_out = x.shape[-1], bits.shape[0]
+    y = x.new_empty((*x.shape[:-1], width_out))
+    library().linear_few(
+        x.numel() // width_in, width_in, width_out, row_ptr.data_ptr(), bits.data_ptr(),
+        values.data_ptr(), address(bias), x.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def linear_few_backward(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    cols: Tensor,
+    bits: Tensor,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for input, values and bias, those that are wanted."""
+    width_in, width_out = x.shape[-1], bits.shape[0]
+    dx = torch.empty_like(x) if wanted[0] else None
+    dvalues = torch.empty_like(values) if wanted[1] else None
+    dbias = values.new_empty(width_out) if wanted[2] else None
+    library().linear_few_backward(
+        x.numel() // width_in, width_in, width_out, row_ptr.data_ptr(), cols.data_ptr(),
+        bits.data_ptr(), values.data_ptr(), x.data_ptr(), dy.data_ptr(), address(dx),
+        address(dvalues), address(dbias), torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dvalues, dbias
 
 
 def linear(

@@ -1,8 +1,7 @@
 """Sparse kernels in plain torch: any device, any floating-point type, any layout.
 
 Forward and gradients go through the dense weight, made for the call and freed after it, so a
-reference kernel costs what the dense layer costs. `values` are those at the ascending indices
-`flat` (int64 [nnz]) of the weight flattened; where no weight is pruned, `flat` is not looked at.
+reference kernel costs what the dense layer costs.
 """
 # ruff: noqa: PLR0917 - kernels take their arrays by position, in the library's order
 
@@ -20,93 +19,71 @@ from sparsemodel.pattern import flat_positions
 # A gradient tile of top-K growth holds about this many coordinates.
 TILE_COORDINATES = 1 << 18
 
-# Whether the gradients for input, values and bias are asked for, and those gradients.
+# Whether the gradients for input, weight and bias are asked for, and those gradients.
 Wanted = tuple[bool, bool, bool]
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 def dense_weight(values: torch.Tensor, flat: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The weight with zeros at its pruned places, of shape `shape`; a view where none is pruned."""
+    """The weight of shape `shape` with `values` at its flat indices `flat` (int64, ascending).
+
+    Zeros are at its pruned places; where none is pruned it is a view, and `flat` not looked at.
+    """
     numel = math.prod(shape)
     if values.numel() == numel:
         return values.view(shape)
     return values.new_zeros(numel).scatter(0, flat, values).view(shape)
 
 
-def active_values(weight: torch.Tensor, flat: torch.Tensor, nnz: int) -> torch.Tensor:
-    """The entries of a dense weight or gradient at the active places: [nnz]."""
-    if nnz == weight.numel():
-        return weight.reshape(-1)
-    return weight.reshape(-1).index_select(0, flat)
-
-
-def linear(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    bias: torch.Tensor | None,
-    flat: torch.Tensor,
-    out_features: int,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """[*, in] -> [*, out]."""
-    weight = dense_weight(values, flat, (out_features, x.shape[-1])).t()
     # Not functional.linear: what it returns may be a view, which autograd would let nobody change.
-    y = x.new_empty(*x.shape[:-1], out_features)
-    rows_x, rows_y = x.reshape(-1, x.shape[-1]), y.view(-1, out_features)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows_x, rows_y = x.reshape(-1, x.shape[-1]), y.view(-1, weight.shape[0])
     if bias is None:
-        torch.mm(rows_x, weight, out=rows_y)
+        torch.mm(rows_x, weight.t(), out=rows_y)
     else:
-        torch.addmm(bias, rows_x, weight, out=rows_y)
+        torch.addmm(bias, rows_x, weight.t(), out=rows_y)
     return y
 
 
 def linear_backward(
-    dy: torch.Tensor, x: torch.Tensor, values: torch.Tensor, flat: torch.Tensor, wanted: Wanted
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, wanted: Wanted
 ) -> Gradients:
-    """Gradients of `linear` for input, values and bias, those that are wanted."""
-    dx = dvalues = dbias = None
+    """Gradients of `linear` for input, weight and bias, those that are wanted."""
+    dx = gradient = dbias = None
     rows_dy = dy.reshape(-1, dy.shape[-1])
-    if wanted[0]:
-        weight = dense_weight(values, flat, (dy.shape[-1], x.shape[-1]))
+    if wanted[0] and weight is not None:
         dx = rows_dy.mm(weight).view(x.shape)
     if wanted[1]:
         gradient = rows_dy.t().mm(x.reshape(-1, x.shape[-1]))
-        dvalues = active_values(gradient, flat, values.numel())
     if wanted[2]:
         dbias = rows_dy.sum(0)
-    return dx, dvalues, dbias
+    return dx, gradient, dbias
 
 
 def conv2d(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    bias: torch.Tensor | None,
-    flat: torch.Tensor,
-    geometry: ConvGeometry,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: ConvGeometry
 ) -> torch.Tensor:
     """[B, in, H, W] -> [B, out, OH, OW]."""
     g = geometry
-    weight = dense_weight(values, flat, g.weight_shape)
     return functional.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
 
 
 def conv2d_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
-    values: torch.Tensor,
-    flat: torch.Tensor,
+    weight: torch.Tensor,
     geometry: ConvGeometry,
     wanted: Wanted,
 ) -> Gradients:
-    """Gradients of `conv2d` for input, values and bias, those that are wanted."""
-    # For the weight's gradient alone, only the weight's shape matters.
-    weight = (
-        dense_weight(values, flat, geometry.weight_shape)
-        if wanted[0]
-        else dy.new_empty(1).expand(geometry.weight_shape)
-    )
+    """Gradients of `conv2d` for input, weight and bias, those that are wanted."""
     dx, gradient, dbias = _conv_backward(dy, x, weight, geometry, wanted)
-    dvalues = active_values(gradient, flat, values.numel()) if wanted[1] else None
-    return dx if wanted[0] else None, dvalues, dbias if wanted[2] else None
+    return (
+        dx if wanted[0] else None,
+        gradient if wanted[1] else None,
+        dbias if wanted[2] else None,
+    )
 
 
 def linear_topk_grad(

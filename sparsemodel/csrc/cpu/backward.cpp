@@ -1,8 +1,10 @@
-// Input and weight gradient together: the output gradient is packed once and read once.
+// Input and weight gradient together: the output gradient is packed once, or not at all, and
+// read once.
 #include <algorithm>
 #include <vector>
 
 #include "conv.h"
+#include "direct.h"
 #include "pool.h"
 
 namespace spc {
@@ -64,29 +66,13 @@ void bias_grad(std::int64_t channels, std::int64_t count, const float* dy, float
     });
 }
 
-bool backward(const Stencil& s, const Rows& rows, const float* x, const float* dy, float* dx,
-              float* dvalues, int threads) {
-    Tiling t;
-    if (!make_tiling(s, &t)) return false;
-    const std::int64_t phases = s.target_phases(), channels = s.target_channels;
-    const std::int64_t total = phases * channels, nnz = rows.row_ptr[total];
-    threads = worthwhile_threads(threads, 2.0 * pass_work(s, t, nnz));
-    auto* entries = scratch_array<Entry>(Slot::entries, std::max<std::int64_t>(nnz, 1));
-    expand(s, t, rows, entries, threads);
-    std::int64_t longest = 0;
-    for (std::int64_t row = 0; row < total; ++row)
-        longest = std::max<std::int64_t>(longest, rows.row_ptr[row + 1] - rows.row_ptr[row]);
+namespace {
 
-    const std::int64_t chunks = std::min(t.tiles(), kChunks);
-    const std::int64_t parts =
-        threads == 1 ? 1
-                     : std::clamp<std::int64_t>((4 * threads + chunks - 1) / chunks, 1, channels);
-    std::vector<std::int64_t> bounds(static_cast<std::size_t>(phases * (parts + 1)));
-    for (std::int64_t phase = 0; phase < phases; ++phase)
-        split_rows(rows.row_ptr + phase * channels, channels, parts,
-                   bounds.data() + phase * (parts + 1));
-
-    const Work w{s, t, rows, entries, x, dy, dx, longest, next_call()};
+// Sums over positions: `add(chunk, part, sums)` for every chunk of tiles or steps, merged in the
+// order of chunks.
+template <class Add>
+void add_chunks(std::int64_t chunks, std::int64_t parts, std::int64_t nnz, const Rows& rows,
+                float* dvalues, int threads, Add&& add) {
     const std::int64_t buffers = threads == 1 ? 1 : chunks;
     auto* partial = scratch_array<float>(Slot::partial, buffers * nnz + 1);
     const auto merge = [&](std::int64_t chunk, const float* sums) {
@@ -96,8 +82,82 @@ bool backward(const Stencil& s, const Rows& rows, const float* x, const float* d
         }
     };
     parallel(chunks * parts, threads, [&](std::int64_t item) {
-        const std::int64_t chunk = item / parts, part = item % parts;
+        const std::int64_t chunk = item / parts;
         float* sums = partial + (buffers == 1 ? 0 : chunk * nnz);
+        add(chunk, item % parts, sums);
+        if (buffers == 1) merge(chunk, sums);
+    });
+    for (std::int64_t chunk = 0; buffers > 1 && chunk < chunks; ++chunk)
+        merge(chunk, partial + chunk * nnz);
+}
+
+std::int64_t count_parts(std::int64_t chunks, std::int64_t channels, int threads) {
+    if (threads == 1) return 1;
+    return std::clamp<std::int64_t>((4 * threads + chunks - 1) / chunks, 1, channels);
+}
+
+std::int64_t longest_row(const std::int32_t* row_ptr, std::int64_t rows) {
+    std::int64_t longest = 0;
+    for (std::int64_t row = 0; row < rows; ++row)
+        longest = std::max<std::int64_t>(longest, row_ptr[row + 1] - row_ptr[row]);
+    return longest;
+}
+
+void direct_backward(const Stencil& s, const DirectPlan& plan, const Rows& rows, const float* x,
+                     const float* dy, float* dx, float* dvalues, int threads) {
+    const std::int64_t channels = s.target_channels, nnz = rows.row_ptr[channels];
+    threads = worthwhile_threads(threads, 2.0 * direct_work(s, nnz));
+    const DirectLists lists = list_entries(s, plan, rows, threads);
+    const std::int64_t longest = longest_row(rows.row_ptr, channels);
+    const std::int64_t steps = plan.steps(), chunks = std::min(steps, kChunks);
+    const std::int64_t parts = count_parts(chunks, channels, threads);
+    std::vector<std::int64_t> bounds(static_cast<std::size_t>(parts + 1));
+    split_rows(rows.row_ptr, channels, parts, bounds.data());
+    const auto add = [&](std::int64_t chunk, std::int64_t part, float* sums) {
+        const std::int64_t* range = bounds.data() + part;
+        std::fill(sums + rows.row_ptr[range[0]], sums + rows.row_ptr[range[1]], 0.0f);
+        DirectSteps all(s, plan, lists, dy, range);
+        auto* lanes = scratch_array<float>(Slot::staged, kBlockFloats * (longest + 1));
+        for (std::int64_t i = steps * chunk / chunks; i < steps * (chunk + 1) / chunks; ++i) {
+            DirectTile work = all.tile(i);
+            work.row_ptr = rows.row_ptr + range[0];
+            work.x = x + range[0] * work.stride;
+            work.out = dx + range[0] * work.stride;
+            work.streams = streams(s, dx);
+            work.sums = sums;
+            work.lanes = lanes;
+            kernels().direct_backward(work);
+        }
+    };
+    add_chunks(chunks, parts, nnz, rows, dvalues, threads, add);
+}
+
+}  // namespace
+
+bool backward(const Stencil& s, const Rows& rows, const float* x, const float* dy, float* dx,
+              float* dvalues, int threads) {
+    const std::int64_t phases = s.target_phases(), channels = s.target_channels;
+    const std::int64_t total = phases * channels, nnz = rows.row_ptr[total];
+    Tiling t;
+    if (!make_tiling(s, &t)) return false;
+    DirectPlan plan;
+    if (plan_direct(s, t, nnz, &plan)) {
+        direct_backward(s, plan, rows, x, dy, dx, dvalues, threads);
+        return true;
+    }
+    threads = worthwhile_threads(threads, 2.0 * pass_work(s, t, nnz));
+    auto* entries = scratch_array<Entry>(Slot::entries, std::max<std::int64_t>(nnz, 1));
+    expand(s, t, rows, entries, threads);
+    const std::int64_t longest = longest_row(rows.row_ptr, total);
+    const std::int64_t chunks = std::min(t.tiles(), kChunks);
+    const std::int64_t parts = count_parts(chunks, channels, threads);
+    std::vector<std::int64_t> bounds(static_cast<std::size_t>(phases * (parts + 1)));
+    for (std::int64_t phase = 0; phase < phases; ++phase)
+        split_rows(rows.row_ptr + phase * channels, channels, parts,
+                   bounds.data() + phase * (parts + 1));
+
+    const Work w{s, t, rows, entries, x, dy, dx, longest, next_call()};
+    const auto add = [&](std::int64_t chunk, std::int64_t part, float* sums) {
         for (std::int64_t phase = 0; phase < phases; ++phase) {
             const std::int64_t* range = bounds.data() + phase * (parts + 1) + part;
             const std::int32_t* row_ptr = rows.row_ptr + phase * channels;
@@ -107,10 +167,8 @@ bool backward(const Stencil& s, const Rows& rows, const float* x, const float* d
         for (std::int64_t index = t.tiles() * chunk / chunks; index < last; ++index)
             for (std::int64_t phase = 0; phase < phases; ++phase)
                 add_tile(w, index, phase, bounds.data() + phase * (parts + 1) + part, sums);
-        if (buffers == 1) merge(chunk, sums);
-    });
-    for (std::int64_t chunk = 0; buffers > 1 && chunk < chunks; ++chunk)
-        merge(chunk, partial + chunk * nnz);
+    };
+    add_chunks(chunks, parts, nnz, rows, dvalues, threads, add);
     return true;
 }
 

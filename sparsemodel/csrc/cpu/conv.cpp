@@ -1,10 +1,11 @@
-// Forward and input gradient: sparse rows times packed tiles.
+// Forward and input gradient: sparse rows times packed tiles, or times the source as it is.
 #include "conv.h"
 
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
+#include "direct.h"
 #include "pool.h"
 
 namespace spc {
@@ -69,6 +70,11 @@ double pass_work(const Stencil& s, const Tiling& t, std::int64_t nnz) {
            static_cast<double>(t.tile_rows * t.tile_cols * t.lanes) / kBlockFloats;
 }
 
+double direct_work(const Stencil& s, std::int64_t nnz) {
+    return static_cast<double>(nnz + s.target_channels) * static_cast<double>(s.target_row()) /
+           kBlockFloats;
+}
+
 void split_rows(const std::int32_t* row_ptr, std::int64_t rows, std::int64_t parts,
                 std::int64_t* bounds) {
     // A row costs about four entries by itself: its results are stored.
@@ -103,12 +109,47 @@ const float* own_tile(const Stencil& s, const Tiling& t, std::uint64_t call, std
     return buffer;
 }
 
+namespace {
+
+// target = rows * source + bias, the source read where it is.
+void direct_times(const Stencil& s, const DirectPlan& plan, const Rows& rows, const float* bias,
+                  const float* source, float* target, int threads) {
+    const std::int64_t channels = s.target_channels;
+    threads = worthwhile_threads(threads, direct_work(s, rows.row_ptr[channels]));
+    const DirectLists lists = list_entries(s, plan, rows, threads);
+    const std::int64_t steps = plan.steps(), wanted = threads == 1 ? 1 : 4 * threads;
+    const std::int64_t chunks = std::min(steps, wanted);
+    const std::int64_t parts = std::clamp<std::int64_t>((wanted + steps - 1) / steps, 1, channels);
+    std::vector<std::int64_t> bounds(static_cast<std::size_t>(parts + 1));
+    split_rows(rows.row_ptr, channels, parts, bounds.data());
+    parallel(chunks * parts, threads, [&](std::int64_t item) {
+        const std::int64_t chunk = item / parts;
+        const std::int64_t* range = bounds.data() + item % parts;
+        DirectSteps all(s, plan, lists, source, range);
+        for (std::int64_t i = steps * chunk / chunks; i < steps * (chunk + 1) / chunks; ++i) {
+            DirectTile work = all.tile(i);
+            work.row_ptr = rows.row_ptr + range[0];
+            work.bias = bias ? bias + range[0] : nullptr;
+            work.out = target + range[0] * work.stride;
+            work.streams = streams(s, target);
+            kernels().direct_spmm(work);
+        }
+    });
+}
+
+}  // namespace
+
 bool sparse_times_tiles(const Stencil& s, const Rows& rows, const float* bias,
                         const float* source, float* target, int threads) {
     Tiling t;
     if (!make_tiling(s, &t)) return false;
     const std::int64_t phases = s.target_phases(), channels = s.target_channels;
     const std::int64_t nnz = rows.row_ptr[phases * channels];
+    DirectPlan plan;
+    if (plan_direct(s, t, nnz, &plan)) {
+        direct_times(s, plan, rows, bias, source, target, threads);
+        return true;
+    }
     threads = worthwhile_threads(threads, pass_work(s, t, nnz));
     auto* entries = scratch_array<Entry>(Slot::entries, std::max<std::int64_t>(nnz, 1));
     expand(s, t, rows, entries, threads);

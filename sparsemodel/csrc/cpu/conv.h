@@ -42,6 +42,9 @@ void expand(const Stencil& s, const Tiling& t, const Rows& rows, Entry* entries,
 // About how many block operations a pass over all tiles takes.
 double pass_work(const Stencil& s, const Tiling& t, std::int64_t nnz);
 
+// The same where the source is read directly.
+double direct_work(const Stencil& s, std::int64_t nnz);
+
 // dx and the weight gradient from the input-gradient stencil and the transposed pattern.
 bool backward(const Stencil& s, const Rows& rows, const float* x, const float* dy, float* dx,
               float* dvalues, int threads);

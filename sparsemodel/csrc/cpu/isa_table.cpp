@@ -2,6 +2,7 @@
 #include "isa_arrays.h"
 #include "isa_backward.h"
 #include "isa_blocks.h"
+#include "isa_direct.h"
 #include "isa_norm.h"
 #include "isa_sddmm.h"
 #include "isa_spmm.h"
@@ -19,6 +20,8 @@ const Kernels table = {
     kGradientRows,
     spmm,
     backward,
+    direct_spmm,
+    direct_backward,
     sddmm,
     sddmm_rows,
     stage,

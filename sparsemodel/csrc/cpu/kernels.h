@@ -61,6 +61,48 @@ struct BackwardTile {
     float* lanes;                   // scratch, 16 floats for each entry of the longest row
 };
 
+// An entry in the list of one class of positions: the offset is from a position's own pixel, and
+// `slot` its place in the whole row.
+struct DirectEntry {
+    std::int32_t offset;
+    float value;
+    std::int32_t slot;
+};
+
+// Blocks of positions that have the same taps on the plane, and the entries of those taps.
+struct Piece {
+    const DirectEntry* entries;     // row r's are [row_ptr[r], ends[r])
+    const std::int32_t* ends;
+    std::int64_t blocks;
+    const std::int64_t* sources;    // by block: its pixel in the source
+    const std::int64_t* targets;    // by block: place in the output row
+};
+
+// What to bring into the second-level cache along the way: these lines of every source channel.
+struct Ahead {
+    const float* source;
+    std::int64_t channels, channel_stride;
+    const std::int64_t* lines;
+    std::int64_t num_lines;
+};
+
+// Sparse rows times an unpacked source; with x, sums and lanes, both gradients.
+struct DirectTile {
+    const Piece* pieces;
+    std::int64_t num_pieces;
+    const std::int32_t* row_ptr;
+    std::int64_t rows;
+    const float* source;
+    const float* bias;              // [rows] or null
+    float* out;                     // row 0 of the output, or of the input gradient
+    std::int64_t stride;            // floats from one row of out, and of x, to the next
+    bool streams;
+    Ahead ahead;
+    const float* x;                 // as in BackwardTile
+    float* sums;
+    float* lanes;
+};
+
 // Inner products of staged output gradients with shifted inputs.
 struct SddmmBlock {
     const float* packed;           // first position in the packed tile
@@ -118,6 +160,8 @@ struct Kernels {
     int gradient_rows;
     void (*spmm)(const SpmmTile&);
     void (*backward)(const BackwardTile&);
+    void (*direct_spmm)(const DirectTile&);
+    void (*direct_backward)(const DirectTile&);
     // sums[e] += product of dy row 0 with the input at offsets[e].
     void (*sddmm)(const SddmmBlock&, const std::int32_t* offsets, std::int64_t count, float* sums);
     // The same for `rows` staged rows at once; sums of row r start at r * sums_stride.

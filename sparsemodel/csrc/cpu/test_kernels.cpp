@@ -81,7 +81,7 @@ int out_size(int in, int kernel, int stride, int pad, int dilation) {
 Layer random_layer() {
     Layer l;
     spc_geometry& g = l.g;
-    bool large = false;
+    bool large = false, wide = false;
     do {
         g.groups = one_of({1, 1, 1, 2, 3});
         g.in_channels = g.groups * uniform(1, 4);
@@ -93,10 +93,16 @@ Layer random_layer() {
         g.stride_h = uniform(1, 3), g.stride_w = uniform(1, 3);
         g.pad_h = uniform(0, 2), g.pad_w = uniform(0, 2);
         g.dilation_h = uniform(1, 2), g.dilation_w = uniform(1, 2);
-        large = uniform(0, 15) == 0;
+        large = uniform(0, 15) == 0, wide = false;
         if (large) {  // enough work for two threads
             g = {one_of({48, 64, 66}), 18, 16, 12, 13, 0, 0, 3, 3, uniform(1, 2), 1, 1, 1, 1, 1, 1};
             g.in_h *= g.stride_h;
+        } else if (uniform(0, 7) == 0) {  // few entries on a plane that is read unpacked
+            wide = true;
+            const int groups = uniform(1, 2), side = uniform(2, 3);
+            g = {one_of({16, 48, 80}), 6 * groups, 4 * groups, uniform(11, 17), uniform(15, 21),
+                 0, 0, side, uniform(2, 3), 1, 1, uniform(1, 2), uniform(1, 2), 1, uniform(1, 2),
+                 groups};
         } else if (uniform(0, 5) == 0) {  // linear
             g = {g.batch, uniform(1, 40), uniform(1, 30), 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1};
         }
@@ -105,7 +111,7 @@ Layer random_layer() {
     } while (g.out_h < 1 || g.out_w < 1);
     l.places = g.in_channels / g.groups * g.kernel_h * g.kernel_w;
     const double densities[] = {0.0, 0.05, 0.3, 0.7, 1.0};
-    const double density = densities[large ? uniform(3, 4) : uniform(0, 4)];
+    const double density = densities[large ? uniform(3, 4) : wide ? 1 : uniform(0, 4)];
     std::bernoulli_distribution active(density);
     l.row_ptr.push_back(0);
     for (int o = 0; o < g.out_channels; ++o) {
