@@ -20,7 +20,8 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from benchmarks.rows import Row, add_arguments, show
 from benchmarks.sparse_step import INPUT_SHAPE, LEARNING_RATE, MOMENTUM, batch_of, random_mask
 from benchmarks.timing import use_threads
 from fedprune.models import build_model
+from sparsemodel.adjust import Entries
 from sparsemodel.grow import topk_pruned_gradients
 from sparsemodel.meter import state_bytes, storage_bytes
 from sparsemodel.optim import SparseSGD
@@ -53,7 +55,18 @@ OURS = (*PLANS, "modules")
 SHARE_MOVED = 0.15  # of a layer's active weights: the mean of FedTiny's adjustments
 MIB = 2**20
 
-Step = Callable[[], object]
+Growth = Callable[[Mapping[str, int]], Mapping[str, Entries]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One variant, ready to train; `activations` tells their bytes, `growth` chooses candidates."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable[[], object]
+    activations: Callable[[], int]
+    growth: Growth | None = None
 
 
 def rows(
@@ -102,18 +115,18 @@ def measure(way: str, model_name: str, batch: int, density: float) -> dict[str, 
     """Bytes by kind of one variant, in this process, which should be fresh."""
     _warm_up(way, model_name)
     base = _resident("VmRSS")
-    model, optimizer, step, activations = _prepared(way, model_name, batch, density)
+    prepared = _prepared(way, model_name, batch, density)
     _trim()
     _reset_high_water()
     at_rest = _resident("VmRSS") - base
     for _ in range(STEPS):
-        step()
+        prepared.step()
     numbers = {"peak": _resident("VmHWM") - base, "at rest before": at_rest}
-    numbers |= state_bytes(model, optimizer)
-    numbers["activations"] = activations()
+    numbers |= state_bytes(prepared.model, prepared.optimizer)
+    numbers["activations"] = prepared.activations()
     topk = 0
-    if way in OURS:
-        topk = _topk_bytes(model, batch)
+    if prepared.growth is not None:
+        topk = _topk_bytes(prepared.model, prepared.growth)
         numbers["top-K"] = topk
         numbers["peak with top-K"] = _resident("VmHWM") - base
     kinds = ("weights", "gradients", "optimizer", "indices")
@@ -121,10 +134,7 @@ def measure(way: str, model_name: str, batch: int, density: float) -> dict[str, 
     return numbers
 
 
-def _prepared(
-    way: str, model_name: str, batch: int, density: float
-) -> tuple[nn.Module, torch.optim.Optimizer, Step, Callable[[], int]]:
-    """Model, optimiser, a step, and what tells the bytes of its activations."""
+def _prepared(way: str, model_name: str, batch: int, density: float) -> Prepared:
     model = build_model(model_name, num_classes=10, input_shape=INPUT_SHAPE, seed=0).train()
     images, labels = batch_of(batch)
     if way == "dense channels_last":
@@ -134,17 +144,25 @@ def _prepared(
         dense_sgd = torch.optim.SGD(
             model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, fused=True
         )
-        return model, dense_sgd, *_autograd_step(model, dense_sgd, images, labels)
+        return Prepared(model, dense_sgd, *_autograd_step(model, dense_sgd, images, labels))
     model = sparsify(model, random_mask(model, density))
     sgd = SparseSGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     if way not in PLANS:
-        return model, sgd, *_autograd_step(model, sgd, images, labels)
+        return Prepared(
+            model,
+            sgd,
+            *_autograd_step(model, sgd, images, labels),
+            lambda counts: topk_pruned_gradients(
+                model, counts, lambda net: functional.cross_entropy(net(images), labels)
+            ),
+        )
     plan = TrainingPlan(model, INPUT_SHAPE, batch_size=batch, **PLANS[way])
-    return (
+    return Prepared(
         model,
         sgd,
         lambda: plan.step(images, labels, optimizer=sgd),
         lambda: plan.arena_bytes,
+        lambda counts: plan.topk_pruned_gradients(counts, images, labels),
     )
 
 
@@ -153,7 +171,7 @@ def _autograd_step(
     optimizer: torch.optim.Optimizer,
     images: torch.Tensor,
     labels: torch.Tensor,
-) -> tuple[Step, Callable[[], int]]:
+) -> tuple[Callable[[], object], Callable[[], int]]:
     def step() -> None:
         optimizer.zero_grad()
         functional.cross_entropy(model(images), labels).backward()
@@ -179,17 +197,14 @@ def _saved_bytes(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -
     return size
 
 
-def _topk_bytes(model: nn.Module, batch: int) -> int:
+def _topk_bytes(model: nn.Module, growth: Growth) -> int:
     """Choose growth candidates as an adjustment does; bytes of what it returns."""
-    images, labels = batch_of(batch)
     counts = {
         name.removesuffix("values") + "weight": math.ceil(SHARE_MOVED * len(values))
         for name, values in model.named_parameters()
         if name.endswith("values")
     }
-    found = topk_pruned_gradients(
-        model, counts, lambda net: functional.cross_entropy(net(images), labels)
-    )
+    found = growth(counts)
     return storage_bytes(tensor for entries in found.values() for tensor in entries)
 
 
@@ -197,8 +212,7 @@ def _warm_up(way: str, model_name: str) -> None:
     """Make what torch and the kernels make once in a process: thread pools, code, tables."""
     with torch.device("meta"):  # imports what the model is built from, and takes no memory
         build_model(model_name, num_classes=10, input_shape=INPUT_SHAPE, seed=0)
-    _, _, step, _ = _prepared(way, "resnet8", 2, 0.5)
-    step()
+    _prepared(way, "resnet8", 2, 0.5).step()
     _trim()
 
 

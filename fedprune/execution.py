@@ -109,7 +109,9 @@ class SparseModel:
     def growth(
         self, counts: Mapping[str, int], images: torch.Tensor, labels: torch.Tensor
     ) -> Entries:
-        return grow.topk_pruned_gradients(self._model, counts, _loss(images, labels))
+        if self._plan is None or len(images) > self._plan.batch_size:
+            return grow.topk_pruned_gradients(self._model, counts, _loss(images, labels))
+        return self._plan.topk_pruned_gradients(counts, images, labels)
 
     def state_bytes(self) -> int:
         held = state_bytes(self._model, self._optimizer)

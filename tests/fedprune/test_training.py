@@ -119,7 +119,7 @@ def test_missing_cuda_is_a_clear_error() -> None:
 # --- execution ---------------------------------------------------------------------------------
 
 
-def executed(execution: str, mask: Mask):  # type: ignore[no-untyped-def]
+def executed(execution: str, mask: Mask, num_samples: int = 8):  # type: ignore[no-untyped-def]
     model = build_model("resnet8", num_classes=3, input_shape=(1, 8, 8), seed=0, width=4)
     images, labels = digits_like(40)
     result = train_locally(
@@ -131,17 +131,20 @@ def executed(execution: str, mask: Mask):  # type: ignore[no-untyped-def]
         lr=0.05,
         epochs=2,
         seed=1,
-        growth=GrowthBatch({"fc.weight": 5, "layer2.0.conv1.weight": 7}, torch.arange(16)),
+        growth=GrowthBatch(
+            {"fc.weight": 5, "layer2.0.conv1.weight": 7}, torch.arange(num_samples)
+        ),
     )
     return float_state(model), result
 
 
+@pytest.mark.parametrize("num_samples", [8, 16])  # of the growth gradients: a batch, and more
 @pytest.mark.parametrize("execution", ["sparse", "masked"])
-def test_executions_do_the_same(execution: str) -> None:
+def test_executions_do_the_same(execution: str, num_samples: int) -> None:
     """Ten steps, running statistics and growth gradients of each against plainly dense training."""
     mask = random_mask()
-    state, result = executed(execution, mask)
-    dense, expected = executed("dense", mask)
+    state, result = executed(execution, mask, num_samples)
+    dense, expected = executed("dense", mask, num_samples)
     assert result.loss == pytest.approx(expected.loss, rel=1e-4)
     for name, value in dense.items():
         torch.testing.assert_close(state[name], value, rtol=2e-4, atol=2e-5)
