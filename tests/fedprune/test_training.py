@@ -131,9 +131,7 @@ def executed(execution: str, mask: Mask, num_samples: int = 8):  # type: ignore[
         lr=0.05,
         epochs=2,
         seed=1,
-        growth=GrowthBatch(
-            {"fc.weight": 5, "layer2.0.conv1.weight": 7}, torch.arange(num_samples)
-        ),
+        growth=GrowthBatch({"fc.weight": 5, "layer2.0.conv1.weight": 7}, torch.arange(num_samples)),
     )
     return float_state(model), result
 
