@@ -123,9 +123,7 @@ class _Array:
         return ctypes.c_void_p(data)
 
 
-_F, _I, _L, _U, _W = (
-    _Array(t) for t in (np.float32, np.int32, np.int64, np.uint8, np.uint16)
-)
+_F, _I, _L, _U, _W = (_Array(t) for t in (np.float32, np.int32, np.int64, np.uint8, np.uint16))
 
 # Function -> types of its arguments, as sparse_cpu.h declares them; all return a status.
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -141,7 +139,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "dense_weight": (_LONG, _LONG, _I, _W, _F, _F, _INT),
     "active_values": (_LONG, _LONG, _I, _W, _F, _F, _INT),
     "linear_few": (_LONG, _LONG, _LONG, _I, _W, _F, _F, _F, _F, _INT),
-    "linear_few_backward": (*(_LONG, _LONG, _LONG, _I, _I, _W, _F, _F, _F, _F, _F, _F, _INT),),
+    "linear_few_backward": (*(_LONG, _LONG, _LONG, _I, _W, _F, _F, _F, _F, _F, _F, _INT),),
     "batchnorm_train": (
         *(_LONG, _LONG, _F, _F, _F, _F, _REAL, _REAL, _F, _F, _INT, _F, _F, _F, _INT),
     ),

@@ -228,7 +228,7 @@ def _dense_linear(
     y: Tensor
     if few:
         call = _FewLinear.apply if differentiable else native.linear_few
-        y = call(x.contiguous(), values, bias, index.row_ptr, index.cols, index.bits)
+        y = call(x.contiguous(), values, bias, index.row_ptr, index.bits)
     elif differentiable:
         y = _DenseLinear.apply(x, values, bias, index.row_ptr, index.cols, index.bits)
     else:
@@ -244,21 +244,18 @@ class _FewLinear(torch.autograd.Function):
         values: Tensor,
         bias: Tensor | None,
         row_ptr: Tensor,
-        cols: Tensor,
         bits: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, values, row_ptr, cols, bits)
-        return native.linear_few(x, values, bias, row_ptr, cols, bits)
+        ctx.save_for_backward(x, values, row_ptr, bits)
+        return native.linear_few(x, values, bias, row_ptr, bits)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, row_ptr, cols, bits = ctx.saved_tensors
+        x, values, row_ptr, bits = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        gradients = native.linear_few_backward(
-            dy.contiguous(), x, values, row_ptr, cols, bits, wanted
-        )
-        return (*gradients, None, None, None)
+        gradients = native.linear_few_backward(dy.contiguous(), x, values, row_ptr, bits, wanted)
+        return (*gradients, None, None)
 
 
 class _DenseLinear(torch.autograd.Function):

@@ -86,7 +86,7 @@ def active_values(weight: Tensor, row_ptr: Tensor, cols: Tensor, bits: Tensor) -
 
 
 def linear_few(
-    x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, cols: Tensor, bits: Tensor
+    x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, bits: Tensor
 ) -> Tensor:
     """W · x + bias of few rows: x contiguous [*, in]."""
     width_in, width_out = x.shape[-1], bits.shape[0]
@@ -103,7 +103,6 @@ def linear_few_backward(
     x: Tensor,
     values: Tensor,
     row_ptr: Tensor,
-    cols: Tensor,
     bits: Tensor,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -113,9 +112,9 @@ def linear_few_backward(
     dvalues = torch.empty_like(values) if wanted[1] else None
     dbias = values.new_empty(width_out) if wanted[2] else None
     library().linear_few_backward(
-        x.numel() // width_in, width_in, width_out, row_ptr.data_ptr(), cols.data_ptr(),
-        bits.data_ptr(), values.data_ptr(), x.data_ptr(), dy.data_ptr(), address(dx),
-        address(dvalues), address(dbias), torch.get_num_threads(),
+        x.numel() // width_in, width_in, width_out, row_ptr.data_ptr(), bits.data_ptr(),
+        values.data_ptr(), x.data_ptr(), dy.data_ptr(), address(dx), address(dvalues),
+        address(dbias), torch.get_num_threads(),
     )  # fmt: skip
     return dx, dvalues, dbias
 

@@ -90,7 +90,7 @@ inline void collect_half(float* values, __m256 lanes, unsigned bits) {
 
 // `end` is that of the array: up to there may be read.
 inline Block spread(const float* values, unsigned bits, const float* end) {
-    if (end - values < kBlock) return spread_few(values, bits);
+    if (__builtin_expect(end - values < kBlock, 0)) return spread_few(values, bits);
     const __m256 low = spread_half(values, bits & 255u);
     const __m256 high = spread_half(values + __builtin_popcount(bits & 255u), bits >> 8);
 #if defined(SPC_AVX512)
@@ -103,7 +103,7 @@ inline Block spread(const float* values, unsigned bits, const float* end) {
 
 // `end` is that of the row: up to there may be written, what comes after is written later.
 inline void collect(float* values, const Block& block, unsigned bits, const float* end) {
-    if (end - values < kBlock) {
+    if (__builtin_expect(end - values < kBlock, 0)) {
         collect_few(values, block, bits);
         return;
     }
@@ -140,6 +140,17 @@ inline void for_blocks(const BlockRow& row, Body&& body, Rest&& rest) {
     if (places) rest(whole * kBlock, row.bits[whole], places);
 }
 
+std::int64_t count_bits(const std::uint16_t* bits, std::int64_t words) {
+    std::int64_t count = 0, i = 0;
+    for (; i + 4 <= words; i += 4) {
+        std::uint64_t four;
+        std::memcpy(&four, bits + i, sizeof four);
+        count += __builtin_popcountll(four);
+    }
+    for (; i < words; ++i) count += __builtin_popcount(bits[i]);
+    return count;
+}
+
 void expand_row(const BlockRow& row, float* weight) {
     const float* values = row.values;
     const auto next = [&](unsigned word) {
@@ -172,9 +183,9 @@ inline void dot_samples(const BlockRow& row, const float* x, float* sums) {
     Block total[kSamples];
     SPC_UNROLL for (int s = 0; s < kSamples; ++s)
         SPC_UNROLL for (int v = 0; v < kBlockVecs; ++v) total[s].part[v] = splat(0.0f);
-    const float* values = row.values;
+    const float *values = row.values, *const end = row.values_end;
     const auto add = [&](unsigned word, auto&& input_of) {
-        const Block weights = spread(values, word, row.values_end);
+        const Block weights = spread(values, word, end);
         values += __builtin_popcount(word);
         SPC_UNROLL for (int s = 0; s < kSamples; ++s) {
             const Block input = input_of(x + s * row.stride);

@@ -27,6 +27,7 @@ const Kernels table = {
     stage,
     pack,
     copy,
+    count_bits,
     expand_row,
     gather_row,
     row_dots,

@@ -172,6 +172,7 @@ struct Kernels {
     void (*pack)(const PackTile&, std::int64_t channels);
     void (*copy)(float* to, const float* from, std::int64_t count);
 
+    std::int64_t (*count_bits)(const std::uint16_t* bits, std::int64_t words);
     // Values to their places in a row, which is written once, zeros too; and back, where up to
     // values_end, the row's, may be written in between.
     void (*expand_row)(const BlockRow&, float* weight);

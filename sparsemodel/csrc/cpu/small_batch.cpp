@@ -26,12 +26,6 @@ double work_of(int64_t batch, int64_t in, int64_t out) {
     return static_cast<double>(batch + 2) * static_cast<double>(in) * static_cast<double>(out);
 }
 
-// The first entry of a row at or after a column.
-int64_t place_of(const int32_t* row_ptr, const int32_t* cols, int64_t row, int64_t column) {
-    const int32_t *begin = cols + row_ptr[row], *end = cols + row_ptr[row + 1];
-    return std::lower_bound(begin, end, column) - cols;
-}
-
 // Where stripes of whole blocks begin: small enough for the cache, enough for the threads.
 int64_t stripe_length(int64_t batch, int64_t in, int threads) {
     const int64_t cached = std::max<int64_t>(1, kStripeFloats / (batch * kBlockFloats));
@@ -41,7 +35,7 @@ int64_t stripe_length(int64_t batch, int64_t in, int threads) {
 
 struct FewBackward {
     int64_t batch, in, out;
-    const int32_t *row_ptr, *cols;
+    const int32_t* row_ptr;
     const uint16_t* bits;
     const float *values, *x;
     float *dx, *dvalues;
@@ -76,10 +70,11 @@ void backward_stripe(const FewBackward& c, int64_t first, int64_t places) {
         const int num_rows = static_cast<int>(std::min<int64_t>(c.rows, c.out - row));
         GradientRow rows[kMostRows];
         for (int k = 0; k < num_rows; ++k) {
-            const int64_t begin = place_of(c.row_ptr, c.cols, row + k, first);
-            const int64_t end = place_of(c.row_ptr, c.cols, row + k, first + places);
-            rows[k] = {c.values + begin, c.values + c.row_ptr[c.out],
-                       c.bits + (row + k) * words_of(c.in) + first / kBlockFloats,
+            const uint16_t* bits = c.bits + (row + k) * words_of(c.in);
+            const int64_t skipped = first / kBlockFloats;
+            const int64_t begin = c.row_ptr[row + k] + kernel.count_bits(bits, skipped);
+            const int64_t end = begin + kernel.count_bits(bits + skipped, words_of(places));
+            rows[k] = {c.values + begin, c.values + c.row_ptr[c.out], bits + skipped,
                        c.dvalues + begin, c.dvalues + end};
         }
         kernel.row_gradients(rows, num_rows,
@@ -121,21 +116,21 @@ extern "C" int32_t spc_linear_few(int64_t batch, int64_t in, int64_t out, const 
 }
 
 extern "C" int32_t spc_linear_few_backward(int64_t batch, int64_t in, int64_t out,
-                                           const int32_t* row_ptr, const int32_t* cols,
-                                           const uint16_t* bits, const float* values,
-                                           const float* x, const float* dy, float* dx,
-                                           float* dvalues, float* dbias, int32_t threads) {
+                                           const int32_t* row_ptr, const uint16_t* bits,
+                                           const float* values, const float* x, const float* dy,
+                                           float* dx, float* dvalues, float* dbias,
+                                           int32_t threads) {
     const char* where = "linear_few_backward";
     if (int32_t code = check_call(where, batch, in, out, row_ptr, threads)) return code;
     if (int32_t code = check_pointers(where, {bits, dy})) return code;
-    if (row_ptr[out] > 0 && (!cols || (dx && !values) || (dvalues && !x)))
-        return fail(SPC_NULL_POINTER, "%s: cols, values or x is null", where);
+    if ((dx && !values && row_ptr[out] > 0) || (dvalues && !x))
+        return fail(SPC_NULL_POINTER, "%s: values or x is null", where);
     return guarded(where, [&] {
         const int used = worthwhile_threads(threads, 2.0 * work_of(batch, in, out));
         const int64_t length = stripe_length(batch, in, used);
         if (dx || dvalues) {
             const int rows = kernels().gradient_rows;
-            const FewBackward call{batch, in, out, row_ptr, cols, bits, values, x, dx, dvalues,
+            const FewBackward call{batch, in, out, row_ptr, bits, values, x, dx, dvalues,
                                    grouped(dy, batch, out, rows), rows};
             parallel((in + length - 1) / length, used, [&](int64_t piece) {
                 const int64_t first = piece * length;

@@ -142,10 +142,9 @@ SPC_API int32_t spc_linear_few(int64_t batch, int64_t in, int64_t out, const int
 /* Its gradients: dx [batch, in] and dvalues [nnz], either NULL: not wanted; dbias [out] (NULL: not
  * wanted). values are read for dx, x for dvalues. */
 SPC_API int32_t spc_linear_few_backward(int64_t batch, int64_t in, int64_t out,
-                                        const int32_t* row_ptr, const int32_t* cols,
-                                        const uint16_t* bits, const float* values,
-                                        const float* x, const float* dy, float* dx,
-                                        float* dvalues, float* dbias, int32_t threads);
+                                        const int32_t* row_ptr, const uint16_t* bits,
+                                        const float* values, const float* x, const float* dy,
+                                        float* dx, float* dvalues, float* dbias, int32_t threads);
 
 /* ---- batch norm (+ residual) (+ ReLU), X [channels, count], count = H * W * B ---- */
 /* y = relu(gamma * (x - mean) / sqrt(var + eps) + beta + residual) by the batch's statistics.
