@@ -75,20 +75,32 @@ void add_chunks(std::int64_t chunks, std::int64_t parts, std::int64_t nnz, const
                 float* dvalues, int threads, Add&& add) {
     const std::int64_t buffers = threads == 1 ? 1 : chunks;
     auto* partial = scratch_array<float>(Slot::partial, buffers * nnz + 1);
-    const auto merge = [&](std::int64_t chunk, const float* sums) {
-        for (std::int64_t e = 0; e < nnz; ++e) {
-            float& value = dvalues[rows.perm[e]];
-            value = chunk ? value + sums[e] : sums[e];
-        }
-    };
     parallel(chunks * parts, threads, [&](std::int64_t item) {
         const std::int64_t chunk = item / parts;
         float* sums = partial + (buffers == 1 ? 0 : chunk * nnz);
         add(chunk, item % parts, sums);
-        if (buffers == 1) merge(chunk, sums);
+        if (buffers > 1) return;
+        for (std::int64_t e = 0; e < nnz; ++e) {
+            float& value = dvalues[rows.perm[e]];
+            value = chunk ? value + sums[e] : sums[e];
+        }
     });
-    for (std::int64_t chunk = 0; buffers > 1 && chunk < chunks; ++chunk)
-        merge(chunk, partial + chunk * nnz);
+    if (buffers == 1) return;
+    const std::int64_t ranges = std::min<std::int64_t>(nnz, 4 * threads);
+    parallel(ranges, threads, [&](std::int64_t range) {
+        const std::int64_t last = nnz * (range + 1) / ranges;
+        for (std::int64_t e = nnz * range / ranges; e < last; ++e) {
+            float value = partial[e];
+            for (std::int64_t chunk = 1; chunk < chunks; ++chunk) value += partial[chunk * nnz + e];
+            dvalues[rows.perm[e]] = value;
+        }
+    });
+}
+
+// Merging moves every partial sum from one processor's cache to another's and costs about as much
+// as 32 blocks of products: little work a weight (a linear layer of few samples) runs alone.
+int merging_threads(int threads, double work, std::int64_t partial_sums) {
+    return worthwhile_threads(work < 32.0 * static_cast<double>(partial_sums) ? 1 : threads, work);
 }
 
 std::int64_t count_parts(std::int64_t chunks, std::int64_t channels, int threads) {
@@ -106,10 +118,10 @@ std::int64_t longest_row(const std::int32_t* row_ptr, std::int64_t rows) {
 void direct_backward(const Stencil& s, const DirectPlan& plan, const Rows& rows, const float* x,
                      const float* dy, float* dx, float* dvalues, int threads) {
     const std::int64_t channels = s.target_channels, nnz = rows.row_ptr[channels];
-    threads = worthwhile_threads(threads, 2.0 * direct_work(s, nnz));
+    const std::int64_t steps = plan.steps(), chunks = std::min(steps, kChunks);
+    threads = merging_threads(threads, 2.0 * direct_work(s, nnz), chunks * nnz);
     const DirectLists lists = list_entries(s, plan, rows, threads);
     const std::int64_t longest = longest_row(rows.row_ptr, channels);
-    const std::int64_t steps = plan.steps(), chunks = std::min(steps, kChunks);
     const std::int64_t parts = count_parts(chunks, channels, threads);
     std::vector<std::int64_t> bounds(static_cast<std::size_t>(parts + 1));
     split_rows(rows.row_ptr, channels, parts, bounds.data());
@@ -145,11 +157,11 @@ bool backward(const Stencil& s, const Rows& rows, const float* x, const float* d
         direct_backward(s, plan, rows, x, dy, dx, dvalues, threads);
         return true;
     }
-    threads = worthwhile_threads(threads, 2.0 * pass_work(s, t, nnz));
+    const std::int64_t chunks = std::min(t.tiles(), kChunks);
+    threads = merging_threads(threads, 2.0 * pass_work(s, t, nnz), chunks * nnz);
     auto* entries = scratch_array<Entry>(Slot::entries, std::max<std::int64_t>(nnz, 1));
     expand(s, t, rows, entries, threads);
     const std::int64_t longest = longest_row(rows.row_ptr, total);
-    const std::int64_t chunks = std::min(t.tiles(), kChunks);
     const std::int64_t parts = count_parts(chunks, channels, threads);
     std::vector<std::int64_t> bounds(static_cast<std::size_t>(phases * (parts + 1)));
     for (std::int64_t phase = 0; phase < phases; ++phase)

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -61,15 +62,53 @@ struct Scratch {
 };
 
 thread_local Scratch mine;
+thread_local std::uint64_t released = 0;
 std::atomic<std::uint64_t> release_epoch{0};
+
+// What a worker does with a job, its old scratch memory freed first if that was asked for.
+void serve_job(Job* job) {
+    if (released != release_epoch.load()) {
+        released = release_epoch.load();
+        mine.release();
+    }
+    job->work();
+}
+
+// An OpenMP runtime that is in the process already, torch's for one. Its workers spin for
+// milliseconds after each of its regions and would keep ours off the processors, so the work is
+// given to them. (GCC's entry point, which LLVM's runtime offers too.) Team sizes stay those of
+// the host: another size would end and start threads; a worker too many has no ticket.
+using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
+bool forked = false;  // OpenMP's workers do not live on in a child; ours start anew
+
+Region host_region() {
+    static const auto found = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return forked ? nullptr : found;
+}
+
+struct Team {
+    Job* job;
+    int threads;
+    std::atomic<int> tickets{0};
+};
+
+void run_in_host(Region region, Job* job, int threads) {
+    Team team{job, threads, {0}};
+    region(
+        [](void* data) {
+            auto* given = static_cast<Team*>(data);
+            if (given->tickets++ >= given->threads) return;
+            inside = true;
+            serve_job(given->job);
+            inside = false;
+        },
+        &team, 0, 0);
+    if (job->out_of_memory) throw std::bad_alloc();
+}
 
 class Pool {
 public:
-    void run(std::int64_t items, int threads, void (*body)(void*, std::int64_t), void* context) {
-        Job job;
-        job.body = body;
-        job.context = context;
-        job.items = items;
+    void run(Job& job, int threads) {
         const int helpers = std::min(threads - 1, grow(threads - 1));
         {
             std::lock_guard<std::mutex> lock(mutex_);
@@ -113,7 +152,7 @@ private:
 
     void serve(int index) {
         inside = true;
-        std::uint64_t released = release_epoch.load();
+        released = release_epoch.load();
         std::uint64_t seen = 0;
         for (;;) {
             for (int spins = 0;
@@ -130,11 +169,7 @@ private:
                 }
             }
             if (!job) continue;
-            if (released != release_epoch.load()) {
-                released = release_epoch.load();
-                mine.release();
-            }
-            job->work();
+            serve_job(job);
             {
                 std::lock_guard<std::mutex> lock(mutex_);
                 --active_;
@@ -160,11 +195,22 @@ std::atomic<Pool*> the_pool{nullptr};
 Pool& pool() {
     static const bool once = [] {
         the_pool = new Pool;
-        pthread_atfork(nullptr, nullptr, [] { the_pool = new Pool; });
         return true;
     }();
     (void)once;
     return *the_pool.load();
+}
+
+// In a child of fork: OpenMP's workers and ours are gone.
+void watch_forks() {
+    static const bool once = [] {
+        pthread_atfork(nullptr, nullptr, [] {
+            forked = true;
+            the_pool = the_pool.load() ? new Pool : nullptr;
+        });
+        return true;
+    }();
+    (void)once;
 }
 
 }  // namespace
@@ -174,10 +220,19 @@ void parallel_raw(std::int64_t items, int threads, void (*body)(void*, std::int6
     if (threads > items) threads = static_cast<int>(items);
     if (threads > kMaxThreads) threads = kMaxThreads;
     if (threads > 1 && !inside) {
+        watch_forks();
+        Job job;
+        job.body = body;
+        job.context = context;
+        job.items = items;
+        if (const Region region = host_region()) {
+            run_in_host(region, &job, threads);
+            return;
+        }
         Pool& workers = pool();
         std::unique_lock<std::mutex> lock(workers.owner(), std::try_to_lock);
         if (lock.owns_lock()) {
-            workers.run(items, threads, body, context);
+            workers.run(job, threads);
             return;
         }
     }

@@ -1,5 +1,6 @@
-// Worker threads of our own: no OpenMP runtime is needed at the user's, and none spins beside
-// torch's. Workers sleep between calls after a short wait for the next one.
+// Worker threads: those of the OpenMP runtime that the process has (torch's), else of our own, so
+// that none need be installed and no two runtimes spin beside each other. Our own sleep between
+// calls after a short wait for the next one.
 #pragma once
 
 #include <cstddef>
