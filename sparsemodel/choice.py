@@ -12,8 +12,10 @@ import math
 
 from sparsemodel.kernels.geometry import ConvGeometry
 
-# From this density on the index that sparse kernels need is not worth its memory.
+# From this density on the index that sparse kernels need is not worth its memory, except where it
+# is small beside any input: in grouped convolutions, whose rows are short.
 MAX_SPARSE_DENSITY = 0.6
+MAX_SHORT_ROW = 32
 
 # A column is one output pixel of one sample: each active weight is multiplied once a column.
 _SPARSE_CALL = 18e3
@@ -32,6 +34,13 @@ _DENSE_INPUT = 0.5
 _MARGIN = 1.1
 
 
+def sparse_may_be_faster(geometry: ConvGeometry, nnz: int) -> bool:
+    """Whether a layer of so many active weights needs the index of sparse kernels at all."""
+    weights = geometry.out_channels * geometry.row_length
+    short = geometry.groups > 1 and geometry.row_length <= MAX_SHORT_ROW
+    return short or nnz <= MAX_SPARSE_DENSITY * weights
+
+
 def dense_is_faster(
     geometry: ConvGeometry, nnz: int, batch: int, size: tuple[int, int], *, in_layout: bool
 ) -> bool:
@@ -45,7 +54,7 @@ def dense_is_faster(
         in_layout: whether the input is batch innermost already.
     """
     weights = geometry.out_channels * geometry.row_length
-    if nnz > MAX_SPARSE_DENSITY * weights:
+    if not sparse_may_be_faster(geometry, nnz):
         return True
     height, width = geometry.output_size(*size)
     columns = batch * height * width

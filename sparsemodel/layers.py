@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from sparsemodel.adjust import Entries
-from sparsemodel.choice import dense_is_faster
 from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.kernels.functional import (
     conv2d_topk_grad,
@@ -109,9 +108,8 @@ class SparseLinear(SparseLayer):
     def _dense(self, x: torch.Tensor) -> bool:
         if self._execution != "auto":
             return self._execution == "dense"
-        batch = x.numel() // self.in_features if self.in_features else 0
-        nnz = self.cols.numel()
-        return dense_is_faster(self._geometry, nnz, batch, (1, 1), in_layout=is_features_first(x))
+        rows = x.numel() // self.in_features if self.in_features else 0
+        return self._dense_is_faster(x, rows, (1, 1), is_features_first)
 
 
 class SparseConv2d(SparseLayer):
@@ -226,13 +224,7 @@ class SparseConv2d(SparseLayer):
     def _dense(self, x: torch.Tensor) -> bool:
         if self._execution != "auto" or x.dim() != 4:
             return self._execution == "dense"
-        return dense_is_faster(
-            self._geometry,
-            self.cols.numel(),
-            x.shape[0],
-            (x.shape[2], x.shape[3]),
-            in_layout=is_batch_innermost(x),
-        )
+        return self._dense_is_faster(x, x.shape[0], (x.shape[2], x.shape[3]), is_batch_innermost)
 
 
 _Sparse = TypeVar("_Sparse", bound=SparseLayer)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsemodel.adjust import Entries
-from sparsemodel.choice import MAX_SPARSE_DENSITY
+from sparsemodel.choice import dense_is_faster, sparse_may_be_faster
 from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.kernels import reference
 from sparsemodel.kernels.functional import SparseIndex
@@ -26,6 +26,9 @@ from sparsemodel.pattern import (
 
 Execution = Literal["auto", "sparse", "dense"]
 EXECUTIONS: tuple[Execution, ...] = ("auto", "sparse", "dense")
+
+# For so many shapes of input a layer remembers which kernels it takes.
+MAX_CHOICES = 64
 
 
 class SparseLayer(nn.Module):
@@ -169,8 +172,10 @@ class SparseLayer(nn.Module):
         return self
 
     def _set_pattern(self, row_ptr: torch.Tensor, cols: torch.Tensor) -> None:
-        wide = len(cols) > MAX_SPARSE_DENSITY * self._numel
-        sparse = self._execution == "sparse" or (self._execution == "auto" and not wide)
+        self._choices: dict[object, bool] = {}
+        sparse = self._execution == "sparse" or (
+            self._execution == "auto" and sparse_may_be_faster(self._geometry, len(cols))
+        )
         index = SparseIndex.build(row_ptr, cols, self._geometry, sparse=sparse)
         self.register_buffer("row_ptr", row_ptr)
         self.register_buffer("cols", cols)
@@ -186,6 +191,21 @@ class SparseLayer(nn.Module):
             index = index.with_bits(self._geometry.row_length)
             buffers["bits"] = index.bits
         return index
+
+    def _dense_is_faster(
+        self, x: torch.Tensor, batch: int, size: tuple[int, int], in_layout: Callable[..., bool]
+    ) -> bool:
+        nnz = self._buffers["cols"].numel()  # type: ignore[union-attr]
+        if torch.compiler.is_compiling():
+            return dense_is_faster(self._geometry, nnz, batch, size, in_layout=in_layout(x))
+        key = x.shape, x.stride()  # asking again would cost as much as a small layer
+        choice = self._choices.get(key)
+        if choice is None:
+            choice = dense_is_faster(self._geometry, nnz, batch, size, in_layout=in_layout(x))
+            if len(self._choices) >= MAX_CHOICES:
+                self._choices.clear()
+            self._choices[key] = choice
+        return choice
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **keywords: Any

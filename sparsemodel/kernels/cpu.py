@@ -107,20 +107,20 @@ _Geometry, _Pool = ctypes.POINTER(Geometry), ctypes.POINTER(PoolGeometry)
 
 
 class _Array:
-    """The ctypes parameter type of an array of one dtype: takes what `Data` says."""
+    """The parameter type of an array of one dtype: takes what `Data` says."""
 
     def __init__(self, dtype: type[np.generic]) -> None:
         self._dtype = np.dtype(dtype)
 
-    def from_param(self, data: Data) -> ctypes.c_void_p:
-        if isinstance(data, np.ndarray):
-            if data.dtype != self._dtype or not data.flags.c_contiguous:
-                raise SparseModelError(
-                    f"expected a C-contiguous {self._dtype} array, got {data.dtype} of shape "
-                    f"{data.shape} and strides {data.strides}"
-                )
-            return ctypes.c_void_p(data.__array_interface__["data"][0])
-        return ctypes.c_void_p(data)
+    def address(self, data: Data) -> int | None:
+        if not isinstance(data, np.ndarray):
+            return data
+        if data.dtype != self._dtype or not data.flags.c_contiguous:
+            raise SparseModelError(
+                f"expected a C-contiguous {self._dtype} array, got {data.dtype} of shape "
+                f"{data.shape} and strides {data.strides}"
+            )
+        return int(data.__array_interface__["data"][0])
 
 
 _F, _I, _L, _U, _W = (_Array(t) for t in (np.float32, np.int32, np.int64, np.uint8, np.uint16))
@@ -183,14 +183,20 @@ class CpuLibrary:
         self._dll.spc_transposed_rows.restype = _LONG
         for name, types in _SIGNATURES.items():
             function = getattr(self._dll, f"spc_{name}")
-            function.argtypes, function.restype = types, _INT
-            setattr(self, name, functools.partial(self._call, function))
+            function.restype = _INT
+            function.argtypes = [ctypes.c_void_p if isinstance(t, _Array) else t for t in types]
+            setattr(self, name, functools.partial(self._call, function, types))
 
-    def _call(self, function: Any, *arguments: Any) -> None:
+    def _call(self, function: Any, types: tuple[Any, ...], *arguments: Any) -> None:
         try:
-            status = function(*arguments)
-        except ctypes.ArgumentError as error:
-            raise SparseModelError(f"{function.__name__}: {error}") from error
+            status = function(*arguments)  # addresses alone go the short way
+        except ctypes.ArgumentError:
+            pairs = zip(types, arguments, strict=False)  # the call below counts them
+            plain = [t.address(a) if isinstance(t, _Array) else a for t, a in pairs]
+            try:
+                status = function(*plain, *arguments[len(types) :])
+            except ctypes.ArgumentError as error:
+                raise SparseModelError(f"{function.__name__}: {error}") from error
         if status:
             self._fail()
 

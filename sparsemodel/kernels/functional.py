@@ -429,19 +429,24 @@ def _check_planes(x: Tensor, channels: int) -> None:
 def _check_weights(
     values: Tensor, bias: Tensor | None, index: SparseIndex, geometry: ConvGeometry
 ) -> None:
-    if values.shape != index.cols.shape:
+    if values.numel() != index.cols.numel() or values.dim() != 1:
         raise SparseModelError(
             f"expected {index.cols.numel()} values, as the pattern has, got {tuple(values.shape)}"
         )
     if bias is not None and (
         bias.numel() != geometry.out_channels
         or bias.dtype != values.dtype
-        or bias.device != values.device
+        or not _together(bias, values)
     ):
         raise SparseModelError(
             f"expected a bias of {geometry.out_channels} {values.dtype} numbers on "
             f"{values.device}, got {tuple(bias.shape)}, {bias.dtype} on {bias.device}"
         )
+
+
+def _together(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are on one device; quick on the CPU, where layers may be tiny."""
+    return (a.is_cpu and b.is_cpu) or a.device == b.device
 
 
 def _check_alike(x: Tensor, values: Tensor, index: SparseIndex) -> None:
@@ -450,7 +455,7 @@ def _check_alike(x: Tensor, values: Tensor, index: SparseIndex) -> None:
             f"the input is {x.dtype}, the layer's values {values.dtype}; convert one of them "
             "(x.to(dtype) or layer.to(dtype))"
         )
-    if not x.device == values.device == index.cols.device:
+    if not (_together(x, values) and _together(values, index.cols)):
         raise SparseModelError(
             f"the input is on {x.device}, the values on {values.device}, the pattern on "
             f"{index.cols.device}; move them to one device"

@@ -6,6 +6,7 @@ Callers make the outputs and see to dtype (float32), device (CPU) and layout (ba
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -180,7 +181,7 @@ def conv2d_backward(
     dbias: Tensor,
 ) -> None:
     """Write those gradients that have elements; `x` is needed for values and bias."""
-    g = _conv_sizes(dy.shape[0], size, dy, geometry)
+    g = _conv_sizes(dy.shape[0], size, (dy.shape[2], dy.shape[3]), geometry)
     _backward(g, dy, x, values, row_ptr, cols, transposed, dx, dvalues, dbias)
 
 
@@ -289,19 +290,22 @@ def _linear_geometry(x: Tensor, y: Tensor) -> cpu.Geometry:
     return _linear_sizes(y.numel() // width_out if width_out else 0, width_in, width_out)
 
 
+@functools.lru_cache(maxsize=1024)
 def _linear_sizes(batch: int, width_in: int, width_out: int) -> cpu.Geometry:
     return cpu.Geometry(batch, width_in, width_out, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1)
 
 
 def _conv_geometry(x: Tensor, y: Tensor, g: ConvGeometry) -> cpu.Geometry:
-    return _conv_sizes(x.shape[0], (x.shape[2], x.shape[3]), y, g)
+    return _conv_sizes(x.shape[0], (x.shape[2], x.shape[3]), (y.shape[2], y.shape[3]), g)
 
 
-def _conv_sizes(batch: int, size: tuple[int, int], y: Tensor, g: ConvGeometry) -> cpu.Geometry:
+@functools.lru_cache(maxsize=1024)
+def _conv_sizes(
+    batch: int, size: tuple[int, int], out_size: tuple[int, int], g: ConvGeometry
+) -> cpu.Geometry:
     return cpu.Geometry(
-        batch, g.in_channels, g.out_channels, *size, y.shape[2], y.shape[3], g.kernel_h,
-        g.kernel_w, g.stride_h, g.stride_w, g.padding_h, g.padding_w, g.dilation_h, g.dilation_w,
-        g.groups,
+        batch, g.in_channels, g.out_channels, *size, *out_size, g.kernel_h, g.kernel_w, g.stride_h,
+        g.stride_w, g.padding_h, g.padding_w, g.dilation_h, g.dilation_w, g.groups,
     )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def _conv2d(
     geometry: Sequence[int],
 ) -> Tensor:
     y = _conv2d_shapes(x, values, bias, row_ptr, cols, geometry)
-    g = ConvGeometry(*geometry)
+    g = _geometry(geometry)
     native.conv2d(batch_innermost(x), values, bias, row_ptr, cols, g, y)
     return y
 
@@ -114,7 +114,7 @@ def _conv2d_shapes(
     cols: Tensor,
     geometry: Sequence[int],
 ) -> Tensor:
-    g = ConvGeometry(*geometry)
+    g = _geometry(geometry)
     size = g.output_size(x.shape[2], x.shape[3])
     return empty_batch_innermost(x, x.shape[0], g.out_channels, *size)
 
@@ -134,7 +134,7 @@ def _conv2d_backward(
         dy, x, values, row_ptr, cols, transposed, geometry, size, wanted
     )
     dy, x = batch_innermost(dy), None if x is None else batch_innermost(x)
-    g, (height, width) = ConvGeometry(*geometry), size
+    g, (height, width) = _geometry(geometry), size
     native.conv2d_backward(dy, x, values, row_ptr, cols, transposed, g, (height, width), *gradients)
     return gradients
 
@@ -150,7 +150,7 @@ def _conv2d_backward_shapes(
     size: Sequence[int],
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    in_channels = ConvGeometry(*geometry).in_channels
+    in_channels = _geometry(geometry).in_channels
     return (
         empty_batch_innermost(dy, dy.shape[0], in_channels, *size)
         if wanted[0]
@@ -175,19 +175,24 @@ def _linear_topk_grad_shapes(
 def _conv2d_topk_grad(
     x: Tensor, dy: Tensor, row_ptr: Tensor, cols: Tensor, geometry: Sequence[int], k: int
 ) -> tuple[Tensor, Tensor]:
-    g = ConvGeometry(*geometry)
+    g = _geometry(geometry)
     return native.conv2d_topk_grad(batch_innermost(x), batch_innermost(dy), row_ptr, cols, g, k)
 
 
 def _conv2d_topk_grad_shapes(
     x: Tensor, dy: Tensor, row_ptr: Tensor, cols: Tensor, geometry: Sequence[int], k: int
 ) -> tuple[Tensor, Tensor]:
-    g = ConvGeometry(*geometry)
+    g = _geometry(geometry)
     return _entries(x, min(k, g.out_channels * g.row_length - cols.numel()))
 
 
 def _entries(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(count, dtype=torch.int64), x.new_empty(count)
+
+
+def _geometry(numbers: Sequence[int]) -> ConvGeometry:
+    """What the dispatcher passes on as a plain list."""
+    return numbers if isinstance(numbers, ConvGeometry) else ConvGeometry(*numbers)
 
 
 _INDEX = "Tensor row_ptr, Tensor cols, Tensor transposed"

@@ -137,7 +137,7 @@ def _conv_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of a dense convolution for input, weight and bias, those that are wanted."""
     g = geometry
-    dx, dw, db = torch.ops.aten.convolution_backward(
+    dx, dw, db = torch.ops.aten.convolution_backward.default(
         dy, x, weight, [g.out_channels], g.stride, g.padding, g.dilation, False, (0, 0), g.groups,
         wanted,
     )  # fmt: skip
