@@ -437,6 +437,66 @@ void test_arrays(int rounds) {
     }
 }
 
+// Through the dense weight, in arrays of exactly the size that is needed: what comes after an
+// array must be neither read nor written.
+void test_blocks(int rounds) {
+    for (int round = 0; round < rounds; ++round) {
+        what = std::string("blocks ") + spc_isa();
+        const int out = uniform(1, 9), in = one_of({1, 7, 16, 31, 64, 100, 259});
+        const int batch = one_of({1, 2, 3, 8, 17}), density = one_of({0, 1, 5, 9, 10});
+        const std::size_t weights = std::size_t(out * in);
+        Ints row_ptr{0}, cols;
+        Floats values;
+        const Floats dense = normals(weights), bias = normals(std::size_t(out));
+        std::vector<double> w(weights);
+        for (int o = 0; o < out; ++o) {
+            for (int i = 0; i < in; ++i)
+                if (uniform(0, 9) < density) {
+                    cols.push_back(i);
+                    values.push_back(dense[std::size_t(o * in + i)]);
+                    w[std::size_t(o * in + i)] = values.back();
+                }
+            row_ptr.push_back(int32_t(cols.size()));
+        }
+        std::vector<uint16_t> bits(std::size_t(out * ((in + 15) / 16)));
+        Floats weight(weights), back(values.size());
+        ok(spc_pattern_bits(out, in, row_ptr.data(), cols.data(), bits.data(), 2), "bits");
+        ok(spc_dense_weight(out, in, row_ptr.data(), bits.data(), values.data(), weight.data(), 2),
+           "dense_weight");
+        ok(spc_active_values(out, in, row_ptr.data(), bits.data(), dense.data(), back.data(), 1),
+           "active_values");
+        close(weight, w, "dense weight", 0), close(back, values, "active values", 0);
+
+        const Floats x = normals(std::size_t(batch * in)), dy = normals(std::size_t(batch * out));
+        Floats y(dy.size()), dx(x.size()), dvalues(values.size()), db(bias.size());
+        ok(spc_linear_few(batch, in, out, row_ptr.data(), bits.data(), values.data(), bias.data(),
+                          x.data(), y.data(), 2),
+           "linear_few");
+        ok(spc_linear_few_backward(batch, in, out, row_ptr.data(), bits.data(), values.data(),
+                                   x.data(), dy.data(), dx.data(), dvalues.data(), db.data(), 2),
+           "linear_few_backward");
+        std::vector<double> wy(dy.size()), wdx(x.size()), wdb(bias.size()), wdv;
+        for (int o = 0; o < out; ++o)
+            for (int b = 0; b < batch; ++b) {
+                const std::size_t at = std::size_t(b * out + o);
+                wy[at] = bias[std::size_t(o)], wdb[std::size_t(o)] += dy[at];
+                for (int i = 0; i < in; ++i) {
+                    wy[at] += w[std::size_t(o * in + i)] * x[std::size_t(b * in + i)];
+                    wdx[std::size_t(b * in + i)] += w[std::size_t(o * in + i)] * dy[at];
+                }
+            }
+        for (int o = 0; o < out; ++o)
+            for (int32_t e = row_ptr[std::size_t(o)]; e < row_ptr[std::size_t(o + 1)]; ++e) {
+                wdv.push_back(0);
+                for (int b = 0; b < batch; ++b)
+                    wdv.back() += double(dy[std::size_t(b * out + o)]) *
+                                  x[std::size_t(b * in + cols[std::size_t(e)])];
+            }
+        close(y, wy, "few"), close(dx, wdx, "few: input gradient");
+        close(dvalues, wdv, "few: weight gradient"), close(db, wdb, "few: bias gradient");
+    }
+}
+
 void test_refusals() {
     what = "refusals";
     spc_geometry g{2, 3, 4, 5, 5, 5, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1};
@@ -483,6 +543,7 @@ int main(int argc, char** argv) {
         test_norm(rounds / 4 + 1);
         test_pool(rounds / 4 + 1);
         test_arrays(rounds / 4 + 1);
+        test_blocks(rounds);
         std::printf("%s: ", spc_isa());
     }
     spc_release_scratch();
