@@ -1,44 +1,113 @@
 """Which of two ways to compute a sparse layer is faster, predicted from its shape.
 
-A linear model of one pass (forward, or one of the two backward products) on one core. Its
-constants are nanoseconds, fitted to measurements on an AMD EPYC (Zen 4) with AVX-512; only their
-ratios matter. `python -m benchmarks.execution_choice` measures both ways beside the dense layer
-and shows where the prediction is wrong.
+A linear model of one pass (a third of forward and backward) on one core. Its constants are
+nanoseconds on an AMD EPYC (Zen 4) with AVX-512; only their ratios matter. They are what
+`python -m benchmarks.choice_fit` prints: it measures both ways on some seventy layers, fits the
+constants and lists where the choice is wrong. `python -m benchmarks.execution_choice` shows the
+choice beside the plain dense layer.
 """
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
 from sparsemodel.kernels.geometry import ConvGeometry
 
-# From this density on the index that sparse kernels need is not worth its memory, except where it
-# is small beside any input: in grouped convolutions, whose rows are short.
+# From this density on the index that sparse kernels need is not worth its memory, except in layers
+# so small that it is nothing beside their input.
 MAX_SPARSE_DENSITY = 0.6
-MAX_SHORT_ROW = 32
+MAX_SMALL_LAYER = 1 << 14
 
-# A column is one output pixel of one sample: each active weight is multiplied once a column.
-_SPARSE_CALL = 18e3
-_SPARSE_WEIGHT = 4.0  # of an active weight: reading it and its place
-_SPARSE_PRODUCT = 0.036
-_SPARSE_INPUT = 0.3  # of an input value: memory
-_CONVERSION = 1.0  # of an input value, where it comes in another layout
-_DENSE_CALL = 12e3
-_DENSE_WEIGHT = 0.2  # of a weight, active or not: clearing and reading it
-_DENSE_ACTIVE = 0.85  # of an active weight: putting it there, taking its gradient from there
-_DENSE_PRODUCT = 0.018
-_DENSE_PRODUCT_ALONE = 0.013  # added for a batch of one, falls with the batch's square root
-_DENSE_PRODUCT_NARROW = 0.16  # added for one output channel, falls with their number
-_DENSE_INPUT = 0.5
-# Sparse kernels must promise this much: a wrong choice of the dense ones costs less.
-_MARGIN = 1.1
+# Up to so many rows the dense weight of a linear layer is put together in registers: at 16 that
+# takes as long as making it and torch's product, beyond longer.
+MAX_FEW_ROWS = 16
+
+
+class Work(NamedTuple):
+    """What the cost of a pass depends on.
+
+    A column is one output pixel of one sample: each weight is multiplied once a column.
+    Activations are the values of input and output together, `group_out` the output channels of a
+    group, `few` a linear layer of at most MAX_FEW_ROWS rows.
+    """
+
+    weights: int
+    nnz: int
+    columns: int
+    activations: int
+    group_out: int
+    few: bool
+    in_layout: bool
+
+
+class Costs(NamedTuple):
+    """Nanoseconds of a call, a weight, a product (weight times column), an activation."""
+
+    sparse_call: float = 36e3
+    sparse_weight: float = 2.4  # of an active weight: reading it and its place
+    sparse_product: float = 0.030
+    sparse_activation: float = 0.20
+    sparse_conversion: float = 0.28  # added where the input comes in torch's layout
+    dense_call: float = 40e3
+    dense_weight: float = 0.57  # of any weight: putting it there, taking its gradient from there
+    dense_product: float = 0.018
+    dense_product_narrow: float = 0.046  # added for one output channel of a group
+    dense_activation: float = 0.91
+    dense_conversion: float = 0.44  # added where the input comes batch innermost
+    few_call: float = 29e3
+    few_weight: float = 0.076
+    few_product: float = 0.030
+
+
+COSTS = Costs()
+
+
+def work_of(
+    geometry: ConvGeometry, nnz: int, batch: int, size: tuple[int, int], *, in_layout: bool
+) -> Work:
+    """The work of one pass; arguments as of `dense_is_faster`."""
+    height, width = geometry.output_size(*size)
+    inputs = batch * geometry.in_channels * size[0] * size[1]
+    columns = batch * height * width
+    return Work(
+        weights=geometry.out_channels * geometry.row_length,
+        nnz=nnz,
+        columns=columns,
+        activations=inputs + columns * geometry.out_channels,
+        group_out=geometry.out_channels // geometry.groups,
+        few=batch <= MAX_FEW_ROWS and (geometry.kernel_h, geometry.kernel_w, *size) == (1, 1, 1, 1),
+        in_layout=in_layout,
+    )
+
+
+def sparse_cost(work: Work, costs: Costs = COSTS) -> float:
+    """Nanoseconds of a pass of the sparse kernels."""
+    conversion = 0.0 if work.in_layout else costs.sparse_conversion
+    return (
+        costs.sparse_call
+        + work.nnz * (costs.sparse_weight + costs.sparse_product * work.columns)
+        + work.activations * (costs.sparse_activation + conversion)
+    )
+
+
+def dense_cost(work: Work, costs: Costs = COSTS) -> float:
+    """Nanoseconds of a pass through the dense weight."""
+    if work.few:
+        product = costs.few_product * work.columns
+        return costs.few_call + work.weights * (costs.few_weight + product)
+    product = costs.dense_product + costs.dense_product_narrow / work.group_out
+    conversion = costs.dense_conversion if work.in_layout else 0.0
+    return (
+        costs.dense_call
+        + work.weights * (costs.dense_weight + product * work.columns)
+        + work.activations * (costs.dense_activation + conversion)
+    )
 
 
 def sparse_may_be_faster(geometry: ConvGeometry, nnz: int) -> bool:
     """Whether a layer of so many active weights needs the index of sparse kernels at all."""
     weights = geometry.out_channels * geometry.row_length
-    short = geometry.groups > 1 and geometry.row_length <= MAX_SHORT_ROW
-    return short or nnz <= MAX_SPARSE_DENSITY * weights
+    return weights <= MAX_SMALL_LAYER or nnz <= MAX_SPARSE_DENSITY * weights
 
 
 def dense_is_faster(
@@ -53,26 +122,9 @@ def dense_is_faster(
         size: height and width of the input, (1, 1) for a linear layer.
         in_layout: whether the input is batch innermost already.
     """
-    weights = geometry.out_channels * geometry.row_length
     if not sparse_may_be_faster(geometry, nnz):
         return True
-    height, width = geometry.output_size(*size)
-    columns = batch * height * width
-    inputs = batch * geometry.in_channels * size[0] * size[1]
-    sparse = (
-        _SPARSE_CALL
-        + nnz * (_SPARSE_WEIGHT + _SPARSE_PRODUCT * columns)
-        + inputs * (_SPARSE_INPUT if in_layout else _SPARSE_INPUT + _CONVERSION)
-    )
-    product = (
-        _DENSE_PRODUCT
-        + _DENSE_PRODUCT_ALONE / math.sqrt(max(1, batch))
-        + _DENSE_PRODUCT_NARROW / geometry.out_channels
-    )
-    dense = (
-        _DENSE_CALL
-        + weights * (_DENSE_WEIGHT + product * columns)
-        + nnz * _DENSE_ACTIVE
-        + inputs * _DENSE_INPUT
-    )
-    return dense < _MARGIN * sparse
+    work = work_of(geometry, nnz, batch, size, in_layout=in_layout)
+    if nnz == work.weights and not in_layout:
+        return True  # the values are the dense weight, and torch's own layer runs on them
+    return dense_cost(work) < sparse_cost(work)

@@ -187,7 +187,8 @@ class SparseLayer(nn.Module):
         index = SparseIndex(
             buffers["row_ptr"], buffers["cols"], buffers["transposed"], buffers["bits"]
         )
-        if dense and not index.bits.numel() and not torch.compiler.is_compiling():
+        pruned = index.cols.numel() < self._numel
+        if dense and pruned and not index.bits.numel() and not torch.compiler.is_compiling():
             index = index.with_bits(self._geometry.row_length)
             buffers["bits"] = index.bits
         return index

@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from sparsemodel.choice import MAX_FEW_ROWS
 from sparsemodel.errors import SparseModelError
 from sparsemodel.kernels import native, ops, reference
 from sparsemodel.kernels.geometry import ConvGeometry
@@ -22,10 +23,6 @@ from sparsemodel.kernels.layout import batch_innermost, contiguous_nchw, feature
 from sparsemodel.pattern import flat_positions
 
 Tensor = torch.Tensor
-
-# Up to so many rows a linear layer's dense weight is put together in registers: at 16 it takes as
-# long as the dense weight and torch's product, beyond longer.
-MAX_FEW_ROWS = 16
 
 
 class SparseIndex(NamedTuple):
@@ -221,9 +218,9 @@ def _dense_linear(
 ) -> Tensor:
     """Through the dense weight; of few rows, without ever making it."""
     shape = index.row_ptr.numel() - 1, x.shape[-1]
-    few = x.numel() <= MAX_FEW_ROWS * shape[1] and native.reaches(x)
-    if not few and values.numel() == shape[0] * shape[1]:
+    if values.numel() == shape[0] * shape[1]:
         return functional.linear(x, values.view(shape), bias)
+    few = x.numel() <= MAX_FEW_ROWS * shape[1] and native.reaches(x)
     index = index.with_bits(shape[1])
     y: Tensor
     if few:

@@ -37,7 +37,9 @@ def dense_weight(values: torch.Tensor, flat: torch.Tensor, shape: tuple[int, ...
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """[*, in] -> [*, out]."""
-    # Not functional.linear: what it returns may be a view, which autograd would let nobody change.
+    if x.dim() == 2:
+        return functional.linear(x, weight, bias)
+    # Here what functional.linear returns may be a view, which autograd would let nobody change.
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows_x, rows_y = x.reshape(-1, x.shape[-1]), y.view(-1, weight.shape[0])
     if bias is None:

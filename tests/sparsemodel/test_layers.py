@@ -218,9 +218,9 @@ def test_the_automatic_choice_follows_shape_and_density() -> None:
 
 
 def test_execution_is_obeyed_and_may_be_changed() -> None:
-    mask = pattern(64, 64, density=0.9)
-    layer = SparseLinear(64, 64, mask, bias=False, execution="sparse")
-    x = torch.randn(32, 64)
+    mask = pattern(256, 256, density=0.9)
+    layer = SparseLinear(256, 256, mask, bias=False, execution="sparse")
+    x = torch.randn(32, 256)
     expected = layer(x)
     assert layer.transposed.numel() > 0 or not native.loaded()
     assert layer.bits.numel() == 0
@@ -228,7 +228,7 @@ def test_execution_is_obeyed_and_may_be_changed() -> None:
         layer.execution = execution  # type: ignore[assignment]
         assert layer.transposed.numel() == 0
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-        assert layer.bits.nbytes == (64 * 64 // 8 if native.loaded() else 0), "a bit a weight"
+        assert layer.bits.nbytes == (256 * 256 // 8 if native.loaded() else 0), "a bit a weight"
     layer.execution = "sparse"
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(SparseModelError, match="execution is one of"):

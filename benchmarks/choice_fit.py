@@ -1,0 +1,159 @@
+"""The constants of sparsemodel/choice.py from measurements, and where their choice is wrong.
+
+    python -m benchmarks.choice_fit [--quick]
+
+Forward and backward of some seventy layers at six densities, in both layouts, by sparse and by dense
+execution, on one thread, in processor time (other processes disturb it less). The constants are a
+robust least-squares fit of the logarithms; scipy, which scikit-learn brings, does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import least_squares
+from torch import nn
+
+from benchmarks.timing import interleaved, machine, use_threads
+from sparsemodel.choice import COSTS, Costs, Work, dense_cost, sparse_cost, work_of
+from sparsemodel.kernels.geometry import ConvGeometry
+from sparsemodel.layers import Execution, SparseConv2d, SparseLinear
+
+DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
+PASSES = 3  # forward, and the gradients for input and weights
+
+
+class Case(NamedTuple):
+    """One layer at one density in one layout; seconds of forward and backward."""
+
+    name: str
+    work: Work
+    sparse: float
+    dense: float
+
+
+def layers(*, quick: bool) -> Iterator[tuple[str, nn.Conv2d | nn.Linear, torch.Tensor]]:
+    """Name, dense layer and input."""
+    for batch in (4,) if quick else (1, 2, 4, 16, 64):
+        for channels, size in ((16, 16), (64, 16), (256, 8), (512, 4)):
+            x = torch.randn(batch, channels, size, size)
+            name = f"conv 3x3 {channels}x{size}x{size} b{batch}"
+            yield name, nn.Conv2d(channels, channels, 3, padding=1, bias=False), x
+    for batch in (4,) if quick else (1, 4, 16, 64):
+        yield from _narrow_layers(batch)
+    for wide, out in ((128, 128),) if quick else ((128, 128), (512, 512), (784, 300), (1024, 1024)):
+        for batch in (1, 16, 128) if quick else (1, 2, 4, 8, 16, 32, 64, 128, 512):
+            yield f"linear {wide}->{out} b{batch}", nn.Linear(wide, out), torch.randn(batch, wide)
+
+
+def _narrow_layers(batch: int) -> Iterator[tuple[str, nn.Conv2d, torch.Tensor]]:
+    """Convolutions with few products for each activation."""
+    for channels, size in ((64, 32), (256, 16)):
+        name = f"depthwise 3x3 {channels}x{size}x{size} b{batch}"
+        plain = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        yield name, plain, torch.randn(batch, channels, size, size)
+    x = torch.randn(batch, 64, 16, 16)
+    yield f"conv 1x1 64->128 b{batch}", nn.Conv2d(64, 128, 1, bias=False), x
+    x = torch.randn(batch, 3, 32, 32)
+    yield f"stem 3->32 b{batch}", nn.Conv2d(3, 32, 3, padding=1, bias=False), x
+
+
+def cases(*, quick: bool) -> Iterator[Case]:
+    """All measurements."""
+    for name, plain, x in layers(quick=quick):
+        for density in DENSITIES:
+            mask = torch.rand(plain.weight.shape) < density
+            calls = {
+                (execution, in_layout): _call(plain, mask, execution, x, in_layout=in_layout)
+                for execution in ("sparse", "dense")
+                for in_layout in (False, True)
+            }
+            named = {f"{key}": call for key, call in calls.items()}
+            seconds = interleaved(named, rounds=3, clock=time.process_time)
+            for in_layout in (False, True):
+                sparse, dense = (seconds[f"{(e, in_layout)}"] for e in ("sparse", "dense"))
+                work = _work(plain, mask, x, in_layout=in_layout)
+                label = f"{name} d={density:g}{', in layout' if in_layout else ''}"
+                yield Case(label, work, sparse, dense)
+
+
+def _call(
+    plain: nn.Conv2d | nn.Linear,
+    mask: torch.Tensor,
+    execution: Execution,
+    x: torch.Tensor,
+    *,
+    in_layout: bool,
+) -> Callable[[], object]:
+    layer: SparseConv2d | SparseLinear
+    if isinstance(plain, nn.Linear):
+        layer = SparseLinear.from_dense(plain, mask, execution=execution)
+    else:
+        layer = SparseConv2d.from_dense(plain, mask, execution=execution)
+    x, dy = (_laid_out(t, in_layout).detach() for t in (x, torch.randn(plain(x).shape)))
+    x.requires_grad_()
+    return lambda: torch.autograd.grad(layer(x), (x, layer.values), dy)
+
+
+def _laid_out(x: torch.Tensor, in_layout: bool) -> torch.Tensor:
+    """A copy, batch innermost (or features first) or in torch's layout."""
+    if not in_layout:
+        return x.contiguous()
+    order = (1, 2, 3, 0) if x.dim() == 4 else (1, 0)
+    back = (3, 0, 1, 2) if x.dim() == 4 else (1, 0)
+    return x.permute(order).contiguous().permute(back)
+
+
+def _work(
+    plain: nn.Conv2d | nn.Linear, mask: torch.Tensor, x: torch.Tensor, *, in_layout: bool
+) -> Work:
+    nnz, batch = int(mask.sum()), len(x)
+    if isinstance(plain, nn.Linear):
+        geometry = ConvGeometry(plain.out_features, plain.in_features, 1, 1)
+        return work_of(geometry, nnz, batch, (1, 1), in_layout=in_layout)
+    geometry = SparseConv2d.from_dense(plain, mask).geometry
+    return work_of(geometry, nnz, batch, (x.shape[2], x.shape[3]), in_layout=in_layout)
+
+
+def fit(measured: list[Case]) -> Costs:
+    """The constants that predict the measurements best."""
+
+    def errors(logarithms: np.ndarray) -> list[float]:
+        costs = Costs(*np.exp(logarithms))
+        ratios = [sparse_cost(c.work, costs) / (1e9 * c.sparse / PASSES) for c in measured]
+        ratios += [dense_cost(c.work, costs) / (1e9 * c.dense / PASSES) for c in measured]
+        return list(np.log(ratios))
+
+    found = least_squares(errors, np.log(COSTS), loss="soft_l1", f_scale=0.2)
+    return Costs(*(float(f"{cost:.2g}") for cost in np.exp(found.x)))
+
+
+def main() -> None:
+    """Measure, fit, print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.choice_fit", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few layers: whether it runs")
+    arguments = parser.parse_args()
+    use_threads(1)
+    torch.manual_seed(0)
+    print(f"# {machine()}, processor time", flush=True)
+    measured = list(cases(quick=arguments.quick))
+    for name, cost in fit(measured)._asdict().items():
+        print(f"{name:<22} {cost:>9g}   now {getattr(COSTS, name):g}")
+    wrong = []
+    for case in measured:
+        dense = dense_cost(case.work) < sparse_cost(case.work)
+        if dense != (case.dense < case.sparse):
+            taken, best = sorted((case.sparse, case.dense), reverse=True)
+            wrong.append((taken / best, case.name, "dense" if dense else "sparse"))
+    print(f"# the other way was faster in {len(wrong)} of {len(measured)} cases:")
+    for loss, name, taken in sorted(wrong, reverse=True):
+        print(f"{name:<48} {taken:<6} {loss:.2f} x")
+
+
+if __name__ == "__main__":
+    main()
