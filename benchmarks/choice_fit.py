@@ -2,9 +2,9 @@
 
     python -m benchmarks.choice_fit [--quick]
 
-Forward and backward of some seventy layers at six densities, in both layouts, by sparse and dense
-execution, on one thread, in processor time (other processes disturb it less). The constants are a
-robust least-squares fit of the logarithms; scipy, which scikit-learn brings, does it.
+Forward and backward of some seventy layers at six densities, in both layouts, by sparse and by
+dense execution, on one thread, in processor time (other processes disturb it less). The constants
+are a robust least-squares fit of the logarithms, by the scipy that scikit-learn brings.
 """
 
 from __future__ import annotations

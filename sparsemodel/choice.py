@@ -43,20 +43,20 @@ class Work(NamedTuple):
 class Costs(NamedTuple):
     """Nanoseconds of a call, a weight, a product (weight times column), an activation."""
 
-    sparse_call: float = 36e3
-    sparse_weight: float = 2.4  # of an active weight: reading it and its place
-    sparse_product: float = 0.030
-    sparse_activation: float = 0.20
-    sparse_conversion: float = 0.28  # added where the input comes in torch's layout
-    dense_call: float = 40e3
-    dense_weight: float = 0.57  # of any weight: putting it there, taking its gradient from there
-    dense_product: float = 0.018
-    dense_product_narrow: float = 0.046  # added for one output channel of a group
-    dense_activation: float = 0.91
-    dense_conversion: float = 0.44  # added where the input comes batch innermost
-    few_call: float = 29e3
-    few_weight: float = 0.076
-    few_product: float = 0.030
+    sparse_call: float = 37e3
+    sparse_weight: float = 2.7  # of an active weight: reading it and its place
+    sparse_product: float = 0.032
+    sparse_activation: float = 0.16
+    sparse_conversion: float = 0.21  # added where the input comes in torch's layout
+    dense_call: float = 51e3
+    dense_weight: float = 0.68  # of any weight: putting it there, taking its gradient from there
+    dense_product: float = 0.02
+    dense_product_narrow: float = 0.03  # added for one output channel of a group
+    dense_activation: float = 0.62
+    dense_conversion: float = 0.13  # added where the input comes batch innermost
+    few_call: float = 28e3
+    few_weight: float = 0.095
+    few_product: float = 0.031
 
 
 COSTS = Costs()
