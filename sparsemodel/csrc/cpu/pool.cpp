@@ -201,17 +201,12 @@ Pool& pool() {
     return *the_pool.load();
 }
 
-// In a child of fork: OpenMP's workers and ours are gone.
-void watch_forks() {
-    static const bool once = [] {
-        pthread_atfork(nullptr, nullptr, [] {
-            forked = true;
-            the_pool = the_pool.load() ? new Pool : nullptr;
-        });
-        return true;
-    }();
-    (void)once;
-}
+// In a child of fork OpenMP's workers and ours are gone. Watched from the loading of the library
+// on: the host may have started its workers before our first call.
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] {
+    forked = true;
+    if (the_pool.load()) the_pool = new Pool;
+});
 
 }  // namespace
 
@@ -220,7 +215,6 @@ void parallel_raw(std::int64_t items, int threads, void (*body)(void*, std::int6
     if (threads > items) threads = static_cast<int>(items);
     if (threads > kMaxThreads) threads = kMaxThreads;
     if (threads > 1 && !inside) {
-        watch_forks();
         Job job;
         job.body = body;
         job.context = context;

@@ -119,26 +119,38 @@ def test_calls_from_many_threads_do_not_mix() -> None:
     assert wrong == []
 
 
+FORKING = """
+import os, numpy as np, sparsemodel.kernels.cpu as cpu
+lib = cpu.library(); g = cpu.Geometry.linear(256, 300, 300)
+rows = np.arange(0, 90001, 300, dtype=np.int32)
+cols = np.tile(np.arange(300, dtype=np.int32), 300)
+v, x = np.ones(90000, np.float32), np.ones((300, 256), np.float32)
+def call():
+    y = np.zeros((300, 256), np.float32)
+    lib.conv_forward(g, rows, cols, v, None, x, y, 2)
+    assert (y == 300).all()
+{before}
+child = os.fork()
+if child == 0:
+    call(); os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])); call()
+"""
+
+
 @needs_library
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_has_workers_of_its_own() -> None:
-    code = (
-        "import os, numpy as np, sparsemodel.kernels.cpu as cpu\n"
-        "lib = cpu.library(); g = cpu.Geometry.linear(256, 300, 300)\n"
-        "rows = np.arange(0, 90001, 300, dtype=np.int32)\n"
-        "cols = np.tile(np.arange(300, dtype=np.int32), 300)\n"
-        "v, x = np.ones(90000, np.float32), np.ones((300, 256), np.float32)\n"
-        "def call():\n"
-        "    y = np.zeros((300, 256), np.float32)\n"
-        "    lib.conv_forward(g, rows, cols, v, None, x, y, 2)\n"
-        "    assert (y == 300).all()\n"
-        "call()\n"
-        "child = os.fork()\n"
-        "if child == 0:\n"
-        "    call(); os._exit(7)\n"
-        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])); call()\n"
-    )
-    assert run(code) == "7"
+@pytest.mark.parametrize(
+    "before",
+    [
+        "call()",
+        # Workers of torch's OpenMP, which a child cannot use, and our first call is the child's.
+        "import torch; torch.set_num_threads(2); torch.ones(600, 600) @ torch.ones(600, 600)",
+        "import torch; torch.set_num_threads(2); call()",
+    ],
+    ids=["ours", "torch's", "ours by torch's"],
+)
+def test_a_forked_child_has_workers_of_its_own(before: str) -> None:
+    assert run(FORKING.format(before=before)) == "7"
 
 
 @needs_library
