@@ -11,7 +11,7 @@ from torch import nn
 from sparsemodel.adjust import Entries
 from sparsemodel.errors import PlanError, SparseModelError
 from sparsemodel.grow import counted_layers
-from sparsemodel.kernels.cpu import Geometry
+from sparsemodel.kernels import native
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.kernels.plan_abi import Images, NativePlan, Sgd
 from sparsemodel.layers import SparseLayer, SparseLinear
@@ -255,8 +255,8 @@ class TrainingPlan:
         assert module is not None, "a layer is a module"
         geometry = _geometry(operation)
         size = _planes(self._operations[source].shape)[1:]
-        native = _native_geometry(geometry, self._batch_size, size)
-        node = self._plan.add("conv", source, native)
+        sizes = native.conv_sizes(self._batch_size, size, geometry.output_size(*size), geometry)
+        node = self._plan.add("conv", source, sizes)
         self._bound.append(BoundLayer(self._plan, node, module, operation.name, geometry))
         if isinstance(module, SparseLayer):
             self._nodes[module] = node
@@ -366,17 +366,3 @@ def _geometry(operation: Operation) -> ConvGeometry:
         return ConvGeometry(module.out_features, module.in_features, 1, 1)
     assert module is not None
     return conv_geometry(module, operation.name)  # type: ignore[arg-type]
-
-
-def _native_geometry(g: ConvGeometry, batch: int, size: tuple[int, int]) -> Geometry:
-    return Geometry.conv(
-        batch,
-        g.in_channels,
-        g.out_channels,
-        size,
-        (g.kernel_h, g.kernel_w),
-        stride=g.stride,
-        padding=g.padding,
-        dilation=(g.dilation_h, g.dilation_w),
-        groups=g.groups,
-    )

@@ -181,7 +181,7 @@ def conv2d_backward(
     dbias: Tensor,
 ) -> None:
     """Write those gradients that have elements; `x` is needed for values and bias."""
-    g = _conv_sizes(dy.shape[0], size, (dy.shape[2], dy.shape[3]), geometry)
+    g = conv_sizes(dy.shape[0], size, (dy.shape[2], dy.shape[3]), geometry)
     _backward(g, dy, x, values, row_ptr, cols, transposed, dx, dvalues, dbias)
 
 
@@ -292,17 +292,18 @@ def _linear_geometry(x: Tensor, y: Tensor) -> cpu.Geometry:
 
 @functools.lru_cache(maxsize=1024)
 def _linear_sizes(batch: int, width_in: int, width_out: int) -> cpu.Geometry:
-    return cpu.Geometry(batch, width_in, width_out, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1)
+    return cpu.Geometry.linear(batch, width_in, width_out)
 
 
 def _conv_geometry(x: Tensor, y: Tensor, g: ConvGeometry) -> cpu.Geometry:
-    return _conv_sizes(x.shape[0], (x.shape[2], x.shape[3]), (y.shape[2], y.shape[3]), g)
+    return conv_sizes(x.shape[0], (x.shape[2], x.shape[3]), (y.shape[2], y.shape[3]), g)
 
 
 @functools.lru_cache(maxsize=1024)
-def _conv_sizes(
+def conv_sizes(
     batch: int, size: tuple[int, int], out_size: tuple[int, int], g: ConvGeometry
 ) -> cpu.Geometry:
+    """The library's form of a convolution of planes of `size` (h, w) to planes of `out_size`."""
     return cpu.Geometry(
         batch, g.in_channels, g.out_channels, *size, *out_size, g.kernel_h, g.kernel_w, g.stride_h,
         g.stride_w, g.padding_h, g.padding_w, g.dilation_h, g.dilation_w, g.groups,
@@ -313,8 +314,4 @@ def _smallest(g: ConvGeometry) -> cpu.Geometry:
     """The geometry with one output pixel: the transposed index does not depend on sizes."""
     height = g.dilation_h * (g.kernel_h - 1) + 1
     width = g.dilation_w * (g.kernel_w - 1) + 1
-    return cpu.Geometry(
-        1, g.in_channels, g.out_channels, height, width,
-        *g.output_size(height, width), g.kernel_h, g.kernel_w, g.stride_h, g.stride_w,
-        g.padding_h, g.padding_w, g.dilation_h, g.dilation_w, g.groups,
-    )  # fmt: skip
+    return conv_sizes(1, (height, width), g.output_size(height, width), g)

@@ -1,7 +1,6 @@
 """Training plans against the module path and against masked dense networks in float64."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch.nn import functional
 
 from sparsemodel.errors import SparseModelError
 from sparsemodel.grow import change_mask
-from sparsemodel.kernels import native
 from sparsemodel.mask import Mask
 from sparsemodel.optim import SparseAdam, SparseSGD
 from sparsemodel.plan import TrainingPlan
@@ -20,15 +18,7 @@ from sparsemodel.sparsify import densify, sparsify
 
 SHAPE = (3, 16, 16)
 
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    if not native.loaded():
-        pytest.skip("build the native library to run training plans")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("plans_on_one_thread")
 
 
 def masked(name: str, density: float = 0.3) -> tuple[nn.Module, Mask]:

@@ -1,7 +1,6 @@
 """The plan's largest pruned gradients against the dense gradient in float64 and the module path."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch.nn import functional
 from sparsemodel import grow
 from sparsemodel.adjust import Entries
 from sparsemodel.errors import MaskError, SparseModelError
-from sparsemodel.kernels import native
 from sparsemodel.mask import Mask
 from sparsemodel.optim import SparseSGD
 from sparsemodel.plan import TrainingPlan
@@ -22,15 +20,7 @@ from sparsemodel.sparsify import sparse_layers, sparsify
 SHAPE = (3, 16, 16)
 EVERYTHING = 10**9  # more than any layer has
 
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    if not native.loaded():
-        pytest.skip("build the native library to run training plans")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("plans_on_one_thread")
 
 
 def masked(name: str) -> tuple[nn.Module, Mask]:

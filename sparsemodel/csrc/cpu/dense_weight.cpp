@@ -1,5 +1,6 @@
 // The dense weight of a sparse layer, for one call, and the way back to its values.
 #include <algorithm>
+#include <initializer_list>
 
 #include "blocks.h"
 #include "guard.h"
@@ -36,6 +37,18 @@ void for_rows(std::int64_t rows, std::int64_t row_length, int threads, Body&& bo
     });
 }
 
+// What the three calls check: `entries` is the array as long as the active weights.
+std::int32_t check_call(const char* where, std::int64_t rows, std::int64_t row_length,
+                        const std::int32_t* row_ptr, std::int32_t threads,
+                        std::initializer_list<const void*> arrays, const void* entries,
+                        const char* name) {
+    if (std::int32_t code = check_rows(where, rows, row_length, row_ptr, threads)) return code;
+    if (std::int32_t code = check_pointers(where, arrays)) return code;
+    if (!entries && row_ptr[rows] > 0)
+        return fail(SPC_NULL_POINTER, "%s: %s is null", where, name);
+    return SPC_OK;
+}
+
 }  // namespace
 }  // namespace spc
 
@@ -44,9 +57,9 @@ using namespace spc;
 extern "C" int32_t spc_pattern_bits(int64_t rows, int64_t row_length, const int32_t* row_ptr,
                                     const int32_t* cols, uint16_t* bits, int32_t threads) {
     const char* where = "pattern_bits";
-    if (int32_t code = check_rows(where, rows, row_length, row_ptr, threads)) return code;
-    if (int32_t code = check_pointers(where, {bits})) return code;
-    if (!cols && row_ptr[rows] > 0) return fail(SPC_NULL_POINTER, "%s: cols is null", where);
+    if (int32_t code = check_call(where, rows, row_length, row_ptr, threads, {bits}, cols,
+                                  "cols"))
+        return code;
     return guarded(where, [&] {
         const int64_t words = words_of(row_length);
         for_rows(rows, row_length, threads, [&](int64_t row) {
@@ -64,9 +77,9 @@ extern "C" int32_t spc_dense_weight(int64_t rows, int64_t row_length, const int3
                                     const uint16_t* bits, const float* values, float* weight,
                                     int32_t threads) {
     const char* where = "dense_weight";
-    if (int32_t code = check_rows(where, rows, row_length, row_ptr, threads)) return code;
-    if (int32_t code = check_pointers(where, {bits, weight})) return code;
-    if (!values && row_ptr[rows] > 0) return fail(SPC_NULL_POINTER, "%s: values is null", where);
+    if (int32_t code = check_call(where, rows, row_length, row_ptr, threads, {bits, weight}, values,
+                                  "values"))
+        return code;
     return guarded(where, [&] {
         const Kernels& kernel = kernels();
         for_rows(rows, row_length, threads, [&](int64_t row) {
@@ -82,9 +95,9 @@ extern "C" int32_t spc_active_values(int64_t rows, int64_t row_length, const int
                                      const uint16_t* bits, const float* weight, float* values,
                                      int32_t threads) {
     const char* where = "active_values";
-    if (int32_t code = check_rows(where, rows, row_length, row_ptr, threads)) return code;
-    if (int32_t code = check_pointers(where, {bits, weight})) return code;
-    if (!values && row_ptr[rows] > 0) return fail(SPC_NULL_POINTER, "%s: values is null", where);
+    if (int32_t code = check_call(where, rows, row_length, row_ptr, threads, {bits, weight}, values,
+                                  "values"))
+        return code;
     return guarded(where, [&] {
         const Kernels& kernel = kernels();
         for_rows(rows, row_length, threads, [&](int64_t row) {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,21 +19,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 Array = NDArray[Any]
-
-
-IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
-
-
-@pytest.fixture(params=["neon", "scalar"] if IS_ARM else ["avx512", "avx2", "scalar"])
-def lib(request: pytest.FixtureRequest) -> Iterator[cpu.CpuLibrary]:
-    loaded = cpu.library()
-    assert loaded is not None
-    try:
-        loaded.set_isa(request.param)
-    except SparseModelError as error:
-        pytest.skip(f"{error} (needs another processor)")
-    yield loaded
-    loaded.set_isa("best")
 
 
 def normal(seed: int, *shape: int) -> Array:
