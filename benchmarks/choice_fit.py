@@ -22,6 +22,7 @@ from torch import nn
 from benchmarks.timing import interleaved, machine, use_threads
 from sparsemodel.choice import COSTS, Costs, Work, dense_cost, sparse_cost, work_of
 from sparsemodel.kernels.geometry import ConvGeometry
+from sparsemodel.kernels.layout import batch_innermost, features_first
 from sparsemodel.layers import Execution, SparseConv2d, SparseLinear
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
@@ -101,12 +102,10 @@ def _call(
 
 
 def _laid_out(x: torch.Tensor, in_layout: bool) -> torch.Tensor:
-    """A copy, batch innermost (or features first) or in torch's layout."""
+    """Batch innermost (or features first) or in torch's layout."""
     if not in_layout:
         return x.contiguous()
-    order = (1, 2, 3, 0) if x.dim() == 4 else (1, 0)
-    back = (3, 0, 1, 2) if x.dim() == 4 else (1, 0)
-    return x.permute(order).contiguous().permute(back)
+    return batch_innermost(x) if x.dim() == 4 else features_first(x)
 
 
 def _work(

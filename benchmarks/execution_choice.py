@@ -5,8 +5,8 @@
 
 Each row is a layer as a user meets it, on plain torch tensors, training (forward and backward)
 or inference: "auto" beside the plain dense torch layer (the goal is a ratio of 0.95 or more at
-every density), then the sparse and the dense kernels by themselves. The constants of
-`sparsemodel/choice.py` were fitted to this table.
+every density), then the sparse and the dense kernels by themselves. `benchmarks.choice_fit`
+fits the constants that decide.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from torch import nn
 
 from benchmarks.rows import Row, add_arguments, add_timing_arguments, show
 from benchmarks.timing import Clock, clock, interleaved, use_threads
+from sparsemodel.kernels.layout import batch_innermost, features_first
 from sparsemodel.layers import Execution, SparseConv2d, SparseLinear
 
 BENCH = "sparse_layers"
@@ -172,9 +173,7 @@ def _plain(x: Tensor) -> Tensor:
 
 def _innermost(x: Tensor) -> Tensor:
     """Batch innermost, or features first: the layout of our layers' own outputs."""
-    if x.dim() == 4:
-        return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
-    return x.t().contiguous().t()
+    return batch_innermost(x) if x.dim() == 4 else features_first(x)
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def _train(record: RecordDict, context: Context, work: Workspace, client: int) -
         epochs=config.training.local_epochs,
         seed=stream_seed(SEED_ROUND, config.seed, request.round_index, client),
         augmented=config.data.augment,
-        growth=_growth_batch(request, data, work, client) if request.mask is not None else None,
+        growth=_growth_batch(request, data, work, client) if request.growth else None,
     )
     reply = TrainReply(
         num_examples=len(data.train_labels),

@@ -150,7 +150,7 @@ def train_locally(
         samples += epoch_samples
     state_bytes = local.state_bytes()
     entries: Entries = {}
-    if growth is not None and growth.counts:
+    if growth is not None:
         batch = prepare(images[growth.samples]).to(device)
         entries = local.growth(growth.counts, batch, labels[growth.samples].to(device))
     local.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import sparse_layers, sparse_memory, sparse_step, timing
+from benchmarks import choice_fit, sparse_layers, sparse_memory, sparse_step, timing
 from benchmarks.rows import Row, add_arguments, show
+from sparsemodel.choice import COSTS, Costs, dense_cost, sparse_cost, work_of
 from sparsemodel.kernels import cpu
+from sparsemodel.kernels.geometry import ConvGeometry
 
 needs_kernels = pytest.mark.skipif(cpu.isa() is None, reason="no native kernels here")
 KEYS = ["bench", "case", "density", "ours", "peer", "peer_name", "unit", "ratio"]
@@ -176,6 +179,26 @@ def test_random_mask_keeps_the_stem_dense() -> None:
     assert "conv1.weight" not in mask
     for name, density in mask.densities().items():
         assert density == pytest.approx(0.1, abs=1 / mask[name].numel())
+
+
+def test_choice_fit_finds_the_costs_that_made_the_measurements() -> None:
+    """Times made by other constants than those in force, without noise: predicted to 3 %."""
+    true = Costs(*(cost * factor for cost, factor in zip(COSTS, [1.4, 0.7] * 7, strict=True)))
+    geometries = [ConvGeometry(64, 32, 3, 3, 1, 1, 1, 1), ConvGeometry(512, 256, 1, 1)]
+    geometries += [ConvGeometry(64, 64, 3, 3, 1, 1, 1, 1, groups=64), ConvGeometry(9, 9, 1, 1)]
+    measured = []
+    for geometry, batch, size, density, in_layout in itertools.product(
+        geometries, (1, 8, 64), (1, 16), (0.05, 0.5), (False, True)
+    ):
+        nnz = int(density * geometry.out_channels * geometry.row_length)
+        work = work_of(geometry, nnz, batch, (size, size), in_layout=in_layout)
+        sparse, dense = (1e-9 * cost(work, true) for cost in (sparse_cost, dense_cost))
+        passes = choice_fit.PASSES
+        measured.append(choice_fit.Case("made", work, passes * sparse, passes * dense))
+    found = choice_fit.fit(measured)
+    for case in measured:
+        for cost in (sparse_cost, dense_cost):
+            assert cost(case.work, found) == pytest.approx(cost(case.work, true), rel=0.03)
 
 
 @needs_kernels
