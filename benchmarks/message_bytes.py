@@ -19,8 +19,8 @@ import torch
 from flwr.app import ArrayRecord, RecordDict
 from torch import nn
 
+from datapruning.models import build_model, float_state
 from fedprune.messages import TrainRequest
-from fedprune.models import build_model, float_state
 from fedprune.wire import encode_request, record_bytes
 from sparsemodel.adjust import prune_and_grow
 from sparsemodel.codec import (

@@ -32,7 +32,7 @@ from torch.nn import functional
 from benchmarks.rows import Row, add_arguments, show
 from benchmarks.sparse_step import INPUT_SHAPE, LEARNING_RATE, MOMENTUM, batch_of, random_mask
 from benchmarks.timing import use_threads
-from fedprune.models import build_model
+from datapruning.models import build_model
 from sparsemodel.adjust import Entries
 from sparsemodel.grow import topk_pruned_gradients
 from sparsemodel.meter import state_bytes, storage_bytes

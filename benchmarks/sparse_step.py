@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from benchmarks.rows import Row, add_arguments, add_timing_arguments, show
 from benchmarks.timing import Clock, clock, interleaved, use_threads
-from fedprune.models import build_model
+from datapruning.models import build_model
 from sparsemodel.distribution import uniform
 from sparsemodel.mask import Mask, mask_from_scores, prunable_parameters
 from sparsemodel.optim import SparseSGD

@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedprune.config import RunConfig, parse_assignments, read_toml
-from fedprune.errors import FedpruneError, RunError
-from sparsemodel.errors import SparseModelError
+from fedprune.errors import USER_ERRORS, RunError
 
 cli = typer.Typer(
     help="Federated pruning on Flower: tiny models trained across fleets of small devices.",
@@ -35,7 +34,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         cli(arguments, standalone_mode=True)
-    except (FedpruneError, SparseModelError) as error:
+    except USER_ERRORS as error:
         if debug:
             raise
         errors.print(f"[red]error:[/red] {_escaped(error)}", soft_wrap=True)

@@ -13,25 +13,23 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from datapruning.models import float_state, load_float_state_
+from datapruning.seeds import generator, stream_seed
 from fedprune import wire
 from fedprune.config import RunConfig
-from fedprune.errors import ClientError, FedpruneError
+from fedprune.errors import USER_ERRORS, ClientError
 from fedprune.messages import MeasureReply, Pool, ScoreRequest, TrainReply, TrainRequest
 from fedprune.methods.fedtiny.bn_selection import measure_candidates, score_candidates
-from fedprune.models import float_state, load_float_state_
 from fedprune.partition import ClientData
 from fedprune.training import (
     GrowthBatch,
     compute_device,
     compute_threads,
-    generator,
     round_learning_rate,
-    stream_seed,
     train_locally,
 )
 from fedprune.workspace import SEED_GROWTH, SEED_ROUND, Workspace, open_workspace
 from sparsemodel.codec import decode_mask, encode_mask
-from sparsemodel.errors import SparseModelError
 from sparsemodel.mask import Mask
 from sparsemodel.meter import peak_rss_bytes
 
@@ -66,7 +64,7 @@ def _answer(message: Message, context: Context, work: Work) -> Message:
             record = work(message.content, context, workspace, client)
     except wire.NeedsResync:
         record = wire.resync_record()
-    except (FedpruneError, SparseModelError) as error:
+    except USER_ERRORS as error:
         record = wire.skip_record(str(error))
     return Message(record, reply_to=message)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datapruning.errors import DatapruningError
+from sparsemodel.errors import SparseModelError
+
 
 class FedpruneError(ValueError):
     """Base class: something that the user asked for cannot be done as it is."""
@@ -11,17 +14,13 @@ class ConfigError(FedpruneError):
     """A setting that is unknown, of the wrong type or out of range."""
 
 
-class DataError(FedpruneError):
-    """A data set that is unknown or damaged, or that cannot be split as asked."""
-
-
-class ModelError(FedpruneError):
-    """A model that is unknown, or that does not fit its input or its state."""
-
-
 class RunError(FedpruneError):
     """A run that cannot start, continue or finish."""
 
 
 class ClientError(FedpruneError):
     """A client that cannot take part, or an answer of one that cannot be used."""
+
+
+USER_ERRORS = (FedpruneError, DatapruningError, SparseModelError)
+"""All that a user can mend, of the three packages."""

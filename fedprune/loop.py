@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from datapruning.models import float_state, load_float_state_
+from datapruning.seeds import generator, stream_seed
 from fedprune.aggregate import EntryMean, WeightedMean
 from fedprune.config import RunConfig
 from fedprune.errors import ClientError, RunError
@@ -21,14 +23,11 @@ from fedprune.messages import (
     TrainRequest,
 )
 from fedprune.methods.base import RunState
-from fedprune.models import float_state, load_float_state_
 from fedprune.runfolder import MODEL, RunFolder
 from fedprune.training import (
     compute_device,
     compute_threads,
     evaluate,
-    generator,
-    stream_seed,
     train_locally,
 )
 from fedprune.version import __version__

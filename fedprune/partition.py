@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from datapruning.data import Array, ImageSet
+from datapruning.errors import DataError
 from fedprune.config import PARTITIONS
-from fedprune.data import Array, ImageSet
-from fedprune.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.config import RunConfig
-from fedprune.errors import ConfigError, FedpruneError
-from sparsemodel.errors import SparseModelError
+from fedprune.errors import USER_ERRORS, ConfigError
 
 ENGINES = ("flower", "inline")
 
@@ -35,10 +34,10 @@ def run(
         ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
             what to do. A folder in which nothing was computed is removed again.
     """
+    from datapruning.data import check_dataset  # noqa: PLC0415
+    from datapruning.models import check_model  # noqa: PLC0415
     from fedprune import runfolder  # noqa: PLC0415
-    from fedprune.data import check_dataset  # noqa: PLC0415
     from fedprune.methods import check_method  # noqa: PLC0415
-    from fedprune.models import check_model  # noqa: PLC0415
     from fedprune.training import compute_device  # noqa: PLC0415
 
     folder = Path(folder)
@@ -57,7 +56,7 @@ def run(
         start = run_inline if engine == "inline" else run_flower
         try:
             start(config, folder, resume=resume, progress=progress)
-        except (FedpruneError, SparseModelError):
+        except USER_ERRORS:
             runfolder.discard_unstarted(folder)
             raise
         write_report(folder)

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedprune.batches import augment, batches, prepare
+from datapruning.batches import augment, batches, prepare
+from datapruning.seeds import generator
 from fedprune.config import TrainingConfig
 from fedprune.errors import ConfigError
 from fedprune.execution import local_model
@@ -63,25 +64,6 @@ class Evaluation:
     def loss(self) -> float:
         """Mean cross-entropy."""
         return self.loss_sum / self.num_samples
-
-
-def stream_seed(*parts: int) -> int:
-    """One 63-bit seed out of several integers, such as (seed, round, client).
-
-    A fixed mixing of the parts (SplitMix64): different tuples give unrelated streams.
-    """
-    state = 0
-    for part in (len(parts), *parts):
-        state = (state + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
-
-
-def generator(*parts: int) -> torch.Generator:
-    """A CPU generator seeded with `stream_seed(*parts)`."""
-    return torch.Generator().manual_seed(stream_seed(*parts))
 
 
 def round_learning_rate(config: TrainingConfig, round_index: int) -> float:

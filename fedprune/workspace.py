@@ -12,12 +12,13 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from datapruning.data import ImageSet, load_dataset
+from datapruning.models import batch_norm_pairs, float_state
+from datapruning.seeds import stream_seed
 from fedprune.config import RunConfig
-from fedprune.data import ImageSet, load_dataset
 from fedprune.messages import ClientInfo
 from fedprune.methods import build_method
 from fedprune.methods.base import Method
-from fedprune.models import batch_norm_pairs, float_state
 from fedprune.partition import (
     ClientData,
     client_data,
@@ -25,7 +26,6 @@ from fedprune.partition import (
     partition,
     split_server_set,
 )
-from fedprune.training import stream_seed
 
 # The first part of a derived seed says what it is for, so that no two uses share a stream.
 SEED_SERVER_SET, SEED_DEV_SPLIT, SEED_PRETRAIN, SEED_ROUND, SEED_GROWTH, SEED_SAMPLING = range(6)

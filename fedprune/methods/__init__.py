@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from datapruning.data import ImageSet
 from fedprune.config import RunConfig
-from fedprune.data import ImageSet
 from fedprune.errors import ConfigError
 from fedprune.methods.base import Method
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection

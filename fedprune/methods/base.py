@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from datapruning.data import ImageSet
+from datapruning.models import build_model
 from fedprune.config import RunConfig
-from fedprune.data import ImageSet
 from fedprune.messages import Entries, Reply, Request, State
-from fedprune.models import build_model
 from sparsemodel.mask import Mask
 
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from datapruning.models import float_state
 from fedprune.methods.base import Ask, Method, RunState
-from fedprune.models import float_state
 from sparsemodel.criteria import magnitude
 from sparsemodel.distribution import uniform
 from sparsemodel.mask import mask_from_scores, prunable_parameters

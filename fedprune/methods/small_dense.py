@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from datapruning.models import build_model, narrow_width
 from fedprune.methods.base import Method
-from fedprune.models import build_model, narrow_width
 from sparsemodel.cost import model_bytes
 from sparsemodel.distribution import uniform
 from sparsemodel.mask import prunable_parameters

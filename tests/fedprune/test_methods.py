@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedprune.batches import prepare
+from datapruning.batches import prepare
+from datapruning.models import batch_norm_pairs, float_state
 from fedprune.config import RunConfig
 from fedprune.errors import ConfigError, RunError
 from fedprune.messages import MeasureReply, MeasureRequest, Pool, Reply, Request, ScoreRequest
@@ -25,7 +26,6 @@ from fedprune.methods.fedtiny.bn_selection import (
 )
 from fedprune.methods.fedtiny.pool import candidate_pool, pool_size
 from fedprune.methods.fedtiny.progressive import is_adjustment_round
-from fedprune.models import batch_norm_pairs, float_state
 from fedprune.workspace import open_workspace
 from sparsemodel.mask import Mask, mask_from_scores, prunable_parameters
 

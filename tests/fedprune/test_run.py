@@ -11,12 +11,13 @@ import torch
 from federation import digest, run_inline, tiny
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from datapruning.data import load_dataset
+from datapruning.errors import DataError
+from datapruning.models import float_state, load_float_state_
 from fedprune import client, wire, workspace
-from fedprune.data import load_dataset
-from fedprune.errors import ConfigError, DataError, FedpruneError, RunError
+from fedprune.errors import USER_ERRORS, ConfigError, RunError
 from fedprune.messages import TrainReply, TrainRequest
 from fedprune.methods import METHODS
-from fedprune.models import float_state, load_float_state_
 from fedprune.runfolder import CHECKPOINT, METRICS, SUMMARY, read_metrics, read_summary
 from fedprune.training import evaluate
 from fedprune.workspace import open_workspace
@@ -443,7 +444,7 @@ def test_density_too_low_for_one_weight_a_layer(tmp_path: Path) -> None:
     ],
 )
 def test_unknown_names_are_listed(key: str, value: str, message: str) -> None:
-    with pytest.raises(FedpruneError, match=message):
+    with pytest.raises(USER_ERRORS, match=message):
         open_workspace(tiny(**{key: value}))
 
 

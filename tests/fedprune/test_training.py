@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedprune.batches import prepare
+from datapruning.batches import prepare
+from datapruning.models import build_model, float_state
 from fedprune.config import TrainingConfig
 from fedprune.execution import choose_execution
-from fedprune.models import build_model, float_state
 from fedprune.training import (
     GrowthBatch,
     compute_device,

@@ -9,6 +9,7 @@ import torch
 from federation import tiny
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from datapruning.models import float_state
 from fedprune import wire
 from fedprune.errors import ClientError
 from fedprune.messages import (
@@ -22,7 +23,6 @@ from fedprune.messages import (
     TrainRequest,
 )
 from fedprune.methods.fedtiny.pool import candidate_pool
-from fedprune.models import float_state
 from fedprune.workspace import Workspace, open_workspace
 from sparsemodel.errors import CodecError
 from sparsemodel.mask import Mask

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from datapruning.batches import prepare
+from datapruning.models import batch_norm_pairs, load_float_state_
 from fedprune.aggregate import WeightedMean
-from fedprune.batches import prepare
 from fedprune.errors import RunError
 from fedprune.messages import MeasureReply, MeasureRequest, Pool, ScoreReply, ScoreRequest, State
 from fedprune.methods.base import Ask
-from fedprune.models import batch_norm_pairs, load_float_state_
 from fedprune.training import EVALUATION_BATCH, evaluate
 
 BatchNorm = nn.modules.batchnorm._BatchNorm

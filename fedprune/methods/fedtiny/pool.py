@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from datapruning.seeds import generator
 from fedprune.config import PruningConfig
-from fedprune.training import generator
 from sparsemodel.criteria import magnitude
 from sparsemodel.distribution import noise_uniform
 from sparsemodel.mask import Mask, mask_from_scores, prunable_parameters

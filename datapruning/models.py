@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedprune.errors import ModelError
+from datapruning.errors import ModelError
 from sparsemodel.mask import prunable_parameters
 
 InputShape = tuple[int, int, int]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedprune.errors import ModelError
-from fedprune.models import (
+from datapruning.errors import ModelError
+from datapruning.models import (
     ADJUSTABLE_WIDTH,
     MODELS,
     batch_norm_pairs,

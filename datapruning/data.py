@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedprune.errors import DataError
+from datapruning.errors import DataError
 
 Array = np.ndarray[Any, Any]
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -107,7 +107,7 @@ def load_dataset(
         test_images=test_images,
         test_labels=test_labels,
         num_classes=num_classes,
-        fingerprint=_fingerprint(train_images, train_labels, test_images, test_labels),
+        fingerprint=fingerprint(train_images, train_labels, test_images, test_labels),
         train_groups=None if train.groups is None else torch.from_numpy(train.groups[train_index]),
     )
 
@@ -314,9 +314,10 @@ def _subset(labels: Array, count: int | None, *, seed: int, what: str) -> Array:
     return np.sort(np.argsort(rank, kind="stable")[:count])
 
 
-def _fingerprint(*tensors: torch.Tensor) -> str:
+def fingerprint(*tensors: torch.Tensor) -> str:
+    """16 hexadecimal digits of the shapes and bytes of arrays."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(str(tuple(tensor.shape)).encode())
-        sha.update(tensor.numpy().tobytes())
+        sha.update(tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]

@@ -1,0 +1,24 @@
+"""Seeds of independent streams, derived from one."""
+
+from __future__ import annotations
+
+import torch
+
+
+def stream_seed(*parts: int) -> int:
+    """One 63-bit seed out of several integers, such as (seed, round, client).
+
+    A fixed mixing of the parts (SplitMix64): different tuples give unrelated streams.
+    """
+    state = 0
+    for part in (len(parts), *parts):
+        state = (state + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def generator(*parts: int) -> torch.Generator:
+    """A CPU generator seeded with `stream_seed(*parts)`."""
+    return torch.Generator().manual_seed(stream_seed(*parts))
