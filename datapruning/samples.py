@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from datapruning.batches import prepare
+from datapruning.batches import augment, prepare
 from datapruning.data import ImageSet, fingerprint
 from datapruning.errors import DataError
 
@@ -29,6 +29,15 @@ class Samples(Protocol):
 
     def batch(self, rows: Tensor) -> Any:
         """The samples of these rows (int64 [B]), on the CPU, never augmented."""
+        ...
+
+
+@runtime_checkable
+class Augmentable(Protocol):
+    """Samples that training may vary; scores never do."""
+
+    def augmented_batch(self, rows: Tensor, *, generator: torch.Generator) -> Any:
+        """As `Samples.batch`, each sample changed at random."""
         ...
 
 
@@ -62,6 +71,10 @@ class ImageSamples:
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return prepare(self.images[rows]), self.labels[rows]
+
+    def augmented_batch(self, rows: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A batch of random crops and flips, drawn for each image (see `augment`)."""
+        return prepare(augment(self.images[rows], generator=generator)), self.labels[rows]
 
 
 class TokenSamples:
