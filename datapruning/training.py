@@ -203,23 +203,49 @@ def evaluate(
         RunError: no rows, or rows that are not in the data.
     """
     chosen = _epoch_rows(rows, 0, len(samples))
-    device = next(model.parameters()).device
     evaluate_loss = _Loss(task, None)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     loss_sum, correct = 0.0, 0
-    try:
+    with _evaluating(model) as device:
         for part in chosen.split(EVALUATION_BATCH):
             batch = to_device(samples.batch(part), device)
             losses, logits = evaluate_loss.per_sample(model, batch)
             loss_sum += float(losses.double().sum())
             if isinstance(task, Classification) and logits is not None:
                 correct += int((logits.argmax(1) == task.labels(batch)).sum())
+    accuracy = correct / len(chosen) if isinstance(task, Classification) else math.nan
+    return Evaluation(accuracy, loss_sum / len(chosen))
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, samples: Samples, task: Classification, *, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits [B, C] of a model in eval mode, as it gives them, and labels int64 [B], on the CPU.
+
+    Samples come in the order of `rows` (all of them by default); the model's modes are restored.
+
+    Raises:
+        RunError: no rows, or rows that are not in the data.
+    """
+    logits, labels = [], []
+    with _evaluating(model) as device:
+        for part in _epoch_rows(rows, 0, len(samples)).split(EVALUATION_BATCH):
+            batch = to_device(samples.batch(part), device)
+            logits.append(task.logits(model, batch).cpu())
+            labels.append(task.labels(batch).cpu())
+    return torch.cat(logits), torch.cat(labels)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Eval mode, restored after; yields the model's device."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield next(model.parameters()).device
     finally:
         for module, mode in modes:
             module.training = mode
-    accuracy = correct / len(chosen) if isinstance(task, Classification) else math.nan
-    return Evaluation(accuracy, loss_sum / len(chosen))
 
 
 class _Loss:
