@@ -73,4 +73,5 @@ def disagreement(probabilities: Tensor | Iterable[Tensor]) -> Tensor:
     if mean is None or num_models < 2:
         raise ScoreError(f"disagreement needs two models or more, got {num_models}")
     total = torch.special.entr(mean / num_models).sum(1)
-    return (total - entropies / num_models).clamp(min=0).cpu()
+    information: Tensor = total - entropies / num_models
+    return information.clamp(min=0).cpu()
