@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from datapruning.errors import ModelError
 from datapruning.samples import Samples
-from datapruning.seeds import generator
+from datapruning.seeds import generator, seeded, stream_seed
 from datapruning.task import Task, to_device
 from datapruning.training import TrainingConfig, train
 from sparsemodel import criteria, distribution
@@ -92,12 +92,14 @@ def proxy_scores(
 def _snip(
     model: nn.Module, names: list[str], samples: Samples, task: Task, *, seed: int
 ) -> dict[str, Tensor]:
-    order = torch.randperm(len(samples), generator=generator(seed))
+    order = torch.randperm(len(samples), generator=generator(seed, 0))
     device = next(model.parameters()).device
     batch = to_device(samples.batch(order[:CALIBRATION_SAMPLES]), device)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
-        return criteria.snip(model, names, lambda probed: task.loss(probed, batch).mean())
+        with seeded(stream_seed(seed, 1), device):  # dropout
+            return criteria.snip(model, names, lambda probed: task.loss(probed, batch).mean())
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -22,3 +25,11 @@ def stream_seed(*parts: int) -> int:
 def generator(*parts: int) -> torch.Generator:
     """A CPU generator seeded with `stream_seed(*parts)`."""
     return torch.Generator().manual_seed(stream_seed(*parts))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The global generators, which dropout reads, seeded inside and restored after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

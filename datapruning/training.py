@@ -18,7 +18,7 @@ from datapruning import checkpoint as checkpoints
 from datapruning.batches import batches
 from datapruning.errors import RunError
 from datapruning.samples import Augmentable, Samples
-from datapruning.seeds import generator, stream_seed
+from datapruning.seeds import generator, seeded, stream_seed
 from datapruning.task import Classification, Task, to_device
 from sparsemodel.optim import SparseAdam, SparseSGD
 from sparsemodel.sparsify import sparse_layers
@@ -177,7 +177,7 @@ def train(
     while not _finished(progress, config):
         epoch = len(progress.losses)
         chosen = _epoch_rows(rows, epoch, len(samples))
-        with _seeded(stream_seed(seed, _DROPOUT, epoch), device):
+        with seeded(stream_seed(seed, _DROPOUT, epoch), device):
             _train_epoch(
                 model, samples, evaluate_loss, optimizer, progress,
                 config=config, seed=seed, rows=chosen, callbacks=callbacks, device=device,
@@ -414,14 +414,6 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimize
         return torch.optim.AdamW(trained, lr=config.lr, weight_decay=decay)
     kind = SparseSGD if is_sparse else torch.optim.SGD
     return kind(trained, lr=config.lr, momentum=config.momentum, weight_decay=decay)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """The global generators, which dropout reads, seeded inside and restored after."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _signature(
