@@ -7,52 +7,15 @@ matplotlibrc says; no backend, style or figure of the user is touched.
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-# Placeholder -> CSS variable. Nothing else may be drawn in these colours.
-INK, MUTED, GRID = "#010101", "#020202", "#030303"
-ACCENT, SECOND, SURFACE = "#040404", "#050505", "#060606"
-VARIABLES = {
-    INK: "--ink",
-    MUTED: "--muted",
-    GRID: "--line",
-    ACCENT: "--accent",
-    SECOND: "--second",
-    SURFACE: "--surface",
-}
-# Inches. A half and a whole line of the page have the same scale, so text has one size.
-HALF, WHOLE = 5.2, 10.6
+from datapruning import plots
+from datapruning.plots import ACCENT, GRID, HALF, INK, MUTED, SECOND, SURFACE, WHOLE
+
 SHADES = 10
 NAME_LENGTH = 44
-
-SETTINGS: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fedprune",
-    "text.parse_math": False,
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
-    "axes.facecolor": "none",
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-}
 
 
 def accuracy_chart(
@@ -67,7 +30,7 @@ def accuracy_chart(
         label: what a screen reader says; this and every other chart has one.
     """
     percent = {number: 100 * value for number, value in zip(rounds, accuracies, strict=True)}
-    with _figure(HALF, 2.9) as figure:
+    with plots.figure(HALF, 2.9) as figure:
         axes = figure.add_subplot()
         axes.plot(rounds, list(percent.values()), color=ACCENT, marker="o", **_line(rounds))
         if adjusted:
@@ -82,10 +45,10 @@ def accuracy_chart(
                 markeredgewidth=1.6,
                 label="mask adjusted",
             )
-            _legend(axes)
+            plots.legend(axes)
         axes.set(xlabel="round", ylabel="test accuracy, %")
-        _whole_numbers(axes.xaxis)
-        return _svg(figure, label)
+        plots.whole_numbers(axes.xaxis)
+        return plots.svg(figure, label)
 
 
 def traffic_chart(
@@ -105,7 +68,7 @@ def traffic_chart(
         dense: bytes of the same clients' messages under dense federated averaging, each way.
         format_value: bytes -> text of a tick.
     """
-    with _figure(HALF, 2.9) as figure:
+    with plots.figure(HALF, 2.9) as figure:
         axes = figure.add_subplot()
         axes.plot(rounds, up, color=ACCENT, marker="o", label="up", **_line(rounds))
         axes.plot(rounds, down, color=SECOND, marker="s", label="down", **_line(rounds))
@@ -119,9 +82,9 @@ def traffic_chart(
             axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, position: format_value(value))
         axes.set(xlabel="round", ylabel="bytes of all clients")
-        _whole_numbers(axes.xaxis)
-        _legend(axes)
-        return _svg(figure, label)
+        plots.whole_numbers(axes.xaxis)
+        plots.legend(axes)
+        return plots.svg(figure, label)
 
 
 def density_chart(
@@ -141,7 +104,7 @@ def density_chart(
         after_label: what `after` is, for the legend.
     """
     known = [d for d in (*before, *after) if d]
-    with _figure(WHOLE, 0.85 + 0.21 * len(names)) as figure:
+    with plots.figure(WHOLE, 0.85 + 0.21 * len(names)) as figure:
         axes = figure.add_subplot()
         if known and max(known) > 20 * min(known):
             axes.set_xscale("log")
@@ -170,8 +133,8 @@ def density_chart(
         axes.xaxis.set_minor_formatter(lambda value, position: "")
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
-        _legend(axes)
-        return _svg(figure, label)
+        plots.legend(axes)
+        return plots.svg(figure, label)
 
 
 def candidate_chart(losses: Sequence[float], winner: int, *, label: str) -> str:
@@ -182,7 +145,7 @@ def candidate_chart(losses: Sequence[float], winner: int, *, label: str) -> str:
         winner: index into `losses`.
     """
     finite = [loss if math.isfinite(loss) else 0.0 for loss in losses]
-    with _figure(HALF, 0.75 + 0.3 * len(losses)) as figure:
+    with plots.figure(HALF, 0.75 + 0.3 * len(losses)) as figure:
         axes = figure.add_subplot()
         places = range(len(losses))
         colours = [ACCENT if place == winner else GRID for place in places]
@@ -204,7 +167,7 @@ def candidate_chart(losses: Sequence[float], winner: int, *, label: str) -> str:
         axes.set(xlabel="weighted loss (smaller is better)", ylabel="candidate")
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
-        return _svg(figure, label)
+        return plots.svg(figure, label)
 
 
 def label_chart(clients: Sequence[int], counts: Sequence[Sequence[int]], *, label: str) -> str:
@@ -219,7 +182,7 @@ def label_chart(clients: Sequence[int], counts: Sequence[Sequence[int]], *, labe
     num_classes = max(len(row) for row in counts)
     largest = max((n / sum(row) for row in counts for n in row if n), default=1.0)
     row_height = 0.24 if len(clients) <= 30 else 0.11
-    with _figure(WHOLE, 0.95 + row_height * len(clients)) as figure:
+    with plots.figure(WHOLE, 0.95 + row_height * len(clients)) as figure:
         axes, bars = figure.subplots(ncols=2, sharey=True, width_ratios=[4, 1])
         for shade, patch in _shaded_cells(counts, full=largest):
             patch.set(facecolor=to_rgba(ACCENT, shade), edgecolor="none")
@@ -237,7 +200,7 @@ def label_chart(clients: Sequence[int], counts: Sequence[Sequence[int]], *, labe
         axes.grid(visible=False)
         for part in (axes, bars):
             part.tick_params(axis="y", length=0)
-        return _svg(figure, label)
+        return plots.svg(figure, label)
 
 
 def _shaded_cells(counts: Sequence[Sequence[int]], *, full: float) -> Iterator[tuple[float, Any]]:
@@ -259,43 +222,6 @@ def _shaded_cells(counts: Sequence[Sequence[int]], *, full: float) -> Iterator[t
                 cells.setdefault(shade, []).append(Path(corners, closed=True))
     for shade, paths in sorted(cells.items()):
         yield shade / SHADES, PathPatch(Path.make_compound_path(*paths), linewidth=0)
-
-
-@contextmanager
-def _figure(width: float, height: float) -> Iterator[Any]:
-    """A figure of `width` x `height` inches, drawn under our settings alone."""
-    from matplotlib import style  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    with style.context(["default", SETTINGS]):
-        yield Figure(figsize=(width, height), layout="constrained")
-
-
-def _svg(figure: Any, label: str) -> str:
-    """The figure as one <svg> element that may stand beside others in a page.
-
-    Sizes are left to the page, and element names that would clash between charts are taken out
-    or made from the label.
-    """
-    file = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    text = file.getvalue()
-    text = text[text.index("<svg") :].replace("xlink:href", "href")
-    view = re.search(r'viewBox="[^"]*"', text)
-    assert view, "matplotlib gives every SVG a viewBox"
-    head = f'<svg {view[0]} role="img" aria-label="{html.escape(label)}">'
-    body = text[text.index(">") + 1 :]
-    body = re.sub(r"<!--.*?-->|<style.*?</style>", "", body, flags=re.DOTALL)
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
-    prefix = re.sub(r"\W+", "-", label.partition(":")[0].lower())
-    body = re.sub(
-        r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", body
-    )
-    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", body)
-    for colour, variable in VARIABLES.items():
-        body = body.replace(colour, f"var({variable})")
-    return head + re.sub(r"\s*\n\s*", "\n", body).strip()
 
 
 def _line(rounds: Sequence[int]) -> dict[str, Any]:
@@ -322,16 +248,6 @@ def _dots(
             markeredgecolor=color,
             label=marker_label,
         )
-
-
-def _legend(axes: Any) -> None:
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, handlelength=1.6
-    )
-
-
-def _whole_numbers(axis: Any) -> None:
-    axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def _shortened(name: str) -> str:

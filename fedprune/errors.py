@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from datapruning.errors import DatapruningError
+from datapruning.errors import DatapruningError, RunError
 from sparsemodel.errors import SparseModelError
+
+__all__ = ["USER_ERRORS", "ClientError", "ConfigError", "FedpruneError", "RunError"]
 
 
 class FedpruneError(ValueError):
@@ -12,10 +14,6 @@ class FedpruneError(ValueError):
 
 class ConfigError(FedpruneError):
     """A setting that is unknown, of the wrong type or out of range."""
-
-
-class RunError(FedpruneError):
-    """A run that cannot start, continue or finish."""
 
 
 class ClientError(FedpruneError):

@@ -6,27 +6,25 @@ It is made from the run folder alone, so the same folder always gives the same b
 
 from __future__ import annotations
 
-import html
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedprune.config import RunConfig, read_toml
-from fedprune.errors import RunError
-from fedprune.results import (
+from datapruning import page
+from datapruning.files import write_atomically
+from datapruning.units import (
     NOTHING,
-    comparison_table,
-    facts,
     format_bytes,
     format_seconds,
     known_number,
     percent,
     rounded,
-    summary_rows,
 )
+from fedprune.config import RunConfig, read_toml
+from fedprune.errors import RunError
+from fedprune.results import comparison_table, facts, summary_rows
 from fedprune.runfolder import (
     CHECKPOINT,
     CONFIG,
@@ -41,63 +39,6 @@ from sparsemodel.checkpoint import load_sparse
 from sparsemodel.mask import Mask
 
 __all__ = ["comparison_table", "format_bytes", "format_seconds", "summary_rows", "write_report"]
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --muted: #5a6675; --line: #d9dfe6;
-  --page: #f5f7f9; --surface: #ffffff; --accent: #1f6f8b; --second: #c2610c; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaef; --muted: #9aa7b5;
-  --line: #37424f; --page: #12171d; --surface: #1a2129; --accent: #5fb3d0; --second: #f0a35e; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main, header, footer { max-width: 1120px; margin: 0 auto; padding: 0 24px; }
-header { padding-top: 40px; }
-h1 { margin: 0; font-size: 30px; line-height: 1.2; letter-spacing: -.01em;
-  overflow-wrap: anywhere; }
-h2 { margin: 0 0 4px; font-size: 18px; }
-p { margin: 4px 0 12px; }
-.brand { margin: 0 0 6px; color: var(--accent); font-weight: 600; font-size: 14px; }
-.subtitle, .note, figcaption, footer { color: var(--muted); font-size: 14px;
-  overflow-wrap: anywhere; }
-.banner { border-left: 4px solid var(--second); background: var(--surface); padding: 12px 16px;
-  border-radius: 4px; margin: 20px 0 0; }
-.tiles { display: grid; gap: 12px; margin: 24px 0 8px;
-  grid-template-columns: repeat(auto-fit, minmax(186px, 1fr)); }
-.tiles div, section { background: var(--surface); border: 1px solid var(--line);
-  border-radius: 8px; }
-.tiles div { padding: 14px 16px; }
-dt { color: var(--muted); font-size: 13px; }
-dd { margin: 0; color: var(--muted); font-size: 13px; }
-dd.value { color: var(--ink); font-size: 25px; line-height: 1.3; font-weight: 600;
-  font-variant-numeric: tabular-nums; }
-.grid { display: grid; gap: 16px; margin: 20px 0;
-  grid-template-columns: repeat(2, minmax(0, 1fr)); }
-section { padding: 18px 20px; min-width: 0; }
-.wide { grid-column: 1 / -1; }
-.pair { display: grid; gap: 20px; align-items: center;
-  grid-template-columns: repeat(2, minmax(0, 1fr)); }
-.settings { columns: 3 260px; column-gap: 32px; }
-.settings table { break-inside: avoid; table-layout: fixed; margin-bottom: 20px; }
-.settings caption { color: var(--ink); font-weight: 600; }
-figure { margin: 0; overflow-x: auto; }
-svg { display: block; width: 100%; height: auto; }
-.wide > figure > svg { min-width: 860px; }
-svg * { stroke-linejoin: round; stroke-linecap: butt; }
-svg text { font-family: inherit !important; font-variant-numeric: tabular-nums; }
-.scroll { max-height: 420px; overflow: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px;
-  font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--muted); padding-bottom: 6px; }
-th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere; }
-th { color: var(--muted); font-weight: 600; overflow-wrap: normal; }
-tr.winner td { font-weight: 600; color: var(--accent); }
-summary { cursor: pointer; font-weight: 600; font-size: 18px; }
-details[open] summary { margin-bottom: 8px; }
-footer { padding-bottom: 40px; }
-@media (max-width: 760px) { .grid, .pair { grid-template-columns: minmax(0, 1fr); } }
-@media print { section, .tiles div { break-inside: avoid; } .scroll { max-height: none; } }
-"""
 
 
 @dataclass(frozen=True)
@@ -122,11 +63,9 @@ def write_report(folder: Path) -> Path:
         CheckpointError: its model is damaged.
     """
     path = folder / REPORT
-    page = _page(_read(folder)).encode("utf-8", "replace")
-    temporary = path.with_suffix(".html.part")
+    content = _page(_read(folder)).encode("utf-8", "replace")
     try:
-        temporary.write_bytes(page)
-        os.replace(temporary, path)
+        write_atomically(path, content)
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error.strerror}") from None
     return path
@@ -198,14 +137,10 @@ def _page(run: _Run) -> str:
     banner = ""
     if not run.is_finished:
         banner = (
-            f'<p class="banner" role="status">Run not finished: round {len(run.rounds)} of '
-            f"{config.training.rounds}. What follows is what there is so far.</p>"
+            f"Run not finished: round {len(run.rounds)} of {config.training.rounds}. What follows "
+            "is what there is so far."
         )
-    tiles = "\n".join(
-        f'<div><dt>{_text(label)}</dt><dd class="value">{_text(value)}</dd>'
-        f"<dd>{_text(note)}</dd></div>"
-        for label, value, note in facts(summary)
-    )
+    tiles = page.tiles(facts(summary))
     sections = "\n".join(
         part
         for part in (
@@ -221,37 +156,21 @@ def _page(run: _Run) -> str:
         if part
     )
     version = f" {summary['version']}" if "version" in summary else ""
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)} – fedprune</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<p class="brand">fedprune run report</p>
-<h1>{_text(title)}</h1>
-<p class="subtitle">{_text(subtitle)}</p>
-{banner}
-</header>
-<main>
-<dl class="tiles">
-{tiles}
-</dl>
-<p class="note">Bytes of a client and round are those of a steady round, which moves values only,
-no mask. “Dense” is the same network sent and trained without pruning, in 32-bit floats.</p>
-<div class="grid">
-{sections}
-</div>
-</main>
-<footer><p>Made by fedprune{_text(version)} from the files of this folder. Test data were used for
-the record only.</p></footer>
-</body>
-</html>
-"""
+    note = (
+        "Bytes of a client and round are those of a steady round, which moves values only, no "
+        "mask. “Dense” is the same network sent and trained without pruning, in 32-bit floats."
+    )
+    return page.document(
+        f"{title} – fedprune",
+        brand="fedprune run report",
+        heading=title,
+        subtitle=subtitle,
+        banner=banner,
+        content=f'{tiles}\n<p class="note">{page.text(note)}</p>\n'
+        f'<div class="grid">\n{sections}\n</div>',
+        footer=f"Made by fedprune{version} from the files of this folder. Test data were used for "
+        "the record only.",
+    )
 
 
 def _accuracy(run: _Run) -> str:
@@ -261,7 +180,9 @@ def _accuracy(run: _Run) -> str:
     values = [known_number(line.get("test_accuracy")) for line in run.rounds]
     adjusted = [line["round"] for line in run.rounds if line.get("adjusted")]
     if all(value is None for value in values):
-        return _section("Accuracy by round", f"<p>{NOTHING} No round has been evaluated yet.</p>")
+        return page.section(
+            "Accuracy by round", f"<p>{NOTHING} No round has been evaluated yet.</p>"
+        )
     label = (
         f"Accuracy by round: {percent(values[0])} after round {numbers[0]}, "
         f"{percent(values[-1])} after round {numbers[-1]}; mask adjustments: {len(adjusted)}"
@@ -270,7 +191,7 @@ def _accuracy(run: _Run) -> str:
     note = "Test data."
     if adjusted:
         note += f" The mask was adjusted after {len(adjusted)} of {len(numbers)} rounds."
-    return _section("Accuracy by round", _figure(chart, note))
+    return page.section("Accuracy by round", page.figure(chart, note))
 
 
 def _traffic(run: _Run) -> str:
@@ -305,7 +226,7 @@ def _traffic(run: _Run) -> str:
     if numbers[0] == 0:
         what = "the candidate selection" if "selection" in run.start else "the start"
         note += f" Round 0 is {what}: up {format_bytes(up[0])}, down {format_bytes(down[0])}."
-    return _section("Bytes by round", _figure(chart, note))
+    return page.section("Bytes by round", page.figure(chart, note))
 
 
 def _selection(run: _Run) -> str:
@@ -333,9 +254,9 @@ def _selection(run: _Run) -> str:
     ]
     caption = f"On the development data of {len(account['clients'])} clients"
     header = ["candidate", "weighted loss", "accuracy", "layer densities"]
-    table = _table(header, rows, caption=caption, marked=winner)
-    content = f'<p>{_text(sentence)}</p><div class="pair">{_figure(chart)}{table}</div>'
-    return _section("Which candidate won, and why", content, wide=True)
+    table = page.table(header, rows, caption=caption, marked=winner)
+    content = f'<p>{page.text(sentence)}</p><div class="pair">{page.figure(chart)}{table}</div>'
+    return page.section("Which candidate won, and why", content, wide=True)
 
 
 def _why(losses: Sequence[float], winner: int) -> str:
@@ -368,7 +289,7 @@ def _densities(run: _Run) -> str:
         label=label,
     )
     note = "Parameters that are not listed are never pruned."
-    return _section("Layer densities", _figure(chart, note), wide=True)
+    return page.section("Layer densities", page.figure(chart, note), wide=True)
 
 
 def _clients(run: _Run) -> str:
@@ -388,7 +309,7 @@ def _clients(run: _Run) -> str:
         [entry["labels"] for entry in clients],
         label=f"Labels of the clients: {note}",
     )
-    return _section("What the clients hold", _figure(chart, note), wide=True)
+    return page.section("What the clients hold", page.figure(chart, note), wide=True)
 
 
 def _skipped(run: _Run) -> str:
@@ -399,8 +320,8 @@ def _skipped(run: _Run) -> str:
         [number, str(entry["client"]) if entry["client"] >= 0 else "unknown", entry["reason"]]
         for number, entry in run.skipped
     ]
-    table = _table(["round", "client", "reason"], rows, scrolls="Clients left out")
-    return _section("Clients left out", table, wide=True)
+    table = page.table(["round", "client", "reason"], rows, scrolls="Clients left out")
+    return page.section("Clients left out", table, wide=True)
 
 
 def _rounds(run: _Run) -> str:
@@ -420,9 +341,9 @@ def _rounds(run: _Run) -> str:
         ]
         for line in run.rounds
     ]
-    table = _table(header, rows, scrolls="All rounds")
+    table = page.table(header, rows, scrolls="All rounds")
     content = f"<details><summary>All rounds</summary>{table}</details>"
-    return _section(None, content, wide=True)
+    return page.section(None, content, wide=True)
 
 
 def _configuration(run: _Run) -> str:
@@ -431,48 +352,9 @@ def _configuration(run: _Run) -> str:
         section, _, name = key.rpartition(".")
         tables.setdefault(section or "run", []).append([name, str(value) or NOTHING])
     content = "".join(
-        _table(["setting", "value"], rows, caption=section) for section, rows in tables.items()
+        page.table(["setting", "value"], rows, caption=section) for section, rows in tables.items()
     )
-    return _section("Configuration", f'<div class="settings">{content}</div>', wide=True)
-
-
-def _section(title: str | None, content: str, *, wide: bool = False) -> str:
-    heading = f"<h2>{_text(title)}</h2>" if title else ""
-    kind = ' class="wide"' if wide else ""
-    return f"<section{kind}>{heading}{content}</section>"
-
-
-def _figure(chart: str, note: str = "") -> str:
-    caption = f"<figcaption>{_text(note)}</figcaption>" if note else ""
-    return f"<figure>{chart}{caption}</figure>"
-
-
-def _table(
-    header: Iterable[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    caption: str = "",
-    marked: int | None = None,
-    scrolls: str = "",
-) -> str:
-    """An HTML table of plain text; `scrolls` names it and gives it a height of its own."""
-    head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in header)
-    body = "\n".join(
-        ('<tr class="winner">' if place == marked else "<tr>")
-        + "".join(f"<td>{_text(cell)}</td>" for cell in row)
-        + "</tr>"
-        for place, row in enumerate(rows)
-    )
-    title = f"<caption>{_text(caption)}</caption>" if caption else ""
-    table = f"<table>{title}<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
-    if not scrolls:
-        return table
-    name = _text(scrolls)
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">{table}</div>'
-
-
-def _text(value: str) -> str:
-    return html.escape(value, quote=True)
+    return page.section("Configuration", f'<div class="settings">{content}</div>', wide=True)
 
 
 def _gaps(values: Iterable[float | None]) -> list[float]:

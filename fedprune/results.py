@@ -2,49 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NOTHING = "–"
-
-
-def format_bytes(num_bytes: float | None) -> str:
-    """Bytes in decimal units, three digits; an en dash for None or what is not finite.
-
-    >>> format_bytes(999), format_bytes(12_345), format_bytes(999_999)
-    ('999 B', '12.3 kB', '1.00 MB')
-    """
-    value = known_number(num_bytes)
-    if value is None:
-        return NOTHING
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value /= 1000
-        del units[0]
-    decimals = 0 if units[0] == "B" or value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{decimals}f} {units[0]}"
-
-
-def format_seconds(seconds: float | None) -> str:
-    """A duration in the two largest units; an en dash for None or what is not finite.
-
-    >>> format_seconds(4.2), format_seconds(125), format_seconds(7500)
-    ('4.2 s', '2 min 05 s', '2 h 05 min')
-    """
-    value = known_number(seconds)
-    if value is None:
-        return NOTHING
-    if value < 59.5:
-        return f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"
-    if value < 3599.5:
-        return f"{round(value) // 60} min {round(value) % 60:02d} s"
-    minutes = round(value / 60)
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    hours = round(value / 3600)
-    return f"{hours // 24} d {hours % 24:02d} h"
+from datapruning.units import NOTHING, format_bytes, format_seconds, known_number, percent, rounded
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -121,29 +83,10 @@ def facts(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [(label, value, "" if value == NOTHING else note) for label, value, note in results]
 
 
-def known_number(value: Any) -> float | None:
-    """The value as a float, or None if it is missing or not finite."""
-    if value is None or not math.isfinite(value):
-        return None
-    return float(value)
-
-
 def _mean(group: Sequence[Mapping[str, Any]], key: str) -> float | None:
     values = [known_number(summary.get(key)) for summary in group]
     known = [value for value in values if value is not None]
     return statistics.mean(known) if len(known) == len(values) else None
-
-
-def rounded(value: Any, form: str = ".4g") -> str:
-    """A number in the given format, a dash where there is none."""
-    number = known_number(value)
-    return NOTHING if number is None else format(number, form)
-
-
-def percent(value: Any) -> str:
-    """A share of 1 in per cent, a dash where there is none."""
-    number = known_number(value)
-    return NOTHING if number is None else f"{100 * number:.2f} %"
 
 
 def _share(value: Any, dense: Any) -> str:

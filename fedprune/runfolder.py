@@ -7,7 +7,6 @@ a resumed run leaves the same files as one that was never stopped.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -17,13 +16,39 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datapruning import runfolder
+from datapruning.runfolder import (
+    CONFIG,
+    METRICS,
+    MODEL,
+    REPORT,
+    SUMMARY,
+    discard_unstarted,
+    read_metrics,
+    read_summary,
+)
 from fedprune.config import RunConfig, read_toml
 from fedprune.errors import RunError
 from fedprune.methods.base import RunState
 from sparsemodel.checkpoint import load_sparse, save_sparse
 
-CONFIG, METRICS, CHECKPOINT = "config.toml", "metrics.jsonl", "checkpoint.safetensors"
-MODEL, SUMMARY, REPORT, LOCK = "model.safetensors", "summary.json", "report.html", ".lock"
+__all__ = [
+    "CHECKPOINT",
+    "CONFIG",
+    "METRICS",
+    "MODEL",
+    "REPORT",
+    "SUMMARY",
+    "RunFolder",
+    "check_same_run",
+    "discard_unstarted",
+    "open_run",
+    "prepare",
+    "read_metrics",
+    "read_summary",
+]
+
+CHECKPOINT = "checkpoint.safetensors"
 # Settings that change no bit of the result, so a resumed run may differ in them.
 FREE_ON_RESUME = {"federation.timeout"}
 
@@ -55,10 +80,7 @@ class RunFolder:
 
     def append(self, line: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl; it is on disk when this returns."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        runfolder.append_metrics(self.path, line)
 
     def save(self, state: RunState) -> None:
         """Write the checkpoint of a completed round."""
@@ -83,9 +105,7 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json; its presence means that the run is complete."""
-        temporary = self.path / f"{SUMMARY}.part"
-        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path / SUMMARY)
+        runfolder.write_summary(self.path, summary)
 
 
 def prepare(path: Path, config: RunConfig, *, resume: bool) -> None:
@@ -94,33 +114,12 @@ def prepare(path: Path, config: RunConfig, *, resume: bool) -> None:
     Raises:
         RunError: it cannot be used; the message says why and what to do. Nothing is changed.
     """
-    if path.exists() and not path.is_dir():
-        raise RunError(f"{path} is a file; give a folder with --out")
-    stored = path / CONFIG
-    if resume:
-        if not stored.exists():
-            raise RunError(f"nothing to resume in {path}: it has no {CONFIG}")
-        check_same_run(path, config)
+    if not resume:
+        runfolder.prepare(path, config.toml())
         return
-    if stored.exists():
-        raise RunError(
-            f"{path} already holds a run; continue it with --resume or use another --out"
-        )
-    if path.exists() and any(path.iterdir()):
-        raise RunError(f"{path} is not empty and holds no run; give an empty or new folder")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        stored.write_text(config.toml(), encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"cannot write to {path}: {error.strerror}") from None
-
-
-def discard_unstarted(path: Path) -> None:
-    """Remove a folder in which nothing but the configuration was ever written."""
-    if {entry.name for entry in path.iterdir()} <= {CONFIG, LOCK}:
-        for entry in path.iterdir():
-            entry.unlink()
-        path.rmdir()
+    if not (path / CONFIG).exists():
+        raise RunError(f"nothing to resume in {path}: it has no {CONFIG}")
+    check_same_run(path, config)
 
 
 def check_same_run(path: Path, config: RunConfig) -> None:
@@ -143,16 +142,7 @@ def open_run(path: Path, *, wait: float = 20.0) -> Iterator[RunFolder]:
         RunError: another process is still working in it after `wait` seconds.
         CheckpointError: the checkpoint is damaged.
     """
-    with (path / LOCK).open("w") as lock:
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise RunError(f"another process is running in {path}") from None
-                time.sleep(0.2)
+    with runfolder.locked(path, wait=wait):
         folder = RunFolder(path)
         _restore(folder)
         yield folder
@@ -182,28 +172,3 @@ def _restore(folder: RunFolder) -> None:
             ) from None
     if metrics.exists() and metrics.stat().st_size > size:
         os.truncate(metrics, size)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl so far; a last line that is still being written is left out."""
-    try:
-        text = (path / METRICS).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def read_summary(path: Path) -> dict[str, Any]:
-    """summary.json of a finished run.
-
-    Raises:
-        RunError: there is none.
-    """
-    try:
-        summary: dict[str, Any] = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        hint = "continue it with --resume" if (path / CONFIG).exists() else "it holds no run"
-        raise RunError(f"no {SUMMARY} in {path}: {hint}") from None
-    except ValueError as error:
-        raise RunError(f"{path / SUMMARY} is damaged: {error}") from None
-    return summary
