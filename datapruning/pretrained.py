@@ -150,7 +150,9 @@ def _transformers(name: str, *, pretrained: bool, of_tokens: bool) -> tuple[Embe
             network = transformers.AutoModel.from_config(
                 transformers.AutoConfig.from_pretrained(name)
             )
-        processor = None if of_tokens else transformers.AutoImageProcessor.from_pretrained(name)
+        processor: Any = (
+            None if of_tokens else transformers.AutoImageProcessor.from_pretrained(name)
+        )
     except Exception as error:  # the hub client raises many kinds; the cure is one
         raise _no_weights(name, error) from None
     if of_tokens:
