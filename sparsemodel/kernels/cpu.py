@@ -154,6 +154,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "global_avgpool_forward": (_LONG, _LONG, _LONG, _F, _F, _INT),
     "global_avgpool_backward": (_LONG, _LONG, _LONG, _F, _F, _INT),
     "transpose": (_LONG, _LONG, _F, _F, _INT),
+    "transpose_planes": (_LONG, _LONG, _LONG, _F, _LONG, _LONG, _F, _LONG, _LONG, _INT),
     "sgd_step": (_LONG, _F, _F, _F, _REAL, _REAL, _REAL, _INT),
     "adam_step": (*(_LONG, _F, _F, _F, _F, _REAL, _REAL, _REAL, _REAL, _REAL, _INT, _LONG, _INT),),
 }

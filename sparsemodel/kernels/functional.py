@@ -19,7 +19,13 @@ from sparsemodel.choice import MAX_FEW_ROWS
 from sparsemodel.errors import SparseModelError
 from sparsemodel.kernels import native, ops, reference
 from sparsemodel.kernels.geometry import ConvGeometry
-from sparsemodel.kernels.layout import batch_innermost, contiguous_nchw, features_first
+from sparsemodel.kernels.layout import (
+    MIN_MOVED,
+    as_stored,
+    batch_innermost,
+    features_first,
+    for_dense_conv,
+)
 from sparsemodel.pattern import flat_positions
 
 Tensor = torch.Tensor
@@ -323,7 +329,8 @@ def _dense_conv2d(
     differentiable: bool,
 ) -> Tensor:
     """Through the dense weight, made for the call."""
-    if values.numel() == geometry.out_channels * geometry.row_length and x.is_contiguous():
+    num_weights = geometry.out_channels * geometry.row_length
+    if values.numel() == num_weights and x.is_contiguous() and x.numel() < MIN_MOVED:
         return reference.conv2d(x, values.view(geometry.weight_shape), bias, geometry)
     index = index.with_bits(geometry.row_length)
     if differentiable:
@@ -332,7 +339,7 @@ def _dense_conv2d(
         )
         return y
     weight = _weight(values, index, geometry.weight_shape)
-    return reference.conv2d(contiguous_nchw(x), weight, bias, geometry)
+    return reference.conv2d(for_dense_conv(x, num_weights), weight, bias, geometry)
 
 
 class _DenseConv2d(torch.autograd.Function):
@@ -347,7 +354,7 @@ class _DenseConv2d(torch.autograd.Function):
         bits: Tensor,
         geometry: ConvGeometry,
     ) -> Tensor:
-        x = contiguous_nchw(x)
+        x = for_dense_conv(x, geometry.out_channels * geometry.row_length)
         ctx.save_for_backward(x, values, row_ptr, cols, bits)
         ctx.geometry = geometry
         index = SparseIndex(row_ptr, cols, cols, bits)
@@ -361,7 +368,7 @@ class _DenseConv2d(torch.autograd.Function):
         wanted, shape = ctx.needs_input_grad[:3], ctx.geometry.weight_shape
         # For the weight's gradient alone, only the weight's shape matters.
         weight = _weight(values, index, shape) if wanted[0] else dy.new_empty(1).expand(shape)
-        dy = contiguous_nchw(dy)
+        dy = as_stored(dy, x)
         dx, gradient, dbias = reference.conv2d_backward(dy, x, weight, ctx.geometry, wanted)
         return dx, _at_mask(gradient, index), dbias, None, None, None, None
 

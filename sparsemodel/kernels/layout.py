@@ -15,6 +15,9 @@ from sparsemodel.kernels.geometry import (
     is_features_first,
 )
 
+# So many activations are worth moving from torch's own layout to channels last.
+MIN_MOVED = 1 << 20
+
 
 def batch_innermost(x: torch.Tensor) -> torch.Tensor:
     """The tensor [B, C, H, W], stored as contiguous [C, H, W, B]."""
@@ -24,18 +27,67 @@ def batch_innermost(x: torch.Tensor) -> torch.Tensor:
         y = empty_batch_innermost(x, *x.shape)
         native.transpose(x, y, x.shape[0], x.numel() // max(1, x.shape[0]))
         return y
+    if native.reaches(x) and _is_channels_last(x):
+        y = empty_batch_innermost(x, *x.shape)
+        native.transpose_planes(_pixels(x), _pixels(y))
+        return y
     return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
 
 
 def contiguous_nchw(x: torch.Tensor) -> torch.Tensor:
-    """The tensor [B, C, H, W] in a layout that torch's convolutions take without a copy."""
-    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+    """The tensor [B, C, H, W], stored as it reads."""
+    if x.is_contiguous():
         return x
     if native.reaches(x) and is_batch_innermost(x):
         y = x.new_empty(x.shape)
         native.transpose(x, y, x.numel() // max(1, x.shape[0]), x.shape[0])
         return y
+    if native.reaches(x) and _is_channels_last(x):
+        y = x.new_empty(x.shape)
+        native.transpose_planes(x.flatten(2).transpose(1, 2), y.flatten(2).transpose(1, 2))
+        return y
     return x.contiguous()
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """The tensor [B, C, H, W], stored as contiguous [B, H, W, C]."""
+    if _is_channels_last(x) or not native.reaches(x):
+        return x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    if x.is_contiguous():
+        native.transpose_planes(x.flatten(2), y.flatten(2))
+    elif is_batch_innermost(x):
+        native.transpose_planes(_pixels(x).transpose(1, 2), _pixels(y).transpose(1, 2))
+    else:
+        y.copy_(x)
+    return y
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _pixels(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W], batch innermost or channels last, as a view [H · W, B, C]."""
+    return x.permute(2, 3, 0, 1).flatten(0, 1)
+
+
+def for_dense_conv(x: torch.Tensor, num_weights: int) -> torch.Tensor:
+    """The tensor [B, C, H, W] in the layout in which torch's convolution with it is fastest.
+
+    Where activations outweigh weights that is channels last, by up to a quarter on processors
+    with AVX-512. From torch's own layout only large activations gain more than the move costs.
+    """
+    if _is_channels_last(x):
+        return x
+    if x.numel() < (MIN_MOVED if x.is_contiguous() else num_weights):
+        return contiguous_nchw(x)
+    return channels_last(x)
+
+
+def as_stored(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`x` channels last or as it reads, whichever `other` is."""
+    return contiguous_nchw(x) if other.is_contiguous() else channels_last(x)
 
 
 def features_first(x: torch.Tensor) -> torch.Tensor:

@@ -199,6 +199,23 @@ def transpose(x: Tensor, y: Tensor, rows: int, columns: int) -> None:
     library().transpose(rows, columns, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
 
 
+def transpose_planes(x: Tensor, y: Tensor) -> None:
+    """Copy `x` into `y`, both [P, R, C] of any strides, `x` dense along C and `y` along R."""
+    planes, rows, columns = x.shape
+    library().transpose_planes(
+        planes,
+        rows,
+        columns,
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        y.data_ptr(),
+        y.stride(0),
+        y.stride(2),
+        torch.get_num_threads(),
+    )
+
+
 def address(tensor: Tensor | None) -> int | None:
     """Where a tensor's first element is; None stays a null pointer."""
     return None if tensor is None else tensor.data_ptr()

@@ -19,22 +19,32 @@ using namespace spc;
 
 extern "C" int32_t spc_transpose(int64_t rows, int64_t cols, const float* x, float* y,
                                  int32_t threads) {
+    return spc_transpose_planes(1, rows, cols, x, 0, cols, y, 0, rows, threads);
+}
+
+extern "C" int32_t spc_transpose_planes(int64_t planes, int64_t rows, int64_t cols,
+                                        const float* x, int64_t x_plane, int64_t x_row, float* y,
+                                        int64_t y_plane, int64_t y_row, int32_t threads) {
     const char* where = "transpose";
-    if (rows < 1 || cols < 1)
-        return fail(SPC_BAD_GEOMETRY, "%s: expected rows and cols >= 1, got %lld and %lld", where,
-                    static_cast<long long>(rows), static_cast<long long>(cols));
+    if (planes < 1 || rows < 1 || cols < 1)
+        return fail(SPC_BAD_GEOMETRY, "%s: expected planes, rows and cols >= 1, got %lld, %lld, %lld",
+                    where, static_cast<long long>(planes), static_cast<long long>(rows),
+                    static_cast<long long>(cols));
     if (int32_t code = check_threads(threads, where)) return code;
     if (int32_t code = check_pointers(where, {x, y})) return code;
     return guarded(where, [&] {
         // Pieces of a few hundred in both directions keep the lines of both sides cached.
         const int64_t wide = (cols + kTransposed - 1) / kTransposed;
         const int64_t high = (rows + kTransposed - 1) / kTransposed;
-        const double work = static_cast<double>(rows) * static_cast<double>(cols) / 4.0;
-        parallel(wide * high, worthwhile_threads(threads, work), [&](int64_t piece) {
-            const int64_t c = piece / high * kTransposed, r = piece % high * kTransposed;
-            kernels().transpose(x + r * cols + c, y + c * rows + r,
+        const double work = static_cast<double>(planes) * static_cast<double>(rows) *
+                            static_cast<double>(cols) / 4.0;
+        parallel(planes * wide * high, worthwhile_threads(threads, work), [&](int64_t piece) {
+            const int64_t plane = piece / (wide * high);
+            const int64_t c = piece / high % wide * kTransposed, r = piece % high * kTransposed;
+            kernels().transpose(x + plane * x_plane + r * x_row + c,
+                                y + plane * y_plane + c * y_row + r,
                                 std::min(kTransposed, rows - r), std::min(kTransposed, cols - c),
-                                cols, rows);
+                                x_row, y_row);
         });
         return SPC_OK;
     });

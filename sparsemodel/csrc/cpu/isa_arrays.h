@@ -42,48 +42,64 @@ void scale_array(const float* x, float* y, float factor, std::int64_t count) {
     if (rest) store_part(y + i, f * load_part(x + i, rest), rest);
 }
 
-typedef float vec4 __attribute__((vector_size(16)));
-typedef std::int32_t index4 __attribute__((vector_size(16)));
-
+// Elements 0, n, 1, n + 1, ... of two vectors, from their lower or their upper halves.
 #if defined(__clang__)
-#define SPC_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#define SPC_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SPC_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, index4{i, j, k, l})
+typedef std::int32_t Places __attribute__((vector_size(4 * kWidth)));
+#define SPC_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
+#endif
+#if defined(SPC_AVX512)
+inline vec interleave_low(vec a, vec b) {
+    return SPC_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+inline vec interleave_high(vec a, vec b) {
+    return SPC_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif defined(SPC_AVX2)
+inline vec interleave_low(vec a, vec b) { return SPC_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+inline vec interleave_high(vec a, vec b) { return SPC_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#else
+inline vec interleave_low(vec a, vec b) { return SPC_SHUFFLE(a, b, 0, 4, 1, 5); }
+inline vec interleave_high(vec a, vec b) { return SPC_SHUFFLE(a, b, 2, 6, 3, 7); }
 #endif
 
-inline vec4 load4(const float* p) {
-    vec4 a;
-    std::memcpy(&a, p, sizeof a);
-    return a;
+// A square of vectors in registers: each line of either side is touched once. Interleaving the
+// halves of the list log2(kWidth) times transposes it.
+inline void transpose_square(const float* x, float* y, std::int64_t xs, std::int64_t ys) {
+    vec rows[kWidth], next[kWidth];
+    SPC_UNROLL
+    for (int k = 0; k < kWidth; ++k) rows[k] = load(x + k * xs);
+    SPC_UNROLL
+    for (int step = 1; step < kWidth; step *= 2) {
+        SPC_UNROLL
+        for (int k = 0; k < kWidth / 2; ++k) {
+            next[2 * k] = interleave_low(rows[k], rows[k + kWidth / 2]);
+            next[2 * k + 1] = interleave_high(rows[k], rows[k + kWidth / 2]);
+        }
+        SPC_UNROLL
+        for (int k = 0; k < kWidth; ++k) rows[k] = next[k];
+    }
+    SPC_UNROLL
+    for (int k = 0; k < kWidth; ++k) store(y + k * ys, rows[k]);
 }
 
-inline void transpose_4x4(const float* x, float* y, std::int64_t xs, std::int64_t ys) {
-    const vec4 a = load4(x), b = load4(x + xs), c = load4(x + 2 * xs), d = load4(x + 3 * xs);
-    const vec4 ab0 = SPC_SHUFFLE(a, b, 0, 4, 1, 5), ab1 = SPC_SHUFFLE(a, b, 2, 6, 3, 7);
-    const vec4 cd0 = SPC_SHUFFLE(c, d, 0, 4, 1, 5), cd1 = SPC_SHUFFLE(c, d, 2, 6, 3, 7);
-    const vec4 rows[4] = {
-        SPC_SHUFFLE(ab0, cd0, 0, 1, 4, 5), SPC_SHUFFLE(ab0, cd0, 2, 3, 6, 7),
-        SPC_SHUFFLE(ab1, cd1, 0, 1, 4, 5), SPC_SHUFFLE(ab1, cd1, 2, 3, 6, 7)};
-    for (int k = 0; k < 4; ++k) std::memcpy(y + k * ys, &rows[k], sizeof(vec4));
-}
-
-// In 16 x 16 pieces, so that both sides move whole cache lines.
+// In pieces of 16 x 16, so that both sides move whole cache lines.
 void transpose(const float* x, float* y, std::int64_t rows, std::int64_t cols, std::int64_t xs,
                std::int64_t ys) {
-    for (std::int64_t c0 = 0; c0 < cols; c0 += kBlock) {
-        const std::int64_t c1 = c0 + kBlock < cols ? c0 + kBlock : cols;
-        for (std::int64_t r0 = 0; r0 < rows; r0 += kBlock) {
-            const std::int64_t r1 = r0 + kBlock < rows ? r0 + kBlock : rows;
-            const std::int64_t c4 = c1 - (c1 - c0) % 4, r4 = r1 - (r1 - r0) % 4;
-            for (std::int64_t c = c0; c < c4; c += 4)
-                for (std::int64_t r = r0; r < r4; r += 4)
-                    transpose_4x4(x + r * xs + c, y + c * ys + r, xs, ys);
-            for (std::int64_t c = c4; c < c1; ++c)
-                for (std::int64_t r = r0; r < r1; ++r) y[c * ys + r] = x[r * xs + c];
-            for (std::int64_t c = c0; c < c4; ++c)
-                for (std::int64_t r = r4; r < r1; ++r) y[c * ys + r] = x[r * xs + c];
+    const std::int64_t whole_rows = rows - rows % kWidth, whole_cols = cols - cols % kWidth;
+    for (std::int64_t c0 = 0; c0 < whole_cols; c0 += kBlock) {
+        const std::int64_t c1 = c0 + kBlock < whole_cols ? c0 + kBlock : whole_cols;
+        for (std::int64_t r0 = 0; r0 < whole_rows; r0 += kBlock) {
+            const std::int64_t r1 = r0 + kBlock < whole_rows ? r0 + kBlock : whole_rows;
+            for (std::int64_t r = r0; r < r1; r += kWidth)
+                for (std::int64_t c = c0; c < c1; c += kWidth)
+                    transpose_square(x + r * xs + c, y + c * ys + r, xs, ys);
         }
     }
+    for (std::int64_t r = 0; r < rows; ++r)
+        for (std::int64_t c = r < whole_rows ? whole_cols : 0; c < cols; ++c)
+            y[c * ys + r] = x[r * xs + c];
 }
 
 inline void sgd_vec(vec& value, vec gradient, vec& buffer, vec lr, vec momentum, vec decay,

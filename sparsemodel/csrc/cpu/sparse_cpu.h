@@ -199,6 +199,12 @@ SPC_API int32_t spc_global_avgpool_backward(int64_t channels, int64_t pixels, in
  * to NCHW: rows = C * H * W, cols = B. */
 SPC_API int32_t spc_transpose(int64_t rows, int64_t cols, const float* x, float* y,
                               int32_t threads);
+/* The same of many planes: y[p * y_plane + c * y_row + r] = x[p * x_plane + r * x_row + c], so
+ * that rows may lie apart. CHWB to NHWC: planes = H * W, rows = C, cols = B, x_plane = B, x_row =
+ * H * W * B, y_plane = C, y_row = H * W * C. */
+SPC_API int32_t spc_transpose_planes(int64_t planes, int64_t rows, int64_t cols, const float* x,
+                                     int64_t x_plane, int64_t x_row, float* y, int64_t y_plane,
+                                     int64_t y_row, int32_t threads);
 
 /* ---- optimiser steps on n values, in place; a momentum or moment starts at zero ---- */
 /* torch.optim.SGD's order: g += weight_decay * v; m = momentum * m + g; v -= lr * m.

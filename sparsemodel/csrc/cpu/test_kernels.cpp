@@ -404,6 +404,18 @@ void test_arrays(int rounds) {
             for (int c = 0; c < cols; ++c)
                 if (t[std::size_t(c * rows + r)] != x[std::size_t(r * cols + c)])
                     fail("transpose", t[std::size_t(c * rows + r)], x[std::size_t(r * cols + c)]);
+        // Planes between the rows of x, [rows, 3, cols], to planes outermost, [3, cols, rows].
+        const Floats apart = normals(std::size_t(3 * rows * cols));
+        Floats planes(apart.size());
+        ok(spc_transpose_planes(3, rows, cols, apart.data(), cols, 3 * cols, planes.data(),
+                                rows * cols, rows, 2),
+           "transpose_planes");
+        for (int i = 0; i < 3 * rows * cols; ++i) {
+            const int r = i / (3 * cols), p = i / cols % 3, c = i % cols;
+            if (planes[std::size_t((p * cols + c) * rows + r)] != apart[std::size_t(i)])
+                fail("transpose_planes", planes[std::size_t((p * cols + c) * rows + r)],
+                     apart[std::size_t(i)]);
+        }
         const std::size_t n = std::size_t(uniform(0, 50));
         Floats v = normals(n), g = normals(n), m(n), s(n), w = v, am(n), as(n);
         std::vector<double> dv(v.begin(), v.end()), dm(n), dw(v.begin(), v.end()), d1(n), d2(n);

@@ -194,6 +194,21 @@ def test_transpose(lib: cpu.CpuLibrary, shape: tuple[int, int]) -> None:
     np.testing.assert_array_equal(y, x.T)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 70), (6, 64, 16), (2, 17, 600), (40, 3, 8)])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
+def test_transpose_of_planes_that_lie_apart(
+    lib: cpu.CpuLibrary, shape: tuple[int, int, int], order: tuple[int, int, int]
+) -> None:
+    """Planes outermost or between the rows, on either side; what lies between stays."""
+    planes, rows, cols = shape
+    x = normal(1, *(shape[i] for i in order)).transpose(order)
+    y = np.zeros([(planes, cols, rows + 1)[i] for i in order], np.float32).transpose(order)
+    strides = [step // 4 for step in (*x.strides[:2], *y.strides[:2])]
+    lib.transpose_planes(*shape, x.base, *strides[:2], y.base, *strides[2:], 2)
+    np.testing.assert_array_equal(y[:, :, :rows], x.transpose(0, 2, 1))
+    assert not y[:, :, rows:].any()
+
+
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 4097, 40000])
 def test_relu(lib: cpu.CpuLibrary, n: int) -> None:
     x, dy = normal(1, n), normal(2, n)

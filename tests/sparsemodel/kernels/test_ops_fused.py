@@ -18,7 +18,14 @@ from sparsemodel.fused import (
 )
 from sparsemodel.kernels import native
 from sparsemodel.kernels.geometry import is_batch_innermost, is_features_first
-from sparsemodel.kernels.layout import batch_innermost, contiguous_nchw, features_first
+from sparsemodel.kernels.layout import (
+    as_stored,
+    batch_innermost,
+    channels_last,
+    contiguous_nchw,
+    features_first,
+    for_dense_conv,
+)
 
 Tensor = torch.Tensor
 SHAPES = st.tuples(
@@ -188,15 +195,36 @@ def test_pools_keep_the_layout_and_nan() -> None:
 
 
 def test_layouts_change_the_order_alone() -> None:
-    for shape in [(1, 1, 1, 1), (5, 3, 4, 2), (33, 17, 3, 5), (0, 2, 3, 3)]:
+    stored = {
+        batch_innermost: is_batch_innermost,
+        contiguous_nchw: lambda t: t.is_contiguous(),
+        channels_last: lambda t: t.is_contiguous(memory_format=torch.channels_last),
+    }
+    for shape in [(1, 1, 1, 1), (5, 3, 4, 2), (33, 17, 3, 5), (0, 2, 3, 3), (16, 32, 5, 1)]:
         x = torch.randn(shape)
-        for source in (x, x.to(memory_format=torch.channels_last), x.double(), x.flip(0)):
-            moved = batch_innermost(source)
-            assert torch.equal(moved, source)
-            assert is_batch_innermost(moved)
-            assert batch_innermost(moved) is moved
-            back = contiguous_nchw(moved)
-            assert torch.equal(back, source)
+        for source in (*(move(x) for move in stored), x.double(), x.flip(0), x.mT):
+            for move, is_stored in stored.items():
+                moved = move(source)
+                assert torch.equal(moved, source)
+                assert is_stored(moved)
+                assert move(moved) is moved
+
+
+def test_a_dense_convolution_gets_the_layout_that_pays() -> None:
+    """Channels last where activations outweigh weights; what is there already stays."""
+    x = torch.randn(8, 64, 32, 32)
+    innermost, last = batch_innermost(x), channels_last(x)
+    assert for_dense_conv(x, 100) is x, "too small to move"
+    assert for_dense_conv(last, 10**9) is last
+    assert for_dense_conv(innermost, 10**6).is_contiguous()
+    assert for_dense_conv(innermost, 100).is_contiguous(memory_format=torch.channels_last)
+    large = torch.randn(16, 64, 32, 32)
+    assert for_dense_conv(large, 100).is_contiguous(memory_format=torch.channels_last)
+    assert as_stored(innermost, x).is_contiguous()
+    assert as_stored(innermost, last).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_features_first_changes_the_order_alone() -> None:
     for lead in [(), (4,), (3, 1, 5)]:
         x = torch.randn(*lead, 7)
         moved = features_first(x)
