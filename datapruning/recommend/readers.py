@@ -1,0 +1,323 @@
+"""Interaction histories from files: divided text files, tables of interactions, hub data sets."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datapruning.errors import DataError
+from datapruning.recommend.histories import Histories, ReadReport, leave_last_out
+from datapruning.recommend.ragged import Ragged
+
+SPLITS = ("train", "valid", "test")
+TABLES = (".csv", ".tsv", ".inter", ".data", ".parquet")
+HUB = "hf:"
+COLUMNS: Mapping[str, Sequence[str]] = {
+    "user": ("user", "user_id", "userid", "reviewerid"),
+    "item": ("item", "item_id", "itemid", "movieid", "movie_id", "asin", "parent_asin"),
+    "time": ("time", "timestamp", "unixreviewtime", "date"),
+    "title": ("title", "item_title", "name"),
+}
+"""What a table's columns may be called, in lower case and without a ":type" suffix."""
+
+
+def read(source: str, *, titles: Path | None = None) -> tuple[Histories, ReadReport]:
+    """Histories by name or path, with what was skipped.
+
+    Args:
+        source: a folder with sequential_train.txt, sequential_valid.txt, sequential_test.txt
+            and items.tsv (`read_divided`); a .csv, .tsv, .inter, .data or .parquet table with a
+            row for each interaction; or hf:NAME, a data set of the hub with such rows.
+        titles: of a table without a title column: a file with columns item and title.
+
+    Raises:
+        DataError: nothing of the kind there, or damaged.
+    """
+    if source.startswith(HUB):
+        return read_hub(source.removeprefix(HUB), titles=titles)
+    path = Path(source)
+    if path.is_dir():
+        return read_divided(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file or folder")
+    if path.suffix not in TABLES:
+        raise DataError(
+            f"{path} is no table of interactions; known endings: {', '.join(TABLES)} (or name a "
+            "folder with sequential_train.txt)"
+        )
+    return _from_columns(path.stem, _table(path), titles=titles)
+
+
+def read_divided(folder: Path) -> tuple[Histories, ReadReport]:
+    """A folder of histories that are already divided.
+
+    sequential_{train,valid,test}.txt have a line a user, `user item item ...` in the order of
+    time; a user may be missing from valid and test. items.tsv has a header line and then
+    `item<TAB>title`. Items without an entry there are skipped and counted.
+
+    Raises:
+        DataError: a missing or empty file, a token that is no number, a user on two lines.
+    """
+    report = ReadReport()
+    names = _titles_by_number(folder / "items.tsv")
+    rows = {split: _sequences(folder / f"sequential_{split}.txt") for split in SPLITS}
+    users = list(rows["train"])
+    strangers = [user for split in SPLITS[1:] for user in rows[split] if user not in rows["train"]]
+    report.count("users of valid or test have no training line and are skipped", strangers)
+    number_of = {item: number for number, item in enumerate(sorted(names), start=1)}
+    unknown = [
+        item
+        for split in SPLITS
+        for items in rows[split].values()
+        for item in items
+        if item not in number_of
+    ]
+    report.count("interactions with items that items.tsv does not have are skipped", unknown)
+    parts = {
+        split: Ragged.of(
+            [number_of[i] for i in rows[split].get(user, ()) if i in number_of] for user in users
+        )
+        for split in SPLITS
+    }
+    if len(parts["train"].values) == 0:
+        raise DataError(f"{folder}: no training interaction with an item of items.tsv")
+    titles = _checked_titles({number_of[item]: title for item, title in names.items()}, report)
+    histories = Histories(folder.name, torch.tensor(users), **parts, titles=titles)
+    return histories, _finished(report, histories)
+
+
+def read_hub(
+    name: str | Any, *, split: str = "train", titles: Path | None = None
+) -> tuple[Histories, ReadReport]:
+    """Interactions of a data set of the hub, or of a `datasets.Dataset` at hand.
+
+    Args:
+        name: as `datasets.load_dataset` takes it (NAME:CONFIG where there are
+            several configurations), or a Dataset.
+
+    Raises:
+        DataError: it cannot be loaded, or lacks a column.
+    """
+    if not isinstance(name, str):
+        return _from_columns("dataset", {c: name[c] for c in name.column_names}, titles=titles)
+    from datasets import load_dataset  # noqa: PLC0415
+
+    path, _, config = name.partition(":")
+    try:
+        dataset = load_dataset(path, config or None, split=split)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{HUB}{name} cannot be loaded: {error}") from None
+    columns = {column: dataset[column] for column in dataset.column_names}
+    return _from_columns(path.rsplit("/", 1)[-1], columns, titles=titles)
+
+
+def _from_columns(
+    name: str, columns: Mapping[str, Sequence[Any]], *, titles: Path | None
+) -> tuple[Histories, ReadReport]:
+    """Rows (user, item, time), sorted by time, equal times in the order of rows."""
+    found = _columns(name, columns, needed=("user", "item", "time"))
+    report = ReadReport()
+    rows, missing, wrong = [], [], []
+    fields = zip(found["user"], found["item"], found["time"], strict=True)
+    for place, (user, item, time) in enumerate(fields):
+        if _is_missing(user) or _is_missing(item):
+            missing.append(f"row {place + 1}")
+        elif (moment := _moment(time)) is None:
+            wrong.append(f"row {place + 1}: {time!r}")
+        else:
+            rows.append((moment, place, str(user), str(item)))
+    report.count("rows have no user or no item and are skipped", missing)
+    report.count("rows have a time that is no number and are skipped", wrong)
+    if not rows:
+        raise DataError(f"{name}: no row with a user, an item and a time that is a number")
+    rows.sort()
+    called = _called(found, titles)
+    if called:
+        unknown = [item for _, _, _, item in rows if item not in called]
+        report.count("interactions with items that have no entry of a title are skipped", unknown)
+        rows = [row for row in rows if row[3] in called]
+    return _divided_by_user(name, rows, called, report)
+
+
+def _divided_by_user(
+    name: str,
+    rows: Sequence[tuple[float, int, str, str]],
+    called: Mapping[str, str],
+    report: ReadReport,
+) -> tuple[Histories, ReadReport]:
+    items = sorted(called or {item for _, _, _, item in rows}, key=_natural)
+    number_of = {item: number for number, item in enumerate(items, start=1)}
+    by_user: dict[str, list[int]] = {}
+    for _, _, user, item in rows:
+        by_user.setdefault(user, []).append(number_of[item])
+    users = sorted(by_user, key=_natural)
+    ids = _numbers(users)
+    if ids is None:
+        report.notes.append("users have names: their ids here are their places in sorted order")
+    train, valid, test = leave_last_out(Ragged.of(by_user[user] for user in users))
+    titles = _checked_titles({n: called.get(item, "") for item, n in number_of.items()}, report)
+    histories = Histories(
+        name,
+        torch.arange(len(users)) if ids is None else torch.tensor(ids),
+        train,
+        valid,
+        test,
+        titles,
+    )
+    return histories, _finished(report, histories)
+
+
+def _finished(report: ReadReport, histories: Histories) -> ReadReport:
+    report.users, report.items = len(histories.users), histories.num_items
+    report.interactions = sum(
+        len(part.values) for part in (histories.train, histories.valid, histories.test)
+    )
+    short = histories.users[histories.train.lengths < 2].tolist()
+    report.count("users have fewer than two training items and give no sample", short)
+    return report
+
+
+def _checked_titles(titles: Mapping[int, str], report: ReadReport) -> list[str]:
+    """Titles in the order of item numbers; a missing one becomes "Item N"."""
+    ordered = [" ".join(titles[number].split()) for number in sorted(titles)]
+    missing = [number for number, title in enumerate(ordered, start=1) if not title]
+    report.count('items have no title and are called "Item N"', missing)
+    named = [title or f"Item {number}" for number, title in enumerate(ordered, start=1)]
+    counts = Counter(named)
+    shared = [title for title in named if counts[title] > 1]
+    report.count(
+        "items share their title with another, so that text cannot tell them apart", shared
+    )
+    return named
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def _sequences(path: Path) -> dict[int, list[int]]:
+    """User -> items, in the order of lines."""
+    rows: dict[int, list[int]] = {}
+    for place, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            user, *items = map(int, line.split())
+        except ValueError:
+            raise DataError(
+                f"{path}, line {place}: expected numbers, `user item item ...`, got {line[:60]!r}"
+            ) from None
+        if user in rows:
+            raise DataError(f"{path}, line {place}: user {user} has a line already")
+        rows[user] = items
+    if not rows:
+        raise DataError(f"{path} is empty")
+    return rows
+
+
+def _titles_by_number(path: Path) -> dict[int, str]:
+    titles: dict[int, str] = {}
+    for place, line in enumerate(_lines(path)[1:], start=2):
+        item, _, title = line.partition("\t")
+        if not item.strip().isdecimal():
+            raise DataError(f"{path}, line {place}: expected `item<TAB>title`, got {line[:60]!r}")
+        if int(item) in titles:
+            raise DataError(f"{path}, line {place}: item {int(item)} has a title already")
+        titles[int(item)] = title
+    if not titles:
+        raise DataError(f"{path} has no item under its header line")
+    return titles
+
+
+def _table(path: Path) -> dict[str, Sequence[Any]]:
+    if path.suffix == ".parquet":
+        import pyarrow  # noqa: PLC0415
+        import pyarrow.parquet  # noqa: PLC0415
+
+        try:
+            return dict(pyarrow.parquet.read_table(path).to_pydict())
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise DataError(f"{path} is not a readable parquet file ({error})") from None
+    lines = _lines(path)
+    if not lines:
+        raise DataError(f"{path} is empty")
+    delimiter = "\t" if "\t" in lines[0] else ","
+    header, *rows = csv.reader(lines, delimiter=delimiter)
+    if any(value.strip().isdecimal() for value in header):
+        raise DataError(
+            f"{path} needs a first line with the names of its columns, such as user, item, time; "
+            f"got {lines[0][:60]!r}"
+        )
+    for place, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise DataError(f"{path}, line {place}: {len(row)} values for {len(header)} columns")
+    columns = zip(*rows, strict=True) if rows else ([] for _ in header)
+    return dict(zip(header, columns, strict=True))
+
+
+def _columns(
+    name: str, columns: Mapping[str, Sequence[Any]], *, needed: Iterable[str]
+) -> dict[str, Sequence[Any]]:
+    """The columns by what they mean."""
+    plain = {column.split(":")[0].strip().lower(): values for column, values in columns.items()}
+    found = {
+        kind: next(plain[alias] for alias in aliases if alias in plain)
+        for kind, aliases in COLUMNS.items()
+        if any(alias in plain for alias in aliases)
+    }
+    missing = [kind for kind in needed if kind not in found]
+    if missing:
+        raise DataError(
+            f"{name} has columns {', '.join(columns)}; none for "
+            + ", none for ".join(f"{kind} ({', '.join(COLUMNS[kind])})" for kind in missing)
+        )
+    return found
+
+
+def _called(found: Mapping[str, Sequence[Any]], titles: Path | None) -> dict[str, str]:
+    """Item -> title, from a file of its own or from the table; empty if there is neither."""
+    if titles is not None:
+        found = _columns(titles.name, _table(titles), needed=("item", "title"))
+    if "title" not in found:
+        return {}
+    pairs = zip(found["item"], found["title"], strict=True)
+    return {str(item): "" if _is_missing(title) else str(title) for item, title in pairs}
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or str(value).strip() == ""
+
+
+def _moment(value: Any) -> float | None:
+    """Seconds, or whatever number orders the rows; dates by their own clock."""
+    if hasattr(value, "timestamp"):
+        return float(value.timestamp())
+    try:
+        moment = float(value)
+    except (TypeError, ValueError):
+        return None
+    return None if math.isnan(moment) else moment
+
+
+def _numbers(names: Sequence[str]) -> list[int] | None:
+    """The names as distinct int64 numbers, if they are that."""
+    if not all(name.isdecimal() and len(name) <= 18 for name in names):
+        return None
+    numbers = [int(name) for name in names]
+    return numbers if len(set(numbers)) == len(numbers) else None
+
+
+def _natural(name: str) -> tuple[int, str]:
+    """Numbers by size, and before names."""
+    return (int(name), "") if name.isdecimal() and len(name) <= 18 else (10**18, name)
