@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,18 +18,13 @@ from datapruning.batches import batches
 from datapruning.errors import RunError
 from datapruning.samples import Augmentable, Samples
 from datapruning.seeds import generator, seeded, stream_seed
+from datapruning.steps import OPTIMIZERS, Loss, Objective, Stepper, make_optimizer
 from datapruning.task import Classification, Task, to_device
-from sparsemodel.optim import SparseAdam, SparseSGD
-from sparsemodel.sparsify import sparse_layers
-
-Objective = Callable[[Tensor, Any, Tensor], Tensor]
-"""(logits, batch, rows) -> scalar loss, the mean over the batch."""
 
 Rows = Tensor | Callable[[int], Tensor]
 """Row numbers, int64; or a function that gives each epoch its own."""
 
 EVALUATION_BATCH = 256
-OPTIMIZERS = ("sgd", "adamw")
 _ORDER, _DROPOUT = 0, 1  # streams of an epoch's seed
 
 
@@ -152,7 +146,9 @@ def train(
 
     The order of samples, augmentation and dropout of epoch e follow from (seed, e) alone, and
     the global random state is left as it was: a run that was cut off and resumed ends with the
-    same bits as one that was not, on the CPU with one number of threads.
+    same bits as one that was not, on the CPU with one number of threads. A sparsified model
+    without callbacks takes its steps by a `TrainingPlan`, where the network has one: the same
+    updates up to rounding, in less time.
 
     Args:
         model: moved to `device`; only parameters with requires_grad are trained.
@@ -166,8 +162,13 @@ def train(
     """
     device = torch.device(device)
     model.to(device)
-    evaluate_loss = _Loss(task, objective)
-    optimizer = _optimizer(model, config)
+    optimizer = make_optimizer(
+        model, config.optimizer, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    stepper = Stepper(
+        model, task, optimizer, objective=objective, batch_size=config.batch_size,
+        planned=not callbacks,
+    )  # fmt: skip
     signature = _signature(model, samples, config=config, seed=seed, rows=rows)
     progress = _Progress()
     if checkpoint is not None:
@@ -179,7 +180,7 @@ def train(
         chosen = _epoch_rows(rows, epoch, len(samples))
         with seeded(stream_seed(seed, _DROPOUT, epoch), device):
             _train_epoch(
-                model, samples, evaluate_loss, optimizer, progress,
+                model, samples, stepper, optimizer, progress,
                 config=config, seed=seed, rows=chosen, callbacks=callbacks, device=device,
             )  # fmt: skip
         for callback in callbacks:
@@ -203,12 +204,12 @@ def evaluate(
         RunError: no rows, or rows that are not in the data.
     """
     chosen = _epoch_rows(rows, 0, len(samples))
-    evaluate_loss = _Loss(task, None)
+    loss = Loss(task, None)
     loss_sum, correct = 0.0, 0
     with _evaluating(model) as device:
         for part in chosen.split(EVALUATION_BATCH):
             batch = to_device(samples.batch(part), device)
-            losses, logits = evaluate_loss.per_sample(model, batch)
+            losses, logits = loss.per_sample(model, batch)
             loss_sum += float(losses.double().sum())
             if isinstance(task, Classification) and logits is not None:
                 correct += int((logits.argmax(1) == task.labels(batch)).sum())
@@ -248,62 +249,10 @@ def _evaluating(model: nn.Module) -> Iterator[torch.device]:
             module.training = mode
 
 
-class _Loss:
-    """The loss of a batch and the logits it was computed from, in one forward pass."""
-
-    def __init__(self, task: Task, objective: Objective | None) -> None:
-        if objective is not None and not isinstance(task, Classification):
-            raise RunError(
-                f"an objective needs logits, and {type(task).__name__} gives none; use a "
-                "Classification task, or leave out the objective"
-            )
-        self._objective = objective
-        self._seen: list[Tensor] = []
-        # A task may have a loss of its own. Its call of self.logits is listened to, since a
-        # second forward pass would cost time and move batch norm's statistics twice.
-        self._task = copy.copy(task)
-        if isinstance(task, Classification):
-            self._original = task
-            self._task.logits = self._listen  # type: ignore[attr-defined]
-
-    def _listen(self, model: nn.Module, batch: Any) -> Tensor:
-        logits = self._original.logits(model, batch)
-        self._seen.append(logits)
-        return logits
-
-    def per_sample(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Loss [B] of the task, and logits [B, C] of a Classification."""
-        losses = self._task.loss(model, batch)
-        return losses, self._take(losses)
-
-    def mean(self, model: nn.Module, batch: Any, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scalar objective, and logits [B, C] of a Classification."""
-        if self._objective is None:
-            losses, logits = self.per_sample(model, batch)
-            return losses.mean(), logits
-        logits = self._original.logits(model, batch)
-        return self._objective(logits, batch, rows), logits
-
-    def _take(self, losses: Tensor) -> Tensor | None:
-        if not isinstance(self._task, Classification):
-            return None
-        if not self._seen or self._seen[-1].shape[0] != losses.shape[0]:
-            raise RunError(
-                f"{type(self._task).__name__}.loss does not call self.logits(model, batch), so "
-                "nothing can be recorded of it; let it do so, or derive from Task"
-            )
-        logits = self._seen[-1]
-        self._seen.clear()
-        return logits
-
-    def labels(self, batch: Any) -> Tensor:
-        return self._original.labels(batch)
-
-
 def _train_epoch(
     model: nn.Module,
     samples: Samples,
-    evaluate_loss: _Loss,
+    stepper: Stepper,
     optimizer: torch.optim.Optimizer,
     progress: _Progress,
     *,
@@ -325,19 +274,14 @@ def _train_epoch(
         _set_lr(optimizer, config, progress.steps, epoch + index / len(parts))
         chosen = rows[part]
         batch = to_device(_batch(samples, chosen, config, order), device)
-        optimizer.zero_grad()
-        try:
-            loss, logits = evaluate_loss.mean(model, batch, chosen)
-        except ValueError as error:
-            raise _explained(error, len(chosen)) from None
-        if logits is not None and callbacks:
-            labels = evaluate_loss.labels(batch)
+
+        def look(logits: Tensor, labels: Tensor, rows: Tensor = chosen) -> None:
             for callback in callbacks:
-                callback.on_batch(epoch, chosen, logits.detach(), labels)
-        loss.backward()
-        optimizer.step()
+                callback.on_batch(epoch, rows, logits, labels)
+
+        loss = stepper.step(batch, chosen, look)
         # Summed where it is: reading it after each step would make a GPU wait.
-        loss_sum += loss.detach().double() * len(chosen)
+        loss_sum += loss * len(chosen)
         progress.steps += 1
         seen += len(chosen)
     progress.samples_seen += seen
@@ -358,15 +302,6 @@ def _batch(samples: Samples, rows: Tensor, config: TrainingConfig, order: torch.
             "it off (crops and flips are for images)"
         )
     return samples.augmented_batch(rows, generator=order)
-
-
-def _explained(error: ValueError, num_samples: int) -> ValueError:
-    if num_samples == 1 and "more than 1 value per channel" in str(error):
-        return RunError(
-            "batch norm cannot be trained on a single sample; use a batch_size of 2 or more and "
-            "keep at least 2 samples"
-        )
-    return error
 
 
 def _set_lr(
@@ -401,19 +336,6 @@ def _epoch_rows(rows: Rows | None, epoch: int, num_samples: int) -> Tensor:
             f"{num_samples} samples"
         )
     return chosen
-
-
-def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise RunError(f"{type(model).__name__} has no parameter with requires_grad to train")
-    is_sparse, decay = bool(sparse_layers(model)), config.weight_decay
-    if config.optimizer == "adamw":
-        if is_sparse:
-            return SparseAdam(trained, lr=config.lr, weight_decay=decay, decoupled=True)
-        return torch.optim.AdamW(trained, lr=config.lr, weight_decay=decay)
-    kind = SparseSGD if is_sparse else torch.optim.SGD
-    return kind(trained, lr=config.lr, momentum=config.momentum, weight_decay=decay)
 
 
 def _signature(

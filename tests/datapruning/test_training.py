@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from datapruning.batches import augment, batches, prepare
 from datapruning.errors import RunError
+from datapruning.models import build_model
 from datapruning.proxy import sparse_proxy
 from datapruning.samples import ImageSamples, TokenSamples
 from datapruning.seeds import generator
@@ -30,7 +31,9 @@ from datapruning.training import (
     predict,
     train,
 )
+from sparsemodel.kernels import cpu
 from sparsemodel.mask import Mask
+from sparsemodel.plan import TrainingPlan
 from sparsemodel.sparsify import densify, mask_of, sparsify
 
 TASK = ImageClassification()
@@ -400,6 +403,43 @@ def test_sparse_models_stay_sparse_and_follow_the_dense_masked_one() -> None:
         densify(sparse).state_dict().values(), model.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_plan_takes_the_same_steps_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sparse network that plans know: with a callback by modules, without by a plan."""
+    if cpu.library() is None:
+        pytest.skip("no native kernels here")
+    samples, file = image_samples(), tmp_path / "checkpoint.pt"
+    config = TrainingConfig(epochs=3, batch_size=13, lr=0.05)  # 40 samples: 13, 13, 14
+
+    def run(callbacks: list[Watcher], checkpoint: Path | None = None) -> nn.Module:
+        model = build_model("resnet8", num_classes=3, input_shape=(1, 8, 8), seed=0, width=4)
+        model = sparse_proxy(model, samples, TASK, density=0.3)
+        train(model, samples, TASK, config=config, seed=0, callbacks=callbacks,
+              checkpoint=checkpoint)  # fmt: skip
+        return model
+
+    by_modules = run([Watcher()])
+    taken = Counter()
+    step = TrainingPlan.step
+
+    def counting(*arguments: Any, **keywords: Any) -> tuple[float, int]:
+        taken.seen += 1
+        if taken.seen == taken.die_at:
+            raise KeyboardInterrupt
+        return step(*arguments, **keywords)
+
+    monkeypatch.setattr(TrainingPlan, "step", counting)
+    by_plan = run([])
+    assert taken.seen == 9
+    for value, other in zip(by_modules.parameters(), by_plan.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4)
+    taken.die_at = 9 + 5  # within the second epoch
+    with pytest.raises(KeyboardInterrupt):
+        run([], file)
+    assert same_bits(run([], file), by_plan)
 
 
 def test_frozen_parameters_are_left_alone() -> None:
