@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import io
 import pickle
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from datapruning.errors import RunError
+from datapruning.files import write_atomically
 
 VERSION = 1
 
@@ -25,19 +25,11 @@ def save(path: Path, state: Mapping[str, Any], *, signature: Mapping[str, Any]) 
     Raises:
         RunError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    buffer = io.BytesIO()
+    torch.save({"version": VERSION, "signature": dict(signature), "state": dict(state)}, buffer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                torch.save(
-                    {"version": VERSION, "signature": dict(signature), "state": dict(state)}, file
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, buffer.getvalue())
     except OSError as error:
         raise RunError(f"{path}: the checkpoint cannot be written ({error.strerror})") from None
 

@@ -21,6 +21,18 @@ from datapruning.seeds import generator, seeded, stream_seed
 from datapruning.steps import OPTIMIZERS, Loss, Objective, Stepper, make_optimizer
 from datapruning.task import Classification, Task, to_device
 
+__all__ = [
+    "Callback",
+    "Evaluation",
+    "Objective",
+    "Rows",
+    "TrainingConfig",
+    "TrainingResult",
+    "evaluate",
+    "predict",
+    "train",
+]
+
 Rows = Tensor | Callable[[int], Tensor]
 """Row numbers, int64; or a function that gives each epoch its own."""
 
