@@ -1,0 +1,150 @@
+"""What experiments on data pruning share: cells kept in files, a training, a page's head."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datapruning.data import ImageSet, load_dataset
+from datapruning.models import build_model
+from datapruning.samples import ImageSamples
+from datapruning.seeds import stream_seed
+from datapruning.task import ImageClassification
+from datapruning.training import TrainingConfig, evaluate, train
+
+Result = dict[str, Any]
+
+
+def arguments(name: str, presets: Sequence[str]) -> argparse.Namespace:
+    """The command line that all of them have; seeds as a list, out as a folder."""
+    parser = argparse.ArgumentParser(prog=f"python -m simulations.{name}")
+    parser.add_argument("--preset", choices=presets, default="small")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument(
+        "--data", help="a data set's name or a folder of parquet; else the preset's"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--out", type=Path, help="where cells go; default runs/NAME-PRESET")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    given.seeds = [int(seed) for seed in given.seeds.split(",")]
+    given.out = given.out or Path("runs") / f"{name}-{given.preset}"
+    return given
+
+
+def run_cells(
+    cells: Mapping[str, Callable[[], Result]], out: Path, *, settings: Mapping[str, Any]
+) -> dict[str, Result]:
+    """Every cell's result; one that has its file is not run again.
+
+    Raises:
+        SystemExit: the folder holds cells of other settings.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    about, text = out / "settings.json", json.dumps(settings, sort_keys=True)
+    if about.exists() and about.read_text(encoding="utf-8") != text:
+        raise SystemExit(f"{out} holds results of other settings; give another folder with --out")
+    about.write_text(text, encoding="utf-8")
+    results, started, run = {}, time.monotonic(), 0
+    waiting = sum(not (out / f"{name}.json").exists() for name in cells)
+    for name, cell in cells.items():
+        path = out / f"{name}.json"
+        if not path.exists():
+            partial = path.with_suffix(".tmp")
+            partial.write_text(json.dumps(cell()), encoding="utf-8")
+            partial.replace(path)
+            run += 1
+            left = (time.monotonic() - started) / run * (waiting - run)
+            print(
+                f"{run}/{waiting} {name}: {path.read_text()}, {left / 60:.0f} min left", flush=True
+            )
+        results[name] = json.loads(path.read_text(encoding="utf-8"))
+    return results
+
+
+def images(data: str, *, num_train: int | None, num_test: int | None) -> ImageSet:
+    """A data set; a name that is a folder is read as one."""
+    return load_dataset(data, num_train=num_train, num_test=num_test)
+
+
+def test_error(
+    data: ImageSet,
+    rows: Tensor | None,
+    *,
+    model: str,
+    config: TrainingConfig,
+    seed: int,
+    device: str,
+) -> float:
+    """Train on some rows of the training side; the share of wrong answers on the test side."""
+    network = build_model(
+        model, num_classes=data.num_classes, input_shape=data.input_shape, seed=stream_seed(seed, 0)
+    )
+    task = ImageClassification()
+    train(
+        network, ImageSamples.of(data), task,
+        config=config, seed=stream_seed(seed, 1), rows=rows, device=device,
+    )  # fmt: skip
+    test = ImageSamples(data.test_images, data.test_labels)
+    return 1 - evaluate(network, test, task).accuracy
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation, in percent."""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
+def head(title: str, name: str, given: argparse.Namespace, data: ImageSet) -> list[str]:
+    """First lines of a page: what was run, and where."""
+    seeds = ",".join(map(str, given.seeds))
+    command = f"python -m simulations.{name} --preset {given.preset} --seeds {seeds}"
+    command += (
+        " --data FOLDER"
+        if given.data and Path(given.data).is_dir()
+        else (f" --data {given.data}" if given.data else "")
+    )
+    return [
+        f"# {title}",
+        "",
+        f"Written by `{command}`.",
+        "",
+        f"- commit {commit()}, {platform.machine()}, {os.cpu_count()} cores, {given.threads} used, "
+        f"Python {platform.python_version()}, torch {torch.__version__}",
+        f"- data: {data.name}, {len(data.train_labels)} training and {len(data.test_labels)} test "
+        f"images, fingerprint {data.fingerprint}",
+        "- errors in percent, mean ± sample standard deviation over the seeds; a seed decides "
+        "scores, subsets, initial weights and order",
+        "- test data are used once, after the last step, and decide nothing; nothing was tuned",
+    ]
+
+
+def commit() -> str:
+    """Of the working tree, read before the cells run."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.stdout.strip() or "unknown"
+
+
+def save(page: list[str], name: str, given: argparse.Namespace) -> None:
+    """The small preset's page, on its own data, stands beside the script; others in the folder."""
+    text = "\n".join([*page, ""])
+    suffix = "" if given.preset == "small" else f"_{given.preset}"
+    beside = Path(__file__).parent / f"{name}{suffix}.md"
+    target = given.out / "table.md" if given.data else beside
+    target.write_text(text, encoding="utf-8")
+    print(text)
+    print(f"table: {target}")
