@@ -25,3 +25,11 @@ class SelectionError(DatapruningError):
 
 class RunError(DatapruningError):
     """A training or scoring run that cannot start, continue or finish."""
+
+
+class ScoreWarning(UserWarning):
+    """Scores that were computed but cannot be selected by: not finite, or all equal."""
+
+
+class SubsetWarning(UserWarning):
+    """A subset that can be trained on, but not without loss: a class has no sample in it."""

@@ -22,8 +22,10 @@ class Samples(Protocol):
     """
 
     ids: Tensor
-    labels: Tensor | None
     fingerprint: str
+
+    @property
+    def labels(self) -> Tensor | None: ...
 
     def __len__(self) -> int: ...
 

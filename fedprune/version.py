@@ -1,8 +1,5 @@
 """The installed version of this distribution."""
 
-from importlib.metadata import PackageNotFoundError, version
+from datapruning.version import __version__
 
-try:
-    __version__ = version("fedprune")
-except PackageNotFoundError:  # a source tree that was not installed
-    __version__ = "0+unknown"
+__all__ = ["__version__"]

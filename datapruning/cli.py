@@ -1,0 +1,503 @@
+"""The `datapruning` command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from datapruning.errors import DatapruningError, RunError, ScoreError, SelectionError
+
+cli = typer.Typer(
+    help="Score training samples, keep the ones worth training on, and train on them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+def main() -> None:
+    """Entry point: one clear line for what a user can mend, a trace with --debug."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        cli(arguments, standalone_mode=True)
+    except DatapruningError as error:
+        if debug:
+            raise
+        _fail(error)
+    except ValueError as error:
+        # The sparse core has errors of its own; it is not imported before it is needed.
+        if debug or not type(error).__module__.startswith("sparsemodel."):
+            raise
+        _fail(error)
+    except KeyboardInterrupt:
+        errors.print(f"interrupted; {_how_to_go_on(arguments)}", soft_wrap=True, highlight=False)
+        raise SystemExit(130) from None
+
+
+def _fail(error: Exception) -> None:
+    text = " ".join(str(error).split())
+    errors.print(f"[red]error:[/red] {_escaped(text)}", soft_wrap=True, highlight=False)
+    raise SystemExit(1)
+
+
+def _how_to_go_on(arguments: Sequence[str]) -> str:
+    if arguments[:1] == ["train"]:
+        return "continue with the same command and --resume"
+    return f"what was finished is kept; go on with: datapruning {_escaped(shlex.join(arguments))}"
+
+
+def _escaped(value: object) -> str:
+    return str(value).replace("[", r"\[")
+
+
+Dataset = Annotated[str, typer.Argument(help="A data set's name, or a folder of parquet.")]
+Model = Annotated[str, typer.Option(help="resnet8, resnet20, resnet18, vgg11_bn.")]
+Seed = Annotated[int, typer.Option(help="Decides every random choice.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads = Annotated[int, typer.Option(help="Of torch; the bits of a result depend on it.")]
+Epochs = Annotated[int, typer.Option(help="Passes over the samples.")]
+BatchSize = Annotated[int, typer.Option(help="Samples of an optimiser step.")]
+Lr = Annotated[float, typer.Option(help="Learning rate of the first step.")]
+Augment = Annotated[bool, typer.Option("--augment", help="Random crops and flips.")]
+Keeps = Annotated[str, typer.Option("--keep", help="Kept fractions, with commas between them.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="An option of a method, as name=value; may be repeated."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+
+
+@cli.command()
+def score(  # noqa: PLR0917 - the command's options
+    dataset: Dataset,
+    method: Annotated[str, typer.Option(help="One or more names, with commas between them.")],
+    out: Annotated[Path, typer.Option(help="Parquet file for the scores.")] = Path(
+        "scores.parquet"
+    ),
+    model: Model = "resnet8",
+    density: Annotated[
+        float | None, typer.Option(help="Score with a sparse model of this density.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option(help="With --density: score with the dense model too, to compare.")
+    ] = True,
+    seed: Seed = 0,
+    epochs: Epochs = 20,
+    batch_size: BatchSize = 64,
+    lr: Lr = 0.1,
+    early: Annotated[int | None, typer.Option(help="Epochs after which early scores look.")] = None,
+    runs: Annotated[
+        int | None, typer.Option(help="Models to train, in place of a method's own number.")
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer whose output is the embedding.")] = None,
+    engine: Annotated[str, typer.Option(help="inline, or ray for a Ray cluster.")] = "inline",
+    device: Device = "cpu",
+    threads: Threads = 1,
+    shard_size: Annotated[int, typer.Option(help="Samples of a part.")] = 4096,
+    settings: Options = None,
+    debug: Debug = False,
+) -> None:
+    """Score every training sample; run again after an interruption to go on."""
+    from datapruning.report import proxy_check, report_path, write_score_report  # noqa: PLC0415
+    from datapruning.scoring import score as run_score  # noqa: PLC0415
+    from datapruning.scoring import table_paths  # noqa: PLC0415
+    from datapruning.task import ImageClassification  # noqa: PLC0415
+    from datapruning.training import TrainingConfig  # noqa: PLC0415
+
+    names = _split(method)
+    _check_suffix(out)
+    with _progress() as progress, _warnings_shown():
+        tables = run_score(
+            dataset, method=names, model=model, out=out,
+            task=ImageClassification(layer=layer),
+            training=TrainingConfig(epochs=epochs, batch_size=batch_size, lr=lr),
+            seed=seed, density=density, check=check, runs=runs, early=early,
+            options=_assignments(settings), engine=engine, device=device, threads=threads,
+            shard_size=shard_size, progress=progress,
+        )  # fmt: skip
+    paths = table_paths(out, names)
+    table = Table("method", "samples", "lowest", "median", "highest", "file")
+    for name, scores in tables.items():
+        known = scores.scores[scores.scores.isfinite()]
+        values = (
+            [f"{float(v):.4g}" for v in (known.min(), known.median(), known.max())]
+            if len(known)
+            else ["–"] * 3
+        )
+        table.add_row(name, f"{len(scores):,}", *values, str(paths[name]))
+    console.print(table)
+    for name in names:
+        found = proxy_check(paths[name])
+        if found is not None:
+            share = "" if found[1] is None else f", {100 * found[1]:.0f} % of its processor time"
+            console.print(
+                f"{name}: Spearman {found[0].spearman:.3f} with the dense model's scores{share}",
+                highlight=False,
+            )
+    target = write_score_report(list(paths.values()), report_path(out))
+    _say(f"report: {target}")
+
+
+@cli.command()
+def select(  # noqa: PLR0917 - the command's options
+    scores: Annotated[Path, typer.Argument(help="What `datapruning score` wrote.")],
+    keep: Annotated[
+        float, typer.Option(help="Fraction in (0, 1], or a number of samples above 1.")
+    ],
+    out: Annotated[Path, typer.Option(help="Parquet file for the kept ids.")] = Path(
+        "kept.parquet"
+    ),
+    policy: Annotated[str, typer.Option(help="hardest, easiest, random, auto, ...")] = "hardest",
+    balance: Annotated[
+        bool, typer.Option("--balance", help="Every class keeps half its fair share or more.")
+    ] = False,
+    seed: Seed = 0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="An option of the policy, as name=value; may be repeated."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Choose exactly so many samples of a table of scores."""
+    from datapruning.report import class_counts, report_path, write_score_report  # noqa: PLC0415
+    from datapruning.select import select as run_select  # noqa: PLC0415
+    from datapruning.table import ScoreTable, Subset  # noqa: PLC0415
+
+    _check_suffix(out)
+    table = ScoreTable.read(scores)
+    if out.exists():
+        try:
+            Subset.read(out)  # a selection is made again in no time; anything else is not ours
+        except SelectionError:
+            raise SelectionError(
+                f"{out} is there and holds no subset; name another --out"
+            ) from None
+    subset = run_select(
+        table, keep=_count(keep), policy=policy, seed=seed, class_balanced=balance,
+        **_assignments(settings),
+    )  # fmt: skip
+    subset.write(out)
+    if table.labels is not None:
+        rows = Table("class", "samples", "kept", "share")
+        for label, (before, after) in enumerate(zip(*class_counts(table, subset), strict=True)):
+            share = f"{100 * after / before:.1f} %" if before else "–"
+            rows.add_row(str(label), f"{before:,}", f"{after:,}", share)
+        console.print(rows)
+    for note in subset.provenance.get("notes", []):
+        errors.print(f"[yellow]note:[/yellow] {_escaped(note)}", soft_wrap=True, highlight=False)
+    _say(f"kept: {len(subset):,} of {len(table):,} samples ({subset.policy}) -> {out}")
+    _say(f"report: {write_score_report([scores], report_path(out), subset=subset)}")
+
+
+@cli.command()
+def train(  # noqa: PLR0917 - the command's options
+    dataset: Dataset,
+    subset: Annotated[
+        Path | None, typer.Option(help="What `datapruning select` wrote; default: all samples.")
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Run folder of a teacher to distil from.")
+    ] = None,
+    alpha: Annotated[
+        str, typer.Option(help="Weight of the teacher, 0 to 1, or auto: on held-out samples.")
+    ] = "auto",
+    temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 4.0,
+    model: Model = "resnet8",
+    epochs: Epochs = 20,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of epochs.")] = None,
+    batch_size: BatchSize = 64,
+    lr: Lr = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="L2 penalty.")] = 5e-4,
+    augment: Augment = False,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default: a new one under runs/.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    device: Device = "cpu",
+    threads: Threads = 1,
+    debug: Debug = False,
+) -> None:
+    """Train one model, on all samples or on a subset, with or without a teacher."""
+    from datapruning import runner  # noqa: PLC0415
+    from datapruning.run_report import run_facts, write_run_report  # noqa: PLC0415
+    from datapruning.training import TrainingConfig  # noqa: PLC0415
+
+    settings = runner.RunSettings(
+        dataset=str(Path(dataset).resolve()) if Path(dataset).is_dir() else dataset,
+        model=model,
+        seed=seed,
+        subset="" if subset is None else str(subset),
+        teacher="" if teacher is None else str(teacher),
+        alpha=_alpha(alpha),
+        temperature=temperature,
+        device=device,
+        threads=threads,
+        training=TrainingConfig(
+            epochs=epochs, steps=steps, batch_size=batch_size, lr=lr,
+            weight_decay=weight_decay, augment=augment,
+        ),
+    )  # fmt: skip
+    folder = out or runner.default_folder(settings, resume=resume)
+    with _warnings_shown():
+        summary = runner.run(settings, folder, resume=resume, progress=_say)
+    target = write_run_report(folder)
+    table = Table(show_header=False, title="result")
+    for label, value, note in run_facts(summary):
+        table.add_row(label, f"{value}, {note}" if note else value)
+    console.print(table)
+    _say(f"model:  {folder / 'model.safetensors'}")
+    _say(f"report: {target}")
+
+
+@cli.command()
+def compare(  # noqa: PLR0917 - the command's options
+    tables: Annotated[
+        list[Path] | None, typer.Argument(help="Two or more files of scores of the same data.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Train on what these methods keep, instead.")
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="With --methods: what to train on.")] = "digits",
+    keep: Keeps = "0.3,0.5,0.7",
+    seeds: Annotated[str, typer.Option(help="With --methods: seeds.")] = "0,1,2",
+    policy: Annotated[str, typer.Option(help="With --methods: selection policy.")] = "hardest",
+    model: Model = "resnet8",
+    epochs: Epochs = 20,
+    out: Annotated[Path, typer.Option(help="With --methods: folder of its cells.")] = Path(
+        "runs/compare-data"
+    ),
+    threads: Threads = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare tables of scores; or, with --methods, accuracies after training on what they keep."""
+    keeps = [_fraction(part) for part in _split(keep)]
+    if methods is not None:
+        _compare_training(
+            dataset, _split(methods), keeps=keeps, seeds=[_whole(s) for s in _split(seeds)],
+            policy=policy, model=model, epochs=epochs, out=out, threads=threads, as_json=as_json,
+        )  # fmt: skip
+        return
+    if not tables or len(tables) < 2:
+        raise ScoreError(
+            "give two or more files of scores, or --methods to compare trainings on what they keep"
+        )
+    _compare_tables(tables, keeps, as_json=as_json)
+
+
+@cli.command()
+def report(
+    source: Annotated[Path, typer.Argument(help="A run folder, or a file of scores.")],
+    others: Annotated[
+        list[Path] | None, typer.Argument(help="More files of scores of the same data.")
+    ] = None,
+    subset: Annotated[Path | None, typer.Option(help="What was kept by these scores.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page; default: beside the source.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the page of a run folder or of scores again."""
+    if source.is_dir():
+        from datapruning.run_report import write_run_report  # noqa: PLC0415
+
+        _say(f"report: {write_run_report(source)}")
+        return
+    from datapruning.report import report_path, write_score_report  # noqa: PLC0415
+    from datapruning.table import Subset  # noqa: PLC0415
+
+    kept = None if subset is None else Subset.read(subset)
+    target = out or report_path(source)
+    _say(f"report: {write_score_report([source, *(others or [])], target, subset=kept)}")
+
+
+@cli.command()
+def methods() -> None:
+    """List the methods, what each trains, and its options."""
+    from datapruning.methods import METHODS  # noqa: PLC0415
+
+    table = Table("method", "models", "what", "options", "source")
+    for name, method in METHODS.items():
+        options = ", ".join(f"{k}={v}" for k, v in method.options.items())
+        table.add_row(name, str(method.runs or "–"), method.summary, options, method.source)
+    console.print(table)
+
+
+def _compare_tables(paths: Sequence[Path], keeps: Sequence[float], *, as_json: bool) -> None:
+    from itertools import combinations  # noqa: PLC0415
+
+    from datapruning.agreement import agreement  # noqa: PLC0415
+    from datapruning.table import ScoreTable  # noqa: PLC0415
+
+    loaded = [(path, ScoreTable.read(path)) for path in paths]
+    table = Table("a", "b", "Spearman", *(f"both keep, at {100 * k:g} %" for k in keeps))
+    records = []
+    for (path_a, a), (path_b, b) in combinations(loaded, 2):
+        found = agreement(a, b, keeps=keeps)
+        shares = [f"{100 * share:.1f} %" for share in found.overlap.values()]
+        names = [f"{t.method} ({path})" for t, path in ((a, path_a), (b, path_b))]
+        table.add_row(*names, f"{found.spearman:.3f}", *shares)
+        overlap = {f"{keep:g}": share for keep, share in found.overlap.items()}
+        records.append(
+            {"a": str(path_a), "b": str(path_b), "spearman": found.spearman, "overlap": overlap}
+        )
+    if as_json:
+        print(json.dumps(records))
+    else:
+        console.print(table)
+
+
+def _compare_training(
+    dataset: str,
+    names: Sequence[str],
+    *,
+    keeps: Sequence[float],
+    seeds: Sequence[int],
+    epochs: int,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    from dataclasses import asdict  # noqa: PLC0415
+
+    from datapruning.comparison import BUDGETS, compare_training, result_table  # noqa: PLC0415
+    from datapruning.data import load_dataset  # noqa: PLC0415
+    from datapruning.methods import check_method  # noqa: PLC0415
+    from datapruning.training import TrainingConfig  # noqa: PLC0415
+
+    for name in names:
+        check_method(name)
+    config = TrainingConfig(epochs=epochs)
+    with _warnings_shown():
+        results = compare_training(
+            load_dataset(dataset), names, keeps=keeps, seeds=seeds, training=config,
+            scoring={"training": config}, progress=_say if not as_json else errors.print,
+            **settings,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps([{**asdict(cell), **result} for cell, result in results.items()]))
+        return
+    for budget in BUDGETS:
+        header, rows = result_table(results, budget=budget)
+        table = Table(*header, title=f"test accuracy, %, at equal {budget}")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar for what is under way; on a file or a pipe, a line for each stage."""
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                for task in tasks.values():
+                    bar.update(task, visible=False)
+                tasks[what] = bar.add_task(what, total=total)
+                if not console.is_terminal:
+                    _say(f"{what} ...")
+            bar.update(tasks[what], completed=done)
+
+        yield show
+
+
+@contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Warnings of this package as one line each; others as Python shows them."""
+    from datapruning.errors import ScoreWarning, SubsetWarning  # noqa: PLC0415
+
+    original = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, ScoreWarning | SubsetWarning):
+            errors.print(
+                f"[yellow]warning:[/yellow] {_escaped(message)}", soft_wrap=True, highlight=False
+            )
+        else:
+            original(message, category, *rest, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ScoreWarning)
+        warnings.simplefilter("always", SubsetWarning)
+        warnings.showwarning = show
+        yield
+
+
+def _say(text: str) -> None:
+    console.print(_escaped(text), highlight=False, soft_wrap=True)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _assignments(entries: Sequence[str] | None) -> dict[str, Any]:
+    """["window=5"] -> {"window": 5}: JSON where it is some, else text."""
+    values = {}
+    for entry in entries or []:
+        key, equals, value = entry.partition("=")
+        if not equals:
+            raise ScoreError(f"--set {entry!r}: expected name=value")
+        try:
+            values[key.strip()] = json.loads(value)
+        except ValueError:
+            values[key.strip()] = value.strip()
+    return values
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix != ".parquet":
+        raise ScoreError(f"--out {path}: expected the name of a parquet file, such as s.parquet")
+
+
+def _count(keep: float) -> float | int:
+    """1 and below is a fraction, a whole number above it a count."""
+    if keep <= 1 or keep != int(keep):
+        return keep
+    return int(keep)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise SelectionError(f"--keep {text!r}: expected a fraction in (0, 1)") from None
+    if not 0 < value < 1:
+        raise SelectionError(f"--keep {text}: expected a fraction in (0, 1)")
+    return value
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise RunError(f"--seeds {text!r}: expected whole numbers with commas between") from None
+
+
+def _alpha(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

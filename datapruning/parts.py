@@ -1,0 +1,175 @@
+"""The folder of an unfinished scoring run: settings, trained models and scored shards.
+
+Everything in it is written in one step and belongs to one set of settings, so a run may be
+killed at any moment and started again: what is there is used, and what belongs to other settings
+is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datapruning import checkpoint
+from datapruning.errors import RunError
+from datapruning.files import write_atomically
+
+SETTINGS = "settings.json"
+_META = b"datapruning-part"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A folder of parts; `open_parts` makes one.
+
+    Attributes:
+        digest: of the settings; every file carries it.
+    """
+
+    path: Path
+    digest: str
+
+    def save(self, name: str, state: Mapping[str, Any]) -> None:
+        """Keep tensors, plain values and containers of them under a name."""
+        checkpoint.save(self.path / name, state, signature={"settings": self.digest})
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """What was saved under the name, or None.
+
+        Raises:
+            RunError: the file is damaged, or of other settings.
+        """
+        return checkpoint.load(self.path / name, signature={"settings": self.digest})
+
+    def save_shard(self, number: int, columns: Mapping[str, Tensor]) -> None:
+        """Write the observations of a shard as parquet; a matrix becomes a column of lists."""
+        import pyarrow  # noqa: PLC0415
+        import pyarrow.parquet  # noqa: PLC0415
+
+        arrays = {name: _arrow(values.contiguous().numpy()) for name, values in columns.items()}
+        table = pyarrow.table(arrays).replace_schema_metadata({_META: self.digest.encode()})
+        path = self.shard(number)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            pyarrow.parquet.write_table(table, temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_shard(self, number: int) -> dict[str, Tensor]:
+        """What `save_shard` wrote.
+
+        Raises:
+            RunError: the file is damaged, or of other settings.
+        """
+        import pyarrow  # noqa: PLC0415
+        import pyarrow.parquet  # noqa: PLC0415
+
+        path = self.shard(number)
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise RunError(
+                f"{path} is not a readable part ({error}); delete it, and it is computed again"
+            ) from None
+        if (table.schema.metadata or {}).get(_META, b"").decode() != self.digest:
+            raise RunError(
+                f"{path} was made with other settings or other data; delete {self.path} to start "
+                "anew, or name another --out"
+            )
+        return {name: _tensor(table[name]) for name in table.column_names}
+
+    def has_shard(self, number: int) -> bool:
+        """Whether the shard is there and belongs to this run; raises as `load_shard` does."""
+        return self.shard(number).exists() and bool(self.load_shard(number))
+
+    def shard(self, number: int) -> Path:
+        """Where a shard is kept."""
+        return self.path / f"shard-{number:05d}.parquet"
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.path)
+
+
+def open_parts(path: Path, settings: Mapping[str, Any]) -> Parts:
+    """The parts under `path`, made if there are none.
+
+    Args:
+        settings: all that decides a bit of the result; anything that JSON holds.
+
+    Raises:
+        RunError: the folder holds parts of other settings (every difference is named), holds
+            something else, or cannot be written.
+    """
+    text = json.dumps(settings, sort_keys=True)
+    stored = path / SETTINGS
+    if stored.exists():
+        _check_same(path, flattened(settings), flattened(json.loads(stored.read_text())))
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"{path} is in the way: it holds no parts of a scoring run; move it")
+    else:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomically(stored, text.encode())
+        except OSError as error:
+            raise RunError(f"cannot write to {path}: {error.strerror}") from None
+    return Parts(path, hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Settings that differ, one phrase each."""
+    a, b = flattened(now), flattened(before)
+    return [
+        f"{key} was {b.get(key)!r}, now {a.get(key)!r}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
+
+
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under names with dots; an empty table keeps its name."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            result |= flattened(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value
+    return result
+
+
+def _check_same(path: Path, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    changed = differences(now, before)
+    if changed:
+        raise RunError(
+            f"{path} holds parts made with other settings: {'; '.join(changed)}; repeat the "
+            "command that made them, delete the folder, or name another --out"
+        )
+
+
+def _arrow(values: np.ndarray[Any, Any]) -> Any:
+    import pyarrow  # noqa: PLC0415
+
+    if values.ndim == 1:
+        return pyarrow.array(values)
+    flat = pyarrow.array(values.reshape(-1))
+    return pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def _tensor(column: Any) -> Tensor:
+    import pyarrow  # noqa: PLC0415
+
+    if not pyarrow.types.is_fixed_size_list(column.type):
+        return torch.from_numpy(np.array(column.to_numpy()))
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(np.array(flat)).reshape(len(column), column.type.list_size)

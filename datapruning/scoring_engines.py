@@ -1,0 +1,98 @@
+"""Where the jobs of a scoring run are done: in this process, or on a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from datapruning.errors import RunError
+from datapruning.scoring_jobs import Progress, Recipe, observe_shard, train_run
+
+
+class Engine(Protocol):
+    """Does all jobs of a kind; returns the processor seconds that they took."""
+
+    def train(self, recipe: Recipe, progress: Progress | None) -> float: ...
+
+    def observe(self, recipe: Recipe, progress: Progress | None) -> float: ...
+
+
+class Inline:
+    """One job after the other, in this process."""
+
+    def train(self, recipe: Recipe, progress: Progress | None) -> float:
+        return sum(train_run(recipe, k, progress) for k in range(len(recipe.all_runs)))
+
+    def observe(self, recipe: Recipe, progress: Progress | None) -> float:
+        seconds = 0.0
+        for number in range(recipe.num_shards):
+            seconds += observe_shard(recipe, number)
+            if progress is not None:
+                progress("scoring shards", number + 1, recipe.num_shards)
+        return seconds
+
+
+class Ray:
+    """Jobs spread over a Ray cluster: that of RAY_ADDRESS, else one on this machine.
+
+    All of its machines have to see the folder of `out`. A job is the same function as inline,
+    with the same number of threads, so the bits are the same on processors of one kind.
+    """
+
+    def train(self, recipe: Recipe, progress: Progress | None) -> float:
+        return self._all(train_run, recipe, len(recipe.all_runs), "training models", progress)
+
+    def observe(self, recipe: Recipe, progress: Progress | None) -> float:
+        return self._all(observe_shard, recipe, recipe.num_shards, "scoring shards", progress)
+
+    def _all(
+        self,
+        job: Callable[[Recipe, int], float],
+        recipe: Recipe,
+        count: int,
+        what: str,
+        progress: Progress | None,
+    ) -> float:
+        ray = _ray()
+        gpus = 1 if recipe.device.startswith("cuda") else 0
+        remote = ray.remote(num_cpus=recipe.threads, num_gpus=gpus)(job)
+        shared = ray.put(recipe)
+        pending = [remote.remote(shared, number) for number in range(count)]
+        seconds, done = 0.0, 0
+        try:
+            while pending:
+                ready, pending = ray.wait(pending)
+                seconds += sum(ray.get(ready))
+                done += len(ready)
+                if progress is not None:
+                    progress(what, done, count)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, ValueError) else error from None
+        finally:
+            for left in pending:
+                ray.cancel(left)
+        return seconds
+
+
+def _ray() -> Any:
+    try:
+        import ray  # noqa: PLC0415
+    except ImportError:
+        raise RunError("engine ray needs Ray: pip install 'fedprune[sim]'") from None
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    return ray
+
+
+ENGINES: dict[str, Callable[[], Engine]] = {"inline": Inline, "ray": Ray}
+
+
+def engine_named(name: str) -> Engine:
+    """An engine.
+
+    Raises:
+        RunError: unknown; the message lists the known ones.
+    """
+    if name not in ENGINES:
+        raise RunError(f"unknown engine {name!r}; expected one of {', '.join(ENGINES)}")
+    return ENGINES[name]()
