@@ -144,13 +144,15 @@ class _Watch:
 
     def before(self, layer: nn.Module, _: Any) -> None:
         """Inside its layer a parameter is a constant; a use elsewhere will be found by autograd."""
+        if self.computing:  # a rule calls its layer
+            return
         for name in self.layers[layer][1].values():
             self.selected[name].requires_grad_(False)
 
     def after(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Record a call; the output is returned in a form whose gradient will be seen."""
         path, chosen = self.layers[layer]
-        if self.computing:  # a rule calls its layer
+        if self.computing:
             return output
         for name in chosen.values():
             self.selected[name].requires_grad_(True)

@@ -166,7 +166,7 @@ class Convolution(SampleGradient):
             out_channels=batch * g.out_channels,
             groups=batch * g.groups,
         )
-        weight = x.new_empty(1).expand(whole.weight_shape)
+        weight = x.new_empty(whole.weight_shape)  # never read; expanded, it would be copied
         gradient = conv2d_backward(
             dy.reshape(1, -1, *dy.shape[2:]), x.reshape(1, -1, *x.shape[2:]), weight, whole,
             (False, True, False),
