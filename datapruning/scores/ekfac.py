@@ -163,5 +163,3 @@ def _kronfluence_task(task: Task, layers: Sequence[str] | None) -> Any:
             return None if layers is None else list(layers)
 
     return Wrapped()
-
-

@@ -29,7 +29,8 @@ def el2n(logits: Tensor, labels: Tensor) -> Tensor:
     logits, labels = _checked(logits, labels)
     errors = logits.softmax(1)
     errors[torch.arange(len(labels), device=labels.device), labels] -= 1
-    return errors.norm(dim=1).cpu()
+    lengths: Tensor = torch.linalg.vector_norm(errors, dim=1)
+    return lengths.cpu()
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             f"{labels.dtype} of shape {tuple(labels.shape)}"
         )
     labels = labels.to(logits.device, torch.int64)
-    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < logits.shape[1]):
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < logits.shape[1]):
         raise ScoreError(
             f"labels lie in {int(labels.min())} ... {int(labels.max())}, but the model has "
             f"{logits.shape[1]} classes"

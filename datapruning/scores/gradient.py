@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from datapruning.errors import ScoreError
 from datapruning.task import Classification, Task, to_device
 from sparsemodel.errors import SparseModelError
 from sparsemodel.kernels.per_sample import gradient_norms
+
+Result = TypeVar("Result")
 
 
 def grand(
@@ -95,7 +97,7 @@ def _input_gradient(task: Classification, model: nn.Module, batch: Any) -> Tenso
     with torch.enable_grad():
         logits = task.logits(model, (x, *parts[1:]))
         own = logits.gather(1, task.labels(parts)[:, None]).sum()
-        (gradient,) = torch.autograd.grad(own, x)
+        gradient: Tensor = torch.autograd.grad(own, x)[0]
     return gradient
 
 
@@ -123,7 +125,7 @@ def batch_size(batch: Any) -> int:
     return batch_size(next(iter(parts)))
 
 
-def explained(compute: Callable[[], Tensor]) -> Tensor:
+def explained(compute: Callable[[], Result]) -> Result:
     """What `compute` returns; errors of the sparse core become errors of a score."""
     try:
         return compute()

@@ -39,8 +39,8 @@ def mean_gradient(
             gradients = torch.autograd.grad(
                 task.loss(model, batch).sum(), list(weights.values()), materialize_grads=True
             )
-            for total, gradient in zip(sums.values(), gradients, strict=True):
-                total += gradient
+            for name, gradient in zip(weights, gradients, strict=True):
+                sums[name] += gradient
             count += batch_size(batch)
         return {name: (sums[name] / count).to(p.dtype) for name, p in weights.items()}
 
@@ -52,9 +52,7 @@ class Product:
         ScoreError: the model is sparse.
     """
 
-    def __init__(
-        self, task: Task, model: nn.Module, names: Sequence[str], damping: float
-    ) -> None:
+    def __init__(self, task: Task, model: nn.Module, names: Sequence[str], damping: float) -> None:
         if any(isinstance(module, SparseLayer) for module in model.modules()):
             raise ScoreError(
                 "sparse layers have no second derivatives; take densify(model), or tracin, which "
@@ -133,7 +131,8 @@ def solve_exactly(product: Product, batches: Batches, v: Tensor) -> Tensor:
     solution, info = torch.linalg.solve_ex((matrix + matrix.mT) / 2, v.double())
     if int(info) != 0 or not bool(solution.isfinite().all()):
         raise ScoreError(f"H + {product.damping:g}·I is singular; raise the damping")
-    return solution.to(v.dtype)
+    found: Tensor = solution.to(v.dtype)
+    return found
 
 
 def conjugate_gradients(

@@ -118,7 +118,9 @@ def mean_gradient(
         rows: int64; None: all samples.
     """
     check_eval(model)
-    return explained(lambda: hessian.mean_gradient(task, model, _parts(samples, rows, chunk), parameters))
+    return explained(
+        lambda: hessian.mean_gradient(task, model, _parts(samples, rows, chunk), parameters)
+    )
 
 
 def inverse_hvp(
@@ -194,9 +196,10 @@ def tracin(
     parameters: Sequence[str] | None = None,
     chunk: int = BATCH,
 ) -> Tensor:
-    """Σ_k η_k ⟨∇ℓ_i(θ_k), v(θ_k)⟩ over checkpoints: how much training on i lowered the target's loss.
+    """Σ_k η_k ⟨∇ℓ_i(θ_k), v(θ_k)⟩ over checkpoints; v is the target's mean gradient.
 
-    v is the target's mean gradient. Needs no Hessian, and works with sparse models.
+    To first order, what training on a sample took off the target's loss. Needs no Hessian, and
+    works with sparse models.
     Source: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent
     (NeurIPS 2020), equation of TracInCP.
 

@@ -70,7 +70,9 @@ def obstacle(layer: nn.Module, wanted: set[str]) -> str | None:
         return "an Embedding with max_norm changes its weights as it is called"
     if isinstance(layer, nn.Embedding) and layer.scale_grad_by_freq:
         return "an Embedding with scale_grad_by_freq mixes the samples of a batch"
-    if rule is None and any(next(child.parameters(), None) is not None for child in layer.children()):
+    if rule is None and any(
+        next(child.parameters(), None) is not None for child in layer.children()
+    ):
         return f"{kind} has parameters of its own beside layers that have some, and no rule"
     odd = wanted - {"weight", "bias", "values"}
     if rule is not None and odd:
@@ -104,8 +106,9 @@ def recompute(layer: nn.Module, call: Call, wanted: set[str]) -> dict[str, Sampl
                 own = {**parameters, name: parameter}
                 return torch.func.functional_call(layer, own, tuple(args), kwargs)
 
-            _, pull = torch.func.vjp(forward, parameters[name])
-            return pull(dy.unsqueeze(0))[0].reshape(-1)  # type: ignore[no-any-return]
+            pull: Any = torch.func.vjp(forward, parameters[name])[1]
+            part: Tensor = pull(dy.unsqueeze(0))[0]
+            return part.reshape(-1)
 
         def gradients(samples: slice) -> Tensor:
             inputs = [x for x, one in zip(call.args, batched, strict=True) if one]
@@ -145,10 +148,10 @@ def _conv(layer: nn.Conv2d, call: Call, wanted: set[str]) -> dict[str, SampleGra
     geometry = ConvGeometry(
         layer.out_channels,
         layer.in_channels,
-        *layer.kernel_size,
-        *layer.stride,
+        *_pair(layer.kernel_size),
+        *_pair(layer.stride),
         *padding,
-        *layer.dilation,
+        *_pair(layer.dilation),
         layer.groups,
     )
     return _with_bias(Convolution(x, dy, geometry), dy.flatten(2).mT, "weight", wanted)
@@ -248,6 +251,10 @@ def _alike(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one type, of single precision at least: under autocast they differ."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, dy.dtype), torch.float32)
     return x.detach().to(dtype), dy.to(dtype)
+
+
+def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
+    return sizes[0], sizes[1]
 
 
 def _float(x: Tensor) -> Tensor:

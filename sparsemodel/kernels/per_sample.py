@@ -189,8 +189,8 @@ class _Watch:
             )
         if not losses.requires_grad:
             raise SparseModelError(
-                f"the loss does not depend on any of {list(self.selected)[:5]}, or not in a way that "
-                "has a gradient: it must be computed without no_grad or detach on the way"
+                f"the loss does not depend on any of {list(self.selected)[:5]}; compute it "
+                "without no_grad or detach on the way"
             )
         self._check_uses(losses)
         self._check_samples(losses)
@@ -209,7 +209,8 @@ class _Watch:
             )
         single = isinstance(output, Tensor) and output.dim() > 0 and len(output) == 1
         if single and self.num_samples > 1:
-            args, kwargs = self._repeated(args), dict(zip(kwargs, self._repeated(kwargs.values())))
+            values = self._repeated(kwargs.values())
+            args, kwargs = self._repeated(args), dict(zip(kwargs, values, strict=True))
             output = output.expand(self.num_samples, *output.shape[1:])
         if not isinstance(output, Tensor) or output.shape[:1] != (self.num_samples,):
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

@@ -328,7 +328,8 @@ def _chunks(batch: int, numbers: int, most: int | None = None) -> Iterator[slice
 
 def _square_sums(x: Tensor) -> Tensor:
     """Σ x² of each row, float64."""
-    return torch.linalg.vector_norm(x, dim=1).double().square_()
+    squares: Tensor = torch.linalg.vector_norm(x, dim=1).double().square_()
+    return squares
 
 
 def _sums(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from little_networks import Residual, pooled, random_mask
 from torch import nn
 from torch.nn import functional
 
@@ -16,7 +17,6 @@ from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.kernels import sample_gradients
 from sparsemodel.kernels.per_sample import gradient_dots, gradient_norms
 from sparsemodel.sparsify import densify, sparsify
-from little_networks import Residual, pooled, random_mask
 
 Tensor = torch.Tensor
 Losses = Callable[[nn.Module], Tensor]
@@ -64,7 +64,9 @@ def check(
     gradients = one_by_one(model, losses, names)
     q = {name: torch.randn_like(g) for name, g in gradients[0].items()}
     norms = torch.stack([sum(g.double().square().sum() for g in one.values()) for one in gradients])
-    dots = torch.stack([sum((g * q[n]).double().sum() for n, g in one.items()) for one in gradients])
+    dots = torch.stack(
+        [sum((g * q[n]).double().sum() for n, g in one.items()) for one in gradients]
+    )
     found = gradient_norms(model, losses, num_samples=num_samples, parameters=names)
     torch.testing.assert_close(found, norms.sqrt(), rtol=rtol, atol=1e-12)
     found = gradient_dots(model, losses, q, num_samples=num_samples)
@@ -184,7 +186,7 @@ def test_both_ways_in_blocks_of_any_size(
     batch=st.integers(1, 5),
     gram=st.booleans(),
 )
-def test_any_convolution(
+def test_any_convolution(  # noqa: PLR0917
     kernel: tuple[int, int],
     stride: int,
     padding: int,
@@ -222,9 +224,9 @@ class Tied(nn.Module):
 
 
 def next_token(ids: Tensor) -> Losses:
-    return lambda m: functional.cross_entropy(
-        m(ids)[:, :-1].mT, ids[:, 1:], reduction="none"
-    ).sum(1)
+    return lambda m: functional.cross_entropy(m(ids)[:, :-1].mT, ids[:, 1:], reduction="none").sum(
+        1
+    )
 
 
 @pytest.mark.parametrize("gram", [True, False, None])
@@ -288,7 +290,11 @@ def test_a_subset_of_parameters_frozen_or_not() -> None:
 
 def test_in_place_activations() -> None:
     layers = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
-    check(evaluated(nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 5))), classified(images(3, 6)), 3)
+    check(
+        evaluated(nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 5))),
+        classified(images(3, 6)),
+        3,
+    )
 
 
 def test_the_model_is_left_as_it_was() -> None:

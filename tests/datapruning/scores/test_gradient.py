@@ -56,7 +56,9 @@ def functional_norms(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return torch.stack(squares).sum(0).sqrt()
 
 
-def looped_norms(model: nn.Module, task: Any, samples: Any, names: set[str] | None = None) -> Tensor:
+def looped_norms(
+    model: nn.Module, task: Any, samples: Any, names: set[str] | None = None
+) -> Tensor:
     """One batch of one and one backward pass a sample."""
     parameters = [p for n, p in model.named_parameters() if p.requires_grad and (
         names is None or n in names)]  # fmt: skip
@@ -78,7 +80,9 @@ def test_grand_of_a_resnet_equals_vmap_in_any_batch_size(size: int) -> None:
     """Seven samples, so that the last batch of three has one."""
     model, samples = resnet8(), images(7)
     expected = functional_norms(model, *samples.batch(torch.arange(7)))
-    torch.testing.assert_close(in_batches(model, IMAGES, samples, size), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        in_batches(model, IMAGES, samples, size), expected, rtol=1e-5, atol=0
+    )
 
 
 def test_grand_of_the_last_layer_is_el2n_times_the_input() -> None:
@@ -161,7 +165,9 @@ def test_grand_of_a_text_classifier() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft and transformers to each other
 def test_grand_of_adapters_is_of_what_is_trainable() -> None:
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1
+    )
     model = peft.get_peft_model(language_model("llama"), config).eval()
     for name, p in model.named_parameters():
         if "lora_B" in name:  # starts at zero
@@ -175,7 +181,7 @@ def test_grand_of_adapters_is_of_what_is_trainable() -> None:
 
 def test_grand_refuses_train_mode_and_unknown_names() -> None:
     model, batch = resnet8(), images(2).batch(torch.arange(2))
-    with pytest.raises(ScoreError, match="no parameter 'fc.odd'"):
+    with pytest.raises(ScoreError, match=r"no parameter 'fc\.odd'"):
         grand(IMAGES, model, batch, parameters=["fc.odd"])
     model.get_submodule("layer1.0.bn1").train()
     with pytest.raises(ScoreError, match=r"layer1\.0\.bn1.* is in train mode.*model\.eval\(\)"):
@@ -222,7 +228,11 @@ def test_vog_refusals() -> None:
     with pytest.raises(ScoreError, match="not CausalLM"):
         vog(CausalLM(), [], batch)
     with pytest.raises(ScoreError, match="tokens have none"):
-        vog(TextClassification(), [resnet8()] * 2, token_samples(2, classes=2).batch(torch.arange(2)))
+        vog(
+            TextClassification(),
+            [resnet8()] * 2,
+            token_samples(2, classes=2).batch(torch.arange(2)),
+        )
 
 
 def test_scoring_leaves_the_model_alone() -> None:
