@@ -101,7 +101,7 @@ def test_scores_of_a_proxy_agree_with_a_dense_models() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ModelError, match="expected snip or magnitude, got 'taylor'"):
+    with pytest.raises(ModelError, match="expected magnitude or snip, got 'taylor'"):
         sparse_proxy(network(), digits(), TASK, density=0.1, criterion="taylor")
     with pytest.raises(DensityError, match="lowest density possible"):
         sparse_proxy(network(), digits(), TASK, density=1e-6)
