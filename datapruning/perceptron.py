@@ -41,7 +41,6 @@ from datapruning.errors import DatapruningError
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Keep = Literal["hard", "easy", "random"]
 _TAIL = 8.5  # a unit Gaussian holds 2e-17 beyond
-_DIRECTION = 60  # bound of |log r| and |v|
 
 
 @dataclass(frozen=True)
@@ -83,28 +82,29 @@ def learning_point(
     components, weights = _pruned(fraction, keep, angle)
     target = 1 / (fraction * alpha)
 
-    def negative_margin(direction: Array) -> tuple[float, Array]:
-        scale = np.concatenate([[math.exp(direction[0])], direction[1:]])
-        b, gradient = _bias(scale @ components, components, weights, target)
-        norm = math.sqrt(1 + scale @ scale)
-        slope = gradient / norm - b * scale / norm**3
-        slope[0] *= scale[0]
-        return -b / norm, -slope
+    # Variables in units of their own size, r and v as they are and not their logarithms: κ is
+    # quasi-concave in them, and its gradient vanishes nowhere else.
+    unit = 1 + fraction * alpha
+
+    def negative_margin(x: Array) -> tuple[float, Array]:
+        direction = unit * x
+        b, gradient = _bias(direction @ components, components, weights, target)
+        square = 1 + direction @ direction
+        slope = gradient / math.sqrt(square) - b * direction / square**1.5
+        return -b / math.sqrt(square), -unit * slope
 
     start = np.zeros(len(components))
-    start[0] = math.log(1 + fraction * alpha)
-    bounds = [(-_DIRECTION, _DIRECTION)] * len(start)
+    start[0] = 1.0
     found = minimize(
-        negative_margin, start, jac=True, method="L-BFGS-B", bounds=bounds,
-        options={"ftol": 0.0, "gtol": 1e-12, "maxiter": 1000},
-    )  # fmt: skip
-    scale = np.concatenate([[math.exp(found.x[0])], found.x[1:]])
-    # From r and v by arctan: arccos would lose half the digits near R = 1.
-    across = math.sqrt(1 + scale[1:] @ scale[1:])
+        negative_margin, start, jac=True, method="BFGS", options={"gtol": 1e-12, "maxiter": 1000}
+    )
+    r, *rest = (unit * found.x).tolist()
+    across = math.hypot(1.0, *rest)
+    # The angle by arctan: arccos would lose half the digits near R = 1.
     return LearningPoint(
-        overlap=float(scale[0] / math.sqrt(1 + scale @ scale)),
+        overlap=r / math.hypot(r, across),
         margin=float(-found.fun),
-        error=math.atan2(across, float(scale[0])) / math.pi,
+        error=math.atan2(across, r) / math.pi,
     )
 
 
@@ -213,7 +213,7 @@ def _pruned(fraction: float, keep: Keep, angle: float) -> tuple[Array, Array]:
     cosine, sine = math.cos(angle), math.sin(angle)
     parts = []
     for p, weight in zip(*_graded(low, high, panels=12, nodes=8), strict=True):
-        turn = max(-p * cosine / sine, -_TAIL)
+        turn = -p * cosine / sine if p * cosine < _TAIL * sine else -_TAIL
         for sign, end in ((1.0, _TAIL), (-1.0, -_TAIL)):
             away, piece = _graded(0.0, abs(end - turn), panels=14, nodes=8)
             u = turn + sign * away
