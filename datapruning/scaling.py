@@ -213,7 +213,7 @@ def plot(
             fitted = fit(n, e, law=law, offset=offset).predict(at)
             axes.plot(at, fitted, style, color=colour, lw=1)
         if len(e) > 1:
-            low, high = band(n, e, law="power", at=at, offset=offset, seed=seed)
+            low, high = band(n, e, law="power", at=at, offset=offset, num_resamples=200, seed=seed)
             axes.fill_between(at, low, high, color=colour, alpha=0.15, lw=0)
     axes.set(xscale="log", yscale="log", xlabel="samples", ylabel="error", title=title)
     axes.legend()
@@ -260,7 +260,7 @@ def _with_offset(x: Array, e: Array) -> tuple[float, float, float]:
         log_a, b = _line(x, np.log(np.maximum(e - share * smallest, 1e-3 * e)))
         start = [log_a, max(b, 1e-6), min(max(share, 1e-9), 1.0)]
         bounds = ([-np.inf, 0.0, 1e-12], [np.inf, np.inf, 1.5])
-        found = least_squares(residuals, start, bounds=bounds, xtol=1e-14, ftol=1e-14, gtol=1e-14)
+        found = least_squares(residuals, start, bounds=bounds, xtol=1e-12, ftol=1e-12, gtol=1e-12)
         if best is None or found.cost < best.cost:
             best = found
     return float(best.x[0]), float(best.x[1]), float(best.x[2]) * smallest
