@@ -130,8 +130,6 @@ def trial(
     Raises:
         DatapruningError: values out of range, or no input kept.
     """
-    from scipy.optimize import nnls  # noqa: PLC0415
-
     _check(alpha, fraction, angle, keep)
     kept = round(fraction * alpha * dimension)
     if dimension < 2 or kept < 1:
@@ -145,11 +143,7 @@ def trial(
     order = {"hard": np.argsort(probe), "easy": np.argsort(-probe)}.get(keep, np.arange(len(x)))
     chosen = x[order[:kept]]
     chosen *= np.sign(chosen[:, :1])
-    system = np.vstack([chosen.T, np.ones(kept)])
-    solution, _ = nnls(system, np.eye(dimension + 1)[-1], maxiter=30 * max(system.shape))
-    residual = system @ solution
-    residual[-1] -= 1
-    student = -residual[:-1] / residual[-1]
+    student = _largest_margin(chosen)
     norm = float(np.linalg.norm(student))
     across = float(np.linalg.norm(student[1:]))
     return LearningPoint(
@@ -157,6 +151,31 @@ def trial(
         margin=float((chosen @ student).min()) / norm,
         error=math.atan2(across, float(student[0])) / math.pi,
     )
+
+
+def _largest_margin(x: Array) -> Array:
+    """The shortest w with x·w ≥ 1 for every row; rows are aligned to the first axis.
+
+    Only rows of margin 1 decide w. So a few rows are solved for, those that the solution leaves
+    below 1 are added, until it leaves none: then it is the solution for all.
+    """
+    from scipy.optimize import nnls  # noqa: PLC0415
+
+    count, dimension = x.shape
+    used = np.zeros(count, dtype=bool)
+    used[np.argsort(x[:, 0])[: 2 * dimension]] = True
+    while True:
+        system = np.vstack([x[used].T, np.ones(int(used.sum()))])
+        solution, _ = nnls(system, np.eye(dimension + 1)[-1], maxiter=30 * max(system.shape))
+        residual = system @ solution
+        residual[-1] -= 1
+        student: Array = -residual[:-1] / residual[-1]
+        margins = np.where(used, np.inf, x @ student)
+        short = np.argsort(margins)[:dimension]
+        short = short[margins[short] < 1 - 1e-10]
+        if len(short) == 0:
+            return student
+        used[short] = True
 
 
 def _check(alpha: float, fraction: float, angle: float, keep: str) -> None:

@@ -48,7 +48,7 @@ from simulations.pruning_cells import (
 
 NAME = "scaling_laws"
 DIMENSION, TRIALS = 200, 10  # of the perceptron's trials
-ALPHAS, FRACTIONS = (1, 2, 5, 10, 20, 50), (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+ALPHAS, FRACTIONS = (1, 2, 5, 10, 20, 50), (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def perceptron_curve() -> Result:
     """Errors of the theory, by inputs per dimension before pruning and fraction kept."""
     curve: Result = {}
     for alpha in ALPHAS:
-        hard = {f: learning_point(alpha, fraction=f).error for f in FRACTIONS}
+        # As many inputs to train on, the hardest of a larger set.
+        hard = {f: learning_point(alpha / f, fraction=f).error for f in FRACTIONS}
         best = min(hard, key=lambda f: hard[f])
         curve[str(alpha)] = {
             "all": learning_point(alpha).error,
@@ -136,10 +137,11 @@ def perceptron_table(results: dict[str, Result]) -> list[str]:
     lines = [
         "", "## The teacher-student perceptron", "",
         f"Error in percent: theory, and trials in {DIMENSION} dimensions (mean ± standard error of "
-        f"{TRIALS}); 30 % kept by a perfect probe. The last columns: of the fractions "
-        f"{', '.join(map(str, FRACTIONS))}, kept hard, the best one and its theory.", "",
+        f"{TRIALS}); 30 % kept by a perfect probe. The last columns: as many inputs to train on as "
+        "the row has, but the hardest of a larger set; the best share of it, of "
+        f"{', '.join(map(str, FRACTIONS))}.", "",
         "| inputs / dimension | all: theory | trial | hard 30 %: theory | trial "
-        "| easy 30 %: theory | trial | best fraction | theory |",
+        "| easy 30 %: theory | trial | as many, hardest: best share | theory |",
         "| ---: |" + " ---: |" * 8,
     ]  # fmt: skip
     for alpha in ALPHAS:
