@@ -108,7 +108,7 @@ def recompute(layer: nn.Module, call: Call, wanted: set[str]) -> dict[str, Sampl
 
             pull: Any = torch.func.vjp(forward, parameters[name])[1]
             part: Tensor = pull(dy.unsqueeze(0))[0]
-            return part.reshape(-1)
+            return _float(part.reshape(-1))
 
         def gradients(samples: slice) -> Tensor:
             inputs = [x for x, one in zip(call.args, batched, strict=True) if one]
@@ -118,7 +118,7 @@ def recompute(layer: nn.Module, call: Call, wanted: set[str]) -> dict[str, Sampl
 
         return gradients
 
-    return {name: Recomputed(of(name), batch, parameters[name].numel()) for name in wanted}
+    return {name: Recomputed(of(name), batch, parameters[name]) for name in wanted}
 
 
 def _linear(layer: nn.Linear, call: Call, wanted: set[str]) -> dict[str, SampleGradient]:
@@ -234,7 +234,7 @@ def _affine(
     """The gradients of a scale and an offset that are alike along `dims`."""
     found: dict[str, SampleGradient] = {}
     if "weight" in wanted:
-        product = normal * dy
+        product = normal.mul_(dy)
         found["weight"] = Vector((product.sum(dims) if dims else product).flatten(1))
     if "bias" in wanted:
         found["bias"] = Vector((dy.sum(dims) if dims else dy).flatten(1))

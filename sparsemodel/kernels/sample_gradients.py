@@ -20,12 +20,16 @@ from sparsemodel.pattern import flat_positions
 
 Tensor = torch.Tensor
 
-# So many numbers of gradients, patches or Gram matrices are held at once.
-BLOCK = 1 << 21
+# So many numbers of gradients, patches or Gram matrices are held at once: on the processor about
+# what its cache holds, elsewhere enough to be worth a launch.
+BLOCK = 1 << 18
+DEVICE_BLOCK = 1 << 24
 # Writing and reading a number costs about as much as so many multiplications.
 MEMORY_COST = 16
-# Beyond so many channels the processor's convolution gains nothing from samples side by side.
-MAX_CHANNELS = 256
+# With so few weights a channel, patches are cheaper than a convolution's weight gradient.
+FEW_WEIGHTS = 64
+# A convolution on the processor gains nothing from more channels side by side.
+WIDEST = 256
 
 
 class SampleGradient(ABC):
@@ -37,6 +41,7 @@ class SampleGradient(ABC):
     batch: int
     num_rows: int
     row_length: int
+    device: torch.device
     in_rows: bool = False  # whether `block` can give some rows alone
     max_samples: int | None = None  # that `block` is fast for
 
@@ -63,7 +68,7 @@ class Vector(SampleGradient):
     row_length = 1
 
     def __init__(self, gradients: Tensor) -> None:
-        self.gradients = gradients
+        self.gradients, self.device = gradients, gradients.device
         self.batch, self.num_rows = gradients.shape
 
     def block(self, samples: slice, rows: slice) -> Tensor:
@@ -82,7 +87,7 @@ class Factored(SampleGradient):
     in_rows = True
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
-        self.left, self.right = left, right
+        self.left, self.right, self.device = left, right, right.device
         self.batch, self.positions, self.num_rows = left.shape
         self.row_length = right.shape[-1]
 
@@ -113,7 +118,7 @@ class Rows(SampleGradient):
     in_rows = True
 
     def __init__(self, ids: Tensor, right: Tensor, num_rows: int) -> None:
-        self.ids, self.right, self.num_rows = ids, right, num_rows
+        self.ids, self.right, self.num_rows, self.device = ids, right, num_rows, right.device
         self.batch, self.positions, self.row_length = right.shape
 
     def block(self, samples: slice, rows: slice) -> Tensor:
@@ -150,29 +155,37 @@ class Convolution(SampleGradient):
     """A convolution's: its input [batch, in, H, W] and its output's gradient [batch, out, …]."""
 
     def __init__(self, x: Tensor, dy: Tensor, geometry: ConvGeometry) -> None:
-        self.x, self.dy, self.geometry = x, dy, geometry
+        self.x, self.dy, self.geometry, self.device = x, dy, geometry, x.device
         self.batch, self.num_rows, self.row_length = len(x), dy.shape[1], geometry.row_length
         self.positions = dy.shape[2] * dy.shape[3]
-        if x.device.type == "cpu":
+        self.by_patches = self.row_length <= FEW_WEIGHTS
+        if self.by_patches:
+            patches = self.row_length * geometry.groups * self.positions
+            self.max_samples = max(1, _budget(x.device) // patches)
+        elif x.device.type == "cpu":
             widest = max(geometry.in_channels, geometry.out_channels)
-            self.max_samples = max(1, MAX_CHANNELS // widest)
+            self.max_samples = max(1, WIDEST // widest)
 
     def block(self, samples: slice, rows: slice) -> Tensor:
-        """Samples side by side as groups of one convolution: each gets a gradient of its own."""
-        g, x, dy = self.geometry, self.x[samples], self.dy[samples]
-        batch = len(x)
+        if self.by_patches:
+            left, patches = self._left(samples), self._patches(samples)
+            gradient: Tensor | None = torch.bmm(left, patches.mT)
+        else:
+            gradient = self._side_by_side(self.x[samples], self.dy[samples])
+        assert gradient is not None
+        return gradient.reshape(-1, self.num_rows * self.row_length)
+
+    def _side_by_side(self, x: Tensor, dy: Tensor) -> Tensor | None:
+        """Samples as groups of one convolution, whose weight gradient has a part for each."""
+        g, batch = self.geometry, len(x)
         whole = g._replace(
             in_channels=batch * g.in_channels,
             out_channels=batch * g.out_channels,
             groups=batch * g.groups,
         )
         weight = x.new_empty(whole.weight_shape)  # never read; expanded, it would be copied
-        gradient = conv2d_backward(
-            dy.reshape(1, -1, *dy.shape[2:]), x.reshape(1, -1, *x.shape[2:]), weight, whole,
-            (False, True, False),
-        )[1]  # fmt: skip
-        assert gradient is not None
-        return gradient.reshape(batch, -1)
+        dy, x = (t.reshape(1, -1, *t.shape[2:]) for t in (dy, x))
+        return conv2d_backward(dy, x, weight, whole, (False, True, False))[1]
 
     def dot(self, direction: Tensor) -> Tensor:
         g, weight = self.geometry, direction.reshape(self.geometry.weight_shape)
@@ -184,7 +197,7 @@ class Convolution(SampleGradient):
         patches = self.row_length * positions
         if not _gram_is_cheaper(positions, self.num_rows // groups, self.row_length, patches):
             return norms_by_blocks([self])
-        chunks = _chunks(self.batch, groups * (patches + 2 * positions**2))
+        chunks = _chunks(self, groups * (patches + 2 * positions**2))
         return torch.cat([self._gram(samples) for samples in chunks])
 
     def _gram(self, samples: slice) -> Tensor:
@@ -200,8 +213,13 @@ class Convolution(SampleGradient):
     def _patches(self, samples: slice) -> Tensor:
         """What each position of the output saw: [b × groups, row_length, positions]."""
         g = self.geometry
-        patches = functional.unfold(
-            self.x[samples], (g.kernel_h, g.kernel_w), g.dilation, g.padding, g.stride
+        x = functional.pad(self.x[samples], (g.padding_w, g.padding_w, g.padding_h, g.padding_h))
+        of_sample, of_channel, of_row, of_column = x.stride()
+        strides = (of_row * g.dilation_h, of_column * g.dilation_w)
+        patches = x.as_strided(
+            (len(x), g.in_channels, g.kernel_h, g.kernel_w, *self.dy.shape[2:]),
+            (of_sample, of_channel, *strides, of_row * g.stride_h, of_column * g.stride_w),
+            x.storage_offset(),
         )
         return patches.reshape(-1, self.row_length, self.positions)
 
@@ -213,7 +231,7 @@ class Active(SampleGradient):
         self.dense, self.row_ptr, self.cols = dense, row_ptr, cols
         self.batch, self.num_rows = dense.batch, dense.num_rows
         self.row_length, self.in_rows = dense.row_length, dense.in_rows
-        self.max_samples = dense.max_samples
+        self.max_samples, self.device = dense.max_samples, dense.device
 
     def block(self, samples: slice, rows: slice) -> Tensor:
         start, stop, _ = rows.indices(self.num_rows)
@@ -243,15 +261,16 @@ class Recomputed(SampleGradient):
 
     row_length = 1
 
-    def __init__(self, gradients: Callable[[slice], Tensor], batch: int, numel: int) -> None:
-        self.gradients, self.batch, self.num_rows = gradients, batch, numel
+    def __init__(self, gradients: Callable[[slice], Tensor], batch: int, parameter: Tensor) -> None:
+        self.gradients, self.batch = gradients, batch
+        self.num_rows, self.device = parameter.numel(), parameter.device
 
     def block(self, samples: slice, rows: slice) -> Tensor:
         return self.gradients(samples)[:, rows]
 
     def dot(self, direction: Tensor) -> Tensor:
         direction = direction.reshape(-1)
-        chunks = _chunks(self.batch, self.num_rows)
+        chunks = _chunks(self, self.num_rows)
         return torch.cat([(self.gradients(chunk) @ direction).double() for chunk in chunks])
 
 
@@ -281,8 +300,8 @@ def factored_norms(uses: Sequence[Factored | Rows]) -> Tensor:
     if not _gram_is_cheaper(positions, uses[0].num_rows, uses[0].row_length, 0):
         return norms_by_blocks(uses)
     norms = []
-    for samples in _chunks(uses[0].batch, 2 * positions**2):
-        norm = torch.zeros((), dtype=torch.float64, device=uses[0].right.device)
+    for samples in _chunks(uses[0], 2 * positions**2):
+        norm = torch.zeros((), dtype=torch.float64, device=uses[0].device)
         for i, use in enumerate(uses):
             for j, other in enumerate(uses[: i + 1]):
                 right = torch.bmm(use.right[samples], other.right[samples].mT)
@@ -296,11 +315,12 @@ def norms_by_blocks(uses: Sequence[SampleGradient]) -> Tensor:
     """`square_norms` from the gradients themselves, so many at a time as fit into BLOCK."""
     first = uses[0]
     numel = first.num_rows * first.row_length
-    in_rows = all(use.in_rows for use in uses) and numel > BLOCK
-    height = max(1, BLOCK // first.row_length) if in_rows else first.num_rows
+    budget = _budget(first.device)
+    in_rows = all(use.in_rows for use in uses) and numel > budget
+    height = max(1, budget // first.row_length) if in_rows else first.num_rows
     norms = []
     most = min((use.max_samples for use in uses if use.max_samples), default=None)
-    for samples in _chunks(first.batch, numel, most):
+    for samples in _chunks(first, numel, most):
         parts = []
         for start in range(0, first.num_rows, height):
             rows = slice(start, min(start + height, first.num_rows))
@@ -314,15 +334,19 @@ def norms_by_blocks(uses: Sequence[SampleGradient]) -> Tensor:
 
 def _gram_is_cheaper(positions: int, num_rows: int, row_length: int, copied: int) -> bool:
     """Whether two Gram matrices cost less than the gradient, `copied` numbers written before."""
-    gram = positions * positions * (num_rows + row_length + 3 * MEMORY_COST)
+    gram = 2 * positions * positions * (num_rows + row_length + 3 * MEMORY_COST)
     blocks = num_rows * row_length * (positions + 2 * MEMORY_COST)
     return gram + 2 * MEMORY_COST * copied < blocks
 
 
-def _chunks(batch: int, numbers: int, most: int | None = None) -> Iterator[slice]:
-    """Ranges of at most so many samples, each of which takes so many numbers, BLOCK together."""
-    step = max(1, min(BLOCK // max(1, numbers), most or batch))
-    for start, stop in pairwise([*range(0, batch, step), batch]):
+def _budget(device: torch.device) -> int:
+    return BLOCK if device.type == "cpu" else DEVICE_BLOCK
+
+
+def _chunks(of: SampleGradient, numbers: int, most: int | None = None) -> Iterator[slice]:
+    """Ranges of at most so many samples, each of which takes so many numbers of the budget."""
+    step = max(1, min(_budget(of.device) // max(1, numbers), most or of.batch))
+    for start, stop in pairwise([*range(0, of.batch, step), of.batch]):
         yield slice(start, stop)
 
 
