@@ -56,13 +56,13 @@ def run_cells(
     if about.exists() and about.read_text(encoding="utf-8") != text:
         raise SystemExit(f"{out} holds results of other settings; give another folder with --out")
     about.write_text(text, encoding="utf-8")
-    results, started, run = {}, time.monotonic(), 0
+    results, started, run, at = {}, time.monotonic(), 0, commit()
     waiting = sum(not (out / f"{name}.json").exists() for name in cells)
     for name, cell in cells.items():
         path = out / f"{name}.json"
         if not path.exists():
             partial = path.with_suffix(".tmp")
-            partial.write_text(json.dumps(cell()), encoding="utf-8")
+            partial.write_text(json.dumps({**cell(), "commit": at}), encoding="utf-8")
             partial.replace(path)
             run += 1
             left = (time.monotonic() - started) / run * (waiting - run)
@@ -106,8 +106,15 @@ def percent(values: Sequence[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{spread}"
 
 
-def head(title: str, name: str, given: argparse.Namespace, data: ImageSet) -> list[str]:
-    """First lines of a page: what was run, and where."""
+def head(
+    title: str,
+    name: str,
+    given: argparse.Namespace,
+    data: ImageSet,
+    results: Mapping[str, Result],
+) -> list[str]:
+    """First lines of a page: what was run, where, and at which commits its cells ran."""
+    commits = ", ".join(sorted({result["commit"] for result in results.values()}))
     seeds = ",".join(map(str, given.seeds))
     command = f"python -m simulations.{name} --preset {given.preset} --seeds {seeds}"
     command += (
@@ -120,7 +127,7 @@ def head(title: str, name: str, given: argparse.Namespace, data: ImageSet) -> li
         "",
         f"Written by `{command}`.",
         "",
-        f"- commit {commit()}, {platform.machine()}, {os.cpu_count()} cores, {given.threads} used, "
+        f"- commit {commits}, {platform.machine()}, {os.cpu_count()} cores, {given.threads} used, "
         f"Python {platform.python_version()}, torch {torch.__version__}",
         f"- data: {data.name}, {len(data.train_labels)} training and {len(data.test_labels)} test "
         f"images, fingerprint {data.fingerprint}",
@@ -131,7 +138,7 @@ def head(title: str, name: str, given: argparse.Namespace, data: ImageSet) -> li
 
 
 def commit() -> str:
-    """Of the working tree, read before the cells run."""
+    """Of the working tree; each cell keeps the one that it ran at."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,

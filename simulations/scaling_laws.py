@@ -88,7 +88,6 @@ def main() -> None:
     if given.data and given.preset == "small" and Path(given.data).is_dir():
         preset = Preset(**{**vars(preset), **FOLDER})
     data = images(given.data or preset.data, num_train=preset.num_train, num_test=preset.num_test)
-    page = head("Scaling laws of pruned data", NAME, given, data)
     settings = {**asdict(preset), "data": data.fingerprint}
     results = run_cells(cells(preset, data, given.seeds), given.out, settings=settings)
     theory = run_cells(
@@ -96,6 +95,7 @@ def main() -> None:
         given.out / "perceptron",
         settings={"dimension": DIMENSION, "trials": TRIALS},
     )
+    page = head("Scaling laws of pruned data", NAME, given, data, {**results, **theory})
     save([*page, *perceptron_table(theory), *network_tables(preset, results, given)], NAME, given)
 
 
@@ -261,7 +261,8 @@ def _fits(
     if any(error <= 0 for _, errors in curves.values() for row in errors for error in row):
         return ["", "Some error is 0: too few test images for a fit of logarithms."]
     lines = [
-        "", "Fits of log error. Held out: predicted / measured at the largest size, by a fit to the others. "
+        "", "Fits of log error. Held out: predicted / measured at the largest size, by a fit to "
+        "the others. "
         "The last errors: 90 % of bootstraps over seeds, in percent.", "",
         "| curve | law | AICc | held out | error at the largest size | decided |",
         "| --- | --- | ---: | ---: | ---: | --- |",

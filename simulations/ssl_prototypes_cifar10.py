@@ -87,10 +87,11 @@ def main() -> None:
         flipped = SimclrConfig(**{**asdict(preset.simclr), "flip": True})
         preset = Preset(**{**vars(preset), **FOLDER, "simclr": flipped})
     data = images(given.data or preset.data, num_train=preset.num_train, num_test=preset.num_test)
-    page = head("Self-supervised prototypes: how much can be dropped", NAME, given, data)
     grid = cells(preset, data, given.seeds, given.out)
     settings = {**asdict(preset), "data": data.fingerprint}
     results = run_cells(grid, given.out, settings=settings)
+    title = "Self-supervised prototypes: how much can be dropped"
+    page = head(title, NAME, given, data, results)
     save([*page, *tables(preset, results, given.seeds)], NAME, given)
 
 
