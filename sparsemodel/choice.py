@@ -1,14 +1,15 @@
 """Which of two ways to compute a sparse layer is faster, predicted from its shape.
 
-A linear model of one pass (a third of forward and backward) on one core. Its constants are
-nanoseconds on an AMD EPYC (Zen 4) with AVX-512; only their ratios matter. They are what
-`python -m benchmarks.choice_fit` prints: it measures both ways on some seventy layers, fits the
-constants and lists where the choice is wrong. `python -m benchmarks.execution_choice` shows the
-choice beside the plain dense layer.
+A linear model of one pass on one core: the forward pass, or a third of forward and backward in
+training. Its constants are nanoseconds on an AMD EPYC (Zen 4) with AVX-512; only their ratios
+matter. They are what `python -m benchmarks.choice_fit` prints: it measures both ways on some
+seventy layers, fits the constants and lists where the choice is wrong. `python -m
+benchmarks.execution_choice` shows the choice beside the plain dense layer.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from sparsemodel.kernels.geometry import ConvGeometry
@@ -22,19 +23,26 @@ MAX_SMALL_LAYER = 1 << 14
 # takes as long as making it and torch's product, beyond longer.
 MAX_FEW_ROWS = 16
 
+# Predictions err. In doubt a layer is dense: slower than the dense layer it must not be.
+TRAINING_DOUBT, FORWARD_DOUBT = 0.85, 0.95
+
+# Inputs that the nearest cache holds, whatever the layer.
+NEAR_INPUTS = 64
+
 
 class Work(NamedTuple):
     """What the cost of a pass depends on.
 
     A column is one output pixel of one sample: each weight is multiplied once a column.
-    Activations are the values of input and output together, `group_out` the output channels of a
-    group, `few` a linear layer of at most MAX_FEW_ROWS rows.
+    Activations are the values of input and output together, `group_in` and `group_out` the channels
+    of a group, `few` a linear layer of at most MAX_FEW_ROWS rows.
     """
 
     weights: int
     nnz: int
     columns: int
     activations: int
+    group_in: int
     group_out: int
     few: bool
     in_layout: bool
@@ -43,23 +51,57 @@ class Work(NamedTuple):
 class Costs(NamedTuple):
     """Nanoseconds of a call, a weight, a product (weight times column), an activation."""
 
-    sparse_call: float = 37e3
-    sparse_weight: float = 2.7  # of an active weight: reading it and its place
-    sparse_product: float = 0.032
-    sparse_activation: float = 0.16
-    sparse_conversion: float = 0.21  # added where the input comes in torch's layout
-    dense_call: float = 51e3
-    dense_weight: float = 0.68  # of any weight: putting it there, taking its gradient from there
-    dense_product: float = 0.02
-    dense_product_narrow: float = 0.03  # added for one output channel of a group
-    dense_activation: float = 0.62
-    dense_conversion: float = 0.13  # added where the input comes batch innermost
-    few_call: float = 28e3
-    few_weight: float = 0.095
-    few_product: float = 0.031
+    sparse_call: float
+    sparse_weight: float  # of an active weight: reading it and its place
+    sparse_product: float
+    sparse_product_far: float  # added for each doubling of the inputs: they come from afar
+    sparse_activation: float
+    sparse_conversion: float  # added where the input comes in torch's layout
+    dense_call: float
+    dense_weight: float  # of any weight: putting it there, taking its gradient from there
+    dense_product: float
+    dense_product_narrow: float  # added for one output channel of a group
+    dense_activation: float
+    dense_conversion: float  # added where the input comes batch innermost
+    few_call: float
+    few_weight: float
+    few_product: float
 
 
-COSTS = Costs()
+TRAINING = Costs(
+    sparse_call=35e3,
+    sparse_weight=3,
+    sparse_product=0.027,
+    sparse_product_far=0.0021,
+    sparse_activation=0.23,
+    sparse_conversion=0.23,
+    dense_call=54e3,
+    dense_weight=0.82,
+    dense_product=0.02,
+    dense_product_narrow=0.00046,
+    dense_activation=0.83,
+    dense_conversion=0.14,
+    few_call=28e3,
+    few_weight=0.1,
+    few_product=0.035,
+)
+FORWARD = Costs(
+    sparse_call=23e3,
+    sparse_weight=1.7,
+    sparse_product=0.032,
+    sparse_product_far=0.0026,
+    sparse_activation=0.18,
+    sparse_conversion=0.17,
+    dense_call=23e3,
+    dense_weight=0.43,
+    dense_product=0.019,
+    dense_product_narrow=0.066,
+    dense_activation=0.49,
+    dense_conversion=0.074,
+    few_call=18e3,
+    few_weight=0.059,
+    few_product=0.03,
+)
 
 
 def work_of(
@@ -74,23 +116,26 @@ def work_of(
         nnz=nnz,
         columns=columns,
         activations=inputs + columns * geometry.out_channels,
+        group_in=geometry.in_channels // geometry.groups,
         group_out=geometry.out_channels // geometry.groups,
         few=batch <= MAX_FEW_ROWS and (geometry.kernel_h, geometry.kernel_w, *size) == (1, 1, 1, 1),
         in_layout=in_layout,
     )
 
 
-def sparse_cost(work: Work, costs: Costs = COSTS) -> float:
+def sparse_cost(work: Work, costs: Costs) -> float:
     """Nanoseconds of a pass of the sparse kernels."""
     conversion = 0.0 if work.in_layout else costs.sparse_conversion
+    doublings = math.log2(1 + work.group_in / NEAR_INPUTS)
+    product = costs.sparse_product + costs.sparse_product_far * doublings
     return (
         costs.sparse_call
-        + work.nnz * (costs.sparse_weight + costs.sparse_product * work.columns)
+        + work.nnz * (costs.sparse_weight + product * work.columns)
         + work.activations * (costs.sparse_activation + conversion)
     )
 
 
-def dense_cost(work: Work, costs: Costs = COSTS) -> float:
+def dense_cost(work: Work, costs: Costs) -> float:
     """Nanoseconds of a pass through the dense weight."""
     if work.few:
         product = costs.few_product * work.columns
@@ -111,7 +156,13 @@ def sparse_may_be_faster(geometry: ConvGeometry, nnz: int) -> bool:
 
 
 def dense_is_faster(
-    geometry: ConvGeometry, nnz: int, batch: int, size: tuple[int, int], *, in_layout: bool
+    geometry: ConvGeometry,
+    nnz: int,
+    batch: int,
+    size: tuple[int, int],
+    *,
+    in_layout: bool,
+    training: bool,
 ) -> bool:
     """Whether dense kernels, weight made for the call, are predicted to beat sparse ones.
 
@@ -121,10 +172,12 @@ def dense_is_faster(
         batch: samples; rows of a linear layer.
         size: height and width of the input, (1, 1) for a linear layer.
         in_layout: whether the input is batch innermost already.
+        training: whether a backward pass follows.
     """
     if not sparse_may_be_faster(geometry, nnz):
         return True
     work = work_of(geometry, nnz, batch, size, in_layout=in_layout)
     if nnz == work.weights and not in_layout:
         return True  # the values are the dense weight, and torch's own layer runs on them
-    return dense_cost(work) < sparse_cost(work)
+    costs, doubt = (TRAINING, TRAINING_DOUBT) if training else (FORWARD, FORWARD_DOUBT)
+    return doubt * dense_cost(work, costs) < sparse_cost(work, costs)

@@ -196,17 +196,27 @@ class SparseLayer(nn.Module):
     def _dense_is_faster(
         self, x: torch.Tensor, batch: int, size: tuple[int, int], in_layout: Callable[..., bool]
     ) -> bool:
-        nnz = self._buffers["cols"].numel()  # type: ignore[union-attr]
-        if torch.compiler.is_compiling():
-            return dense_is_faster(self._geometry, nnz, batch, size, in_layout=in_layout(x))
-        key = x.shape, x.stride()  # asking again would cost as much as a small layer
-        choice = self._choices.get(key)
+        # Asking the cost model again would cost as much as a small layer.
+        training = torch.is_grad_enabled()
+        key = x.shape, x.stride(), training
+        choice = None if torch.compiler.is_compiling() else self._choices.get(key)
         if choice is None:
-            choice = dense_is_faster(self._geometry, nnz, batch, size, in_layout=in_layout(x))
-            if len(self._choices) >= MAX_CHOICES:
-                self._choices.clear()
-            self._choices[key] = choice
+            choice = dense_is_faster(
+                self._geometry,
+                self._buffers["cols"].numel(),  # type: ignore[union-attr]
+                batch,
+                size,
+                in_layout=in_layout(x),
+                training=training,
+            )
+            if not torch.compiler.is_compiling():
+                self._remember(key, choice)
         return choice
+
+    def _remember(self, key: object, choice: bool) -> None:
+        if len(self._choices) >= MAX_CHOICES:
+            self._choices.clear()
+        self._choices[key] = choice
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **keywords: Any

@@ -199,12 +199,14 @@ def test_compiled_layers_give_the_same(execution: str, training: bool) -> None:
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_the_automatic_choice_follows_shape_and_density() -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_the_automatic_choice_follows_shape_and_density(training: bool) -> None:
     """Dense where it must win (full, tiny), sparse where it must (1 % of a large layer)."""
 
-    def dense(nnz: float, geometry: ConvGeometry, batch: int, size: int, layout: bool) -> bool:
-        weights = geometry.out_channels * geometry.row_length
-        return dense_is_faster(geometry, int(nnz * weights), batch, (size, size), in_layout=layout)
+    def dense(density: float, geometry: ConvGeometry, batch: int, size: int, layout: bool) -> bool:
+        nnz = int(density * geometry.out_channels * geometry.row_length)
+        where = {"in_layout": layout, "training": training}
+        return dense_is_faster(geometry, nnz, batch, (size, size), **where)
 
     large = ConvGeometry(256, 256, 3, 3, 1, 1, 1, 1)
     for batch in (1, 16, 64):

@@ -84,17 +84,30 @@ inline void transpose_square(const float* x, float* y, std::int64_t xs, std::int
     for (int k = 0; k < kWidth; ++k) store(y + k * ys, rows[k]);
 }
 
-// In pieces of 16 x 16, so that both sides move whole cache lines.
+// 16 x 16 elements, where there are so many: whole cache lines on both sides.
+inline void transpose_block(const float* x, float* y, std::int64_t rows, std::int64_t cols,
+                            std::int64_t xs, std::int64_t ys) {
+    for (std::int64_t r = 0; r < rows; r += kWidth)
+        for (std::int64_t c = 0; c < cols; c += kWidth)
+            transpose_square(x + r * xs + c, y + c * ys + r, xs, ys);
+}
+
+// The side whose lines lie further apart is gone through 16 lines at a time, along them: so few
+// streams the processor reads ahead.
 void transpose(const float* x, float* y, std::int64_t rows, std::int64_t cols, std::int64_t xs,
                std::int64_t ys) {
     const std::int64_t whole_rows = rows - rows % kWidth, whole_cols = cols - cols % kWidth;
-    for (std::int64_t c0 = 0; c0 < whole_cols; c0 += kBlock) {
-        const std::int64_t c1 = c0 + kBlock < whole_cols ? c0 + kBlock : whole_cols;
-        for (std::int64_t r0 = 0; r0 < whole_rows; r0 += kBlock) {
-            const std::int64_t r1 = r0 + kBlock < whole_rows ? r0 + kBlock : whole_rows;
-            for (std::int64_t r = r0; r < r1; r += kWidth)
-                for (std::int64_t c = c0; c < c1; c += kWidth)
-                    transpose_square(x + r * xs + c, y + c * ys + r, xs, ys);
+    const bool by_rows = xs > ys;
+    const std::int64_t outer = by_rows ? whole_rows : whole_cols;
+    const std::int64_t inner = by_rows ? whole_cols : whole_rows;
+    for (std::int64_t i = 0; i < outer; i += kBlock) {
+        const std::int64_t high = outer - i < kBlock ? outer - i : kBlock;
+        for (std::int64_t j = 0; j < inner; j += kBlock) {
+            const std::int64_t wide = inner - j < kBlock ? inner - j : kBlock;
+            if (by_rows)
+                transpose_block(x + i * xs + j, y + j * ys + i, high, wide, xs, ys);
+            else
+                transpose_block(x + j * xs + i, y + i * ys + j, wide, high, xs, ys);
         }
     }
     for (std::int64_t r = 0; r < rows; ++r)
