@@ -11,16 +11,25 @@ from datapruning.plots import ACCENT, GRID, HALF, INK, MUTED, SECOND, WHOLE
 
 BINS = 40
 MANY_CLASSES = 25
+FEW_METHODS = 9
 
 
 def histogram_chart(
-    scores: Sequence[float], kept: Sequence[float] | None, *, name: str, label: str
+    scores: Sequence[float],
+    kept: Sequence[float] | None,
+    *,
+    name: str,
+    kept_by: str,
+    label: str,
 ) -> str:
-    """How scores are spread; those of kept samples in the second colour.
+    """How scores are spread; those of kept samples in the accent colour.
+
+    Where one bin holds more than half of all samples, counts are on a logarithmic scale.
 
     Args:
         scores: of all samples, finite.
         kept: of the kept ones, or None.
+        kept_by: what they were kept by, for the legend.
         label: what a screen reader says; this and every other chart has one.
     """
     low, high = min(scores), max(scores)
@@ -28,10 +37,15 @@ def histogram_chart(
     edges = [low + width * k for k in range(BINS + 1)]
     with plots.figure(HALF, 2.5) as figure:
         axes = figure.add_subplot()
-        axes.hist(scores, bins=edges, color=GRID, edgecolor=MUTED, linewidth=0.4, label="all")
+        counts, _, _ = axes.hist(
+            scores, bins=edges, color=GRID, edgecolor=MUTED, linewidth=0.4, label="all"
+        )
         if kept is not None:
-            axes.hist(kept, bins=edges, color=ACCENT, label="kept")
+            axes.hist(kept, bins=edges, color=ACCENT, label=f"kept: {kept_by}")
             plots.legend(axes)
+        if max(counts) > len(scores) / 2:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
         axes.set(xlabel=f"score by {name} (high: keep)", ylabel="samples")
         axes.grid(visible=False, axis="x")
         return plots.svg(figure, label)
@@ -42,7 +56,7 @@ def matrix_chart(names: Sequence[str], values: Sequence[Sequence[float]], *, lab
     from matplotlib.colors import to_rgba  # noqa: PLC0415
 
     size = len(names)
-    with plots.figure(HALF, 1.2 + 0.36 * size) as figure:
+    with plots.figure(HALF if size <= FEW_METHODS else WHOLE, 1.2 + 0.36 * size) as figure:
         axes = figure.add_subplot()
         for row in range(size):
             for column in range(size):

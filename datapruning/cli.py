@@ -390,7 +390,8 @@ def _compare_training(
         return
     for budget in BUDGETS:
         header, rows = result_table(results, budget=budget)
-        table = Table(*header, title=f"test accuracy, %, at equal {budget}")
+        _say(f"test accuracy, %, at equal {budget}:")
+        table = Table(*header)
         for row in rows:
             table.add_row(*row)
         console.print(table)

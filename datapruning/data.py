@@ -319,5 +319,6 @@ def fingerprint(*tensors: torch.Tensor) -> str:
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(str(tuple(tensor.shape)).encode())
-        sha.update(tensor.contiguous().numpy().tobytes())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        sha.update(flat.view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]

@@ -6,7 +6,6 @@ Distilling the Knowledge in a Neural Network (2015).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from datapruning import checkpoint
+from datapruning.data import fingerprint
 from datapruning.errors import RunError
 from datapruning.samples import Samples
 from datapruning.seeds import generator, stream_seed
@@ -106,9 +106,9 @@ def teacher_logits(
     """
     chosen = torch.arange(len(samples)) if rows is None else rows.sort().values
     signature = {
-        "teacher": _digest(*teacher.state_dict().values()),
+        "teacher": fingerprint(*teacher.state_dict().values()),
         "data": samples.fingerprint,
-        "rows": _digest(chosen),
+        "rows": fingerprint(chosen),
     }
     stored = None if path is None else checkpoint.load(path, signature=signature)
     if stored is None:
@@ -277,13 +277,3 @@ def held_out_rows(samples: Samples, *, share: float, seed: int) -> Tensor:
         count = max(round(share * len(members)), int(len(members) > 1))
         chosen.append(members[torch.randperm(len(members), generator=random)[:count]])
     return torch.cat(chosen).sort().values
-
-
-def _digest(*tensors: Tensor) -> str:
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(str(tuple(tensor.shape)).encode())
-        sha.update(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
-    return sha.hexdigest()[:16]

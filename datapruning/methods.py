@@ -350,6 +350,12 @@ def _products(shard: Shard) -> Tensor:
     return total
 
 
+def _ekfac(whole: Whole) -> Tensor:
+    from datapruning.scores.ekfac import ekfac  # noqa: PLC0415
+
+    return ekfac(whole.task, _last_model(whole), whole.samples, seed=whole.seed)
+
+
 def _last_model(whole: Whole) -> nn.Module:
     assert whole.models is not None
     return whole.models(0)[-1]
@@ -556,6 +562,13 @@ METHODS: dict[str, Method] = {
     "influence-exact": _influence("exact", "writing out the Hessian"),
     "influence-cg": _influence("cg", "conjugate gradients"),
     "influence-lissa": _influence("lissa", "LiSSA"),
+    "influence-ekfac": Method(
+        "Rise of the mean training loss without the sample, H⁻¹ by EK-FAC; high: helps.",
+        "Grosse et al., Studying Large Language Model Generalization with Influence (2023)",
+        runs=1,
+        classes=False,
+        finish=_ekfac,
+    ),
     "tracin": Method(
         "How much training on the sample lowers the mean loss, over five checkpoints; high: helps.",
         "Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent "

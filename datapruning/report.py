@@ -10,14 +10,13 @@ import json
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from datapruning import page
 from datapruning.agreement import Agreement, agreement
-from datapruning.charts import balance_chart, histogram_chart, matrix_chart
+from datapruning.charts import FEW_METHODS, balance_chart, histogram_chart, matrix_chart
 from datapruning.data import load_dataset
 from datapruning.errors import DatapruningError, RunError, ScoreError, SelectionError
 from datapruning.files import write_atomically
@@ -103,7 +102,7 @@ def _page(tables: Sequence[ScoreTable], paths: Sequence[Path], subset: Subset | 
     heading = f"{methods} on {first.dataset}" if len(tables) < 4 else f"Scores of {first.dataset}"
     notes = [note for table in tables for note in table.provenance.get("notes", [])]
     sections = [
-        *(_histogram(table, shown) for table in tables),
+        *(_histogram(table, shown, is_example=is_example) for table in tables),
         _balance(first, shown, is_example=is_example),
         _agreement(tables),
         _proxy(first, paths[0]),
@@ -160,7 +159,7 @@ def _facts(
     return facts
 
 
-def _histogram(table: ScoreTable, kept: Subset | None) -> str:
+def _histogram(table: ScoreTable, kept: Subset | None, *, is_example: bool) -> str:
     known = table.scores.isfinite()
     if not bool(known.any()):
         return page.section(f"Scores by {table.method}", "<p>No score is finite.</p>")
@@ -170,7 +169,14 @@ def _histogram(table: ScoreTable, kept: Subset | None) -> str:
     known_method = METHODS.get(table.method)
     summary = "" if known_method is None else known_method.summary
     label = f"Scores by {table.method}: {int(known.sum())} samples"
-    chart = histogram_chart(table.scores[known].tolist(), inside, name=table.method, label=label)
+    how = kept and (f"{kept.policy} by {kept.method}" if kept.method else kept.policy)
+    chart = histogram_chart(
+        table.scores[known].tolist(),
+        inside,
+        name=table.method,
+        kept_by=f"{how}, {100 * KEEP:.0f} %" if is_example else str(how),
+        label=label,
+    )
     return page.section(f"Scores by {table.method}", page.figure(chart, summary))
 
 
@@ -213,7 +219,9 @@ def _agreement(tables: Sequence[ScoreTable]) -> str:
     chart = matrix_chart(names, matrix, label="Agreement: rank correlations of the methods")
     table = page.table(header, rows, scrolls="Agreement of methods")
     note = "Spearman's rank correlation. Unrelated scores share as much as the kept fraction."
-    content = f'<div class="pair">{page.figure(chart, note)}{table}</div>'
+    content = page.figure(chart, note) + table
+    if len(tables) <= FEW_METHODS:
+        content = f'<div class="pair">{content}</div>'
     return page.section("Agreement between methods", content, wide=True)
 
 
@@ -276,17 +284,36 @@ def _samples(table: ScoreTable) -> ImageSamples | None:
 
 
 def _settings(tables: Sequence[ScoreTable]) -> str:
-    parts = []
-    for table in tables:
-        values: dict[str, Any] = {
-            "dataset": table.dataset,
-            "seed": table.seed,
-            **flattened(table.provenance.get("settings", {})),
-            "version": table.provenance.get("version", NOTHING),
-        }
-        rows = [[key, json.dumps(v) if not isinstance(v, str) else v] for key, v in values.items()]
-        parts.append(page.table(["setting", "value"], rows, caption=table.method))
-    return page.section("Provenance", f'<div class="settings">{"".join(parts)}</div>', wide=True)
+    """What all tables share, by section, and what each has of its own."""
+    flat = [flattened(table.provenance.get("settings", {})) for table in tables]
+    own = ("method", "options")
+    shared: dict[str, list[list[str]]] = {"scores": [["seed", str(tables[0].seed)]]}
+    for key, value in flat[0].items():
+        section, _, name = key.rpartition(".")
+        if key.partition(".")[0] not in (*own, "seed"):
+            text = NOTHING if value is None else str(value)
+            shared.setdefault(section or "scores", []).append([name, text])
+    parts = [
+        page.table(["setting", "value"], rows, caption=caption) for caption, rows in shared.items()
+    ]
+    methods = [
+        [
+            table.method,
+            table.model or NOTHING,
+            ", ".join(
+                f"{key.partition('.')[2]} = {json.dumps(value)}"
+                for key, value in values.items()
+                if key.startswith("options.")
+            ),
+        ]
+        for table, values in zip(tables, flat, strict=True)
+    ]
+    content = page.table(["method", "model", "options"], methods)
+    version = tables[0].provenance.get("version", NOTHING)
+    content += f'<p class="note">Scored by datapruning {page.text(version)}.</p>'
+    return page.section(
+        "Provenance", f'{content}<div class="settings">{"".join(parts)}</div>', wide=True
+    )
 
 
 def _seconds(path: Path) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import resource
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from datapruning import runfolder
-from datapruning.data import ImageSet, load_dataset
+from datapruning.data import ImageSet, fingerprint, load_dataset
 from datapruning.distill import (
     TEMPERATURE,
     AlphaChoice,
@@ -136,7 +135,7 @@ def run(
     subset = Subset.read(Path(settings.subset)) if settings.subset else None
     rows = None if subset is None else subset.rows(samples)
     if subset is not None:
-        settings = dataclasses.replace(settings, kept=_digest_of(subset.ids))
+        settings = dataclasses.replace(settings, kept=fingerprint(subset.ids))
         _warn_of_absent_classes(samples.labels, rows, data.num_classes)
     teacher = _teacher(settings, data, samples) if settings.teacher else None
     _open(folder, settings, resume=resume)
@@ -403,10 +402,6 @@ class _Journal:
 
     def _reset(self) -> None:
         self._loss, self._right, self._seen = 0.0, 0, 0
-
-
-def _digest_of(ids: Tensor) -> str:
-    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
 
 
 def default_folder(settings: RunSettings, *, resume: bool) -> Path:

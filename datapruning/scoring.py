@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datapruning.data import load_dataset
+from datapruning.data import fingerprint, load_dataset
 from datapruning.errors import RunError, ScoreError, ScoreWarning
 from datapruning.files import write_atomically
 from datapruning.methods import METHODS, check_method, checked_options
@@ -113,6 +112,7 @@ def score(
             folder = _parts_folder(out, stack)
             parts = open_parts(folder, {**settings, "shard_size": shard_size})
             stack.enter_context(locked(folder))
+            stack.enter_context(runner)
             recipe = Recipe(
                 parts=parts, samples=samples, task=task, model=model,
                 training=training or TrainingConfig(), seed=seed, density=density,
@@ -245,11 +245,7 @@ def _model_name(model: str | Builder | nn.Module) -> str:
         return model
     if not isinstance(model, nn.Module):
         return str(getattr(model, "__qualname__", type(model).__qualname__))
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return f"{type(model).__name__} {digest.hexdigest()[:16]}"
+    return f"{type(model).__name__} {fingerprint(*model.state_dict().values())}"
 
 
 def table_paths(out: Path | str | None, names: Sequence[str]) -> dict[str, Path]:

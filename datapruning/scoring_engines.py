@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Protocol, Self
 
 from datapruning.errors import RunError
 from datapruning.scoring_jobs import Progress, Recipe, observe_shard, train_run
 
 
 class Engine(Protocol):
-    """Does all jobs of a kind; returns the processor seconds that they took."""
+    """Does all jobs of a kind, inside a `with`; returns the processor seconds that they took."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
 
     def train(self, recipe: Recipe, progress: Progress | None) -> float: ...
 
@@ -19,6 +24,12 @@ class Engine(Protocol):
 
 class Inline:
     """One job after the other, in this process."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
     def train(self, recipe: Recipe, progress: Progress | None) -> float:
         return sum(train_run(recipe, k, progress) for k in range(len(recipe.all_runs)))
@@ -39,6 +50,21 @@ class Ray:
     with the same number of threads, so the bits are the same on processors of one kind.
     """
 
+    def __enter__(self) -> Self:
+        try:
+            import ray  # noqa: PLC0415
+        except ImportError:
+            raise RunError("engine ray needs Ray: pip install 'fedprune[sim]'") from None
+        self._ray = ray
+        self._is_ours = not ray.is_initialized()
+        if self._is_ours:
+            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._is_ours:
+            self._ray.shutdown()
+
     def train(self, recipe: Recipe, progress: Progress | None) -> float:
         return self._all(train_run, recipe, len(recipe.all_runs), "training models", progress)
 
@@ -53,7 +79,7 @@ class Ray:
         what: str,
         progress: Progress | None,
     ) -> float:
-        ray = _ray()
+        ray = self._ray
         gpus = 1 if recipe.device.startswith("cuda") else 0
         remote = ray.remote(num_cpus=recipe.threads, num_gpus=gpus)(job)
         shared = ray.put(recipe)
@@ -69,19 +95,16 @@ class Ray:
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, ValueError) else error from None
         finally:
-            for left in pending:
-                ray.cancel(left)
+            self._wait_for_the_end(pending)
         return seconds
 
-
-def _ray() -> Any:
-    try:
-        import ray  # noqa: PLC0415
-    except ImportError:
-        raise RunError("engine ray needs Ray: pip install 'fedprune[sim]'") from None
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-    return ray
+    def _wait_for_the_end(self, pending: Sequence[Any]) -> None:
+        """Jobs that nobody needs any more must not write into a folder that may be removed."""
+        for left in pending:
+            self._ray.cancel(left)
+        for left in pending:
+            with suppress(self._ray.exceptions.RayError):
+                self._ray.get(left)
 
 
 ENGINES: dict[str, Callable[[], Engine]] = {"inline": Inline, "ray": Ray}

@@ -110,8 +110,7 @@ class Recipe:
             for number in range(0 if self.is_trained else self.num_runs(method)):
                 key = (method.share, number)
                 # Methods that read the record alone need no model kept.
-                keeps = method.observe is not None or method.prepare is not None
-                epochs.setdefault(key, set()).update(self.moments(method) if keeps else ())
+                epochs.setdefault(key, set()).update(() if method.records else self.moments(method))
                 if method.records:
                     recorded.add(key)
         return [

@@ -1,0 +1,321 @@
+"""The `datapruning` command as a user meets it: real processes, files, kills, one clear line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+from datapruning.cli import main
+from datapruning.data import load_dataset
+from datapruning.samples import ImageSamples
+from datapruning.table import ScoreTable, Subset
+from sparsemodel.checkpoint import load_sparse
+
+COMMAND = [sys.executable, "-c", "from datapruning.cli import main; main()"]
+FEW = ["--epochs", "2", "--batch-size", "128"]
+
+
+def datapruning(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command's own entry point with its arguments, in this process: imports take seconds."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setenv("COLUMNS", "200")
+        patch.setattr(sys, "argv", ["datapruning", *arguments])
+        try:
+            main()
+            status = 0
+        except SystemExit as error:
+            status = int(error.code or 0)
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
+def in_a_process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scores, a subset and a run, made by the three commands in a folder with a space."""
+    path = tmp_path_factory.mktemp("a folder")
+    for command in (
+        ["score", "digits", "--method", "el2n,random", "--out", "my scores.parquet", *FEW],
+        ["select", "my scores-el2n.parquet", "--keep", "0.5", "--out", "kept half.parquet"],
+        ["train", "digits", "--subset", "kept half.parquet", "--out", "my run", *FEW],
+    ):
+        done = datapruning(*command, cwd=path)
+        assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_score_select_train(folder: Path) -> None:
+    table = ScoreTable.read(folder / "my scores-el2n.parquet")
+    kept = Subset.read(folder / "kept half.parquet")
+    hardest = table.ids[table.scores.argsort(descending=True)[:719]].sort().values
+    assert torch.equal(kept.ids, hardest)
+    run = folder / "my run"
+    assert {p.name for p in run.iterdir()} >= {
+        "config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "report.html",
+    }  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["num_kept"], summary["num_samples"]) == (719, 1437)
+    assert (summary["epochs"], summary["steps"]) == (2, 12)
+    assert sum(summary["class_counts_kept"]) == 719
+    assert 0.1 < summary["test_accuracy"] <= 1
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert [line["samples"] for line in lines] == [719, 719]
+    assert tomllib.loads((run / "config.toml").read_text())["training"]["epochs"] == 2
+    assert load_sparse(run / "model.safetensors").metadata["dataset"] == "digits"
+
+
+def test_pages_load_nothing_and_hold_pictures(folder: Path) -> None:
+    for name in ("my scores.html", "kept half.html", "my run/report.html"):
+        text = (folder / name).read_text()
+        assert "<script" not in text
+        assert 'src="http' not in text
+        assert "default-src 'none'" in text
+    assert (folder / "kept half.html").read_text().count("data:image/png") == 20
+
+
+def test_selection_is_made_again_but_nothing_else_is_overwritten(
+    folder: Path, tmp_path: Path
+) -> None:
+    scores = str(folder / "my scores-el2n.parquet")
+    for keep in ("0.2", "100"):
+        done = datapruning("select", scores, "--keep", keep, "--out", "k.parquet", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert len(Subset.read(tmp_path / "k.parquet")) == 100
+    shutil.copy(scores, tmp_path / "s.parquet")
+    done = datapruning("select", scores, "--keep", "0.5", "--out", "s.parquet", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "holds no subset" in done.stderr
+    assert len(ScoreTable.read(tmp_path / "s.parquet")) == 1437
+
+
+def test_balance_keeps_every_class(folder: Path, tmp_path: Path) -> None:
+    scores = str(folder / "my scores-el2n.parquet")
+    done = datapruning("select", scores, "--keep", "0.1", "--balance", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    labels = ImageSamples.of(load_dataset("digits")).labels
+    counts = labels[Subset.read(tmp_path / "kept.parquet").ids].bincount(minlength=10)
+    assert int(counts.min()) >= 6  # half of the fair share: ⌊.5 · .1 · 139⌋
+    assert "│ 9 " in done.stdout
+
+
+def test_second_score_finds_the_first(folder: Path) -> None:
+    before = (folder / "my scores-el2n.parquet").stat().st_mtime_ns
+    command = ["score", "digits", "--method", "el2n,random", "--out", "my scores.parquet"]
+    done = datapruning(*command, *FEW, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "my scores-el2n.parquet").stat().st_mtime_ns == before
+    done = datapruning(*command, *FEW, "--seed", "1", cwd=folder)
+    assert done.returncode == 1
+    assert "seed was 0, now 1" in done.stderr
+
+
+def test_resume_of_a_complete_run_and_second_run_over_it(folder: Path) -> None:
+    command = ["train", "digits", "--subset", "kept half.parquet", "--out", "my run", *FEW]
+    before = (folder / "my run" / "model.safetensors").read_bytes()
+    done = datapruning(*command, cwd=folder)
+    assert done.returncode == 1
+    assert "--resume or use another --out" in done.stderr
+    assert datapruning(*command, "--resume", cwd=folder).returncode == 0
+    done = datapruning(*command, "--resume", "--lr", "0.2", cwd=folder)
+    assert done.returncode == 1
+    assert "training.lr was 0.1, now 0.2" in done.stderr
+    assert (folder / "my run" / "model.safetensors").read_bytes() == before
+
+
+def strike(command: list[str], cwd: Path, *, watched: str, seed: int, kills: int = 3) -> None:
+    """Run a command and kill -9 it a random while after it has left something new; then let it."""
+    moments = random.Random(seed)
+
+    def left() -> int:
+        return sum(path.stat().st_mtime_ns for path in cwd.glob(watched) if path.exists())
+
+    for number in range(kills + 1):
+        resume = ["--resume"] if number and command[0] == "train" else []
+        process = subprocess.Popen(
+            [*COMMAND, *command, *resume],
+            cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        before = left()
+        while number < kills and process.poll() is None and left() == before:
+            time.sleep(0.01)
+        if number < kills and process.poll() is None:
+            time.sleep(moments.uniform(0, 0.2))
+            process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate()
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 0, output
+            return
+
+
+def test_scoring_killed_at_random_gives_the_same_bytes(tmp_path: Path) -> None:
+    command = ["score", "digits", "--method", "el2n-20,aum", "--runs", "3", "--epochs", "4"]
+    command += ["--batch-size", "128", "--shard-size", "200"]
+    done = datapruning(*command, "--out", "whole.parquet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    strike([*command, "--out", "k.parquet"], tmp_path, watched="k.parquet.parts/*/*.pt", seed=0)
+    for name in ("el2n-20", "aum"):
+        whole, killed = tmp_path / f"whole-{name}.parquet", tmp_path / f"k-{name}.parquet"
+        assert whole.read_bytes() == killed.read_bytes()
+
+
+def test_training_killed_at_random_gives_the_same_model(folder: Path, tmp_path: Path) -> None:
+    command = ["train", "digits", "--subset", str(folder / "kept half.parquet"), "--epochs", "12"]
+    command += ["--teacher", str(folder / "my run"), "--alpha", "0.5"]
+    done = datapruning(*command, "--out", "whole", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    strike([*command, "--out", "run"], tmp_path, watched="run/*.pt", seed=1)
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert models[0] == models[1]
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "run")]
+    assert metrics[0] == metrics[1]
+
+
+def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "score", "digits", "--method", "ddd", "--out", "s.parquet"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not list(tmp_path.glob("s.parquet.parts/run-*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "go on with: datapruning score digits --method ddd --out s.parquet" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.ray
+def test_two_ray_workers_write_the_same_bytes(tmp_path: Path) -> None:
+    command = ["score", "digits", "--method", "el2n-20,loss", "--runs", "2", *FEW]
+    command += ["--shard-size", "400"]
+    done = in_a_process(*command, "--out", "inline.parquet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = in_a_process(*command, "--out", "ray.parquet", "--engine", "ray", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("el2n-20", "loss"):
+        inline, spread = tmp_path / f"inline-{name}.parquet", tmp_path / f"ray-{name}.parquet"
+        assert inline.read_bytes() == spread.read_bytes()
+    command = ["score", "digits", "--method", "d2", "--layer", "nowhere", "--engine", "ray", *FEW]
+    done = in_a_process(*command, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "has no layer 'nowhere'" in done.stderr
+
+
+def test_a_sparse_proxy_shows_its_agreement_and_time(tmp_path: Path) -> None:
+    command = ["score", "digits", "--method", "el2n", "--density", "0.2", "--out", "s.parquet"]
+    done = datapruning(*command, *FEW, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "with the dense model's scores" in done.stdout
+    assert "% of its processor time" in done.stdout
+    assert "Sparse proxy (density 0.2) against the dense model" in (tmp_path / "s.html").read_text()
+
+
+def test_compare_tables(folder: Path) -> None:
+    names = ["my scores-el2n.parquet", "my scores-random.parquet"]
+    done = datapruning("compare", *names, "--keep", "0.5", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads(done.stdout)
+    a, b = (ScoreTable.read(folder / name).scores for name in names)
+    both = torch.isin(a.argsort(descending=True)[:718], b.argsort(descending=True)[:718])
+    assert record["overlap"]["0.5"] == pytest.approx(float(both.double().mean()), abs=0.01)
+    assert abs(record["spearman"]) < 0.1
+
+
+def test_compare_trainings_once(tmp_path: Path) -> None:
+    command = ["compare", "--methods", "el2n,random", "--keep", "0.3", "--seeds", "0"]
+    command += ["--epochs", "1", "--out", "cells"]
+    done = datapruning(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "at equal epochs" in done.stdout
+    assert "at equal steps" in done.stdout
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").rglob("*.*")}
+    done = datapruning(*command, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    cells = json.loads(done.stdout)
+    assert {(c["method"], c["budget"]) for c in cells} == {
+        ("all data", "epochs"), ("el2n", "epochs"), ("el2n", "steps"),
+        ("random", "epochs"), ("random", "steps"),
+    }  # fmt: skip
+    steps = {(c["method"], c["budget"]): c["steps"] for c in cells}
+    assert steps["all data", "epochs"] == steps["el2n", "steps"] == 23
+    assert steps["el2n", "epochs"] == 7
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").rglob("*.*")} == stamps
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "digits", "--method", "magic"], "known methods: el2n"),
+        (["score", "nope", "--method", "el2n"], "known: digits"),
+        (["score", "digits", "--method", "el2n", "--model", "gpt"], "known models: resnet8"),
+        (["score", "digits", "--method", "el2n", "--engine", "steam"], "inline, ray"),
+        (["score", "digits", "--method", "el2n", "--density", "0"], "density must be in"),
+        (["score", "digits", "--method", "el2n", "--out", "scores"], "a parquet file"),
+        (["score", "digits", "--method", "el2n", "--set", "window=3"], "no option 'window'"),
+        (["score", "digits", "--method", "dual", "--set", "window"], "expected name=value"),
+        (["score", "digits", "--method", "d2", "--layer", "x", "--epochs", "1"], "no layer 'x'"),
+        (["select", "none.parquet", "--keep", "0.5"], "none.parquet: no such file"),
+        (["select", "{scores}", "--keep", "0"], "keep"),
+        (["select", "{scores}", "--keep", "9999"], "1437"),
+        (["select", "{scores}", "--keep", "0.5", "--policy", "magic"], "hardest"),
+        (["select", "{kept}", "--keep", "0.5"], "is not a scores file"),
+        (["train", "digits", "--subset", "{scores}"], "is not a subset file"),
+        (["train", "digits", "--subset", "none.parquet"], "no such file"),
+        (["train", "digits", "--alpha", "much"], "a number in [0, 1] or auto"),
+        (["train", "digits", "--teacher", "nowhere"], "no summary.json in nowhere"),
+        (["train", "digits", "--resume", "--out", "nothing"], "no run in nothing"),
+        (["train", "digits", "--lr", "-1"], "lr must be positive"),
+        (["compare", "{scores}"], "two or more files"),
+        (["compare", "--methods", "el2n,magic"], "unknown method 'magic'"),
+        (["compare", "{scores}", "{scores}", "--keep", "2"], "a fraction in (0, 1)"),
+        (["report", "nowhere"], "nowhere: no such file"),
+    ],
+)
+def test_one_clear_line_and_exit_status(
+    arguments: list[str], message: str, folder: Path, tmp_path: Path
+) -> None:
+    places = {"scores": folder / "my scores-el2n.parquet", "kept": folder / "kept half.parquet"}
+    done = datapruning(*(a.format(**places) for a in arguments), cwd=tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_real_process_fails_with_one_line_and_with_debug_with_a_trace(tmp_path: Path) -> None:
+    command = ["score", "digits", "--method", "magic"]
+    done = in_a_process(*command, cwd=tmp_path)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    done = in_a_process(*command, "--debug", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
