@@ -100,7 +100,8 @@ def score(  # noqa: PLR0917 - the command's options
     lr: Lr = 0.1,
     early: Annotated[int | None, typer.Option(help="Epochs after which early scores look.")] = None,
     runs: Annotated[
-        int | None, typer.Option(help="Models to train, in place of a method's own number.")
+        int | None,
+        typer.Option(help="Models for methods that train several, in place of their own number."),
     ] = None,
     layer: Annotated[str | None, typer.Option(help="Layer whose output is the embedding.")] = None,
     engine: Annotated[str, typer.Option(help="inline, or ray for a Ray cluster.")] = "inline",

@@ -72,7 +72,7 @@ def score(
         density: train and score with a sparse model that keeps this share of its weights.
         check: with `density`, score with the dense model as well, beside `out` as
             NAME.dense.parquet; reports then compare the two.
-        runs: models of each method that trains, in place of the method's own number.
+        runs: models for each method that trains several, in place of the method's own number.
         early: epochs after which "early" scores look; None: a tenth of the epochs.
         options: of the methods, such as {"window": 5}; each goes to the methods that have it.
         engine: "inline", or "ray": models and shards go to the workers of a Ray cluster.

@@ -58,7 +58,7 @@ class Recipe:
     Attributes:
         model: a name, a function seed -> untrained model, or a trained model to score with.
         options: of each method, in the order in which methods were asked for.
-        runs: models to train in place of each method's own number.
+        runs: models to train for each method that trains several, in place of its own number.
         early: epochs after which "early" models are kept.
     """
 
@@ -84,7 +84,7 @@ class Recipe:
         """Models that a method has trained."""
         if self.is_trained:
             return 1
-        return method.runs if self.runs is None or not method.runs else self.runs
+        return method.runs if self.runs is None or method.runs < 2 else self.runs
 
     @property
     def is_trained(self) -> bool:

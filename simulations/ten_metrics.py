@@ -1,0 +1,105 @@
+"""The ten metrics of Sorscher et al., GraNd and random: what training on their choice is worth.
+
+    python -m simulations.ten_metrics [--data FOLDER_OF_PARQUET]
+
+Every method keeps its hardest samples, at several fractions, and each kept set is trained on at
+equal epochs and at equal optimiser steps. `small` is for one core; `full` wants a GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from datapruning.comparison import FULL, Cell, compare_training, result_table
+from datapruning.training import TrainingConfig
+from simulations.data_table import Preset, load, markdown, parse, write_page
+
+TEN = (
+    "el2n",
+    "el2n-20",
+    "forgetting",
+    "memorization",
+    "influence-max",
+    "influence-sum-abs",
+    "ddd",
+    "active-learning",
+    "prototypes-supervised",
+    "prototypes-ssl",
+)
+METHODS = (*TEN, "grand", "random")
+PRESETS = {
+    "small": Preset(
+        "digits", "resnet8", 8, 64, 700, None,
+        {"kept": (0.2, 0.5, 0.8), "runs": 8, "embedding": "pca"},
+    ),
+    "full": Preset(
+        "cifar10", "resnet18", 100, 128, None, None,
+        {"kept": (0.2, 0.5, 0.8), "runs": 20, "embedding": "simclr"},
+    ),
+}  # fmt: skip
+
+
+def ranking(results: Mapping[Cell, Mapping[str, Any]], *, budget: str) -> list[list[str]]:
+    """Methods by their mean distance to random, paired by seed and fraction, in points."""
+    by = {
+        (c.method, c.keep, c.seed): result["test_accuracy"]
+        for c, result in results.items()
+        if c.budget == budget and c.method != FULL and "test_accuracy" in result
+    }
+    gains: dict[str, list[float]] = {}
+    for (method, keep, seed), accuracy in by.items():
+        gains.setdefault(method, []).append(100 * (accuracy - by["random", keep, seed]))
+    ordered = sorted(gains.items(), key=lambda entry: -statistics.mean(entry[1]))
+    return [
+        [method, f"{statistics.mean(g):+.2f}", f"{sum(x > 0 for x in g)} of {len(g)}"]
+        for method, g in ordered
+        if method != "random"
+    ]
+
+
+def main() -> None:
+    call = parse("ten_metrics", list(PRESETS))
+    preset = PRESETS[call.preset]
+    data = load(preset, call)
+    settings = preset.settings
+    training = TrainingConfig(epochs=preset.epochs, batch_size=preset.batch_size)
+    results = compare_training(
+        data,
+        METHODS,
+        keeps=settings["kept"],
+        seeds=call.seeds,
+        out=call.out,
+        model=preset.model,
+        training=training,
+        scoring={
+            "training": training,
+            "runs": settings["runs"],
+            "options": {"embedding": settings["embedding"]},
+        },
+        progress=lambda line: print(line, flush=True),
+    )
+    body = [
+        "Kept are the hardest samples by each method. `runs` models are trained for every method "
+        "that averages over models or compares them, el2n-20 among them; the others train one.",
+    ]
+    for budget, meaning in (
+        ("epochs", "as many passes as over all data, so fewer optimiser steps"),
+        ("steps", "as many optimiser steps as on all data"),
+    ):
+        header, rows = result_table(results, budget=budget)
+        body += ["", f"Equal {budget} ({meaning}):", "", markdown(header, rows)]
+        ranked = ranking(results, budget=budget)
+        body += ["", "Against random, paired by seed and fraction:", ""]
+        body += [markdown(["method", "points over random", "pairs won"], ranked)]
+    refused = sorted({r["refused"] for r in results.values() if "refused" in r})
+    body += ["", *[f"- refused: {reason}" for reason in refused]]
+    path = write_page(
+        "ten_metrics", "Ten metrics of data pruning, GraNd and random", call, preset, data, body
+    )
+    print(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
