@@ -88,7 +88,7 @@ class Question:
     Attributes:
         users: int64 [Q].
         history: [Q] rows of item numbers, none empty.
-        targets: [Q] rows of item numbers, none empty, no item twice in a row.
+        targets: [Q] rows of item numbers in the order of time, none empty, no item twice in a row.
     """
 
     users: Tensor
@@ -180,7 +180,11 @@ def leave_last_out(items: Ragged) -> tuple[Ragged, Ragged, Ragged]:
 
 
 def _unique(rows: Ragged) -> Ragged:
-    """Each value once in its row, ascending."""
-    pairs = torch.stack([rows.owners, rows.values], dim=1).unique(dim=0)
-    counts = torch.bincount(pairs[:, 0], minlength=len(rows))
-    return Ragged(pairs[:, 1], torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    """Each value once in its row, where it came first."""
+    pairs = torch.stack([rows.owners, rows.values], dim=1)
+    kinds, kind = pairs.unique(dim=0, return_inverse=True)
+    places = torch.arange(len(pairs))
+    first = places.new_full((len(kinds),), len(pairs)).scatter_reduce(0, kind, places, "amin")
+    kept = first.sort().values
+    counts = torch.bincount(rows.owners[kept], minlength=len(rows))
+    return Ragged(rows.values[kept], torch.cat([counts.new_zeros(1), counts.cumsum(0)]))

@@ -1,0 +1,231 @@
+"""The steps of DEALRec with files between them: each is done once, and found again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from datapruning.errors import DataError, ScoreError
+from datapruning.recommend import language
+from datapruning.recommend.effort import effort
+from datapruning.recommend.finetune import FinetuneConfig, finetune
+from datapruning.recommend.histories import Histories, HistorySamples
+from datapruning.recommend.influence import DAMPING, DEPTH, surrogate_influence
+from datapruning.recommend.prompts import TEMPLATES, Prompts, texts_of
+from datapruning.recommend.surrogate import SurrogateConfig, SurrogateResult, train_surrogate
+from datapruning.table import ScoreTable
+
+TITLES = FinetuneConfig(epochs=4, batch_size=64, lr=2e-3)
+"""How a model from scratch learns the titles, before it sees any history."""
+
+Report = Callable[[str], None]
+
+
+class Language:
+    """A language model with the prompts that it understands.
+
+    Attributes:
+        name: as it was asked for.
+        model, tokenizer: of transformers.
+        prompts: of the histories' titles.
+        from_scratch: whether all its weights are fine-tuned, and not adapters.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        tokenizer: Any,
+        histories: Histories,
+        *,
+        template: str | None,
+        max_length: int,
+        max_titles: int,
+    ) -> None:
+        self.name, self.model, self.tokenizer = name, model, tokenizer
+        self.from_scratch = bool(getattr(model.config, "from_scratch", False))
+        self.template = _template(name, template, from_scratch=self.from_scratch)
+        self.prompts = Prompts(
+            tokenizer,
+            histories.titles,
+            template=TEMPLATES[self.template],
+            max_length=max_length,
+            max_titles=max_titles,
+        )
+
+    def adapted(self, *, seed: int) -> nn.Module:
+        """What is trainable made so: new adapters, or, of a model from scratch, all weights."""
+        if self.from_scratch:
+            return self.model
+        return language.with_lora(self.model, language.LoraSettings(), seed=seed)
+
+    def save(self, folder: Path) -> None:
+        """Leave model and tokenizer as `load_language` and transformers read them."""
+        save: Any = self.model.save_pretrained
+        save(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_language(
+    name: str,
+    histories: Histories,
+    *,
+    template: str | None = None,
+    max_length: int = 256,
+    max_titles: int = 10,
+    device: str = "cpu",
+    base: Path | None = None,
+    report: Report = lambda _: None,
+) -> Language:
+    """A language model; one from scratch first learns the titles of all items, once.
+
+    Titles are the catalogue's, without any interaction. What is learned is the same for every
+    seed of a comparison, as a pretrained model is.
+
+    Args:
+        name: of transformers, a folder, or scratch:SIZE.
+        template: in TEMPLATES; None: "plain" for a model from scratch, else "instruction".
+        base: folder where a model from scratch is kept once it knows the titles.
+
+    Raises:
+        ModelError, DataError: an unknown model or template, or max_length too short.
+    """
+    options: dict[str, Any] = {
+        "template": template,
+        "max_length": max_length,
+        "max_titles": max_titles,
+    }
+    if base is not None and (base / "config.json").exists():
+        model, tokenizer = language.load(str(base), device=device)
+        return Language(name, model, tokenizer, histories, **options)
+    is_new = name.startswith(language.SCRATCH)
+    words = TEMPLATES[_template(name, template, from_scratch=is_new)]
+    texts = texts_of(histories.titles, words)
+    model, tokenizer = language.load(name, texts=texts, device=device)
+    loaded = Language(name, model, tokenizer, histories, **options)
+    if is_new:
+        report(f"{name} learns {len(histories.titles)} titles")
+        finetune(loaded.model, loaded.prompts.catalogue(), config=TITLES, seed=0)
+        if base is not None:
+            loaded.save(base)
+    return loaded
+
+
+def influence_table(
+    histories: Histories,
+    samples: HistorySamples,
+    folder: Path,
+    *,
+    config: SurrogateConfig,
+    seed: int,
+    device: str = "cpu",
+    report: Report = lambda _: None,
+) -> ScoreTable:
+    """Train the surrogate and score every sample by it; FOLDER/influence.parquet.
+
+    Raises:
+        ScoreError: the folder has scores of other data or settings.
+        RunError: as `train_surrogate`.
+    """
+    about = {"surrogate": asdict(config), "damping": DAMPING, "depth": DEPTH}
+
+    def compute() -> tuple[Tensor, dict[str, Any]]:
+        def told(result: SurrogateResult) -> None:
+            ndcg = f", validation NDCG@10 {result.validation[-1]:.4f}" if result.validation else ""
+            report(f"surrogate, epoch {len(result.losses)}: loss {result.losses[-1]:.3f}{ndcg}")
+
+        checkpoint = folder / "surrogate.ckpt"
+        model, result = train_surrogate(
+            histories, config=config, seed=seed, device=device, checkpoint=checkpoint, on_epoch=told
+        )
+        report(f"influence of {len(samples)} samples")
+        scores = surrogate_influence(model, samples, seed=seed)
+        return scores, {"best_epoch": result.best_epoch, "epochs": len(result.losses)}
+
+    return _once(
+        folder / "influence.parquet", compute, samples, histories.name, seed=seed,
+        method="dealrec-influence", model="sasrec", about=about,
+    )  # fmt: skip
+
+
+def effort_table(
+    histories: Histories,
+    samples: HistorySamples,
+    folder: Path,
+    *,
+    language_model: Language,
+    seed: int,
+    report: Report = lambda _: None,
+) -> ScoreTable:
+    """Score every sample by the language model; FOLDER/effort.parquet.
+
+    Raises:
+        ScoreError: the folder has scores of other data or settings.
+    """
+    prompts = language_model.prompts
+    about = {
+        "template": language_model.template,
+        "max_length": prompts.max_length,
+        "max_titles": prompts.max_titles,
+        "trainable": "all" if language_model.from_scratch else "lora",
+    }
+
+    def compute() -> tuple[Tensor, dict[str, Any]]:
+        report(f"effort of {len(samples)} samples for {language_model.name}")
+        return effort(language_model.adapted(seed=seed), prompts.samples(samples)), {}
+
+    return _once(
+        folder / "effort.parquet", compute, samples, histories.name, seed=seed,
+        method="dealrec-effort", model=language_model.name, about=about,
+    )  # fmt: skip
+
+
+def _once(
+    path: Path,
+    compute: Callable[[], tuple[Tensor, dict[str, Any]]],
+    samples: HistorySamples,
+    dataset: str,
+    *,
+    seed: int,
+    method: str,
+    model: str,
+    about: dict[str, Any],
+) -> ScoreTable:
+    """The table of that file, or a new one in its place; another run's table is refused."""
+    if path.exists():
+        table = ScoreTable.read(path)
+        kept = {name: table.provenance.get(name) for name in about}
+        found = (table.method, table.fingerprint, table.seed, table.model, kept)
+        if found != (method, samples.fingerprint, seed, model, about):
+            raise ScoreError(
+                f"{path} holds scores of other data or settings; delete it, or name another folder"
+            )
+        return table
+    started = time.monotonic()
+    scores, extra = compute()
+    about = {**about, **extra, "seconds": time.monotonic() - started}
+    table = ScoreTable(
+        ids=samples.ids,
+        scores=scores,
+        method=method,
+        dataset=dataset,
+        fingerprint=samples.fingerprint,
+        seed=seed,
+        model=model,
+        provenance=about,
+    )
+    table.write(path)
+    return table
+
+
+def _template(name: str, template: str | None, *, from_scratch: bool) -> str:
+    if template is None:
+        return "plain" if from_scratch else "instruction"
+    if template not in TEMPLATES:
+        raise DataError(f"unknown template {template!r} for {name}; known: {', '.join(TEMPLATES)}")
+    return template
