@@ -79,7 +79,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_page(
-    name: str, title: str, call: Call, preset: Preset, data: ImageSet, body: Sequence[str]
+    name: str, title: str, call: Call, preset: Preset, data: ImageSet, *, body: Sequence[str]
 ) -> Path:
     """Write the saved table of an experiment beside its script; returns its path."""
     suffix = "" if call.preset == "small" else f"_{call.preset}"

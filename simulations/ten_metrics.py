@@ -96,7 +96,12 @@ def main() -> None:
     refused = sorted({r["refused"] for r in results.values() if "refused" in r})
     body += ["", *[f"- refused: {reason}" for reason in refused]]
     path = write_page(
-        "ten_metrics", "Ten metrics of data pruning, GraNd and random", call, preset, data, body
+        "ten_metrics",
+        "Ten metrics of data pruning, GraNd and random",
+        call,
+        preset,
+        data,
+        body=body,
     )
     print(path.read_text(encoding="utf-8"))
 
