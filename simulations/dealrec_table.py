@@ -1,0 +1,199 @@
+"""The page of the DEALRec experiment, from its cells' results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SCORES = {
+    "full": (),
+    "random": (),
+    "influence": ("influence",),
+    "effort": ("effort",),
+    "dealrec": ("influence", "effort"),
+    "grand": ("grand",),
+    "el2n": ("el2n",),
+    "ccs": ("el2n",),
+}
+"""Arm -> scores whose time it pays."""
+
+NAMES = {
+    "full": "all samples",
+    "random": "random",
+    "influence": "influence alone, coverage",
+    "effort": "effort alone, coverage",
+    "dealrec": "**DEALRec**: both, coverage",
+    "grand": "GraNd, early, hardest",
+    "el2n": "EL2N of the answer, early, hardest",
+    "ccs": "EL2N of the answer, early, CCS",
+}
+QUALITY = ("recall@10", "ndcg@10", "recall@20", "ndcg@20")
+
+Results = dict[tuple[str, str, int], dict[str, float]]
+"""(arm, budget, seed) -> what the cell found, with `total_seconds`."""
+
+
+def page(
+    out: Path,
+    seeds: Sequence[int],
+    *,
+    settings: Mapping[str, Any],
+    pool: int,
+    questions: int,
+    references: Mapping[str, Mapping[str, float]],
+    command: str,
+) -> str:
+    """The whole page in Markdown."""
+    results = read_results(out, seeds)
+    kept = int(results["random", "steps", seeds[0]]["num_samples"])
+    head = [
+        "# DEALRec on Amazon Games",
+        "",
+        f"Written by `python -m simulations.dealrec_games --data FOLDER {command}`.",
+        "",
+        f"- commit {_commit()}, {platform.machine()}, {os.cpu_count()} cores, one thread, Python "
+        f"{platform.python_version()}, torch {_torch_version()}; seconds of processor time on a "
+        "CPU, of the clock on a GPU",
+        f"- {pool} training samples in the pool, {kept} of them kept by every method but the "
+        f"first; {questions} test users, all items ranked, ties against the recommender",
+        f"- mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}; quality "
+        f"times 100; one user found or missed at 10 is {100 / questions:.3f} of recall@10",
+        "- test items are used once, for this table; nothing was tuned on them or on anything else",
+        "- `test loss`: mean loss of the tokens of the first test title, which has far less noise "
+        "than the rankings",
+        "- `total` counts scoring (training of the surrogate and of the early checkpoint "
+        "included) and fine-tuning; a model from scratch has learned the titles of all items "
+        "before, which every method shares and no time here includes",
+        "",
+    ]
+    body: list[str] = []
+    for budget, title in (
+        ("steps", "Equal optimiser steps: as many as one run on all samples has"),
+        ("epochs", "Equal epochs: as many passes over the kept samples"),
+    ):
+        body += [f"## {title}", "", *_table(results, seeds, budget), ""]
+    body += ["For comparison, on the same test users:", "", *_references(references), ""]
+    body += ["## The claims", "", *_claims(results, seeds), ""]
+    body += ["## Settings", "", *[f"- `{name} = {value}`" for name, value in settings.items()], ""]
+    return "\n".join(head + body)
+
+
+def read_results(out: Path, seeds: Sequence[int]) -> Results:
+    """Every cell; the run on all samples counts for both budgets."""
+    results: Results = {}
+    for seed in seeds:
+        folder = out / f"s{seed}"
+        scoring = {
+            name: _read(folder / f"score-{name}")["seconds"]
+            for name in ("influence", "effort", "grand", "el2n")
+        }
+        for arm, paid in SCORES.items():
+            for budget in ("steps", "epochs"):
+                cell = _read(folder / f"{arm}-{'steps' if arm == 'full' else budget}")
+                cell["scoring_seconds"] = sum(scoring[name] for name in paid)
+                cell["total_seconds"] = cell["scoring_seconds"] + cell["finetune_seconds"]
+                results[arm, budget, seed] = cell
+    return results
+
+
+def _table(results: Results, seeds: Sequence[int], budget: str) -> list[str]:
+    lines = [
+        "| samples | R@10 | NDCG@10 | R@20 | NDCG@20 | test loss | steps | scoring, s "
+        "| fine-tuning, s | total of all samples' |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    full = _mean(results, "full", budget, seeds, "total_seconds")
+    for arm in SCORES:
+        cells = [results[arm, budget, seed] for seed in seeds]
+        quality = [_spread([100 * cell[name] for cell in cells], ".2f") for name in QUALITY]
+        loss = _spread([cell["test_loss"] for cell in cells], ".3f")
+        numbers = [
+            _mean(results, arm, budget, seeds, name)
+            for name in ("steps", "scoring_seconds", "finetune_seconds", "total_seconds")
+        ]
+        lines.append(
+            f"| {NAMES[arm]} | {' | '.join(quality)} | {loss} | {numbers[0]:.0f} | "
+            f"{numbers[1]:.0f} | {numbers[2]:.1f} | {100 * numbers[3] / full:.0f} % |"
+        )
+    return lines
+
+
+def _references(references: Mapping[str, Mapping[str, float]]) -> list[str]:
+    lines = ["| | R@10 | NDCG@10 | R@20 | NDCG@20 |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name, found in references.items():
+        values = " | ".join(f"{100 * found[metric]:.2f}" for metric in QUALITY)
+        lines.append(f"| {name} | {values} |")
+    return lines
+
+
+def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
+    """Each claim with the difference paired by seed, and whether its sign is the paper's."""
+    lines = []
+    for budget in ("steps", "epochs"):
+        for other, claim in (
+            ("full", "DEALRec is at least as good as all samples"),
+            ("random", "DEALRec is better than random"),
+        ):
+            found = []
+            for metric, sign in (("recall@10", 1), ("ndcg@10", 1), ("test_loss", -1)):
+                pairs = [
+                    sign
+                    * (
+                        results["dealrec", budget, seed][metric]
+                        - results[other, budget, seed][metric]
+                    )
+                    for seed in seeds
+                ]
+                scale = 1 if metric == "test_loss" else 100
+                spread = f" ± {scale * statistics.stdev(pairs):.3f}" if len(pairs) > 1 else ""
+                name = "minus test loss" if sign < 0 else metric
+                won = sum(pair > 0 for pair in pairs)
+                mean = scale * statistics.mean(pairs)
+                found.append(f"{name} {mean:+.3f}{spread}, {won} of {len(pairs)} seeds")
+            lines.append(f"- {claim} (equal {budget}): {'; '.join(found)}.")
+        for arm in ("dealrec", "random"):
+            share = _mean(results, arm, budget, seeds, "total_seconds") / _mean(
+                results, "full", budget, seeds, "total_seconds"
+            )
+            lines.append(
+                f"- Time saved by {arm} (equal {budget}, scoring included): "
+                f"{100 * (1 - share):+.0f} %."
+            )
+    return lines
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
+
+
+def _mean(results: Results, arm: str, budget: str, seeds: Sequence[int], name: str) -> float:
+    return statistics.mean(results[arm, budget, seed][name] for seed in seeds)
+
+
+def _read(cell: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads((cell / "result.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def _torch_version() -> str:
+    import torch  # noqa: PLC0415
+
+    return torch.__version__
