@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,18 @@ def test_an_offset_never_fits_worse_and_stays_at_zero_or_above() -> None:
             plain, more = fit(SIZES, e, law=law), fit(SIZES, e, law=law, offset=True)
             assert more.residual <= plain.residual + 1e-9
             assert more.offset >= 0
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_with_offset_no_constants_nearby_fit_the_logs_better(law: Law) -> None:
+    e = np.exp(0.3 * np.log(noisy(curve(law, offset=0.01), seeds=3)))  # noise that is not small
+    e *= np.exp(0.4 * np.random.default_rng(1).standard_normal(e.shape))
+    found = fit(SIZES, e, law=law, offset=True)
+    for moved in (0.99, 1.01):
+        for name in ("amplitude", "rate", "offset"):
+            other = replace(found, **{name: getattr(found, name) * moved})
+            residual = float(np.mean((np.log(other.predict(SIZES)) - np.log(e)) ** 2))
+            assert residual >= found.residual * (1 - 1e-9)
 
 
 def test_aicc_by_hand() -> None:

@@ -104,7 +104,7 @@ def plain_d2(x: Tensor, scores: list[float], k: int, forward: float, reverse: fl
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(3, 25), st.integers(1, 4), st.integers(0, 99), st.sampled_from([0.0, 0.5, 2.0]))
+@given(st.integers(3, 25), st.integers(1, 4), st.integers(0, 99), st.sampled_from([0.3, 0.5, 2.0]))
 def test_d2_equals_the_definition(n: int, k: int, seed: int, gamma: float) -> None:
     k = min(k, n - 1)
     x = points(n, 3, seed=seed)
@@ -171,8 +171,10 @@ def test_k_center_starts_by_the_seed_and_covers() -> None:
 def test_k_center_tells_near_samples_apart_far_from_zero() -> None:
     """At 1e8 the product form of distances has no digit left for a difference of 1e-3."""
     x = torch.tensor([[1e8], [1e8 + 1e-3], [1e8 + 3e-3]], dtype=torch.float64)
-    order = torch.argsort(k_center(x, seed=0), descending=True).tolist()
-    assert order in ([0, 2, 1], [1, 2, 0], [2, 0, 1])
+    orders = {
+        tuple(torch.argsort(k_center(x, seed=seed), descending=True).tolist()) for seed in range(12)
+    }
+    assert orders == {(0, 2, 1), (1, 2, 0), (2, 0, 1)}
 
 
 # --- memory --------------------------------------------------------------------------------------
