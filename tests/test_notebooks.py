@@ -14,7 +14,7 @@ import pytest
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 # Notebook -> number of pictures that it must show, at least.
-PICTURES = {"01_tiny_federated_model.ipynb": 5}
+PICTURES = {"01_tiny_federated_model.ipynb": 5, "02_prune_your_data.ipynb": 4}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 # Runs in an interpreter of its own: there the warnings of Jupyter's packages are no errors. The
