@@ -19,7 +19,12 @@ from datapruning.table import ScoreTable, Subset
 
 AUTO = "auto"
 PLENTIFUL = 1000
-"""Samples of a class, once pruned, from which "auto" holds data to be plentiful."""
+"""Samples of a class, once pruned, from which "auto" holds data to be plentiful.
+
+A rule of thumb: what is plenty depends on data and network. That the number *kept* decides, and
+hardly the fraction, is so for the perceptron with a perfect probe (`perceptron`): hard beats
+random from 1 to 2 kept inputs a dimension on, for every fraction from 0.1 to 0.7.
+"""
 
 __all__ = ["AUTO", "PLENTIFUL", "POLICIES", "fresh_random", "select"]
 
