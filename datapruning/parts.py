@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from datapruning import checkpoint
@@ -25,7 +22,6 @@ from datapruning.errors import RunError
 from datapruning.files import write_atomically
 
 SETTINGS = "settings.json"
-_META = b"datapruning-part"
 
 
 @dataclass(frozen=True)
@@ -52,50 +48,27 @@ class Parts:
         return checkpoint.load(self.path / name, signature={"settings": self.digest})
 
     def save_shard(self, number: int, columns: Mapping[str, Tensor]) -> None:
-        """Write the observations of a shard as parquet; a matrix becomes a column of lists."""
-        import pyarrow  # noqa: PLC0415
-        import pyarrow.parquet  # noqa: PLC0415
-
-        arrays = {name: _arrow(values.contiguous().numpy()) for name, values in columns.items()}
-        table = pyarrow.table(arrays).replace_schema_metadata({_META: self.digest.encode()})
-        path = self.shard(number)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            pyarrow.parquet.write_table(table, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write the observations of a shard: name -> tensor of its samples."""
+        self.save(self.shard(number).name, columns)
 
     def load_shard(self, number: int) -> dict[str, Tensor]:
         """What `save_shard` wrote.
 
         Raises:
-            RunError: the file is damaged, or of other settings.
+            RunError: the file is missing, damaged, or of other settings.
         """
-        import pyarrow  # noqa: PLC0415
-        import pyarrow.parquet  # noqa: PLC0415
-
-        path = self.shard(number)
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (OSError, pyarrow.ArrowInvalid) as error:
-            raise RunError(
-                f"{path} is not a readable part ({error}); delete it, and it is computed again"
-            ) from None
-        if (table.schema.metadata or {}).get(_META, b"").decode() != self.digest:
-            raise RunError(
-                f"{path} was made with other settings or other data; delete {self.path} to start "
-                "anew, or name another --out"
-            )
-        return {name: _tensor(table[name]) for name in table.column_names}
+        columns = self.load(self.shard(number).name)
+        if columns is None:
+            raise RunError(f"{self.shard(number)} is gone; score again to compute it")
+        return columns
 
     def has_shard(self, number: int) -> bool:
-        """Whether the shard is there and belongs to this run; raises as `load_shard` does."""
-        return self.shard(number).exists() and bool(self.load_shard(number))
+        """Whether the shard is there and belongs to this run; raises as `load` does."""
+        return self.load(self.shard(number).name) is not None
 
     def shard(self, number: int) -> Path:
         """Where a shard is kept."""
-        return self.path / f"shard-{number:05d}.parquet"
+        return self.path / f"shard-{number:05d}.pt"
 
     def remove(self) -> None:
         """Delete the folder."""
@@ -155,21 +128,3 @@ def _check_same(path: Path, now: Mapping[str, Any], before: Mapping[str, Any]) -
             f"{path} holds parts made with other settings: {'; '.join(changed)}; repeat the "
             "command that made them, delete the folder, or name another --out"
         )
-
-
-def _arrow(values: np.ndarray[Any, Any]) -> Any:
-    import pyarrow  # noqa: PLC0415
-
-    if values.ndim == 1:
-        return pyarrow.array(values)
-    flat = pyarrow.array(values.reshape(-1))
-    return pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1])
-
-
-def _tensor(column: Any) -> Tensor:
-    import pyarrow  # noqa: PLC0415
-
-    if not pyarrow.types.is_fixed_size_list(column.type):
-        return torch.from_numpy(np.array(column.to_numpy()))
-    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return torch.from_numpy(np.array(flat)).reshape(len(column), column.type.list_size)

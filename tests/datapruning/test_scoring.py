@@ -162,12 +162,12 @@ def test_a_foreign_or_damaged_part_is_refused(samples: ImageSamples, cut_off: Pa
     parts = cut_off.with_name("s.parquet.parts")
     foreign = open_parts(parts.with_name("other"), {"seed": 9})
     foreign.save_shard(0, {"id": torch.arange(32), "el2n": torch.zeros(32)})
-    shard = parts / "shard-00000.parquet"
+    shard = parts / "shard-00000.pt"
     shutil.copy(foreign.shard(0), shard)
-    with pytest.raises(RunError, match="made with other settings"):
+    with pytest.raises(RunError, match="belongs to another run"):
         score(samples, method="el2n", model=small, out=cut_off, **SMALL)
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(RunError, match="not a readable part"):
+    with pytest.raises(RunError, match="not a readable checkpoint"):
         score(samples, method="el2n", model=small, out=cut_off, **SMALL)
     shard.unlink()
     score(samples, method="el2n", model=small, out=cut_off, **SMALL)
