@@ -25,6 +25,7 @@ cli = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+INTERRUPTED = 130
 
 
 def main() -> None:
@@ -42,9 +43,11 @@ def main() -> None:
         if debug or not type(error).__module__.startswith("sparsemodel."):
             raise
         _fail(error)
-    except KeyboardInterrupt:
-        errors.print(f"interrupted; {_how_to_go_on(arguments)}", soft_wrap=True, highlight=False)
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer makes this of a Ctrl-C
+            text = f"interrupted; {_how_to_go_on(arguments)}"
+            errors.print(text, soft_wrap=True, highlight=False)
+        raise
 
 
 def _fail(error: Exception) -> None:

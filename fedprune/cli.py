@@ -39,9 +39,10 @@ def main() -> None:
             raise
         errors.print(f"[red]error:[/red] {_escaped(error)}", soft_wrap=True)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        errors.print("interrupted; continue with --resume")
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == 130:  # typer makes this of a Ctrl-C
+            errors.print("interrupted; continue with --resume")
+        raise
 
 
 def _escaped(value: object) -> str:
