@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,13 @@ from datapruning.recommend.grounding import language_recommender
 from datapruning.recommend.histories import Histories, HistorySamples, Question
 from datapruning.recommend.overall import overall_table, select_covering
 from datapruning.recommend.readers import read
-from datapruning.recommend.steps import Language, effort_table, influence_table, load_language
+from datapruning.recommend.steps import (
+    Language,
+    PromptSettings,
+    effort_table,
+    influence_table,
+    load_language,
+)
 from datapruning.recommend.surrogate import (
     SurrogateConfig,
     evaluate,
@@ -121,8 +127,7 @@ class Bench:
         return load_language(
             preset.model,
             self.histories,
-            max_length=preset.max_length,
-            max_titles=preset.max_titles,
+            settings=PromptSettings(max_length=preset.max_length, max_titles=preset.max_titles),
             device=self.device,
             base=self.out / "base",
             report=_say,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from datapruning.errors import DataError, ScoreError
+from datapruning.files import write_atomically
 from datapruning.recommend import language
 from datapruning.recommend.effort import effort
 from datapruning.recommend.finetune import FinetuneConfig, finetune
@@ -23,7 +25,34 @@ from datapruning.table import ScoreTable
 TITLES = FinetuneConfig(epochs=4, batch_size=64, lr=2e-3)
 """How a model from scratch learns the titles, before it sees any history."""
 
+PROMPTS = "prompts.json"
+
 Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """How prompts are written.
+
+    Attributes:
+        template: in TEMPLATES; None: "plain" for a model from scratch, else "instruction".
+        max_length: tokens of prompt and answer.
+        max_titles: of a history.
+    """
+
+    template: str | None = None
+    max_length: int = 256
+    max_titles: int = 10
+
+    def changed(self, **settings: Any) -> PromptSettings:
+        """With other settings, by name."""
+        return replace(self, **settings)
+
+    @classmethod
+    def of(cls, folder: Path) -> PromptSettings | None:
+        """Those of a model that `Language.save` left, if it is one."""
+        path = folder / PROMPTS
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 class Language:
@@ -43,19 +72,18 @@ class Language:
         tokenizer: Any,
         histories: Histories,
         *,
-        template: str | None,
-        max_length: int,
-        max_titles: int,
+        settings: PromptSettings,
     ) -> None:
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self.from_scratch = bool(getattr(model.config, "from_scratch", False))
-        self.template = _template(name, template, from_scratch=self.from_scratch)
+        self.template = _template(settings.template, from_scratch=self.from_scratch)
+        self.settings = replace(settings, template=self.template)
         self.prompts = Prompts(
             tokenizer,
             histories.titles,
             template=TEMPLATES[self.template],
-            max_length=max_length,
-            max_titles=max_titles,
+            max_length=settings.max_length,
+            max_titles=settings.max_titles,
         )
 
     def adapted(self, *, seed: int) -> nn.Module:
@@ -64,20 +92,25 @@ class Language:
             return self.model
         return language.with_lora(self.model, language.LoraSettings(), seed=seed)
 
-    def save(self, folder: Path) -> None:
-        """Leave model and tokenizer as `load_language` and transformers read them."""
-        save: Any = self.model.save_pretrained
+    def save(self, folder: Path, model: nn.Module | None = None) -> None:
+        """Leave model and tokenizer as transformers reads them, and how prompts are written.
+
+        Args:
+            model: fine-tuned; None: the model as it was loaded. Of one with adapters those alone
+                are written; the folder then names the model they belong to.
+        """
+        save: Any = (self.model if model is None else model).save_pretrained
         save(folder)
         self.tokenizer.save_pretrained(folder)
+        about = json.dumps(asdict(self.settings), indent=1)
+        write_atomically(folder / PROMPTS, about.encode())
 
 
 def load_language(
     name: str,
     histories: Histories,
     *,
-    template: str | None = None,
-    max_length: int = 256,
-    max_titles: int = 10,
+    settings: PromptSettings | None = None,
     device: str = "cpu",
     base: Path | None = None,
     report: Report = lambda _: None,
@@ -89,27 +122,24 @@ def load_language(
 
     Args:
         name: of transformers, a folder, or scratch:SIZE.
-        template: in TEMPLATES; None: "plain" for a model from scratch, else "instruction".
+        settings: of prompts; None: those that the folder was saved with, or the defaults.
         base: folder where a model from scratch is kept once it knows the titles.
 
     Raises:
         ModelError, DataError: an unknown model or template, or max_length too short.
     """
-    options: dict[str, Any] = {
-        "template": template,
-        "max_length": max_length,
-        "max_titles": max_titles,
-    }
-    if base is not None and (base / "config.json").exists():
+    if base is not None and (base / PROMPTS).exists():
         model, tokenizer = language.load(str(base), device=device)
-        return Language(name, model, tokenizer, histories, **options)
+        settings = settings or PromptSettings.of(base) or PromptSettings()
+        return Language(name, model, tokenizer, histories, settings=settings)
+    settings = settings or PromptSettings.of(Path(name)) or PromptSettings()
     is_new = name.startswith(language.SCRATCH)
-    words = TEMPLATES[_template(name, template, from_scratch=is_new)]
+    words = TEMPLATES[_template(settings.template, from_scratch=is_new)]
     texts = texts_of(histories.titles, words)
     model, tokenizer = language.load(name, texts=texts, device=device)
-    loaded = Language(name, model, tokenizer, histories, **options)
+    loaded = Language(name, model, tokenizer, histories, settings=settings)
     if is_new:
-        report(f"{name} learns {len(histories.titles)} titles")
+        report(f"{name} learns {histories.num_items} titles")
         finetune(loaded.model, loaded.prompts.catalogue(), config=TITLES, seed=0)
         if base is not None:
             loaded.save(base)
@@ -144,7 +174,7 @@ def influence_table(
             histories, config=config, seed=seed, device=device, checkpoint=checkpoint, on_epoch=told
         )
         report(f"influence of {len(samples)} samples")
-        scores = surrogate_influence(model, samples, seed=seed)
+        scores = surrogate_influence(model, samples, damping=DAMPING, depth=DEPTH, seed=seed)
         return scores, {"best_epoch": result.best_epoch, "epochs": len(result.losses)}
 
     return _once(
@@ -169,9 +199,7 @@ def effort_table(
     """
     prompts = language_model.prompts
     about = {
-        "template": language_model.template,
-        "max_length": prompts.max_length,
-        "max_titles": prompts.max_titles,
+        **asdict(language_model.settings),
         "trainable": "all" if language_model.from_scratch else "lora",
     }
 
@@ -223,9 +251,9 @@ def _once(
     return table
 
 
-def _template(name: str, template: str | None, *, from_scratch: bool) -> str:
+def _template(template: str | None, *, from_scratch: bool) -> str:
     if template is None:
         return "plain" if from_scratch else "instruction"
     if template not in TEMPLATES:
-        raise DataError(f"unknown template {template!r} for {name}; known: {', '.join(TEMPLATES)}")
+        raise DataError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
     return template
