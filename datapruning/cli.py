@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from datapruning.console import console, errors, escaped, progress_bar, say, warnings_shown
 from datapruning.errors import DatapruningError, RunError, ScoreError, SelectionError
+from datapruning.recommend.cli import app as recommend
 
 cli = typer.Typer(
     help="Score training samples, keep the ones worth training on, and train on them.",
@@ -23,8 +22,7 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
-errors = Console(stderr=True)
+cli.add_typer(recommend, name="recommend")
 INTERRUPTED = 130
 
 
@@ -52,18 +50,14 @@ def main() -> None:
 
 def _fail(error: Exception) -> None:
     text = " ".join(str(error).split())
-    errors.print(f"[red]error:[/red] {_escaped(text)}", soft_wrap=True, highlight=False)
+    errors.print(f"[red]error:[/red] {escaped(text)}", soft_wrap=True, highlight=False)
     raise SystemExit(1)
 
 
 def _how_to_go_on(arguments: Sequence[str]) -> str:
     if arguments[:1] == ["train"]:
         return "continue with the same command and --resume"
-    return f"what was finished is kept; go on with: datapruning {_escaped(shlex.join(arguments))}"
-
-
-def _escaped(value: object) -> str:
-    return str(value).replace("[", r"\[")
+    return f"what was finished is kept; go on with: datapruning {escaped(shlex.join(arguments))}"
 
 
 Dataset = Annotated[str, typer.Argument(help="A data set's name, or a folder of parquet.")]
@@ -123,7 +117,7 @@ def score(  # noqa: PLR0917 - the command's options
 
     names = _split(method)
     _check_suffix(out)
-    with _progress() as progress, _warnings_shown():
+    with progress_bar() as progress, warnings_shown():
         tables = run_score(
             dataset, method=names, model=model, out=out,
             task=ImageClassification(layer=layer),
@@ -152,7 +146,7 @@ def score(  # noqa: PLR0917 - the command's options
                 highlight=False,
             )
     target = write_score_report(list(paths.values()), report_path(out))
-    _say(f"report: {target}")
+    say(f"report: {target}")
 
 
 @cli.command()
@@ -201,9 +195,9 @@ def select(  # noqa: PLR0917 - the command's options
             rows.add_row(str(label), f"{before:,}", f"{after:,}", share)
         console.print(rows)
     for note in subset.provenance.get("notes", []):
-        errors.print(f"[yellow]note:[/yellow] {_escaped(note)}", soft_wrap=True, highlight=False)
-    _say(f"kept: {len(subset):,} of {len(table):,} samples ({subset.policy}) -> {out}")
-    _say(f"report: {write_score_report([scores], report_path(out), subset=subset)}")
+        errors.print(f"[yellow]note:[/yellow] {escaped(note)}", soft_wrap=True, highlight=False)
+    say(f"kept: {len(subset):,} of {len(table):,} samples ({subset.policy}) -> {out}")
+    say(f"report: {write_score_report([scores], report_path(out), subset=subset)}")
 
 
 @cli.command()
@@ -256,15 +250,15 @@ def train(  # noqa: PLR0917 - the command's options
         ),
     )  # fmt: skip
     folder = out or runner.default_folder(settings, resume=resume)
-    with _warnings_shown():
-        summary = runner.run(settings, folder, resume=resume, progress=_say)
+    with warnings_shown():
+        summary = runner.run(settings, folder, resume=resume, progress=say)
     target = write_run_report(folder)
     table = Table(show_header=False, title="result")
     for label, value, note in run_facts(summary):
         table.add_row(label, f"{value}, {note}" if note else value)
     console.print(table)
-    _say(f"model:  {folder / 'model.safetensors'}")
-    _say(f"report: {target}")
+    say(f"model:  {folder / 'model.safetensors'}")
+    say(f"report: {target}")
 
 
 @cli.command()
@@ -317,14 +311,14 @@ def report(
     if source.is_dir():
         from datapruning.run_report import write_run_report  # noqa: PLC0415
 
-        _say(f"report: {write_run_report(source)}")
+        say(f"report: {write_run_report(source)}")
         return
     from datapruning.report import report_path, write_score_report  # noqa: PLC0415
     from datapruning.table import Subset  # noqa: PLC0415
 
     kept = None if subset is None else Subset.read(subset)
     target = out or report_path(source)
-    _say(f"report: {write_score_report([source, *(others or [])], target, subset=kept)}")
+    say(f"report: {write_score_report([source, *(others or [])], target, subset=kept)}")
 
 
 @cli.command()
@@ -383,10 +377,10 @@ def _compare_training(
     for name in names:
         check_method(name)
     config = TrainingConfig(epochs=epochs)
-    with _warnings_shown():
+    with warnings_shown():
         results = compare_training(
             load_dataset(dataset), names, keeps=keeps, seeds=seeds, training=config,
-            scoring={"training": config}, progress=_say if not as_json else errors.print,
+            scoring={"training": config}, progress=say if not as_json else errors.print,
             **settings,
         )  # fmt: skip
     if as_json:
@@ -394,64 +388,11 @@ def _compare_training(
         return
     for budget in BUDGETS:
         header, rows = result_table(results, budget=budget)
-        _say(f"test accuracy, %, at equal {budget}:")
+        say(f"test accuracy, %, at equal {budget}:")
         table = Table(*header)
         for row in rows:
             table.add_row(*row)
         console.print(table)
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar for what is under way; on a file or a pipe, a line for each stage."""
-    from rich.progress import (  # noqa: PLC0415
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    tasks: dict[str, Any] = {}
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                for task in tasks.values():
-                    bar.update(task, visible=False)
-                tasks[what] = bar.add_task(what, total=total)
-                if not console.is_terminal:
-                    _say(f"{what} ...")
-            bar.update(tasks[what], completed=done)
-
-        yield show
-
-
-@contextmanager
-def _warnings_shown() -> Iterator[None]:
-    """Warnings of this package as one line each; others as Python shows them."""
-    from datapruning.errors import ScoreWarning, SubsetWarning  # noqa: PLC0415
-
-    original = warnings.showwarning
-
-    def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if issubclass(category, ScoreWarning | SubsetWarning):
-            errors.print(
-                f"[yellow]warning:[/yellow] {_escaped(message)}", soft_wrap=True, highlight=False
-            )
-        else:
-            original(message, category, *rest, **more)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", ScoreWarning)
-        warnings.simplefilter("always", SubsetWarning)
-        warnings.showwarning = show
-        yield
-
-
-def _say(text: str) -> None:
-    console.print(_escaped(text), highlight=False, soft_wrap=True)
 
 
 def _split(text: str) -> list[str]:
