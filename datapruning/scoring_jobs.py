@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from datapruning.errors import RunError
-from datapruning.methods import METHODS, NUM_MOMENTS, Method, Shard, Whole
+from datapruning.methods import METHODS, NUM_MOMENTS, Method
 from datapruning.models import build_model
 from datapruning.parts import SETTINGS, Parts
 from datapruning.samples import Samples
 from datapruning.scores.memorization import subsets
 from datapruning.scores.recorder import Recorder
+from datapruning.scoring_steps import Shard, Whole
 from datapruning.seeds import stream_seed
 from datapruning.task import Task
 from datapruning.threads import computing
