@@ -67,7 +67,7 @@ def test_hard_wins_where_data_are_plentiful_and_easy_where_they_are_few() -> Non
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.7])
 def test_the_number_kept_decides_and_hardly_the_fraction(fraction: float) -> None:
-    """What select(policy="auto") rests on: hard loses to random at 1 kept a dimension, wins at 2."""
+    """What "auto" rests on: hard loses to random at 1 kept a dimension, wins at 2."""
     for kept, hard_wins in ((1.0, False), (2.0, True)):
         hard = learning_point(kept / fraction, fraction=fraction).error
         assert (hard < learning_point(kept).error) == hard_wins
