@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from datapruning.errors import RunError
+from datapruning.errors import RunError, SelectionError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,6 +113,8 @@ def select(  # noqa: PLR0917 - the command's options
     from datapruning.table import ScoreTable  # noqa: PLC0415
 
     table = ScoreTable.read(scores)
+    if keep >= 1 and not keep.is_integer():
+        raise SelectionError(f"--keep {keep:g}: expected a share below 1, or a whole number")
     count = keep if keep < 1 else int(keep)
     subset = select_covering(table, keep=count, seed=seed, num_groups=groups, cut=cut)
     subset.write(out)

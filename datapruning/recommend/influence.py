@@ -27,7 +27,7 @@ DEPTH = 1000
 after 1,000 steps is below 10⁻⁴, and more of them do not make the chain less noisy. More samples
 a step, or more chains, do."""
 
-CHUNK = 256
+CHUNK = 128
 
 
 def surrogate_influence(
@@ -38,7 +38,7 @@ def surrogate_influence(
     parameters: Sequence[str] | None = None,
     damping: float = DAMPING,
     depth: int = DEPTH,
-    drawn: int = 8,
+    drawn: int = 4,
     repeats: int = 1,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from datapruning.errors import DataError, ScoreError
+from datapruning.errors import DataError, ModelError, ScoreError
 from datapruning.files import write_atomically
 from datapruning.recommend import language
 from datapruning.recommend.effort import effort
@@ -25,7 +26,8 @@ from datapruning.table import ScoreTable
 TITLES = FinetuneConfig(epochs=4, batch_size=64, lr=2e-3)
 """How a model from scratch learns the titles, before it sees any history."""
 
-PROMPTS = "prompts.json"
+ABOUT = "recommend.json"
+"""What `Language.save` adds to a model's folder."""
 
 Report = Callable[[str], None]
 
@@ -51,8 +53,8 @@ class PromptSettings:
     @classmethod
     def of(cls, folder: Path) -> PromptSettings | None:
         """Those of a model that `Language.save` left, if it is one."""
-        path = folder / PROMPTS
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        about = _about(folder)
+        return None if about is None else cls(**about["prompts"])
 
 
 class Language:
@@ -62,6 +64,7 @@ class Language:
         name: as it was asked for.
         model, tokenizer: of transformers.
         prompts: of the histories' titles.
+        titles: hexadecimal digits that name them.
         from_scratch: whether all its weights are fine-tuned, and not adapters.
     """
 
@@ -75,6 +78,7 @@ class Language:
         settings: PromptSettings,
     ) -> None:
         self.name, self.model, self.tokenizer = name, model, tokenizer
+        self.titles = hashlib.sha256("\n".join(histories.titles).encode()).hexdigest()[:16]
         self.from_scratch = bool(getattr(model.config, "from_scratch", False))
         self.template = _template(settings.template, from_scratch=self.from_scratch)
         self.settings = replace(settings, template=self.template)
@@ -102,8 +106,8 @@ class Language:
         save: Any = (self.model if model is None else model).save_pretrained
         save(folder)
         self.tokenizer.save_pretrained(folder)
-        about = json.dumps(asdict(self.settings), indent=1)
-        write_atomically(folder / PROMPTS, about.encode())
+        about = {"name": self.name, "titles": self.titles, "prompts": asdict(self.settings)}
+        write_atomically(folder / ABOUT, json.dumps(about, indent=1).encode())
 
 
 def load_language(
@@ -128,12 +132,19 @@ def load_language(
     Raises:
         ModelError, DataError: an unknown model or template, or max_length too short.
     """
-    if base is not None and (base / PROMPTS).exists():
-        model, tokenizer = language.load(str(base), device=device)
-        settings = settings or PromptSettings.of(base) or PromptSettings()
-        return Language(name, model, tokenizer, histories, settings=settings)
-    settings = settings or PromptSettings.of(Path(name)) or PromptSettings()
     is_new = name.startswith(language.SCRATCH)
+    about = None if base is None or not is_new else _about(base)
+    if about is not None:
+        settings = settings or PromptSettings(**about["prompts"])
+        model, tokenizer = language.load(str(base), device=device)
+        known = Language(name, model, tokenizer, histories, settings=settings)
+        if (about["name"], about["titles"]) != (name, known.titles):
+            raise ModelError(
+                f"{base} holds {about['name']} with titles of other data; delete it, or name "
+                "another folder"
+            )
+        return known
+    settings = settings or PromptSettings.of(Path(name)) or PromptSettings()
     words = TEMPLATES[_template(settings.template, from_scratch=is_new)]
     texts = texts_of(histories.titles, words)
     model, tokenizer = language.load(name, texts=texts, device=device)
@@ -249,6 +260,15 @@ def _once(
     )
     table.write(path)
     return table
+
+
+def _about(folder: Path) -> dict[str, Any] | None:
+    """What `Language.save` noted there, if it did."""
+    path = folder / ABOUT
+    if not path.exists():
+        return None
+    about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return about
 
 
 def _template(template: str | None, *, from_scratch: bool) -> str:

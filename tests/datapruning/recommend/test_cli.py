@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from datapruning.errors import RunError, ScoreError, SelectionError
+from datapruning.errors import ModelError, RunError, ScoreError, SelectionError
 from datapruning.recommend import steps
 from datapruning.recommend.cli import app
 from datapruning.recommend.finetune import FinetuneConfig
@@ -99,12 +99,32 @@ def test_scoring_again_finds_what_is_there_and_refuses_other_settings(
     assert "other data or settings" in str(result.exception)
 
 
+def test_a_base_of_another_model_is_refused(data: Path, tmp_path: Path) -> None:
+    histories, base = made_histories(num_users=50), tmp_path / "base"
+    first = steps.load_language("scratch:tiny", histories, base=base)
+    again = steps.load_language("scratch:tiny", histories, base=base)
+    ours, theirs = first.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(ModelError, match="holds scratch:tiny"):
+        steps.load_language("scratch:small", histories, base=base)
+    model, _ = _local_model(tmp_path / "local")
+    other = steps.load_language(str(model), histories, base=base)
+    assert not other.from_scratch
+
+
+def test_a_count_that_is_none_is_refused(tmp_path: Path) -> None:
+    scores = ScoreTable(torch.arange(30), torch.rand(30).double(), "x", "other", "0" * 16, seed=0)
+    scores.write(tmp_path / "s.parquet")
+    result = run("select", tmp_path / "s.parquet", "--keep", 10.5, "--out", tmp_path / "k.parquet")
+    assert isinstance(result.exception, SelectionError)
+
+
 def test_a_model_of_transformers_gets_adapters(data: Path, tmp_path: Path) -> None:
     model, _ = _local_model(tmp_path / "local")
     out = tmp_path / "tuned"
     passed("finetune", data, "--model", model, "--out", out, "--steps", 2, "--max-titles", 3)
     assert (out / "model" / "adapter_config.json").exists()
-    settings = json.loads((out / "model" / "prompts.json").read_text())
+    settings = json.loads((out / "model" / "recommend.json").read_text())["prompts"]
     assert settings == {"template": "instruction", "max_length": 256, "max_titles": 3}
     again = steps.load_language(str(out / "model"), made_histories(num_users=50))
     assert any("lora" in name for name, _ in again.model.named_parameters())
