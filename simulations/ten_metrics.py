@@ -82,7 +82,9 @@ def main() -> None:
     )
     body = [
         "Kept are the hardest samples by each method. `runs` models are trained for every method "
-        "that averages over models or compares them, el2n-20 among them; the others train one.",
+        "that averages over models or compares them, el2n-20 among them; the others train one. "
+        "prototypes-ssl works in the space that `embedding` names; pca is a control, nothing "
+        "learned.",
     ]
     for budget, meaning in (
         ("epochs", "as many passes as over all data, so fewer optimiser steps"),
@@ -93,7 +95,7 @@ def main() -> None:
         ranked = ranking(results, budget=budget)
         body += ["", "Against random, paired by seed and fraction:", ""]
         body += [markdown(["method", "points over random", "pairs won"], ranked)]
-    refused = sorted({r["refused"] for r in results.values() if "refused" in r})
+    refused = sorted({f"{c.method}: {r['refused']}" for c, r in results.items() if "refused" in r})
     body += ["", *[f"- refused: {reason}" for reason in refused]]
     path = write_page(
         "ten_metrics",

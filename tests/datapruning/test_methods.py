@@ -167,3 +167,24 @@ def test_nothing_is_left_in_the_folder(samples: ImageSamples, tmp_path: Path) ->
     again = score(samples, method="el2n", model=small, training=TRAINING, out=out)
     assert torch.equal(table.scores, again.scores)
     assert out.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("name", ["el2n-20", "ddd"])
+def test_runs_are_averaged_not_summed(name: str, samples: ImageSamples) -> None:
+    """Models that are all alike and hardly learn: three of them score as one does."""
+
+    def alike(seed: int) -> torch.nn.Module:
+        return build_linear()
+
+    still = TrainingConfig(epochs=1, batch_size=30, lr=1e-12)
+    one = score(samples, method=name, model=alike, training=still, runs=1)
+    three = score(samples, method=name, model=alike, training=still, runs=3)
+    torch.testing.assert_close(one.scores, three.scores, rtol=1e-6, atol=1e-8)
+
+
+def build_linear() -> torch.nn.Module:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.linspace(-1, 1, 640).sin().reshape(10, 64))
+        model[1].bias.zero_()
+    return model
