@@ -16,6 +16,7 @@ from datapruning.data import fingerprint
 from datapruning.errors import RunError
 from datapruning.recommend.histories import PADDING, Histories, Question
 from datapruning.recommend.metrics import CUTOFFS, ranking_metrics, target_ranks
+from datapruning.recommend.ragged import Ragged
 from datapruning.recommend.sasrec import SASRec, batches_by_length, position_losses
 from datapruning.seeds import generator, seeded, stream_seed
 
@@ -155,13 +156,10 @@ def evaluate(
     No item is left out of the ranking, not even those of the history.
     """
     ranks = torch.empty_like(question.targets.values)
+    places = Ragged(torch.arange(len(ranks)), question.targets.starts)
     for rows in batches_by_length(question.history.lengths, batch_size=EVALUATION_BATCH):
         part = question.take(rows)
-        places = torch.isin(question.targets.owners, rows)
-        # Targets of the part come row by row in its own order.
-        order = torch.argsort(_place_of(rows, question.targets.owners[places]), stable=True)
-        found = target_ranks(recommender(part), part.targets).cpu()
-        ranks[torch.nonzero(places).flatten()[order]] = found
+        ranks[places.take(rows).values] = target_ranks(recommender(part), part.targets).cpu()
     return ranking_metrics(ranks, question.targets, cutoffs=cutoffs)
 
 
@@ -229,9 +227,3 @@ def _copied(model: SASRec) -> dict[str, Any]:
 def _name_of(histories: Histories) -> str:
     train, valid = histories.train, histories.valid
     return fingerprint(histories.users, train.values, train.starts, valid.values, valid.starts)
-
-
-def _place_of(rows: Tensor, owners: Tensor) -> Tensor:
-    """Where each owner stands in rows."""
-    order = torch.argsort(rows)
-    return order[torch.searchsorted(rows[order], owners)]
