@@ -1,9 +1,11 @@
-"""What several tests of the native library stand on."""
+"""What several tests of the native library and of the CUDA kernels stand on."""
 
 import platform
 from collections.abc import Iterator
 
 import pytest
+import torch
+from cuda_host import COMPILER, HostRunner
 
 from sparsemodel.errors import SparseModelError
 from sparsemodel.kernels import cpu
@@ -22,3 +24,21 @@ def lib(request: pytest.FixtureRequest) -> Iterator[cpu.CpuLibrary]:
         pytest.skip(f"{error} (needs another processor)")
     yield loaded
     loaded.set_isa("best")
+
+
+@pytest.fixture(scope="session")
+def host_runner(tmp_path_factory: pytest.TempPathFactory) -> HostRunner:
+    """The CUDA kernels, built as C++ once a session."""
+    if COMPILER is None:
+        pytest.skip("needs a C++ compiler: install g++ or clang++, or set CXX")
+    return HostRunner(tmp_path_factory.mktemp("cuda_host"))
+
+
+@pytest.fixture(params=["in order", "shuffled"])
+def cuda(request: pytest.FixtureRequest, host_runner: HostRunner) -> Iterator[HostRunner]:
+    """Runs CUDA kernels on the host, threads in order or not; empty tensors are made NaN."""
+    host_runner.seed = 0 if request.param == "in order" else 1
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty makes
+    yield host_runner
+    torch.use_deterministic_algorithms(False)

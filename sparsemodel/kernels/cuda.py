@@ -1,0 +1,123 @@
+"""Launching the CUDA kernels on torch's current stream.
+
+Nothing loads at import. Where the kernels cannot run (no cuda-core, an old driver, a GPU that
+NVRTC knows nothing of) there is one warning, and callers compute by the reference. The
+environment variable SPARSEMODEL_CUDA=off turns them off.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from typing import Any, Protocol
+
+import torch
+
+from sparsemodel.errors import NativeLibraryWarning
+from sparsemodel.kernels import cuda_build, cuda_source
+
+ENVIRONMENT = "SPARSEMODEL_CUDA"
+EXTRA = 'pip install "fedprune[cuda]"'
+
+
+class Runner(Protocol):
+    """What runs kernels: a GPU, or in tests the host."""
+
+    def launch(
+        self,
+        family: str,
+        kernel: str,
+        blocks: int,
+        *arguments: Any,
+        real: torch.dtype = torch.float32,
+    ) -> None:
+        """Run a kernel of csrc/cuda/`family`.cu in so many blocks; none is nothing to do.
+
+        Args:
+            arguments: a tensor or None for each pointer, a number for each number.
+            real: the type that the kernel calls Real.
+        """
+
+
+class DeviceRunner:
+    """Runs kernels on one GPU, on the stream that is torch's current one there."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        major, minor = torch.cuda.get_device_capability(device)
+        self._arch = f"sm_{major}{minor}"
+        self._kernels: dict[tuple[str, str, torch.dtype], Any] = {}
+
+    def launch(
+        self,
+        family: str,
+        kernel: str,
+        blocks: int,
+        *arguments: Any,
+        real: torch.dtype = torch.float32,
+    ) -> None:
+        from cuda.core import LaunchConfig, launch  # noqa: PLC0415 - an optional package
+
+        if blocks == 0:
+            return
+        with torch.cuda.device(self._device):
+            compiled = self._kernel(family, kernel, real)
+            config = LaunchConfig(grid=blocks, block=cuda_source.BLOCK)
+            stream: Any = torch.cuda.current_stream(self._device)
+            launch(stream, config, compiled, *cuda_source.arguments(family, kernel, arguments))
+
+    def _kernel(self, family: str, kernel: str, real: torch.dtype) -> Any:
+        key = family, kernel, real
+        if key not in self._kernels:
+            from cuda.core import Device, ObjectCode  # noqa: PLC0415 - an optional package
+
+            Device(self._device).set_current()
+            code = ObjectCode.from_cubin(cuda_build.compiled(family, real, self._arch))
+            for name in cuda_source.kernels(family):
+                self._kernels[family, name, real] = code.get_kernel(name)
+        return self._kernels[key]
+
+
+def runner(device: torch.device) -> Runner | None:
+    """What runs kernels on tensors of `device`; None, after one warning, where nothing can."""
+    if device.type != "cuda" or os.environ.get(ENVIRONMENT) == "off":
+        return None
+    return _runner(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def blocks_of(count: int, per_block: int = cuda_source.BLOCK) -> int:
+    """How many blocks hold `count` pieces of work, `per_block` each."""
+    return -(-count // per_block)
+
+
+@functools.cache
+def _runner(index: int) -> Runner | None:
+    why = obstacle()
+    if why is None:
+        made = DeviceRunner(index)
+        try:
+            made._kernel("arrays", "popcount", torch.float32)
+        except Exception as error:  # whatever driver and compiler raise, the reference still runs
+            why = f"they do not load on {torch.cuda.get_device_name(index)} ({error})"
+        else:
+            return made
+    warnings.warn(
+        f"the CUDA kernels are not used, the reference computes instead: {why}",
+        NativeLibraryWarning,
+        stacklevel=2,
+    )
+    return None
+
+
+def obstacle() -> str | None:
+    """Why kernels cannot be compiled in this environment, and what to do; None where they can."""
+    try:
+        import cuda.core  # noqa: F401, PLC0415 - an optional package
+    except ImportError:
+        return f"cuda-core is not installed ({EXTRA})"
+    try:
+        cuda_build.nvrtc_version()
+    except Exception as error:  # the bindings raise errors of many kinds where NVRTC is missing
+        return f"NVRTC cannot be loaded ({error}); install a CUDA build of torch, which brings it"
+    return None

@@ -1,0 +1,120 @@
+"""Compiling the CUDA kernels without a GPU, the folder of compiled ones, and what is refused."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsemodel.errors import NativeLibraryWarning
+from sparsemodel.kernels import cuda, cuda_build, cuda_source
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(cuda_build.ENVIRONMENT, str(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
+@pytest.fixture
+def compiler() -> None:
+    """Skips where kernels cannot be compiled, and says what would change that."""
+    why = cuda.obstacle()
+    if why is not None:
+        pytest.skip(why)
+
+
+def has_types(family: str) -> bool:
+    return "REAL_BFLOAT16" in cuda_source.source(family)
+
+
+CASES = [
+    (family, real)
+    for family in cuda_source.families()
+    for real in (cuda_source.REALS if has_types(family) else [torch.float32])
+]
+
+
+@pytest.mark.usefixtures("compiler", "cache")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("family", "real"), CASES)
+def test_kernels_compile_and_are_all_there(family: str, real: torch.dtype, arch: str) -> None:
+    binary = cuda_build.compiled(family, real, arch)
+    assert binary[:4] == b"\x7fELF"
+    for kernel in cuda_source.kernels(family):
+        assert f".text.{kernel}\0".encode() in binary
+
+
+def test_the_table_of_kernels_misses_none() -> None:
+    for family in cuda_source.families():
+        written = re.findall(r"^KERNEL\b", cuda_source.source(family), re.MULTILINE)
+        assert len(cuda_source.kernels(family)) == len(written) > 0
+
+
+def test_kernels_run_in_blocks_of_the_size_they_are_written_for() -> None:
+    assert f"#define BLOCK {cuda_source.BLOCK} " in cuda_source.source("arrays")
+
+
+def test_an_argument_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(AssertionError, match="takes 3 arguments"):
+        cuda_source.arguments("arrays", "unpack_mask", (None, 1))
+    with pytest.raises(AssertionError, match="n is a number"):
+        cuda_source.arguments("arrays", "unpack_mask", (None, None, None))
+    with pytest.raises(AssertionError, match="mask is a pointer"):
+        cuda_source.arguments("arrays", "unpack_mask", (None, 1, 1))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_second_call_reads_and_a_damaged_entry_is_compiled_again(cache: Path) -> None:
+    first = cuda_build.compiled("arrays", torch.float32, "sm_80")
+    (entry,) = cache.iterdir()
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[:-1])
+    assert cuda_build.read_entry(entry) is None
+    assert cuda_build.compiled("arrays", torch.float32, "sm_80") == first
+    assert [path.read_bytes() for path in cache.iterdir()] == [whole]
+    content = b"another"
+    cuda_build.write_entry(entry, content)
+    assert cuda_build.compiled("arrays", torch.float32, "sm_80") == content
+
+
+@pytest.mark.usefixtures("compiler")
+def test_entries_differ_by_architecture_and_type(cache: Path) -> None:
+    cuda_build.compiled("arrays", torch.float32, "sm_80")
+    cuda_build.compiled("arrays", torch.float32, "sm_90")
+    cuda_build.compiled("arrays", torch.float16, "sm_80")
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cuda_build.write_entry(tmp_path / "file" / "entry", b"content")
+    assert cuda_build.read_entry(tmp_path / "file" / "entry") is None
+
+
+def test_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cuda.ENVIRONMENT, "off")
+    assert cuda.runner(torch.device("cuda", 0)) is None
+
+
+def test_no_kernels_run_on_the_cpu() -> None:
+    assert cuda.runner(torch.device("cpu")) is None
+
+
+def test_without_cuda_core_there_is_one_warning_with_the_cure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    cuda._runner.cache_clear()
+    with pytest.warns(NativeLibraryWarning, match=r"fedprune\[cuda\]"):
+        assert cuda.runner(torch.device("cuda", 0)) is None
+    assert cuda.runner(torch.device("cuda", 0)) is None  # a second warning would be an error
+    cuda._runner.cache_clear()
+
+
+def test_importing_the_kernels_imports_no_binding() -> None:
+    code = "import sys, sparsemodel.kernels.cuda; print('cuda.core' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
