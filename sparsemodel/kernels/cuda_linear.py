@@ -1,0 +1,101 @@
+"""Sparse linear layers by the kernels of linear.cu, features first: x is [in, B], y [out, B].
+
+The functions take checked tensors on the runner's device, contiguous and of one dtype (float32,
+bfloat16 or float16; sums are float32). Each result is added in one order: a second call gives
+the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sparsemodel.kernels.cuda import Runner, blocks_of
+
+Tensor = torch.Tensor
+
+_FAMILY = "linear"
+_ROWS_OF_BLOCK = 8  # as in linear.cu: warps of a block,
+_TILE = 128  # batch entries of a warp in spmm,
+_ENTRIES_OF_BLOCK = 32  # and non-zeros of a block in sddmm
+_ROWS_OF_CHUNK = 16  # of a thread in square_norms
+
+
+class Transposed(NamedTuple):
+    """The pattern by input: CSR of the transposed weight, and where each value stands."""
+
+    row_ptr: Tensor
+    cols: Tensor
+    order: Tensor
+
+
+def transpose(row_ptr: Tensor, cols: Tensor, in_features: int) -> Transposed:
+    """The pattern by input feature, int32 throughout; each row's entries ascend."""
+    rows = torch.repeat_interleave(row_ptr.diff(), output_size=cols.numel())
+    order = torch.argsort(cols, stable=True)
+    counts = torch.bincount(cols, minlength=in_features)
+    t_row_ptr = torch.zeros(in_features + 1, dtype=torch.int32, device=cols.device)
+    t_row_ptr[1:] = counts.cumsum(0)
+    return Transposed(t_row_ptr, rows[order].to(torch.int32), order.to(torch.int32))
+
+
+def forward(
+    runner: Runner, x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, cols: Tensor
+) -> Tensor:
+    """W · x + bias: [in, B] -> [out, B]."""
+    return _spmm(runner, Transposed(row_ptr, cols, cols), None, values, bias, x)
+
+
+def input_gradient(runner: Runner, dy: Tensor, values: Tensor, transposed: Transposed) -> Tensor:
+    """Wᵀ · dy: [out, B] -> [in, B]."""
+    return _spmm(runner, transposed, transposed.order, values, None, dy)
+
+
+def weight_gradient(runner: Runner, dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor) -> Tensor:
+    """dy · xᵀ at the mask: [nnz], in the dtype of `dy`."""
+    gradient = dy.new_empty(cols.numel())
+    runner.launch(
+        _FAMILY, "sddmm", blocks_of(cols.numel(), _ENTRIES_OF_BLOCK), row_ptr, cols, dy, x,
+        gradient, row_ptr.numel() - 1, cols.numel(), dy.shape[1], real=dy.dtype,
+    )  # fmt: skip
+    return gradient
+
+
+def square_norms(
+    runner: Runner, dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, *, bias: bool
+) -> Tensor:
+    """Squared norm of each sample's gradient at the mask, one position a sample: float32 [B].
+
+    Source: Goodfellow, Efficient Per-Example Gradient Computations (2015), with the sum over
+    inputs taken at the mask alone.
+
+    Args:
+        bias: whether the bias's gradient counts.
+    """
+    rows, batch = row_ptr.numel() - 1, dy.shape[1]
+    chunks = blocks_of(rows, _ROWS_OF_CHUNK)
+    parts = dy.new_empty((chunks, batch), dtype=torch.float32)
+    runner.launch(
+        _FAMILY, "square_norms", chunks * blocks_of(batch), row_ptr, cols, dy, x, parts, rows,
+        batch, _ROWS_OF_CHUNK, float(bias), real=dy.dtype,
+    )  # fmt: skip
+    return parts.sum(0)
+
+
+def _spmm(
+    runner: Runner,
+    pattern: Transposed,
+    order: Tensor | None,
+    values: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+) -> Tensor:
+    rows, batch = pattern.row_ptr.numel() - 1, x.shape[1]
+    y = x.new_empty((rows, batch))
+    blocks = blocks_of(rows, _ROWS_OF_BLOCK) * blocks_of(batch, _TILE)
+    runner.launch(
+        _FAMILY, "spmm", blocks, pattern.row_ptr, pattern.cols, order, values, bias, x, y, rows,
+        batch, real=x.dtype,
+    )  # fmt: skip
+    return y
