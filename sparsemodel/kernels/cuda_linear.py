@@ -4,14 +4,14 @@ The functions take checked tensors on the runner's device, contiguous and of one
 bfloat16 or float16; sums are float32). Each result is added in one order: a second call gives
 the same bits.
 """
+# ruff: noqa: PLR0917 - kernels take their arrays by position
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 
 from sparsemodel.kernels.cuda import Runner, blocks_of
+from sparsemodel.kernels.cuda_conv import Transposed
 
 Tensor = torch.Tensor
 
@@ -22,34 +22,17 @@ _ENTRIES_OF_BLOCK = 32  # and non-zeros of a block in sddmm
 _ROWS_OF_CHUNK = 16  # of a thread in square_norms
 
 
-class Transposed(NamedTuple):
-    """The pattern by input: CSR of the transposed weight, and where each value stands."""
-
-    row_ptr: Tensor
-    cols: Tensor
-    order: Tensor
-
-
-def transpose(row_ptr: Tensor, cols: Tensor, in_features: int) -> Transposed:
-    """The pattern by input feature, int32 throughout; each row's entries ascend."""
-    rows = torch.repeat_interleave(row_ptr.diff(), output_size=cols.numel())
-    order = torch.argsort(cols, stable=True)
-    counts = torch.bincount(cols, minlength=in_features)
-    t_row_ptr = torch.zeros(in_features + 1, dtype=torch.int32, device=cols.device)
-    t_row_ptr[1:] = counts.cumsum(0)
-    return Transposed(t_row_ptr, rows[order].to(torch.int32), order.to(torch.int32))
-
-
 def forward(
     runner: Runner, x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, cols: Tensor
 ) -> Tensor:
     """W · x + bias: [in, B] -> [out, B]."""
-    return _spmm(runner, Transposed(row_ptr, cols, cols), None, values, bias, x)
+    return _spmm(runner, row_ptr, cols, None, values, bias, x)
 
 
 def input_gradient(runner: Runner, dy: Tensor, values: Tensor, transposed: Transposed) -> Tensor:
     """Wᵀ · dy: [out, B] -> [in, B]."""
-    return _spmm(runner, transposed, transposed.order, values, None, dy)
+    t = transposed
+    return _spmm(runner, t.row_ptr, t.cols, t.order, values, None, dy)
 
 
 def weight_gradient(runner: Runner, dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor) -> Tensor:
@@ -85,17 +68,18 @@ def square_norms(
 
 def _spmm(
     runner: Runner,
-    pattern: Transposed,
+    row_ptr: Tensor,
+    cols: Tensor,
     order: Tensor | None,
     values: Tensor,
     bias: Tensor | None,
     x: Tensor,
 ) -> Tensor:
-    rows, batch = pattern.row_ptr.numel() - 1, x.shape[1]
+    rows, batch = row_ptr.numel() - 1, x.shape[1]
     y = x.new_empty((rows, batch))
     blocks = blocks_of(rows, _ROWS_OF_BLOCK) * blocks_of(batch, _TILE)
     runner.launch(
-        _FAMILY, "spmm", blocks, pattern.row_ptr, pattern.cols, order, values, bias, x, y, rows,
+        _FAMILY, "spmm", blocks, row_ptr, cols, order, values, bias, x, y, rows,
         batch, real=x.dtype,
     )  # fmt: skip
     return y

@@ -9,7 +9,8 @@ struct Real { unsigned short bits; };
 __device__ inline float load(Real r) { return __uint_as_float((uint32)r.bits << 16); }
 __device__ inline Real store(float f) {
   uint32 bits = __float_as_uint(f);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {(unsigned short)0x7fc0};  // NaN stays NaN
+  // A GPU's NaN is 0x7fffffff, which rounding would carry over into the sign of a zero.
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {(unsigned short)0x7fc0};
   return {(unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};  // ties to even
 }
 #elif defined(REAL_FLOAT16)

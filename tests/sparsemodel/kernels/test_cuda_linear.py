@@ -5,8 +5,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sparsemodel.kernels import cuda_linear
+from sparsemodel.kernels import cuda_conv, cuda_linear
 from sparsemodel.kernels.cuda import Runner
+from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.pattern import csr_from_mask
 
 Tensor = torch.Tensor
@@ -30,6 +31,10 @@ class Case(NamedTuple):
     bias: Tensor
     x: Tensor
     dy: Tensor
+
+    def transposed(self) -> cuda_conv.Transposed:
+        geometry = ConvGeometry(*self.weight.shape, 1, 1)
+        return cuda_conv.transpose(self.row_ptr, self.cols, geometry)
 
     def near(self, found: Tensor, expected: Tensor) -> None:
         """Equal up to rounding of sums of this many terms, and of the result's type."""
@@ -66,7 +71,7 @@ def test_forward(cuda: Runner, out: int, width: int, batch: int, density: float)
 @every_density
 def test_gradients(cuda: Runner, out: int, width: int, batch: int, density: float) -> None:
     c = make(out, width, batch, density)
-    transposed = cuda_linear.transpose(c.row_ptr, c.cols, width)
+    transposed = c.transposed()
     dx = cuda_linear.input_gradient(cuda, c.dy, c.values, transposed)
     c.near(dx, c.weight.t() @ c.dy.double())
     dvalues = cuda_linear.weight_gradient(cuda, c.dy, c.x, c.row_ptr, c.cols)
@@ -81,7 +86,7 @@ def test_half_types_are_summed_in_float32(cuda: Runner, dtype: torch.dtype) -> N
     c.near(y, exact)
     nearest = exact.to(dtype).double()
     assert ((y.double() - nearest).abs() <= nearest.abs() * 2 * torch.finfo(dtype).eps + 1e-5).all()
-    transposed = cuda_linear.transpose(c.row_ptr, c.cols, 300)
+    transposed = c.transposed()
     c.near(
         cuda_linear.input_gradient(cuda, c.dy, c.values, transposed), c.weight.t() @ c.dy.double()
     )
@@ -124,7 +129,7 @@ def test_a_batch_of_none_has_no_output_and_no_gradient(cuda: Runner) -> None:
 
 def test_the_transposed_pattern_is_that_of_the_transposed_mask(cuda: Runner) -> None:
     c = make(9, 14, 1, 0.4)
-    found = cuda_linear.transpose(c.row_ptr, c.cols, 14)
+    found = c.transposed()
     row_ptr, cols = csr_from_mask(c.mask.t())
     assert torch.equal(found.row_ptr, row_ptr)
     assert torch.equal(found.cols, cols)

@@ -1,0 +1,206 @@
+"""Sparse convolution and the largest gradients outside the mask: conv.cu and topk.cu on the host.
+
+Convolutions are compared with torch's in float64, selections with a plain sort.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.nn import functional
+
+from sparsemodel.errors import MaskError
+from sparsemodel.kernels import cuda_conv, cuda_topk, reference
+from sparsemodel.kernels.cuda import Runner
+from sparsemodel.kernels.geometry import ConvGeometry
+from sparsemodel.pattern import csr_from_mask
+
+Tensor = torch.Tensor
+
+# Geometry, batch and size of the input.
+CASES = {
+    "pointwise": (ConvGeometry(5, 3, 1, 1), 1, (1, 1)),
+    "3x3": (ConvGeometry(9, 4, 3, 3, 1, 1, 1, 1), 3, (5, 7)),
+    "strided": (ConvGeometry(10, 6, 3, 2, 2, 3, 1, 0), 2, (9, 8)),
+    "dilated in groups": (ConvGeometry(6, 4, 2, 3, 1, 2, 2, 1, 2, 3, 2), 5, (6, 9)),
+    "depthwise": (ConvGeometry(8, 4, 3, 3, 2, 1, 1, 1, 1, 1, 4), 1, (7, 5)),
+    "more than a tile": (ConvGeometry(3, 20, 3, 3, 1, 1, 1, 1), 40, (4, 3)),
+}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+every_case = pytest.mark.parametrize("name", list(CASES))
+every_density = pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+
+
+class Case(NamedTuple):
+    """A layer with a row that is empty (unless it is full), an input and an output gradient."""
+
+    geometry: ConvGeometry
+    mask: Tensor
+    values: Tensor
+    row_ptr: Tensor
+    cols: Tensor
+    bias: Tensor
+    x: Tensor
+    dy: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.x.shape[1], self.x.shape[2]
+
+    def exact(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, input gradient and dense weight gradient of torch's convolution in float64."""
+        g = self.geometry
+        weight = torch.zeros(g.weight_shape, dtype=torch.float64)
+        weight[self.mask] = self.values.double()
+        x = self.x.double().permute(3, 0, 1, 2).requires_grad_()
+        weight.requires_grad_()
+        y = functional.conv2d(
+            x, weight, self.bias.double(), g.stride, g.padding, g.dilation, g.groups
+        )
+        dx, dweight = torch.autograd.grad(y, (x, weight), self.dy.double().permute(3, 0, 1, 2))
+        return y.detach().permute(1, 2, 3, 0), dx.permute(1, 2, 3, 0), dweight
+
+    def near(self, found: Tensor, expected: Tensor) -> None:
+        """Equal up to rounding of sums of this many terms, and of the result's type."""
+        assert found.dtype == self.x.dtype
+        scale = float(expected.abs().max()) if expected.numel() else 0.0
+        bound = TOLERANCE[self.x.dtype] * max(1.0, scale)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound)
+
+
+def make(name: str, density: float, dtype: torch.dtype = torch.float32) -> Case:
+    g, batch, size = CASES[name]
+    mask = torch.rand(g.weight_shape) < density
+    if density < 1:
+        mask[g.out_channels // 2] = False
+    values, bias = torch.randn(int(mask.sum())), torch.randn(g.out_channels)
+    x = torch.randn(g.in_channels, *size, batch)
+    dy = torch.randn(g.out_channels, *g.output_size(*size), batch)
+    floats = (t.to(dtype) for t in (bias, x, dy))
+    return Case(g, mask, values.to(dtype), *csr_from_mask(mask), *floats)
+
+
+def check(cuda: Runner, c: Case) -> None:
+    y, dx, dweight = c.exact()
+    c.near(cuda_conv.forward(cuda, c.x, c.values, c.bias, c.row_ptr, c.cols, c.geometry), y)
+    without = y - c.bias.double()[:, None, None, None]
+    c.near(cuda_conv.forward(cuda, c.x, c.values, None, c.row_ptr, c.cols, c.geometry), without)
+    transposed = cuda_conv.transpose(c.row_ptr, c.cols, c.geometry)
+    c.near(cuda_conv.input_gradient(cuda, c.dy, c.values, transposed, c.geometry, c.size), dx)
+    c.near(
+        cuda_conv.weight_gradient(cuda, c.dy, c.x, c.row_ptr, c.cols, c.geometry),
+        dweight[c.mask],
+    )
+
+
+@every_case
+@every_density
+def test_forward_and_gradients(cuda: Runner, name: str, density: float) -> None:
+    check(cuda, make(name, density))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_summed_in_float32(cuda: Runner, dtype: torch.dtype) -> None:
+    check(cuda, make("strided", 0.5, dtype))
+
+
+def selected(dense: Tensor, mask: Tensor, k: int) -> tuple[list[int], list[float]]:
+    """The k largest magnitudes outside the mask by a plain sort, in order of position."""
+    pruned = [
+        (position, value)
+        for position, (value, active) in enumerate(
+            zip(dense.flatten().tolist(), mask.flatten().tolist(), strict=True)
+        )
+        if not active
+    ]
+    best = sorted(pruned, key=lambda item: (-abs(item[1]), item[0]))[:k]
+    return [p for p, _ in sorted(best)], [v for _, v in sorted(best)]
+
+
+def whole_numbers(c: Case) -> Case:
+    """The same with small whole numbers: sums are exact, and most magnitudes tie."""
+    return c._replace(
+        x=torch.randint(-1, 2, c.x.shape).to(c.x.dtype),
+        dy=torch.randint(-1, 2, c.dy.shape).to(c.x.dtype),
+    )
+
+
+@every_case
+@pytest.mark.parametrize("k", [0, 1, 7, 10_000])
+def test_topk_is_exact_with_ties_to_the_lower_index(cuda: Runner, name: str, k: int) -> None:
+    c = whole_numbers(make(name, 0.3))
+    found = cuda_topk.topk_grad(cuda, c.x, c.dy, c.row_ptr, c.cols, c.geometry, k)
+    positions, gradients = selected(c.exact()[2], c.mask, k)
+    assert found[0].tolist() == positions
+    assert found[1].tolist() == gradients
+
+
+@pytest.mark.parametrize("k", [1, 40, 300])
+def test_topk_goes_on_to_the_last_digit(
+    cuda: Runner, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where candidates may never be sorted, ties are told apart by all bits of the position."""
+    monkeypatch.setattr(cuda_topk, "_MIN_CANDIDATES", 0)
+    c = make("more than a tile", 0.3)
+    c = c._replace(dy=torch.ones_like(c.dy), x=torch.ones_like(c.x))
+    found = cuda_topk.topk_grad(cuda, c.x, c.dy, c.row_ptr, c.cols, c.geometry, k)
+    positions, gradients = selected(c.exact()[2], c.mask, k)
+    assert found[0].tolist() == positions
+    assert found[1].tolist() == gradients
+
+
+def test_topk_of_a_dead_layer_takes_the_first_zeros(cuda: Runner) -> None:
+    c = make("3x3", 0.3)
+    c = c._replace(dy=torch.zeros_like(c.dy))
+    positions, gradients = cuda_topk.topk_grad(cuda, c.x, c.dy, c.row_ptr, c.cols, c.geometry, 9)
+    assert positions.tolist() == torch.nonzero(~c.mask.flatten()).flatten()[:9].tolist()
+    assert gradients.tolist() == [0.0] * 9
+
+
+def linear_case(dtype: torch.dtype = torch.float32) -> tuple[Case, Tensor]:
+    """A linear layer of 70 × 150, more than a tile both ways, and its dense gradient."""
+    mask = torch.rand(70, 150) < 0.2
+    x, dy = torch.randn(150, 33).to(dtype), torch.randn(70, 33).to(dtype)
+    geometry = ConvGeometry(70, 150, 1, 1)
+    planes = x.view(150, 1, 1, 33), dy.view(70, 1, 1, 33)
+    none = torch.empty(0)
+    return Case(
+        geometry, mask, none, *csr_from_mask(mask), none, *planes
+    ), dy.double() @ x.t().double()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_topk_of_a_linear_layer(cuda: Runner, dtype: torch.dtype) -> None:
+    c, dense = linear_case(dtype)
+    found = cuda_topk.topk_grad(cuda, c.x, c.dy, c.row_ptr, c.cols, c.geometry, 200)
+    positions, gradients = selected(dense, c.mask, 200)
+    assert found[0].tolist() == positions
+    expected = torch.tensor(gradients, dtype=torch.float64)
+    torch.testing.assert_close(found[1].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_topk_is_the_references(cuda: Runner) -> None:
+    c, _ = linear_case()
+    found = cuda_topk.topk_grad(cuda, c.x, c.dy, c.row_ptr, c.cols, c.geometry, 50)
+    x, dy = c.x.view(150, 33).t(), c.dy.view(70, 33).t()
+    positions, gradients = reference.linear_topk_grad(x, dy, c.row_ptr, c.cols, 50)
+    assert found[0].tolist() == positions.tolist()
+    torch.testing.assert_close(found[1].cpu(), gradients)
+
+
+def test_topk_of_a_full_mask_is_empty(cuda: Runner) -> None:
+    c = make("3x3", 1.0)
+    positions, gradients = cuda_topk.topk_grad(cuda, c.x, c.dy, c.row_ptr, c.cols, c.geometry, 5)
+    assert len(positions) == len(gradients) == 0
+
+
+def test_topk_refuses_nan_at_pruned_places_alone(cuda: Runner) -> None:
+    c, _ = linear_case()
+    mask = c.mask.clone()
+    mask[3] = True
+    c = c._replace(mask=mask, row_ptr=csr_from_mask(mask)[0], cols=csr_from_mask(mask)[1])
+    c.dy[3] = float("nan")
+    cuda_topk.topk_grad(cuda, c.x, c.dy, c.row_ptr, c.cols, c.geometry, 5)
+    c.dy[4, 0, 0, 0] = float("nan")
+    with pytest.raises(MaskError, match="has training diverged"):
+        cuda_topk.topk_grad(cuda, c.x, c.dy, c.row_ptr, c.cols, c.geometry, 5)
