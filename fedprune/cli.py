@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from datapruning.console import console, errors, escaped
 from fedprune.config import RunConfig, parse_assignments, read_toml
 from fedprune.errors import USER_ERRORS, RunError
 
@@ -24,8 +24,6 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
-errors = Console(stderr=True)
 
 
 def main() -> None:
@@ -37,16 +35,12 @@ def main() -> None:
     except USER_ERRORS as error:
         if debug:
             raise
-        errors.print(f"[red]error:[/red] {_escaped(error)}", soft_wrap=True)
+        errors.print(f"[red]error:[/red] {escaped(error)}", soft_wrap=True)
         raise SystemExit(1) from None
     except SystemExit as end:
         if end.code == 130:  # typer makes this of a Ctrl-C
             errors.print("interrupted; continue with --resume")
         raise
-
-
-def _escaped(value: object) -> str:
-    return str(value).replace("[", r"\[")
 
 
 Method = Annotated[str | None, typer.Option(help="fedtiny, magnitude, fedavg, ...")]
@@ -213,7 +207,7 @@ def inspect(model: Path, debug: Debug = False) -> None:
             table.add_row(name, shape, f"{tensor.numel():,}", "dense")
     console.print(table)
     for key, value in sorted(stored.metadata.items()):
-        console.print(f"{key}: {_escaped(value)}", highlight=False)
+        console.print(f"{key}: {escaped(value)}", highlight=False)
     size, dense = model.stat().st_size, sum(4 * t.numel() for t in stored.state.values())
     console.print(f"file: {format_bytes(size)} ({format_bytes(dense)} as dense fp32)")
     if stored.mask is not None:
@@ -234,14 +228,14 @@ def _execute(
     progress = _progress(folder, config, quiet=quiet)
     summary = runner.run(config, folder, engine=engine, resume=resume, progress=progress)
     if was_complete:
-        console.print(f"already complete: {_escaped(folder)}", highlight=False, soft_wrap=True)
+        console.print(f"already complete: {escaped(folder)}", highlight=False, soft_wrap=True)
     if not quiet:
         table = Table(show_header=False, title="result")
         for row in summary_rows(summary):
             table.add_row(*row)
         console.print(table)
         for label, name in (("model: ", runfolder.MODEL), ("report:", runfolder.REPORT)):
-            console.print(f"{label} {_escaped(folder / name)}", highlight=False, soft_wrap=True)
+            console.print(f"{label} {escaped(folder / name)}", highlight=False, soft_wrap=True)
 
 
 def _progress(folder: Path, config: RunConfig, *, quiet: bool) -> Callable[[], None]:
@@ -279,8 +273,8 @@ def _progress(folder: Path, config: RunConfig, *, quiet: bool) -> Callable[[], N
 
     def heading() -> None:
         console.print(
-            f"{config.pruning.method} on {_escaped(config.data.dataset)}, {config.model_name}, "
-            f"{config.data.clients} clients, {config.training.rounds} rounds -> {_escaped(folder)}",
+            f"{config.pruning.method} on {escaped(config.data.dataset)}, {config.model_name}, "
+            f"{config.data.clients} clients, {config.training.rounds} rounds -> {escaped(folder)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -298,7 +292,7 @@ def _progress(folder: Path, config: RunConfig, *, quiet: bool) -> Callable[[], N
             for skipped in line.get("skipped", []):
                 errors.print(
                     f"[yellow]warning:[/yellow] round {line.get('round', 0)}: client "
-                    f"{skipped['client']} left out: {_escaped(skipped['reason'])}",
+                    f"{skipped['client']} left out: {escaped(skipped['reason'])}",
                     soft_wrap=True,
                 )
         shown = len(lines)

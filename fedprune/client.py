@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 
 from datapruning.models import float_state, load_float_state_
 from datapruning.seeds import generator, stream_seed
+from datapruning.threads import computing
 from fedprune import wire
 from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS, ClientError
@@ -24,7 +25,6 @@ from fedprune.partition import ClientData
 from fedprune.training import (
     GrowthBatch,
     compute_device,
-    compute_threads,
     round_learning_rate,
     train_locally,
 )
@@ -60,7 +60,7 @@ def _answer(message: Message, context: Context, work: Work) -> Message:
                 f"partition-id {client}: expected 0 to {config.data.clients - 1}; "
                 "make the number of nodes equal to data.clients"
             )
-        with compute_threads(config.training.threads):
+        with computing(config.training.threads):
             record = work(message.content, context, workspace, client)
     except wire.NeedsResync:
         record = wire.resync_record()

@@ -11,6 +11,7 @@ from torch import nn
 
 from datapruning.models import float_state, load_float_state_
 from datapruning.seeds import generator, stream_seed
+from datapruning.threads import computing
 from fedprune.aggregate import EntryMean, WeightedMean
 from fedprune.config import RunConfig
 from fedprune.errors import ClientError, RunError
@@ -26,7 +27,6 @@ from fedprune.methods.base import RunState
 from fedprune.runfolder import MODEL, RunFolder
 from fedprune.training import (
     compute_device,
-    compute_threads,
     evaluate,
     train_locally,
 )
@@ -72,7 +72,7 @@ class Cohort(Protocol):
 def run(workspace: Workspace, cohort: Cohort, folder: RunFolder) -> RunState:
     """Run, or continue, until the last round; leaves model, metrics and summary in `folder`."""
     config = workspace.config
-    with compute_threads(config.training.threads):
+    with computing(config.training.threads):
         # 1. Where we stand: the last checkpoint, or the method's own start.
         state = folder.state or start(workspace, cohort, folder)
         # A checkpoint keeps names sorted; messages follow the model's order.

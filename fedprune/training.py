@@ -6,8 +6,7 @@ Pure functions of a model, tensors and a seed; they know nothing of transport or
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -69,17 +68,6 @@ class Evaluation:
 def round_learning_rate(config: TrainingConfig, round_index: int) -> float:
     """Cosine decay from `config.lr` in round 0 towards 0 after the last round."""
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * round_index / config.rounds))
-
-
-@contextmanager
-def compute_threads(threads: int) -> Iterator[None]:
-    """Run with a fixed number of threads: float sums in kernels depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def compute_device(name: str) -> torch.device:

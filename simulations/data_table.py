@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from datapruning.data import ImageSet, load_dataset
+from simulations.provenance import commit, machine
 
 
 @dataclass(frozen=True)
@@ -95,8 +91,7 @@ def write_page(
         "",
         f"Written by `python -m simulations.{name} {call.command}`.",
         "",
-        f"- commit {commit()}, {platform.machine()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}, torch {torch.__version__}",
+        f"- commit {commit()}, {machine()}",
         f"- {data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
         f"samples, fingerprint {data.fingerprint}",
         f"- test accuracy in %, mean ± sample standard deviation over seeds "
@@ -112,15 +107,3 @@ def write_page(
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
-
-
-def commit() -> str:
-    """The commit that the working tree is at."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from simulations.provenance import commit, machine
 
 SCORES = {
     "full": (),
@@ -57,8 +56,7 @@ def page(
         "",
         f"Written by `python -m simulations.dealrec_games --data FOLDER {command}`.",
         "",
-        f"- commit {_commit()}, {platform.machine()}, {os.cpu_count()} cores, one thread, Python "
-        f"{platform.python_version()}, torch {_torch_version()}; seconds of processor time on a "
+        f"- commit {commit()}, {machine(used=', one thread')}; seconds of processor time on a "
         "CPU, of the clock on a GPU",
         f"- {pool} training samples in the pool, {kept} of them kept by every method but the "
         f"first; {questions} test users, all items ranked, ties against the recommender",
@@ -180,20 +178,3 @@ def _mean(results: Results, arm: str, budget: str, seeds: Sequence[int], name: s
 def _read(cell: Path) -> dict[str, float]:
     found: dict[str, float] = json.loads((cell / "result.json").read_text(encoding="utf-8"))
     return found
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
-
-
-def _torch_version() -> str:
-    import torch  # noqa: PLC0415
-
-    return torch.__version__

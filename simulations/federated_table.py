@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +23,7 @@ from fedprune import RunConfig
 from fedprune.config import parse_assignments
 from fedprune.results import format_bytes
 from fedprune.runfolder import CONFIG, read_summary
+from simulations.provenance import commit, machine
 
 # Methods whose result does not depend on the density are run once for each seed.
 DENSE_METHODS = ("fedavg",)
@@ -162,9 +161,9 @@ def main(experiment: Experiment) -> None:
     name = "-".join([experiment.name, preset, *(f"{k}={v}" for k, v in changes.items())])
     out = arguments.out or Path("runs") / name
     grid = cells(chosen, [int(seed) for seed in arguments.seeds.split(",")])
-    commit = _commit()
+    at = commit()
     summaries = run_grid(grid, settings, out, jobs=arguments.jobs)
-    page = write_page(chosen, preset, settings, summaries, commit)
+    page = write_page(chosen, preset, settings, summaries, at)
     # Only the whole grid with the preset's own settings replaces the saved table.
     is_whole = not changes and chosen.densities == list(experiment.densities)
     is_whole = is_whole and chosen.methods == list(experiment.methods)
@@ -201,7 +200,7 @@ def write_page(
     preset: str,
     settings: Mapping[str, Any],
     summaries: Mapping[Cell, Mapping[str, Any]],
-    commit: str,
+    at: str,
 ) -> str:
     """The Markdown page: what was run, where, and what came out."""
     shown = {key: value for key, value in settings.items() if key != "data.dataset"}
@@ -214,8 +213,7 @@ def write_page(
             "",
             f"Written by `{command}`.",
             "",
-            f"- commit {commit}, {platform.machine()}, {os.cpu_count()} cores, "
-            f"Python {platform.python_version()}, torch {_torch_version()}",
+            f"- commit {at}, {machine()}",
             f"- mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}; "
             "the seed decides data split, initial weights, order and masks alike",
             "- every method: the same network class (small-dense: narrower), split, pre-trained "
@@ -234,24 +232,6 @@ def write_page(
             "",
         ]
     )
-
-
-def _commit() -> str:
-    root = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
-
-
-def _torch_version() -> str:
-    import torch  # noqa: PLC0415
-
-    return torch.__version__
 
 
 if __name__ == "__main__":

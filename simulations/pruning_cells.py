@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +19,7 @@ from datapruning.samples import ImageSamples
 from datapruning.seeds import stream_seed
 from datapruning.task import ImageClassification
 from datapruning.training import TrainingConfig, evaluate, train
+from simulations.provenance import commit, machine
 
 Result = dict[str, Any]
 
@@ -127,23 +125,13 @@ def head(
         "",
         f"Written by `{command}`.",
         "",
-        f"- commit {commits}, {platform.machine()}, {os.cpu_count()} cores, {given.threads} used, "
-        f"Python {platform.python_version()}, torch {torch.__version__}",
+        f"- commit {commits}, {machine(used=f', {given.threads} used')}",
         f"- data: {data.name}, {len(data.train_labels)} training and {len(data.test_labels)} test "
         f"images, fingerprint {data.fingerprint}",
         "- errors in percent, mean ± sample standard deviation over the seeds; a seed decides "
         "scores, subsets, initial weights and order",
         "- test data are used once, after the last step, and decide nothing; nothing was tuned",
     ]
-
-
-def commit() -> str:
-    """Of the working tree; each cell keeps the one that it ran at."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return done.stdout.strip() or "unknown"
 
 
 def save(page: list[str], name: str, given: argparse.Namespace) -> None:

@@ -17,7 +17,6 @@ from fedprune.training import (
     compute_device,
     evaluate,
     round_learning_rate,
-    stream_seed,
     train_locally,
 )
 from sparsemodel.mask import Mask, prunable_parameters
@@ -99,13 +98,6 @@ def test_learning_rate_decays_by_the_cosine() -> None:
     assert rates[5] == pytest.approx(0.1)
     assert rates[9] == pytest.approx(0.1 * (1 + math.cos(0.9 * math.pi)))
     assert rates == sorted(rates, reverse=True)
-
-
-def test_derived_seeds_do_not_collide() -> None:
-    seeds = {stream_seed(a, b, c) for a in range(6) for b in range(20) for c in range(20)}
-    assert len(seeds) == 6 * 20 * 20
-    assert stream_seed(1, 2) != stream_seed(2, 1)
-    assert stream_seed(1) != stream_seed(1, 0)
 
 
 def test_missing_cuda_is_a_clear_error() -> None:
