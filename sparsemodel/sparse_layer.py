@@ -173,8 +173,11 @@ class SparseLayer(nn.Module):
 
     def _set_pattern(self, row_ptr: torch.Tensor, cols: torch.Tensor) -> None:
         self._choices: dict[object, bool] = {}
+        # The cost model knows processors alone: on other devices "auto" stays dense.
         sparse = self._execution == "sparse" or (
-            self._execution == "auto" and sparse_may_be_faster(self._geometry, len(cols))
+            self._execution == "auto"
+            and cols.is_cpu
+            and sparse_may_be_faster(self._geometry, len(cols))
         )
         index = SparseIndex.build(row_ptr, cols, self._geometry, sparse=sparse)
         self.register_buffer("row_ptr", row_ptr)

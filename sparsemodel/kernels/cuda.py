@@ -1,8 +1,9 @@
 """Launching the CUDA kernels on torch's current stream.
 
-Nothing loads at import. Where the kernels cannot run (no cuda-core, an old driver, a GPU that
-NVRTC knows nothing of) there is one warning, and callers compute by the reference. The
-environment variable SPARSEMODEL_CUDA=off turns them off.
+Nothing loads at import. The kernels have not been run on a GPU yet, so they are used only where
+the environment variable SPARSEMODEL_CUDA is "on". Where they then cannot run (no cuda-core, an
+old driver, a GPU that NVRTC knows nothing of) there is one warning, and callers compute by the
+reference.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ class DeviceRunner:
 
 
 def runner(device: torch.device) -> Runner | None:
-    """What runs kernels on tensors of `device`; None, after one warning, where nothing can."""
-    if device.type != "cuda" or os.environ.get(ENVIRONMENT) == "off":
+    """What runs kernels on tensors of `device`; None where they are off or cannot run."""
+    if device.type != "cuda" or os.environ.get(ENVIRONMENT) != "on":
         return None
     return _runner(torch.cuda.current_device() if device.index is None else device.index)
 

@@ -34,6 +34,15 @@ class Transposed(NamedTuple):
     cols: Tensor
     order: Tensor
 
+    def joined(self) -> Tensor:
+        """All of it as one vector, cols then order then row_ptr: what layers keep."""
+        return torch.cat([self.cols, self.order, self.row_ptr])
+
+    @classmethod
+    def split(cls, joined: Tensor, nnz: int) -> Transposed:
+        """What `joined` made of `nnz` entries, as views."""
+        return cls(joined[2 * nnz :], joined[:nnz], joined[nnz : 2 * nnz])
+
 
 def transpose(row_ptr: Tensor, cols: Tensor, geometry: ConvGeometry) -> Transposed:
     """The pattern by input; output channels ascend in each row."""
@@ -68,17 +77,15 @@ def forward(
     row_ptr: Tensor,
     cols: Tensor,
     geometry: ConvGeometry,
-) -> Tensor:
-    """[in, H, W, B] -> [out, OH, OW, B]."""
+    y: Tensor,
+) -> None:
+    """Write the convolution into `y`: [in, H, W, B] -> [out, OH, OW, B]."""
     size, batch = (x.shape[1], x.shape[2]), x.shape[3]
-    out_h, out_w = geometry.output_size(*size)
-    y = x.new_empty((geometry.out_channels, out_h, out_w, batch))
     blocks = blocks_of(geometry.out_channels, _ROWS_OF_BLOCK) * blocks_of(y[0].numel(), _TILE)
     runner.launch(
         _FAMILY, "conv_forward", blocks, row_ptr, cols, values, bias, x, y,
         sizes(geometry, batch, size, x.device), real=x.dtype,
     )  # fmt: skip
-    return y
 
 
 def input_gradient(
@@ -87,16 +94,15 @@ def input_gradient(
     values: Tensor,
     transposed: Transposed,
     geometry: ConvGeometry,
-    size: tuple[int, int],
-) -> Tensor:
-    """[out, OH, OW, B] -> [in, H, W, B], (H, W) = `size`."""
-    dx = dy.new_empty((geometry.in_channels, *size, dy.shape[3]))
+    dx: Tensor,
+) -> None:
+    """Write the input's gradient into `dx`: [out, OH, OW, B] -> [in, H, W, B]."""
+    size = dx.shape[1], dx.shape[2]
     blocks = blocks_of(geometry.in_channels, _ROWS_OF_BLOCK) * blocks_of(dx[0].numel(), _TILE)
     runner.launch(
         _FAMILY, "conv_input", blocks, transposed.row_ptr, transposed.cols, transposed.order,
         values, dy, dx, sizes(geometry, dy.shape[3], size, dy.device), real=dy.dtype,
     )  # fmt: skip
-    return dx
 
 
 def weight_gradient(

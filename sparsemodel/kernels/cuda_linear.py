@@ -23,16 +23,24 @@ _ROWS_OF_CHUNK = 16  # of a thread in square_norms
 
 
 def forward(
-    runner: Runner, x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, cols: Tensor
-) -> Tensor:
-    """W · x + bias: [in, B] -> [out, B]."""
-    return _spmm(runner, row_ptr, cols, None, values, bias, x)
+    runner: Runner,
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_ptr: Tensor,
+    cols: Tensor,
+    y: Tensor,
+) -> None:
+    """Write W · x + bias into `y`: [in, B] -> [out, B]."""
+    _spmm(runner, row_ptr, cols, None, values, bias, x, y)
 
 
-def input_gradient(runner: Runner, dy: Tensor, values: Tensor, transposed: Transposed) -> Tensor:
-    """Wᵀ · dy: [out, B] -> [in, B]."""
+def input_gradient(
+    runner: Runner, dy: Tensor, values: Tensor, transposed: Transposed, dx: Tensor
+) -> None:
+    """Write Wᵀ · dy into `dx`: [out, B] -> [in, B]."""
     t = transposed
-    return _spmm(runner, t.row_ptr, t.cols, t.order, values, None, dy)
+    _spmm(runner, t.row_ptr, t.cols, t.order, values, None, dy, dx)
 
 
 def weight_gradient(runner: Runner, dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor) -> Tensor:
@@ -74,12 +82,11 @@ def _spmm(
     values: Tensor,
     bias: Tensor | None,
     x: Tensor,
-) -> Tensor:
-    rows, batch = row_ptr.numel() - 1, x.shape[1]
-    y = x.new_empty((rows, batch))
+    y: Tensor,
+) -> None:
+    rows, batch = y.shape
     blocks = blocks_of(rows, _ROWS_OF_BLOCK) * blocks_of(batch, _TILE)
     runner.launch(
         _FAMILY, "spmm", blocks, row_ptr, cols, order, values, bias, x, y, rows,
         batch, real=x.dtype,
     )  # fmt: skip
-    return y

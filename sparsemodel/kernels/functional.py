@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from sparsemodel.choice import MAX_FEW_ROWS
 from sparsemodel.errors import SparseModelError
-from sparsemodel.kernels import native, ops, reference
+from sparsemodel.kernels import cuda, cuda_ops, cuda_source, native, ops, reference
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.kernels.layout import (
     MIN_MOVED,
@@ -51,6 +51,8 @@ class SparseIndex(NamedTuple):
         transposed = torch.empty(0, dtype=torch.int32, device=cols.device)
         if sparse and cols.device.type == "cpu" and native.loaded():
             transposed = native.transpose_pattern(row_ptr, cols, geometry)
+        elif sparse and cuda.runner(cols.device) is not None:
+            transposed = cuda_ops.transposed_index(row_ptr, cols, geometry)
         return cls(row_ptr, cols, transposed, cols.new_empty(0, dtype=torch.int16))
 
     def with_bits(self, row_length: int) -> SparseIndex:
@@ -172,7 +174,7 @@ def linear_topk_grad(
     if not _native(dy, index):
         return reference.linear_topk_grad(x, dy, index.row_ptr, index.cols, k)
     indices, values = ops.linear_topk_grad(x, dy, index.row_ptr, index.cols, k)
-    return indices, values
+    return indices.cpu(), values.cpu()
 
 
 def conv2d_topk_grad(
@@ -185,7 +187,7 @@ def conv2d_topk_grad(
     if not _native(dy, index):
         return reference.conv2d_topk_grad(x, dy, index.row_ptr, index.cols, geometry, k)
     indices, values = ops.conv2d_topk_grad(x, dy, index.row_ptr, index.cols, geometry, k)
-    return indices, values
+    return indices.cpu(), values.cpu()
 
 
 class _Linear(torch.autograd.Function):
@@ -416,7 +418,10 @@ def _differentiable(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
 
 def _native(values: Tensor, index: SparseIndex) -> bool:
     """Whether native kernels take this; the index by input exists where the library does."""
-    known = values.dtype == torch.float32 and values.device.type == "cpu"
+    if values.device.type == "cuda":
+        known = values.dtype in cuda_source.REALS
+    else:
+        known = values.dtype == torch.float32 and values.device.type == "cpu"
     return known and index.transposed.numel() > 0
 
 

@@ -94,18 +94,20 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:
     assert cuda_build.read_entry(tmp_path / "file" / "entry") is None
 
 
-def test_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cuda.ENVIRONMENT, "off")
+def test_kernels_are_used_only_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(cuda.ENVIRONMENT, raising=False)
     assert cuda.runner(torch.device("cuda", 0)) is None
 
 
-def test_no_kernels_run_on_the_cpu() -> None:
+def test_no_kernels_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cuda.ENVIRONMENT, "on")
     assert cuda.runner(torch.device("cpu")) is None
 
 
 def test_without_cuda_core_there_is_one_warning_with_the_cure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv(cuda.ENVIRONMENT, "on")
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     cuda._runner.cache_clear()
     with pytest.warns(NativeLibraryWarning, match=r"fedprune\[cuda\]"):

@@ -43,10 +43,6 @@ class Case(NamedTuple):
     x: Tensor
     dy: Tensor
 
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.x.shape[1], self.x.shape[2]
-
     def exact(self) -> tuple[Tensor, Tensor, Tensor]:
         """Output, input gradient and dense weight gradient of torch's convolution in float64."""
         g = self.geometry
@@ -82,15 +78,19 @@ def make(name: str, density: float, dtype: torch.dtype = torch.float32) -> Case:
 
 def check(cuda: Runner, c: Case) -> None:
     y, dx, dweight = c.exact()
-    c.near(cuda_conv.forward(cuda, c.x, c.values, c.bias, c.row_ptr, c.cols, c.geometry), y)
-    without = y - c.bias.double()[:, None, None, None]
-    c.near(cuda_conv.forward(cuda, c.x, c.values, None, c.row_ptr, c.cols, c.geometry), without)
-    transposed = cuda_conv.transpose(c.row_ptr, c.cols, c.geometry)
-    c.near(cuda_conv.input_gradient(cuda, c.dy, c.values, transposed, c.geometry, c.size), dx)
-    c.near(
-        cuda_conv.weight_gradient(cuda, c.dy, c.x, c.row_ptr, c.cols, c.geometry),
-        dweight[c.mask],
-    )
+    pattern = c.row_ptr, c.cols, c.geometry
+    found = torch.empty_like(c.dy)
+    cuda_conv.forward(cuda, c.x, c.values, c.bias, *pattern, found)
+    c.near(found, y)
+    found = torch.empty_like(c.dy)
+    cuda_conv.forward(cuda, c.x, c.values, None, *pattern, found)
+    c.near(found, y - c.bias.double()[:, None, None, None])
+    transposed = cuda_conv.transpose(*pattern)
+    transposed = cuda_conv.Transposed.split(transposed.joined(), c.cols.numel())
+    found = torch.empty_like(c.x)
+    cuda_conv.input_gradient(cuda, c.dy, c.values, transposed, c.geometry, found)
+    c.near(found, dx)
+    c.near(cuda_conv.weight_gradient(cuda, c.dy, c.x, *pattern), dweight[c.mask])
 
 
 @every_case
@@ -155,6 +155,15 @@ def test_topk_of_a_dead_layer_takes_the_first_zeros(cuda: Runner) -> None:
     positions, gradients = cuda_topk.topk_grad(cuda, c.x, c.dy, c.row_ptr, c.cols, c.geometry, 9)
     assert positions.tolist() == torch.nonzero(~c.mask.flatten()).flatten()[:9].tolist()
     assert gradients.tolist() == [0.0] * 9
+
+
+def test_topk_without_samples_takes_the_first_zeros(cuda: Runner) -> None:
+    c, _ = linear_case()
+    x, dy = c.x[..., :0].contiguous(), c.dy[..., :0].contiguous()
+    found = cuda_topk.topk_grad(cuda, x, dy, c.row_ptr, c.cols, c.geometry, 2000)
+    positions, gradients = selected(torch.zeros(70, 150), c.mask, 2000)
+    assert found[0].tolist() == positions
+    assert found[1].tolist() == gradients
 
 
 def linear_case(dtype: torch.dtype = torch.float32) -> tuple[Case, Tensor]:

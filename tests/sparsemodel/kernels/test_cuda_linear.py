@@ -36,6 +36,16 @@ class Case(NamedTuple):
         geometry = ConvGeometry(*self.weight.shape, 1, 1)
         return cuda_conv.transpose(self.row_ptr, self.cols, geometry)
 
+    def forward(self, cuda: Runner, bias: Tensor | None) -> Tensor:
+        y = torch.empty_like(self.dy)
+        cuda_linear.forward(cuda, self.x, self.values, bias, self.row_ptr, self.cols, y)
+        return y
+
+    def input_gradient(self, cuda: Runner) -> Tensor:
+        dx = torch.empty_like(self.x)
+        cuda_linear.input_gradient(cuda, self.dy, self.values, self.transposed(), dx)
+        return dx
+
     def near(self, found: Tensor, expected: Tensor) -> None:
         """Equal up to rounding of sums of this many terms, and of the result's type."""
         assert found.dtype == self.x.dtype
@@ -61,9 +71,9 @@ def make(
 @every_density
 def test_forward(cuda: Runner, out: int, width: int, batch: int, density: float) -> None:
     c = make(out, width, batch, density)
-    y = cuda_linear.forward(cuda, c.x, c.values, None, c.row_ptr, c.cols)
+    y = c.forward(cuda, None)
     c.near(y, c.weight @ c.x.double())
-    y = cuda_linear.forward(cuda, c.x, c.values, c.bias, c.row_ptr, c.cols)
+    y = c.forward(cuda, c.bias)
     c.near(y, c.weight @ c.x.double() + c.bias.double()[:, None])
 
 
@@ -71,8 +81,7 @@ def test_forward(cuda: Runner, out: int, width: int, batch: int, density: float)
 @every_density
 def test_gradients(cuda: Runner, out: int, width: int, batch: int, density: float) -> None:
     c = make(out, width, batch, density)
-    transposed = c.transposed()
-    dx = cuda_linear.input_gradient(cuda, c.dy, c.values, transposed)
+    dx = c.input_gradient(cuda)
     c.near(dx, c.weight.t() @ c.dy.double())
     dvalues = cuda_linear.weight_gradient(cuda, c.dy, c.x, c.row_ptr, c.cols)
     c.near(dvalues, (c.dy.double() @ c.x.double().t())[c.mask])
@@ -81,15 +90,12 @@ def test_gradients(cuda: Runner, out: int, width: int, batch: int, density: floa
 @every_type
 def test_half_types_are_summed_in_float32(cuda: Runner, dtype: torch.dtype) -> None:
     c = make(12, 300, 40, 0.5, dtype)
-    y = cuda_linear.forward(cuda, c.x, c.values, c.bias, c.row_ptr, c.cols)
+    y = c.forward(cuda, c.bias)
     exact = c.weight @ c.x.double() + c.bias.double()[:, None]
     c.near(y, exact)
     nearest = exact.to(dtype).double()
     assert ((y.double() - nearest).abs() <= nearest.abs() * 2 * torch.finfo(dtype).eps + 1e-5).all()
-    transposed = c.transposed()
-    c.near(
-        cuda_linear.input_gradient(cuda, c.dy, c.values, transposed), c.weight.t() @ c.dy.double()
-    )
+    c.near(c.input_gradient(cuda), c.weight.t() @ c.dy.double())
     dvalues = cuda_linear.weight_gradient(cuda, c.dy, c.x, c.row_ptr, c.cols)
     c.near(dvalues, (c.dy.double() @ c.x.double().t())[c.mask])
 
@@ -102,7 +108,8 @@ def test_results_round_as_torch_rounds(cuda: Runner, dtype: torch.dtype) -> None
     x = torch.cat([near_one, special]).to(dtype)[None]
     bias = torch.ones(1).to(dtype)
     row_ptr, cols = csr_from_mask(torch.ones(1, 1, dtype=torch.bool))
-    found = cuda_linear.forward(cuda, x, bias, bias, row_ptr, cols)
+    found = torch.empty_like(x)
+    cuda_linear.forward(cuda, x, bias, bias, row_ptr, cols, found)
     expected = (x.float() + 1).to(dtype)
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -122,7 +129,7 @@ def test_square_norms(cuda: Runner, out: int, width: int, batch: int, density: f
 
 def test_a_batch_of_none_has_no_output_and_no_gradient(cuda: Runner) -> None:
     c = make(4, 6, 0, 0.5)
-    assert cuda_linear.forward(cuda, c.x, c.values, c.bias, c.row_ptr, c.cols).shape == (4, 0)
+    assert c.forward(cuda, c.bias).shape == (4, 0)
     dvalues = cuda_linear.weight_gradient(cuda, c.dy, c.x, c.row_ptr, c.cols)
     assert dvalues.tolist() == [0.0] * c.cols.numel()
 

@@ -1,4 +1,5 @@
 """The distillation loss and its gradient: the kernels of loss.cu, run on the host."""
+# ruff: noqa: PLR0917 - what a loss is a function of
 
 import math
 

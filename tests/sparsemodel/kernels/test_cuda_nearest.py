@@ -53,6 +53,14 @@ def test_infinity_and_nan(cuda: Runner) -> None:
     assert (index.tolist(), distance.tolist()) == ([0], [float("inf")])
 
 
+def test_of_several_nan_the_first_wins(cuda: Runner) -> None:
+    """5 and 18 fall to threads 5 and 2 of a row, so the later index is met first."""
+    prototypes = torch.zeros(40, 2)
+    prototypes[[18, 5]] = float("nan")
+    index, _ = cuda_nearest.nearest(cuda, torch.ones(1, 2), prototypes)
+    assert index.tolist() == [5]
+
+
 def test_no_points(cuda: Runner) -> None:
     index, distance = cuda_nearest.nearest(cuda, torch.empty(0, 3), torch.randn(2, 3))
     assert len(index) == len(distance) == 0

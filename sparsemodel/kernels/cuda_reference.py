@@ -1,0 +1,129 @@
+"""What the operators of cuda_array_ops compute, in plain torch: any device, any float type."""
+# ruff: noqa: PLR0917 - arrays by position, in the order of the operators
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from sparsemodel.pattern import mask_from_csr
+
+Tensor = torch.Tensor
+
+_CHUNK = 1 << 24  # about so many coordinates are subtracted at one time
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """bool [n] -> uint8 [ceil(n / 8)], the first entry in the highest bit."""
+    padded = functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    weights = 1 << torch.arange(7, -1, -1, device=mask.device)
+    return (padded * weights).sum(1).to(torch.uint8)
+
+
+def unpack_mask(packed: Tensor, n: int) -> Tensor:
+    """What `pack_mask` packed: bool [n]."""
+    places = torch.arange(7, -1, -1, device=packed.device)
+    return ((packed[:, None].long() >> places) & 1).flatten()[:n].bool()
+
+
+def popcount(packed: Tensor) -> Tensor:
+    """How many bits are set: int64, no dimensions."""
+    return unpack_mask(packed, 8 * packed.numel()).sum()
+
+
+def sgd_step(
+    values: Tensor,
+    gradient: Tensor,
+    momentum_buffer: Tensor | None,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """One step of torch.optim.SGD, in place."""
+    step = gradient + weight_decay * values
+    if momentum_buffer is not None:
+        step = momentum_buffer.mul_(momentum).add_(step)
+    values.sub_(lr * step)
+
+
+def adam_step(
+    values: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    step: int,
+) -> None:
+    """Step number `step` (from 1) of torch.optim.Adam, or AdamW where `decoupled`, in place."""
+    if decoupled:
+        values.mul_(1 - lr * weight_decay)
+    else:
+        gradient = gradient + weight_decay * values
+    mean.lerp_(gradient, 1 - beta1)
+    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    divisor = square.sqrt() / (1 - beta2**step) ** 0.5 + eps
+    values.addcdiv_(mean, divisor, value=-lr / (1 - beta1**step))
+
+
+def refused_positions(positions: Tensor, numel: int) -> int:
+    """How many are not in [0, numel) or not above the one before."""
+    refused = (positions < 0) | (positions >= numel)
+    refused[1:] |= positions.diff() <= 0
+    return int(refused.sum())
+
+
+def nearest(points: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
+    """Index and squared distance of each point's nearest prototype, ties to the lower index."""
+    index = points.new_empty(len(points), dtype=torch.int64)
+    distance = points.new_empty(len(points), dtype=torch.float32)
+    step = max(1, _CHUNK // max(1, prototypes.numel()))
+    for start in range(0, len(points), step):
+        part = points[start : start + step].float()
+        distances = (part[:, None] - prototypes.float()).square().sum(2)
+        found = distances.argmin(1)
+        index[start : start + step] = found
+        distance[start : start + step] = distances.gather(1, found[:, None]).squeeze(1)
+    return index, distance
+
+
+def square_norms(dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, bias: bool) -> Tensor:
+    """Squared norm of each sample's gradient at the mask: float32 [B]."""
+    mask = mask_from_csr(row_ptr, cols, (dy.shape[0], x.shape[0])).float()
+    inputs = mask @ x.float().square() + float(bias)
+    return (dy.float().square() * inputs).sum(0)
+
+
+def kd_loss(
+    logits: Tensor, teacher: Tensor, labels: Tensor, alpha: float, temperature: float
+) -> Tensor:
+    """(1 − α) CE + α τ² KL(teacher ‖ student) of each row: float32 [B]."""
+    logits, teacher = logits.float(), teacher.float()
+    hard = functional.cross_entropy(logits, labels, reduction="none")
+    student = torch.log_softmax(logits / temperature, 1)
+    guide = torch.log_softmax(teacher / temperature, 1)
+    weight = guide.exp()
+    soft = torch.where(weight > 0, weight * (guide - student), 0.0).sum(1)
+    return (1 - alpha) * hard + alpha * temperature**2 * soft
+
+
+def kd_loss_backward(
+    scale: Tensor,
+    logits: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    alpha: float,
+    temperature: float,
+) -> Tensor:
+    """Gradient for `logits` of Σ scale · loss, in their dtype."""
+    z, t = logits.float(), teacher.float()
+    kept = labels >= 0
+    one_hot = functional.one_hot(labels.clamp(min=0), logits.shape[1])
+    hard = (torch.softmax(z, 1) - one_hot) * kept[:, None]
+    soft = torch.softmax(z / temperature, 1) - torch.softmax(t / temperature, 1)
+    gradient = (1 - alpha) * hard + alpha * temperature * soft
+    return (scale[:, None] * gradient).to(logits.dtype)

@@ -1,0 +1,222 @@
+"""The operators around the CUDA kernels: with kernels (on the host) and with the reference."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn import functional
+
+from sparsemodel.errors import SparseModelError
+from sparsemodel.kernels import cuda_array_ops as ops
+from sparsemodel.kernels import cuda_ops
+from sparsemodel.kernels import functional as sparse
+from sparsemodel.kernels import ops as layer_ops
+from sparsemodel.kernels.cuda import Runner
+from sparsemodel.kernels.functional import SparseIndex, sparse_conv2d, sparse_linear
+from sparsemodel.kernels.geometry import ConvGeometry
+from sparsemodel.pattern import csr_from_mask
+
+Tensor = torch.Tensor
+
+
+@pytest.fixture(params=["kernels", "reference"])
+def _computed_by(
+    request: pytest.FixtureRequest, cuda: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the operators do on a GPU, with kernels or without, on CPU tensors."""
+    runner = cuda if request.param == "kernels" else None
+    monkeypatch.setattr(ops.cuda, "runner", lambda device: runner)
+    monkeypatch.setattr(sparse, "_native", lambda values, index: True)
+    for name in ("linear", "linear_backward", "linear_topk_grad", "conv2d", "conv2d_backward",
+                 "conv2d_topk_grad"):  # fmt: skip
+        monkeypatch.setattr(layer_ops, name, getattr(cuda_ops, name))
+
+
+def index_of(mask: Tensor, geometry: ConvGeometry) -> SparseIndex:
+    row_ptr, cols = csr_from_mask(mask)
+    transposed = cuda_ops.transposed_index(row_ptr, cols, geometry)
+    return SparseIndex(row_ptr, cols, transposed, torch.empty(0, dtype=torch.int16))
+
+
+def check_layer(
+    found: Callable[[Tensor, Tensor, Tensor], Tensor],
+    exact: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    mask: Tensor,
+) -> None:
+    """Output and the three gradients of a sparse layer against the dense one in float64."""
+    values, bias = torch.randn(int(mask.sum())), torch.randn(mask.shape[0])
+    weight = torch.zeros(mask.shape, dtype=torch.float64)
+    weight[mask] = values.double()
+    dense = [t.double().requires_grad_() for t in (x, weight, bias)]
+    expected = exact(*dense)
+    own = [t.requires_grad_() for t in (x, values, bias)]
+    y = found(*own)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    dy = torch.randn(y.shape)
+    gradients = torch.autograd.grad(y, own, dy)
+    dx, dweight, dbias = torch.autograd.grad(expected, dense, dy.double())
+    for g, e in zip(gradients, (dx, dweight[mask], dbias), strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.usefixtures("_computed_by")
+@pytest.mark.parametrize("shape", [(7,), (0, 7), (5, 7), (2, 3, 7)])
+def test_linear_layers_are_differentiable(shape: tuple[int, ...]) -> None:
+    geometry, mask = ConvGeometry(4, 7, 1, 1), torch.rand(4, 7) < 0.5
+    index = index_of(mask, geometry)
+    check_layer(
+        lambda x, v, b: sparse_linear(x, v, b, index, geometry),
+        functional.linear,
+        torch.randn(shape),
+        mask,
+    )
+
+
+@pytest.mark.usefixtures("_computed_by")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_convolutions_are_differentiable(batch: int) -> None:
+    g = ConvGeometry(6, 4, 3, 2, 2, 1, 1, 1, 1, 2, 2)
+    mask = torch.rand(g.weight_shape) < 0.5
+    index = index_of(mask, g)
+    check_layer(
+        lambda x, v, b: sparse_conv2d(x, v, b, index, g),
+        lambda x, w, b: functional.conv2d(x, w, b, g.stride, g.padding, g.dilation, g.groups),
+        torch.randn(batch, 4, 6, 5),
+        mask,
+    )
+
+
+@pytest.mark.usefixtures("_computed_by")
+def test_growth_finds_what_a_sort_finds() -> None:
+    geometry, mask = ConvGeometry(5, 8, 1, 1), torch.rand(5, 8) < 0.5
+    x, dy = torch.randn(3, 8), torch.randn(3, 5)
+    found = sparse.linear_topk_grad(x, dy, index_of(mask, geometry), geometry, 6)
+    dense = (dy.t() @ x).masked_fill(mask, 0).flatten()
+    expected = dense.abs().topk(6).indices.sort().values
+    assert torch.equal(found[0], expected)
+    torch.testing.assert_close(found[1], dense[expected])
+
+
+@pytest.mark.usefixtures("_computed_by")
+def test_growth_of_a_convolution() -> None:
+    g = ConvGeometry(4, 2, 3, 3, 1, 1, 1, 1)
+    mask = torch.rand(g.weight_shape) < 0.5
+    x, dy = torch.randn(2, 2, 5, 5), torch.randn(2, 4, 5, 5)
+    found = sparse.conv2d_topk_grad(x, dy, index_of(mask, g), g, 6)
+    dense = torch.nn.grad.conv2d_weight(x, g.weight_shape, dy, padding=1)
+    dense = dense.masked_fill(mask, 0).flatten()
+    expected = dense.abs().topk(6).indices.sort().values
+    assert torch.equal(found[0], expected)
+    torch.testing.assert_close(found[1], dense[expected], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_computed_by")
+def test_masks_go_through_bits() -> None:
+    mask = torch.rand(13, 9) < 0.3
+    packed = ops.pack_mask(mask)
+    assert int(ops.popcount(packed)) == int(mask.sum())
+    assert torch.equal(ops.unpack_mask(packed, 117), mask.flatten())
+
+
+@pytest.mark.usefixtures("_computed_by")
+def test_steps_are_torchs() -> None:
+    for kind, options in ((torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})):
+        expected = torch.randn(9).requires_grad_()
+        values, first, second = expected.detach().clone(), torch.zeros(9), torch.zeros(9)
+        optimizer = kind([expected], lr=0.1, weight_decay=0.1, **options)
+        for step in (1, 2):
+            expected.grad = torch.randn(9)
+            optimizer.step()
+            if kind is torch.optim.SGD:
+                ops.sgd_step(values, expected.grad, first, 0.1, 0.9, 0.1)
+            else:
+                ops.adam_step(
+                    values, expected.grad, first, second, 0.1, 0.9, 0.999, 1e-8, 0.1, True, step
+                )
+        torch.testing.assert_close(values, expected.detach())
+
+
+@pytest.mark.usefixtures("_computed_by")
+def test_a_refused_update_changes_nothing() -> None:
+    total, values = torch.ones(2, 3), torch.tensor([1.0, 2.0])
+    ops.scatter_add(total, torch.tensor([1, 5]), values, 0.5)
+    assert total.tolist() == [[1, 1.5, 1], [1, 1, 2]]
+    for positions in ([4, 6], [-1, 0], [2, 2], [3, 1]):
+        with pytest.raises(SparseModelError, match="must ascend in"):
+            ops.scatter_add(total, torch.tensor(positions), values, 0.5)
+    assert total.tolist() == [[1, 1.5, 1], [1, 1, 2]]
+
+
+@pytest.mark.usefixtures("_computed_by")
+def test_nearest_of_ties_is_the_first() -> None:
+    index, distance = ops.nearest(torch.zeros(2, 3), torch.ones(4, 3))
+    assert index.tolist() == [0, 0]
+    assert distance.tolist() == [3, 3]
+
+
+@pytest.mark.usefixtures("_computed_by")
+def test_square_norms_are_those_of_each_sample() -> None:
+    mask, dy, x = torch.rand(5, 8) < 0.5, torch.randn(5, 3), torch.randn(8, 3)
+    found = ops.square_norms(dy, x, *csr_from_mask(mask), True)
+    own = torch.einsum("ob,ib->boi", dy, x)[:, mask].square().sum(1) + dy.square().sum(0)
+    torch.testing.assert_close(found, own)
+
+
+@pytest.mark.usefixtures("_computed_by")
+def test_the_loss_has_a_gradient() -> None:
+    logits, teacher = torch.randn(3, 6, requires_grad=True), torch.randn(3, 6)
+    labels = torch.tensor([2, -100, 0])
+    (gradient,) = torch.autograd.grad(
+        ops.kd_loss(logits, teacher, labels, 0.4, 2.0)[0].sum(), logits
+    )
+    z = logits.detach().double().requires_grad_()
+    hard = functional.cross_entropy(z, labels, reduction="sum")
+    student = torch.log_softmax(z / 2, 1)
+    guide = torch.log_softmax(teacher.double() / 2, 1)
+    soft = functional.kl_div(student, guide, reduction="sum", log_target=True)
+    (expected,) = torch.autograd.grad(0.6 * hard + 0.4 * 4 * soft, z)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, inside opcheck
+def test_schemas_shapes_and_autograd_hold() -> None:
+    """torch's own checks of an operator: mutations, fake shapes, autograd registration."""
+    n = torch.arange(3)
+    row_ptr, cols = csr_from_mask(torch.rand(5, 8) < 0.5)
+    check = torch.library.opcheck
+    check(ops.pack_mask, (torch.rand(9) < 0.5,))
+    check(ops.unpack_mask, (torch.zeros(2, dtype=torch.uint8), 9))
+    check(ops.popcount, (torch.zeros(2, dtype=torch.uint8),))
+    check(ops.sgd_step, (torch.rand(3), torch.rand(3), torch.rand(3), 0.1, 0.9, 0.1))
+    check(ops.adam_step, (*torch.rand(4, 3), 0.1, 0.9, 0.999, 1e-8, 0.0, False, 1))
+    check(ops.scatter_add, (torch.rand(5), n, torch.rand(3), 0.5))
+    check(ops.nearest, (torch.rand(4, 3), torch.rand(2, 3)))
+    check(ops.square_norms, (torch.rand(5, 3), torch.rand(8, 3), row_ptr, cols, True))
+    logits = torch.rand(3, 4, requires_grad=True)
+    check(ops.kd_loss, (logits, torch.rand(3, 4), n, 0.5, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.pack_mask(torch.zeros(3)), "expected torch.bool"),
+        (lambda: ops.pack_mask(torch.zeros(3, 2, dtype=torch.bool).t()), "contiguous"),
+        (lambda: ops.unpack_mask(torch.zeros(3, dtype=torch.uint8), 9), "9 entries are 2 bytes"),
+        (lambda: ops.sgd_step(torch.zeros(3), torch.zeros(2), None, 1.0, 0.0, 0.0), "shape"),
+        (lambda: ops.nearest(torch.zeros(3, 2), torch.zeros(0, 2)), "at least one prototype"),
+        (lambda: ops.nearest(torch.zeros(3, 2), torch.zeros(1, 3)), "at least one prototype"),
+        (lambda: ops.square_norms(*torch.zeros(2, 3), *torch.zeros(2, 1).int(), True), "dy"),
+        (
+            lambda: ops.kd_loss(*torch.zeros(2, 1, 3), torch.zeros(2).long(), 0.5, 1.0),
+            "labels",
+        ),
+        (
+            lambda: ops.kd_loss(*torch.zeros(2, 1, 3), torch.zeros(1).long(), 0.5, 0.0),
+            "temperature > 0",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(SparseModelError, match=message):
+        call()
