@@ -83,6 +83,18 @@ def test_classes_that_are_ruled_out_add_nothing(cuda: Runner) -> None:
     torch.testing.assert_close(loss.double(), exact(z, t, labels, 0.5, 2.0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("place", [0, 300])
+def test_a_class_that_both_all_but_rule_out_adds_nothing(cuda: Runner, place: int) -> None:
+    """Its weight is e⁻²⁰⁰, 0 in float32: met before or after the others, it makes no NaN."""
+    logits, teacher = torch.randn(1, 400), torch.randn(1, 400)
+    logits[0, place], teacher[0, place] = -torch.inf, -200.0
+    loss, _ = cuda_loss.kd_loss(cuda, logits, teacher, torch.tensor([7]), 0.5, 1.0)
+    others = torch.arange(400) != place
+    label = torch.tensor([7 - (place < 7)])
+    expected = exact(logits[:, others].double(), teacher[:, others].double(), label, 0.5, 1.0)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_ignored_labels_and_labels_out_of_range(cuda: Runner) -> None:
     logits, teacher = torch.randn(3, 10), torch.randn(3, 10)
     check(cuda, logits, teacher, torch.tensor([-100, 4, -100]), 0.4, 2.0)

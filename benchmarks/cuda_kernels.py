@@ -1,0 +1,290 @@
+"""The CUDA kernels against torch eager, torch.compile and cuSPARSE (torch's CSR and BSR).
+
+    python -m benchmarks.cuda_kernels [--quick] [--json]
+
+Every result is compared with a peer's before anything is timed. Times are medians of device
+events; all sides take turns in one process, and what they read and write is larger than an L2
+cache. "of copy" is the share of the bandwidth of a large copy on the same GPU that ours reaches,
+counting each array once: a low share says that the kernel, not the memory, is the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import cuda_peers as peers
+from sparsemodel.kernels import cuda, cuda_array_ops, cuda_ops
+from sparsemodel.kernels.geometry import ConvGeometry
+from sparsemodel.kernels.layout import batch_innermost, features_first
+from sparsemodel.pattern import csr_from_mask
+
+Tensor = torch.Tensor
+Call = Callable[[], Any]
+
+DENSITIES = (0.01, 0.05, 0.1)
+TOLERANCE = 1e-3  # of the largest entry: TF32 is off, sums are in another order
+COPY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the cases are; the default is beyond an L2 cache of 50 MiB."""
+
+    entries: int = 1 << 26
+    width: int = 4096
+    batch: int = 8192
+    plane: int = 32
+    channels: int = 256
+    images: int = 128
+    prototypes: int = 4096
+    points: int = 1 << 17
+    vocabulary: int = 128_000
+    rows: int = 2048
+
+
+QUICK = Sizes(entries=1 << 24, batch=2048, images=32, points=1 << 15, rows=512)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation: ours, its peers, and the bytes of all arrays that it must read and write.
+
+    `compared` says what of the results must agree; None where a call changes its arguments.
+    """
+
+    name: str
+    density: float
+    ours: Call
+    peers: dict[str, Call]
+    num_bytes: int
+    compared: Callable[[Tensor], Tensor] | None = lambda result: result
+
+
+@dataclass(frozen=True)
+class Row:
+    """Milliseconds of ours and of a peer."""
+
+    case: str
+    density: float
+    ours: float
+    peer_name: str
+    peer: float
+    ratio: float
+    share_of_copy: float
+
+
+def cases(device: torch.device, sizes: Sizes, densities: Sequence[float]) -> Iterator[Case]:
+    """All cases, each made when it is its turn."""
+    with torch.device(device):
+        yield from _arrays(sizes)
+        for density in densities:
+            yield from _linear(sizes, density)
+            yield from _conv(sizes, density)
+        yield _nearest(sizes)
+        yield _loss(sizes)
+
+
+def _arrays(sizes: Sizes) -> Iterator[Case]:
+    n, ops = sizes.entries, cuda_array_ops
+    mask = torch.rand(n) < 0.05
+    packed = ops.pack_mask(mask)
+    yield Case("pack_mask", 0.05, lambda: ops.pack_mask(mask), peers.pack(mask), n + n // 8)
+    yield Case("popcount", 0.05, lambda: ops.popcount(packed), peers.count(packed), n // 8)
+    values, gradient, mean, square = torch.randn(4, n).unbind()
+    square = square.abs()
+    step = (0.0, 0.9, 0.0)  # a learning rate of 0, so that turns do not move the values
+    yield Case(
+        "sgd_step", 1.0, lambda: ops.sgd_step(values, gradient, mean, *step),
+        peers.sgd(values, gradient, mean, step), 20 * n, compared=None,
+    )  # fmt: skip
+    adam = (0.0, 0.9, 0.999, 1e-8, 0.0, False, 5)
+    yield Case(
+        "adam_step", 1.0, lambda: ops.adam_step(values, gradient, mean, square, *adam),
+        peers.adam(values, gradient, mean, square, adam), 28 * n, compared=None,
+    )  # fmt: skip
+    positions = torch.nonzero(mask).flatten()
+    update = torch.randn(len(positions))
+    yield Case(
+        "scatter_add", 0.05, lambda: ops.scatter_add(values, positions, update, 0.0),
+        peers.add(values, positions, update), 20 * len(positions), compared=None,
+    )  # fmt: skip
+
+
+def _linear(sizes: Sizes, density: float) -> Iterator[Case]:
+    width, batch = sizes.width, sizes.batch
+    mask = torch.rand(width, width) < density
+    row_ptr, cols = csr_from_mask(mask)
+    values = torch.randn(len(cols)) / width**0.5
+    weight = torch.zeros(width, width).masked_scatter(mask, values)
+    x, dy = (features_first(torch.randn(batch, width)) for _ in range(2))
+    geometry = ConvGeometry(width, width, 1, 1)
+    index = row_ptr, cols, cuda_ops.transposed_index(row_ptr, cols, geometry)
+    layer = peers.Linear(weight, mask, row_ptr, cols, x, dy)
+    num_bytes = 8 * width * batch + 8 * len(cols)
+
+    def backward(wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
+        return cuda_ops.linear_backward(dy, x, values, *index, width, wanted)
+
+    yield Case(
+        "linear", density, lambda: cuda_ops.linear(x, values, None, row_ptr, cols),
+        layer.forward(density), num_bytes,
+    )  # fmt: skip
+    yield Case(
+        "linear, input gradient", density, lambda: backward((True, False, False))[0],
+        layer.input_gradient(), num_bytes,
+    )  # fmt: skip
+    yield Case(
+        "linear, gradient at the mask", density, lambda: backward((False, True, False))[1],
+        layer.weight_gradient(), num_bytes,
+    )  # fmt: skip
+    k = len(cols) // 10
+    yield Case(
+        "top-K growth", density, lambda: cuda_ops.linear_topk_grad(x, dy, row_ptr, cols, k)[1],
+        layer.growth(k), num_bytes,
+        compared=lambda gradients: gradients.abs().sort().values,  # at the threshold any may win
+    )  # fmt: skip
+    flat_dy, flat_x = dy.t(), x.t()
+    yield Case(
+        "per-sample norms", density,
+        lambda: cuda_array_ops.square_norms(flat_dy, flat_x, row_ptr, cols, False),
+        layer.norms(), num_bytes,
+    )  # fmt: skip
+
+
+def _conv(sizes: Sizes, density: float) -> Iterator[Case]:
+    c, side, batch = sizes.channels, sizes.plane, sizes.images
+    g = ConvGeometry(c, c, 3, 3, 1, 1, 1, 1)
+    mask = torch.rand(g.weight_shape) < density
+    row_ptr, cols = csr_from_mask(mask)
+    values = torch.randn(len(cols)) / g.row_length**0.5
+    weight = torch.zeros(g.weight_shape).masked_scatter(mask, values)
+    x, dy = (batch_innermost(torch.randn(batch, c, side, side)) for _ in range(2))
+    index = row_ptr, cols, cuda_ops.transposed_index(row_ptr, cols, g)
+    num_bytes = 8 * c * side * side * batch + 8 * len(cols)
+
+    def backward(wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
+        return cuda_ops.conv2d_backward(dy, x, values, *index, g, (side, side), wanted)
+
+    yield Case(
+        "conv 3x3", density, lambda: cuda_ops.conv2d(x, values, None, row_ptr, cols, g),
+        peers.conv(x, weight), num_bytes,
+    )  # fmt: skip
+    yield Case(
+        "conv 3x3, input gradient", density, lambda: backward((True, False, False))[0],
+        peers.conv_backward(x, dy, weight, None), num_bytes,
+    )  # fmt: skip
+    yield Case(
+        "conv 3x3, gradient at the mask", density, lambda: backward((False, True, False))[1],
+        peers.conv_backward(x, dy, weight, mask), num_bytes,
+    )  # fmt: skip
+
+
+def _nearest(sizes: Sizes) -> Case:
+    points, prototypes = torch.randn(sizes.points, 384), torch.randn(sizes.prototypes, 384)
+    num_bytes = 4 * (points.numel() + prototypes.numel()) + 12 * len(points)
+    ours = lambda: cuda_array_ops.nearest(points, prototypes)[1]  # noqa: E731
+    return Case("nearest prototype", 1.0, ours, peers.nearest(points, prototypes), num_bytes)
+
+
+def _loss(sizes: Sizes) -> Case:
+    shape = sizes.rows, sizes.vocabulary
+    logits, teacher = torch.randn(shape), torch.randn(shape)
+    labels = torch.randint(0, shape[1], shape[:1])
+
+    def ours() -> Tensor:
+        loss, logs = cuda_array_ops.kd_loss(logits, teacher, labels, 0.5, 2.0)
+        ones = torch.ones_like(loss)
+        return cuda_array_ops.kd_loss_backward(ones, logits, teacher, labels, logs, 0.5, 2.0)
+
+    num_bytes = 4 * 5 * logits.numel()  # both twice, and the gradient
+    return Case("KD loss and gradient", 1.0, ours, peers.loss(logits, teacher, labels), num_bytes)
+
+
+def compare(case: Case) -> None:
+    """Refuse to time what does not compute the same as its peers."""
+    if case.compared is None:
+        return
+    ours = case.compared(case.ours())
+    for name, peer in case.peers.items():
+        if name.endswith("(another pattern)"):
+            continue
+        expected = case.compared(peer())
+        bound = TOLERANCE * max(1.0, float(expected.abs().max()))
+        if not torch.allclose(ours.to(expected.dtype), expected, rtol=0, atol=bound):
+            raise SystemExit(f"{case.name}: ours and {name} differ; nothing was timed")
+
+
+def milliseconds(calls: dict[str, Call], rounds: int) -> dict[str, float]:
+    """Median of each call by device events, after two unmeasured calls of each."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 2):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            if turn >= 2:
+                times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def copy_bandwidth(rounds: int) -> float:
+    """Bytes a millisecond that a large copy reads and writes."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / milliseconds({"copy": lambda: target.copy_(source)}, rounds)["copy"]
+
+
+def rows(sizes: Sizes, densities: Sequence[float], rounds: int) -> Iterator[Row]:
+    """Time every case on the current GPU."""
+    bandwidth = copy_bandwidth(rounds)
+    print(f"# copy: {bandwidth / 1e6:.0f} GB/s", file=sys.stderr)
+    for case in cases(torch.device("cuda"), sizes, densities):
+        compare(case)
+        times = milliseconds({"ours": case.ours, **case.peers}, rounds)
+        ours = times.pop("ours")
+        share = case.num_bytes / ours / bandwidth
+        for name, peer in times.items():
+            yield Row(case.name, case.density, ours, name, peer, peer / ours, share)
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cuda_kernels", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="smaller cases, fewer rounds")
+    parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no NVIDIA GPU (or no CUDA build of torch): nothing to measure")
+    os.environ[cuda.ENVIRONMENT] = "on"
+    if cuda.runner(torch.device("cuda")) is None:
+        raise SystemExit("the CUDA kernels cannot be used here; the warning above says why")
+    name = torch.cuda.get_device_name()
+    print(f"# {name}, torch {torch.__version__}, CUDA {torch.version.cuda}", file=sys.stderr)
+    sizes, rounds = (QUICK, 10) if arguments.quick else (Sizes(), 50)
+    for row in rows(sizes, DENSITIES[:2] if arguments.quick else DENSITIES, rounds):
+        if arguments.json:
+            print(json.dumps(asdict(row)), flush=True)
+        else:
+            print(
+                f"{row.case:<32} d={row.density:<5g} {row.ours:>9.3f} ms "
+                f"{row.share_of_copy:>5.0%} of copy {row.ratio:8.2f} x  {row.peer_name}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Sparse layers on a GPU: forced to sparse they run the kernels, and compute what dense ones do."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparsemodel.kernels import cuda, cuda_array_ops
+from sparsemodel.layers import SparseConv2d, SparseLinear
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(70, 33), (9, 70)),
+    "conv": (lambda: nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=2), (5, 8, 9, 7)),
+}
+
+
+def pair(name: str) -> tuple[nn.Module, SparseLinear | SparseConv2d, torch.Tensor]:
+    """A dense layer with pruned weights, its sparse form forced to sparse kernels, an input."""
+    make, shape = LAYERS[name]
+    dense = make()
+    mask = torch.rand(dense.weight.shape) < 0.3
+    with torch.no_grad():
+        dense.weight.mul_(mask)
+    kind = SparseLinear if name == "linear" else SparseConv2d
+    sparse = kind.from_dense(dense, mask, execution="sparse")
+    return dense, sparse, torch.randn(shape)
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_layers_run_the_kernels_and_equal_dense_ones(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, sparse, x = pair(name)
+    launched = []
+    launch = cuda.DeviceRunner.launch
+
+    def recorded(self: cuda.DeviceRunner, family: str, kernel: str, *rest: object, **real: object):
+        launched.append(kernel)
+        launch(self, family, kernel, *rest, **real)
+
+    monkeypatch.setattr(cuda.DeviceRunner, "launch", recorded)
+    exact = dense.double()
+    x64 = x.double().requires_grad_()
+    expected = exact(x64)
+    x.requires_grad_()
+    y = sparse(x)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.backward(dy.double())
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=1e-5)
+    at_mask = exact.weight.grad[sparse.mask()]
+    torch.testing.assert_close(sparse.values.grad.double(), at_mask, rtol=1e-5, atol=1e-4)
+    assert len(launched) == 3
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_layers_are_the_same_under_torch_compile(name: str) -> None:
+    _, sparse, x = pair(name)
+    found = torch.compile(sparse)(x)
+    torch.testing.assert_close(found, sparse(x))
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_left_to_themselves_layers_stay_dense(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, sparse, x = pair(name)
+    sparse.execution = "auto"
+    monkeypatch.setattr(cuda.DeviceRunner, "launch", lambda *_, **__: pytest.fail("launched"))
+    sparse(x)
+
+
+def test_kernels_run_on_the_current_stream() -> None:
+    """Work queued before on the same stream is seen, and nothing waits for the default stream."""
+    mask = torch.zeros(1 << 24, dtype=torch.bool)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        mask.fill_(True)
+        count = cuda_array_ops.popcount(cuda_array_ops.pack_mask(mask))
+    stream.synchronize()
+    assert int(count) == 1 << 24
+
+
+def test_two_calls_give_the_same_bits() -> None:
+    _, sparse, x = pair("conv")
+    assert torch.equal(sparse(x), sparse(x))
