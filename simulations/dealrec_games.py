@@ -46,6 +46,7 @@ from datapruning.seeds import generator
 from datapruning.select import select
 from datapruning.table import ScoreTable
 from simulations.dealrec_table import page
+from simulations.provenance import commit
 
 ARMS = ("full", "random", "influence", "effort", "dealrec", "grand", "el2n", "ccs")
 BUDGETS = ("steps", "epochs")
@@ -267,7 +268,7 @@ def _cell(folder: Path, make: Callable[[Path], dict[str, Any]]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = _clock(device)
     found = make(folder)
-    found["seconds"] = _clock(device) - started
+    found |= {"seconds": _clock(device) - started, "commit": commit()}
     write_atomically(folder / "result.json", json.dumps(found, indent=1).encode())
 
 

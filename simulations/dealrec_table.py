@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simulations.provenance import commit, machine
+from simulations.provenance import machine
 
 SCORES = {
     "full": (),
@@ -34,7 +34,7 @@ NAMES = {
 }
 QUALITY = ("recall@10", "ndcg@10", "recall@20", "ndcg@20")
 
-Results = dict[tuple[str, str, int], dict[str, float]]
+Results = dict[tuple[str, str, int], dict[str, Any]]
 """(arm, budget, seed) -> what the cell found, with `total_seconds`."""
 
 
@@ -50,13 +50,14 @@ def page(
 ) -> str:
     """The whole page in Markdown."""
     results = read_results(out, seeds)
+    commits = ", ".join(sorted({str(cell["commit"]) for cell in results.values()}))
     kept = int(results["random", "steps", seeds[0]]["num_samples"])
     head = [
         "# DEALRec on Amazon Games",
         "",
         f"Written by `python -m simulations.dealrec_games --data FOLDER {command}`.",
         "",
-        f"- commit {commit()}, {machine(used=', one thread')}; seconds of processor time on a "
+        f"- commit {commits}, {machine(used=', one thread')}; seconds of processor time on a "
         "CPU, of the clock on a GPU",
         f"- {pool} training samples in the pool, {kept} of them kept by every method but the "
         f"first; {questions} test users, all items ranked, ties against the recommender",
@@ -175,6 +176,6 @@ def _mean(results: Results, arm: str, budget: str, seeds: Sequence[int], name: s
     return statistics.mean(results[arm, budget, seed][name] for seed in seeds)
 
 
-def _read(cell: Path) -> dict[str, float]:
-    found: dict[str, float] = json.loads((cell / "result.json").read_text(encoding="utf-8"))
+def _read(cell: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((cell / "result.json").read_text(encoding="utf-8"))
     return found

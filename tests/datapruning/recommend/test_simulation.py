@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,13 +28,19 @@ def cells(out: Path, *, seed: int, dealrec: float, random: float, full: float) -
     values = {"dealrec": dealrec, "random": random, "full": full}
     for arm in SCORES:
         for budget in ("steps", "epochs"):
-            found = {name: values.get(arm, 0.0) for name in ("recall@10", "ndcg@10")}
+            found: dict[str, Any] = {
+                name: values.get(arm, 0.0) for name in ("recall@10", "ndcg@10")
+            }
             found |= {"recall@20": 0.0, "ndcg@20": 0.0, "test_loss": 3.0, "num_samples": 2}
-            found |= {"steps": 10, "finetune_seconds": 100.0 if arm == "full" else 5.0}
+            found |= {
+                "commit": "abc",
+                "steps": 10,
+                "finetune_seconds": 100.0 if arm == "full" else 5.0,
+            }
             _write(out / f"s{seed}" / f"{arm}-{budget}", found)
 
 
-def _write(folder: Path, found: dict[str, float]) -> None:
+def _write(folder: Path, found: dict[str, Any]) -> None:
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(found))
 
@@ -57,6 +64,7 @@ def test_claims_and_times_by_hand(tmp_path: Path) -> None:
     assert "ndcg@10 -2.000 ± 0.000, 0 of 2 seeds" in text
     assert "Time saved by dealrec (equal steps, scoring included): +15 %." in text
     assert "Time saved by random (equal epochs, scoring included): +95 %." in text
+    assert "- commit abc, " in text
     assert "| popularity | 1.00 | 1.00 | 1.00 | 1.00 |" in text
 
 
@@ -81,13 +89,13 @@ def test_a_small_run_finds_its_cells_again(
     threads = torch.get_num_threads()
     try:
         dealrec_games.main(arguments)
-        first = _without_commit(out / "table.md")
+        first = (out / "table.md").read_text()
         times = {path: path.stat().st_mtime_ns for path in out.glob("s0/*/result.json")}
         assert len(times) == 4 + 1 + 7 * 2
         dealrec_games.main(arguments)
     finally:
         torch.set_num_threads(threads)
-    assert _without_commit(out / "table.md") == first
+    assert (out / "table.md").read_text() == first
     assert {path: path.stat().st_mtime_ns for path in times} == times
     random, dealrec = (
         json.loads((out / "s0" / f"{arm}-steps" / "result.json").read_text())
@@ -101,7 +109,3 @@ def test_a_small_run_finds_its_cells_again(
     )
     with pytest.raises(SystemExit, match="other settings"):
         dealrec_games.main([*arguments[:-1], "scratch:small"])
-
-
-def _without_commit(path: Path) -> list[str]:
-    return [line for line in path.read_text().splitlines() if not line.startswith("- commit")]
