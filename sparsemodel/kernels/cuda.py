@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import warnings
 from typing import Any, Protocol
 
@@ -49,6 +50,7 @@ class DeviceRunner:
         major, minor = torch.cuda.get_device_capability(device)
         self._arch = f"sm_{major}{minor}"
         self._kernels: dict[tuple[str, str, torch.dtype], Any] = {}
+        self._thread = threading.local()
 
     def launch(
         self,
@@ -58,11 +60,14 @@ class DeviceRunner:
         *arguments: Any,
         real: torch.dtype = torch.float32,
     ) -> None:
-        from cuda.core import LaunchConfig, launch  # noqa: PLC0415 - an optional package
+        from cuda.core import Device, LaunchConfig, launch  # noqa: PLC0415 - an optional package
 
         if blocks == 0:
             return
         with torch.cuda.device(self._device):
+            if not hasattr(self._thread, "ready"):  # autograd has threads without a context
+                Device(self._device).set_current()
+                self._thread.ready = True
             compiled = self._kernel(family, kernel, real)
             config = LaunchConfig(grid=blocks, block=cuda_source.BLOCK)
             stream: Any = torch.cuda.current_stream(self._device)

@@ -208,7 +208,7 @@ def _kd_loss(
     runner = _runner_of_reals(logits)
     if runner is None:
         loss = cuda_reference.kd_loss(logits, teacher, labels, alpha, temperature)
-        return loss, logits.new_empty((len(logits), 6), dtype=torch.float32)
+        return loss, logits.new_zeros((len(logits), 6), dtype=torch.float32)
     return cuda_loss.kd_loss(runner, logits, teacher, labels, alpha, temperature)
 
 

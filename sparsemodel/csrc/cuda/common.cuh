@@ -5,7 +5,11 @@
 #define BLOCK 256  // threads of every block
 #define WARP 32
 #define FULL_WARP 0xffffffffu
-#define KERNEL extern "C" __global__ void __launch_bounds__(BLOCK)
+// So many blocks fit on a multiprocessor by their registers; the most at which nothing spills.
+#ifndef RESIDENT
+#define RESIDENT 4
+#endif
+#define KERNEL extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
 
 typedef unsigned char uint8;
 typedef unsigned int uint32;

@@ -1,6 +1,8 @@
 // The largest weight gradients outside the mask, without the dense gradient: tiles of it are
 // computed, looked at and forgotten, once for each digit of a radix selection and once to write
 // down what was selected.
+#define RESIDENT 3
+
 #include "geometry.cuh"
 #include "real.cuh"
 

@@ -28,7 +28,7 @@ static Dim blockIdx, threadIdx, blockDim, gridDim;
 #define __global__
 #define __device__
 #define __shared__ static
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 #define __forceinline__ inline
 
 namespace host {
