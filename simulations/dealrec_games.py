@@ -45,7 +45,7 @@ from datapruning.samples import TokenSamples
 from datapruning.seeds import generator
 from datapruning.select import select
 from datapruning.table import ScoreTable
-from simulations.dealrec_table import page
+from simulations.dealrec_table import GROWING, page
 from simulations.provenance import commit
 
 ARMS = ("full", "random", "influence", "effort", "dealrec", "grand", "el2n", "ccs")
@@ -64,6 +64,8 @@ class Preset:
         keep: share of the pool's samples that every method but "full" trains on.
         weight: λ of DEALRec.
         early: share of the full run's steps after which GraNd and EL2N look at the model.
+        fractions: larger shares, at which DEALRec and random choice are tried as well, at equal
+            steps: where do they reach all samples?
     """
 
     model: str
@@ -76,6 +78,7 @@ class Preset:
     keep: float = 0.02
     weight: float = 0.3
     early: float = 0.1
+    fractions: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
 
 
 PRESETS = {
@@ -143,12 +146,19 @@ def run_seed(data: str, preset: Preset, seed: int, out: Path, device: str) -> No
     tables = score_all(bench, seed, folder)
     tokens = bench.language().prompts.samples(bench.samples)
     for arm in ARMS:
-        rows = _rows(arm, bench, tables, seed)
+        rows = _rows(arm, bench, tables, seed, keep=preset.keep)
         for budget in BUDGETS if arm != "full" else ("steps",):
             cell = folder / f"{arm}-{budget}"
             _cell(cell, partial(_trained, bench, tokens, rows, budget, seed))
             found = json.loads((cell / "result.json").read_text())
             _say(f"seed {seed}, {arm}, equal {budget}: {_short(found)}")
+    for fraction in preset.fractions:
+        for arm in GROWING:
+            rows = _rows(arm, bench, tables, seed, keep=fraction)
+            cell = folder / f"{arm}-{fraction:g}"
+            _cell(cell, partial(_trained, bench, tokens, rows, "steps", seed))
+            found = json.loads((cell / "result.json").read_text())
+            _say(f"seed {seed}, {arm}, {fraction:g} kept: {_short(found)}")
 
 
 def score_all(bench: Bench, seed: int, folder: Path) -> dict[str, ScoreTable]:
@@ -206,9 +216,11 @@ def _early_table(bench: Bench, name: str, seed: int) -> ScoreTable:
     )
 
 
-def _rows(arm: str, bench: Bench, tables: Mapping[str, ScoreTable], seed: int) -> Tensor:
+def _rows(
+    arm: str, bench: Bench, tables: Mapping[str, ScoreTable], seed: int, *, keep: float
+) -> Tensor:
     """The samples of the pool that an arm trains on, int64 row numbers."""
-    keep, samples = bench.preset.keep, bench.samples
+    samples = bench.samples
     if arm == "full":
         return torch.arange(len(samples))
     if arm in ("influence", "effort", "dealrec"):
@@ -318,8 +330,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ]
             for run in runs:
                 run.result()
-    text = page(out, seeds, settings=_flat(preset), pool=len(bench.samples),
-                questions=len(bench.question), references=references(bench),
+    text = page(out, seeds, settings=_flat(preset), fractions=preset.fractions,
+                pool=len(bench.samples), questions=len(bench.question),
+                references=references(bench),
                 command=f"--preset {given.preset} --seeds {given.seeds}")  # fmt: skip
     suffix = "" if given.preset == "small" else f"_{given.preset}"
     target = Path(__file__).parent / f"dealrec_games{suffix}.md"

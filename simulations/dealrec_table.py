@@ -32,6 +32,9 @@ NAMES = {
     "el2n": "EL2N of the answer, early, hardest",
     "ccs": "EL2N of the answer, early, CCS",
 }
+GROWING = ("dealrec", "random")
+"""Arms that are tried at larger fractions too."""
+
 QUALITY = ("recall@10", "ndcg@10", "recall@20", "ndcg@20")
 
 Results = dict[tuple[str, str, int], dict[str, Any]]
@@ -43,6 +46,7 @@ def page(
     seeds: Sequence[int],
     *,
     settings: Mapping[str, Any],
+    fractions: Sequence[float],
     pool: int,
     questions: int,
     references: Mapping[str, Mapping[str, float]],
@@ -78,6 +82,7 @@ def page(
     ):
         body += [f"## {title}", "", *_table(results, seeds, budget), ""]
     body += ["For comparison, on the same test users:", "", *_references(references), ""]
+    body += ["## How many samples it takes", "", *_growing(out, results, seeds, fractions), ""]
     body += ["## The claims", "", *_claims(results, seeds), ""]
     body += ["## Settings", "", *[f"- `{name} = {value}`" for name, value in settings.items()], ""]
     return "\n".join(head + body)
@@ -120,6 +125,36 @@ def _table(results: Results, seeds: Sequence[int], budget: str) -> list[str]:
             f"| {NAMES[arm]} | {' | '.join(quality)} | {loss} | {numbers[0]:.0f} | "
             f"{numbers[1]:.0f} | {numbers[2]:.1f} | {100 * numbers[3] / full:.0f} % |"
         )
+    return lines
+
+
+def _growing(
+    out: Path, results: Results, seeds: Sequence[int], fractions: Sequence[float]
+) -> list[str]:
+    """Test losses at growing fractions, at equal steps, and from which one all samples are met."""
+    full = [results["full", "steps", seed]["test_loss"] for seed in seeds]
+    lines = [
+        "Test loss at equal steps, and minus that of all samples, paired by seed:",
+        "",
+        "| kept | " + " | ".join(f"{NAMES[arm]} | minus all samples" for arm in GROWING) + " |",
+        "| ---: |" + " ---: | ---: |" * len(GROWING),
+    ]
+    met: dict[str, float] = {}
+    for fraction in fractions:
+        row = [f"{fraction:g}"]
+        for arm in GROWING:
+            losses = [
+                _read(out / f"s{seed}" / f"{arm}-{fraction:g}")["test_loss"] for seed in seeds
+            ]
+            over = [loss - other for loss, other in zip(losses, full, strict=True)]
+            row += [_spread(losses, ".3f"), _spread(over, "+.3f")]
+            if statistics.mean(over) <= 0:
+                met.setdefault(arm, fraction)
+        lines.append(f"| {' | '.join(row)} |")
+    lines.append("")
+    for arm in GROWING:
+        where = f"from {met[arm]:g} on" if arm in met else "at none of these fractions"
+        lines.append(f"- {NAMES[arm]}: a mean loss of at most that of all samples {where}.")
     return lines
 
 
@@ -168,7 +203,7 @@ def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
 
 
 def _spread(values: Sequence[float], form: str) -> str:
-    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    spread = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{spread}"
 
 
