@@ -89,7 +89,8 @@ def runner(device: torch.device) -> Runner | None:
     """What runs kernels on tensors of `device`; None where they are off or cannot run."""
     if device.type != "cuda" or os.environ.get(ENVIRONMENT) != "on":
         return None
-    return _runner(torch.cuda.current_device() if device.index is None else device.index)
+    current = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return _runner(current if device.index is None else device.index)
 
 
 def blocks_of(count: int, per_block: int = cuda_source.BLOCK) -> int:
@@ -101,11 +102,11 @@ def blocks_of(count: int, per_block: int = cuda_source.BLOCK) -> int:
 def _runner(index: int) -> Runner | None:
     why = obstacle()
     if why is None:
-        made = DeviceRunner(index)
         try:
+            made = DeviceRunner(index)
             made._kernel("arrays", "popcount", torch.float32)
         except Exception as error:  # whatever driver and compiler raise, the reference still runs
-            why = f"they do not load on {torch.cuda.get_device_name(index)} ({error})"
+            why = f"they do not load on cuda:{index} ({error}); update the driver"
         else:
             return made
     warnings.warn(

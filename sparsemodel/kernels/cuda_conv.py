@@ -9,12 +9,15 @@ second call gives the same bits.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 
+from sparsemodel.errors import SparseModelError
 from sparsemodel.kernels.cuda import Runner, blocks_of
 from sparsemodel.kernels.geometry import ConvGeometry
+from sparsemodel.pattern import MAX_ENTRIES
 
 Tensor = torch.Tensor
 
@@ -60,8 +63,18 @@ def transpose(row_ptr: Tensor, cols: Tensor, geometry: ConvGeometry) -> Transpos
 def sizes(
     geometry: ConvGeometry, batch: int, size: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """The sizes of a call on inputs of `size` (h, w), in the order of geometry.cuh: int32."""
+    """The sizes of a call on inputs of `size` (h, w), in the order of geometry.cuh: int32.
+
+    Raises:
+        SparseModelError: a channel of the batch has 2³¹ places or more.
+    """
     g = geometry
+    places = batch * max(math.prod(size), math.prod(g.output_size(*size)))
+    if places > MAX_ENTRIES:
+        raise SparseModelError(
+            f"a batch of {batch} planes of {size} has {places:,} places a channel, more than int32 "
+            "counts; split the batch"
+        )
     numbers = (
         batch, g.in_channels, g.out_channels, *size, *g.output_size(*size), g.kernel_h, g.kernel_w,
         g.stride_h, g.stride_w, g.padding_h, g.padding_w, g.dilation_h, g.dilation_w, g.groups,

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from sparsemodel.errors import SparseModelError
+
 FOLDER = Path(__file__).parent.parent / "csrc" / "cuda"
 BLOCK = 256  # threads of every block, as in common.cuh
 
@@ -61,6 +63,9 @@ def arguments(family: str, kernel: str, given: Sequence[Any]) -> list[Any]:
 
     Args:
         given: a tensor or None for a pointer, a number for a number.
+
+    Raises:
+        SparseModelError: a size that its parameter cannot hold.
     """
     parameters = kernels(family)[kernel]
     assert len(given) == len(parameters), f"{kernel} takes {len(parameters)} arguments"
@@ -73,7 +78,10 @@ def _argument(kernel: str, parameter: tuple[str, type[Any]], value: Any) -> Any:
         assert value is None or isinstance(value, torch.Tensor), f"{kernel}: {name} is a pointer"
         return 0 if value is None else value.data_ptr()
     assert isinstance(value, int | float), f"{kernel}: {name} is a number"
-    return kind(value)
+    number = kind(value)
+    if isinstance(value, int) and number.value != value:
+        raise SparseModelError(f"{kernel}: {name} = {value:,} is too large; split the call")
+    return number
 
 
 def _parameter(text: str) -> tuple[str, type[Any]]:

@@ -60,8 +60,9 @@ class HostRunner:
         code.write_text(text)
         defines = [f"-D{define}" for define in cuda_source.REALS[real]]
         assert COMPILER is not None
+        flags = os.environ.get("CXXFLAGS", "").split()  # such as sanitizers
         command = [
-            *(COMPILER, "-std=c++20", "-O1", "-fPIC", "-shared", "-w", *defines),
+            *(COMPILER, "-std=c++20", "-O1", "-fPIC", "-shared", "-w", *flags, *defines),
             *("-o", str(library), str(code)),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

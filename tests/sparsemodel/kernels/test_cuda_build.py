@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsemodel.errors import NativeLibraryWarning
-from sparsemodel.kernels import cuda, cuda_build, cuda_source
+from sparsemodel.errors import NativeLibraryWarning, SparseModelError
+from sparsemodel.kernels import cuda, cuda_build, cuda_conv, cuda_source
+from sparsemodel.kernels.geometry import ConvGeometry
 
 
 @pytest.fixture
@@ -66,6 +67,15 @@ def test_an_argument_that_does_not_fit_is_refused() -> None:
         cuda_source.arguments("arrays", "unpack_mask", (None, 1, 1))
 
 
+def test_a_size_that_does_not_fit_is_refused_and_not_wrapped() -> None:
+    cuda_source.arguments("nearest", "nearest", (None, None, None, None, 2**31 - 1, 1, 1))
+    with pytest.raises(SparseModelError, match="num_points = 2,147,483,648 is too large"):
+        cuda_source.arguments("nearest", "nearest", (None, None, None, None, 2**31, 1, 1))
+    geometry = ConvGeometry(1, 1, 1, 1)
+    with pytest.raises(SparseModelError, match="split the batch"):
+        cuda_conv.sizes(geometry, 2**15, (2**8, 2**8), torch.device("cpu"))
+
+
 @pytest.mark.usefixtures("compiler")
 def test_a_second_call_reads_and_a_damaged_entry_is_compiled_again(cache: Path) -> None:
     first = cuda_build.compiled("arrays", torch.float32, "sm_80")
@@ -113,6 +123,18 @@ def test_without_cuda_core_there_is_one_warning_with_the_cure(
     with pytest.warns(NativeLibraryWarning, match=r"fedprune\[cuda\]"):
         assert cuda.runner(torch.device("cuda", 0)) is None
     assert cuda.runner(torch.device("cuda", 0)) is None  # a second warning would be an error
+    cuda._runner.cache_clear()
+
+
+@pytest.mark.usefixtures("compiler")
+def test_without_a_gpu_there_is_one_warning_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    monkeypatch.setenv(cuda.ENVIRONMENT, "on")
+    cuda._runner.cache_clear()
+    with pytest.warns(NativeLibraryWarning, match="do not load on cuda:0"):
+        assert cuda.runner(torch.device("cuda")) is None
+    assert cuda.runner(torch.device("cuda", 0)) is None
     cuda._runner.cache_clear()
 
 

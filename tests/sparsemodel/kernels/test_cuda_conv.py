@@ -5,8 +5,10 @@ Convolutions are compared with torch's in float64, selections with a plain sort.
 
 from typing import NamedTuple
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from torch.nn import functional
 
 from sparsemodel.errors import MaskError
@@ -65,7 +67,16 @@ class Case(NamedTuple):
 
 
 def make(name: str, density: float, dtype: torch.dtype = torch.float32) -> Case:
-    g, batch, size = CASES[name]
+    return random_case(*CASES[name], density, dtype)
+
+
+def random_case(
+    g: ConvGeometry,
+    batch: int,
+    size: tuple[int, int],
+    density: float,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
     mask = torch.rand(g.weight_shape) < density
     if density < 1:
         mask[g.out_channels // 2] = False
@@ -97,6 +108,37 @@ def check(cuda: Runner, c: Case) -> None:
 @every_density
 def test_forward_and_gradients(cuda: Runner, name: str, density: float) -> None:
     check(cuda, make(name, density))
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> tuple[ConvGeometry, int, tuple[int, int]]:
+    """A geometry, a batch and a size that the window fits."""
+    groups, small = draw(st.sampled_from([1, 1, 2, 3])), st.integers(1, 3)
+    padding = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    g = ConvGeometry(
+        draw(small) * groups, draw(small) * groups, draw(small), draw(small), draw(small),
+        draw(small), *padding, draw(st.integers(1, 2)), draw(st.integers(1, 2)), groups,
+    )  # fmt: skip
+    least_h = max(1, g.dilation_h * (g.kernel_h - 1) + 1 - 2 * g.padding_h)
+    least_w = max(1, g.dilation_w * (g.kernel_w - 1) + 1 - 2 * g.padding_w)
+    size = least_h + draw(st.integers(0, 4)), least_w + draw(st.integers(0, 4))
+    return g, draw(st.sampled_from([1, 2, 5, 33])), size
+
+
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(call=geometries(), density=st.sampled_from([0.0, 0.1, 0.5, 1.0]), k=st.integers(0, 40))
+def test_any_geometry(
+    cuda: Runner, call: tuple[ConvGeometry, int, tuple[int, int]], density: float, k: int
+) -> None:
+    c = random_case(*call, density)
+    check(cuda, c)
+    c = whole_numbers(c)
+    found = cuda_topk.topk_grad(cuda, c.x, c.dy, c.row_ptr, c.cols, c.geometry, k)
+    positions, gradients = selected(c.exact()[2], c.mask, k)
+    assert found[0].tolist() == positions
+    assert found[1].tolist() == gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
