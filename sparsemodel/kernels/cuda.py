@@ -121,8 +121,8 @@ def obstacle() -> str | None:
     """Why kernels cannot be compiled in this environment, and what to do; None where they can."""
     try:
         import cuda.core  # noqa: F401, PLC0415 - an optional package
-    except ImportError:
-        return f"cuda-core is not installed ({EXTRA})"
+    except ImportError as error:
+        return f"cuda-core cannot be imported ({error}): {EXTRA}, beside a CUDA build of torch"
     try:
         cuda_build.nvrtc_version()
     except Exception as error:  # the bindings raise errors of many kinds where NVRTC is missing
