@@ -126,5 +126,5 @@ class _Scan:
     ) -> None:
         self._runner.launch(
             "topk", "topk_grad", self._blocks, *self._arrays, shift, width, prefix, emit,
-            histogram, keys, gradients, real=self._x.dtype,
+            histogram, keys, gradients, 0 if keys is None else keys.numel(), real=self._x.dtype,
         )  # fmt: skip

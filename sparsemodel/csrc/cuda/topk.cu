@@ -36,10 +36,10 @@ __device__ inline uint64 active_columns(const int* row_ptr, const int* cols, int
 // emit == 0: counts into histogram[digit] the pruned places whose key begins with `prefix`,
 // digit being the `width` bits above `shift`; into histogram[BINS] those that are NaN.
 // emit == 1: writes down key and gradient of the places with key >> shift >= prefix; histogram[0]
-// counts them.
+// counts them, and no more than `capacity` are written.
 KERNEL topk_grad(const Real* x, const Real* dy, const int* row_ptr, const int* cols,
                  const int* geometry, int shift, int width, uint64 prefix, int emit,
-                 int* histogram, int64* keys, float* gradients) {
+                 int* histogram, int64* keys, float* gradients, int capacity) {
   __shared__ float tile_a[DEPTH][SIDE + 1], tile_b[DEPTH][SIDE + 1];
   __shared__ uint64 active[SIDE];
   __shared__ int counts[BINS];
@@ -89,6 +89,7 @@ KERNEL topk_grad(const Real* x, const Real* dy, const int* row_ptr, const int* c
       if (emit) {
         if (key >> shift < prefix) continue;
         int place = atomicAdd(histogram, 1);
+        if (place >= capacity) continue;  // the inputs have changed since they were counted
         keys[place] = (int64)key;
         gradients[place] = gradient;
       } else {
