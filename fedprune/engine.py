@@ -36,7 +36,7 @@ from fedprune.config import RunConfig
 from fedprune.errors import RunError
 
 CLIENT_APP_RAISED = 2
-START_SECONDS = 90.0
+START_SECONDS = 180.0
 LOG, SUPERLINK_LOG = "run.log", "superlink.log"
 Progress = Callable[[], None]
 
@@ -339,7 +339,7 @@ def _superlink(home: Path, ports: list[int], environment: dict[str, str]) -> Ite
 
 def _is_healthy(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as response:
             return bool(response.status == 200)
     except OSError:
         return False

@@ -67,11 +67,17 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
     return x
 
 
-def assert_near(found: Tensor | None, expected: Tensor | None) -> None:
-    """Equal up to float32 rounding of sums of this size."""
+def assert_near(
+    found: Tensor | None, expected: Tensor | None, *, terms: Tensor | None = None
+) -> None:
+    """Equal up to float32 rounding of sums of this size.
+
+    A sum of thousands of `terms` that cancel is off by a part of their sizes, not of its own.
+    """
     assert found is not None
     assert expected is not None
-    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=2e-5)
+    atol = 2e-5 if terms is None else 2e-5 + 6e-8 * float(terms.abs().sum()) / len(found)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=atol)
 
 
 LAYOUTS = st.sampled_from(["nchw", "batch innermost", "channels last", "strided"])
@@ -126,7 +132,7 @@ def test_conv2d_and_its_gradients_equal_the_dense_ones(
     assert_near(values.grad, wide_w.grad[mask])
     if offsets is not None:
         assert wide_b is not None
-        assert_near(offsets.grad, wide_b.grad)
+        assert_near(offsets.grad, wide_b.grad, terms=dy)
     if native.loaded() and not dense:
         assert is_batch_innermost(y)
         assert x.grad is not None
@@ -180,7 +186,7 @@ def test_linear_and_its_gradients_equal_the_dense_ones(
     assert_near(values.grad, wide_w.grad[mask])
     if offsets is not None:
         assert wide_b is not None
-        assert_near(offsets.grad, wide_b.grad)
+        assert_near(offsets.grad, wide_b.grad, terms=dy)
     if native.loaded() and not dense:
         assert is_features_first(y)
 
