@@ -338,8 +338,10 @@ def _superlink(home: Path, ports: list[int], environment: dict[str, str]) -> Ite
 
 
 def _is_healthy(port: int) -> bool:
+    # Past any proxy of the user's, who may have set one for everything.
+    here = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as response:
+        with here.open(f"http://127.0.0.1:{port}/health", timeout=10) as response:
             return bool(response.status == 200)
     except OSError:
         return False

@@ -221,6 +221,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No cache and a proxy that refuses, so that no test depends on the network."""
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr("urllib.request._opener", None)  # it would keep the proxy for later tests
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
 
