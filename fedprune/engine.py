@@ -286,8 +286,13 @@ def _commands(home: Path) -> Path:
 
 def _environment(home: Path, *, commands: Path) -> dict[str, str]:
     """A private Flower home; quiet, offline, and this interpreter's commands first."""
+    own = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    direct = ",".join(filter(None, [own, "127.0.0.1", "localhost"]))
     return {
         **os.environ,
+        # The processes of a run talk to each other past any proxy of the user's.
+        "no_proxy": direct,
+        "NO_PROXY": direct,
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
