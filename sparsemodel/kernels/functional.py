@@ -341,7 +341,7 @@ def _dense_conv2d(
         )
         return y
     weight = _weight(values, index, geometry.weight_shape)
-    return reference.conv2d(for_dense_conv(x, num_weights), weight, bias, geometry)
+    return reference.conv2d(for_dense_conv(x, geometry), weight, bias, geometry)
 
 
 class _DenseConv2d(torch.autograd.Function):
@@ -356,7 +356,7 @@ class _DenseConv2d(torch.autograd.Function):
         bits: Tensor,
         geometry: ConvGeometry,
     ) -> Tensor:
-        x = for_dense_conv(x, geometry.out_channels * geometry.row_length)
+        x = for_dense_conv(x, geometry)
         ctx.save_for_backward(x, values, row_ptr, cols, bits)
         ctx.geometry = geometry
         index = SparseIndex(row_ptr, cols, cols, bits)

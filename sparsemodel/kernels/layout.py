@@ -9,6 +9,7 @@ import torch
 
 from sparsemodel.kernels import native
 from sparsemodel.kernels.geometry import (
+    ConvGeometry,
     empty_batch_innermost,
     empty_features_first,
     is_batch_innermost,
@@ -72,14 +73,17 @@ def _pixels(x: torch.Tensor) -> torch.Tensor:
     return x.permute(2, 3, 0, 1).flatten(0, 1)
 
 
-def for_dense_conv(x: torch.Tensor, num_weights: int) -> torch.Tensor:
+def for_dense_conv(x: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
     """The tensor [B, C, H, W] in the layout in which torch's convolution with it is fastest.
 
     Where activations outweigh weights that is channels last, by up to a quarter on processors
     with AVX-512. From torch's own layout only large activations gain more than the move costs.
     """
+    if not _is_usual(x, geometry):
+        return _as_nchw(x)
     if _is_channels_last(x):
         return x
+    num_weights = geometry.out_channels * geometry.row_length
     if x.numel() < (MIN_MOVED if x.is_contiguous() else num_weights):
         return contiguous_nchw(x)
     return channels_last(x)
@@ -87,7 +91,32 @@ def for_dense_conv(x: torch.Tensor, num_weights: int) -> torch.Tensor:
 
 def as_stored(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """`x` channels last or as it reads, whichever `other` is."""
-    return contiguous_nchw(x) if other.is_contiguous() else channels_last(x)
+    return _as_nchw(x) if other.is_contiguous() or _of_one(x) else channels_last(x)
+
+
+def _is_usual(x: torch.Tensor, g: ConvGeometry) -> bool:
+    """Whether torch's convolution takes it channels last.
+
+    Version 2.14 crashes there on some dilated windows, windows beyond the plane and dimensions of
+    size one; plain windows inside the plane are what networks have.
+    """
+    height, width = x.shape[2:]
+    inside = g.kernel_h <= height and g.kernel_w <= width
+    padded = g.padding_h < g.kernel_h and g.padding_w < g.kernel_w
+    return g.dilation == (1, 1) and inside and padded and min(height, width) > 1 and not _of_one(x)
+
+
+def _of_one(x: torch.Tensor) -> bool:
+    """Whether both layouts are the same memory: one channel, or one pixel."""
+    return x.shape[1] == 1 or x.shape[2] * x.shape[3] == 1
+
+
+def _as_nchw(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and with such strides also in dimensions of size one, which torch goes by."""
+    x = contiguous_nchw(x)
+    _, channels, height, width = x.shape
+    pixels = height * width
+    return x.as_strided(x.shape, (channels * pixels, pixels, width, 1))
 
 
 def features_first(x: torch.Tensor) -> torch.Tensor:

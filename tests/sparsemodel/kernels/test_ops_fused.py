@@ -17,7 +17,7 @@ from sparsemodel.fused import (
     FusedMaxPool2d,
 )
 from sparsemodel.kernels import native
-from sparsemodel.kernels.geometry import is_batch_innermost, is_features_first
+from sparsemodel.kernels.geometry import ConvGeometry, is_batch_innermost, is_features_first
 from sparsemodel.kernels.layout import (
     as_stored,
     batch_innermost,
@@ -212,16 +212,34 @@ def test_layouts_change_the_order_alone() -> None:
 
 def test_a_dense_convolution_gets_the_layout_that_pays() -> None:
     """Channels last where activations outweigh weights; what is there already stays."""
+    few, many = (ConvGeometry(out, 64, 3, 3, 1, 1, 1, 1) for out in (8, 2048))
     x = torch.randn(8, 64, 32, 32)
     innermost, last = batch_innermost(x), channels_last(x)
-    assert for_dense_conv(x, 100) is x, "too small to move"
-    assert for_dense_conv(last, 10**9) is last
-    assert for_dense_conv(innermost, 10**6).is_contiguous()
-    assert for_dense_conv(innermost, 100).is_contiguous(memory_format=torch.channels_last)
+    assert for_dense_conv(x, few).is_contiguous(), "too small to move"
+    assert for_dense_conv(last, many) is last
+    assert for_dense_conv(innermost, many).is_contiguous()
+    assert for_dense_conv(innermost, few).is_contiguous(memory_format=torch.channels_last)
     large = torch.randn(16, 64, 32, 32)
-    assert for_dense_conv(large, 100).is_contiguous(memory_format=torch.channels_last)
+    assert for_dense_conv(large, few).is_contiguous(memory_format=torch.channels_last)
     assert as_stored(innermost, x).is_contiguous()
     assert as_stored(innermost, last).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        ConvGeometry(8, 64, 3, 3, 1, 1, 1, 1, 2, 2),
+        ConvGeometry(8, 64, 3, 3, 1, 1, 3, 3),
+        ConvGeometry(8, 64, 40, 3, 1, 1, 20, 1),
+    ],
+)
+def test_windows_that_torch_crashes_on_channels_last_get_plain_strides(
+    geometry: ConvGeometry,
+) -> None:
+    x = channels_last(torch.randn(8, 64, 32, 32))
+    assert for_dense_conv(x, geometry).is_contiguous()
+    one = torch.randn(5, 1, 4, 4).to(memory_format=torch.channels_last)
+    assert for_dense_conv(one, ConvGeometry(2, 1, 3, 3)).stride() == (16, 16, 4, 1)
 
 
 def test_features_first_changes_the_order_alone() -> None:
