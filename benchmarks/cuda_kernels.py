@@ -11,17 +11,17 @@ counting each array once: a low share says that the kernel, not the memory, is t
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks import cuda_peers as peers
+from benchmarks import rows as rows_of_benchmarks
 from sparsemodel.kernels import cuda, cuda_array_ops, cuda_ops
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.kernels.layout import batch_innermost, features_first
@@ -30,6 +30,7 @@ from sparsemodel.pattern import csr_from_mask
 Tensor = torch.Tensor
 Call = Callable[[], Any]
 
+BENCH = "cuda_kernels"
 DENSITIES = (0.01, 0.05, 0.1)
 TOLERANCE = 1e-3  # of the largest entry: TF32 is off, sums are in another order
 COPY_BYTES = 1 << 30
@@ -70,16 +71,13 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Milliseconds of ours and of a peer."""
+class Row(rows_of_benchmarks.Row):
+    """Beside a peer's, the share of a copy's bandwidth that ours reaches."""
 
-    case: str
-    density: float
-    ours: float
-    peer_name: str
-    peer: float
-    ratio: float
     share_of_copy: float
+
+    def as_line(self) -> str:
+        return f"{super().as_line()}, {self.share_of_copy:.0%} of copy"
 
 
 def cases(device: torch.device, sizes: Sizes, densities: Sequence[float]) -> Iterator[Case]:
@@ -255,7 +253,7 @@ def rows(sizes: Sizes, densities: Sequence[float], rounds: int) -> Iterator[Row]
         ours = times.pop("ours")
         share = case.num_bytes / ours / bandwidth
         for name, peer in times.items():
-            yield Row(case.name, case.density, ours, name, peer, peer / ours, share)
+            yield Row(BENCH, case.name, case.density, ours, peer, name, "ms", share)
 
 
 def main() -> None:
@@ -276,14 +274,7 @@ def main() -> None:
     print(f"# {name}, torch {torch.__version__}, CUDA {torch.version.cuda}", file=sys.stderr)
     sizes, rounds = (QUICK, 10) if arguments.quick else (Sizes(), 50)
     for row in rows(sizes, DENSITIES[:2] if arguments.quick else DENSITIES, rounds):
-        if arguments.json:
-            print(json.dumps(asdict(row)), flush=True)
-        else:
-            print(
-                f"{row.case:<32} d={row.density:<5g} {row.ours:>9.3f} ms "
-                f"{row.share_of_copy:>5.0%} of copy {row.ratio:8.2f} x  {row.peer_name}",
-                flush=True,
-            )
+        print(row.as_json() if arguments.json else row.as_line(), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from sparsemodel.kernels import cuda_reference as reference
+from sparsemodel.kernels import reference as plain
 
 Tensor = torch.Tensor
 Call = Callable[[], Any]
@@ -36,13 +37,13 @@ def count(packed: Tensor) -> dict[str, Call]:
 
 
 def sgd(values: Tensor, gradient: Tensor, buffer: Tensor, step: tuple[Any, ...]) -> dict[str, Call]:
-    return both(reference.sgd_step, values, gradient, buffer, *step)
+    return both(plain.sgd_step, values, gradient, buffer, *step)
 
 
 def adam(
     values: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: tuple[Any, ...]
 ) -> dict[str, Call]:
-    return both(reference.adam_step, values, gradient, mean, square, *step)
+    return both(plain.adam_step, values, gradient, mean, square, *step)
 
 
 def add(total: Tensor, positions: Tensor, values: Tensor) -> dict[str, Call]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from datapruning.errors import RunError
-from datapruning.files import write_atomically
+from sparsemodel.files import write_atomically
 
 VERSION = 1
 

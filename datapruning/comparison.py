@@ -17,7 +17,6 @@ from typing import Any
 
 from datapruning.data import ImageSet
 from datapruning.errors import RunError, SelectionError
-from datapruning.files import write_atomically
 from datapruning.models import build_model
 from datapruning.samples import ImageSamples
 from datapruning.scoring import score
@@ -28,6 +27,7 @@ from datapruning.task import ImageClassification
 from datapruning.threads import computing
 from datapruning.training import TrainingConfig, evaluate, train
 from datapruning.units import NOTHING
+from sparsemodel.files import write_atomically
 
 FULL = "all data"
 BUDGETS = ("epochs", "steps")

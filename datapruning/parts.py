@@ -19,7 +19,7 @@ from torch import Tensor
 
 from datapruning import checkpoint
 from datapruning.errors import RunError
-from datapruning.files import write_atomically
+from sparsemodel.files import write_atomically
 
 SETTINGS = "settings.json"
 

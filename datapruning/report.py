@@ -19,7 +19,6 @@ from datapruning.agreement import Agreement, agreement
 from datapruning.charts import FEW_METHODS, balance_chart, histogram_chart, matrix_chart
 from datapruning.data import load_dataset
 from datapruning.errors import DatapruningError, RunError, ScoreError, SelectionError
-from datapruning.files import write_atomically
 from datapruning.methods import METHODS
 from datapruning.parts import flattened
 from datapruning.pictures import extremes, strip
@@ -29,6 +28,7 @@ from datapruning.select import select
 from datapruning.table import ScoreTable, Subset
 from datapruning.units import NOTHING, format_seconds, percent, rounded
 from datapruning.version import __version__
+from sparsemodel.files import write_atomically
 
 KEEP = 0.5
 PICTURES = 10

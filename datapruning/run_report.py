@@ -10,10 +10,10 @@ from typing import Any
 from datapruning import page, runfolder
 from datapruning.charts import balance_chart, class_chart, curve_chart
 from datapruning.errors import RunError
-from datapruning.files import write_atomically
 from datapruning.runner import RunSettings
 from datapruning.units import NOTHING, format_bytes, format_seconds, percent, rounded
 from datapruning.version import __version__
+from sparsemodel.files import write_atomically
 
 
 def write_run_report(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datapruning.errors import RunError
-from datapruning.files import write_atomically
+from sparsemodel.files import write_atomically
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 MODEL, REPORT, LOCK = "model.safetensors", "report.html", ".lock"

@@ -30,7 +30,6 @@ from datapruning.distill import (
     teacher_logits,
 )
 from datapruning.errors import RunError, SubsetWarning
-from datapruning.files import write_atomically
 from datapruning.models import build_model, check_model
 from datapruning.samples import ImageSamples
 from datapruning.seeds import stream_seed
@@ -40,6 +39,7 @@ from datapruning.threads import computing
 from datapruning.training import Objective, TrainingConfig, TrainingResult, evaluate, predict, train
 from datapruning.version import __version__
 from sparsemodel.checkpoint import load_sparse, save_sparse
+from sparsemodel.files import write_atomically
 
 AUTO = "auto"
 ALPHA_FILE, CHECKPOINT, LOGITS = "alpha.json", "checkpoint.pt", "teacher_logits.pt"

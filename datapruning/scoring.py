@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from datapruning.data import fingerprint, load_dataset
 from datapruning.errors import RunError, ScoreError, ScoreWarning
-from datapruning.files import write_atomically
 from datapruning.methods import METHODS, check_method, checked_options
 from datapruning.models import check_model
 from datapruning.parts import Parts, differences, open_parts
@@ -30,6 +29,7 @@ from datapruning.task import Classification, ImageClassification, Task
 from datapruning.threads import computing
 from datapruning.training import TrainingConfig
 from datapruning.version import __version__
+from sparsemodel.files import write_atomically
 
 SHARD_SIZE = 4096
 EARLY_SHARE = 0.1

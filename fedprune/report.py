@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from datapruning import page
-from datapruning.files import write_atomically
 from datapruning.units import (
     NOTHING,
     format_bytes,
@@ -36,6 +35,7 @@ from fedprune.runfolder import (
     read_summary,
 )
 from sparsemodel.checkpoint import load_sparse
+from sparsemodel.files import write_atomically
 from sparsemodel.mask import Mask
 
 __all__ = ["comparison_table", "format_bytes", "format_seconds", "summary_rows", "write_report"]

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datapruning.files import write_atomically
 from datapruning.recommend.effort import answer_error, answer_loss, effort
 from datapruning.recommend.finetune import FinetuneConfig, finetune
 from datapruning.recommend.grounding import language_recommender
@@ -47,6 +46,7 @@ from datapruning.select import select
 from datapruning.table import ScoreTable
 from simulations.dealrec_table import GROWING, page
 from simulations.provenance import commit
+from sparsemodel.files import write_atomically
 
 ARMS = ("full", "random", "influence", "effort", "dealrec", "grand", "el2n", "ccs")
 BUDGETS = ("steps", "epochs")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import safetensors.torch
 import torch
 
 from sparsemodel.errors import CheckpointError
+from sparsemodel.files import write_atomically
 from sparsemodel.mask import Mask
 
 FORMAT = "sparse-checkpoint"
@@ -98,7 +98,10 @@ def write_file(
     # safetensors orders tensors by itself, but several metadata keys as they happen to hash.
     text = json.dumps(header, sort_keys=True)
     data = safetensors.torch.save(dict(tensors), metadata={METADATA_KEY: text})
-    _write_atomically(path, data)
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def load_sparse(path: str | os.PathLike[str]) -> SparseCheckpoint:
@@ -256,24 +259,3 @@ def _read_strings(path: Path, metadata: Any) -> dict[str, str]:
 
 def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path}: damaged, {what}; copy it again or go back to an older one")
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        if os.name == "posix":  # elsewhere a folder cannot be opened
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # without it a power cut may undo the rename
-            finally:
-                os.close(folder)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from sparsemodel.errors import MaskError, SparseModelError
-from sparsemodel.kernels import native
+from sparsemodel.kernels import native, reference
 from sparsemodel.mask import Mask
 from sparsemodel.meter import storage_bytes
 
@@ -188,11 +188,7 @@ class SparseSGD(torch.optim.Optimizer):
             )  # fmt: skip
             torch.autograd.graph.increment_version(parameter)
             return
-        if decay:
-            gradient = gradient.add(parameter, alpha=decay)
-        if momentum:
-            gradient = buffer.mul_(momentum).add_(gradient)
-        parameter.add_(gradient, alpha=-lr)
+        reference.sgd_step(parameter, gradient, buffer if momentum else None, lr, momentum, decay)
 
 
 class SparseAdam(torch.optim.Optimizer):
@@ -263,14 +259,9 @@ class SparseAdam(torch.optim.Optimizer):
             )  # fmt: skip
             torch.autograd.graph.increment_version(parameter)
             return
-        if decay and decoupled:
-            parameter.mul_(1 - lr * decay)
-        elif decay:
-            gradient = gradient.add(parameter, alpha=decay)
-        mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        divisor = square.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-        parameter.addcdiv_(mean, divisor, value=-lr / (1 - beta1**step))
+        reference.adam_step(
+            parameter, gradient, mean, square, lr, beta1, beta2, eps, decay, decoupled, step
+        )
 
 
 def _evaluated(closure: Callable[[], Any] | None) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from datapruning.errors import DataError, ModelError, ScoreError
-from datapruning.files import write_atomically
 from datapruning.recommend import language
 from datapruning.recommend.effort import effort
 from datapruning.recommend.finetune import FinetuneConfig, finetune
@@ -22,6 +21,7 @@ from datapruning.recommend.influence import DAMPING, DEPTH, surrogate_influence
 from datapruning.recommend.prompts import TEMPLATES, Prompts, texts_of
 from datapruning.recommend.surrogate import SurrogateConfig, SurrogateResult, train_surrogate
 from datapruning.table import ScoreTable
+from sparsemodel.files import write_atomically
 
 TITLES = FinetuneConfig(epochs=4, batch_size=64, lr=2e-3)
 """How a model from scratch learns the titles, before it sees any history."""

@@ -22,6 +22,7 @@ from sparsemodel.kernels import (
     cuda_nearest,
     cuda_reference,
     cuda_source,
+    reference,
 )
 
 Tensor = torch.Tensor
@@ -101,7 +102,7 @@ def _sgd_step(
     _check("sgd_step", values, gradient, momentum_buffer, like=True)
     runner = _runner(values) if values.dtype == torch.float32 else None
     if runner is None:
-        cuda_reference.sgd_step(values, gradient, momentum_buffer, lr, momentum, weight_decay)
+        reference.sgd_step(values, gradient, momentum_buffer, lr, momentum, weight_decay)
         return
     cuda_arrays.sgd_step(
         runner, values, gradient, momentum_buffer, lr=lr, momentum=momentum,
@@ -125,7 +126,7 @@ def _adam_step(
     _check("adam_step", values, gradient, mean, square, like=True)
     runner = _runner(values) if values.dtype == torch.float32 else None
     if runner is None:
-        cuda_reference.adam_step(
+        reference.adam_step(
             values, gradient, mean, square, lr, beta1, beta2, eps, weight_decay, decoupled, step
         )
         return

@@ -6,16 +6,17 @@ of compiled kernels is `$SPARSEMODEL_CACHE`, or `sparsemodel/cuda` in the user's
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparsemodel.files import write_atomically
 from sparsemodel.kernels import cuda_source
 
 ENVIRONMENT = "SPARSEMODEL_CACHE"
@@ -64,18 +65,10 @@ def read_entry(path: Path) -> bytes | None:
 
 def write_entry(path: Path, content: bytes) -> None:
     """Keep an entry, whole or not at all; a folder that cannot be written keeps nothing."""
-    try:
+    # A folder that cannot be written: every process compiles for itself.
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(content).digest() + content)
-            os.replace(name, path)
-        except OSError:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError:
-        return  # every process then compiles for itself
+        write_atomically(path, hashlib.sha256(content).digest() + content)
 
 
 def _key(text: str, defines: Sequence[str], arch: str) -> str:

@@ -31,45 +31,6 @@ def popcount(packed: Tensor) -> Tensor:
     return unpack_mask(packed, 8 * packed.numel()).sum()
 
 
-def sgd_step(
-    values: Tensor,
-    gradient: Tensor,
-    momentum_buffer: Tensor | None,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-) -> None:
-    """One step of torch.optim.SGD, in place."""
-    step = gradient + weight_decay * values
-    if momentum_buffer is not None:
-        step = momentum_buffer.mul_(momentum).add_(step)
-    values.sub_(lr * step)
-
-
-def adam_step(
-    values: Tensor,
-    gradient: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    step: int,
-) -> None:
-    """Step number `step` (from 1) of torch.optim.Adam, or AdamW where `decoupled`, in place."""
-    if decoupled:
-        values.mul_(1 - lr * weight_decay)
-    else:
-        gradient = gradient + weight_decay * values
-    mean.lerp_(gradient, 1 - beta1)
-    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    divisor = square.sqrt() / (1 - beta2**step) ** 0.5 + eps
-    values.addcdiv_(mean, divisor, value=-lr / (1 - beta1**step))
-
-
 def refused_positions(positions: Tensor, numel: int) -> int:
     """How many are not in [0, numel) or not above the one before."""
     refused = (positions < 0) | (positions >= numel)

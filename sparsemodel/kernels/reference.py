@@ -1,4 +1,4 @@
-"""Sparse kernels in plain torch: any device, any floating-point type, any layout.
+"""Sparse kernels and optimiser steps in plain torch: any device, floating-point type and layout.
 
 Forward and gradients go through the dense weight, made for the call and freed after it, so a
 reference kernel costs what the dense layer costs.
@@ -144,6 +144,46 @@ def _conv_backward(
         wanted,
     )  # fmt: skip
     return dx, dw, db
+
+
+def sgd_step(
+    values: torch.Tensor,
+    gradient: torch.Tensor,
+    momentum_buffer: torch.Tensor | None,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """One step of torch.optim.SGD, in place."""
+    if weight_decay:
+        gradient = gradient.add(values, alpha=weight_decay)
+    if momentum_buffer is not None:
+        gradient = momentum_buffer.mul_(momentum).add_(gradient)
+    values.add_(gradient, alpha=-lr)
+
+
+def adam_step(
+    values: torch.Tensor,
+    gradient: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    step: int,
+) -> None:
+    """Step number `step` (from 1) of torch.optim.Adam, or AdamW where `decoupled`, in place."""
+    if weight_decay and decoupled:
+        values.mul_(1 - lr * weight_decay)
+    elif weight_decay:
+        gradient = gradient.add(values, alpha=weight_decay)
+    mean.lerp_(gradient, 1 - beta1)
+    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    divisor = square.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+    values.addcdiv_(mean, divisor, value=-lr / (1 - beta1**step))
 
 
 def _tiles(num_rows: int, row_length: int) -> list[tuple[int, int]]:

@@ -23,3 +23,13 @@ __device__ inline float warp_sum(float value) {
   for (int step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
   return value;
 }
+
+// The last row that begins at `entry` or before, so the one that holds it unless rows are empty.
+__device__ inline int row_of(const int* row_ptr, int rows, int64 entry) {
+  int low = 0, high = rows;
+  while (high - low > 1) {
+    int middle = (low + high) / 2;
+    if (row_ptr[middle] <= entry) low = middle; else high = middle;
+  }
+  return low;
+}

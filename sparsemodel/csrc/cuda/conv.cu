@@ -105,11 +105,7 @@ KERNEL conv_weight(const int* row_ptr, const int* cols, const Real* dy, const Re
   int lane = threadIdx.x % WARP, outputs = g.outputs();
   int64 first = global_thread() / WARP * ENTRIES;
   if (first >= nnz) return;
-  int low = 0, high = g.out_channels;  // the last row that begins at `first` or before
-  while (high - low > 1) {
-    int middle = (low + high) / 2;
-    if (row_ptr[middle] <= first) low = middle; else high = middle;
-  }
+  int low = row_of(row_ptr, g.out_channels, first);
   int count = (int)min((int64)ENTRIES, nnz - first);
   const Real* lines[ENTRIES];
   Tap taps[ENTRIES];

@@ -48,11 +48,7 @@ KERNEL sddmm(const int* row_ptr, const int* cols, const Real* dy, const Real* x,
   int lane = threadIdx.x % WARP;
   int64 first = global_thread() / WARP * ENTRIES;
   if (first >= nnz) return;
-  int low = 0, high = rows;  // the last row that begins at `first` or before
-  while (high - low > 1) {
-    int middle = (low + high) / 2;
-    if (row_ptr[middle] <= first) low = middle; else high = middle;
-  }
+  int low = row_of(row_ptr, rows, first);
   int count = (int)min((int64)ENTRIES, nnz - first);
   const Real* from_dy[ENTRIES];
   const Real* from_x[ENTRIES];
