@@ -1,14 +1,13 @@
-"""What the simulations of data pruning share: their command line and the page they write."""
+"""What tables of pruned trainings share: a preset of their size and the page they write."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from datapruning.data import ImageSet, load_dataset
+from datapruning.data import ImageSet
+from simulations.command import Call
 from simulations.provenance import commit, machine
 
 
@@ -31,42 +30,6 @@ class Preset:
     settings: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Call:
-    """What the command line asked for."""
-
-    preset: str
-    seeds: Sequence[int]
-    out: Path
-    data: str | None
-
-    @property
-    def command(self) -> str:
-        """The options as they are shown; a folder of data stays the user's own."""
-        seeds = ",".join(map(str, self.seeds))
-        return f"--preset {self.preset} --seeds {seeds}" + (" --data FOLDER" if self.data else "")
-
-
-def parse(name: str, presets: Sequence[str]) -> Call:
-    """The command line of `python -m simulations.NAME`."""
-    parser = argparse.ArgumentParser(prog=f"python -m simulations.{name}")
-    parser.add_argument("--preset", choices=presets, default="small")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--out", type=Path, help="where cells go; default runs/NAME-PRESET")
-    parser.add_argument("--data", help="a data set's name, or a folder of parquet")
-    given = parser.parse_args()
-    seeds = [int(seed) for seed in given.seeds.split(",")]
-    out = given.out or Path("runs") / f"{name}-{given.preset}"
-    return Call(given.preset, seeds, out, given.data)
-
-
-def load(preset: Preset, call: Call) -> ImageSet:
-    """The data of a preset."""
-    return load_dataset(
-        call.data or preset.dataset, num_train=preset.num_train, num_test=preset.num_test
-    )
-
-
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; the first column is text, the others are numbers."""
     lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
@@ -74,12 +37,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def write_page(
-    name: str, title: str, call: Call, preset: Preset, data: ImageSet, *, body: Sequence[str]
-) -> Path:
-    """Write the saved table of an experiment beside its script; returns its path."""
-    suffix = "" if call.preset == "small" else f"_{call.preset}"
-    path = Path(__file__).parent / f"{name}{suffix}.md"
+def page(title: str, call: Call, preset: Preset, data: ImageSet, *, body: Sequence[str]) -> str:
+    """The page of an experiment: what was run, where, the `body`, and the settings."""
     settings = {
         "model": preset.model,
         "epochs": preset.epochs,
@@ -89,7 +48,7 @@ def write_page(
     lines = [
         f"# {title}",
         "",
-        f"Written by `python -m simulations.{name} {call.command}`.",
+        f"Written by `{call.command}`.",
         "",
         f"- commit {commit()}, {machine()}",
         f"- {data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
@@ -105,5 +64,4 @@ def write_page(
         *[f"- `{key} = {value}`" for key, value in settings.items()],
         "",
     ]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+    return "\n".join(lines)

@@ -32,7 +32,8 @@ from datapruning.select import select
 from datapruning.task import ImageClassification
 from datapruning.threads import computing
 from datapruning.training import Objective, TrainingConfig, evaluate, train
-from simulations.data_table import Call, Preset, load, markdown, parse, write_page
+from simulations.command import parse
+from simulations.data_table import Preset, markdown, page
 
 TASK = ImageClassification()
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -291,18 +292,15 @@ def page_body(results: Results, preset: Preset) -> list[str]:
 
 
 def main() -> None:
-    call: Call = parse("kd_fractions", list(PRESETS))
+    call = parse("kd_fractions", list(PRESETS))
     preset = PRESETS[call.preset]
-    data = load(preset, call)
+    data = call.load(preset.dataset, num_train=preset.num_train, num_test=preset.num_test)
     results = {}
-    with computing(1):
+    with computing(call.threads):
         for seed in call.seeds:
             results[seed] = run_seed(Laboratory(preset, data, seed, call.out))
-    path = write_page(
-        "kd_fractions", "Distillation on pruned data", call, preset, data,
-        body=page_body(results, preset),
-    )  # fmt: skip
-    print(path.read_text(encoding="utf-8"))
+    title = "Distillation on pruned data"
+    call.save(page(title, call, preset, data, body=page_body(results, preset)))
 
 
 if __name__ == "__main__":

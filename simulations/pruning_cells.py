@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -10,35 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from datapruning.data import ImageSet, load_dataset
+from datapruning.data import ImageSet
 from datapruning.models import build_model
 from datapruning.samples import ImageSamples
 from datapruning.seeds import stream_seed
 from datapruning.task import ImageClassification
 from datapruning.training import TrainingConfig, evaluate, train
+from simulations.command import Call
 from simulations.provenance import commit, machine
 
 Result = dict[str, Any]
-
-
-def arguments(name: str, presets: Sequence[str]) -> argparse.Namespace:
-    """The command line that all of them have; seeds as a list, out as a folder."""
-    parser = argparse.ArgumentParser(prog=f"python -m simulations.{name}")
-    parser.add_argument("--preset", choices=presets, default="small")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument(
-        "--data", help="a data set's name or a folder of parquet; else the preset's"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--out", type=Path, help="where cells go; default runs/NAME-PRESET")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    given.seeds = [int(seed) for seed in given.seeds.split(",")]
-    given.out = given.out or Path("runs") / f"{name}-{given.preset}"
-    return given
 
 
 def run_cells(
@@ -71,11 +53,6 @@ def run_cells(
     return results
 
 
-def images(data: str, *, num_train: int | None, num_test: int | None) -> ImageSet:
-    """A data set; a name that is a folder is read as one."""
-    return load_dataset(data, num_train=num_train, num_test=num_test)
-
-
 def test_error(
     data: ImageSet,
     rows: Tensor | None,
@@ -104,42 +81,18 @@ def percent(values: Sequence[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{spread}"
 
 
-def head(
-    title: str,
-    name: str,
-    given: argparse.Namespace,
-    data: ImageSet,
-    results: Mapping[str, Result],
-) -> list[str]:
+def head(title: str, call: Call, data: ImageSet, results: Mapping[str, Result]) -> list[str]:
     """First lines of a page: what was run, where, and at which commits its cells ran."""
     commits = ", ".join(sorted({result["commit"] for result in results.values()}))
-    seeds = ",".join(map(str, given.seeds))
-    command = f"python -m simulations.{name} --preset {given.preset} --seeds {seeds}"
-    command += (
-        " --data FOLDER"
-        if given.data and Path(given.data).is_dir()
-        else (f" --data {given.data}" if given.data else "")
-    )
     return [
         f"# {title}",
         "",
-        f"Written by `{command}`.",
+        f"Written by `{call.command}`.",
         "",
-        f"- commit {commits}, {machine(used=f', {given.threads} used')}",
+        f"- commit {commits}, {machine(used=f', {call.threads} used')}",
         f"- data: {data.name}, {len(data.train_labels)} training and {len(data.test_labels)} test "
         f"images, fingerprint {data.fingerprint}",
         "- errors in percent, mean ± sample standard deviation over the seeds; a seed decides "
         "scores, subsets, initial weights and order",
         "- test data are used once, after the last step, and decide nothing; nothing was tuned",
     ]
-
-
-def save(page: list[str], name: str, given: argparse.Namespace) -> None:
-    """The small preset's page, on its own data, stands beside the script; others in the folder."""
-    text = "\n".join([*page, ""])
-    suffix = "" if given.preset == "small" else f"_{given.preset}"
-    beside = Path(__file__).parent / f"{name}{suffix}.md"
-    target = given.out / "table.md" if given.data else beside
-    target.write_text(text, encoding="utf-8")
-    print(text)
-    print(f"table: {target}")

@@ -12,17 +12,15 @@ perceptron, solved and tried (`datapruning.perceptron`).
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from datapruning.data import ImageSet
 from datapruning.models import build_model
@@ -33,18 +31,10 @@ from datapruning.scores.error import el2n
 from datapruning.seeds import generator, stream_seed
 from datapruning.select import select
 from datapruning.table import ScoreTable
-from datapruning.task import ImageClassification, to_device
-from datapruning.training import TrainingConfig, train
-from simulations.pruning_cells import (
-    Result,
-    arguments,
-    head,
-    images,
-    percent,
-    run_cells,
-    save,
-    test_error,
-)
+from datapruning.task import ImageClassification
+from datapruning.training import TrainingConfig, predict, train
+from simulations.command import Call, parse
+from simulations.pruning_cells import Result, head, percent, run_cells, test_error
 
 NAME = "scaling_laws"
 DIMENSION, TRIALS = 200, 10  # of the perceptron's trials
@@ -83,20 +73,21 @@ FOLDER: dict[str, Any] = {"num_train": 4000, "num_test": 2000, "augment": True}
 
 def main() -> None:
     """Command line."""
-    given = arguments(NAME, list(PRESETS))
-    preset = PRESETS[given.preset]
-    if given.data and given.preset == "small" and Path(given.data).is_dir():
+    call = parse(NAME, list(PRESETS))
+    preset = PRESETS[call.preset]
+    if call.data and call.preset == "small" and Path(call.data).is_dir():
         preset = Preset(**{**vars(preset), **FOLDER})
-    data = images(given.data or preset.data, num_train=preset.num_train, num_test=preset.num_test)
+    data = call.load(preset.data, num_train=preset.num_train, num_test=preset.num_test)
     settings = {**asdict(preset), "data": data.fingerprint}
-    results = run_cells(cells(preset, data, given.seeds), given.out, settings=settings)
+    results = run_cells(cells(preset, data, call.seeds), call.out, settings=settings)
     theory = run_cells(
         {"theory": perceptron_curve, **{f"trial-{a}": partial(trials, a) for a in ALPHAS}},
-        given.out / "perceptron",
+        call.out / "perceptron",
         settings={"dimension": DIMENSION, "trials": TRIALS},
     )
-    page = head("Scaling laws of pruned data", NAME, given, data, {**results, **theory})
-    save([*page, *perceptron_table(theory), *network_tables(preset, results, given)], NAME, given)
+    page = head("Scaling laws of pruned data", call, data, {**results, **theory})
+    lines = [*page, *perceptron_table(theory), *network_tables(preset, results, call), ""]
+    call.save("\n".join(lines))
 
 
 # --- the perceptron ------------------------------------------------------------------------------
@@ -161,7 +152,7 @@ def perceptron_table(results: dict[str, Result]) -> list[str]:
 # --- networks ------------------------------------------------------------------------------------
 
 
-def cells(preset: Preset, data: ImageSet, seeds: list[int]) -> dict[str, Callable[[], Result]]:
+def cells(preset: Preset, data: ImageSet, seeds: Sequence[int]) -> dict[str, Callable[[], Result]]:
     """Seed by seed, so that an early stop leaves whole seeds."""
     scores = lru_cache(partial(pool_scores, preset, data))
     return {
@@ -191,23 +182,11 @@ def pool_scores(preset: Preset, data: ImageSet, pool: float, seed: int) -> Score
             network, samples, task, config=config, seed=stream_seed(seed, 3, run), rows=rows,
             device=preset.device,
         )  # fmt: skip
-        total += _el2n(network.eval(), samples, task, rows)
+        total += el2n(*predict(network, samples, task, rows=rows))
     return ScoreTable(
         samples.ids[rows], total / preset.score_runs, method="el2n", dataset=data.name,
         fingerprint=samples.fingerprint, seed=seed, labels=samples.labels[rows],
     )  # fmt: skip
-
-
-@torch.no_grad()
-def _el2n(
-    network: torch.nn.Module, samples: ImageSamples, task: ImageClassification, rows: Tensor
-) -> Tensor:
-    device = next(network.parameters()).device
-    parts = []
-    for part in rows.split(256):
-        batch = to_device(samples.batch(part), device)
-        parts.append(el2n(task.logits(network, batch), task.labels(batch)))
-    return torch.cat(parts)
 
 
 def run_cell(
@@ -232,9 +211,7 @@ def run_cell(
     return {"error": error, "kept": len(subset)}
 
 
-def network_tables(
-    preset: Preset, results: dict[str, Result], given: argparse.Namespace
-) -> list[str]:
+def network_tables(preset: Preset, results: dict[str, Result], call: Call) -> list[str]:
     """Errors, fits, and a plot beside the cells."""
     lines = ["", "## Networks", "", f"{preset.steps} steps for every size. Errors:", ""]
     lines += [
@@ -243,8 +220,8 @@ def network_tables(
     ]
     curves: dict[str, tuple[list[int], list[list[float]]]] = {}
     for fraction in preset.fractions:
-        of = {p: [results[f"f{fraction:g}-p{p:g}-s{s}"] for s in given.seeds] for p in preset.pools}
-        errors = [[of[p][k]["error"] for p in preset.pools] for k in range(len(given.seeds))]
+        of = {p: [results[f"f{fraction:g}-p{p:g}-s{s}"] for s in call.seeds] for p in preset.pools}
+        errors = [[of[p][k]["error"] for p in preset.pools] for k in range(len(call.seeds))]
         curves[f"kept {fraction:g}"] = ([of[p][0]["kept"] for p in preset.pools], errors)
     for column, pool in enumerate(preset.pools):
         shown = [
@@ -252,12 +229,10 @@ def network_tables(
             for sizes, errors in curves.values()
         ]
         lines.append(f"| {pool:g} | {' | '.join(shown)} |")
-    return [*lines, *_fits(curves, given)]
+    return [*lines, *_fits(curves, call)]
 
 
-def _fits(
-    curves: dict[str, tuple[list[int], list[list[float]]]], given: argparse.Namespace
-) -> list[str]:
+def _fits(curves: dict[str, tuple[list[int], list[list[float]]]], call: Call) -> list[str]:
     if any(error <= 0 for _, errors in curves.values() for row in errors for error in row):
         return ["", "Some error is 0: too few test images for a fit of logarithms."]
     lines = [
@@ -275,7 +250,7 @@ def _fits(
                 f"| {label} | {law} | {fits[law].aicc:.1f} | ×{math.exp(found.held_out[law]):.2f} "
                 f"| {_band(sizes, errors, law)} | {found.better or 'no'} |"
             )
-    path = given.out / "curves.png"
+    path = call.out / "curves.png"
     plot(curves, path, title="Test error against training samples kept")
     return [*lines, "", "The script draws the curves into `curves.png` beside its cells."]
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datapruning.comparison import full_steps
 from datapruning.data import ImageSet
 from datapruning.embeddings import embed
 from datapruning.samples import ImageSamples
@@ -30,16 +31,8 @@ from datapruning.select import select
 from datapruning.simclr import SimclrConfig
 from datapruning.table import ScoreTable
 from datapruning.training import TrainingConfig
-from simulations.pruning_cells import (
-    Result,
-    arguments,
-    head,
-    images,
-    percent,
-    run_cells,
-    save,
-    test_error,
-)
+from simulations.command import parse
+from simulations.pruning_cells import Result, head, percent, run_cells, test_error
 
 NAME = "ssl_prototypes_cifar10"
 BUDGETS = ("steps", "epochs")
@@ -81,22 +74,22 @@ FOLDER: dict[str, Any] = {"num_train": 3000, "num_test": 2000, "augment": True}
 
 def main() -> None:
     """Command line."""
-    given = arguments(NAME, list(PRESETS))
-    preset = PRESETS[given.preset]
-    if given.data and given.preset == "small" and Path(given.data).is_dir():
+    call = parse(NAME, list(PRESETS))
+    preset = PRESETS[call.preset]
+    if call.data and call.preset == "small" and Path(call.data).is_dir():
         flipped = SimclrConfig(**{**asdict(preset.simclr), "flip": True})
         preset = Preset(**{**vars(preset), **FOLDER, "simclr": flipped})
-    data = images(given.data or preset.data, num_train=preset.num_train, num_test=preset.num_test)
-    grid = cells(preset, data, given.seeds, given.out)
+    data = call.load(preset.data, num_train=preset.num_train, num_test=preset.num_test)
+    grid = cells(preset, data, call.seeds, call.out)
     settings = {**asdict(preset), "data": data.fingerprint}
-    results = run_cells(grid, given.out, settings=settings)
+    results = run_cells(grid, call.out, settings=settings)
     title = "Self-supervised prototypes: how much can be dropped"
-    page = head(title, NAME, given, data, results)
-    save([*page, *tables(preset, results, given.seeds)], NAME, given)
+    page = head(title, call, data, results)
+    call.save("\n".join([*page, *tables(preset, results, call.seeds), ""]))
 
 
 def cells(
-    preset: Preset, data: ImageSet, seeds: list[int], out: Path
+    preset: Preset, data: ImageSet, seeds: Sequence[int], out: Path
 ) -> dict[str, Callable[[], Result]]:
     """Seed by seed, so that an early stop leaves whole seeds."""
     scores = lru_cache(partial(prototype_scores, preset, data, out))
@@ -146,18 +139,18 @@ def run_cell(
         policy = "random" if how == "random" else "hardest"
         subset = select(table, keep=keep, policy=policy, seed=seed, class_balanced=True)
         rows = subset.rows(samples)
-    steps = preset.epochs * math.ceil(len(samples) / preset.batch_size)
     config = TrainingConfig(
-        epochs=preset.epochs, batch_size=preset.batch_size, lr=preset.lr, augment=preset.augment,
-        steps=steps if budget == "steps" else None,
-    )  # fmt: skip
+        epochs=preset.epochs, batch_size=preset.batch_size, lr=preset.lr, augment=preset.augment
+    )
+    if budget == "steps":
+        config = replace(config, steps=full_steps(len(samples), config))
     error = test_error(
         data, rows, model=preset.model, config=config, seed=seed, device=preset.device
     )
     return {"error": error, "kept": len(rows)}
 
 
-def tables(preset: Preset, results: dict[str, Result], seeds: list[int]) -> list[str]:
+def tables(preset: Preset, results: dict[str, Result], seeds: Sequence[int]) -> list[str]:
     """A table for each budget, and what they say about dropping at no loss."""
     full = {seed: results[f"full-s{seed}"]["error"] for seed in seeds}
     lines = [

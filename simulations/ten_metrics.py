@@ -14,7 +14,8 @@ from typing import Any
 
 from datapruning.comparison import FULL, Cell, compare_training, result_table
 from datapruning.training import TrainingConfig
-from simulations.data_table import Preset, load, markdown, parse, write_page
+from simulations.command import parse
+from simulations.data_table import Preset, markdown, page
 
 TEN = (
     "el2n",
@@ -62,7 +63,7 @@ def ranking(results: Mapping[Cell, Mapping[str, Any]], *, budget: str) -> list[l
 def main() -> None:
     call = parse("ten_metrics", list(PRESETS))
     preset = PRESETS[call.preset]
-    data = load(preset, call)
+    data = call.load(preset.dataset, num_train=preset.num_train, num_test=preset.num_test)
     settings = preset.settings
     training = TrainingConfig(epochs=preset.epochs, batch_size=preset.batch_size)
     results = compare_training(
@@ -97,15 +98,8 @@ def main() -> None:
         body += [markdown(["method", "points over random", "pairs won"], ranked)]
     refused = sorted({f"{c.method}: {r['refused']}" for c, r in results.items() if "refused" in r})
     body += ["", *[f"- refused: {reason}" for reason in refused]]
-    path = write_page(
-        "ten_metrics",
-        "Ten metrics of data pruning, GraNd and random",
-        call,
-        preset,
-        data,
-        body=body,
-    )
-    print(path.read_text(encoding="utf-8"))
+    title = "Ten metrics of data pruning, GraNd and random"
+    call.save(page(title, call, preset, data, body=body))
 
 
 if __name__ == "__main__":
