@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +11,19 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from datapruning.console import console, errors, escaped, progress_bar, say, warnings_shown
+from datapruning.console import (
+    console,
+    errors,
+    escaped,
+    listed,
+    progress_bar,
+    run_command,
+    say,
+    warnings_shown,
+)
 from datapruning.errors import DatapruningError, RunError, ScoreError, SelectionError
 from datapruning.recommend.cli import app as recommend
+from sparsemodel.errors import SparseModelError
 
 cli = typer.Typer(
     help="Score training samples, keep the ones worth training on, and train on them.",
@@ -23,41 +32,17 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cli.add_typer(recommend, name="recommend")
-INTERRUPTED = 130
 
 
 def main() -> None:
-    """Entry point: one clear line for what a user can mend, a trace with --debug."""
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    try:
-        cli(arguments, standalone_mode=True)
-    except DatapruningError as error:
-        if debug:
-            raise
-        _fail(error)
-    except ValueError as error:
-        # The sparse core has errors of its own; it is not imported before it is needed.
-        if debug or not type(error).__module__.startswith("sparsemodel."):
-            raise
-        _fail(error)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:  # typer makes this of a Ctrl-C
-            text = f"interrupted; {_how_to_go_on(arguments)}"
-            errors.print(text, soft_wrap=True, highlight=False)
-        raise
-
-
-def _fail(error: Exception) -> None:
-    text = " ".join(str(error).split())
-    errors.print(f"[red]error:[/red] {escaped(text)}", soft_wrap=True, highlight=False)
-    raise SystemExit(1)
+    """Entry point."""
+    run_command(cli, expected=(DatapruningError, SparseModelError), go_on=_how_to_go_on)
 
 
 def _how_to_go_on(arguments: Sequence[str]) -> str:
     if arguments[:1] == ["train"]:
         return "continue with the same command and --resume"
-    return f"what was finished is kept; go on with: datapruning {escaped(shlex.join(arguments))}"
+    return f"what was finished is kept; go on with: datapruning {shlex.join(arguments)}"
 
 
 Dataset = Annotated[str, typer.Argument(help="A data set's name, or a folder of parquet.")]
@@ -115,7 +100,7 @@ def score(  # noqa: PLR0917 - the command's options
     from datapruning.task import ImageClassification  # noqa: PLC0415
     from datapruning.training import TrainingConfig  # noqa: PLC0415
 
-    names = _split(method)
+    names = listed(method)
     _check_suffix(out)
     with progress_bar() as progress, warnings_shown():
         tables = run_score(
@@ -283,10 +268,10 @@ def compare(  # noqa: PLR0917 - the command's options
     debug: Debug = False,
 ) -> None:
     """Compare tables of scores; or, with --methods, accuracies after training on what they keep."""
-    keeps = [_fraction(part) for part in _split(keep)]
+    keeps = [_fraction(part) for part in listed(keep)]
     if methods is not None:
         _compare_training(
-            dataset, _split(methods), keeps=keeps, seeds=[_whole(s) for s in _split(seeds)],
+            dataset, listed(methods), keeps=keeps, seeds=[_whole(s) for s in listed(seeds)],
             policy=policy, model=model, epochs=epochs, out=out, threads=threads, as_json=as_json,
         )  # fmt: skip
         return
@@ -393,10 +378,6 @@ def _compare_training(
         for row in rows:
             table.add_row(*row)
         console.print(table)
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _assignments(entries: Sequence[str] | None) -> dict[str, Any]:

@@ -1,18 +1,54 @@
-"""What the `datapruning` command shows: lines, warnings as lines, and how far it has come."""
+"""What the commands share: how they start and fail, lines, warnings and progress."""
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import typer
 from rich.console import Console
 
 from datapruning.errors import ScoreWarning, SubsetWarning
 
 console = Console()
 errors = Console(stderr=True)
+INTERRUPTED = 130
+
+
+def run_command(
+    cli: typer.Typer,
+    *,
+    expected: tuple[type[Exception], ...],
+    go_on: Callable[[Sequence[str]], str],
+) -> None:
+    """Run a command line: one clear line for what a user can mend, a trace with --debug.
+
+    Args:
+        expected: errors that a user can mend.
+        go_on: what to do after an interruption, from the command's arguments.
+    """
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        cli(arguments, standalone_mode=True)
+    except expected as error:
+        if debug:
+            raise
+        errors.print(f"[red]error:[/red] {escaped(error)}", soft_wrap=True, highlight=False)
+        raise SystemExit(1) from None
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer makes this of a Ctrl-C
+            text = f"interrupted; {escaped(go_on(arguments))}"
+            errors.print(text, soft_wrap=True, highlight=False)
+        raise
+
+
+def listed(text: str) -> list[str]:
+    """Names with commas between them."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def say(text: str) -> None:

@@ -163,7 +163,7 @@ METHODS: dict[str, Method] = {
         "Agarwal et al., Estimating Example Difficulty using Variance of Gradients (CVPR 2022)",
         runs=1,
         moments="spread",
-        observe=steps.mean_vog,
+        observe=steps.of_runs(steps.vog_of),
     ),
     "forgetting": Method(
         "Times that a sample went from right to wrong; never right is most; high: hard.",

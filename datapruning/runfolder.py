@@ -18,6 +18,18 @@ CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 MODEL, REPORT, LOCK = "model.safetensors", "report.html", ".lock"
 
 
+def default_path(stem: str, *, resume: bool) -> Path:
+    """runs/STEM, numbered from the second on: a new one, or with `resume` the latest there is."""
+
+    def numbered(number: int) -> Path:
+        return Path("runs") / (stem if number == 1 else f"{stem}-{number}")
+
+    number = 1
+    while numbered(number).exists():
+        number += 1
+    return numbered(max(1, number - 1) if resume else number)
+
+
 def prepare(path: Path, config: str) -> None:
     """Make the folder of a new run, with its configuration (TOML text) in it.
 

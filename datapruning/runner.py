@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import resource
 import time
 import tomllib
@@ -31,12 +30,13 @@ from datapruning.distill import (
 )
 from datapruning.errors import RunError, SubsetWarning
 from datapruning.models import build_model, check_model
+from datapruning.parts import differences
 from datapruning.samples import ImageSamples
 from datapruning.seeds import stream_seed
 from datapruning.table import Subset
 from datapruning.task import ImageClassification
 from datapruning.threads import computing
-from datapruning.training import Objective, TrainingConfig, TrainingResult, evaluate, predict, train
+from datapruning.training import Objective, TrainingConfig, TrainingResult, predict, train
 from datapruning.version import __version__
 from sparsemodel.checkpoint import load_sparse, save_sparse
 from sparsemodel.files import write_atomically
@@ -201,10 +201,7 @@ def _open(folder: Path, settings: RunSettings, *, resume: bool) -> None:
     if not resume:
         runfolder.prepare(folder, settings.toml())
         return
-    before, now = asdict(RunSettings.read(folder)), asdict(settings)
-    before |= {f"training.{k}": v for k, v in before.pop("training").items()}
-    now |= {f"training.{k}": v for k, v in now.pop("training").items()}
-    changed = [f"{k} was {before[k]!r}, now {now[k]!r}" for k in now if before[k] != now[k]]
+    changed = differences(asdict(settings), asdict(RunSettings.read(folder)))
     if changed:
         raise RunError(f"{folder} holds a run with other settings: {'; '.join(changed)}")
 
@@ -250,13 +247,14 @@ def _run(
         device=settings.device,
     )
     test = ImageSamples(data.test_images, data.test_labels)
-    summary = _summary(settings, data, samples, subset=subset, choice=choice, result=result)
-    accuracy, loss = evaluate(model, test, task)
+    summary = _summary(
+        settings, data, samples, subset=subset, rows=rows, choice=choice, result=result
+    )
     logits, labels = predict(model, test, task)
     right = (logits.argmax(1) == labels).double()
     summary |= {
-        "test_accuracy": accuracy,
-        "test_loss": loss,
+        "test_accuracy": float(right.mean()),
+        "test_loss": float(functional.cross_entropy(logits.double(), labels)),
         "test_accuracy_by_class": [
             float(right[labels == c].mean()) if bool((labels == c).any()) else None
             for c in range(data.num_classes)
@@ -320,10 +318,11 @@ def _summary(
     samples: ImageSamples,
     *,
     subset: Subset | None,
+    rows: Tensor | None,
     choice: AlphaChoice | None,
     result: TrainingResult,
 ) -> dict[str, Any]:
-    labels = samples.labels if subset is None else samples.labels[subset.rows(samples)]
+    labels = samples.labels if rows is None else samples.labels[rows]
     alpha = None
     if settings.teacher:
         alpha = choice.alpha if choice is not None else float(settings.alpha)
@@ -408,11 +407,4 @@ def default_folder(settings: RunSettings, *, resume: bool) -> Path:
     """runs/DATASET-KEPT-sSEED, numbered; with resume, the latest of them."""
     kept = Path(settings.subset).stem if settings.subset else "all"
     stem = f"{Path(settings.dataset).name}-{kept}-s{settings.seed}"
-    number = 1
-    while os.path.exists(Path("runs") / _numbered(stem, number)):
-        number += 1
-    return Path("runs") / _numbered(stem, max(1, number - 1) if resume else number)
-
-
-def _numbered(stem: str, number: int) -> str:
-    return stem if number == 1 else f"{stem}-{number}"
+    return runfolder.default_path(stem, resume=resume)

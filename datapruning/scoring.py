@@ -96,10 +96,10 @@ def score(
     """
     names = [method] if isinstance(method, str) else list(dict.fromkeys(method))
     samples, dataset, source = _samples(data)
-    task = task or ImageClassification()
+    task, training = task or ImageClassification(), training or TrainingConfig()
     settings = _settings(
         names, samples, task, model,
-        training=training or TrainingConfig(), seed=seed, density=density, runs=runs,
+        training=training, seed=seed, density=density, runs=runs,
         early=early, options=options or {}, device=device, threads=threads,
     )  # fmt: skip
     runner = engine_named(engine)
@@ -115,7 +115,7 @@ def score(
             stack.enter_context(runner)
             recipe = Recipe(
                 parts=parts, samples=samples, task=task, model=model,
-                training=training or TrainingConfig(), seed=seed, density=density,
+                training=training, seed=seed, density=density,
                 device=device, threads=threads, options=settings["methods"], runs=runs,
                 early=settings["early"], shard_size=shard_size,
             )  # fmt: skip

@@ -100,12 +100,20 @@ def _logits(shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
 
 def of_models(score: Callable[[Task, nn.Module, Any], Tensor]) -> Callable[[Shard], Tensor]:
     """Mean over runs of a score of (task, model, batch)."""
+    return of_runs(lambda task, models, batch: score(task, models[-1], batch))
+
+
+def of_runs(
+    score: Callable[[Task, Sequence[nn.Module], Any], Tensor],
+) -> Callable[[Shard], Tensor]:
+    """Mean over runs of a score of (task, the models of a run, batch)."""
 
     def observe(shard: Shard) -> Tensor:
         total = torch.zeros(len(shard.rows), dtype=torch.float64)
         for run in range(shard.num_runs):
-            model = shard.models(run)[-1]
-            total += torch.cat([score(shard.task, model, batch).cpu() for batch in shard.batches()])
+            models = shard.models(run)
+            scores = [score(shard.task, models, batch).cpu() for batch in shard.batches()]
+            total += torch.cat(scores)
         return total / shard.num_runs
 
     return observe
@@ -125,14 +133,10 @@ def task_loss(task: Task, model: nn.Module, batch: Any) -> Tensor:
     return task.loss(model, batch).double()
 
 
-def mean_vog(shard: Shard) -> Tensor:
+def vog_of(task: Task, models: Sequence[nn.Module], batch: Any) -> Tensor:
     from datapruning.scores.gradient import vog  # noqa: PLC0415
 
-    total = torch.zeros(len(shard.rows), dtype=torch.float64)
-    for run in range(shard.num_runs):
-        models = shard.models(run)
-        total += torch.cat([vog(shard.task, models, batch).cpu() for batch in shard.batches()])
-    return total / shard.num_runs
+    return vog(task, models, batch)
 
 
 def correct_by_model(shard: Shard) -> Tensor:

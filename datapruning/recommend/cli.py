@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from datapruning.console import console, say
 from datapruning.errors import RunError, SelectionError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ app = typer.Typer(
     help="DEALRec: fine-tune a language model as a recommender, on few well-chosen samples.",
     no_args_is_help=True,
 )
-console = Console()
 
 Data = Annotated[
     str,
@@ -72,19 +71,19 @@ def score(  # noqa: PLR0917 - the command's options
     config = SurrogateConfig(epochs=epochs, patience=patience, negatives=negatives or None)
     samples = HistorySamples(histories, max_length=config.max_length)
     influence = steps.influence_table(
-        histories, samples, out, config=config, seed=seed, device=device, report=_say
+        histories, samples, out, config=config, seed=seed, device=device, report=say
     )
     settings = steps.PromptSettings(template, max_length, max_titles)
     language = steps.load_language(
-        model, histories, settings=settings, device=device, base=out / "base", report=_say
+        model, histories, settings=settings, device=device, base=out / "base", report=say
     )
     effort = steps.effort_table(
-        histories, samples, out, language_model=language, seed=seed, report=_say
+        histories, samples, out, language_model=language, seed=seed, report=say
     )
     overall = overall_table(influence, effort, weight=weight)
     overall.write(out / "scores.parquet")
     for name in overall.provenance["equal"]:
-        _say(f"note: all scores of {name} are equal and rank nothing")
+        say(f"note: all scores of {name} are equal and rank nothing")
     table = Table("score", "lowest", "median", "highest", "seconds")
     for kind in (influence, effort, overall):
         values = (kind.scores.min(), kind.scores.median(), kind.scores.max())
@@ -92,9 +91,9 @@ def score(  # noqa: PLR0917 - the command's options
         shown = "–" if seconds is None else f"{seconds:.0f}"
         table.add_row(kind.method, *[f"{float(v):.4g}" for v in values], shown)
     console.print(table)
-    _say(f"scores of {len(overall):,} samples: {out / 'scores.parquet'}")
+    say(f"scores of {len(overall):,} samples: {out / 'scores.parquet'}")
     if model.startswith("scratch:"):
-        _say(f"the model that knows the titles: {out / 'base'} (fine-tune with --model this)")
+        say(f"the model that knows the titles: {out / 'base'} (fine-tune with --model this)")
 
 
 @app.command()
@@ -118,7 +117,7 @@ def select(  # noqa: PLR0917 - the command's options
     count = keep if keep < 1 else int(keep)
     subset = select_covering(table, keep=count, seed=seed, num_groups=groups, cut=cut)
     subset.write(out)
-    _say(f"kept: {len(subset):,} of {len(table):,} samples -> {out}")
+    say(f"kept: {len(subset):,} of {len(table):,} samples -> {out}")
 
 
 @app.command()
@@ -154,7 +153,7 @@ def finetune(  # noqa: PLR0917 - the command's options
     given = {"template": template, "max_length": max_length, "max_titles": max_titles}
     settings = settings.changed(**{name: value for name, value in given.items() if value})
     language = parts.load_language(
-        model, histories, settings=settings, device=device, base=out / "base", report=_say
+        model, histories, settings=settings, device=device, base=out / "base", report=say
     )
     adapted = language.adapted(seed=seed)
     config = FinetuneConfig(epochs=epochs, steps=steps, batch_size=batch_size, lr=lr)
@@ -162,14 +161,14 @@ def finetune(  # noqa: PLR0917 - the command's options
 
     def told(result: FinetuneResult) -> None:
         if result.steps % max(1, total // 20) == 0 or result.steps == total:
-            _say(f"step {result.steps} of {total}: loss {result.losses[-1]:.3f}")
+            say(f"step {result.steps} of {total}: loss {result.losses[-1]:.3f}")
 
     run(
         adapted, language.prompts.samples(samples), config=config, seed=seed, rows=rows,
         checkpoint=out / "finetune.ckpt", on_step=told,
     )  # fmt: skip
     language.save(out / "model", adapted)
-    _say(f"model: {out / 'model'}")
+    say(f"model: {out / 'model'}")
 
 
 @app.command()
@@ -209,7 +208,7 @@ def evaluate(  # noqa: PLR0917 - the command's options
         print(json.dumps({name: float(values.mean()) for name, values in found.items()}))
         return
     console.print(_metrics_table(found))
-    _say(f"{len(question):,} users, {histories.num_items:,} items, ± the standard error")
+    say(f"{len(question):,} users, {histories.num_items:,} items, ± the standard error")
 
 
 def _metrics_table(found: Mapping[str, Tensor]) -> Table:
@@ -225,14 +224,10 @@ def _read(data: str, titles: Path | None, *, quiet: bool = False) -> Histories:
 
     histories, report = read(data, titles=titles)
     if not quiet:
-        _say(
+        say(
             f"{histories.name}: {report.users:,} users, {report.items:,} items, "
             f"{report.interactions:,} interactions"
         )
         for note in report.notes:
-            _say(f"note: {note}")
+            say(f"note: {note}")
     return histories
-
-
-def _say(text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
