@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from datapruning.console import console, errors, escaped
+from datapruning.console import console, errors, escaped, listed, run_command
+from datapruning.runfolder import default_path
 from fedprune.config import RunConfig, parse_assignments, read_toml
 from fedprune.errors import USER_ERRORS, RunError
 
@@ -27,20 +27,8 @@ cli = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: one clear line for what a user can mend, a trace with --debug."""
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    try:
-        cli(arguments, standalone_mode=True)
-    except USER_ERRORS as error:
-        if debug:
-            raise
-        errors.print(f"[red]error:[/red] {escaped(error)}", soft_wrap=True)
-        raise SystemExit(1) from None
-    except SystemExit as end:
-        if end.code == 130:  # typer makes this of a Ctrl-C
-            errors.print("interrupted; continue with --resume")
-        raise
+    """Entry point."""
+    run_command(cli, expected=USER_ERRORS, go_on=lambda _: "continue with --resume")
 
 
 Method = Annotated[str | None, typer.Option(help="fedtiny, magnitude, fedavg, ...")]
@@ -150,9 +138,9 @@ def compare(  # noqa: PLR0917 - the command's options
     }
     options = {**parse_assignments(settings or []), **_given(given)}
     cells = []
-    for method in _split(methods):
+    for method in listed(methods):
         check_method(method)
-        for seed in _split(seeds):
+        for seed in listed(seeds):
             cells.append(_build_config(config, {**options, "pruning.method": method, "seed": seed}))
     summaries = []
     for number, cell in enumerate(cells, 1):
@@ -310,10 +298,6 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _build_config(path: Path | None, options: dict[str, Any]) -> RunConfig:
     values = {**(read_toml(path) if path else {}), **options}
     dataset = values.get("data.dataset")
@@ -335,11 +319,4 @@ def _default_folder(config: RunConfig, *, resume: bool) -> Path:
     """runs/DATASET-METHOD-dDENSITY-sSEED, numbered; with resume, the latest of them."""
     dataset = Path(config.data.dataset).name
     name = f"{dataset}-{config.pruning.method}-d{config.pruning.density:g}-s{config.seed}"
-    number = 1
-    while (Path("runs") / _numbered(name, number)).exists():
-        number += 1
-    return Path("runs") / _numbered(name, max(1, number - 1) if resume else number)
-
-
-def _numbered(name: str, number: int) -> str:
-    return name if number == 1 else f"{name}-{number}"
+    return default_path(name, resume=resume)
