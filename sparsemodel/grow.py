@@ -95,8 +95,9 @@ def topk_pruned_gradients(
         loss: takes the model and returns its scalar loss on a mini-batch.
 
     Returns:
-        Name -> (flat indices, int64, ascending; gradients, float32), at most counts[name] of
-        each: fewer where fewer weights are pruned, none where the loss does not use the layer.
+        Name -> (flat indices, int64, ascending; gradients, float32), on the CPU, at most
+        counts[name] of each: fewer where fewer weights are pruned, none where the loss does not
+        use the layer.
 
     Raises:
         MaskError: names that do not fit, a negative count, a gradient that is NaN, or a layer
@@ -135,7 +136,8 @@ def _watcher(
         x = inputs[0].detach()
 
         def take(gradient: torch.Tensor) -> None:
-            found[name] = layer.topk_grad(x, gradient, count)
+            indices, values = layer.topk_grad(x, gradient, count)
+            found[name] = indices.cpu(), values.cpu()
 
         output.register_hook(take)
 
