@@ -45,7 +45,13 @@ Execution = Annotated[
     typer.Option(help="sparse, masked or dense; default: sparse on a CPU, else masked."),
 ]
 Out = Annotated[Path | None, typer.Option(help="Run folder; default: a new one under runs/.")]
-Engine = Annotated[str, typer.Option(help="flower: Flower's simulation; inline: this process.")]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="flower: Flower's simulation; inline: this process; batched: this process, the "
+        "clients of a round trained together."
+    ),
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
 Settings = Annotated[
     list[str] | None,

@@ -6,8 +6,10 @@ has lost that, it asks for it again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TypeVar
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -17,13 +19,15 @@ from datapruning.models import float_state, load_float_state_
 from datapruning.seeds import generator, stream_seed
 from datapruning.threads import computing
 from fedprune import wire
+from fedprune.cohort import Member, train_cohort, train_in_cohorts
 from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS, ClientError
-from fedprune.messages import MeasureReply, Pool, ScoreRequest, TrainReply, TrainRequest
+from fedprune.messages import MeasureReply, Pool, ScoreRequest, State, TrainReply, TrainRequest
 from fedprune.methods.fedtiny.bn_selection import measure_candidates, score_candidates
 from fedprune.partition import ClientData
 from fedprune.training import (
     GrowthBatch,
+    LocalResult,
     compute_device,
     round_learning_rate,
     train_locally,
@@ -46,27 +50,41 @@ def run_config(context: Context) -> RunConfig:
     return RunConfig.parse(values)
 
 
+T = TypeVar("T")
 Work = Callable[[RecordDict, Context, Workspace, int], RecordDict]
 
 
 def _answer(message: Message, context: Context, work: Work) -> Message:
     """Do the work and wrap its outcome; foreseen troubles become an answer, not a crash."""
+
+    def answer() -> RecordDict:
+        workspace, client = _place(context)
+        with computing(workspace.config.training.threads):
+            return work(message.content, context, workspace, client)
+
+    return Message(_guarded(answer), reply_to=message)
+
+
+def _guarded(work: Callable[[], T]) -> T | RecordDict:
+    """What `work` returns, or the answer that tells the server of a foreseen trouble."""
     try:
-        config = run_config(context)
-        workspace = open_workspace(config)
-        client = int(context.node_config.get("partition-id", -1))
-        if not 0 <= client < config.data.clients:
-            raise ClientError(
-                f"partition-id {client}: expected 0 to {config.data.clients - 1}; "
-                "make the number of nodes equal to data.clients"
-            )
-        with computing(config.training.threads):
-            record = work(message.content, context, workspace, client)
+        return work()
     except wire.NeedsResync:
-        record = wire.resync_record()
+        return wire.resync_record()
     except USER_ERRORS as error:
-        record = wire.skip_record(str(error))
-    return Message(record, reply_to=message)
+        return wire.skip_record(str(error))
+
+
+def _place(context: Context) -> tuple[Workspace, int]:
+    """The run's workspace, and which client this node is."""
+    config = run_config(context)
+    client = int(context.node_config.get("partition-id", -1))
+    if not 0 <= client < config.data.clients:
+        raise ClientError(
+            f"partition-id {client}: expected 0 to {config.data.clients - 1}; "
+            "make the number of nodes equal to data.clients"
+        )
+    return open_workspace(config), client
 
 
 @app.query("describe")
@@ -93,7 +111,19 @@ def candidates(message: Message, context: Context) -> Message:
     return _answer(message, context, _score)
 
 
-def _train(record: RecordDict, context: Context, work: Workspace, client: int) -> RecordDict:
+@dataclass(frozen=True)
+class TrainJob:
+    """What a client was asked to train, decoded, on the data it has."""
+
+    work: Workspace
+    request: TrainRequest
+    data: ClientData
+    seed: int
+    growth: GrowthBatch | None
+
+
+def decode_job(record: RecordDict, context: Context, work: Workspace, client: int) -> TrainJob:
+    """Read a train message; the client holds its mask from then on."""
     config = work.config
     request = wire.decode_train_request(
         record, shapes=work.shapes, masks=_held_masks(context, work)
@@ -104,32 +134,101 @@ def _train(record: RecordDict, context: Context, work: Workspace, client: int) -
         raise ClientError(
             f"{len(data.train_labels)} training sample(s); batch norm needs at least 2"
         )
-    model = work.model().to(compute_device(config.training.device))
-    load_float_state_(model, request.weights)
-    result = train_locally(
-        model,
-        data.train_images,
-        data.train_labels,
-        mask=request.mask,
-        config=config.training,
-        lr=round_learning_rate(config.training, request.round_index),
-        epochs=config.training.local_epochs,
-        seed=stream_seed(SEED_ROUND, config.seed, request.round_index, client),
-        augmented=config.data.augment,
-        growth=_growth_batch(request, data, work, client) if request.growth else None,
-    )
+    seed = stream_seed(SEED_ROUND, config.seed, request.round_index, client)
+    growth = _growth_batch(request, data, work, client) if request.growth else None
+    return TrainJob(work, request, data, seed, growth)
+
+
+def encode_result(job: TrainJob, result: LocalResult, weights: State) -> RecordDict:
+    """The reply to a train message."""
     reply = TrainReply(
-        num_examples=len(data.train_labels),
+        num_examples=len(job.data.train_labels),
         loss=result.loss,
         values={},
         growth=result.growth,
-        state_bytes=result.state_bytes if request.report_resources else 0,
-        peak_rss_bytes=peak_rss_bytes() if request.report_resources else 0,
+        state_bytes=result.state_bytes if job.request.report_resources else 0,
+        peak_rss_bytes=peak_rss_bytes() if job.request.report_resources else 0,
+    )
+    dtype = job.work.config.federation.value_dtype
+    return wire.encode_train_reply(reply, weights=weights, mask=job.request.mask, dtype=dtype)
+
+
+def _train(record: RecordDict, context: Context, work: Workspace, client: int) -> RecordDict:
+    job, config = decode_job(record, context, work, client), work.config
+    model = work.model().to(compute_device(config.training.device))
+    load_float_state_(model, job.request.weights)
+    result = train_locally(
+        model,
+        job.data.train_images,
+        job.data.train_labels,
+        mask=job.request.mask,
+        config=config.training,
+        lr=round_learning_rate(config.training, job.request.round_index),
+        epochs=config.training.local_epochs,
+        seed=job.seed,
+        augmented=config.data.augment,
+        growth=job.growth,
     )
     weights = {name: value.cpu() for name, value in float_state(model).items()}
-    return wire.encode_train_reply(
-        reply, weights=weights, mask=request.mask, dtype=config.federation.value_dtype
-    )
+    return encode_result(job, result, weights)
+
+
+def train_together(
+    messages: Sequence[tuple[Message, Context]], *, size: int
+) -> tuple[list[Message], int]:
+    """Answer several clients' train messages with one training of stacked weights.
+
+    Args:
+        messages: train messages of one round, each with its client's context.
+        size: how many clients to train at a time.
+
+    Returns:
+        The answers in the order of the messages, and the size that fitted into memory.
+    """
+    decoded = [
+        _guarded(partial(_decoded_job, message.content, context)) for message, context in messages
+    ]
+    jobs = [entry for entry in decoded if isinstance(entry, TrainJob)]
+    results: list[tuple[LocalResult, State]] = []
+    if jobs:
+        work, request = jobs[0].work, jobs[0].request
+        config = work.config
+        train = partial(
+            train_cohort,
+            work.model().to(compute_device(config.training.device)),
+            mask=request.mask,
+            config=config.training,
+            lr=round_learning_rate(config.training, request.round_index),
+            augmented=config.data.augment,
+        )
+        members = [
+            Member(
+                job.request.weights,
+                job.data.train_images,
+                job.data.train_labels,
+                job.seed,
+                job.growth,
+            )
+            for job in jobs
+        ]
+        with computing(config.training.threads):
+            results, size = train_in_cohorts(train, members, size=size)
+    outcome = iter(results)
+    records = [
+        _guarded(partial(encode_result, entry, *next(outcome)))
+        if isinstance(entry, TrainJob)
+        else entry
+        for entry in decoded
+    ]
+    answers = [
+        Message(record, reply_to=message)
+        for record, (message, _) in zip(records, messages, strict=True)
+    ]
+    return answers, size
+
+
+def _decoded_job(record: RecordDict, context: Context) -> TrainJob:
+    return decode_job(record, context, *_place(context))
 
 
 def _growth_batch(

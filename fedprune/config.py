@@ -51,7 +51,9 @@ class TrainingConfig:
     """Local training of a client: SGD with momentum, learning rate cosine-decayed over rounds.
 
     `execution` is how a masked model is computed: "sparse" (active weights only), "masked",
-    "dense", or "auto": sparse on a CPU that has the native kernels, else masked.
+    "dense", or "auto": sparse on a CPU that has the native kernels, else masked. `cohort` is how
+    many clients the batched engine trains at a time; 0: all of a round on a GPU, fewer where its
+    memory ends, and CPU_COHORT on a CPU.
     """
 
     rounds: int = 20
@@ -63,6 +65,7 @@ class TrainingConfig:
     device: str = "cpu"
     threads: int = 1
     execution: str = "auto"
+    cohort: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,15 @@ class RunConfig:
         """How many clients are asked in each round."""
         return min(self.federation.clients_per_round or self.data.clients, self.data.clients)
 
+    @property
+    def cohort(self) -> int:
+        """How many clients the batched engine trains at a time, at most."""
+        on_cpu = self.training.device == "cpu"
+        size = self.training.cohort or (CPU_COHORT if on_cpu else self.clients_per_round)
+        return min(size, self.clients_per_round)
 
+
+CPU_COHORT = 4  # more share no more calls than they cost in memory and cache
 DEFAULT_MODELS = {"digits": "resnet8", "fashion-mnist": "resnet8"}
 PARTITIONS = ("iid", "dirichlet", "pathological", "natural")
 GRANULARITIES = ("layer", "block", "entire")
@@ -286,6 +297,7 @@ def _problems(config: RunConfig) -> Iterable[str]:
         "data.num_test": data.num_test,
         "model.width": config.model.width,
         "training.weight_decay": training.weight_decay,
+        "training.cohort": training.cohort,
         "pruning.pool_size": pruning.pool_size,
         "pruning.adjust_until": pruning.adjust_until,
         "pruning.pretrain_epochs": pruning.pretrain_epochs,

@@ -25,7 +25,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -141,17 +141,81 @@ class InlineGrid(Grid):
             return Message(Error(code=CLIENT_APP_RAISED, reason=reason), reply_to=message)
 
 
-def run_inline(config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> None:
+class BatchedGrid(InlineGrid):
+    """An InlineGrid whose clients of a round are trained together, with stacked weights.
+
+    The first train reply that is pulled takes the waiting train messages of as many clients
+    along as are trained at a time; their replies are kept until they are pulled.
+
+    Args:
+        size: clients to train at a time; halved where the GPU's memory ends.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        *,
+        run_config: dict[str, Any],
+        num_nodes: int,
+        size: int,
+    ) -> None:
+        super().__init__(client_app, run_config=run_config, num_nodes=num_nodes)
+        self._size = size
+        self._replies: dict[str, Message] = {}
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Let the clients work, those that train together, and return the replies."""
+        for message_id in message_ids:
+            waiting = self._messages.get(message_id)
+            if waiting is not None and waiting.metadata.message_type == MessageType.TRAIN:
+                self._train_waiting(message_id)
+            if message_id in self._replies:
+                yield self._replies.pop(message_id)
+            else:
+                yield from super().pull_messages([message_id])
+
+    def _train_waiting(self, first: str) -> None:
+        from fedprune.client import train_together  # noqa: PLC0415
+
+        kind = MessageType.TRAIN
+        others = [
+            message_id
+            for message_id, message in self._messages.items()
+            if message.metadata.message_type == kind and message_id != first
+        ]
+        chosen = [first, *others[: self._size - 1]]
+        messages = [self._messages.pop(message_id) for message_id in chosen]
+        pairs = [(message, self.contexts[message.metadata.dst_node_id]) for message in messages]
+        try:
+            answers, self._size = train_together(pairs, size=self._size)
+        except Exception:  # as Flower does: clients that raise must not end the run
+            reason = traceback.format_exc()
+            answers = [
+                Message(Error(code=CLIENT_APP_RAISED, reason=reason), reply_to=message)
+                for message in messages
+            ]
+        self._replies |= dict(zip(chosen, answers, strict=True))
+
+
+def run_inline(
+    config: RunConfig, out: Path, *, resume: bool, progress: Progress, batched: bool = False
+) -> None:
     """Run in this process, without Ray; the folder must have been prepared.
 
     Args:
         progress: called a few times a second, from a thread of its own.
+        batched: whether the clients of a round are trained together.
     """
     from fedprune.client import app as client_app  # noqa: PLC0415
     from fedprune.server import app as server_app  # noqa: PLC0415
 
     run_config = {**config.flat(), **_launch_values(out, resume=resume)}
-    grid = InlineGrid(client_app, run_config=run_config, num_nodes=config.data.clients)
+    nodes = config.data.clients
+    grid = (
+        BatchedGrid(client_app, run_config=run_config, num_nodes=nodes, size=config.cohort)
+        if batched
+        else InlineGrid(client_app, run_config=run_config, num_nodes=nodes)
+    )
     context = Context(
         run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=run_config
     )

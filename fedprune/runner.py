@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS, ConfigError
 
-ENGINES = ("flower", "inline")
+ENGINES = ("flower", "inline", "batched")
 
 
 def run(
@@ -23,7 +24,8 @@ def run(
     """Run or resume one run in `folder`, and leave the report beside it.
 
     Args:
-        engine: "inline" (this process) or "flower" (Flower's simulation engine).
+        engine: "inline" (this process), "batched" (this process, the clients of a round trained
+            together) or "flower" (Flower's simulation engine).
         resume: continue what the folder holds; a complete run is left as it is.
         progress: called a few times a second while metrics.jsonl grows.
 
@@ -43,6 +45,11 @@ def run(
     folder = Path(folder)
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")
+    if engine == "batched" and config.training.execution == "sparse":
+        raise ConfigError(
+            "the batched engine trains stacked dense weights; use --execution masked, or "
+            "--engine inline for sparse execution"
+        )
     check_dataset(config.data.dataset)
     check_method(config.pruning.method)
     check_model(config.model_name)
@@ -53,9 +60,13 @@ def run(
         from fedprune.engine import run_flower, run_inline  # noqa: PLC0415
         from fedprune.report import write_report  # noqa: PLC0415
 
-        start = run_inline if engine == "inline" else run_flower
+        starts: dict[str, Callable[..., None]] = {
+            "flower": run_flower,
+            "inline": run_inline,
+            "batched": partial(run_inline, batched=True),
+        }
         try:
-            start(config, folder, resume=resume, progress=progress)
+            starts[engine](config, folder, resume=resume, progress=progress)
         except USER_ERRORS:
             runfolder.discard_unstarted(folder)
             raise

@@ -6,7 +6,7 @@ Pure functions of a model, tensors and a seed; they know nothing of transport or
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -106,18 +106,14 @@ def train_locally(
     if mask is not None:
         mask.apply(model)
     local = local_model(model, mask, input_shape=tuple(images.shape[1:]), config=config, lr=lr)
-    order = generator(seed)
     loss_sum, samples = 0.0, 0
-    for _ in range(epochs):
-        loss_sum, epoch_samples = 0.0, 0
-        for index in batches(len(labels), batch_size=config.batch_size, generator=order):
-            batch = images[index]
-            if augmented:
-                batch = augment(batch, generator=order)
-            loss = local.step(prepare(batch).to(device), labels[index].to(device))
-            loss_sum += loss * len(index)
-            epoch_samples += len(index)
-        samples += epoch_samples
+    for epoch, batch, target in local_batches(
+        images, labels, config=config, epochs=epochs, seed=seed, augmented=augmented
+    ):
+        loss = local.step(prepare(batch).to(device), target.to(device))
+        samples += len(target)
+        if epoch == epochs - 1:
+            loss_sum += loss * len(target)
     state_bytes = local.state_bytes()
     entries: Entries = {}
     if growth is not None:
@@ -125,6 +121,23 @@ def train_locally(
         entries = local.growth(growth.counts, batch, labels[growth.samples].to(device))
     local.finish()
     return LocalResult(loss_sum / max(1, len(labels)), samples, state_bytes, entries)
+
+
+def local_batches(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    config: TrainingConfig,
+    epochs: int,
+    seed: int,
+    augmented: bool,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Epoch, images and labels of every mini-batch of a client's local training, in its order."""
+    order = generator(seed)
+    for epoch in range(epochs):
+        for index in batches(len(labels), batch_size=config.batch_size, generator=order):
+            batch = images[index]
+            yield epoch, augment(batch, generator=order) if augmented else batch, labels[index]
 
 
 @torch.no_grad()
