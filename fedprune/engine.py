@@ -25,6 +25,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
@@ -37,6 +38,7 @@ from fedprune.errors import RunError
 
 CLIENT_APP_RAISED = 2
 START_SECONDS = 180.0
+RAY_STEPS = 10_000  # of which Ray's smallest share of a GPU is one
 LOG, SUPERLINK_LOG = "run.log", "superlink.log"
 Progress = Callable[[], None]
 
@@ -299,10 +301,25 @@ def _federation(config: RunConfig) -> list[str]:
     threads = config.training.threads
     values = [f"num-supernodes={config.data.clients}", f"client-resources-num-cpus={threads}"]
     if config.training.device == "cuda":
-        parallel = max(1, (os.cpu_count() or 1) // threads)
-        share = 1.0 / min(parallel, config.clients_per_round)
-        values.append(f"client-resources-num-gpus={share:.3f}")
+        parallel = min(max(1, (os.cpu_count() or 1) // threads), config.clients_per_round)
+        share = gpu_share(parallel, num_gpus=torch.cuda.device_count())
+        values.append(f"client-resources-num-gpus={share:.4f}")
     return ["--federation-config", " ".join(values)]
+
+
+def gpu_share(parallel: int, *, num_gpus: int) -> float:
+    """The part of one GPU that a client asks Ray for, so that `parallel` clients run at once.
+
+    A client lies on one GPU whole, so each GPU takes its part of them, rounded up. Ray counts in
+    steps of 1/10,000: a third must be asked for as 0.3333, for of three times 0.3334 one would
+    wait for ever.
+
+    Args:
+        parallel: how many clients the rest of the machine can run at a time, >= 1.
+        num_gpus: at least 1.
+    """
+    on_each = -(-parallel // num_gpus)
+    return max(1, RAY_STEPS // on_each) / RAY_STEPS
 
 
 def _write_app(path: Path, config: RunConfig, out: Path, *, resume: bool) -> Path:

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from federation import digest, run_inline, tiny
 
-from fedprune.engine import run_flower
-from fedprune.errors import RunError
+from fedprune import runner
+from fedprune.engine import _federation, gpu_share, run_flower
+from fedprune.errors import ConfigError, RunError
 from fedprune.runfolder import prepare
 
 
@@ -40,3 +42,32 @@ def test_no_path_without_a_space_is_refused_not_hung(
     (tmp_path / "a b").mkdir()
     with pytest.raises(RunError, match="set TMPDIR"):
         run_flower(tiny(), tmp_path, resume=False, progress=lambda: None)
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2, 3, 8])
+def test_parallel_clients_really_fit_on_the_gpus(num_gpus: int) -> None:
+    """Flower starts int(GPUs / share) clients; Ray puts int(1 / share) of them on each GPU."""
+    for parallel in range(1, 129):
+        units = round(gpu_share(parallel, num_gpus=num_gpus) * 10_000)  # what Ray makes of it
+        placed = num_gpus * (10_000 // units)
+        assert placed >= parallel  # as many as asked for run at once
+        assert num_gpus * (10_000 // (units + 1)) < parallel  # with no larger share
+        assert num_gpus * 10_000 // units == placed  # nobody is started who has no place
+
+
+def test_a_share_of_a_gpu_is_asked_for_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    (_, on_cpu), (_, on_cuda) = (
+        _federation(tiny(data__clients=9, training__device=device)) for device in ("cpu", "cuda")
+    )
+    assert on_cpu == "num-supernodes=9 client-resources-num-cpus=1"
+    assert on_cuda == f"{on_cpu} client-resources-num-gpus=0.1666"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("engine", runner.ENGINES)
+def test_cuda_without_a_gpu_is_refused_before_anything_starts(engine: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="torch finds no CUDA device; use 'cpu'"):
+        runner.run(tiny(training__device="cuda"), tmp_path / "run", engine=engine)
+    assert not (tmp_path / "run").exists()
