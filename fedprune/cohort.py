@@ -158,7 +158,8 @@ class _Stack:
             self._momentum = {
                 name: torch.zeros_like(self._values(name, x)) for name, x in self._weights.items()
             }
-        self._gradients = vmap(grad_and_value(self._loss))
+        self._alone = grad_and_value(self._loss)
+        self._together = vmap(self._alone)
 
     def step(self, rows: list[int], images: torch.Tensor, labels: torch.Tensor) -> list[float]:
         """One SGD step of some members, images [R, B, C, H, W]; their losses before it."""
@@ -198,6 +199,18 @@ class _Stack:
         weights = storage_bytes(self._weights.values())
         rest = storage_bytes([*self._momentum.values(), *self._active.values()])
         return 2 * weights + rest
+
+    def _gradients(
+        self, weights: Tensors, buffers: Tensors, images: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[Tensors, torch.Tensor]:
+        """Gradients and losses [R, ...] of some members; their buffers change in place."""
+        if len(labels) > 1:
+            gradients, losses = self._together(weights, buffers, images, labels)
+            return gradients, losses
+        # Nothing to stack: the plain operators are faster.
+        own = ({name: x[0] for name, x in tensors.items()} for tensors in (weights, buffers))
+        gradients, loss = self._alone(*own, images[0], labels[0])
+        return {name: x[None] for name, x in gradients.items()}, loss[None]
 
     def _loss(
         self, weights: Tensors, buffers: Tensors, images: torch.Tensor, labels: torch.Tensor
