@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,12 +110,16 @@ def _arrays(sizes: Sizes) -> Iterator[Case]:
         "adam_step", 1.0, lambda: ops.adam_step(values, gradient, mean, square, *adam),
         peers.adam(values, gradient, mean, square, adam), 28 * n, compared=None,
     )  # fmt: skip
-    positions = torch.nonzero(mask).flatten()
+    high, low = torch.zeros(2, n, dtype=torch.int64).unbind()
+    refused, positions = torch.zeros(2, dtype=torch.int64), torch.nonzero(mask).flatten()
     update = torch.randn(len(positions))
-    yield Case(
-        "scatter_add", 0.05, lambda: ops.scatter_add(values, positions, update, 0.0),
-        peers.add(values, positions, update), 20 * len(positions), compared=None,
-    )  # fmt: skip
+    for name, density, given in (
+        ("client's update, dense", 1.0, (high, low, gradient, None, None, 3, refused)),
+        ("client's update, sparse", 0.05, (high, low, update, None, positions, 3, refused)),
+    ):
+        num_bytes = given[2].numel() * (36 if given[4] is None else 44)
+        ours = partial(ops.fixed_add, *given)
+        yield Case(name, density, ours, peers.fixed_add(given), num_bytes, compared=None)
 
 
 def _linear(sizes: Sizes, density: float) -> Iterator[Case]:

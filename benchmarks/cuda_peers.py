@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from sparsemodel.kernels import cuda_reference as reference
+from sparsemodel.kernels import fixed_point
 from sparsemodel.kernels import reference as plain
 
 Tensor = torch.Tensor
@@ -46,8 +47,8 @@ def adam(
     return both(plain.adam_step, values, gradient, mean, square, *step)
 
 
-def add(total: Tensor, positions: Tensor, values: Tensor) -> dict[str, Call]:
-    return {EAGER: lambda: total.index_add_(0, positions, values, alpha=0.0)}
+def fixed_add(given: tuple[Any, ...]) -> dict[str, Call]:
+    return both(fixed_point.add, *given)
 
 
 def nearest(points: Tensor, prototypes: Tensor) -> dict[str, Call]:

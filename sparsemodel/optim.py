@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from sparsemodel.errors import MaskError, SparseModelError
-from sparsemodel.kernels import native, reference
+from sparsemodel.kernels import cuda, cuda_array_ops, native, reference
 from sparsemodel.mask import Mask
 from sparsemodel.meter import storage_bytes
 
@@ -188,7 +188,12 @@ class SparseSGD(torch.optim.Optimizer):
             )  # fmt: skip
             torch.autograd.graph.increment_version(parameter)
             return
-        reference.sgd_step(parameter, gradient, buffer if momentum else None, lr, momentum, decay)
+        buffer = buffer if momentum else None
+        if _by_kernel(parameter, gradient, buffer):
+            cuda_array_ops.sgd_step(parameter, gradient, buffer, lr, momentum, decay)
+            torch.autograd.graph.increment_version(parameter)
+            return
+        reference.sgd_step(parameter, gradient, buffer, lr, momentum, decay)
 
 
 class SparseAdam(torch.optim.Optimizer):
@@ -259,9 +264,12 @@ class SparseAdam(torch.optim.Optimizer):
             )  # fmt: skip
             torch.autograd.graph.increment_version(parameter)
             return
-        reference.adam_step(
-            parameter, gradient, mean, square, lr, beta1, beta2, eps, decay, decoupled, step
-        )
+        numbers = lr, beta1, beta2, eps, decay, decoupled, step
+        if _by_kernel(parameter, gradient, mean, square):
+            cuda_array_ops.adam_step(parameter, gradient, mean, square, *numbers)
+            torch.autograd.graph.increment_version(parameter)
+            return
+        reference.adam_step(parameter, gradient, mean, square, *numbers)
 
 
 def _evaluated(closure: Callable[[], Any] | None) -> Any:
@@ -275,6 +283,15 @@ def _native(parameter: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether the native step takes a parameter with its gradient and state."""
     return native.reaches(parameter) and all(
         t is None or (native.reaches(t) and t.is_contiguous()) for t in (parameter, *others)
+    )
+
+
+def _by_kernel(parameter: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the CUDA kernels step a parameter with its gradient and state."""
+    return cuda.runner(parameter.device) is not None and all(
+        t is None
+        or (t.dtype == torch.float32 and t.device == parameter.device and t.is_contiguous())
+        for t in (parameter, *others)
     )
 
 

@@ -22,6 +22,7 @@ from sparsemodel.kernels import (
     cuda_nearest,
     cuda_reference,
     cuda_source,
+    fixed_point,
     reference,
 )
 
@@ -136,30 +137,39 @@ def _adam_step(
     )  # fmt: skip
 
 
-def _scatter_add(total: Tensor, positions: Tensor, values: Tensor, weight: float) -> None:
-    """total.view(-1)[positions] += weight · values; refuses positions before it adds any."""
-    _check("scatter_add", total, positions, values)
-    _check_dtype("scatter_add", torch.int64, positions)
-    _check_dtype("scatter_add", total.dtype, values)
-    if positions.dim() != 1 or positions.shape != values.shape:
+def _fixed_add(
+    high: Tensor,
+    low: Tensor,
+    values: Tensor,
+    means: Tensor | None,
+    positions: Tensor | None,
+    weight: int,
+    refused: Tensor,
+) -> None:
+    """As `fixed_point.add`, which says what is added where, and what is refused."""
+    _check("fixed_add", high, low, like=True)
+    _check("fixed_add", values, means, like=True)
+    _check("fixed_add", high, values, positions, refused)
+    _check_dtype(
+        "fixed_add", torch.int64, high, refused, *([] if positions is None else [positions])
+    )
+    shape = values.shape if positions is None else positions.shape
+    fit = positions is not None or values.numel() == high.numel()
+    if not fit or values.shape != shape or refused.shape != (2,):
         raise SparseModelError(
-            f"scatter_add: expected positions and values of one shape [n], got "
-            f"{tuple(positions.shape)} and {tuple(values.shape)}"
+            f"fixed_add: expected {high.numel()} values, or positions and values of one shape, and "
+            f"two counts; got {tuple(values.shape)}, {tuple(shape)} and {tuple(refused.shape)}"
         )
-    runner = _runner(total) if total.dtype == torch.float32 else None
-    if runner is None:
-        refused = cuda_reference.refused_positions(positions, total.numel())
-    else:
-        refused = cuda_arrays.refused_positions(runner, positions, total.numel())
-    if refused:
+    if abs(weight) > fixed_point.MAX_TOTAL_WEIGHT:
         raise SparseModelError(
-            f"scatter_add: positions must ascend in [0, {total.numel()}), {refused} do not; leave "
-            "out the update that holds them"
+            f"fixed_add: weight {weight} would overflow; {fixed_point.MAX_TOTAL_WEIGHT} is the most"
         )
+    arrays = high, low, values, means, positions, weight, refused
+    runner = _runner(high) if values.dtype == torch.float32 else None
     if runner is None:
-        total.view(-1).index_add_(0, positions, values, alpha=weight)
+        fixed_point.add(*arrays)
     else:
-        cuda_arrays.scatter_add(runner, total, positions, values, weight)
+        cuda_arrays.fixed_add(runner, *arrays)
 
 
 def _nearest(points: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,10 +303,11 @@ adam_step = _define(
     _adam_step,
     _nothing,
 )
-scatter_add = _define(
-    "scatter_add",
-    "(Tensor(a!) total, Tensor positions, Tensor values, float weight) -> ()",
-    _scatter_add,
+fixed_add = _define(
+    "fixed_add",
+    "(Tensor(a!) high, Tensor(b!) low, Tensor values, Tensor? means, Tensor? positions, "
+    "int weight, Tensor(c!) refused) -> ()",
+    _fixed_add,
     _nothing,
 )
 nearest = _define(

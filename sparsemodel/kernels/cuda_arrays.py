@@ -1,7 +1,8 @@
-"""Masks as bits, optimiser steps and sums of sparse updates, by the kernels of arrays.cu.
+"""Masks as bits, optimiser steps and exact sums of updates, by the kernels of arrays.cu.
 
 The functions take checked, contiguous tensors on the runner's device.
 """
+# ruff: noqa: PLR0917 - kernels take their arrays by position
 
 from __future__ import annotations
 
@@ -78,17 +79,19 @@ def adam_step(
     )  # fmt: skip
 
 
-def refused_positions(runner: Runner, positions: Tensor, numel: int) -> int:
-    """How many of `positions` (int64) are not in [0, numel) or not above the one before."""
-    refused = positions.new_zeros((), dtype=torch.int32)
-    n = positions.numel()
-    runner.launch(_FAMILY, "check_positions", blocks_of(n), positions, n, numel, refused)
-    return int(refused)
-
-
-def scatter_add(
-    runner: Runner, total: Tensor, positions: Tensor, values: Tensor, weight: float
+def fixed_add(
+    runner: Runner,
+    high: Tensor,
+    low: Tensor,
+    values: Tensor,
+    means: Tensor | None,
+    positions: Tensor | None,
+    weight: int,
+    refused: Tensor,
 ) -> None:
-    """total[positions] += weight · values, positions distinct and in range."""
-    n = positions.numel()
-    runner.launch(_FAMILY, "scatter_add", blocks_of(n), total, positions, values, n, weight)
+    """As `fixed_point.add`, in one pass; values and means are float32."""
+    n = values.numel()
+    runner.launch(
+        _FAMILY, "fixed_add", blocks_of(n), high, low, values, means, positions, n, high.numel(),
+        weight, refused,
+    )  # fmt: skip

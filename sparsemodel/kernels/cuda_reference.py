@@ -31,13 +31,6 @@ def popcount(packed: Tensor) -> Tensor:
     return unpack_mask(packed, 8 * packed.numel()).sum()
 
 
-def refused_positions(positions: Tensor, numel: int) -> int:
-    """How many are not in [0, numel) or not above the one before."""
-    refused = (positions < 0) | (positions >= numel)
-    refused[1:] |= positions.diff() <= 0
-    return int(refused.sum())
-
-
 def nearest(points: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     """Index and squared distance of each point's nearest prototype, ties to the lower index."""
     index = points.new_empty(len(points), dtype=torch.int64)

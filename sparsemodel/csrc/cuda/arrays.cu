@@ -1,4 +1,4 @@
-// Masks as bits, optimiser steps on active values, and sums of sparse client updates.
+// Masks as bits, optimiser steps on active values, and exact sums of client updates.
 #include "common.cuh"
 
 // A bit an entry, the first in the highest bit of the first byte.
@@ -57,18 +57,38 @@ KERNEL adam_step(float* values, const float* gradient, float* mean, float* squar
   values[i] = value - scale1 * m / (sqrtf(v) / scale2 + eps);
 }
 
-// Counts into `refused` the positions that are out of range or not above the one before.
-KERNEL check_positions(const int64* positions, int64 n, int64 numel, int* refused) {
+// Adds weight * x in fixed point to high and low, where x = values[i] + means[i]^2 (`means` null:
+// values[i]) is high / 2^16 + low / 2^52. It goes to positions[i], which ascend and are below
+// `numel`, or to i where `positions` is null. What does not fit is left out and counted in
+// refused: [0] values that are not finite or 2^20 and more, [1] positions. Every product and
+// difference is exact in double, so fused or not the bits are those of plain torch. All adds are
+// of integers: a call with -weight takes back what one with weight added.
+KERNEL fixed_add(int64* high, int64* low, const float* values, const float* means,
+                 const int64* positions, int64 n, int64 numel, int64 weight, uint64* refused) {
   int64 i = global_thread();
   if (i >= n) return;
-  int64 position = positions[i];
-  bool good = position >= 0 && position < numel && (i == 0 || positions[i - 1] < position);
-  if (!good) atomicAdd(refused, 1);
-}
-
-// total[positions] += weight * values. Checked positions are distinct: no atomics are needed.
-KERNEL scatter_add(float* total, const int64* positions, const float* values, int64 n,
-                   float weight) {
-  int64 i = global_thread();
-  if (i < n) total[positions[i]] += weight * values[i];
+  double x = (double)values[i];
+  if (means) x += (double)means[i] * (double)means[i];
+  bool fits = x > -1048576.0 && x < 1048576.0;  // false of NaN
+  if (!fits) atomicAdd(&refused[0], (uint64)1);
+  int64 at = i;
+  if (positions) {
+    at = positions[i];
+    if (at < 0 || at >= numel || (i > 0 && positions[i - 1] >= at)) {
+      atomicAdd(&refused[1], (uint64)1);
+      return;
+    }
+  }
+  if (!fits) return;
+  double scaled = x * 65536.0;
+  double whole = floor(scaled);
+  int64 up = (int64)whole * weight;
+  int64 down = (int64)rint((scaled - whole) * 68719476736.0) * weight;
+  if (positions) {  // 3 1 2 3: what ascends is not yet distinct where something did not
+    atomicAdd((uint64*)high + at, (uint64)up);
+    atomicAdd((uint64*)low + at, (uint64)down);
+  } else {
+    high[at] += up;
+    low[at] += down;
+  }
 }

@@ -138,14 +138,20 @@ def test_steps_are_torchs() -> None:
 
 
 @pytest.mark.usefixtures("_computed_by")
-def test_a_refused_update_changes_nothing() -> None:
-    total, values = torch.ones(2, 3), torch.tensor([1.0, 2.0])
-    ops.scatter_add(total, torch.tensor([1, 5]), values, 0.5)
-    assert total.tolist() == [[1, 1.5, 1], [1, 1, 2]]
-    for positions in ([4, 6], [-1, 0], [2, 2], [3, 1]):
-        with pytest.raises(SparseModelError, match="must ascend in"):
-            ops.scatter_add(total, torch.tensor(positions), values, 0.5)
-    assert total.tolist() == [[1, 1.5, 1], [1, 1, 2]]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_updates_are_added_in_fixed_point(dtype: torch.dtype) -> None:
+    """0.5 + 3 (1.25 + 2^2) = 16.25 at place [1, 2], and the high part of 0.25 is 2^14."""
+    high, low = torch.zeros(2, 2, 3, dtype=torch.int64)
+    refused = torch.zeros(2, dtype=torch.int64)
+    first = torch.tensor([0.25, 0.5]).to(dtype)
+    ops.fixed_add(high, low, first, None, torch.tensor([1, 5]), 1, refused)
+    values, means = torch.full((2, 2, 3), 2.0).to(dtype).unbind()
+    values = torch.full_like(values, 1.25)
+    ops.fixed_add(high, low, values, means, None, 3, refused)
+    found = high.double() / 2**16
+    assert found.tolist() == [[15.75, 16, 15.75], [15.75, 15.75, 16.25]]
+    assert not low.any()
+    assert refused.tolist() == [0, 0]
 
 
 @pytest.mark.usefixtures("_computed_by")
@@ -190,11 +196,19 @@ def test_schemas_shapes_and_autograd_hold() -> None:
     check(ops.popcount, (torch.zeros(2, dtype=torch.uint8),))
     check(ops.sgd_step, (torch.rand(3), torch.rand(3), torch.rand(3), 0.1, 0.9, 0.1))
     check(ops.adam_step, (*torch.rand(4, 3), 0.1, 0.9, 0.999, 1e-8, 0.0, False, 1))
-    check(ops.scatter_add, (torch.rand(5), n, torch.rand(3), 0.5))
+    sums = [torch.zeros(size, dtype=torch.int64) for size in (5, 5, 2)]
+    check(ops.fixed_add, (*sums[:2], torch.rand(3), torch.rand(3), n, 7, sums[2]))
+    check(ops.fixed_add, (*sums[:2], torch.rand(5), None, None, 7, sums[2]))
     check(ops.nearest, (torch.rand(4, 3), torch.rand(2, 3)))
     check(ops.square_norms, (torch.rand(5, 3), torch.rand(8, 3), row_ptr, cols, True))
     logits = torch.rand(3, 4, requires_grad=True)
     check(ops.kd_loss, (logits, torch.rand(3, 4), n, 0.5, 2.0))
+
+
+def add_to(n: int, values: Tensor, positions: Tensor | None, weight: int) -> None:
+    high, low = torch.zeros(2, n, dtype=torch.int64)
+    refused = torch.zeros(2, dtype=torch.int64)
+    ops.fixed_add(high, low, values, None, positions, weight, refused)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +218,10 @@ def test_schemas_shapes_and_autograd_hold() -> None:
         (lambda: ops.pack_mask(torch.zeros(3, 2, dtype=torch.bool).t()), "contiguous"),
         (lambda: ops.unpack_mask(torch.zeros(3, dtype=torch.uint8), 9), "9 entries are 2 bytes"),
         (lambda: ops.sgd_step(torch.zeros(3), torch.zeros(2), None, 1.0, 0.0, 0.0), "shape"),
+        (lambda: add_to(3, torch.zeros(2), None, 1), "expected 3 values"),
+        (lambda: add_to(3, torch.zeros(2), torch.arange(3), 1), "one shape"),
+        (lambda: add_to(3, torch.zeros(3), torch.arange(3).int(), 1), "expected torch.int64"),
+        (lambda: add_to(3, torch.zeros(3), None, 2**27), "overflow"),
         (lambda: ops.nearest(torch.zeros(3, 2), torch.zeros(0, 2)), "at least one prototype"),
         (lambda: ops.nearest(torch.zeros(3, 2), torch.zeros(1, 3)), "at least one prototype"),
         (lambda: ops.square_norms(*torch.zeros(2, 3), *torch.zeros(2, 1).int(), True), "dy"),
