@@ -16,7 +16,8 @@ from sparsemodel.kernels.functional import (
     sparse_linear,
 )
 from sparsemodel.kernels.geometry import ConvGeometry, is_batch_innermost, is_features_first
-from sparsemodel.sparse_layer import EXECUTIONS, Execution, SparseLayer
+from sparsemodel.sparse_layer import EXECUTIONS, STRUCTURED, Execution, SparseLayer
+from sparsemodel.structured import structured_linear
 
 __all__ = ["EXECUTIONS", "Execution", "SparseConv2d", "SparseLayer", "SparseLinear"]
 
@@ -35,15 +36,18 @@ class SparseLinear(SparseLayer):
         mask: bool [out, in], which weights exist.
         bias: whether there is an additive bias.
         execution: "sparse" or "dense" kernels, or "auto": what the cost model takes for faster.
+            Under a mask of whole blocks also "blocks", under one of 2 of 4 neighbours "2:4".
 
     Raises:
-        MaskError: a mask of another shape.
+        MaskError: a mask of another shape, or without the structure that `execution` needs.
 
     >>> mask = torch.tensor([[True, False, True], [False, False, True]])
     >>> layer = SparseLinear(3, 2, mask)
     >>> layer.values.shape, layer(torch.ones(5, 3)).shape
     (torch.Size([3]), torch.Size([5, 2]))
     """
+
+    executions = (*EXECUTIONS, *STRUCTURED)
 
     def __init__(
         self,
@@ -97,6 +101,8 @@ class SparseLinear(SparseLayer):
         """[*, in] -> [*, out]."""
         if torch.is_autocast_enabled(x.device.type):
             return _without_autocast(self, x)
+        if self._execution in STRUCTURED:
+            return structured_linear(self, x)
         dense = self._dense(x)
         return sparse_linear(
             x, self.values, self.bias, self._index(dense), self._geometry, dense=dense

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from sparsemodel.adjust import Entries
 from sparsemodel.choice import dense_is_faster, sparse_may_be_faster
 from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.kernels import reference
+from sparsemodel.kernels.block_index import BlockIndex
 from sparsemodel.kernels.functional import SparseIndex
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.pattern import (
@@ -23,9 +24,12 @@ from sparsemodel.pattern import (
     flat_positions,
     mask_from_csr,
 )
+from sparsemodel.structure import check_structure
 
-Execution = Literal["auto", "sparse", "dense"]
+Execution = Literal["auto", "sparse", "dense", "blocks", "2:4"]
+# What every layer takes, and what a linear layer takes beside under a mask that is made so.
 EXECUTIONS: tuple[Execution, ...] = ("auto", "sparse", "dense")
+STRUCTURED: tuple[Execution, ...] = ("blocks", "2:4")
 
 # For so many shapes of input a layer remembers which kernels it takes.
 MAX_CHOICES = 64
@@ -36,10 +40,13 @@ class SparseLayer(nn.Module):
 
     `values`, a parameter [nnz] in the order of `weight[mask]`, is the only weight storage, so
     gradients and optimiser state are as long as it is. The pattern is in the int32 buffers
-    `row_ptr` [out + 1] and `cols` [nnz]. Two more indices are not part of the state: `transposed`
-    serves gradients of sparse kernels; `bits`, a bit a weight, the dense ones (made when they
-    first run).
+    `row_ptr` [out + 1] and `cols` [nnz]. Three more indices are not part of the state:
+    `transposed` serves gradients of sparse kernels; `bits`, a bit a weight, the dense ones (made
+    when they first run); `blocks` those of execution "blocks".
     """
+
+    # What `execution` may be.
+    executions: ClassVar[tuple[Execution, ...]] = EXECUTIONS
 
     values: nn.Parameter
     bias: nn.Parameter | None
@@ -47,6 +54,7 @@ class SparseLayer(nn.Module):
     cols: torch.Tensor
     transposed: torch.Tensor
     bits: torch.Tensor
+    blocks: torch.Tensor
 
     def __init__(
         self,
@@ -57,7 +65,7 @@ class SparseLayer(nn.Module):
         execution: Execution,
     ) -> None:
         super().__init__()
-        self._execution = _checked(execution)
+        self._execution = self._checked(execution)
         self._geometry = geometry
         self._weight_shape = mask.shape
         self._numel = mask.numel()
@@ -67,12 +75,16 @@ class SparseLayer(nn.Module):
 
     @property
     def execution(self) -> Execution:
-        """Which kernels compute the layer: "sparse", "dense", or "auto", by the cost model."""
+        """Which kernels compute the layer: "sparse", "dense", or "auto", by the cost model.
+
+        A linear layer whose mask is made so also takes "blocks" and "2:4" (docs/sparse.md).
+        """
         return self._execution
 
     @execution.setter
     def execution(self, execution: Execution) -> None:
-        self._execution = _checked(execution)
+        check_structure(self.mask(), self._checked(execution))
+        self._execution = execution
         self._set_pattern(self.row_ptr, self.cols)
 
     @property
@@ -120,7 +132,8 @@ class SparseLayer(nn.Module):
             re-indexes what goes with the values, such as momentum.
 
         Raises:
-            MaskError: positions that are not ascending or out of range.
+            MaskError: positions that are not ascending or out of range, or that do not have the
+                structure that the layer's execution needs; the layer is as it was.
         """
         positions = positions.to(self.cols.device)
         numel = self._weight_shape.numel()
@@ -132,12 +145,14 @@ class SparseLayer(nn.Module):
         if len(old):
             place = torch.searchsorted(old, positions).clamp_(max=len(old) - 1)
             source = torch.where(old[place] == positions, place, source)
+        row_length = self._geometry.row_length
+        row_ptr, cols = csr_from_positions(
+            positions, num_rows=len(self.row_ptr) - 1, row_length=row_length
+        )
+        self._side_of(row_ptr, cols)  # refuses before anything is changed
         self.values.grad = None
         self.values.data = carry_values(self.values.data, source)
-        row_length = self._geometry.row_length
-        self._set_pattern(
-            *csr_from_positions(positions, num_rows=len(self.row_ptr) - 1, row_length=row_length)
-        )
+        self._set_pattern(row_ptr, cols)
         return source
 
     def topk_grad(self, x: torch.Tensor, dy: torch.Tensor, k: int) -> Entries:
@@ -171,8 +186,23 @@ class SparseLayer(nn.Module):
             self._set_pattern(self.row_ptr, self.cols)
         return self
 
+    def _checked(self, execution: Execution) -> Execution:
+        if execution not in self.executions:
+            raise SparseModelError(
+                f"execution of a {type(self).__name__} is one of {self.executions}, got "
+                f"{execution!r}"
+            )
+        return execution
+
+    def _side_of(self, row_ptr: torch.Tensor, cols: torch.Tensor) -> int:
+        """The side of the blocks of a pattern, 0 where it has none; refuses what does not fit."""
+        if self._execution not in STRUCTURED:
+            return 0
+        return check_structure(mask_from_csr(row_ptr, cols, self._weight_shape), self._execution)
+
     def _set_pattern(self, row_ptr: torch.Tensor, cols: torch.Tensor) -> None:
         self._choices: dict[object, bool] = {}
+        self._side = self._side_of(row_ptr, cols)
         # The cost model knows processors alone: on other devices "auto" stays dense.
         sparse = self._execution == "sparse" or (
             self._execution == "auto"
@@ -184,6 +214,11 @@ class SparseLayer(nn.Module):
         self.register_buffer("cols", cols)
         self.register_buffer("transposed", index.transposed, persistent=False)
         self.register_buffer("bits", index.bits, persistent=False)
+        blocks = cols.new_empty(0)
+        if self._side:
+            width = self._geometry.row_length
+            blocks = BlockIndex.build(row_ptr, cols, width, self._side).joined()
+        self.register_buffer("blocks", blocks, persistent=False)
 
     def _index(self, dense: bool) -> SparseIndex:
         buffers: dict[str, Any] = self._buffers  # attribute access costs three times as much
@@ -241,9 +276,3 @@ class SparseLayer(nn.Module):
                     f"weights, here {len(self.cols)}); call change_mask(model, mask) first"
                 )
         super()._load_from_state_dict(state_dict, prefix, *rest, **keywords)
-
-
-def _checked(execution: Execution) -> Execution:
-    if execution not in EXECUTIONS:
-        raise SparseModelError(f"execution is one of {EXECUTIONS}, got {execution!r}")
-    return execution

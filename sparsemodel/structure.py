@@ -126,6 +126,29 @@ def block_side(pattern: torch.Tensor) -> int | None:
     return None
 
 
+def check_structure(pattern: torch.Tensor, execution: str) -> int:
+    """The side of a pattern's blocks for execution "blocks"; 0 for what needs none.
+
+    Raises:
+        MaskError: "blocks" or "2:4" is asked for and the pattern [out, in] is not made so.
+    """
+    if execution == "blocks":
+        side = block_side(pattern)
+        if side is None:
+            raise MaskError(
+                f'execution="blocks" needs a mask of whole blocks of a side of {SIDES} '
+                f"(sparsemodel.structure.block_mask); this one, {tuple(pattern.shape)}, is not"
+            )
+        return side
+    if execution == "2:4" and not is_n_of_m(pattern):
+        raise MaskError(
+            'execution="2:4" needs a mask with at most 2 of every 4 neighbours of a row active '
+            f"(sparsemodel.structure.n_of_m_mask); this one, {tuple(pattern.shape)}, has more, or "
+            "rows that are no multiple of 4"
+        )
+    return 0
+
+
 def _rows(name: str, score: torch.Tensor) -> torch.Tensor:
     """Scores as a matrix on the CPU."""
     if score.dim() < 2:
