@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from datapruning import checkpoint
 from datapruning.data import fingerprint
@@ -22,6 +21,7 @@ from datapruning.samples import Samples
 from datapruning.seeds import generator, stream_seed
 from datapruning.task import Classification
 from datapruning.training import Objective, TrainingConfig, evaluate, predict, train
+from sparsemodel.kernels import cuda, cuda_array_ops, cuda_reference, cuda_source
 
 TEMPERATURE = 4.0
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -45,15 +45,12 @@ def kd_loss(
     >>> kd_loss(z, torch.tensor([0]), t, alpha=1.0, temperature=4.0)  # student = teacher
     tensor([0.])
     """
-    hard = functional.cross_entropy(logits, labels, reduction="none")
-    target = functional.log_softmax(teacher.to(logits.dtype) / temperature, dim=1)
-    soft = functional.kl_div(
-        functional.log_softmax(logits / temperature, dim=1),
-        target,
-        reduction="none",
-        log_target=True,
-    ).sum(1)
-    return (1 - alpha) * hard + alpha * temperature**2 * soft
+    teacher = teacher.to(logits.dtype)
+    if cuda.runner(logits.device) is None or logits.dtype not in cuda_source.REALS:
+        return cuda_reference.kd_loss(logits, teacher, labels, alpha, temperature)
+    arrays = logits.contiguous(), teacher.contiguous(), labels.contiguous()
+    losses: Tensor = cuda_array_ops.kd_loss(*arrays, alpha, temperature)[0]
+    return losses
 
 
 @dataclass(frozen=True, eq=False)

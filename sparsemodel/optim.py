@@ -180,20 +180,19 @@ class SparseSGD(torch.optim.Optimizer):
         if momentum and buffer is None:
             buffer = torch.zeros_like(parameter)
             self.state[parameter]["momentum_buffer"] = buffer
-        if _native(parameter, gradient, buffer):
-            native.library().sgd_step(
-                parameter.numel(), parameter.data_ptr(), gradient.data_ptr(),
-                native.address(buffer) if momentum else None, lr, momentum, decay,
-                torch.get_num_threads(),
-            )  # fmt: skip
-            torch.autograd.graph.increment_version(parameter)
-            return
         buffer = buffer if momentum else None
         if _by_kernel(parameter, gradient, buffer):
             cuda_array_ops.sgd_step(parameter, gradient, buffer, lr, momentum, decay)
-            torch.autograd.graph.increment_version(parameter)
+        elif _native(parameter, gradient, buffer):
+            native.library().sgd_step(
+                parameter.numel(), parameter.data_ptr(), gradient.data_ptr(),
+                None if buffer is None else native.address(buffer), lr, momentum, decay,
+                torch.get_num_threads(),
+            )  # fmt: skip
+        else:
+            reference.sgd_step(parameter, gradient, buffer, lr, momentum, decay)
             return
-        reference.sgd_step(parameter, gradient, buffer, lr, momentum, decay)
+        torch.autograd.graph.increment_version(parameter)
 
 
 class SparseAdam(torch.optim.Optimizer):
@@ -256,20 +255,18 @@ class SparseAdam(torch.optim.Optimizer):
         step, mean, square = int(state["step"]), state["exp_avg"], state["exp_avg_sq"]
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         eps, decay, decoupled = group["eps"], group["weight_decay"], group["decoupled"]
-        if _native(parameter, gradient, mean, square):
-            native.library().adam_step(
-                parameter.numel(), parameter.data_ptr(), gradient.data_ptr(), mean.data_ptr(),
-                square.data_ptr(), lr, beta1, beta2, eps, decay, decoupled, step,
-                torch.get_num_threads(),
-            )  # fmt: skip
-            torch.autograd.graph.increment_version(parameter)
-            return
         numbers = lr, beta1, beta2, eps, decay, decoupled, step
         if _by_kernel(parameter, gradient, mean, square):
             cuda_array_ops.adam_step(parameter, gradient, mean, square, *numbers)
-            torch.autograd.graph.increment_version(parameter)
+        elif _native(parameter, gradient, mean, square):
+            native.library().adam_step(
+                parameter.numel(), parameter.data_ptr(), gradient.data_ptr(), mean.data_ptr(),
+                square.data_ptr(), *numbers, torch.get_num_threads(),
+            )  # fmt: skip
+        else:
+            reference.adam_step(parameter, gradient, mean, square, *numbers)
             return
-        reference.adam_step(parameter, gradient, mean, square, *numbers)
+        torch.autograd.graph.increment_version(parameter)
 
 
 def _evaluated(closure: Callable[[], Any] | None) -> Any:

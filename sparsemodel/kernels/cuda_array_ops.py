@@ -8,7 +8,7 @@ contiguous tensors on one device and check that; only `kd_loss` is differentiabl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from sparsemodel.errors import SparseModelError
 from sparsemodel.kernels import (
     cuda,
     cuda_arrays,
+    cuda_conv,
     cuda_linear,
     cuda_loss,
     cuda_nearest,
@@ -25,6 +26,7 @@ from sparsemodel.kernels import (
     fixed_point,
     reference,
 )
+from sparsemodel.kernels.geometry import ConvGeometry
 
 Tensor = torch.Tensor
 
@@ -201,6 +203,26 @@ def _square_norms(dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, bias: bo
     return cuda_linear.square_norms(runner, dy, x, row_ptr, cols, bias=bias)
 
 
+def _conv2d_square_norms(
+    dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, geometry: Sequence[int]
+) -> Tensor:
+    """A sequence of T tokens is a 1 × 1 convolution of a T × 1 plane."""
+    _check("conv2d_square_norms", dy, x, row_ptr, cols)
+    _check_dtype("conv2d_square_norms", dy.dtype, x)
+    _check_dtype("conv2d_square_norms", torch.int32, row_ptr, cols)
+    g = ConvGeometry(*geometry)
+    fit = x.dim() == 4 and row_ptr.numel() == g.out_channels + 1
+    if not fit or dy.shape != (g.out_channels, *g.output_size(*x.shape[1:3]), x.shape[3]):
+        raise SparseModelError(
+            f"conv2d_square_norms: expected dy [out, OH, OW, B] and x [in, H, W, B] of {g}, got "
+            f"{tuple(dy.shape)} and {tuple(x.shape)}"
+        )
+    runner = _runner_of_reals(dy)
+    if runner is None:
+        return cuda_reference.conv2d_square_norms(dy, x, row_ptr, cols, g)
+    return cuda_conv.square_norms(runner, dy, x, row_ptr, cols, g)
+
+
 def _kd_loss(
     logits: Tensor, teacher: Tensor, labels: Tensor, alpha: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -266,7 +288,7 @@ def _kd_loss_shapes(
 ) -> tuple[Tensor, Tensor]:
     n = logits.shape[0]
     return (
-        logits.new_empty(n, dtype=torch.float32),
+        logits.new_empty(n, dtype=torch.promote_types(logits.dtype, torch.float32)),
         logits.new_empty((n, 6), dtype=torch.float32),
     )
 
@@ -321,6 +343,12 @@ square_norms = _define(
     "(Tensor dy, Tensor x, Tensor row_ptr, Tensor cols, bool bias) -> Tensor",
     _square_norms,
     lambda dy, x, row_ptr, cols, bias: dy.new_empty(dy.shape[1], dtype=torch.float32),
+)
+conv2d_square_norms = _define(
+    "conv2d_square_norms",
+    "(Tensor dy, Tensor x, Tensor row_ptr, Tensor cols, int[] geometry) -> Tensor",
+    _conv2d_square_norms,
+    lambda dy, x, row_ptr, cols, geometry: dy.new_empty(dy.shape[3], dtype=torch.float32),
 )
 # The losses and what the gradient needs.
 kd_loss = _define(

@@ -6,7 +6,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from sparsemodel.pattern import mask_from_csr
+from sparsemodel.kernels import reference
+from sparsemodel.kernels.geometry import ConvGeometry
+from sparsemodel.pattern import flat_positions, mask_from_csr
 
 Tensor = torch.Tensor
 
@@ -52,11 +54,26 @@ def square_norms(dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, bias: boo
     return (dy.float().square() * inputs).sum(0)
 
 
+def conv2d_square_norms(
+    dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, geometry: ConvGeometry
+) -> Tensor:
+    """Squared norm of each sample's weight gradient at the mask: float32 [B]."""
+    weight = dy.new_empty(1, dtype=torch.float32).expand(geometry.weight_shape)
+    places = flat_positions(row_ptr, cols, geometry.row_length)
+    norms = dy.new_zeros(dy.shape[3], dtype=torch.float32)
+    for b in range(dy.shape[3]):
+        sample = (t[None, ..., b].float().contiguous() for t in (dy, x))
+        dense = reference.conv2d_backward(*sample, weight, geometry, (False, True, False))[1]
+        assert dense is not None
+        norms[b] = dense.reshape(-1)[places].square().sum()
+    return norms
+
+
 def kd_loss(
     logits: Tensor, teacher: Tensor, labels: Tensor, alpha: float, temperature: float
 ) -> Tensor:
-    """(1 − α) CE + α τ² KL(teacher ‖ student) of each row: float32 [B]."""
-    logits, teacher = logits.float(), teacher.float()
+    """(1 − α) CE + α τ² KL(teacher ‖ student) of each row: [B], of single precision at least."""
+    logits, teacher = _precise(logits), _precise(teacher)
     hard = functional.cross_entropy(logits, labels, reduction="none")
     student = torch.log_softmax(logits / temperature, 1)
     guide = torch.log_softmax(teacher / temperature, 1)
@@ -74,10 +91,14 @@ def kd_loss_backward(
     temperature: float,
 ) -> Tensor:
     """Gradient for `logits` of Σ scale · loss, in their dtype."""
-    z, t = logits.float(), teacher.float()
+    z, t = _precise(logits), _precise(teacher)
     kept = labels >= 0
     one_hot = functional.one_hot(labels.clamp(min=0), logits.shape[1])
     hard = (torch.softmax(z, 1) - one_hot) * kept[:, None]
     soft = torch.softmax(z / temperature, 1) - torch.softmax(t / temperature, 1)
     gradient = (1 - alpha) * hard + alpha * temperature * soft
     return (scale[:, None] * gradient).to(logits.dtype)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch.nn import functional
 
+from sparsemodel.kernels import cuda, cuda_array_ops, cuda_source
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.kernels.reference import conv2d_backward
 from sparsemodel.pattern import flat_positions
@@ -245,11 +246,33 @@ class Active(SampleGradient):
 
     def square_norm(self) -> Tensor:
         dense = self.dense
+        if cuda.runner(self.device) is not None and self._dtype() in cuda_source.REALS:
+            return self._norm_by_kernel()
         if isinstance(dense, Factored) and dense.positions == 1:
             # Σ left_o² right_i² over the active (o, i): a product with the pattern.
             squares = Factored(dense.left.double().square(), dense.right.double().square())
             return squares.dot(self._scattered(torch.ones_like(self.cols, dtype=torch.float64)))
         return norms_by_blocks([self])
+
+    def _dtype(self) -> torch.dtype:
+        return self.dense.right.dtype if isinstance(self.dense, Factored) else self.dense.x.dtype
+
+    def _norm_by_kernel(self) -> Tensor:
+        """On a GPU, from the factors alone, the samples innermost."""
+        dense, pattern = self.dense, (self.row_ptr, self.cols)
+        if isinstance(dense, Convolution):
+            dy, x = (t.permute(1, 2, 3, 0).contiguous() for t in (dense.dy, dense.x))
+            found = cuda_array_ops.conv2d_square_norms(dy, x, *pattern, dense.geometry)
+        else:
+            dy, x = (t.permute(2, 1, 0).contiguous() for t in (dense.left, dense.right))
+            if dense.positions == 1:
+                found = cuda_array_ops.square_norms(dy.squeeze(1), x.squeeze(1), *pattern, False)
+            else:
+                geometry = ConvGeometry(dense.num_rows, dense.row_length, 1, 1)
+                planes = dy.unsqueeze(2), x.unsqueeze(2)
+                found = cuda_array_ops.conv2d_square_norms(*planes, *pattern, geometry)
+        norms: Tensor = found.double()
+        return norms
 
     def _scattered(self, values: Tensor) -> Tensor:
         places = flat_positions(self.row_ptr, self.cols, self.row_length)

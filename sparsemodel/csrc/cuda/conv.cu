@@ -130,3 +130,44 @@ KERNEL conv_weight(const int* row_ptr, const int* cols, const Real* dy, const Re
     if (lane == 0 && e < count) gradient[first + e] = store(total);
   }
 }
+
+// norms[chunk, b] = sum over a chunk of non-zeros of (sum over pixels of dy x)^2: the squared norm
+// of each sample's gradient at the mask. A warp has 32 samples, a lane one, ENTRIES non-zeros at
+// a time, which share the arithmetic of places and mostly a row of dy.
+KERNEL conv_square_norms(const int* row_ptr, const int* cols, const Real* dy, const Real* x,
+                         float* norms, int nnz, int entries_in_chunk, const int* geometry) {
+  Geometry g = read_geometry(geometry);
+  int64 warp = global_thread() / WARP;
+  int tiles = (g.batch + WARP - 1) / WARP, outputs = g.outputs();
+  int b = (int)(warp % tiles) * WARP + threadIdx.x % WARP;
+  int64 chunk = warp / tiles, begin = chunk * entries_in_chunk;
+  if (begin >= nnz || b >= g.batch) return;
+  int64 end = min(begin + entries_in_chunk, (int64)nnz);
+  int low = row_of(row_ptr, g.out_channels, begin);
+  float total = 0.0f;
+  for (int64 first = begin; first < end; first += ENTRIES) {
+    int count = (int)min((int64)ENTRIES, end - first);
+    const Real* lines[ENTRIES];
+    Tap taps[ENTRIES];
+    float sum[ENTRIES];
+    for (int e = 0; e < ENTRIES; ++e) {
+      int64 k = first + min(e, count - 1);
+      while (row_ptr[low + 1] <= k) ++low;
+      lines[e] = dy + (int64)low * outputs + b;
+      taps[e] = tap_of(g, cols[k]);
+      taps[e].channel += g.first_channel(low);
+      sum[e] = 0.0f;
+    }
+    for (int row = 0; row < g.out_h; ++row)
+      for (int column = 0; column < g.out_w; ++column) {
+        Window w = {b, row * g.stride_h - g.pad_h, column * g.stride_w - g.pad_w};
+        int64 from = ((int64)row * g.out_w + column) * g.batch;
+        for (int e = 0; e < ENTRIES; ++e) {
+          int64 at = input_at(g, w, taps[e].channel, taps[e].down, taps[e].right);
+          if (at >= 0) sum[e] += load(lines[e][from]) * load(x[at]);
+        }
+      }
+    for (int e = 0; e < count; ++e) total += sum[e] * sum[e];
+  }
+  norms[chunk * g.batch + b] = total;
+}
