@@ -20,6 +20,7 @@ from datapruning.seeds import generator, stream_seed
 from datapruning.threads import computing
 from fedprune import wire
 from fedprune.cohort import Member, train_cohort, train_in_cohorts
+from fedprune.cohort_memory import fitting_cohort
 from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS, ClientError
 from fedprune.messages import MeasureReply, Pool, ScoreRequest, State, TrainReply, TrainRequest
@@ -174,13 +175,14 @@ def _train(record: RecordDict, context: Context, work: Workspace, client: int) -
 
 
 def train_together(
-    messages: Sequence[tuple[Message, Context]], *, size: int
+    messages: Sequence[tuple[Message, Context]], *, size: int, measure: bool = False
 ) -> tuple[list[Message], int]:
     """Answer several clients' train messages with one training of stacked weights.
 
     Args:
         messages: train messages of one round, each with its client's context.
         size: how many clients to train at a time.
+        measure: whether to train fewer where a first mini-batch says that the GPU holds fewer.
 
     Returns:
         The answers in the order of the messages, and the size that fitted into memory.
@@ -193,9 +195,10 @@ def train_together(
     if jobs:
         work, request = jobs[0].work, jobs[0].request
         config = work.config
+        device = compute_device(config.training.device)
         train = partial(
             train_cohort,
-            work.model().to(compute_device(config.training.device)),
+            work.model().to(device),
             mask=request.mask,
             config=config.training,
             lr=round_learning_rate(config.training, request.round_index),
@@ -212,6 +215,11 @@ def train_together(
             for job in jobs
         ]
         with computing(config.training.threads):
+            if measure:
+                batch_size = config.training.batch_size
+                size = fitting_cohort(
+                    train, members, batch_size=batch_size, at_most=size, device=device
+                )
             results, size = train_in_cohorts(train, members, size=size)
     outcome = iter(results)
     records = [

@@ -52,8 +52,8 @@ class TrainingConfig:
 
     `execution` is how a masked model is computed: "sparse" (active weights only), "masked",
     "dense", or "auto": sparse on a CPU that has the native kernels, else masked. `cohort` is how
-    many clients the batched engine trains at a time; 0: all of a round on a GPU, fewer where its
-    memory ends, and CPU_COHORT on a CPU.
+    many clients the batched engine trains at a time; 0: on a GPU as many of a round as its memory
+    holds, which the first round measures, and CPU_COHORT on a CPU.
     """
 
     rounds: int = 20

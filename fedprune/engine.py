@@ -151,6 +151,7 @@ class BatchedGrid(InlineGrid):
 
     Args:
         size: clients to train at a time; halved where the GPU's memory ends.
+        measure: whether the first round measures how many fit, up to `size`.
     """
 
     def __init__(
@@ -160,9 +161,10 @@ class BatchedGrid(InlineGrid):
         run_config: dict[str, Any],
         num_nodes: int,
         size: int,
+        measure: bool = False,
     ) -> None:
         super().__init__(client_app, run_config=run_config, num_nodes=num_nodes)
-        self._size = size
+        self._size, self._measure = size, measure
         self._replies: dict[str, Message] = {}
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -189,7 +191,8 @@ class BatchedGrid(InlineGrid):
         messages = [self._messages.pop(message_id) for message_id in chosen]
         pairs = [(message, self.contexts[message.metadata.dst_node_id]) for message in messages]
         try:
-            answers, self._size = train_together(pairs, size=self._size)
+            answers, self._size = train_together(pairs, size=self._size, measure=self._measure)
+            self._measure = False
         except Exception:  # as Flower does: clients that raise must not end the run
             reason = traceback.format_exc()
             answers = [
@@ -214,7 +217,13 @@ def run_inline(
     run_config = {**config.flat(), **_launch_values(out, resume=resume)}
     nodes = config.data.clients
     grid = (
-        BatchedGrid(client_app, run_config=run_config, num_nodes=nodes, size=config.cohort)
+        BatchedGrid(
+            client_app,
+            run_config=run_config,
+            num_nodes=nodes,
+            size=config.cohort,
+            measure=config.training.device == "cuda" and config.training.cohort == 0,
+        )
         if batched
         else InlineGrid(client_app, run_config=run_config, num_nodes=nodes)
     )
