@@ -45,6 +45,14 @@ class Case(NamedTuple):
     x: Tensor
     dy: Tensor
 
+    def exact_norms(self) -> Tensor:
+        """Of each sample's own weight gradient at the mask, in float64."""
+        norms = []
+        for b in range(self.x.shape[3]):
+            alone = self._replace(x=self.x[..., b : b + 1], dy=self.dy[..., b : b + 1])
+            norms.append(alone.exact()[2][self.mask].square().sum())
+        return torch.stack(norms)
+
     def exact(self) -> tuple[Tensor, Tensor, Tensor]:
         """Output, input gradient and dense weight gradient of torch's convolution in float64."""
         g = self.geometry
@@ -102,6 +110,10 @@ def check(cuda: Runner, c: Case) -> None:
     cuda_conv.input_gradient(cuda, c.dy, c.values, transposed, c.geometry, found)
     c.near(found, dx)
     c.near(cuda_conv.weight_gradient(cuda, c.dy, c.x, *pattern), dweight[c.mask])
+    found = cuda_conv.square_norms(cuda, c.dy, c.x, *pattern)
+    assert found.dtype == torch.float32
+    expected = c.exact_norms()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @every_case

@@ -170,6 +170,26 @@ def test_square_norms_are_those_of_each_sample() -> None:
 
 
 @pytest.mark.usefixtures("_computed_by")
+def test_square_norms_add_over_the_positions_of_a_sample() -> None:
+    """A sequence is a 1 x 1 convolution: the gradient of a sample is the sum over its tokens."""
+    mask, dy, x = torch.rand(5, 8) < 0.5, torch.randn(5, 7, 3), torch.randn(8, 7, 3)
+    geometry = ConvGeometry(5, 8, 1, 1)
+    found = ops.conv2d_square_norms(dy[:, :, None], x[:, :, None], *csr_from_mask(mask), geometry)
+    own = torch.einsum("otb,itb->boi", dy.double(), x.double())[:, mask].square().sum(1)
+    torch.testing.assert_close(found.double(), own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_computed_by")
+@pytest.mark.parametrize(("batch", "density"), [(0, 0.5), (2, 0.0)])
+def test_square_norms_of_nothing(batch: int, density: float) -> None:
+    mask = torch.rand(5, 8) < density
+    dy, x = torch.randn(5, 2, 3, batch), torch.randn(8, 2, 3, batch)
+    geometry = ConvGeometry(5, 8, 1, 1)
+    found = ops.conv2d_square_norms(dy, x, *csr_from_mask(mask), geometry)
+    assert found.tolist() == [0.0] * batch
+
+
+@pytest.mark.usefixtures("_computed_by")
 def test_the_loss_has_a_gradient() -> None:
     logits, teacher = torch.randn(3, 6, requires_grad=True), torch.randn(3, 6)
     labels = torch.tensor([2, -100, 0])
@@ -201,6 +221,10 @@ def test_schemas_shapes_and_autograd_hold() -> None:
     check(ops.fixed_add, (*sums[:2], torch.rand(5), None, None, 7, sums[2]))
     check(ops.nearest, (torch.rand(4, 3), torch.rand(2, 3)))
     check(ops.square_norms, (torch.rand(5, 3), torch.rand(8, 3), row_ptr, cols, True))
+    g = ConvGeometry(5, 8, 1, 1)
+    check(
+        ops.conv2d_square_norms, (torch.rand(5, 2, 2, 3), torch.rand(8, 2, 2, 3), row_ptr, cols, g)
+    )
     logits = torch.rand(3, 4, requires_grad=True)
     check(ops.kd_loss, (logits, torch.rand(3, 4), n, 0.5, 2.0))
 
@@ -224,6 +248,13 @@ def add_to(n: int, values: Tensor, positions: Tensor | None, weight: int) -> Non
         (lambda: add_to(3, torch.zeros(3), None, 2**27), "overflow"),
         (lambda: ops.nearest(torch.zeros(3, 2), torch.zeros(0, 2)), "at least one prototype"),
         (lambda: ops.nearest(torch.zeros(3, 2), torch.zeros(1, 3)), "at least one prototype"),
+        (
+            lambda: ops.conv2d_square_norms(
+                torch.zeros(2, 4, 1, 3), torch.zeros(3, 5, 1, 3), torch.zeros(3).int(),
+                torch.zeros(0).int(), ConvGeometry(2, 3, 1, 1),
+            ),
+            "expected dy",
+        ),
         (lambda: ops.square_norms(*torch.zeros(2, 3), *torch.zeros(2, 1).int(), True), "dy"),
         (
             lambda: ops.kd_loss(*torch.zeros(2, 1, 3), torch.zeros(2).long(), 0.5, 1.0),

@@ -1,0 +1,165 @@
+"""What calls the CUDA kernels: optimisers, aggregation, distillation and samples' norms."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from datapruning.distill import kd_loss
+from fedprune.aggregate import EntryMean, WeightedMean
+from fedprune.errors import ClientError
+from sparsemodel.kernels import cuda as kernels
+from sparsemodel.kernels.cuda import Runner
+from sparsemodel.kernels.per_sample import gradient_norms
+from sparsemodel.layers import SparseConv2d, SparseLinear
+from sparsemodel.optim import SparseAdam, SparseSGD
+
+Tensor = torch.Tensor
+
+
+@pytest.fixture
+def launched(cuda: Runner, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Kernels run; their names."""
+    names = []
+    launch = type(cuda).launch
+
+    def recorded(self: Runner, family: str, kernel: str, *rest: object, **real: object) -> None:
+        names.append(kernel)
+        launch(self, family, kernel, *rest, **real)
+
+    monkeypatch.setattr(type(cuda), "launch", recorded)
+    monkeypatch.setattr(kernels, "runner", lambda device: cuda)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("sparse", "dense", "options"),
+    [
+        (SparseSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
+        (SparseSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.0}),
+        (SparseAdam, torch.optim.Adam, {"lr": 0.1, "weight_decay": 0.1}),
+    ],
+)
+def test_optimisers_step_by_kernels(
+    launched: list[str],
+    sparse: type[torch.optim.Optimizer],
+    dense: type[torch.optim.Optimizer],
+    options: dict[str, float],
+) -> None:
+    own = nn.Parameter(torch.randn(40))
+    expected = nn.Parameter(own.detach().clone())
+    ours, theirs = sparse([own], **options), dense([expected], **options)
+    for _ in range(3):
+        own.grad = torch.randn(40)
+        expected.grad = own.grad.clone()
+        version = own._version
+        ours.step()
+        theirs.step()
+        assert own._version > version
+    torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6)
+    assert launched == ["sgd_step" if sparse is SparseSGD else "adam_step"] * 3
+
+
+@pytest.mark.parametrize("kind", ["float64", "not contiguous"])
+def test_other_parameters_step_by_the_reference(launched: list[str], kind: str) -> None:
+    start = torch.ones(4, 3, dtype=torch.float64) if kind == "float64" else torch.ones(3, 4).t()
+    own = nn.Parameter(start)
+    own.grad = torch.ones_like(own)
+    SparseSGD([own], lr=0.5).step()
+    SparseAdam([own], lr=0.0).step()
+    assert (own == 0.5).all()
+    assert launched == []
+
+
+def test_a_mean_has_the_bits_of_the_plain_one(
+    launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = [
+        {"w": torch.randn(5, 60) * 10.0**-k, "m": torch.randn(7), "v": torch.rand(7)}
+        for k in range(3)
+    ]
+    results = []
+    for is_plain in (False, True):
+        if is_plain:
+            monkeypatch.setattr(kernels, "runner", lambda device: None)
+        mean = WeightedMean([("m", "v")], device=replies[0]["w"].device)
+        for weight, reply in enumerate(replies, 5):
+            mean.add(reply, weight=weight)
+        results.append(mean.result())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in "wmv")
+    assert launched == ["fixed_add"] * 9
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 2.0**20])
+@pytest.mark.parametrize("name", ["w", "m"])
+def test_a_refused_reply_leaves_no_trace(launched: list[str], bad: float, name: str) -> None:
+    good = {"w": torch.randn(300), "m": torch.randn(4), "v": torch.rand(4)}
+    mean, expected = WeightedMean([("m", "v")]), WeightedMean([("m", "v")])
+    wrong = {key: value.clone() for key, value in good.items()}
+    wrong[name][-1] = bad
+    for _ in range(2):  # as the first reply and as the second
+        with pytest.raises(ClientError, match=f"'{name}'"):
+            mean.add(wrong, weight=9)
+        mean.add(good, weight=2)
+        expected.add(good, weight=2)
+    assert all(torch.equal(mean.result()[key], expected.result()[key]) for key in good)
+    assert mean.total_weight == 4
+    assert set(launched) == {"fixed_add"}
+
+
+def test_entries_are_added_where_they_lie(launched: list[str]) -> None:
+    """Weights 1 and 3: index 2 has (1·4 + 3·8)/4 = 7, index 0 only 1·2/4, index 5 only 3·(−4)/4."""
+    mean = EntryMean()
+    mean.add({"w": (torch.tensor([0, 2]), torch.tensor([2.0, 4.0]))}, weight=1)
+    mean.add({"w": (torch.tensor([2, 5]), torch.tensor([8.0, -4.0]))}, weight=3)
+    indices, values = mean.result()["w"]
+    assert indices.tolist() == [0, 2, 5]
+    assert values.tolist() == [0.5, 7.0, -3.0]
+    assert launched == ["fixed_add"] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distillation_runs_the_fused_loss(launched: list[str], dtype: torch.dtype) -> None:
+    logits = torch.randn(6, 9).to(dtype).t().contiguous().t().requires_grad_()
+    teacher, labels = torch.randn(6, 9).half(), torch.randint(0, 9, (6,))
+    loss = kd_loss(logits, labels, teacher, alpha=0.3, temperature=2.0)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    z, t = logits.detach().double().requires_grad_(), teacher.to(dtype).double()
+    hard = functional.cross_entropy(z, labels, reduction="none")
+    student, guide = (torch.log_softmax(x / 2, 1) for x in (z, t))
+    exact = 0.7 * hard + 0.3 * 4 * (guide.exp() * (guide - student)).sum(1)
+    (expected,) = torch.autograd.grad(exact.sum(), z)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+    atol = 1e-6 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=atol)
+    assert launched == ["kd_forward", "kd_backward"]
+
+
+def sparse_layer(kind: str) -> tuple[nn.Module, Tensor]:
+    """A sparse layer and an input of three samples."""
+    dense: nn.Module = nn.Linear(8, 5)
+    x = torch.randn(3, 8) if kind == "linear" else torch.randn(3, 7, 8)
+    if kind == "conv":
+        dense = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=1, groups=2)
+        x = torch.randn(3, 4, 7, 6)
+    mask = torch.rand(dense.weight.shape) < 0.4
+    with torch.no_grad():
+        dense.weight.mul_(mask)
+    form = SparseConv2d if kind == "conv" else SparseLinear
+    return form.from_dense(dense, mask, execution="dense"), x
+
+
+@pytest.mark.parametrize("kind", ["linear", "tokens", "conv"])
+def test_norms_of_samples_are_taken_by_kernels(launched: list[str], kind: str) -> None:
+    layer, x = sparse_layer(kind)
+
+    def losses(model: nn.Module) -> Tensor:
+        return model(x).flatten(1).sin().sum(1)
+
+    found = gradient_norms(layer, losses, num_samples=3)
+    assert launched == ["square_norms" if kind == "linear" else "conv_square_norms"]
+    expected = []
+    for value in losses(layer):
+        parts = torch.autograd.grad(value, list(layer.parameters()), retain_graph=True)
+        expected.append(sum(part.double().square().sum() for part in parts) ** 0.5)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-6)
