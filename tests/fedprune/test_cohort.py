@@ -45,8 +45,6 @@ def members(mask: Mask | None) -> list[Member]:
         images = torch.randint(0, 256, (size, *SHAPE), generator=generator, dtype=torch.uint8)
         labels = torch.randint(0, 3, (size,), generator=generator)
         model = network(number)  # every client starts from another place
-        if mask is not None:
-            mask.apply(model)
         growth = None
         if mask is not None and number % 2 == 0:
             counts = {"layer1.0.conv1.weight": 7, "layer3.0.conv2.weight": 20}
@@ -101,15 +99,19 @@ def test_each_member_is_trained_as_it_would_be_alone(
             )
 
 
-def test_a_cohort_of_one_and_what_it_holds() -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_a_member_holds_is_its_share(count: int) -> None:
+    """Weights, dense gradients, momentum of active values; the indices are held once."""
     mask, config = masks(0.1), TrainingConfig(batch_size=16, local_epochs=1)
-    ((result, _),) = train_cohort(network(9), members(mask)[:1], mask=mask, config=config, lr=0.1)
+    results = train_cohort(network(9), members(mask)[:count], mask=mask, config=config, lr=0.1)
     weights = sum(4 * p.numel() for p in network(0).parameters())
     kept = mask.num_active + sum(
         p.numel() for name, p in network(0).named_parameters() if name not in mask
     )
     indices = 8 * (mask.num_active - mask["fc.weight"].numel())
-    assert result.state_bytes == 2 * weights + 4 * kept + indices
+    assert {result.state_bytes for result, _ in results} == {
+        2 * weights + 4 * kept + indices // count
+    }
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 5])
