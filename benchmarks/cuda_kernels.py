@@ -44,6 +44,7 @@ class Sizes:
     entries: int = 1 << 26
     width: int = 4096
     batch: int = 8192
+    tokens: int = 64
     plane: int = 32
     channels: int = 256
     images: int = 128
@@ -156,10 +157,18 @@ def _linear(sizes: Sizes, density: float) -> Iterator[Case]:
         compared=lambda gradients: gradients.abs().sort().values,  # at the threshold any may win
     )  # fmt: skip
     flat_dy, flat_x = dy.t(), x.t()
+    pattern = row_ptr, cols
     yield Case(
         "per-sample norms", density,
-        lambda: cuda_array_ops.square_norms(flat_dy, flat_x, row_ptr, cols, False),
+        lambda: cuda_array_ops.square_norms(flat_dy, flat_x, *pattern, False),
         layer.norms(), num_bytes,
+    )  # fmt: skip
+    shape = width, sizes.tokens, 1, batch // sizes.tokens
+    planes = flat_dy.view(shape), flat_x.view(shape)
+    yield Case(
+        "per-sample norms of sequences", density,
+        lambda: cuda_array_ops.conv2d_square_norms(*planes, *pattern, geometry),
+        peers.sample_norms(*planes, *pattern, geometry), num_bytes,
     )  # fmt: skip
 
 
@@ -188,6 +197,12 @@ def _conv(sizes: Sizes, density: float) -> Iterator[Case]:
     yield Case(
         "conv 3x3, gradient at the mask", density, lambda: backward((False, True, False))[1],
         peers.conv_backward(x, dy, weight, mask), num_bytes,
+    )  # fmt: skip
+    planes = dy.permute(1, 2, 3, 0), x.permute(1, 2, 3, 0)
+    yield Case(
+        "conv 3x3, per-sample norms", density,
+        lambda: cuda_array_ops.conv2d_square_norms(*planes, row_ptr, cols, g),
+        peers.sample_norms(*planes, row_ptr, cols, g), num_bytes,
     )  # fmt: skip
 
 

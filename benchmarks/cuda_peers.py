@@ -15,6 +15,8 @@ from torch.nn import functional
 from sparsemodel.kernels import cuda_reference as reference
 from sparsemodel.kernels import fixed_point
 from sparsemodel.kernels import reference as plain
+from sparsemodel.kernels.geometry import ConvGeometry
+from sparsemodel.kernels.sample_gradients import Active, Convolution, Factored, norms_by_blocks
 
 Tensor = torch.Tensor
 Call = Callable[[], Any]
@@ -103,6 +105,17 @@ def conv_backward(x: Tensor, dy: Tensor, weight: Tensor, mask: Tensor | None) ->
         "torch dense": lambda: gradient(*contiguous),
         "torch dense, channels last": lambda: gradient(*last),
     }
+
+
+def sample_norms(
+    dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, g: ConvGeometry
+) -> dict[str, Call]:
+    """Each sample's gradient, of as many samples at a time as fit; `dy` and `x` [C, H, W, B]."""
+    dy, x = (t.permute(3, 0, 1, 2).contiguous() for t in (dy, x))
+    dense: Factored | Convolution = Convolution(x, dy, g)
+    if g.kernel_h * g.kernel_w == 1:
+        dense = Factored(dy.flatten(2).mT, x.flatten(2).mT)
+    return {EAGER: lambda: norms_by_blocks([Active(dense, row_ptr, cols)])}
 
 
 @dataclass(frozen=True)

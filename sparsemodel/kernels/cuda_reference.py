@@ -62,8 +62,9 @@ def conv2d_square_norms(
     places = flat_positions(row_ptr, cols, geometry.row_length)
     norms = dy.new_zeros(dy.shape[3], dtype=torch.float32)
     for b in range(dy.shape[3]):
-        sample = (t[None, ..., b].float().contiguous() for t in (dy, x))
-        dense = reference.conv2d_backward(*sample, weight, geometry, (False, True, False))[1]
+        gradient, seen = (t[None, ..., b].float().contiguous() for t in (dy, x))
+        wanted = False, True, False
+        dense = reference.conv2d_backward(gradient, seen, weight, geometry, wanted)[1]
         assert dense is not None
         norms[b] = dense.reshape(-1)[places].square().sum()
     return norms

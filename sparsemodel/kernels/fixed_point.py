@@ -62,4 +62,6 @@ def value(high: Tensor, low: Tensor, total_weight: int) -> Tensor:
     """The mean that sums of this weight hold: float64."""
     # A tensor, because by a plain number torch multiplies with its reciprocal on a GPU.
     divisor = torch.full((), total_weight, dtype=torch.float64, device=high.device)
-    return (high.double() / 2**HIGH_BITS + low.double() / 2.0 ** (HIGH_BITS + LOW_BITS)) / divisor
+    sums = high.double() / 2**HIGH_BITS + low.double() / 2.0 ** (HIGH_BITS + LOW_BITS)
+    mean: Tensor = sums / divisor
+    return mean
