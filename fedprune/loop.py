@@ -147,6 +147,7 @@ def play_round(
 ) -> RunState:
     """One round: sample, send, fold replies in as they arrive, update, evaluate, write down."""
     config, method = workspace.config, workspace.method
+    device = compute_device(config.training.device)
     # 1. What is asked of whom.
     growth_counts = method.growth_counts(state)
     chosen = sample_clients(config, sorted(cohort.clients), state.round_index)
@@ -158,7 +159,8 @@ def play_round(
         report_resources=state.round_index == config.training.rounds - 1,
     )
     # 2. Replies are folded into the sums one at a time; only the sums are kept.
-    mean, growth = WeightedMean(workspace.batch_norms), EntryMean()
+    mean = WeightedMean(workspace.batch_norms, device=device)
+    growth = EntryMean(device=device)
     losses: dict[int, tuple[float, int]] = {}
     for client, reply in cohort.ask(request, clients=chosen):
         assert isinstance(reply, TrainReply)
@@ -180,14 +182,14 @@ def play_round(
             "the last checkpoint is kept, --resume continues from it"
         )
     # 3. The method's own step.
-    updated = method.update(
-        state, mean=to_dense(mean.result(), workspace, state.mask), growth=growth.result()
-    )
+    values = {name: value.cpu() for name, value in mean.result().items()}
+    gradients = {name: (at.cpu(), value.cpu()) for name, (at, value) in growth.result().items()}
+    updated = method.update(state, mean=to_dense(values, workspace, state.mask), growth=gradients)
     # 4. Evaluate on test data (for the record only) and write the round down.
     model = workspace.model()
     load_float_state_(model, updated.weights)
     result = evaluate(
-        model.to(compute_device(config.training.device)),
+        model.to(device),
         workspace.dataset.test_images,
         workspace.dataset.test_labels,
     )
