@@ -189,7 +189,7 @@ class SparseLayer(nn.Module):
     def _checked(self, execution: Execution) -> Execution:
         if execution not in self.executions:
             raise SparseModelError(
-                f"execution of a {type(self).__name__} is one of {self.executions}, got "
+                f"execution is one of {self.executions} for a {type(self).__name__}, got "
                 f"{execution!r}"
             )
         return execution

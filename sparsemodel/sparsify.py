@@ -31,15 +31,17 @@ def sparsify(
         model: its masked layers are nn.Linear or nn.Conv2d.
         mask: weight name -> pattern.
         execution: for each layer "sparse" or "dense" kernels, or "auto": what the cost model
-            takes for faster.
+            takes for faster. Under structured masks of linear layers also "blocks" and "2:4"; of
+            a model where only some layers are so, set `execution` of those.
         fuse: whether batch norm, addition and ReLU become one pass where the model can be
             traced by torch.fx. Results are the same up to rounding. Hooks on containers are not
             called by a fused model; sparsify with fuse=False to set some later.
 
     Raises:
-        MaskError: the model lacks a parameter of the mask, or it has another shape.
-        SparseModelError: a layer that has no sparse form, is parametrised, has hooks, or whose
-            weight is tied to another.
+        MaskError: the model lacks a parameter of the mask, it has another shape, or its pattern
+            is not made as `execution` needs.
+        SparseModelError: a layer that has no sparse form, does not take `execution`, is
+            parametrised, has hooks, or whose weight is tied to another.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> mask = Mask({"2.weight": torch.eye(2, 8).bool()})
@@ -47,10 +49,12 @@ def sparsify(
     [('0.weight', 8), ('0.bias', 8), ('2.values', 2), ('2.bias', 2)]
     """
     layers = {name: _prunable_layer(model, name, mask[name]) for name in mask}
-    new = {
-        id(layer): sparse_layer(layer, mask[name], execution=execution)
-        for name, layer in layers.items()
-    }
+    new = {}
+    for name, layer in layers.items():
+        try:
+            new[id(layer)] = sparse_layer(layer, mask[name], execution=execution)
+        except SparseModelError as error:
+            raise type(error)(f"{name!r}: {error}") from error
     return exchange(model, new, fuse=fuse)
 
 

@@ -42,4 +42,4 @@ def _two_of_four(layer: SparseLayer, x: torch.Tensor) -> torch.Tensor:
         _COMPRESSED.get(layer), values, row_ptr, cols, layer._geometry.in_channels
     )
     _COMPRESSED[layer] = kept
-    return semi_structured.product(x, kept[1], layer.bias)
+    return semi_structured.product(x, kept.weight, layer.bias)

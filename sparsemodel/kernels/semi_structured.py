@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -23,8 +23,13 @@ from sparsemodel.pattern import flat_positions
 
 Tensor = torch.Tensor
 
-# A compressed weight and what of the values it was made from.
-Compressed = tuple[tuple[object, ...], Tensor]
+
+class Compressed(NamedTuple):
+    """A compressed weight and what it was made from: which values, and the pattern itself."""
+
+    stamp: tuple[object, ...]
+    cols: Tensor
+    weight: Tensor
 
 
 def obstacle(values: Tensor, shape: tuple[int, ...]) -> str | None:
@@ -75,9 +80,9 @@ def refreshed(
     A change that torch does not count, through `values.data`, is not seen.
     """
     stamp = values._version, values.data_ptr(), values.dtype
-    if kept is not None and kept[0] == stamp:
+    if kept is not None and kept.stamp == stamp and kept.cols is cols:
         return kept
-    return stamp, compress(values, row_ptr, cols, width)
+    return Compressed(stamp, cols, compress(values, row_ptr, cols, width))
 
 
 def product(x: Tensor, compressed: Tensor, bias: Tensor | None) -> Tensor:
