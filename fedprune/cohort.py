@@ -77,7 +77,7 @@ def train_cohort(
     for turn in _turns(sources):
         for rows in _of_one_size(turn):
             batches = [turn[row] for row in rows]
-            images = torch.stack([prepare(images) for _, images, _ in batches])
+            images = torch.stack([images for _, images, _ in batches])
             values = stack.step(rows, images, torch.stack([labels for _, _, labels in batches]))
             for row, (epoch, _, labels), loss in zip(rows, batches, values, strict=True):
                 seen[row] += len(labels)
@@ -173,7 +173,8 @@ class _Stack:
             return {name: x.index_select(0, index) for name, x in tensors.items()}
 
         weights, buffers, momentum = map(taken, (self._weights, self._buffers, self._momentum))
-        gradients, losses = self._gradients(weights, buffers, images.to(device), labels.to(device))
+        inputs = prepare(images.to(device))  # bytes are a quarter of what floats would send
+        gradients, losses = self._gradients(weights, buffers, inputs, labels.to(device))
         with torch.no_grad():
             for name, gradient in gradients.items():
                 self._update(name, weights[name], gradient, momentum.get(name))
@@ -208,8 +209,8 @@ class _Stack:
             gradients, losses = self._together(weights, buffers, images, labels)
             return gradients, losses
         # Nothing to stack: the plain operators are faster.
-        own = ({name: x[0] for name, x in tensors.items()} for tensors in (weights, buffers))
-        gradients, loss = self._alone(*own, images[0], labels[0])
+        own, kept = ({name: x[0] for name, x in t.items()} for t in (weights, buffers))
+        gradients, loss = self._alone(own, kept, images[0], labels[0])
         return {name: x[None] for name, x in gradients.items()}, loss[None]
 
     def _loss(
