@@ -164,8 +164,11 @@ class EntryMean:
         """Fold in one client's entries: name -> (int64 indices, float32 values), both [K].
 
         Raises:
-            ClientError: a value is not finite or too large, or the weight is not positive.
+            ClientError: a value is not finite or too large, or the weight is not positive or, with
+                those before, too large.
         """
+        if self.total_weight + weight > MAX_TOTAL_WEIGHT:
+            raise ClientError(f"weight {weight}: expected at most {MAX_TOTAL_WEIGHT} in total")
         single = WeightedMean(device=self._device)
         single.add({name: values for name, (_, values) in entries.items()}, weight=weight)
         self._device = single._device

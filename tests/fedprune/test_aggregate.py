@@ -146,3 +146,11 @@ def test_entry_mean_of_a_silent_layer() -> None:
 def test_entry_mean_refuses_nan() -> None:
     with pytest.raises(ClientError, match="NaN"):
         EntryMean().add({"w": (torch.tensor([1]), torch.tensor([float("nan")]))}, weight=1)
+
+
+def test_entry_mean_refuses_more_weight_than_its_sums_hold() -> None:
+    mean = EntryMean()
+    mean.add({"w": (torch.tensor([1]), torch.tensor([2.0]))}, weight=MAX_TOTAL_WEIGHT)
+    with pytest.raises(ClientError, match="weight 1"):
+        mean.add({"w": (torch.tensor([1]), torch.tensor([2.0]))}, weight=1)
+    assert mean.result()["w"][1].tolist() == [2.0]
