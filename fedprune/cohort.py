@@ -74,15 +74,21 @@ def train_cohort(
         for member in members
     ]  # fmt: skip
     losses, seen = [0.0] * len(members), [0] * len(members)
+    last: list[tuple[int, int]] = []
+    last_losses: list[torch.Tensor] = []
     for turn in _turns(sources):
         for rows in _of_one_size(turn):
             batches = [turn[row] for row in rows]
             images = torch.stack([images for _, images, _ in batches])
-            values = stack.step(rows, images, torch.stack([labels for _, _, labels in batches]))
-            for row, (epoch, _, labels), loss in zip(rows, batches, values, strict=True):
+            found = stack.step(rows, images, torch.stack([labels for _, _, labels in batches]))
+            for row, (epoch, _, labels), loss in zip(rows, batches, found, strict=True):
                 seen[row] += len(labels)
                 if epoch == config.local_epochs - 1:
-                    losses[row] += loss * len(labels)
+                    last.append((row, len(labels)))
+                    last_losses.append(loss)
+    # Read only now, so that the next batches are made while the GPU is at work.
+    for (row, count), loss in zip(last, torch.stack(last_losses).tolist(), strict=True):
+        losses[row] += count * loss
     share = stack.state_bytes() // len(members)
     results = []
     for row, member in enumerate(members):
@@ -161,8 +167,8 @@ class _Stack:
         self._alone = grad_and_value(self._loss)
         self._together = vmap(self._alone)
 
-    def step(self, rows: list[int], images: torch.Tensor, labels: torch.Tensor) -> list[float]:
-        """One SGD step of some members, images [R, B, C, H, W]; their losses before it."""
+    def step(self, rows: list[int], images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """One SGD step of some members, images [R, B, C, H, W]; their losses [R] before it."""
         device = next(iter(self._weights.values())).device
         everyone = len(rows) == len(next(iter(self._weights.values())))
         index = torch.tensor(rows, device=device)
@@ -186,8 +192,7 @@ class _Stack:
                 ):
                     for name, x in changed.items():
                         kept[name].index_copy_(0, index, x)
-        found: list[float] = losses.tolist()
-        return found
+        return losses.detach()
 
     def unstack(self, row: int) -> State:
         """A member's float state, on the CPU; the model is left holding it."""
