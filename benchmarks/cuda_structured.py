@@ -1,0 +1,198 @@
+"""Structured sparsity on a GPU: blocks and 2:4 against torch dense, torch's BSR and cuSPARSELt.
+
+    python -m benchmarks.cuda_structured [--quick] [--json]
+
+Layers of 4096 → 4096 at a batch of 8192. Every result is compared with dense torch's before
+anything is timed. Times are medians of device events, all sides in turn in one process. The
+density of a case is that of its mask; "torch 2:4" multiplies another pattern, of density 0.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.cuda_kernels import milliseconds
+from benchmarks.rows import Row
+from sparsemodel.kernels import block_ops, cuda, semi_structured
+from sparsemodel.kernels.block_index import BlockIndex
+from sparsemodel.layers import SparseLinear
+from sparsemodel.pattern import csr_from_mask
+from sparsemodel.structure import SIDES, block_counts, block_mask, n_of_m_mask
+
+Tensor = torch.Tensor
+Call = Callable[[], Any]
+
+BENCH = "cuda_structured"
+DENSITIES = (0.05, 0.1, 0.25, 0.5)
+DENSE, BSR, TWO_OF_FOUR = "torch", "torch BSR", "torch 2:4"
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of the largest
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation: ours, and peers of which `torch` computes the same."""
+
+    name: str
+    density: float
+    ours: Call
+    peers: dict[str, Call]
+
+
+def cases(width: int, batch: int, dtype: torch.dtype, sides: tuple[int, ...]) -> Iterator[Case]:
+    """All cases on the current default device, each made when it is its turn."""
+    for density in DENSITIES:
+        for side in sides:
+            yield from _blocks(width, batch, dtype, density, side)
+    if dtype != torch.float32:
+        yield from _two_of_four(width, batch, dtype)
+
+
+def _blocks(
+    width: int, batch: int, dtype: torch.dtype, density: float, side: int
+) -> Iterator[Case]:
+    mask, weight = _weight(width, dtype, density, side)
+    row_ptr, cols = csr_from_mask(mask)
+    index = BlockIndex.build(row_ptr, cols, width, side)
+    pattern = row_ptr, cols, index.joined(), side
+    values = weight[mask]
+    x, dy = torch.randn(2, batch, width, dtype=dtype).unbind()
+    backward = torch.ops.sparsemodel.block_linear_backward
+    positions = mask.flatten().nonzero().flatten()
+    name = f"{str(dtype).removeprefix('torch.')}, side {side}"
+
+    def gradient() -> Tensor:
+        return (dy.t() @ x).flatten()[positions]
+
+    yield Case(
+        f"blocks, {name}", density,
+        lambda: block_ops.block_linear(x, values, None, *pattern),
+        {DENSE: lambda: functional.linear(x, weight), **_sparse_peers(x, weight, side, density)},
+    )  # fmt: skip
+    yield Case(
+        f"blocks, {name}, input gradient", density,
+        lambda: backward(dy, x, values, *pattern, [True, False])[0],
+        {DENSE: lambda: dy @ weight, **_sparse_peers(dy, weight.t(), side, density)},
+    )  # fmt: skip
+    yield Case(
+        f"blocks, {name}, gradient at the blocks", density,
+        lambda: backward(dy, x, values, *pattern, [False, True])[1], {DENSE: gradient},
+    )  # fmt: skip
+
+
+def _two_of_four(width: int, batch: int, dtype: torch.dtype) -> Iterator[Case]:
+    plain = nn.Linear(width, width, dtype=dtype)
+    mask = n_of_m_mask({"weight": plain.weight.detach().abs().float()})
+    mask.apply(plain)
+    layer = SparseLinear.from_dense(plain, mask["weight"], execution="2:4")
+    x, dy = torch.randn(2, batch, width, dtype=dtype).unbind()
+    name = str(dtype).removeprefix("torch.")
+
+    def inference(module: nn.Module) -> Tensor:
+        with torch.no_grad():
+            y: Tensor = module(x)
+            return y
+
+    def training(module: nn.Module) -> Tensor:
+        inputs = x.detach().requires_grad_()
+        module.zero_grad()
+        module(inputs).backward(dy)
+        assert inputs.grad is not None
+        return inputs.grad
+
+    for case, call in (("inference", inference), ("forward and backward", training)):
+        yield Case(
+            f"2:4, {name}, {case}", 0.5, lambda call=call: call(layer),  # type: ignore[misc]
+            {DENSE: lambda call=call: call(plain)},  # type: ignore[dict-item]
+        )  # fmt: skip
+
+
+def _weight(width: int, dtype: torch.dtype, density: float, side: int) -> tuple[Tensor, Tensor]:
+    """A mask of random blocks and a dense weight under it."""
+    scores = {"w": torch.rand(width, width).cpu()}
+    mask = block_mask(scores, block_counts({"w": (width, width)}, density, side=side), side=side)
+    weight = torch.randn(width, width, dtype=dtype) / width**0.5
+    pattern = mask["w"].to(weight.device)
+    return pattern, weight * pattern
+
+
+def _sparse_peers(x: Tensor, weight: Tensor, side: int, density: float) -> dict[str, Call]:
+    """torch's own sparse products with x · Wᵀ; 2:4 where the density is the same."""
+    with warnings.catch_warnings():  # torch calls both formats a beta and a prototype
+        warnings.simplefilter("ignore", UserWarning)
+        blocks = weight.contiguous().to_sparse_bsr((side, side))
+        peers: dict[str, Call] = {BSR: lambda: functional.linear(x, blocks)}
+        shape = tuple(weight.shape)
+        if density == 0.5 and semi_structured.obstacle(x, shape) is None:
+            half = n_of_m_mask({"w": torch.rand(shape)})["w"].to(x.device) * torch.randn_like(x[0])
+            packed = torch.sparse.to_sparse_semi_structured(half.to(x.dtype).contiguous())
+            peers[TWO_OF_FOUR] = lambda: functional.linear(x, packed)
+    return peers
+
+
+def compare(case: Case, dtype: torch.dtype) -> None:
+    """Refuse to time what does not compute the same as dense torch."""
+    ours, expected = case.ours().double(), case.peers[DENSE]().double()
+    bound = TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
+    if not torch.allclose(ours, expected, rtol=0, atol=bound):
+        raise SystemExit(f"{case.name}: ours and {DENSE} differ; nothing was timed")
+
+
+def working(case: Case) -> dict[str, Call]:
+    """The peers that run: torch's sparse formats do not take every type and side."""
+    found = {}
+    for name, peer in case.peers.items():
+        try:
+            peer()
+        except (NotImplementedError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            print(f"# {case.name}: left out {name} ({reason})", file=sys.stderr)
+        else:
+            found[name] = peer
+    return found
+
+
+def rows(width: int, batch: int, rounds: int, sides: tuple[int, ...]) -> Iterator[Row]:
+    """Time every case on the current GPU."""
+    with torch.device("cuda"):
+        for dtype in (torch.bfloat16, torch.float32):
+            for case in cases(width, batch, dtype, sides):
+                compare(case, dtype)
+                times = milliseconds({"ours": case.ours, **working(case)}, rounds)
+                ours = times.pop("ours")
+                for name, peer in times.items():
+                    yield Row(BENCH, case.name, case.density, ours, peer, name, "ms")
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cuda_structured", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="smaller cases, fewer rounds")
+    parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no NVIDIA GPU (or no CUDA build of torch): nothing to measure")
+    os.environ[cuda.ENVIRONMENT] = "on"
+    if block_ops.kernels_for(torch.zeros(1, device="cuda")) is None:
+        raise SystemExit("the kernels of sparse blocks cannot be used here; the warning says why")
+    name = torch.cuda.get_device_name()
+    print(f"# {name}, torch {torch.__version__}, CUDA {torch.version.cuda}", file=sys.stderr)
+    size = (1024, 2048, 10, (32,)) if arguments.quick else (4096, 8192, 50, SIDES)
+    for row in rows(*size):
+        print(row.as_json() if arguments.json else row.as_line(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

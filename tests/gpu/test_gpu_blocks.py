@@ -1,0 +1,30 @@
+"""The cases of test_triton_blocks.py on a GPU, and those that only one can run."""
+
+import pytest
+import torch
+from test_triton_blocks import *  # noqa: F403
+from test_triton_blocks import make
+
+from sparsemodel.kernels import block_ops, triton_blocks
+
+
+def test_the_kernels_are_what_runs(way: str) -> None:
+    expected = None if way == "reference" else triton_blocks.KERNELS
+    assert block_ops.kernels_for(torch.zeros(1)) is expected
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_tf32_is_used_only_where_torch_may(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of 4,096 products: TF32 has three digits."""
+    monkeypatch.setattr(block_ops, "kernels_for", lambda x: triton_blocks.KERNELS)
+    c = make((4, 64, 64, 300), 1.0, torch.float32)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        y = block_ops.block_linear(c.x, c.values, None, *c.operands())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    expected = c.x.double() @ c.weight.t()
+    error = float((y.double() - expected).abs().max() / expected.abs().max())
+    assert (error < 2e-6) == (precision == "highest")
+    assert error < 5e-3
