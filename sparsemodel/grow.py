@@ -15,6 +15,7 @@ from sparsemodel.mask import Mask
 from sparsemodel.pattern import carry_values
 from sparsemodel.probe import Loss, differentiable, scalar_loss
 from sparsemodel.sparsify import sparse_layers
+from sparsemodel.structure import check_structure
 
 
 def change_mask(
@@ -32,7 +33,8 @@ def change_mask(
             where a weight is new.
 
     Raises:
-        MaskError: the model has no such sparse layer, or its weight has another shape.
+        MaskError: the model has no such sparse layer, its weight has another shape, or the
+            pattern is not made as the layer's execution needs; the model is as it was.
     """
     layers = sparse_layers(model)
     for name, pattern in mask.items():
@@ -42,6 +44,10 @@ def change_mask(
                 f"mask of {name!r} has shape {tuple(pattern.shape)}, the sparse layer's weight "
                 f"{shape}; sparse layers are {list(layers)}"
             )
+        try:
+            check_structure(pattern, layers[name].execution)
+        except MaskError as error:
+            raise MaskError(f"mask of {name!r}: {error}") from error
     for name in mask:
         _move(layers[name], mask.active(name), optimizer)
 

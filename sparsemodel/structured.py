@@ -26,7 +26,8 @@ def structured_linear(layer: SparseLayer, x: torch.Tensor) -> torch.Tensor:
             semi_structured.warn_once(why)
         elif x.numel() and x.dtype == layer.values.dtype:
             return _two_of_four(layer, x)
-    elif block_ops.kernels_for(x) is not None:
+    elif (x.is_cuda and torch.compiler.is_compiling()) or block_ops.kernels_for(x) is not None:
+        # The operator looks for the kernels itself, in compiled code when it runs.
         return block_ops.block_linear(
             x, layer.values, layer.bias, layer.row_ptr, layer.cols, layer.blocks, layer._side
         )

@@ -148,6 +148,10 @@ def test_a_mask_changes_to_one_of_the_same_structure_alone(execution: Execution,
         sparse(x)
     new = mask_for(mlp(), execution, other=True)
     assert new != mask
+    loose = new.replace({NAMES[1]: torch.rand(32, 96) < 0.9})
+    with pytest.raises(MaskError, match=f"mask of '{NAMES[1]}': execution="):
+        change_mask(sparse, loose)
+    assert mask_of(sparse) == mask
     change_mask(sparse, new)
     for name in NAMES:
         sparse.get_submodule(name.removesuffix(".weight")).reset_parameters()  # type: ignore[operator]
@@ -183,6 +187,21 @@ def test_growth_candidates_and_plans_take_structured_layers(execution: Execution
         plan = TrainingPlan(network, (64,), batch_size=8)
         losses.append(plan.step(x, labels, optimizer=SparseSGD(network.parameters(), lr=0.1))[0])
     assert losses[0] == losses[1]
+
+
+def test_compiled_block_layers_compute_the_same(way: str) -> None:
+    model, mask = build("blocks")
+    sparse = sparsify(model, mask, execution="blocks", fuse=False)
+    compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True)
+    x = torch.randn(6, 64)
+    gradients = []
+    for network in (sparse, compiled):
+        network.zero_grad()
+        y = network(x)
+        y.square().sum().backward()
+        gradients.append((y.detach(), *(p.grad for p in sparse.parameters())))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_an_execution_is_checked_against_the_mask_and_the_layer() -> None:
