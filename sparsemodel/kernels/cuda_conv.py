@@ -24,9 +24,8 @@ Tensor = torch.Tensor
 _FAMILY = "conv"
 _ROWS_OF_BLOCK = 8  # as in conv.cu: warps of a block,
 _TILE = 128  # places of a warp,
-_ENTRIES_OF_BLOCK = 32  # and non-zeros of a block in conv_weight
-_ENTRIES_OF_CHUNK = 16  # non-zeros of a lane in conv_square_norms,
-_SAMPLES_OF_WARP = 32  # and samples of a warp
+_ENTRIES_OF_BLOCK = 32  # and non-zeros of a block in conv_weight and conv_square_norms,
+_SAMPLES_OF_BLOCK = 32  # which has so many samples
 
 
 class Transposed(NamedTuple):
@@ -138,12 +137,10 @@ def square_norms(
 ) -> Tensor:
     """Squared norm of each sample's weight gradient at the mask: float32 [B]."""
     batch, size = x.shape[3], (x.shape[1], x.shape[2])
-    chunks = blocks_of(cols.numel(), _ENTRIES_OF_CHUNK)
+    chunks = blocks_of(cols.numel(), _ENTRIES_OF_BLOCK)
     parts = dy.new_empty((chunks, batch), dtype=torch.float32)
-    warps = chunks * blocks_of(batch, _SAMPLES_OF_WARP)
     runner.launch(
-        _FAMILY, "conv_square_norms", blocks_of(warps, _ROWS_OF_BLOCK), row_ptr, cols, dy, x,
-        parts, cols.numel(), _ENTRIES_OF_CHUNK, sizes(geometry, batch, size, x.device),
-        real=dy.dtype,
+        _FAMILY, "conv_square_norms", chunks * blocks_of(batch, _SAMPLES_OF_BLOCK), row_ptr, cols,
+        dy, x, parts, cols.numel(), sizes(geometry, batch, size, x.device), real=dy.dtype,
     )  # fmt: skip
     return parts.sum(0)

@@ -132,42 +132,44 @@ KERNEL conv_weight(const int* row_ptr, const int* cols, const Real* dy, const Re
 }
 
 // norms[chunk, b] = sum over a chunk of non-zeros of (sum over pixels of dy x)^2: the squared norm
-// of each sample's gradient at the mask. A warp has 32 samples, a lane one, ENTRIES non-zeros at
-// a time, which share the arithmetic of places and mostly a row of dy.
+// of each sample's gradient at the mask. A block has a chunk of WARPS * ENTRIES non-zeros and 32
+// samples, a warp ENTRIES neighbours, a lane one sample.
 KERNEL conv_square_norms(const int* row_ptr, const int* cols, const Real* dy, const Real* x,
-                         float* norms, int nnz, int entries_in_chunk, const int* geometry) {
+                         float* norms, int nnz, const int* geometry) {
+  __shared__ float squares[WARPS][WARP];
   Geometry g = read_geometry(geometry);
-  int64 warp = global_thread() / WARP;
-  int tiles = (g.batch + WARP - 1) / WARP, outputs = g.outputs();
-  int b = (int)(warp % tiles) * WARP + threadIdx.x % WARP;
-  int64 chunk = warp / tiles, begin = chunk * entries_in_chunk;
-  if (begin >= nnz || b >= g.batch) return;
-  int64 end = min(begin + entries_in_chunk, (int64)nnz);
-  int low = row_of(row_ptr, g.out_channels, begin);
+  int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  int tiles = (g.batch + WARP - 1) / WARP, chunk = blockIdx.x / tiles, outputs = g.outputs();
+  int b = blockIdx.x % tiles * WARP + lane;
+  int64 first = ((int64)chunk * WARPS + warp) * ENTRIES;
+  int count = (int)min((int64)ENTRIES, nnz - first);
   float total = 0.0f;
-  for (int64 first = begin; first < end; first += ENTRIES) {
-    int count = (int)min((int64)ENTRIES, end - first);
+  if (count > 0 && b < g.batch) {
+    int low = row_of(row_ptr, g.out_channels, first);
     const Real* lines[ENTRIES];
     Tap taps[ENTRIES];
     float sum[ENTRIES];
     for (int e = 0; e < ENTRIES; ++e) {
       int64 k = first + min(e, count - 1);
       while (row_ptr[low + 1] <= k) ++low;
-      lines[e] = dy + (int64)low * outputs + b;
+      lines[e] = dy + (int64)low * outputs;
       taps[e] = tap_of(g, cols[k]);
       taps[e].channel += g.first_channel(low);
       sum[e] = 0.0f;
     }
-    for (int row = 0; row < g.out_h; ++row)
-      for (int column = 0; column < g.out_w; ++column) {
-        Window w = {b, row * g.stride_h - g.pad_h, column * g.stride_w - g.pad_w};
-        int64 from = ((int64)row * g.out_w + column) * g.batch;
-        for (int e = 0; e < ENTRIES; ++e) {
-          int64 at = input_at(g, w, taps[e].channel, taps[e].down, taps[e].right);
-          if (at >= 0) sum[e] += load(lines[e][from]) * load(x[at]);
-        }
+    for (int64 output = b; output < outputs; output += g.batch) {
+      Window w = window_of(g, (int)output);
+      for (int e = 0; e < ENTRIES; ++e) {
+        int64 at = input_at(g, w, taps[e].channel, taps[e].down, taps[e].right);
+        if (at >= 0) sum[e] += load(lines[e][output]) * load(x[at]);
       }
-    for (int e = 0; e < count; ++e) total += sum[e] * sum[e];
+    }
+    for (int e = 0; e < ENTRIES; ++e)
+      if (e < count) total += sum[e] * sum[e];
   }
-  norms[chunk * g.batch + b] = total;
+  squares[warp][lane] = total;
+  __syncthreads();
+  if (warp > 0 || b >= g.batch) return;
+  for (int other = 1; other < WARPS; ++other) total += squares[other][lane];
+  norms[(int64)chunk * g.batch + b] = total;
 }
