@@ -30,7 +30,7 @@ MIN_ROWS, MAX_ROWS = 16, 128
 @triton.jit
 def _forward(
     x, values, bias, row_ptr, cols, y, batch,
-    x_row, x_col, y_row, y_col,
+    x_row, x_col, y_row,
     side: tl.constexpr, num_rows: tl.constexpr, has_bias: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """y[rows of a tile, a row of blocks] = x · Wᵀ + bias."""
@@ -52,14 +52,14 @@ def _forward(
     outputs = block_row.to(tl.int64) * side + lane
     if has_bias:
         total += tl.load(bias + outputs)[None, :].to(tl.float32)
-    target = y + rows[:, None] * y_row + outputs[None, :] * y_col
+    target = y + rows[:, None] * y_row + outputs[None, :]
     tl.store(target, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _input_gradient(
     dy, values, row_ptr, col_ptr, block_rows, starts, dx, batch,
-    dy_row, dy_col, dx_row, dx_col,
+    dy_row, dy_col, dx_row,
     side: tl.constexpr, num_rows: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """dx[rows of a tile, a column of blocks] = dy · W."""
@@ -79,7 +79,7 @@ def _input_gradient(
         gradient = tl.load(dy_rows + outputs[None, :] * dy_col, mask=inside, other=0.0)
         total = tl.dot(gradient, tl.load(tile), total, input_precision=precision)
     inputs = block_col.to(tl.int64) * side + lane
-    target = dx + rows[:, None] * dx_row + inputs[None, :] * dx_col
+    target = dx + rows[:, None] * dx_row + inputs[None, :]
     tl.store(target, total.to(dx.dtype.element_ty), mask=inside)
 
 
@@ -127,14 +127,14 @@ def forward(
     index: BlockIndex,
     y: Tensor,
 ) -> None:
-    """y [B, out] = x [B, in] · Wᵀ + bias, in any strides."""
+    """y [B, out], contiguous, = x [B, in], in any strides, · Wᵀ + bias."""
     batch, rows = _batch(x)
     if batch == 0 or y.shape[1] == 0:
         return
     grid = triton.cdiv(batch, rows), y.shape[1] // index.side
     kernels.forward[grid](
         x, values, values if bias is None else bias, index.row_ptr, index.cols, y, batch,
-        *x.stride(), *y.stride(), side=index.side, num_rows=rows, has_bias=bias is not None,
+        *x.stride(), y.stride(0), side=index.side, num_rows=rows, has_bias=bias is not None,
         precision=_precision(),
     )  # fmt: skip
 
@@ -142,14 +142,14 @@ def forward(
 def input_gradient(
     kernels: Kernels, dy: Tensor, values: Tensor, index: BlockIndex, dx: Tensor
 ) -> None:
-    """dx [B, in] = dy [B, out] · W, in any strides."""
+    """dx [B, in], contiguous, = dy [B, out], in any strides, · W."""
     batch, rows = _batch(dy)
     if batch == 0 or dx.shape[1] == 0:
         return
     grid = triton.cdiv(batch, rows), dx.shape[1] // index.side
     kernels.input_gradient[grid](
         dy, values, index.row_ptr, index.col_ptr, index.block_rows, index.starts, dx, batch,
-        *dy.stride(), *dx.stride(), side=index.side, num_rows=rows, precision=_precision(),
+        *dy.stride(), dx.stride(0), side=index.side, num_rows=rows, precision=_precision(),
     )  # fmt: skip
 
 

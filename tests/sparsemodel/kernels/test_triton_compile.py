@@ -19,7 +19,7 @@ def source(kernel: str, real: str, side: int, precision: str) -> ASTSource:
     function = getattr(triton_blocks.KERNELS, kernel)
     constants: dict[str, Any] = {
         "side": side, "num_rows": 64, "precision": precision, "has_bias": True,
-        "x_col": 1, "y_col": 1, "dy_col": 1, "dx_col": 1,
+        "x_col": 1, "dy_col": 1,
     }  # fmt: skip
     constants = {name: constants[name] for name in function.arg_names if name in constants}
     signature = dict.fromkeys(function.arg_names, "i32")
