@@ -1,0 +1,88 @@
+"""The benchmark of whole rounds trains on both sides and tells rounds apart; nothing is timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_simulation
+from benchmarks.gpu_simulation import plain_rounds, rows, ways_of, write_images
+from datapruning.data import load_dataset
+from fedprune.config import RunConfig
+from fedprune.workspace import open_workspace
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    write_images(tmp_path, num_train=120, num_test=20)
+    return RunConfig.parse(
+        {
+            "data.dataset": str(tmp_path),
+            "data.clients": 2,
+            "model.name": "resnet8",
+            "model.width": 4,
+            "training.rounds": 3,
+            "training.local_epochs": 1,
+            "pruning.pool_size": 1,
+            "pruning.pretrain_epochs": 0,
+            "pruning.server_per_class": 2,
+        }
+    )
+
+
+def test_every_way_has_a_row_beside_the_plain_loop(config: RunConfig) -> None:
+    ways = ways_of(["inline", "batched"], [0, 1], device="cpu")
+    found = list(rows(config, ways, repeats=1))
+    names = ["inline", "inline masked", "batched auto", "batched 1"]
+    assert [row.case.rpartition(", ")[2] for row in found] == names
+    assert all(row.ours > 0 and row.peer > 0 and row.unit == "s" for row in found)
+    assert len({row.peer for row in found}) == 1
+
+
+def test_the_plain_loop_learns(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rounds go on from each other: after some it tells the patterns apart."""
+    accuracies: list[float] = []
+    measured = gpu_simulation._accuracy
+
+    def noted(*arguments: torch.Tensor) -> float:
+        accuracies.append(measured(*arguments))  # type: ignore[arg-type]
+        return accuracies[-1]
+
+    monkeypatch.setattr(gpu_simulation, "_accuracy", noted)
+    training = dataclasses.replace(config.training, rounds=10, batch_size=8, local_epochs=2)
+    work = open_workspace(dataclasses.replace(config, training=training))
+    assert len(plain_rounds(work)) == len(accuracies) == 10
+    assert accuracies[-1] > 0.5
+
+
+def test_drawn_images_are_read_as_a_data_set(tmp_path: Path) -> None:
+    write_images(tmp_path, num_train=30, num_test=10)
+    data = load_dataset(str(tmp_path))
+    assert data.input_shape == (3, 32, 32)
+    assert data.train_labels.bincount().tolist() == [3] * 10
+    same, other = data.train_images[0].float(), data.train_images[1].float()
+    assert (same - data.test_images[0]).abs().mean() < (other - data.test_images[0]).abs().mean()
+
+
+def test_lines_are_dated_when_they_appear(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with gpu_simulation._Watch(path) as watch:
+        for gap in (0.0, 0.1, 0.1):
+            time.sleep(gap)
+            with path.open("a") as file:
+                file.write("{}\n")
+    first, second, third = watch.times
+    assert first < second < third
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the command sets, and this takes back
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="torch finds no CUDA device"):
+        gpu_simulation.main()
