@@ -157,7 +157,7 @@ KERNEL conv_square_norms(const int* row_ptr, const int* cols, const Real* dy, co
       taps[e].channel += g.first_channel(low);
       sum[e] = 0.0f;
     }
-    for (int64 output = b; output < outputs; output += g.batch) {
+    for (uint32 output = b; output < outputs; output += g.batch) {  // past 2^31 at its end
       Window w = window_of(g, (int)output);
       for (int e = 0; e < ENTRIES; ++e) {
         int64 at = input_at(g, w, taps[e].channel, taps[e].down, taps[e].right);
