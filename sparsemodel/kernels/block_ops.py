@@ -86,7 +86,7 @@ def _block_linear(
     blocks: Tensor,
     side: int,
 ) -> Tensor:
-    _check(x, values, bias, row_ptr, blocks, side)
+    _check(x, values, bias, row_ptr, cols, blocks, side)
     kernels = kernels_for(x)
     if kernels is None:
         weight = _weight(values, row_ptr, cols, x.shape[-1])
@@ -181,7 +181,13 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _check(
-    x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, blocks: Tensor, side: int
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_ptr: Tensor,
+    cols: Tensor,
+    blocks: Tensor,
+    side: int,
 ) -> None:
     for tensor in (values, *(() if bias is None else (bias,))):
         if tensor.dtype != x.dtype or tensor.device != x.device:
@@ -189,9 +195,10 @@ def _check(
                 f"expected values and bias of the input's {x.dtype} on {x.device}, got "
                 f"{tensor.dtype} on {tensor.device}; convert one of them"
             )
-    num_blocks, rest = divmod(values.numel(), side * side)
+    num_blocks = cols.numel() // side**2
     width = (blocks.numel() - 2 * num_blocks - 1) * side
-    if rest or x.dim() == 0 or x.shape[-1] != width or (row_ptr.numel() - 1) % side:
+    whole = values.shape == cols.shape == (num_blocks * side**2,)
+    if not whole or x.dim() == 0 or x.shape[-1] != width or (row_ptr.numel() - 1) % side:
         raise SparseModelError(
             f"expected an input [*, {width}] and whole blocks of {side}×{side}, got "
             f"{tuple(x.shape)}, {values.numel()} values and {row_ptr.numel() - 1} rows"

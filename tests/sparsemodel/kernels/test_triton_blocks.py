@@ -171,8 +171,9 @@ def test_what_does_not_fit_is_refused() -> None:
     c = make((2, 3, 16, 5), 1.0, torch.float32)
     with pytest.raises(SparseModelError, match=r"expected an input \[\*, 48\].*got \(5, 32\)"):
         block_ops.block_linear(c.x[:, :32], c.values, None, *c.operands())
-    with pytest.raises(SparseModelError, match="whole blocks of 16×16"):
-        block_ops.block_linear(c.x, c.values[1:], None, *c.operands())
+    for values in (c.values[1:], torch.cat([c.values, c.values[:1]])):
+        with pytest.raises(SparseModelError, match="whole blocks of 16×16"):
+            block_ops.block_linear(c.x, values, None, *c.operands())
     with pytest.raises(SparseModelError, match=r"input's torch.float16.*torch.float32"):
         block_ops.block_linear(c.x.half(), c.values, None, *c.operands())
 
