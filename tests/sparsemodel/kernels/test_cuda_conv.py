@@ -26,6 +26,7 @@ CASES = {
     "strided": (ConvGeometry(10, 6, 3, 2, 2, 3, 1, 0), 2, (9, 8)),
     "dilated in groups": (ConvGeometry(6, 4, 2, 3, 1, 2, 2, 1, 2, 3, 2), 5, (6, 9)),
     "depthwise": (ConvGeometry(8, 4, 3, 3, 2, 1, 1, 1, 1, 1, 4), 1, (7, 5)),
+    "a warp of samples": (ConvGeometry(3, 8, 3, 3, 1, 1, 1, 1), 32, (3, 2)),
     "more than a tile": (ConvGeometry(3, 20, 3, 3, 1, 1, 1, 1), 40, (4, 3)),
 }
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
