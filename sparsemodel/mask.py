@@ -209,7 +209,7 @@ def mask_from_scores(scores: Mapping[str, torch.Tensor], counts: Mapping[str, in
         if not 0 <= keep <= score.numel():
             raise DensityError(f"{name!r} has {score.numel()} weights; cannot keep {keep}")
         order = torch.argsort(score.detach().reshape(-1).cpu(), descending=True, stable=True)
-        pattern = torch.zeros(score.numel(), dtype=torch.bool)
+        pattern = torch.zeros(score.numel(), dtype=torch.bool, device="cpu")
         pattern[order[:keep]] = True
         patterns[name] = pattern.reshape(score.shape)
     return Mask(patterns)

@@ -48,7 +48,7 @@ def n_of_m_mask(scores: Mapping[str, torch.Tensor], *, n: int = 2, m: int = 4) -
             )
         groups = rows.reshape(-1, m)
         order = torch.argsort(groups, dim=1, descending=True, stable=True)
-        pattern = torch.zeros(groups.shape, dtype=torch.bool)
+        pattern = torch.zeros_like(groups, dtype=torch.bool)
         patterns[name] = pattern.scatter_(1, order[:, :n], True).reshape(score.shape)
     return Mask(patterns)
 

@@ -87,7 +87,7 @@ def refreshed(
 
 def product(x: Tensor, compressed: Tensor, bias: Tensor | None) -> Tensor:
     """x [*, in] · Wᵀ + bias -> [*, out]; not differentiable."""
-    y: Tensor = functional.linear(x.reshape(-1, x.shape[-1]), compressed, bias)
+    y: Tensor = functional.linear(x.reshape(-1, x.shape[-1]).contiguous(), compressed, bias)
     return y.reshape(*x.shape[:-1], compressed.shape[0])
 
 

@@ -62,6 +62,13 @@ def test_ties_go_to_the_lower_index() -> None:
     assert blocks.tolist() == [[True, True, True], [True, False, False]]
 
 
+def test_masks_are_made_on_the_cpu_whatever_the_default_device() -> None:
+    score = scores(0, 32, 32)
+    with torch.device("meta"):
+        found = n_of_m_mask({"w": score}), block_mask({"w": score}, {"w": 2}, side=16)
+    assert found == (n_of_m_mask({"w": score}), block_mask({"w": score}, {"w": 2}, side=16))
+
+
 def test_a_convolution_is_a_matrix_of_channels_and_window() -> None:
     score = scores(0, 16, 4, 2, 2, levels=1000)
     assert torch.equal(
