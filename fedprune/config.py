@@ -192,7 +192,7 @@ class RunConfig:
         return min(size, self.clients_per_round)
 
 
-CPU_COHORT = 4  # 8×8 images gain little from more, and 32×32 ones lose by any
+CPU_COHORT = 4  # a compromise: no size stands out (benchmarks.gpu_simulation --cohorts)
 DEFAULT_MODELS = {"digits": "resnet8", "fashion-mnist": "resnet8"}
 PARTITIONS = ("iid", "dirichlet", "pathological", "natural")
 GRANULARITIES = ("layer", "block", "entire")

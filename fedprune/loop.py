@@ -165,6 +165,8 @@ def play_round(
     for client, reply in cohort.ask(request, clients=chosen):
         assert isinstance(reply, TrainReply)
         try:
+            # Tried alone first: a reply is counted in both sums or in neither.
+            EntryMean(device=device).add(reply.growth, weight=reply.num_examples)
             mean.add(reply.values, weight=reply.num_examples)
         except ClientError as error:
             cohort.skip(client, str(error))

@@ -22,7 +22,7 @@ from fedprune.runfolder import CHECKPOINT, METRICS, SUMMARY, read_metrics, read_
 from fedprune.training import evaluate
 from fedprune.workspace import open_workspace
 from sparsemodel.checkpoint import load_sparse
-from sparsemodel.codec import decode_values, encode_tensors
+from sparsemodel.codec import decode_entries, decode_values, encode_entries, encode_tensors
 from sparsemodel.errors import DensityError, SparseModelError
 from sparsemodel.mask import prunable_parameters
 
@@ -277,6 +277,12 @@ def faulty(kind: str, *, who: int = 1, action: str = "train") -> Any:
             values["w"] = bytes(frame)
         elif kind == "garbage":
             return Message(RecordDict({"x": ConfigRecord({"y": 1})}), reply_to=message)
+        elif kind == "growth":
+            mask = client._held_masks(context, open_workspace(client.run_config(context)))[0]
+            entries = decode_entries(values["g"], mask=mask)
+            for _, gradients in entries.values():
+                gradients[0] = 1e9
+            values["g"] = encode_entries(entries, mask=mask)
         else:
             values["w"] = _changed_frame(kind, values["w"], context)
         return Message(RecordDict({"c": ConfigRecord(values)}), reply_to=message)
@@ -315,6 +321,7 @@ def _changed_frame(kind: str, frame: bytes, context: Context) -> bytes:
     [
         ("nan", "NaN"),
         ("huge", "diverged"),
+        ("growth", "diverged"),
         ("shapes", "shape"),
         ("stale", "mask"),
         ("bits", "checksum"),
