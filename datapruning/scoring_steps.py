@@ -208,7 +208,8 @@ def prototypes_ssl(whole: Whole, *, embedding: str, num_clusters: int | None) ->
     assert whole.samples.labels is not None
     num_classes = len(whole.samples.labels.unique())
     clusters = num_classes if num_clusters is None else num_clusters
-    return self_supervised(whole.prepared, num_clusters=clusters, seed=whole.seed)
+    embeddings = whole.prepared.to(whole.device)
+    return self_supervised(embeddings, num_clusters=clusters, seed=whole.seed)
 
 
 def prototypes_supervised(whole: Whole) -> Tensor:
