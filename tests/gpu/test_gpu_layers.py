@@ -84,3 +84,24 @@ def test_kernels_run_on_the_current_stream() -> None:
 def test_two_calls_give_the_same_bits() -> None:
     _, sparse, x = pair("conv")
     assert torch.equal(sparse(x), sparse(x))
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_layers_run_in_a_cuda_graph(name: str) -> None:
+    _, sparse, x = pair(name)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # kernels load at their first use, which no capture allows
+        sparse(x).sum().backward()
+        sparse.zero_grad(set_to_none=True)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = sparse(x)
+        y.sum().backward()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    expected = sparse(x)
+    torch.testing.assert_close(y, expected)
+    gradient = torch.autograd.grad(expected.sum(), sparse.values)[0]
+    torch.testing.assert_close(sparse.values.grad, gradient)
