@@ -276,25 +276,38 @@ def rows(sizes: Sizes, densities: Sequence[float], rounds: int) -> Iterator[Row]
             yield Row(BENCH, case.name, case.density, ours, peer, name, "ms", share)
 
 
-def main() -> None:
-    """Run the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cuda_kernels", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+def command(name: str) -> argparse.Namespace:
+    """The command line of a benchmark on a GPU, whose kernels it turns on.
+
+    Raises:
+        SystemExit: there is no GPU.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument("--quick", action="store_true", help="smaller cases, fewer rounds")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no NVIDIA GPU (or no CUDA build of torch): nothing to measure")
     os.environ[cuda.ENVIRONMENT] = "on"
-    if cuda.runner(torch.device("cuda")) is None:
-        raise SystemExit("the CUDA kernels cannot be used here; the warning above says why")
+    return arguments
+
+
+def show(found: Iterator[rows_of_benchmarks.Row], *, as_json: bool) -> None:
+    """Print rows as they come, under a line that names the GPU."""
     name = torch.cuda.get_device_name()
     print(f"# {name}, torch {torch.__version__}, CUDA {torch.version.cuda}", file=sys.stderr)
+    for row in found:
+        print(row.as_json() if as_json else row.as_line(), flush=True)
+
+
+def main() -> None:
+    """Run the command."""
+    arguments = command(BENCH)
+    if cuda.runner(torch.device("cuda")) is None:
+        raise SystemExit("the CUDA kernels cannot be used here; the warning above says why")
     sizes, rounds = (QUICK, 10) if arguments.quick else (Sizes(), 50)
-    for row in rows(sizes, DENSITIES[:2] if arguments.quick else DENSITIES, rounds):
-        print(row.as_json() if arguments.json else row.as_line(), flush=True)
+    densities = DENSITIES[:2] if arguments.quick else DENSITIES
+    show(rows(sizes, densities, rounds), as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ density of a case is that of its mask; "torch 2:4" multiplies another pattern, o
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,9 +19,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.cuda_kernels import milliseconds
+from benchmarks.cuda_kernels import command, milliseconds, show
 from benchmarks.rows import Row
-from sparsemodel.kernels import block_ops, cuda, semi_structured
+from sparsemodel.kernels import block_ops, semi_structured
 from sparsemodel.kernels.block_index import BlockIndex
 from sparsemodel.layers import SparseLinear
 from sparsemodel.pattern import csr_from_mask
@@ -175,23 +173,11 @@ def rows(width: int, batch: int, rounds: int, sides: tuple[int, ...]) -> Iterato
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cuda_structured", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="smaller cases, fewer rounds")
-    parser.add_argument("--json", action="store_true", help="one JSON object a row")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no NVIDIA GPU (or no CUDA build of torch): nothing to measure")
-    os.environ[cuda.ENVIRONMENT] = "on"
+    arguments = command(BENCH)
     if block_ops.kernels_for(torch.zeros(1, device="cuda")) is None:
         raise SystemExit("the kernels of sparse blocks cannot be used here; the warning says why")
-    name = torch.cuda.get_device_name()
-    print(f"# {name}, torch {torch.__version__}, CUDA {torch.version.cuda}", file=sys.stderr)
     size = (1024, 2048, 10, (32,)) if arguments.quick else (4096, 8192, 50, SIDES)
-    for row in rows(*size):
-        print(row.as_json() if arguments.json else row.as_line(), flush=True)
+    show(rows(*size), as_json=arguments.json)
 
 
 if __name__ == "__main__":
