@@ -197,10 +197,13 @@ def test_training_killed_at_random_gives_the_same_model(folder: Path, tmp_path: 
 
 
 def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
+    # In the background of a shell tests are started with the signal ignored, and hand that down.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*COMMAND, "score", "digits", "--method", "ddd", "--out", "s.parquet"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    signal.signal(signal.SIGINT, ours)
     while not list(tmp_path.glob("s.parquet.parts/run-*")):
         assert process.poll() is None
         time.sleep(0.05)
