@@ -114,13 +114,11 @@ def candidates(message: Message, context: Context) -> Message:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What a client was asked to train, decoded, on the data it has."""
+    """A train message, decoded: what is asked, and the client's part in it."""
 
     work: Workspace
     request: TrainRequest
-    data: ClientData
-    seed: int
-    growth: GrowthBatch | None
+    member: Member
 
 
 def decode_job(record: RecordDict, context: Context, work: Workspace, client: int) -> TrainJob:
@@ -137,13 +135,14 @@ def decode_job(record: RecordDict, context: Context, work: Workspace, client: in
         )
     seed = stream_seed(SEED_ROUND, config.seed, request.round_index, client)
     growth = _growth_batch(request, data, work, client) if request.growth else None
-    return TrainJob(work, request, data, seed, growth)
+    member = Member(request.weights, data.train_images, data.train_labels, seed, growth)
+    return TrainJob(work, request, member)
 
 
 def encode_result(job: TrainJob, result: LocalResult, weights: State) -> RecordDict:
     """The reply to a train message."""
     reply = TrainReply(
-        num_examples=len(job.data.train_labels),
+        num_examples=len(job.member.labels),
         loss=result.loss,
         values={},
         growth=result.growth,
@@ -156,19 +155,20 @@ def encode_result(job: TrainJob, result: LocalResult, weights: State) -> RecordD
 
 def _train(record: RecordDict, context: Context, work: Workspace, client: int) -> RecordDict:
     job, config = decode_job(record, context, work, client), work.config
+    member = job.member
     model = work.model().to(compute_device(config.training.device))
-    load_float_state_(model, job.request.weights)
+    load_float_state_(model, member.weights)
     result = train_locally(
         model,
-        job.data.train_images,
-        job.data.train_labels,
+        member.images,
+        member.labels,
         mask=job.request.mask,
         config=config.training,
         lr=round_learning_rate(config.training, job.request.round_index),
         epochs=config.training.local_epochs,
-        seed=job.seed,
+        seed=member.seed,
         augmented=config.data.augment,
-        growth=job.growth,
+        growth=member.growth,
     )
     weights = {name: value.cpu() for name, value in float_state(model).items()}
     return encode_result(job, result, weights)
@@ -191,48 +191,40 @@ def train_together(
         _guarded(partial(_decoded_job, message.content, context)) for message, context in messages
     ]
     jobs = [entry for entry in decoded if isinstance(entry, TrainJob)]
-    results: list[tuple[LocalResult, State]] = []
-    if jobs:
-        work, request = jobs[0].work, jobs[0].request
-        config = work.config
-        device = compute_device(config.training.device)
-        train = partial(
-            train_cohort,
-            work.model().to(device),
-            mask=request.mask,
-            config=config.training,
-            lr=round_learning_rate(config.training, request.round_index),
-            augmented=config.data.augment,
+    results, size = _train_jobs(jobs, size=size, measure=measure) if jobs else ([], size)
+    outcome, answers = iter(results), []
+    for (message, _), entry in zip(messages, decoded, strict=True):
+        record = (
+            _guarded(partial(encode_result, entry, *next(outcome)))
+            if isinstance(entry, TrainJob)
+            else entry
         )
-        members = [
-            Member(
-                job.request.weights,
-                job.data.train_images,
-                job.data.train_labels,
-                job.seed,
-                job.growth,
-            )
-            for job in jobs
-        ]
-        with computing(config.training.threads):
-            if measure:
-                batch_size = config.training.batch_size
-                size = fitting_cohort(
-                    train, members, batch_size=batch_size, at_most=size, device=device
-                )
-            results, size = train_in_cohorts(train, members, size=size)
-    outcome = iter(results)
-    records = [
-        _guarded(partial(encode_result, entry, *next(outcome)))
-        if isinstance(entry, TrainJob)
-        else entry
-        for entry in decoded
-    ]
-    answers = [
-        Message(record, reply_to=message)
-        for record, (message, _) in zip(records, messages, strict=True)
-    ]
+        answers.append(Message(record, reply_to=message))
     return answers, size
+
+
+def _train_jobs(
+    jobs: Sequence[TrainJob], *, size: int, measure: bool
+) -> tuple[list[tuple[LocalResult, State]], int]:
+    """The jobs of one round, trained; arguments and size as of `train_together`."""
+    work, request = jobs[0].work, jobs[0].request
+    config, training = work.config, work.config.training
+    device = compute_device(training.device)
+    train = partial(
+        train_cohort,
+        work.model().to(device),
+        mask=request.mask,
+        config=training,
+        lr=round_learning_rate(training, request.round_index),
+        augmented=config.data.augment,
+    )
+    members = [job.member for job in jobs]
+    with computing(training.threads):
+        if measure:
+            size = fitting_cohort(
+                train, members, batch_size=training.batch_size, at_most=size, device=device
+            )
+        return train_in_cohorts(train, members, size=size)
 
 
 def _decoded_job(record: RecordDict, context: Context) -> TrainJob:
