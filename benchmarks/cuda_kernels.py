@@ -276,13 +276,20 @@ def rows(sizes: Sizes, densities: Sequence[float], rounds: int) -> Iterator[Row]
             yield Row(BENCH, case.name, case.density, ours, peer, name, "ms", share)
 
 
-def command(name: str) -> argparse.Namespace:
+def command(name: str, description: str | None) -> argparse.Namespace:
     """The command line of a benchmark on a GPU, whose kernels it turns on.
+
+    Args:
+        name: of the module.
+        description: what its --help says.
 
     Raises:
         SystemExit: there is no GPU.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="smaller cases, fewer rounds")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     arguments = parser.parse_args()
@@ -302,7 +309,7 @@ def show(found: Iterator[rows_of_benchmarks.Row], *, as_json: bool) -> None:
 
 def main() -> None:
     """Run the command."""
-    arguments = command(BENCH)
+    arguments = command(BENCH, __doc__)
     if cuda.runner(torch.device("cuda")) is None:
         raise SystemExit("the CUDA kernels cannot be used here; the warning above says why")
     sizes, rounds = (QUICK, 10) if arguments.quick else (Sizes(), 50)

@@ -173,7 +173,7 @@ def rows(width: int, batch: int, rounds: int, sides: tuple[int, ...]) -> Iterato
 
 def main() -> None:
     """Run the command."""
-    arguments = command(BENCH)
+    arguments = command(BENCH, __doc__)
     if block_ops.kernels_for(torch.zeros(1, device="cuda")) is None:
         raise SystemExit("the kernels of sparse blocks cannot be used here; the warning says why")
     size = (1024, 2048, 10, (32,)) if arguments.quick else (4096, 8192, 50, SIDES)

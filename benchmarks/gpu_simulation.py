@@ -33,6 +33,7 @@ from torch.nn import functional
 from benchmarks.rows import Row, add_arguments, show
 from benchmarks.timing import use_threads
 from datapruning.batches import batches, prepare
+from datapruning.console import listed
 from datapruning.models import build_model
 from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS
@@ -262,12 +263,12 @@ def main() -> None:
     if arguments.rounds < 2:
         parser.error("--rounds: the first is not counted, so give at least 2")
     use_threads(arguments.threads)
-    engines = [name for name in arguments.engines.split(",") if name]
+    engines = listed(arguments.engines)
     if not engines:
         engines = ["inline", "batched"]
         if importlib.util.find_spec("ray") is not None and not arguments.quick:
             engines.append("flower")
-    cohorts = [int(cohort) for cohort in arguments.cohorts.split(",")]
+    cohorts = [int(cohort) for cohort in listed(arguments.cohorts)]
     with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
         try:
             device = compute_device(arguments.device)
