@@ -21,7 +21,7 @@ from datapruning.samples import Samples
 from datapruning.seeds import generator, stream_seed
 from datapruning.task import Classification
 from datapruning.training import Objective, TrainingConfig, evaluate, predict, train
-from sparsemodel.kernels import cuda, cuda_array_ops, cuda_reference, cuda_source
+from sparsemodel.kernels import cuda, cuda_array_ops, cuda_reference
 
 TEMPERATURE = 4.0
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -46,7 +46,7 @@ def kd_loss(
     tensor([0.])
     """
     teacher = teacher.to(logits.dtype)
-    if cuda.runner(logits.device) is None or logits.dtype not in cuda_source.REALS:
+    if cuda.runner_for(logits) is None:
         return cuda_reference.kd_loss(logits, teacher, labels, alpha, temperature)
     arrays = logits.contiguous(), teacher.contiguous(), labels.contiguous()
     losses: Tensor = cuda_array_ops.kd_loss(*arrays, alpha, temperature)[0]

@@ -149,10 +149,9 @@ class SparseLayer(nn.Module):
         row_ptr, cols = csr_from_positions(
             positions, num_rows=len(self.row_ptr) - 1, row_length=row_length
         )
-        self._side_of(row_ptr, cols)  # refuses before anything is changed
+        self._set_pattern(row_ptr, cols)  # refuses before anything is changed
         self.values.grad = None
         self.values.data = carry_values(self.values.data, source)
-        self._set_pattern(row_ptr, cols)
         return source
 
     def topk_grad(self, x: torch.Tensor, dy: torch.Tensor, k: int) -> Entries:
@@ -201,8 +200,8 @@ class SparseLayer(nn.Module):
         return check_structure(mask_from_csr(row_ptr, cols, self._weight_shape), self._execution)
 
     def _set_pattern(self, row_ptr: torch.Tensor, cols: torch.Tensor) -> None:
-        self._choices: dict[object, bool] = {}
         self._side = self._side_of(row_ptr, cols)
+        self._choices: dict[object, bool] = {}
         # The cost model knows processors alone: on other devices "auto" stays dense.
         sparse = self._execution == "sparse" or (
             self._execution == "auto"

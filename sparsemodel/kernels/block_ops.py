@@ -10,7 +10,6 @@ side of a block.
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -31,9 +30,9 @@ _INDEX = "Tensor row_ptr, Tensor cols, Tensor blocks, int side"
 
 def kernels_for(x: Tensor) -> Any:
     """The Triton kernels (`triton_blocks.Kernels`) for x, or None: the reference computes."""
-    if not x.is_cuda or x.dtype not in cuda_source.REALS:
+    if not x.is_cuda or x.dtype not in cuda_source.REALS or not cuda.enabled():
         return None
-    return _kernels(x.get_device()) if os.environ.get(cuda.ENVIRONMENT) == "on" else None
+    return _kernels(x.get_device())
 
 
 @functools.cache
@@ -89,7 +88,7 @@ def _block_linear(
     _check(x, values, bias, row_ptr, cols, blocks, side)
     kernels = kernels_for(x)
     if kernels is None:
-        weight = _weight(values, row_ptr, cols, x.shape[-1])
+        weight = reference.csr_weight(values, row_ptr, cols, (row_ptr.numel() - 1, x.shape[-1]))
         return reference.linear(x, weight, bias).contiguous()
     from sparsemodel.kernels import triton_blocks  # noqa: PLC0415 - Triton is optional
 
@@ -120,7 +119,7 @@ def _block_linear_backward(
     dx, dvalues = _backward_shapes(dy, x, values, row_ptr, cols, blocks, side, wanted)
     kernels = kernels_for(dy)
     if kernels is None:
-        weight = _weight(values, row_ptr, cols, x.shape[-1])
+        weight = reference.csr_weight(values, row_ptr, cols, (row_ptr.numel() - 1, x.shape[-1]))
         found = reference.linear_backward(dy, x, weight, (wanted[0], wanted[1], False))
         if found[0] is not None:
             dx.copy_(found[0])
@@ -203,11 +202,6 @@ def _check(
             f"expected an input [*, {width}] and whole blocks of {side}×{side}, got "
             f"{tuple(x.shape)}, {values.numel()} values and {row_ptr.numel() - 1} rows"
         )
-
-
-def _weight(values: Tensor, row_ptr: Tensor, cols: Tensor, width: int) -> Tensor:
-    shape = row_ptr.numel() - 1, width
-    return reference.dense_weight(values, flat_positions(row_ptr, cols, width), shape)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -85,9 +85,19 @@ class DeviceRunner:
         return self._kernels[key]
 
 
+def enabled() -> bool:
+    """Whether kernels that have not been run on a GPU yet may be used on one."""
+    return os.environ.get(ENVIRONMENT) == "on"
+
+
+def runner_for(x: torch.Tensor) -> Runner | None:
+    """What runs kernels of x's type, one of `cuda_source.REALS`; None where there is none."""
+    return runner(x.device) if x.dtype in cuda_source.REALS else None
+
+
 def runner(device: torch.device) -> Runner | None:
     """What runs kernels on tensors of `device`; None where they are off or cannot run."""
-    if device.type != "cuda" or os.environ.get(ENVIRONMENT) != "on":
+    if device.type != "cuda" or not enabled():
         return None
     current = torch.cuda.current_device() if torch.cuda.is_available() else 0
     return _runner(current if device.index is None else device.index)

@@ -22,7 +22,6 @@ from sparsemodel.kernels import (
     cuda_loss,
     cuda_nearest,
     cuda_reference,
-    cuda_source,
     fixed_point,
     reference,
 )
@@ -36,10 +35,6 @@ _LIBRARY = torch.library.Library("sparsemodel", "FRAGMENT")
 
 def _runner(x: Tensor) -> cuda.Runner | None:
     return cuda.runner(x.device)
-
-
-def _runner_of_reals(x: Tensor) -> cuda.Runner | None:
-    return cuda.runner(x.device) if x.dtype in cuda_source.REALS else None
 
 
 def _check(name: str, first: Tensor, *others: Tensor | None, like: bool = False) -> None:
@@ -183,7 +178,7 @@ def _nearest(points: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
             "nearest: expected points [N, D] and at least one prototype [K, D], got "
             f"{tuple(points.shape)} and {tuple(prototypes.shape)}"
         )
-    runner = _runner_of_reals(points)
+    runner = cuda.runner_for(points)
     if runner is None:
         return cuda_reference.nearest(points, prototypes)
     return cuda_nearest.nearest(runner, points, prototypes)
@@ -197,7 +192,7 @@ def _square_norms(dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, bias: bo
             f"square_norms: expected dy [out, B] and x [in, B], got {tuple(dy.shape)} and "
             f"{tuple(x.shape)}"
         )
-    runner = _runner_of_reals(dy)
+    runner = cuda.runner_for(dy)
     if runner is None:
         return cuda_reference.square_norms(dy, x, row_ptr, cols, bias)
     return cuda_linear.square_norms(runner, dy, x, row_ptr, cols, bias=bias)
@@ -217,7 +212,7 @@ def _conv2d_square_norms(
             f"conv2d_square_norms: expected dy [out, OH, OW, B] and x [in, H, W, B] of {g}, got "
             f"{tuple(dy.shape)} and {tuple(x.shape)}"
         )
-    runner = _runner_of_reals(dy)
+    runner = cuda.runner_for(dy)
     if runner is None:
         return cuda_reference.conv2d_square_norms(dy, x, row_ptr, cols, g)
     return cuda_conv.square_norms(runner, dy, x, row_ptr, cols, g)
@@ -238,7 +233,7 @@ def _kd_loss(
         raise SparseModelError(
             f"kd_loss: expected alpha in [0, 1] and temperature > 0, got {alpha} and {temperature}"
         )
-    runner = _runner_of_reals(logits)
+    runner = cuda.runner_for(logits)
     if runner is None:
         loss = cuda_reference.kd_loss(logits, teacher, labels, alpha, temperature)
         return loss, logits.new_zeros((len(logits), 6), dtype=torch.float32)
@@ -254,7 +249,7 @@ def _kd_loss_backward(
     alpha: float,
     temperature: float,
 ) -> Tensor:
-    runner = _runner_of_reals(logits)
+    runner = cuda.runner_for(logits)
     arrays = scale.contiguous(), logits, teacher, labels
     if runner is None:
         return cuda_reference.kd_loss_backward(*arrays, alpha, temperature)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsemodel.kernels import cuda, cuda_conv, cuda_linear, cuda_source, cuda_topk, reference
+from sparsemodel.kernels import cuda, cuda_conv, cuda_linear, cuda_topk, reference
 from sparsemodel.kernels import ops as _definitions  # noqa: F401 - what is implemented here
 from sparsemodel.kernels.cuda_conv import Transposed
 from sparsemodel.kernels.geometry import (
@@ -29,19 +29,14 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 _LIBRARY = torch.library.Library("sparsemodel", "FRAGMENT")
 
 
-def runner_for(x: Tensor) -> cuda.Runner | None:
-    """What runs kernels on `x`; None where the reference computes."""
-    return cuda.runner(x.device) if x.dtype in cuda_source.REALS else None
-
-
 def linear(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, cols: Tensor) -> Tensor:
     """x · Wᵀ + bias: [*, in] -> [*, out], stored features first."""
-    runner, x = runner_for(x), features_first(x)
+    runner, x = cuda.runner_for(x), features_first(x)
     y = empty_features_first(x, (*x.shape[:-1], row_ptr.numel() - 1))
     if runner is not None:
         cuda_linear.forward(runner, _flat(x), values, bias, row_ptr, cols, _flat(y))
         return y
-    weight = _dense(values, row_ptr, cols, (y.shape[-1], x.shape[-1]))
+    weight = reference.csr_weight(values, row_ptr, cols, (y.shape[-1], x.shape[-1]))
     return y.copy_(reference.linear(x, weight, bias))
 
 
@@ -56,12 +51,12 @@ def linear_backward(
     wanted: Sequence[bool],
 ) -> Gradients:
     """Gradients for input, values and bias; those that are not wanted have no elements."""
-    runner, dy = runner_for(dy), features_first(dy)
+    runner, dy = cuda.runner_for(dy), features_first(dy)
     dx, dvalues, dbias = (dy.new_empty(0) for _ in range(3))
     if wanted[0]:
         dx = empty_features_first(dy, (*dy.shape[:-1], in_features))
         if runner is None:
-            weight = _dense(values, row_ptr, cols, (dy.shape[-1], in_features))
+            weight = reference.csr_weight(values, row_ptr, cols, (dy.shape[-1], in_features))
             dx.copy_(dy.matmul(weight))
         else:
             index = Transposed.split(transposed, cols.numel())
@@ -88,13 +83,13 @@ def conv2d(
     geometry: Sequence[int],
 ) -> Tensor:
     """[B, in, H, W] -> [B, out, OH, OW], stored batch innermost."""
-    g, runner, x = ConvGeometry(*geometry), runner_for(x), batch_innermost(x)
+    g, runner, x = ConvGeometry(*geometry), cuda.runner_for(x), batch_innermost(x)
     size = g.output_size(x.shape[2], x.shape[3])
     y = empty_batch_innermost(x, x.shape[0], g.out_channels, *size)
     if runner is not None:
         cuda_conv.forward(runner, _planes(x), values, bias, row_ptr, cols, g, _planes(y))
         return y
-    weight = _dense(values, row_ptr, cols, g.weight_shape)
+    weight = reference.csr_weight(values, row_ptr, cols, g.weight_shape)
     return y.copy_(reference.conv2d(x, weight, bias, g))
 
 
@@ -110,12 +105,12 @@ def conv2d_backward(
     wanted: Sequence[bool],
 ) -> Gradients:
     """As `linear_backward`, for `conv2d` of an input of `size` (h, w)."""
-    g, runner, dy = ConvGeometry(*geometry), runner_for(dy), batch_innermost(dy)
+    g, runner, dy = ConvGeometry(*geometry), cuda.runner_for(dy), batch_innermost(dy)
     dx, dvalues, dbias = (dy.new_empty(0) for _ in range(3))
     if wanted[0]:
         dx = empty_batch_innermost(dy, dy.shape[0], g.in_channels, size[0], size[1])
         if runner is None:
-            weight = _dense(values, row_ptr, cols, g.weight_shape)
+            weight = reference.csr_weight(values, row_ptr, cols, g.weight_shape)
             found = reference.conv2d_backward(dy, dx, weight, g, (True, False, False))[0]
             assert found is not None
             dx.copy_(found)
@@ -141,7 +136,7 @@ def linear_topk_grad(
     x: Tensor, dy: Tensor, row_ptr: Tensor, cols: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
     """Indices (ascending) and values of the k largest gradients outside the mask."""
-    runner = runner_for(x)
+    runner = cuda.runner_for(x)
     if runner is None:
         found = reference.linear_topk_grad(x, dy, row_ptr, cols, k)
         return found[0].to(x.device), found[1].to(x.device)
@@ -155,7 +150,7 @@ def conv2d_topk_grad(
     x: Tensor, dy: Tensor, row_ptr: Tensor, cols: Tensor, geometry: Sequence[int], k: int
 ) -> tuple[Tensor, Tensor]:
     """As `linear_topk_grad`, for `conv2d`."""
-    g, runner = ConvGeometry(*geometry), runner_for(x)
+    g, runner = ConvGeometry(*geometry), cuda.runner_for(x)
     if runner is None:
         found = reference.conv2d_topk_grad(x, dy, row_ptr, cols, g, k)
         return found[0].to(x.device), found[1].to(x.device)
@@ -180,11 +175,6 @@ def _flat_shape(x: Tensor) -> tuple[int, int]:
 def _planes(x: Tensor) -> Tensor:
     """[B, C, H, W] stored batch innermost -> a view [C, H, W, B]."""
     return x.permute(1, 2, 3, 0)
-
-
-def _dense(values: Tensor, row_ptr: Tensor, cols: Tensor, shape: tuple[int, ...]) -> Tensor:
-    row_length = torch.Size(shape[1:]).numel()
-    return reference.dense_weight(values, flat_positions(row_ptr, cols, row_length), shape)
 
 
 for _implementation in (

@@ -381,8 +381,7 @@ def _weight(values: Tensor, index: SparseIndex, shape: tuple[int, ...]) -> Tenso
         return values.view(shape)
     if index.bits.numel() and native.reaches(values):
         return native.dense_weight(values, index.row_ptr, index.bits, shape)
-    flat = flat_positions(index.row_ptr, index.cols, math.prod(shape[1:]))
-    return reference.dense_weight(values, flat, shape)
+    return reference.csr_weight(values, index.row_ptr, index.cols, shape)
 
 
 def _at_mask(gradient: Tensor | None, index: SparseIndex) -> Tensor | None:

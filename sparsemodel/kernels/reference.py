@@ -24,6 +24,13 @@ Wanted = tuple[bool, bool, bool]
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
+def csr_weight(
+    values: torch.Tensor, row_ptr: torch.Tensor, cols: torch.Tensor, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """`dense_weight` of a CSR pattern of the weight's rows, flattened."""
+    return dense_weight(values, flat_positions(row_ptr, cols, math.prod(shape[1:])), shape)
+
+
 def dense_weight(values: torch.Tensor, flat: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The weight of shape `shape` with `values` at its flat indices `flat` (int64, ascending).
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch.nn import functional
 
-from sparsemodel.kernels import cuda, cuda_array_ops, cuda_source
+from sparsemodel.kernels import cuda, cuda_array_ops
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.kernels.reference import conv2d_backward
 from sparsemodel.pattern import flat_positions
@@ -246,16 +246,13 @@ class Active(SampleGradient):
 
     def square_norm(self) -> Tensor:
         dense = self.dense
-        if cuda.runner(self.device) is not None and self._dtype() in cuda_source.REALS:
+        if cuda.runner_for(dense.right if isinstance(dense, Factored) else dense.x) is not None:
             return self._norm_by_kernel()
         if isinstance(dense, Factored) and dense.positions == 1:
             # Σ left_o² right_i² over the active (o, i): a product with the pattern.
             squares = Factored(dense.left.double().square(), dense.right.double().square())
             return squares.dot(self._scattered(torch.ones_like(self.cols, dtype=torch.float64)))
         return norms_by_blocks([self])
-
-    def _dtype(self) -> torch.dtype:
-        return self.dense.right.dtype if isinstance(self.dense, Factored) else self.dense.x.dtype
 
     def _norm_by_kernel(self) -> Tensor:
         """On a GPU, from the factors alone, the samples innermost."""

@@ -9,7 +9,6 @@ dense ones, the latter gathered at the mask.
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ def obstacle(values: Tensor, shape: tuple[int, ...]) -> str | None:
     """Why 2:4 kernels cannot multiply these values in a weight [out, in]; None where they can."""
     if values.device.type != "cuda":
         return f"the layer is on {values.device}; they need an NVIDIA GPU"
-    if os.environ.get(cuda.ENVIRONMENT) != "on":
+    if not cuda.enabled():
         return f"this path has not been run on a GPU yet; {cuda.ENVIRONMENT}=on uses it"
     capability = torch.cuda.get_device_capability(values.device)
     if capability < (8, 0):
@@ -118,5 +117,4 @@ class _Linear(torch.autograd.Function):
 
 
 def _weight(values: Tensor, row_ptr: Tensor, cols: Tensor, width: int) -> Tensor:
-    shape = row_ptr.numel() - 1, width
-    return reference.dense_weight(values, flat_positions(row_ptr, cols, width), shape)
+    return reference.csr_weight(values, row_ptr, cols, (row_ptr.numel() - 1, width))

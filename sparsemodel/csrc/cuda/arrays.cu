@@ -84,7 +84,7 @@ KERNEL fixed_add(int64* high, int64* low, const float* values, const float* mean
   double whole = floor(scaled);
   int64 up = (int64)whole * weight;
   int64 down = (int64)rint((scaled - whole) * 68719476736.0) * weight;
-  if (positions) {  // 3 1 2 3: what ascends is not yet distinct where something did not
+  if (positions) {  // of 3 1 2 3 only 1 is refused, and 3 is met twice
     atomicAdd((uint64*)high + at, (uint64)up);
     atomicAdd((uint64*)low + at, (uint64)down);
   } else {
