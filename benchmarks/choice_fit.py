@@ -1,4 +1,4 @@
-"""The constants of sparsemodel/choice.py from measurements, and where their choice is wrong.
+"""The constants of kernels/choice.py from measurements, and where their choice is wrong.
 
     python -m benchmarks.choice_fit [--quick]
 
@@ -21,7 +21,7 @@ from scipy.optimize import least_squares
 from torch import nn
 
 from benchmarks.timing import interleaved, machine, use_threads
-from sparsemodel.choice import (
+from sparsemodel.kernels.choice import (
     FORWARD,
     FORWARD_DOUBT,
     TRAINING,
@@ -34,7 +34,7 @@ from sparsemodel.choice import (
 )
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.kernels.layout import batch_innermost, features_first
-from sparsemodel.layers import Execution, SparseConv2d, SparseLinear
+from sparsemodel.layers.linear_and_conv import Execution, SparseConv2d, SparseLinear
 
 WAYS: tuple[Execution, ...] = ("sparse", "dense")
 BOTH = (False, True)

@@ -23,10 +23,12 @@ import torch
 
 from benchmarks import cuda_peers as peers
 from benchmarks import rows as rows_of_benchmarks
-from sparsemodel.kernels import cuda, cuda_array_ops, cuda_ops
+from sparsemodel.kernels.csr import csr_from_mask
+from sparsemodel.kernels.cuda import array_ops as cuda_array_ops
+from sparsemodel.kernels.cuda import launch as cuda
+from sparsemodel.kernels.cuda import layer_ops as cuda_ops
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.kernels.layout import batch_innermost, features_first
-from sparsemodel.pattern import csr_from_mask
 
 Tensor = torch.Tensor
 Call = Callable[[], Any]

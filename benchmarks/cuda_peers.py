@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from sparsemodel.kernels import cuda_reference as reference
+from sparsemodel.gradients.sample_gradients import Active, Convolution, Factored, norms_by_blocks
 from sparsemodel.kernels import fixed_point
 from sparsemodel.kernels import reference as plain
+from sparsemodel.kernels.cuda import reference
 from sparsemodel.kernels.geometry import ConvGeometry
-from sparsemodel.kernels.sample_gradients import Active, Convolution, Factored, norms_by_blocks
 
 Tensor = torch.Tensor
 Call = Callable[[], Any]

@@ -21,11 +21,12 @@ from torch.nn import functional
 
 from benchmarks.cuda_kernels import command, milliseconds, show
 from benchmarks.rows import Row
-from sparsemodel.kernels import block_ops, semi_structured
-from sparsemodel.kernels.block_index import BlockIndex
-from sparsemodel.layers import SparseLinear
-from sparsemodel.pattern import csr_from_mask
-from sparsemodel.structure import SIDES, block_counts, block_mask, n_of_m_mask
+from sparsemodel.kernels.blocks import ops as block_ops
+from sparsemodel.kernels.blocks import semi_structured
+from sparsemodel.kernels.blocks.index import BlockIndex
+from sparsemodel.kernels.csr import csr_from_mask
+from sparsemodel.layers.linear_and_conv import SparseLinear
+from sparsemodel.masks.structure import SIDES, block_counts, block_mask, n_of_m_mask
 
 Tensor = torch.Tensor
 Call = Callable[[], Any]

@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.rows import Row, add_arguments, add_timing_arguments, show
 from benchmarks.timing import Clock, clock, interleaved, use_threads
-from sparsemodel.layers import EXECUTIONS, Execution, SparseConv2d, SparseLinear
+from sparsemodel.layers.linear_and_conv import EXECUTIONS, Execution, SparseConv2d, SparseLinear
 
 BENCH = "execution_choice"
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0)

@@ -42,7 +42,7 @@ from sparsemodel.codec import (
     peek,
 )
 from sparsemodel.errors import CodecError
-from sparsemodel.mask import Mask
+from sparsemodel.masks.mask import Mask
 
 LIMITS = Limits(
     max_elements=4096, max_layers=8, max_name_bytes=32, max_dims=4, max_frame_bytes=8192

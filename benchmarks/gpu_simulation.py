@@ -32,15 +32,15 @@ from torch.nn import functional
 
 from benchmarks.rows import Row, add_arguments, show
 from benchmarks.timing import use_threads
-from datapruning.batches import batches, prepare
-from datapruning.console import listed
-from datapruning.models import build_model
 from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS
-from fedprune.runfolder import METRICS
-from fedprune.runner import ENGINES, run
-from fedprune.training import EVALUATION_BATCH, compute_device
-from fedprune.workspace import Workspace, open_workspace
+from fedprune.local.training import EVALUATION_BATCH, compute_device
+from fedprune.rounds.folder import METRICS
+from fedprune.rounds.run import ENGINES, run
+from fedprune.rounds.workspace import Workspace, open_workspace
+from prunelab.data.batches import batches, prepare
+from prunelab.networks import build_model
+from prunelab.pages.console import listed
 
 BENCH = "gpu_simulation"
 POLL_SECONDS = 0.01

@@ -15,7 +15,7 @@ from kronfluence.arguments import ScoreArguments
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from datapruning.task import Task
+from prunelab.training.task import Task
 
 
 class Peer:

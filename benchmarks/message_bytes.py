@@ -19,19 +19,19 @@ import torch
 from flwr.app import ArrayRecord, RecordDict
 from torch import nn
 
-from datapruning.models import build_model, float_state
-from fedprune.messages import TrainRequest
-from fedprune.wire import encode_request, record_bytes
-from sparsemodel.adjust import prune_and_grow
+from fedprune.exchange.messages import TrainRequest
+from fedprune.flower.wire import encode_request, record_bytes
+from prunelab.networks import build_model, float_state
 from sparsemodel.codec import (
     encode_mask,
     encode_mask_delta,
     mask_delta_entropy_bytes,
     mask_entropy_bytes,
 )
-from sparsemodel.criteria import magnitude
-from sparsemodel.distribution import uniform
-from sparsemodel.mask import Mask, mask_from_scores, prunable_parameters
+from sparsemodel.masks.adjust import prune_and_grow
+from sparsemodel.masks.criteria import magnitude
+from sparsemodel.masks.distribution import uniform
+from sparsemodel.masks.mask import Mask, mask_from_scores, prunable_parameters
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2)
 MODELS = ("resnet8", "resnet20", "resnet18", "vgg11_bn")

@@ -27,17 +27,17 @@ from torch import Tensor, nn
 
 from benchmarks.rows import Row, show
 from benchmarks.timing import use_threads
-from datapruning.agreement import agreement
-from datapruning.data import ImageSet, load_dataset
-from datapruning.models import build_model
-from datapruning.proxy import sparse_proxy
-from datapruning.samples import ImageSamples
 from datapruning.scores.error import el2n
 from datapruning.scores.gradient import grand
-from datapruning.table import ScoreTable
-from datapruning.task import ImageClassification, to_device
-from datapruning.training import TrainingConfig, predict, train
-from sparsemodel.kernels import cpu
+from datapruning.scoring.proxy import sparse_proxy
+from datapruning.selection.agreement import agreement
+from datapruning.selection.table import ScoreTable
+from prunelab.data.datasets import ImageSet, load_dataset
+from prunelab.data.samples import ImageSamples
+from prunelab.networks import build_model
+from prunelab.training.loop import TrainingConfig, predict, train
+from prunelab.training.task import ImageClassification, to_device
+from sparsemodel.kernels.cpu import library as cpu
 
 BENCH = "proxy_scores"
 DENSITIES = (0.01, 0.05, 0.1)

@@ -30,11 +30,11 @@ from torch.nn import functional
 
 from benchmarks.rows import Row, add_arguments, add_timing_arguments, show
 from benchmarks.timing import Clock, clock, interleaved, use_threads
-from datapruning.models import build_model
 from datapruning.scores.error import el2n
 from datapruning.scores.gradient import grand
 from datapruning.scores.influence import influence_of
-from datapruning.task import CausalLM, ImageClassification, Task
+from prunelab.networks import build_model
+from prunelab.training.task import CausalLM, ImageClassification, Task
 
 BENCH = "score_speed"
 MODELS = ("resnet8", "resnet18", "llama")

@@ -29,7 +29,7 @@ from torch import nn
 from benchmarks.rows import Row, add_arguments, add_timing_arguments, show
 from benchmarks.timing import Clock, clock, interleaved, use_threads
 from sparsemodel.kernels.layout import batch_innermost, features_first
-from sparsemodel.layers import Execution, SparseConv2d, SparseLinear
+from sparsemodel.layers.linear_and_conv import Execution, SparseConv2d, SparseLinear
 
 BENCH = "sparse_layers"
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

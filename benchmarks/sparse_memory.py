@@ -32,13 +32,13 @@ from torch.nn import functional
 from benchmarks.rows import Row, add_arguments, show
 from benchmarks.sparse_step import INPUT_SHAPE, LEARNING_RATE, MOMENTUM, batch_of, random_mask
 from benchmarks.timing import use_threads
-from datapruning.models import build_model
-from sparsemodel.adjust import Entries
-from sparsemodel.grow import topk_pruned_gradients
-from sparsemodel.meter import state_bytes, storage_bytes
+from prunelab.networks import build_model
+from sparsemodel.layers.growth import topk_pruned_gradients
+from sparsemodel.layers.sparsify import sparsify
+from sparsemodel.masks.adjust import Entries
 from sparsemodel.optim import SparseSGD
-from sparsemodel.plan import TrainingPlan
-from sparsemodel.sparsify import sparsify
+from sparsemodel.plans.plan import TrainingPlan
+from sparsemodel.storage.meter import state_bytes, storage_bytes
 
 BENCH = "sparse_memory"
 MODEL, BATCH = "resnet18", 16

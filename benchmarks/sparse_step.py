@@ -23,12 +23,12 @@ from torch.nn import functional
 
 from benchmarks.rows import Row, add_arguments, add_timing_arguments, show
 from benchmarks.timing import Clock, clock, interleaved, use_threads
-from datapruning.models import build_model
-from sparsemodel.distribution import uniform
-from sparsemodel.mask import Mask, mask_from_scores, prunable_parameters
+from prunelab.networks import build_model
+from sparsemodel.layers.sparsify import sparsify
+from sparsemodel.masks.distribution import uniform
+from sparsemodel.masks.mask import Mask, mask_from_scores, prunable_parameters
 from sparsemodel.optim import SparseSGD
-from sparsemodel.plan import TrainingPlan
-from sparsemodel.sparsify import sparsify
+from sparsemodel.plans.plan import TrainingPlan
 
 BENCH = "sparse_step"
 MODELS = ("resnet18", "resnet20", "vgg11_bn")

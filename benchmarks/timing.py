@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sparsemodel.kernels import cpu
+from sparsemodel.kernels.cpu import library as cpu
 
 TURN_SECONDS = 0.01
 MAX_CALLS = 25

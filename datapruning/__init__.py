@@ -2,7 +2,7 @@
 
 >>> import datapruning
 >>> table = datapruning.score("digits", method="random", seed=1)
->>> subset = datapruning.select(table, keep=0.5)
+>>> subset = datapruning.selection.select(table, keep=0.5)
 >>> len(subset)
 719
 """
@@ -10,31 +10,30 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datapruning.samples import ImageSamples, TokenSamples
-    from datapruning.scoring import score
-    from datapruning.select import select
-    from datapruning.table import ScoreTable, Subset
-    from datapruning.task import CausalLM, ImageClassification, Task, TextClassification
-    from datapruning.training import TrainingConfig, evaluate, train
+    from datapruning.scoring.score import score
+    from datapruning.selection.select import select
+    from datapruning.selection.table import ScoreTable, Subset
+    from prunelab.data.samples import ImageSamples, TokenSamples
+    from prunelab.training.loop import TrainingConfig, evaluate, train
+    from prunelab.training.task import CausalLM, ImageClassification, Task, TextClassification
 
 _HOMES = {
-    "CausalLM": "task",
-    "ImageClassification": "task",
-    "ImageSamples": "samples",
-    "ScoreTable": "table",
-    "Subset": "table",
-    "Task": "task",
-    "TextClassification": "task",
-    "TokenSamples": "samples",
-    "TrainingConfig": "training",
-    "evaluate": "training",
-    "score": "scoring",
-    "train": "training",
+    "CausalLM": "prunelab.training.task",
+    "ImageClassification": "prunelab.training.task",
+    "ImageSamples": "prunelab.data.samples",
+    "ScoreTable": "datapruning.selection.table",
+    "Subset": "datapruning.selection.table",
+    "Task": "prunelab.training.task",
+    "TextClassification": "prunelab.training.task",
+    "TokenSamples": "prunelab.data.samples",
+    "TrainingConfig": "prunelab.training.loop",
+    "evaluate": "prunelab.training.loop",
+    "score": "datapruning.scoring.score",
+    "select": "datapruning.selection.select",
+    "train": "prunelab.training.loop",
 }
 
 __all__ = [
@@ -58,21 +57,6 @@ def __getattr__(name: str) -> Any:
     # Importing the package must not import torch, so each name is fetched when first used.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
-
-
-class _Package(ModuleType):
-    """This package, whose `select` is the function even once the module select.py is imported."""
-
-    @property
-    def select(self) -> Any:
-        return importlib.import_module(f"{__name__}.select").select
-
-    @select.setter
-    def select(self, module: ModuleType) -> None:
-        """The import system puts every imported submodule here; it stays in sys.modules."""
-
-
-sys.modules[__name__].__class__ = _Package

@@ -11,7 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from datapruning.console import (
+from datapruning.errors import ScoreError, SelectionError
+from datapruning.recommend.cli import app as recommend
+from prunelab.errors import PrunelabError, RunError
+from prunelab.pages.console import (
     console,
     errors,
     escaped,
@@ -21,8 +24,6 @@ from datapruning.console import (
     say,
     warnings_shown,
 )
-from datapruning.errors import DatapruningError, RunError, ScoreError, SelectionError
-from datapruning.recommend.cli import app as recommend
 from sparsemodel.errors import SparseModelError
 
 cli = typer.Typer(
@@ -36,7 +37,7 @@ cli.add_typer(recommend, name="recommend")
 
 def main() -> None:
     """Entry point."""
-    run_command(cli, expected=(DatapruningError, SparseModelError), go_on=_how_to_go_on)
+    run_command(cli, expected=(PrunelabError, SparseModelError), go_on=_how_to_go_on)
 
 
 def _how_to_go_on(arguments: Sequence[str]) -> str:
@@ -94,11 +95,11 @@ def score(  # noqa: PLR0917 - the command's options
     debug: Debug = False,
 ) -> None:
     """Score every training sample; run again after an interruption to go on."""
-    from datapruning.report import proxy_check, report_path, write_score_report  # noqa: PLC0415
-    from datapruning.scoring import score as run_score  # noqa: PLC0415
-    from datapruning.scoring import table_paths  # noqa: PLC0415
-    from datapruning.task import ImageClassification  # noqa: PLC0415
-    from datapruning.training import TrainingConfig  # noqa: PLC0415
+    from datapruning.reports.score_report import proxy_check, report_path, write_score_report  # noqa: PLC0415
+    from datapruning.scoring.score import score as run_score  # noqa: PLC0415
+    from datapruning.scoring.score import table_paths  # noqa: PLC0415
+    from prunelab.training.loop import TrainingConfig  # noqa: PLC0415
+    from prunelab.training.task import ImageClassification  # noqa: PLC0415
 
     names = listed(method)
     _check_suffix(out)
@@ -155,9 +156,9 @@ def select(  # noqa: PLR0917 - the command's options
     debug: Debug = False,
 ) -> None:
     """Choose exactly so many samples of a table of scores."""
-    from datapruning.report import class_counts, report_path, write_score_report  # noqa: PLC0415
-    from datapruning.select import select as run_select  # noqa: PLC0415
-    from datapruning.table import ScoreTable, Subset  # noqa: PLC0415
+    from datapruning.reports.score_report import class_counts, report_path, write_score_report  # noqa: PLC0415
+    from datapruning.selection.select import select as run_select  # noqa: PLC0415
+    from datapruning.selection.table import ScoreTable, Subset  # noqa: PLC0415
 
     _check_suffix(out)
     table = ScoreTable.read(scores)
@@ -215,9 +216,9 @@ def train(  # noqa: PLR0917 - the command's options
     debug: Debug = False,
 ) -> None:
     """Train one model, on all samples or on a subset, with or without a teacher."""
-    from datapruning import runner  # noqa: PLC0415
-    from datapruning.run_report import run_facts, write_run_report  # noqa: PLC0415
-    from datapruning.training import TrainingConfig  # noqa: PLC0415
+    from datapruning.reports.training_report import run_facts, write_run_report  # noqa: PLC0415
+    from datapruning.students import runner  # noqa: PLC0415
+    from prunelab.training.loop import TrainingConfig  # noqa: PLC0415
 
     settings = runner.RunSettings(
         dataset=str(Path(dataset).resolve()) if Path(dataset).is_dir() else dataset,
@@ -294,12 +295,12 @@ def report(
 ) -> None:
     """Write the page of a run folder or of scores again."""
     if source.is_dir():
-        from datapruning.run_report import write_run_report  # noqa: PLC0415
+        from datapruning.reports.training_report import write_run_report  # noqa: PLC0415
 
         say(f"report: {write_run_report(source)}")
         return
-    from datapruning.report import report_path, write_score_report  # noqa: PLC0415
-    from datapruning.table import Subset  # noqa: PLC0415
+    from datapruning.reports.score_report import report_path, write_score_report  # noqa: PLC0415
+    from datapruning.selection.table import Subset  # noqa: PLC0415
 
     kept = None if subset is None else Subset.read(subset)
     target = out or report_path(source)
@@ -309,7 +310,7 @@ def report(
 @cli.command()
 def methods() -> None:
     """List the methods, what each trains, and its options."""
-    from datapruning.methods import METHODS  # noqa: PLC0415
+    from datapruning.scoring.methods import METHODS  # noqa: PLC0415
 
     table = Table("method", "models", "what", "options", "source")
     for name, method in METHODS.items():
@@ -321,8 +322,8 @@ def methods() -> None:
 def _compare_tables(paths: Sequence[Path], keeps: Sequence[float], *, as_json: bool) -> None:
     from itertools import combinations  # noqa: PLC0415
 
-    from datapruning.agreement import agreement  # noqa: PLC0415
-    from datapruning.table import ScoreTable  # noqa: PLC0415
+    from datapruning.selection.agreement import agreement  # noqa: PLC0415
+    from datapruning.selection.table import ScoreTable  # noqa: PLC0415
 
     loaded = [(path, ScoreTable.read(path)) for path in paths]
     table = Table("a", "b", "Spearman", *(f"both keep, at {100 * k:g} %" for k in keeps))
@@ -354,10 +355,10 @@ def _compare_training(
 ) -> None:
     from dataclasses import asdict  # noqa: PLC0415
 
-    from datapruning.comparison import BUDGETS, compare_training, result_table  # noqa: PLC0415
-    from datapruning.data import load_dataset  # noqa: PLC0415
-    from datapruning.methods import check_method  # noqa: PLC0415
-    from datapruning.training import TrainingConfig  # noqa: PLC0415
+    from datapruning.scoring.methods import check_method  # noqa: PLC0415
+    from datapruning.students.comparison import BUDGETS, compare_training, result_table  # noqa: PLC0415
+    from prunelab.data.datasets import load_dataset  # noqa: PLC0415
+    from prunelab.training.loop import TrainingConfig  # noqa: PLC0415
 
     for name in names:
         check_method(name)

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-
-class DatapruningError(ValueError):
-    """Base class: something that the user asked for cannot be done as it is."""
+from prunelab.errors import PrunelabError, PrunelabWarning
 
 
-class DataError(DatapruningError):
-    """A data set that is unknown or damaged, or that cannot be split as asked."""
-
-
-class ModelError(DatapruningError):
-    """A model that is unknown, or that does not fit its input or its state."""
-
-
-class ScoreError(DatapruningError):
+class ScoreError(PrunelabError):
     """Scores that cannot be computed, read, or used with these data."""
 
 
-class SelectionError(DatapruningError):
+class SelectionError(PrunelabError):
     """A subset that cannot be chosen as asked."""
 
 
-class RunError(DatapruningError):
-    """A training or scoring run that cannot start, continue or finish."""
-
-
-class ScoreWarning(UserWarning):
+class ScoreWarning(PrunelabWarning):
     """Scores that were computed but cannot be selected by: not finite, or all equal."""
 
 
-class SubsetWarning(UserWarning):
+class SubsetWarning(PrunelabWarning):
     """A subset that can be trained on, but not without loss: a class has no sample in it."""

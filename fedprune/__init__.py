@@ -8,7 +8,7 @@
 """
 
 from fedprune.config import RunConfig
-from fedprune.runner import run
-from fedprune.version import __version__
+from fedprune.rounds.run import run
+from prunelab.runs.version import __version__
 
 __all__ = ["RunConfig", "__version__", "run"]

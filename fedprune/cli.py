@@ -13,10 +13,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from datapruning.console import console, errors, escaped, listed, run_command
-from datapruning.runfolder import default_path
 from fedprune.config import RunConfig, parse_assignments, read_toml
-from fedprune.errors import USER_ERRORS, RunError
+from fedprune.errors import USER_ERRORS
+from prunelab.errors import RunError
+from prunelab.pages.console import console, errors, escaped, listed, run_command
+from prunelab.runs.folder import default_path
 
 cli = typer.Typer(
     help="Federated pruning on Flower: tiny models trained across fleets of small devices.",
@@ -127,9 +128,9 @@ def compare(  # noqa: PLR0917 - the command's options
     debug: Debug = False,
 ) -> None:
     """Run several methods with several seeds and print one table; finished runs are reused."""
-    from fedprune import runfolder  # noqa: PLC0415
     from fedprune.methods import check_method  # noqa: PLC0415
-    from fedprune.report import comparison_table  # noqa: PLC0415
+    from fedprune.reports.page import comparison_table  # noqa: PLC0415
+    from fedprune.rounds import folder as runfolder  # noqa: PLC0415
 
     given = {
         "data.dataset": dataset,
@@ -169,7 +170,7 @@ def compare(  # noqa: PLR0917 - the command's options
 @cli.command()
 def report(folder: Path, debug: Debug = False) -> None:
     """Write report.html of a run folder again."""
-    from fedprune.report import write_report  # noqa: PLC0415
+    from fedprune.reports.page import write_report  # noqa: PLC0415
 
     console.print(f"report: {write_report(folder)}", highlight=False, soft_wrap=True)
 
@@ -182,8 +183,8 @@ def inspect(model: Path, debug: Debug = False) -> None:
     """
     import hashlib  # noqa: PLC0415
 
-    from fedprune.report import format_bytes  # noqa: PLC0415
-    from sparsemodel.checkpoint import load_sparse  # noqa: PLC0415
+    from fedprune.reports.page import format_bytes  # noqa: PLC0415
+    from sparsemodel.storage.checkpoint import load_sparse  # noqa: PLC0415
 
     stored = load_sparse(model)
     digest = hashlib.sha256(model.read_bytes()).hexdigest()
@@ -215,8 +216,9 @@ def _execute(
     config: RunConfig, folder: Path, *, engine: str, resume: bool, quiet: bool = False
 ) -> None:
     """Run or resume one run, show its progress and where its results are."""
-    from fedprune import runfolder, runner  # noqa: PLC0415
-    from fedprune.results import summary_rows  # noqa: PLC0415
+    from fedprune.reports.results import summary_rows  # noqa: PLC0415
+    from fedprune.rounds import folder as runfolder  # noqa: PLC0415
+    from fedprune.rounds import run as runner  # noqa: PLC0415
 
     was_complete = resume and (folder / runfolder.SUMMARY).exists()
     progress = _progress(folder, config, quiet=quiet)
@@ -234,8 +236,8 @@ def _execute(
 
 def _progress(folder: Path, config: RunConfig, *, quiet: bool) -> Callable[[], None]:
     """A function that prints every line of metrics.jsonl that has come since its last call."""
-    from fedprune.report import format_bytes, format_seconds  # noqa: PLC0415
-    from fedprune.runfolder import read_metrics  # noqa: PLC0415
+    from fedprune.reports.page import format_bytes, format_seconds  # noqa: PLC0415
+    from fedprune.rounds.folder import read_metrics  # noqa: PLC0415
 
     shown = -1  # nothing yet, not even the heading: the settings may still be refused
     times: list[float] = []
@@ -314,7 +316,7 @@ def _build_config(path: Path | None, options: dict[str, Any]) -> RunConfig:
 
 
 def _stored_config(out: Path) -> Path:
-    from fedprune.runfolder import CONFIG  # noqa: PLC0415
+    from fedprune.rounds.folder import CONFIG  # noqa: PLC0415
 
     if not (out / CONFIG).exists():
         raise RunError(f"nothing to resume in {out}: it has no {CONFIG}")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from datapruning.errors import DatapruningError, RunError
+from prunelab.errors import PrunelabError
 from sparsemodel.errors import SparseModelError
 
-__all__ = ["USER_ERRORS", "ClientError", "ConfigError", "FedpruneError", "RunError"]
 
-
-class FedpruneError(ValueError):
+class FedpruneError(PrunelabError):
     """Base class: something that the user asked for cannot be done as it is."""
 
 
@@ -20,5 +18,5 @@ class ClientError(FedpruneError):
     """A client that cannot take part, or an answer of one that cannot be used."""
 
 
-USER_ERRORS = (FedpruneError, DatapruningError, SparseModelError)
+USER_ERRORS = (PrunelabError, SparseModelError)
 """All that a user can mend, of the three packages."""

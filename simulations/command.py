@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from datapruning.data import ImageSet, load_dataset
+from prunelab.data.datasets import ImageSet, load_dataset
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datapruning.data import ImageSet
+from prunelab.data.datasets import ImageSet
 from simulations.command import Call
 from simulations.provenance import commit, machine
 

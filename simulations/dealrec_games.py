@@ -40,13 +40,13 @@ from datapruning.recommend.surrogate import (
     sasrec_recommender,
     train_surrogate,
 )
-from datapruning.samples import TokenSamples
-from datapruning.seeds import generator
-from datapruning.select import select
-from datapruning.table import ScoreTable
+from datapruning.selection.select import select
+from datapruning.selection.table import ScoreTable
+from prunelab.data.samples import TokenSamples
+from prunelab.runs.seeds import generator
 from simulations.dealrec_table import GROWING, page
 from simulations.provenance import commit
-from sparsemodel.files import write_atomically
+from sparsemodel.storage.files import write_atomically
 
 ARMS = ("full", "random", "influence", "effort", "dealrec", "grand", "el2n", "ccs")
 BUDGETS = ("steps", "epochs")

@@ -21,17 +21,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from datapruning.comparison import full_steps, mean_and_spread, read_cell, write_cell
-from datapruning.data import ImageSet
-from datapruning.distill import choose_alpha, kd_objective, teacher_logits
-from datapruning.models import build_model
-from datapruning.samples import ImageSamples
-from datapruning.scoring import score
-from datapruning.seeds import stream_seed
-from datapruning.select import select
-from datapruning.task import ImageClassification
-from datapruning.threads import computing
-from datapruning.training import Objective, TrainingConfig, evaluate, train
+from datapruning.scoring.score import score
+from datapruning.selection.select import select
+from datapruning.students.comparison import full_steps, mean_and_spread, read_cell, write_cell
+from datapruning.students.distill import choose_alpha, kd_objective, teacher_logits
+from prunelab.data.datasets import ImageSet
+from prunelab.data.samples import ImageSamples
+from prunelab.networks import build_model
+from prunelab.runs.seeds import stream_seed
+from prunelab.runs.threads import computing
+from prunelab.training.loop import Objective, TrainingConfig, evaluate, train
+from prunelab.training.task import ImageClassification
 from simulations.command import parse
 from simulations.data_table import Preset, markdown, page
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from datapruning.data import ImageSet
-from datapruning.models import build_model
-from datapruning.samples import ImageSamples
-from datapruning.seeds import stream_seed
-from datapruning.task import ImageClassification
-from datapruning.training import TrainingConfig, evaluate, train
+from prunelab.data.datasets import ImageSet
+from prunelab.data.samples import ImageSamples
+from prunelab.networks import build_model
+from prunelab.runs.seeds import stream_seed
+from prunelab.training.loop import TrainingConfig, evaluate, train
+from prunelab.training.task import ImageClassification
 from simulations.command import Call
 from simulations.provenance import commit, machine
 

@@ -6,7 +6,7 @@
 Source: Sorscher et al., Beyond neural scaling laws (NeurIPS 2022). For each fraction f, pools of
 growing size are scored (EL2N, mean of short runs), the hardest f of each is kept, and a network
 is trained on it for one number of steps throughout. The first part of the page is the theory's
-perceptron, solved and tried (`datapruning.perceptron`).
+perceptron, solved and tried (`datapruning.theory.perceptron`).
 `small` trains what one core can in a quarter of an hour; `full` is CIFAR-10 and wants a GPU.
 """
 
@@ -22,17 +22,17 @@ from typing import Any
 
 import torch
 
-from datapruning.data import ImageSet
-from datapruning.models import build_model
-from datapruning.perceptron import learning_point, trial
-from datapruning.samples import ImageSamples
-from datapruning.scaling import LAWS, Law, band, compare, plot
 from datapruning.scores.error import el2n
-from datapruning.seeds import generator, stream_seed
-from datapruning.select import select
-from datapruning.table import ScoreTable
-from datapruning.task import ImageClassification
-from datapruning.training import TrainingConfig, predict, train
+from datapruning.selection.select import select
+from datapruning.selection.table import ScoreTable
+from datapruning.theory.perceptron import learning_point, trial
+from datapruning.theory.scaling import LAWS, Law, band, compare, plot
+from prunelab.data.datasets import ImageSet
+from prunelab.data.samples import ImageSamples
+from prunelab.networks import build_model
+from prunelab.runs.seeds import generator, stream_seed
+from prunelab.training.loop import TrainingConfig, predict, train
+from prunelab.training.task import ImageClassification
 from simulations.command import Call, parse
 from simulations.pruning_cells import Result, head, percent, run_cells, test_error
 

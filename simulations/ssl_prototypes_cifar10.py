@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datapruning.comparison import full_steps
-from datapruning.data import ImageSet
-from datapruning.embeddings import embed
-from datapruning.samples import ImageSamples
+from datapruning.embeddings.embed import embed
+from datapruning.embeddings.simclr import SimclrConfig
 from datapruning.scores.prototypes import self_supervised
-from datapruning.select import select
-from datapruning.simclr import SimclrConfig
-from datapruning.table import ScoreTable
-from datapruning.training import TrainingConfig
+from datapruning.selection.select import select
+from datapruning.selection.table import ScoreTable
+from datapruning.students.comparison import full_steps
+from prunelab.data.datasets import ImageSet
+from prunelab.data.samples import ImageSamples
+from prunelab.training.loop import TrainingConfig
 from simulations.command import parse
 from simulations.pruning_cells import Result, head, percent, run_cells, test_error
 

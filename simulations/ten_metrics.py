@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from datapruning.comparison import FULL, Cell, compare_training, result_table
-from datapruning.training import TrainingConfig
+from datapruning.students.comparison import FULL, Cell, compare_training, result_table
+from prunelab.training.loop import TrainingConfig
 from simulations.command import parse
 from simulations.data_table import Preset, markdown, page
 

@@ -16,9 +16,12 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from sparsemodel.errors import MaskError, SparseModelError
-from sparsemodel.kernels import cuda, cuda_array_ops, native, reference
-from sparsemodel.mask import Mask
-from sparsemodel.meter import storage_bytes
+from sparsemodel.kernels import reference
+from sparsemodel.kernels.cpu import native
+from sparsemodel.kernels.cuda import array_ops as cuda_array_ops
+from sparsemodel.kernels.cuda import launch as cuda
+from sparsemodel.masks.mask import Mask
+from sparsemodel.storage.meter import storage_bytes
 
 
 class MaskedSGD:

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks import choice_fit, sparse_layers, sparse_memory, sparse_step, timing
 from benchmarks.rows import Row, add_arguments, show
-from sparsemodel.choice import TRAINING, Costs, dense_cost, sparse_cost, work_of
-from sparsemodel.kernels import cpu
+from sparsemodel.kernels.choice import TRAINING, Costs, dense_cost, sparse_cost, work_of
+from sparsemodel.kernels.cpu import library as cpu
 from sparsemodel.kernels.geometry import ConvGeometry
 
 needs_kernels = pytest.mark.skipif(cpu.isa() is None, reason="no native kernels here")

@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 
-from datapruning.comparison import FULL, Cell, cells, compare_training, full_steps, result_table
-from datapruning.data import load_dataset
-from datapruning.errors import RunError
-from datapruning.methods import METHODS as KNOWN
-from datapruning.training import TrainingConfig
+from datapruning.scoring.methods import METHODS as KNOWN
+from datapruning.students.comparison import (
+    FULL,
+    Cell,
+    cells,
+    compare_training,
+    full_steps,
+    result_table,
+)
+from prunelab.data.datasets import load_dataset
+from prunelab.errors import RunError
+from prunelab.training.loop import TrainingConfig
 from simulations import kd_fractions, ten_metrics
 from simulations.data_table import Preset
 

@@ -12,9 +12,9 @@ import torch
 
 from benchmarks import gpu_simulation
 from benchmarks.gpu_simulation import plain_rounds, rows, ways_of, write_images
-from datapruning.data import load_dataset
 from fedprune.config import RunConfig
-from fedprune.workspace import open_workspace
+from fedprune.rounds.workspace import open_workspace
+from prunelab.data.datasets import load_dataset
 
 
 @pytest.fixture

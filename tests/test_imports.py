@@ -23,12 +23,12 @@ def test_imports_go_one_way() -> None:
     [
         ("sparsemodel", "torch flwr datasets sklearn torchvision"),
         ("sparsemodel.codec", "flwr datasets sklearn torchvision transformers matplotlib"),
-        ("sparsemodel.adjust", "flwr datasets sklearn torchvision transformers matplotlib"),
+        ("sparsemodel.masks.adjust", "flwr datasets sklearn torchvision transformers matplotlib"),
         ("datapruning", "torch flwr datasets sklearn torchvision"),
         ("fedprune", "torch flwr ray datasets sklearn torchvision matplotlib"),
         ("fedprune.config", "torch flwr ray datasets sklearn torchvision matplotlib"),
         ("fedprune.cli", "torch flwr ray datasets sklearn torchvision matplotlib"),
-        ("fedprune.loop", "flwr ray datasets sklearn torchvision matplotlib"),
+        ("fedprune.rounds.loop", "flwr ray datasets sklearn torchvision matplotlib"),
     ],
 )
 def test_import_is_light(module: str, heavy: str) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from datapruning.console import console, say
-from datapruning.errors import RunError, SelectionError
+from datapruning.errors import SelectionError
+from prunelab.errors import RunError
+from prunelab.pages.console import console, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +110,7 @@ def select(  # noqa: PLR0917 - the command's options
 ) -> None:
     """Choose exactly so many samples, covering the range of scores."""
     from datapruning.recommend.overall import select_covering  # noqa: PLC0415
-    from datapruning.table import ScoreTable  # noqa: PLC0415
+    from datapruning.selection.table import ScoreTable  # noqa: PLC0415
 
     table = ScoreTable.read(scores)
     if keep >= 1 and not keep.is_integer():
@@ -144,7 +145,7 @@ def finetune(  # noqa: PLR0917 - the command's options
     from datapruning.recommend.finetune import FinetuneConfig, FinetuneResult  # noqa: PLC0415
     from datapruning.recommend.finetune import finetune as run  # noqa: PLC0415
     from datapruning.recommend.histories import HistorySamples  # noqa: PLC0415
-    from datapruning.table import Subset  # noqa: PLC0415
+    from datapruning.selection.table import Subset  # noqa: PLC0415
 
     histories = _read(data, titles)
     samples = HistorySamples(histories)
@@ -189,7 +190,7 @@ def evaluate(  # noqa: PLR0917 - the command's options
     from datapruning.recommend import surrogate  # noqa: PLC0415
     from datapruning.recommend.grounding import language_recommender  # noqa: PLC0415
     from datapruning.recommend.steps import load_language  # noqa: PLC0415
-    from datapruning.seeds import generator  # noqa: PLC0415
+    from prunelab.runs.seeds import generator  # noqa: PLC0415
 
     histories = _read(data, titles, quiet=as_json)
     question = histories.question(split)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from datapruning.recommend.sasrec import batches_by_length
-from datapruning.samples import TokenSamples
 from datapruning.scores.gradient import check_eval, grand
-from datapruning.task import CausalLM, to_device
+from prunelab.data.samples import TokenSamples
+from prunelab.training.task import CausalLM, to_device
 
 TOKENS = 4096
 """Of a batch, padding included."""

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datapruning import checkpoint as checkpoints
-from datapruning.errors import RunError
 from datapruning.recommend.effort import batches_of_tokens
-from datapruning.samples import TokenSamples
-from datapruning.seeds import generator, seeded, stream_seed
-from datapruning.task import CausalLM, to_device
+from prunelab.data.samples import TokenSamples
+from prunelab.errors import RunError
+from prunelab.runs.seeds import generator, seeded, stream_seed
+from prunelab.training import checkpoint as checkpoints
+from prunelab.training.task import CausalLM, to_device
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from datapruning.recommend.histories import Question
 from datapruning.recommend.prompts import Prompts
 from datapruning.recommend.ragged import Ragged
 from datapruning.recommend.surrogate import Recommender
-from datapruning.task import to_device
+from prunelab.training.task import to_device
 
 EMBEDDING_TOKENS = 8192
 

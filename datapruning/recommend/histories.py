@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from datapruning.data import fingerprint
-from datapruning.errors import DataError
 from datapruning.recommend.ragged import Ragged
+from prunelab.data.datasets import fingerprint
+from prunelab.errors import DataError
 
 PADDING = 0
 """The item number that stands for no item; items count from 1."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from datapruning.errors import ModelError
-from datapruning.seeds import seeded, stream_seed
+from prunelab.errors import ModelError
+from prunelab.runs.seeds import seeded, stream_seed
 
 SCRATCH = "scratch:"
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from datapruning.errors import ScoreError
-from datapruning.select import select
-from datapruning.table import ScoreTable, Subset
+from datapruning.selection.select import select
+from datapruning.selection.table import ScoreTable, Subset
 
 WEIGHT = 0.3
 """λ for Games; the paper has 1.0 for Book and MicroLens."""

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datapruning.errors import DataError
 from datapruning.recommend.histories import HistorySamples
 from datapruning.recommend.ragged import Ragged
-from datapruning.samples import TokenSamples
+from prunelab.data.samples import TokenSamples
+from prunelab.errors import DataError
 
 NO_LOSS = -100
 

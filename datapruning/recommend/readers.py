@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from datapruning.errors import DataError
 from datapruning.recommend.histories import Histories, ReadReport, leave_last_out
 from datapruning.recommend.ragged import Ragged
+from prunelab.errors import DataError
 
 SPLITS = ("train", "valid", "test")
 TABLES = (".csv", ".tsv", ".inter", ".data", ".parquet")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from datapruning.recommend.histories import PADDING
-from datapruning.task import Task
+from prunelab.training.task import Task
 
 
 class SASRec(nn.Module):

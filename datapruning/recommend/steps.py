@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from datapruning.errors import DataError, ModelError, ScoreError
+from datapruning.errors import ScoreError
 from datapruning.recommend import language
 from datapruning.recommend.effort import effort
 from datapruning.recommend.finetune import FinetuneConfig, finetune
@@ -20,8 +20,9 @@ from datapruning.recommend.histories import Histories, HistorySamples
 from datapruning.recommend.influence import DAMPING, DEPTH, surrogate_influence
 from datapruning.recommend.prompts import TEMPLATES, Prompts, texts_of
 from datapruning.recommend.surrogate import SurrogateConfig, SurrogateResult, train_surrogate
-from datapruning.table import ScoreTable
-from sparsemodel.files import write_atomically
+from datapruning.selection.table import ScoreTable
+from prunelab.errors import DataError, ModelError
+from sparsemodel.storage.files import write_atomically
 
 TITLES = FinetuneConfig(epochs=4, batch_size=64, lr=2e-3)
 """How a model from scratch learns the titles, before it sees any history."""

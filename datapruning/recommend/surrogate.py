@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datapruning import checkpoint as checkpoints
-from datapruning.data import fingerprint
-from datapruning.errors import RunError
 from datapruning.recommend.histories import PADDING, Histories, Question
 from datapruning.recommend.metrics import CUTOFFS, ranking_metrics, target_ranks
 from datapruning.recommend.ragged import Ragged
 from datapruning.recommend.sasrec import SASRec, batches_by_length, position_losses
-from datapruning.seeds import generator, seeded, stream_seed
+from prunelab.data.datasets import fingerprint
+from prunelab.errors import RunError
+from prunelab.runs.seeds import generator, seeded, stream_seed
+from prunelab.training import checkpoint as checkpoints
 
 CRITERION = "ndcg@10"
 EVALUATION_BATCH = 256

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from datapruning.errors import ScoreError
-from datapruning.samples import Samples
 from datapruning.scores.gradient import check_eval, on_device
-from datapruning.task import Classification, Task
-from sparsemodel.sparse_layer import SparseLayer
+from prunelab.data.samples import Samples
+from prunelab.training.task import Classification, Task
+from sparsemodel.layers.base import SparseLayer
 
 BATCH = 64
 EVERYTHING = "all_modules"  # kronfluence's name for the sum over layers

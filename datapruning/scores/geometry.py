@@ -17,7 +17,7 @@ from datapruning.scores.prototypes import (
     rows_at_a_time,
     unit_embeddings,
 )
-from datapruning.seeds import generator
+from prunelab.runs.seeds import generator
 
 
 def semdedup(embeddings: Tensor, *, num_clusters: int, seed: int) -> Tensor:

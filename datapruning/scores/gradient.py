@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from datapruning.errors import ScoreError
-from datapruning.task import Classification, Task, to_device
+from prunelab.training.task import Classification, Task, to_device
 from sparsemodel.errors import SparseModelError
-from sparsemodel.kernels.per_sample import gradient_norms
+from sparsemodel.gradients.per_sample import gradient_norms
 
 Result = TypeVar("Result")
 

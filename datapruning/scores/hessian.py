@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from datapruning.errors import ScoreError
 from datapruning.scores.gradient import batch_size, on_device
-from datapruning.seeds import generator
-from datapruning.task import Task
-from sparsemodel.probe import differentiable
-from sparsemodel.sparse_layer import SparseLayer
+from prunelab.runs.seeds import generator
+from prunelab.training.task import Task
+from sparsemodel.layers.base import SparseLayer
+from sparsemodel.masks.probe import differentiable
 
 Batches = Callable[[], Iterator[Any]]
 """Goes once through the samples of a mean loss."""

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from datapruning.errors import ScoreError
-from datapruning.samples import Samples
 from datapruning.scores import hessian
 from datapruning.scores.gradient import batch_size, check_eval, explained, on_device
-from datapruning.seeds import generator
-from datapruning.task import Task
-from sparsemodel.kernels.per_sample import gradient_dots
+from prunelab.data.samples import Samples
+from prunelab.runs.seeds import generator
+from prunelab.training.task import Task
+from sparsemodel.gradients.per_sample import gradient_dots
 
 Direction = dict[str, Tensor]
 """Parameter name -> tensor of its shape."""

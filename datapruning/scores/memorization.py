@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from datapruning.errors import ScoreError
-from datapruning.samples import Samples
-from datapruning.seeds import generator, stream_seed
-from datapruning.task import Classification
-from datapruning.training import TrainingConfig, predict, train
+from prunelab.data.samples import Samples
+from prunelab.runs.seeds import generator, stream_seed
+from prunelab.training.loop import TrainingConfig, predict, train
+from prunelab.training.task import Classification
 
 _DRAW, _MODEL = 0, 1  # streams of the seed
 _BLOCK = 256

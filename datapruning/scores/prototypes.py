@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from datapruning.errors import ScoreError
-from datapruning.seeds import stream_seed
-from sparsemodel.kernels import cuda, cuda_array_ops
+from prunelab.runs.seeds import stream_seed
+from sparsemodel.kernels.cuda import array_ops as cuda_array_ops
+from sparsemodel.kernels.cuda import launch as cuda
 
 MINIBATCH_ABOVE = 100_000
 """Samples from which k-means looks at random batches instead of all samples in each step."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datapruning.data import ImageSet
 from fedprune.config import RunConfig
 from fedprune.errors import ConfigError
 from fedprune.methods.base import Method
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
 from fedprune.methods.magnitude import Magnitude
 from fedprune.methods.small_dense import SmallDense
+from prunelab.data.datasets import ImageSet
 
 METHODS: dict[str, type[Method]] = {
     "fedavg": Method,

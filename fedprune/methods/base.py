@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from datapruning.data import ImageSet
-from datapruning.models import build_model
 from fedprune.config import RunConfig
-from fedprune.messages import Entries, Reply, Request, State
-from sparsemodel.mask import Mask
+from fedprune.exchange.messages import Entries, Reply, Request, State
+from prunelab.data.datasets import ImageSet
+from prunelab.networks import build_model
+from sparsemodel.masks.mask import Mask
 
 
 @dataclass(frozen=True)

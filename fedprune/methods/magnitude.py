@@ -11,11 +11,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from datapruning.models import float_state
 from fedprune.methods.base import Ask, Method, RunState
-from sparsemodel.criteria import magnitude
-from sparsemodel.distribution import uniform
-from sparsemodel.mask import mask_from_scores, prunable_parameters
+from prunelab.networks import float_state
+from sparsemodel.masks.criteria import magnitude
+from sparsemodel.masks.distribution import uniform
+from sparsemodel.masks.mask import mask_from_scores, prunable_parameters
 
 
 class Magnitude(Method):

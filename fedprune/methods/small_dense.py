@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from datapruning.models import build_model, narrow_width
 from fedprune.methods.base import Method
-from sparsemodel.cost import model_bytes
-from sparsemodel.distribution import uniform
-from sparsemodel.mask import prunable_parameters
+from prunelab.networks import build_model, narrow_width
+from sparsemodel.masks.distribution import uniform
+from sparsemodel.masks.mask import prunable_parameters
+from sparsemodel.storage.cost import model_bytes
 
 
 class SmallDense(Method):

@@ -9,7 +9,7 @@ from sparsemodel.codec.bits import decode_subset, encode_subset
 from sparsemodel.codec.frame import DEFAULT_LIMITS, Kind, Limits, open_frame, seal_frame
 from sparsemodel.codec.reader import Reader, encode_varint
 from sparsemodel.errors import CodecError, MaskMismatch
-from sparsemodel.mask import Mask
+from sparsemodel.masks.mask import Mask
 
 # Four bytes each of the old and the new mask's digest. A receiver goes wrong only where both
 # collide, which is one chance in 2**64.

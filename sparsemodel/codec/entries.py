@@ -13,7 +13,7 @@ from sparsemodel.codec.frame import DEFAULT_LIMITS, Kind, Limits, open_frame, se
 from sparsemodel.codec.reader import Reader, encode_varint
 from sparsemodel.codec.tensors import check_mask_digest, mask_digest
 from sparsemodel.errors import CodecError
-from sparsemodel.mask import Mask
+from sparsemodel.masks.mask import Mask
 
 Entries = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from sparsemodel.codec.deltas import check_same_layers
-from sparsemodel.mask import Mask
+from sparsemodel.masks.mask import Mask
 
 
 def mask_entropy_bytes(mask: Mask) -> float:

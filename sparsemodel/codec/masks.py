@@ -21,7 +21,7 @@ from sparsemodel.codec.bits import (
 from sparsemodel.codec.frame import DEFAULT_LIMITS, Kind, Limits, open_frame, seal_frame
 from sparsemodel.codec.reader import Reader, encode_signature, encode_varint
 from sparsemodel.errors import CodecError
-from sparsemodel.mask import Mask
+from sparsemodel.masks.mask import Mask
 
 _MODE_BITS = 3
 

@@ -18,7 +18,7 @@ from sparsemodel.codec.dtypes import (
 from sparsemodel.codec.frame import DEFAULT_LIMITS, Kind, Limits, open_frame, seal_frame
 from sparsemodel.codec.reader import Reader, encode_signature
 from sparsemodel.errors import CodecError, MaskMismatch
-from sparsemodel.mask import Mask
+from sparsemodel.masks.mask import Mask
 
 Shapes = Mapping[str, tuple[int, ...]]
 MASK_DIGEST_BYTES = 8

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from sparsemodel.kernels import native
+from sparsemodel.kernels.cpu import native
+from sparsemodel.kernels.cpu.native import address
 from sparsemodel.kernels.geometry import empty_batch_innermost
 from sparsemodel.kernels.layout import batch_innermost
-from sparsemodel.kernels.native import address
 
 Tensor = torch.Tensor
 

@@ -15,9 +15,14 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sparsemodel.choice import MAX_FEW_ROWS
 from sparsemodel.errors import SparseModelError
-from sparsemodel.kernels import cuda, cuda_ops, cuda_source, native, ops, reference
+from sparsemodel.kernels import ops, reference
+from sparsemodel.kernels.choice import MAX_FEW_ROWS
+from sparsemodel.kernels.cpu import native
+from sparsemodel.kernels.csr import flat_positions
+from sparsemodel.kernels.cuda import launch as cuda
+from sparsemodel.kernels.cuda import layer_ops as cuda_ops
+from sparsemodel.kernels.cuda import source as cuda_source
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.kernels.layout import (
     MIN_MOVED,
@@ -26,7 +31,6 @@ from sparsemodel.kernels.layout import (
     features_first,
     for_dense_conv,
 )
-from sparsemodel.pattern import flat_positions
 
 Tensor = torch.Tensor
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsemodel.kernels import native
+from sparsemodel.kernels.cpu import native
 from sparsemodel.kernels.geometry import (
     ConvGeometry,
     empty_batch_innermost,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sparsemodel.kernels import native
+from sparsemodel.kernels.cpu import native
 from sparsemodel.kernels.geometry import (
     ConvGeometry,
     empty_batch_innermost,

@@ -11,8 +11,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sparsemodel.kernels import native
-from sparsemodel.kernels.cpu import PoolGeometry
+from sparsemodel.kernels.cpu import native
+from sparsemodel.kernels.cpu.library import PoolGeometry
 from sparsemodel.kernels.geometry import empty_batch_innermost, is_batch_innermost
 from sparsemodel.kernels.layout import batch_innermost
 

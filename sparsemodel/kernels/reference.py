@@ -12,9 +12,9 @@ import math
 import torch
 from torch.nn import functional
 
-from sparsemodel.adjust import Entries, TopKBuffer
+from sparsemodel.kernels.csr import flat_positions
 from sparsemodel.kernels.geometry import ConvGeometry
-from sparsemodel.pattern import flat_positions
+from sparsemodel.masks.adjust import Entries, TopKBuffer
 
 # A gradient tile of top-K growth holds about this many coordinates.
 TILE_COORDINATES = 1 << 18

@@ -27,7 +27,7 @@ import torch
 torch.set_num_threads(1)
 from torch import nn
 import datapruning
-from datapruning.methods import METHODS
+from datapruning.scoring.methods import METHODS
 
 random = torch.Generator().manual_seed(0)
 images = torch.randint(0, 256, (60, 1, 8, 8), generator=random, dtype=torch.uint8)
@@ -45,7 +45,7 @@ tables = datapruning.score(
 )
 for name, table in tables.items():
     assert len(table) == 60 and table.scores.isfinite().all(), name
-    subset = datapruning.select(table, keep=0.5, policy="random")
+    subset = datapruning.selection.select(table, keep=0.5, policy="random")
     datapruning.train(
         build(1), samples, datapruning.ImageClassification(), seed=0, rows=subset.rows(samples),
         config=datapruning.TrainingConfig(epochs=1),

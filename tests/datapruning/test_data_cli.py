@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from datapruning.cli import main
-from datapruning.data import load_dataset
-from datapruning.samples import ImageSamples
-from datapruning.table import ScoreTable, Subset
-from sparsemodel.checkpoint import load_sparse
+from datapruning.selection.table import ScoreTable, Subset
+from prunelab.data.datasets import load_dataset
+from prunelab.data.samples import ImageSamples
+from sparsemodel.storage.checkpoint import load_sparse
 
 COMMAND = [sys.executable, "-c", "from datapruning.cli import main; main()"]
 FEW = ["--epochs", "2", "--batch-size", "128"]

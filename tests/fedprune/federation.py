@@ -10,10 +10,10 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
-from fedprune import client, server
 from fedprune.config import RunConfig
-from fedprune.engine import InlineGrid
-from fedprune.runfolder import MODEL, prepare
+from fedprune.flower import client, server
+from fedprune.flower.engine import InlineGrid
+from fedprune.rounds.folder import MODEL, prepare
 
 TINY = {
     "seed": 7,

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from federation import TINY, digest, run_inline, tiny
 
-from fedprune.runfolder import CHECKPOINT, SUMMARY, read_metrics, read_summary
-from sparsemodel.checkpoint import load_sparse
+from fedprune.rounds.folder import CHECKPOINT, SUMMARY, read_metrics, read_summary
+from sparsemodel.storage.checkpoint import load_sparse
 
 FEDPRUNE = str(Path(sys.executable).parent / "fedprune")
 OPTIONS = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]

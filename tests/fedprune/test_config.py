@@ -87,7 +87,7 @@ def test_assignments() -> None:
 
 def test_flower_app_lists_every_key_with_its_default() -> None:
     """Flower refuses an override of a key that the app's own configuration does not list."""
-    project = Path(fedprune.__file__).parent / "flower_app" / "pyproject.toml"
+    project = Path(fedprune.__file__).parent / "flower" / "app" / "pyproject.toml"
     tables = tomllib.loads(project.read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
     assert set(tables.pop("run")) == {"out", "resume"}
     flat = {"seed": tables.pop("seed")}

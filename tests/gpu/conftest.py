@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsemodel.kernels import cuda as kernels
+from sparsemodel.kernels.cuda import launch as kernels
 
 # The modules of the cases lie there and are no package.
 _CASES = Path(__file__).parent.parent / "sparsemodel" / "kernels"

@@ -5,7 +5,8 @@ import torch
 from test_triton_blocks import *  # noqa: F403
 from test_triton_blocks import make
 
-from sparsemodel.kernels import block_ops, triton_blocks
+from sparsemodel.kernels.blocks import ops as block_ops
+from sparsemodel.kernels.blocks import triton_blocks
 
 
 def test_the_kernels_are_what_runs(way: str) -> None:

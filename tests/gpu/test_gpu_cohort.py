@@ -14,16 +14,17 @@ pytest.importorskip("flwr", reason="needs flwr, which fedprune installs")
 
 # Their modules are no package.
 sys.path.insert(0, str(Path(__file__).parent.parent / "fedprune"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "fedprune" / "local"))
 
 from federation import tiny
 from test_cohort import alone, masks, members, network
 
-from datapruning.models import float_state
-from fedprune import runner
-from fedprune.cohort import Member, train_cohort, train_in_cohorts
-from fedprune.cohort_memory import fitting_cohort
 from fedprune.config import TrainingConfig
-from fedprune.runfolder import read_metrics
+from fedprune.local.cohort import Member, train_cohort, train_in_cohorts
+from fedprune.local.cohort_memory import fitting_cohort
+from fedprune.rounds import run as runner
+from fedprune.rounds.folder import read_metrics
+from prunelab.networks import float_state
 
 CONFIG = TrainingConfig(batch_size=16, local_epochs=2, execution="masked", device="cuda")
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparsemodel.kernels import cuda, cuda_array_ops
-from sparsemodel.layers import SparseConv2d, SparseLinear
+from sparsemodel.kernels.cuda import array_ops as cuda_array_ops
+from sparsemodel.kernels.cuda import launch as cuda
+from sparsemodel.layers.linear_and_conv import SparseConv2d, SparseLinear
 
 LAYERS = {
     "linear": (lambda: nn.Linear(70, 33), (9, 70)),

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sparsemodel.kernels import semi_structured
+from sparsemodel.kernels.blocks import semi_structured
+from sparsemodel.layers.base import Execution
+from sparsemodel.layers.sparsify import densify, sparsify
+from sparsemodel.masks.structure import block_mask, n_of_m_mask
 from sparsemodel.optim import MaskedSGD, SparseSGD
-from sparsemodel.sparse_layer import Execution
-from sparsemodel.sparsify import densify, sparsify
-from sparsemodel.structure import block_mask, n_of_m_mask
 
 # torch says so once, whenever a semi-structured tensor is made.
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sparsemodel.kernels import native
+from sparsemodel.kernels.cpu import native
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sparsemodel.mask import Mask, prunable_parameters
+from sparsemodel.masks.mask import Mask, prunable_parameters
 
 
 class Block(nn.Module):

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from sparsemodel.errors import MaskError, SparseModelError
-from sparsemodel.mask import Mask
+from sparsemodel.layers.sparsify import densify, sparsify
+from sparsemodel.masks.mask import Mask
 from sparsemodel.optim import MaskedSGD, SparseAdam, SparseSGD
-from sparsemodel.sparsify import densify, sparsify
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,12 @@ from functools import cached_property
 
 from torch import nn
 
-from datapruning.models import float_state, load_float_state_, parameter_blocks
-from fedprune.messages import Entries, Pool, State
+from fedprune.exchange.messages import Entries, Pool, State
 from fedprune.methods.base import Ask, Method, RunState
 from fedprune.methods.fedtiny.bn_selection import select_candidate
 from fedprune.methods.fedtiny.pool import candidate_pool
 from fedprune.methods.fedtiny.progressive import adjust, growth_counts
+from prunelab.networks import float_state, load_float_state_, parameter_blocks
 
 
 class FedTiny(Method):

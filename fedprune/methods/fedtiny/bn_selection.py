@@ -18,13 +18,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from datapruning.batches import prepare
-from datapruning.models import batch_norm_pairs, load_float_state_
-from fedprune.aggregate import WeightedMean
-from fedprune.errors import RunError
-from fedprune.messages import MeasureReply, MeasureRequest, Pool, ScoreReply, ScoreRequest, State
+from fedprune.exchange.aggregate import WeightedMean
+from fedprune.exchange.messages import (
+    MeasureReply,
+    MeasureRequest,
+    Pool,
+    ScoreReply,
+    ScoreRequest,
+    State,
+)
+from fedprune.local.training import EVALUATION_BATCH, evaluate
 from fedprune.methods.base import Ask
-from fedprune.training import EVALUATION_BATCH, evaluate
+from prunelab.data.batches import prepare
+from prunelab.errors import RunError
+from prunelab.networks import batch_norm_pairs, load_float_state_
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 

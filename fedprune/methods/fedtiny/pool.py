@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from datapruning.seeds import generator
 from fedprune.config import PruningConfig
-from sparsemodel.criteria import magnitude
-from sparsemodel.distribution import noise_uniform
-from sparsemodel.mask import Mask, mask_from_scores, prunable_parameters
+from prunelab.runs.seeds import generator
+from sparsemodel.masks.criteria import magnitude
+from sparsemodel.masks.distribution import noise_uniform
+from sparsemodel.masks.mask import Mask, mask_from_scores, prunable_parameters
 
 
 def pool_size(config: PruningConfig) -> int:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedprune.config import RunConfig
-from fedprune.messages import Entries, State
+from fedprune.exchange.messages import Entries, State
 from fedprune.methods.base import RunState
-from sparsemodel.adjust import carry_weights, prune_and_grow
-from sparsemodel.schedule import adjustment_counts, block_of_adjustment, cosine
+from sparsemodel.masks.adjust import carry_weights, prune_and_grow
+from sparsemodel.masks.schedule import adjustment_counts, block_of_adjustment, cosine
 
 
 def is_adjustment_round(round_number: int, config: RunConfig) -> bool:

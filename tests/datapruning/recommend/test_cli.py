@@ -10,13 +10,14 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from datapruning.errors import ModelError, RunError, ScoreError, SelectionError
+from datapruning.errors import ScoreError, SelectionError
 from datapruning.recommend import steps
 from datapruning.recommend.cli import app
 from datapruning.recommend.finetune import FinetuneConfig
 from datapruning.recommend.histories import Histories
 from datapruning.recommend.language import LoraSettings, train_tokenizer, with_lora
-from datapruning.table import ScoreTable, Subset
+from datapruning.selection.table import ScoreTable, Subset
+from prunelab.errors import ModelError, RunError
 
 from .made import made_histories
 

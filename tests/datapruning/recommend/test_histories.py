@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from datapruning.errors import DataError
 from datapruning.recommend.histories import HistorySamples
 from datapruning.recommend.ragged import Ragged
 from datapruning.recommend.readers import read, read_hub
+from prunelab.errors import DataError
 
 DIVIDED = {
     "items.tsv": "item_id\ttitle\n10\tAlpha\n11\tBeta\n12\t\n13\tAlpha\n",

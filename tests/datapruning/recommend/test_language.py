@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from datapruning.errors import DataError, ModelError, RunError, ScoreError
+from datapruning.errors import ScoreError
 from datapruning.recommend import language
 from datapruning.recommend.effort import answer_error, answer_loss, batches_of_tokens, effort
 from datapruning.recommend.finetune import FinetuneConfig, finetune
@@ -18,8 +18,9 @@ from datapruning.recommend.histories import HistorySamples, Question
 from datapruning.recommend.prompts import TEMPLATES, Prompts, Template, texts_of
 from datapruning.recommend.ragged import Ragged
 from datapruning.recommend.surrogate import evaluate
-from datapruning.samples import TokenSamples
-from datapruning.task import CausalLM
+from prunelab.data.samples import TokenSamples
+from prunelab.errors import DataError, ModelError, RunError
+from prunelab.training.task import CausalLM
 
 from .made import made_histories
 

@@ -9,7 +9,7 @@ import torch
 
 from datapruning.errors import ScoreError, SelectionError
 from datapruning.recommend.overall import minmax, overall, overall_table, select_covering
-from datapruning.table import ScoreTable
+from datapruning.selection.table import ScoreTable
 
 
 def table(scores: torch.Tensor, method: str = "dealrec-influence") -> ScoreTable:

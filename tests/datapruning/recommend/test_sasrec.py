@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from datapruning.errors import RunError
 from datapruning.recommend.sasrec import NextItem, SASRec, batches_by_length, position_losses
 from datapruning.recommend.surrogate import (
     SurrogateConfig,
@@ -19,6 +18,7 @@ from datapruning.recommend.surrogate import (
     sasrec_recommender,
     train_surrogate,
 )
+from prunelab.errors import RunError
 
 from .made import made_histories
 

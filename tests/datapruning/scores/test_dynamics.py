@@ -12,10 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from datapruning.batches import prepare
 from datapruning.errors import ScoreError
-from datapruning.models import build_model
-from datapruning.samples import ImageSamples
 from datapruning.scores.dynamics import (
     Recorder,
     aum,
@@ -25,8 +22,11 @@ from datapruning.scores.dynamics import (
     forgetting,
     tdds,
 )
-from datapruning.task import ImageClassification
-from datapruning.training import TrainingConfig, train
+from prunelab.data.batches import prepare
+from prunelab.data.samples import ImageSamples
+from prunelab.networks import build_model
+from prunelab.training.loop import TrainingConfig, train
+from prunelab.training.task import ImageClassification
 
 
 def logits_of(probability: float, num_classes: int = 2) -> list[float]:

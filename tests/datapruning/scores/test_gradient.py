@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from datapruning.errors import ScoreError
-from datapruning.models import build_model
-from datapruning.samples import ImageSamples, TokenSamples
 from datapruning.scores.error import el2n
 from datapruning.scores.gradient import grand, vog
-from datapruning.task import CausalLM, ImageClassification, TextClassification
-from sparsemodel.mask import Mask
-from sparsemodel.sparsify import sparsify
+from prunelab.data.samples import ImageSamples, TokenSamples
+from prunelab.networks import build_model
+from prunelab.training.task import CausalLM, ImageClassification, TextClassification
+from sparsemodel.layers.sparsify import sparsify
+from sparsemodel.masks.mask import Mask
 
 IMAGES = ImageClassification()
 

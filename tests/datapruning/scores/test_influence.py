@@ -13,10 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from datapruning.data import load_dataset
 from datapruning.errors import ScoreError
-from datapruning.models import build_model
-from datapruning.samples import ImageSamples, TokenSamples
 from datapruning.scores.ekfac import ekfac
 from datapruning.scores.hessian import Product
 from datapruning.scores.influence import (
@@ -26,9 +23,12 @@ from datapruning.scores.influence import (
     mean_gradient,
     tracin,
 )
-from datapruning.task import CausalLM, ImageClassification
-from sparsemodel.mask import Mask
-from sparsemodel.sparsify import sparsify
+from prunelab.data.datasets import load_dataset
+from prunelab.data.samples import ImageSamples, TokenSamples
+from prunelab.networks import build_model
+from prunelab.training.task import CausalLM, ImageClassification
+from sparsemodel.layers.sparsify import sparsify
+from sparsemodel.masks.mask import Mask
 
 RIDGE = 0.02
 COUNT = 120

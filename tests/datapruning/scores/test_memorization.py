@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from datapruning.data import load_dataset
 from datapruning.errors import ScoreError
-from datapruning.samples import ImageSamples
 from datapruning.scores.memorization import (
     influence_max,
     influence_sum_abs,
@@ -19,8 +17,10 @@ from datapruning.scores.memorization import (
     outcomes,
     subsets,
 )
-from datapruning.task import ImageClassification
-from datapruning.training import TrainingConfig
+from prunelab.data.datasets import load_dataset
+from prunelab.data.samples import ImageSamples
+from prunelab.training.loop import TrainingConfig
+from prunelab.training.task import ImageClassification
 
 
 def bools(rows: list[list[int]]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from datapruning.errors import ScoreError
 from datapruning.scores import prototypes
 from datapruning.scores.prototypes import self_supervised, supervised
-from datapruning.seeds import stream_seed
+from prunelab.runs.seeds import stream_seed
 
 
 def blobs(per: int = 30, *, spread: float = 0.3, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import torch
 
-from sparsemodel.mask import Mask
+from sparsemodel.masks.mask import Mask
 
 
 def varint(number: int) -> bytes:

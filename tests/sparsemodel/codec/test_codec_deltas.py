@@ -15,7 +15,7 @@ from sparsemodel.codec import (
     mask_delta_entropy_bytes,
 )
 from sparsemodel.errors import CodecError, MaskMismatch
-from sparsemodel.mask import Mask
+from sparsemodel.masks.mask import Mask
 
 SHAPES = {"a": (30, 20), "b": (5,), "c": (400,)}
 

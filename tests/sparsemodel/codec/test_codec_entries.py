@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sparsemodel.codec import Limits, decode_entries, encode_entries
 from sparsemodel.errors import CodecError, MaskMismatch
-from sparsemodel.mask import Mask
+from sparsemodel.masks.mask import Mask
 
 # Weights 1, 2, 3, 5, 6, 7 of "b" are pruned, none of "a".
 MASK = Mask({"a": torch.ones(3) > 0, "b": torch.arange(8) % 4 == 0})

@@ -25,7 +25,7 @@ from sparsemodel.codec import (
     peek,
 )
 from sparsemodel.errors import CodecError
-from sparsemodel.mask import Mask
+from sparsemodel.masks.mask import Mask
 
 EXAMPLE = "534d01011301096663 2e776569676874 020410 1d 04 188988 b3dd0af3"
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sparsemodel.codec import decode_tensors, decode_values, encode_tensors
 from sparsemodel.errors import CodecError, MaskMismatch
-from sparsemodel.mask import Mask
+from sparsemodel.masks.mask import Mask
 
 SHAPES = {"conv.weight": (8, 4, 3, 3), "fc.weight": (10, 6), "bias": (10,), "scale": ()}
 MASK = random_mask({"conv.weight": (8, 4, 3, 3), "fc.weight": (10, 6)}, density=0.2)

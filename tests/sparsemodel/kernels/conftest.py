@@ -8,7 +8,7 @@ import torch
 from cuda_host import COMPILER, HostRunner
 
 from sparsemodel.errors import SparseModelError
-from sparsemodel.kernels import cpu
+from sparsemodel.kernels.cpu import library as cpu
 
 IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
 

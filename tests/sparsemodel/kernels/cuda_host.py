@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from sparsemodel.kernels import cuda_source
+from sparsemodel.kernels.cuda import source as cuda_source
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 _HEADER = cuda_source.FOLDER / "host" / "cuda_host.h"
 
 
 class HostRunner:
-    """A runner (sparsemodel.kernels.cuda) that builds each kernel file once with the host compiler.
+    """A runner (kernels.cuda.launch) that builds each kernel file once with the host compiler.
 
     Args:
         folder: where libraries are built.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from sparsemodel.errors import SparseModelError
-from sparsemodel.kernels import cpu
+from sparsemodel.kernels.cpu import library as cpu
 
 pytestmark = pytest.mark.skipif(
     cpu.library_path() is None,

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from sparsemodel.errors import SparseModelError
-from sparsemodel.kernels import cpu
+from sparsemodel.kernels.cpu import library as cpu
 
 pytestmark = pytest.mark.skipif(
     cpu.library_path() is None,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sparsemodel.errors import NativeLibraryWarning, SparseModelError
-from sparsemodel.kernels import cpu
+from sparsemodel.kernels.cpu import library as cpu
 
 needs_library = pytest.mark.skipif(
     cpu.library_path() is None,
@@ -43,7 +43,7 @@ def run(code: str, **environment: str) -> str:
 @needs_library
 def test_import_loads_nothing_and_needs_no_torch() -> None:
     code = (
-        "import sys, sparsemodel.kernels.cpu as cpu;"
+        "import sys, sparsemodel.kernels.cpu.library as cpu;"
         "maps = lambda: 'sparse_cpu' in open('/proc/self/maps').read();"
         "before = maps(); cpu.isa(); print(before, maps(), 'torch' in sys.modules)"
     )
@@ -54,7 +54,7 @@ def test_import_loads_nothing_and_needs_no_torch() -> None:
 
 @needs_library
 def test_the_environment_chooses_the_instruction_set() -> None:
-    code = "import sparsemodel.kernels.cpu as cpu; print(cpu.isa())"
+    code = "import sparsemodel.kernels.cpu.library as cpu; print(cpu.isa())"
     assert run(code, **{cpu.ENVIRONMENT: "scalar"}) == "scalar"
     assert run(code, **{cpu.ENVIRONMENT: "off"}) == "None"
 
@@ -120,7 +120,7 @@ def test_calls_from_many_threads_do_not_mix() -> None:
 
 
 FORKING = """
-import os, numpy as np, sparsemodel.kernels.cpu as cpu
+import os, numpy as np, sparsemodel.kernels.cpu.library as cpu
 lib = cpu.library(); g = cpu.Geometry.linear(256, 300, 300)
 rows = np.arange(0, 90001, 300, dtype=np.int32)
 cols = np.tile(np.arange(300, dtype=np.int32), 300)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparsemodel.kernels import cuda_arrays, fixed_point
-from sparsemodel.kernels.cuda import Runner
+from sparsemodel.kernels import fixed_point
+from sparsemodel.kernels.cuda import arrays as cuda_arrays
+from sparsemodel.kernels.cuda.launch import Runner
 
 SIZES = [1, 7, 8, 31, 33, 256, 1000]
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from sparsemodel.errors import NativeLibraryWarning, SparseModelError
-from sparsemodel.kernels import cuda, cuda_build, cuda_conv, cuda_source
+from sparsemodel.kernels.cuda import build as cuda_build
+from sparsemodel.kernels.cuda import conv as cuda_conv
+from sparsemodel.kernels.cuda import launch as cuda
+from sparsemodel.kernels.cuda import source as cuda_source
 from sparsemodel.kernels.geometry import ConvGeometry
 
 
@@ -139,6 +142,6 @@ def test_without_a_gpu_there_is_one_warning_that_says_so(monkeypatch: pytest.Mon
 
 
 def test_importing_the_kernels_imports_no_binding() -> None:
-    code = "import sys, sparsemodel.kernels.cuda; print('cuda.core' in sys.modules)"
+    code = "import sys, sparsemodel.kernels.cuda.launch; print('cuda.core' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -12,10 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from torch.nn import functional
 
 from sparsemodel.errors import MaskError
-from sparsemodel.kernels import cuda_conv, cuda_topk, reference
-from sparsemodel.kernels.cuda import Runner
+from sparsemodel.kernels import reference
+from sparsemodel.kernels.csr import csr_from_mask
+from sparsemodel.kernels.cuda import conv as cuda_conv
+from sparsemodel.kernels.cuda import topk as cuda_topk
+from sparsemodel.kernels.cuda.launch import Runner
 from sparsemodel.kernels.geometry import ConvGeometry
-from sparsemodel.pattern import csr_from_mask
 
 Tensor = torch.Tensor
 

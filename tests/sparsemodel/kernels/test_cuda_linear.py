@@ -5,10 +5,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sparsemodel.kernels import cuda_conv, cuda_linear
-from sparsemodel.kernels.cuda import Runner
+from sparsemodel.kernels.csr import csr_from_mask
+from sparsemodel.kernels.cuda import conv as cuda_conv
+from sparsemodel.kernels.cuda import linear as cuda_linear
+from sparsemodel.kernels.cuda.launch import Runner
 from sparsemodel.kernels.geometry import ConvGeometry
-from sparsemodel.pattern import csr_from_mask
 
 Tensor = torch.Tensor
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sparsemodel.kernels import cuda_loss
-from sparsemodel.kernels.cuda import Runner
+from sparsemodel.kernels.cuda import loss as cuda_loss
+from sparsemodel.kernels.cuda.launch import Runner
 
 Tensor = torch.Tensor
 

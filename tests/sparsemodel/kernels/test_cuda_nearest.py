@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparsemodel.kernels import cuda_nearest
-from sparsemodel.kernels.cuda import Runner
+from sparsemodel.kernels.cuda import nearest as cuda_nearest
+from sparsemodel.kernels.cuda.launch import Runner
 
 # (points, prototypes, width): one of each, less than a tile, a tile, no multiples of one.
 SIZES = [(1, 1, 1), (5, 3, 7), (64, 64, 16), (70, 150, 37), (3, 200, 100)]

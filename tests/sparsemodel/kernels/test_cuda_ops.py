@@ -7,14 +7,14 @@ import torch
 from torch.nn import functional
 
 from sparsemodel.errors import SparseModelError
-from sparsemodel.kernels import cuda_array_ops as ops
-from sparsemodel.kernels import cuda_ops
 from sparsemodel.kernels import functional as sparse
 from sparsemodel.kernels import ops as layer_ops
-from sparsemodel.kernels.cuda import Runner
+from sparsemodel.kernels.csr import csr_from_mask
+from sparsemodel.kernels.cuda import array_ops as ops
+from sparsemodel.kernels.cuda import layer_ops as cuda_ops
+from sparsemodel.kernels.cuda.launch import Runner
 from sparsemodel.kernels.functional import SparseIndex, sparse_conv2d, sparse_linear
 from sparsemodel.kernels.geometry import ConvGeometry
-from sparsemodel.pattern import csr_from_mask
 
 Tensor = torch.Tensor
 

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from datapruning.distill import kd_loss
 from datapruning.scores.prototypes import _distance_to_nearest, self_supervised
-from fedprune.aggregate import EntryMean, WeightedMean
+from datapruning.students.distill import kd_loss
 from fedprune.errors import ClientError
-from sparsemodel.kernels import cuda as kernels
-from sparsemodel.kernels.cuda import Runner
-from sparsemodel.kernels.per_sample import gradient_norms
-from sparsemodel.layers import SparseConv2d, SparseLinear
+from fedprune.exchange.aggregate import EntryMean, WeightedMean
+from sparsemodel.gradients.per_sample import gradient_norms
+from sparsemodel.kernels.cuda import launch as kernels
+from sparsemodel.kernels.cuda.launch import Runner
+from sparsemodel.layers.linear_and_conv import SparseConv2d, SparseLinear
 from sparsemodel.optim import SparseAdam, SparseSGD
 
 Tensor = torch.Tensor

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from torch.nn import functional
 
 from sparsemodel.errors import MaskError, SparseModelError
-from sparsemodel.kernels import native
+from sparsemodel.kernels.cpu import native
+from sparsemodel.kernels.csr import csr_from_mask
 from sparsemodel.kernels.functional import (
     SparseIndex,
     conv2d_topk_grad,
@@ -21,7 +22,6 @@ from sparsemodel.kernels.functional import (
     sparse_linear,
 )
 from sparsemodel.kernels.geometry import ConvGeometry, is_batch_innermost, is_features_first
-from sparsemodel.pattern import csr_from_mask
 
 Tensor = torch.Tensor
 

@@ -10,13 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from torch import nn
 
-from sparsemodel.fused import (
-    FusedAdaptiveAvgPool2d,
-    FusedAvgPool2d,
-    FusedBatchNorm2d,
-    FusedMaxPool2d,
-)
-from sparsemodel.kernels import native
+from sparsemodel.kernels.cpu import native
 from sparsemodel.kernels.geometry import ConvGeometry, is_batch_innermost, is_features_first
 from sparsemodel.kernels.layout import (
     as_stored,
@@ -25,6 +19,12 @@ from sparsemodel.kernels.layout import (
     contiguous_nchw,
     features_first,
     for_dense_conv,
+)
+from sparsemodel.layers.norm_and_pool import (
+    FusedAdaptiveAvgPool2d,
+    FusedAvgPool2d,
+    FusedBatchNorm2d,
+    FusedMaxPool2d,
 )
 
 Tensor = torch.Tensor

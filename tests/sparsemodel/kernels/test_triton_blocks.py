@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from sparsemodel.errors import SparseModelError
-from sparsemodel.kernels import block_ops
-from sparsemodel.kernels.block_index import BlockIndex
-from sparsemodel.pattern import csr_from_mask
+from sparsemodel.kernels.blocks import ops as block_ops
+from sparsemodel.kernels.blocks.index import BlockIndex
+from sparsemodel.kernels.csr import csr_from_mask
 
 pytest.importorskip("triton")
 from triton.runtime.interpreter import InterpretedFunction
 
-from sparsemodel.kernels import triton_blocks
+from sparsemodel.kernels.blocks import triton_blocks
 
 Tensor = torch.Tensor
 

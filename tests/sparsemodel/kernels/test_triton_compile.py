@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from sparsemodel.kernels import triton_blocks
+from sparsemodel.kernels.blocks import triton_blocks
 
 INDICES = {"row_ptr", "cols", "col_ptr", "block_rows", "starts"}
 REALS = {"x", "values", "bias", "y", "dy", "dx", "dvalues"}

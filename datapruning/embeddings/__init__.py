@@ -1,0 +1,1 @@
+"""Vectors of samples, by which prototypes, duplicates and neighbourhoods are found."""

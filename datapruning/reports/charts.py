@@ -1,0 +1,144 @@
+"""The charts of score and training reports: plain numbers in, one inline SVG element out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from prunelab.pages import plots
+from prunelab.pages.plots import ACCENT, GRID, HALF, INK, MUTED, SECOND, WHOLE
+
+BINS = 40
+MANY_CLASSES = 25
+FEW_METHODS = 9
+
+
+def histogram_chart(
+    scores: Sequence[float],
+    kept: Sequence[float] | None,
+    *,
+    name: str,
+    kept_by: str,
+    label: str,
+) -> str:
+    """How scores are spread; those of kept samples in the accent colour.
+
+    Where one bin holds more than half of all samples, counts are on a logarithmic scale.
+
+    Args:
+        scores: of all samples, finite.
+        kept: of the kept ones, or None.
+        kept_by: what they were kept by, for the legend.
+        label: what a screen reader says; this and every other chart has one.
+    """
+    low, high = min(scores), max(scores)
+    width = (high - low) / BINS or 1.0
+    edges = [low + width * k for k in range(BINS + 1)]
+    with plots.figure(HALF, 2.5) as figure:
+        axes = figure.add_subplot()
+        counts, _, _ = axes.hist(
+            scores, bins=edges, color=GRID, edgecolor=MUTED, linewidth=0.4, label="all"
+        )
+        if kept is not None:
+            axes.hist(kept, bins=edges, color=ACCENT, label=f"kept: {kept_by}")
+            plots.legend(axes)
+        if max(counts) > len(scores) / 2:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        axes.set(xlabel=f"score by {name} (high: keep)", ylabel="samples")
+        axes.grid(visible=False, axis="x")
+        return plots.svg(figure, label)
+
+
+def matrix_chart(names: Sequence[str], values: Sequence[Sequence[float]], *, label: str) -> str:
+    """A square of rank correlations, from −1 (second colour) over 0 to 1 (accent)."""
+    from matplotlib.colors import to_rgba  # noqa: PLC0415
+
+    size = len(names)
+    with plots.figure(HALF if size <= FEW_METHODS else WHOLE, 1.2 + 0.36 * size) as figure:
+        axes = figure.add_subplot()
+        for row in range(size):
+            for column in range(size):
+                value = values[row][column]
+                if math.isfinite(value):
+                    colour = to_rgba(ACCENT if value >= 0 else SECOND, 0.75 * abs(value))
+                    axes.fill_between(
+                        [column - 0.48, column + 0.48], row - 0.46, row + 0.46,
+                        color=colour, linewidth=0,
+                    )  # fmt: skip
+                text = f"{value:.2f}" if math.isfinite(value) else "–"
+                axes.text(column, row, text, ha="center", va="center", color=INK, fontsize=8)
+        axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
+        axes.set_xticks(range(size), names, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(size), names)
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        return plots.svg(figure, label)
+
+
+def balance_chart(before: Sequence[int], after: Sequence[int], *, label: str) -> str:
+    """Samples of each class before and after a selection."""
+    with plots.figure(HALF if len(before) <= MANY_CLASSES else WHOLE, 2.5) as figure:
+        axes = figure.add_subplot()
+        places = range(len(before))
+        axes.bar(places, before, width=0.8, color=GRID, label="before")
+        axes.bar(places, after, width=0.5, color=ACCENT, label="kept")
+        share = sum(after) / max(sum(before), 1)
+        fair = [share * count for count in before]
+        axes.plot(
+            places, fair, linestyle="none", marker="_", markersize=13, color=SECOND,
+            label="an equal share of each class",
+        )  # fmt: skip
+        axes.set(xlabel="class", ylabel="samples")
+        axes.set_xticks(range(0, len(before), 1 if len(before) <= MANY_CLASSES else 10))
+        axes.grid(visible=False, axis="x")
+        plots.legend(axes)
+        return plots.svg(figure, label)
+
+
+def curve_chart(
+    x: Sequence[float],
+    lines: Sequence[tuple[str, Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    label: str,
+    marked: float | None = None,
+) -> str:
+    """One or two lines over the same points; `marked` is a point on the x axis to point out."""
+    with plots.figure(HALF, 2.5) as figure:
+        axes = figure.add_subplot()
+        for (name, values), colour, marker in zip(lines, (ACCENT, SECOND), "os", strict=False):
+            size = 3.5 if len(x) <= 40 else 0
+            axes.plot(
+                x, values, color=colour, marker=marker, markersize=size, linewidth=1.8, label=name
+            )
+        if marked is not None:
+            axes.axvline(marked, color=SECOND, linestyle="--", linewidth=1.2, label="chosen")
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        if all(float(value).is_integer() for value in x):
+            plots.whole_numbers(axes.xaxis)
+        if len(lines) > 1 or marked is not None:
+            plots.legend(axes)
+        return plots.svg(figure, label)
+
+
+def class_chart(accuracies: Sequence[float | None], kept: Sequence[int], *, label: str) -> str:
+    """Test accuracy of each class above the number of its training samples."""
+    with plots.figure(HALF if len(kept) <= MANY_CLASSES else WHOLE, 2.9) as figure:
+        above, below = figure.subplots(nrows=2, sharex=True, height_ratios=[3, 2])
+        heights = [math.nan if value is None else 100 * value for value in accuracies]
+        _class_bars(above, heights, color=ACCENT)
+        _class_bars(below, kept, color=GRID)
+        above.set(ylabel="accuracy, %", ylim=(0, 104))
+        below.set(xlabel="class", ylabel="kept")
+        below.set_xticks(range(0, len(kept), 1 if len(kept) <= MANY_CLASSES else 10))
+        return plots.svg(figure, label)
+
+
+def _class_bars(axes: Any, heights: Sequence[float], *, color: str) -> None:
+    axes.bar(range(len(heights)), heights, width=0.75, color=color)
+    axes.grid(visible=False, axis="x")

@@ -1,0 +1,1 @@
+"""Scoring a data set: methods by name, jobs, engines, shards."""

@@ -1,0 +1,330 @@
+"""The two kinds of jobs of a scoring run: train one model, observe one shard of samples.
+
+A job takes a `Recipe` and a number, leaves its result in the parts folder, and does nothing that
+is already there. Jobs of a kind do not depend on each other, so they may run anywhere that sees
+the folder.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datapruning.scores.memorization import subsets
+from datapruning.scores.recorder import Recorder
+from datapruning.scoring.methods import METHODS, NUM_MOMENTS, Method
+from datapruning.scoring.parts import SETTINGS, Parts
+from datapruning.scoring.steps import Shard, Whole
+from prunelab.data.samples import Samples
+from prunelab.errors import RunError
+from prunelab.networks import build_model
+from prunelab.runs.seeds import stream_seed
+from prunelab.runs.threads import computing
+from prunelab.training.loop import Callback, TrainingConfig, train
+from prunelab.training.task import Task
+
+Builder = Callable[[int], nn.Module]
+Progress = Callable[[str, int, int], None]
+"""(what is being done, how much of it is done, how much there is)."""
+
+_MODEL, _DRAW, _METHOD = 0, 1, 2  # streams of the seed
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model to train: which of its epochs to keep, and whether a Recorder watches."""
+
+    share: float
+    number: int
+    epochs: tuple[int, ...]
+    records: bool
+
+    @property
+    def name(self) -> str:
+        return f"run-{round(100 * self.share)}-{self.number:03d}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a job has to know; it can be sent to another process.
+
+    Attributes:
+        model: a name, a function seed -> untrained model, or a trained model to score with.
+        options: of each method, in the order in which methods were asked for.
+        runs: models to train for each method that trains several, in place of its own number.
+        early: epochs after which "early" models are kept.
+    """
+
+    parts: Parts
+    samples: Samples
+    task: Task
+    model: str | Builder | nn.Module
+    training: TrainingConfig
+    seed: int
+    density: float | None
+    device: str
+    threads: int
+    options: Mapping[str, Mapping[str, Any]]
+    runs: int | None
+    early: int
+    shard_size: int
+
+    @property
+    def num_shards(self) -> int:
+        return math.ceil(len(self.samples) / self.shard_size)
+
+    def num_runs(self, method: Method) -> int:
+        """Models that a method has trained."""
+        if self.is_trained:
+            return 1
+        return method.runs if self.runs is None or method.runs < 2 else self.runs
+
+    @property
+    def is_trained(self) -> bool:
+        return isinstance(self.model, nn.Module)
+
+    def moments(self, method: Method) -> tuple[int, ...]:
+        """Epochs after which the method wants a model."""
+        last = self.training.epochs
+        if method.moments == "early":
+            return (min(self.early, last),)
+        if method.moments == "spread":
+            marks = {max(1, round(last * (k + 1) / NUM_MOMENTS)) for k in range(NUM_MOMENTS)}
+            return tuple(sorted(marks))
+        return (last,)
+
+    @cached_property
+    def all_runs(self) -> list[Run]:
+        """The models to train, each once for all methods that can share it."""
+        epochs: dict[tuple[float, int], set[int]] = {}
+        recorded = set()
+        for name in self.options:
+            method = METHODS[name]
+            for number in range(0 if self.is_trained else self.num_runs(method)):
+                key = (method.share, number)
+                # Methods that read the record alone need no model kept.
+                epochs.setdefault(key, set()).update(() if method.records else self.moments(method))
+                if method.records:
+                    recorded.add(key)
+        return [
+            Run(share, number, tuple(sorted(kept)), (share, number) in recorded)
+            for (share, number), kept in sorted(epochs.items(), key=lambda entry: entry[0])
+        ]
+
+    def rows_of(self, run: Run) -> Tensor | None:
+        """What a model is trained on; None: everything."""
+        return None if run.share == 1.0 else self.drawn(run.share)[run.number]
+
+    def drawn(self, share: float) -> list[Tensor]:
+        """The random subsets of all models that train on a share of the samples."""
+        numbers = [self.num_runs(METHODS[m]) for m in self.options if METHODS[m].share == share]
+        return list(
+            subsets(
+                len(self.samples),
+                share=share,
+                num_models=max(numbers),
+                seed=stream_seed(self.seed, _DRAW),
+            )
+        )
+
+    def method_seed(self, name: str) -> int:
+        """Seed of a method's own random choices."""
+        return stream_seed(self.seed, _METHOD, *name.encode())
+
+    def build(self, run_seed: int) -> nn.Module:
+        """An untrained model, sparsified where a density is set."""
+        if isinstance(self.model, str):
+            images = self.samples.batch(torch.zeros(1, dtype=torch.int64))[0]
+            assert self.samples.labels is not None
+            channels, height, width = images.shape[1:]
+            model = build_model(
+                self.model,
+                num_classes=int(self.samples.labels.max()) + 1,
+                input_shape=(channels, height, width),
+                seed=run_seed,
+            )
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(run_seed)
+                model = self.model(run_seed)
+        if self.density is None:
+            return model
+        from datapruning.scoring.proxy import sparse_proxy  # noqa: PLC0415
+
+        return sparse_proxy(model, self.samples, self.task, density=self.density, seed=run_seed)
+
+    def models(self, method: Method) -> Callable[[int], Sequence[nn.Module]]:
+        """run -> the method's models of it, read from the parts folder when asked for."""
+
+        def of_run(number: int) -> list[nn.Module]:
+            if isinstance(self.model, nn.Module):
+                return [self.model.to(self.device).eval()]
+            run = Run(method.share, number, (), False)
+            run_seed = self.run_seed(run)
+            return [
+                _filled(self.build(run_seed), self.parts, run, epoch).to(self.device).eval()
+                for epoch in self.moments(method)
+            ]
+
+        return of_run
+
+    def run_seed(self, run: Run) -> int:
+        """Seed of a run: its start, and its order of samples."""
+        return stream_seed(self.seed, _MODEL, round(1000 * run.share), run.number)
+
+
+def train_run(recipe: Recipe, number: int, progress: Progress | None = None) -> float:
+    """Train the number-th model and keep what methods want of it; returns processor seconds."""
+    _check_folder(recipe)
+    run = recipe.all_runs[number]
+    done = recipe.parts.load(f"{run.name}/done.pt")
+    if done is None:
+        with computing(recipe.threads):
+            done = {"seconds": _train(recipe, run, progress)}
+        recipe.parts.save(f"{run.name}/done.pt", done)
+        (recipe.parts.path / run.name / "training.pt").unlink(missing_ok=True)
+    return float(done["seconds"])
+
+
+def observe_shard(recipe: Recipe, number: int) -> float:
+    """Observe the number-th shard for all methods; returns processor seconds."""
+    _check_folder(recipe)
+    if recipe.parts.has_shard(number):
+        return 0.0
+    started = time.process_time()
+    rows = torch.arange(len(recipe.samples)).split(recipe.shard_size)[number]
+    columns = {"id": recipe.samples.ids[rows]}
+    with computing(recipe.threads):
+        for name, options in recipe.options.items():
+            method = METHODS[name]
+            if method.observe is None:
+                continue
+            prepared = recipe.parts.load(f"{name}.pt") if method.prepare else None
+            shard = Shard(
+                samples=recipe.samples,
+                task=recipe.task,
+                rows=rows,
+                device=torch.device(recipe.device),
+                num_runs=recipe.num_runs(method),
+                models=recipe.models(method),
+                prepared=None if prepared is None else prepared["value"],
+            )
+            wanted = options if method.finish is None and method.prepare is None else {}
+            columns[name] = method.observe(shard, **wanted).detach().cpu()
+    recipe.parts.save_shard(number, columns)
+    return time.process_time() - started
+
+
+def whole(recipe: Recipe, name: str, *, observed: Tensor | None = None) -> Whole:
+    """What a method's prepare and finish get to see."""
+    method = METHODS[name]
+    recorders = []
+    for number in range(recipe.num_runs(method) if method.records else 0):
+        run = Run(method.share, number, (), True)
+        state = recipe.parts.load(f"{run.name}/recorder.pt")
+        assert state is not None
+        recorder = Recorder(len(recipe.samples))
+        recorder.load_state_dict(state)
+        recorders.append(recorder)
+    in_subset = None
+    if method.share < 1.0:
+        in_subset = torch.zeros(recipe.num_runs(method), len(recipe.samples), dtype=torch.bool)
+        for number, rows in enumerate(recipe.drawn(method.share)):
+            in_subset[number, rows] = True
+    return Whole(
+        samples=recipe.samples,
+        task=recipe.task,
+        seed=recipe.method_seed(name),
+        device=torch.device(recipe.device),
+        observed=observed,
+        recorders=recorders,
+        in_subset=in_subset,
+        models=recipe.models(method) if method.runs else None,
+        prepared=(recipe.parts.load(f"{name}.pt") or {"value": None})["value"],
+        folder=recipe.parts.path,
+    )
+
+
+class _Enough(Exception):  # noqa: N818 - not an error: nothing later is wanted of this run
+    """Raised out of training once the last model that anybody wants has been kept."""
+
+
+class _Keeper:
+    """A callback that keeps models at some epochs and counts processor time."""
+
+    def __init__(self, recipe: Recipe, run: Run, progress: Progress | None) -> None:
+        self.recipe, self.run, self.progress = recipe, run, progress
+        self.seconds = 0.0
+        self._started = time.process_time()
+
+    def on_batch(self, epoch: int, rows: Tensor, logits: Tensor, labels: Tensor) -> None:
+        pass
+
+    def on_epoch(self, epoch: int, model: nn.Module) -> None:
+        last = self.recipe.training.epochs if self.run.records else max(self.run.epochs)
+        done = epoch + 1
+        if done in self.run.epochs:
+            self.recipe.parts.save(_kept(self.run, done), model.state_dict())
+        now = time.process_time()
+        self.seconds += now - self._started
+        self._started = now
+        if self.progress is not None:
+            self.progress(f"training {self.run.name}", done, last)
+        if done == last < self.recipe.training.epochs:
+            raise _Enough
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.seconds = state["seconds"]
+
+
+def _train(recipe: Recipe, run: Run, progress: Progress | None) -> float:
+    run_seed = recipe.run_seed(run)
+    keeper = _Keeper(recipe, run, progress)
+    recorder = Recorder(len(recipe.samples)) if run.records else None
+    watchers: list[Callback] = [keeper] if recorder is None else [recorder, keeper]
+    with suppress(_Enough):
+        train(
+            recipe.build(run_seed),
+            recipe.samples,
+            recipe.task,
+            config=recipe.training,
+            seed=run_seed,
+            rows=recipe.rows_of(run),
+            callbacks=watchers,
+            checkpoint=recipe.parts.path / run.name / "training.pt",
+            device=recipe.device,
+        )
+    if recorder is not None:
+        recipe.parts.save(f"{run.name}/recorder.pt", recorder.state_dict())
+    return keeper.seconds
+
+
+def _kept(run: Run, epoch: int) -> str:
+    return f"{run.name}/epoch-{epoch:04d}.pt"
+
+
+def _filled(model: nn.Module, parts: Parts, run: Run, epoch: int) -> nn.Module:
+    state = parts.load(_kept(run, epoch))
+    if state is None:
+        raise RunError(f"{parts.path / _kept(run, epoch)} is missing; delete {parts.path}")
+    model.load_state_dict(state)
+    return model
+
+
+def _check_folder(recipe: Recipe) -> None:
+    if not (recipe.parts.path / SETTINGS).exists():
+        raise RunError(
+            f"this process does not see {recipe.parts.path}; with several machines, --out has to "
+            "lie in a folder that all of them share"
+        )

@@ -1,0 +1,391 @@
+"""Score the samples of a data set: in shards, resumable, with one method or several at once."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datapruning.errors import ScoreError, ScoreWarning
+from datapruning.scoring.engines import Engine, engine_named
+from datapruning.scoring.jobs import Builder, Progress, Recipe, whole
+from datapruning.scoring.methods import METHODS, check_method, checked_options
+from datapruning.scoring.parts import Parts, differences, open_parts
+from datapruning.selection.table import ScoreTable
+from prunelab.data.datasets import fingerprint, load_dataset
+from prunelab.data.samples import ImageSamples, Samples
+from prunelab.errors import RunError
+from prunelab.networks import check_model
+from prunelab.runs.folder import locked
+from prunelab.runs.threads import computing
+from prunelab.runs.version import __version__
+from prunelab.training.loop import TrainingConfig
+from prunelab.training.task import Classification, ImageClassification, Task
+from sparsemodel.storage.files import write_atomically
+
+SHARD_SIZE = 4096
+EARLY_SHARE = 0.1
+
+
+def score(
+    data: str | Samples,
+    *,
+    method: str | Sequence[str],
+    model: str | Builder | nn.Module = "resnet8",
+    out: Path | str | None = None,
+    task: Task | None = None,
+    training: TrainingConfig | None = None,
+    seed: int = 0,
+    density: float | None = None,
+    check: bool = False,
+    runs: int | None = None,
+    early: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    engine: str = "inline",
+    device: str = "cpu",
+    threads: int = 1,
+    shard_size: int = SHARD_SIZE,
+    progress: Progress | None = None,
+) -> Any:
+    """Score every sample of the training side; high means keep.
+
+    Killed and started again with the same arguments, it goes on where it was and ends with the
+    same bits: unfinished work lies in a folder beside `out`, with `.parts` behind its name.
+
+    Args:
+        data: a data set's name, a folder of parquet files, or samples.
+        method: a name in METHODS, or several, which then share the models they can.
+        model: a name; a function seed -> untrained model; or a trained model, which is scored
+            with as it is (for methods that need one model and no record of its training).
+        out: parquet file of the table; with several methods NAME.parquet becomes
+            NAME-METHOD.parquet. None: nothing is left on disk, and nothing can be resumed.
+        task: None: image classification.
+        training: of each model; None: TrainingConfig().
+        density: train and score with a sparse model that keeps this share of its weights.
+        check: with `density`, score with the dense model as well, beside `out` as
+            NAME.dense.parquet; reports then compare the two.
+        runs: models for each method that trains several, in place of the method's own number.
+        early: epochs after which "early" scores look; None: a tenth of the epochs.
+        options: of the methods, such as {"window": 5}; each goes to the methods that have it.
+        engine: "inline", or "ray": models and shards go to the workers of a Ray cluster.
+        threads: of torch, for each job; the bits depend on it.
+        shard_size: samples of a part.
+        progress: called with (what, done, total).
+
+    Returns:
+        A ScoreTable; of several methods a dict of them.
+
+    Raises:
+        ScoreError: an unknown method or option, or data that a method cannot score.
+        RunError: parts or a table of other settings are in the way.
+
+    Warns:
+        ScoreWarning: scores that are NaN or all equal; the table is written all the same.
+
+    >>> table = score("digits", method="random")
+    >>> len(table), table.method
+    (1437, 'random')
+    """
+    names = [method] if isinstance(method, str) else list(dict.fromkeys(method))
+    samples, dataset, source = _samples(data)
+    task, training = task or ImageClassification(), training or TrainingConfig()
+    settings = _settings(
+        names, samples, task, model,
+        training=training, seed=seed, density=density, runs=runs,
+        early=early, options=options or {}, device=device, threads=threads,
+    )  # fmt: skip
+    runner = engine_named(engine)
+    paths = table_paths(out, names)
+    found = _finished(paths, settings)
+    if len(found) == len(names):
+        tables = found
+    else:
+        with ExitStack() as stack:
+            folder = _parts_folder(out, stack)
+            parts = open_parts(folder, {**settings, "shard_size": shard_size})
+            stack.enter_context(locked(folder))
+            stack.enter_context(runner)
+            recipe = Recipe(
+                parts=parts, samples=samples, task=task, model=model,
+                training=training, seed=seed, density=density,
+                device=device, threads=threads, options=settings["methods"], runs=runs,
+                early=settings["early"], shard_size=shard_size,
+            )  # fmt: skip
+            scores, seconds = _computed(recipe, runner, progress)
+            tables = {
+                name: _table(name, scores[name], recipe, settings, dataset=dataset, source=source)
+                for name in names
+            }
+            _keep(tables, paths, seconds, parts)
+    if density is not None and check:
+        _check_dense(
+            data, names, model=model, out=out, task=task, training=training, seed=seed, runs=runs,
+            early=early, options=options, engine=engine, device=device, threads=threads,
+            shard_size=shard_size, progress=progress,
+        )  # fmt: skip
+    return tables[names[0]] if isinstance(method, str) else tables
+
+
+def dense_path(path: Path) -> Path:
+    """Where the dense model's table stands beside a sparse proxy's."""
+    return path.with_name(f"{path.stem}.dense{path.suffix}")
+
+
+def times_path(path: Path) -> Path:
+    """Where a table's processor times stand: beside it, so that its own bytes repeat."""
+    return path.with_name(f"{path.stem}.times.json")
+
+
+def _check_dense(
+    data: str | Samples, names: list[str], *, out: Path | str | None, **settings: Any
+) -> None:
+    if out is None:
+        raise ScoreError("check writes the dense model's table beside out; give out")
+    score(data, method=names, out=dense_path(Path(out)), **settings)
+
+
+def _samples(data: str | Samples) -> tuple[Samples, str, str]:
+    """Samples, the data set's name, and what to load it by ("" for samples of the caller's)."""
+    if not isinstance(data, str | Path):
+        return data, type(data).__name__, ""
+    dataset = load_dataset(str(data))
+    is_folder = Path(data).is_dir() and dataset.name != str(data)
+    return ImageSamples.of(dataset), dataset.name, str(Path(data).resolve() if is_folder else data)
+
+
+def _settings(
+    names: Sequence[str],
+    samples: Samples,
+    task: Task,
+    model: str | Builder | nn.Module,
+    *,
+    training: TrainingConfig,
+    seed: int,
+    density: float | None,
+    runs: int | None,
+    early: int | None,
+    options: Mapping[str, Any],
+    device: str,
+    threads: int,
+) -> dict[str, Any]:
+    """All that decides a bit of a score, checked, as JSON holds it."""
+    if not names:
+        raise ScoreError(f"no method given; known methods: {', '.join(METHODS)}")
+    given = _options_of(names, options)
+    if isinstance(model, str):
+        check_model(model)
+    if training.steps is not None:
+        raise ScoreError("scores are taken after epochs; give training.epochs, not steps")
+    for name, number in (("runs", runs), ("early", early), ("threads", threads)):
+        if number is not None and number < 1:
+            raise ScoreError(f"{name} must be at least 1, got {number}")
+    if density is not None and not 0 < density <= 1:
+        raise ScoreError(f"density must be in (0, 1], got {density}")
+    for name in names:
+        _check_fits(name, samples, task, is_trained=isinstance(model, nn.Module))
+    settings = {
+        "fingerprint": samples.fingerprint,
+        "methods": given,
+        "model": _model_name(model),
+        "task": type(task).__name__,
+        "training": asdict(training),
+        "seed": seed,
+        "density": density,
+        "runs": runs,
+        "early": early or max(1, round(EARLY_SHARE * training.epochs)),
+        "device": device,
+        "threads": threads,
+        "torch": torch.__version__,
+    }
+    layer = getattr(task, "layer", None)
+    if layer is not None:
+        settings["layer"] = layer
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def _options_of(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each method's options; one that no method has is an error."""
+    unclaimed = set(options)
+    result = {}
+    for name in names:
+        own = {k: v for k, v in options.items() if k in check_method(name).options}
+        result[name] = checked_options(name, own)
+        unclaimed -= set(own)
+    for key in sorted(unclaimed):
+        checked_options(names[0], {key: options[key]})  # raises, naming what there is
+    return result
+
+
+def _check_fits(name: str, samples: Samples, task: Task, *, is_trained: bool) -> None:
+    method = METHODS[name]
+    if method.classes and (not isinstance(task, Classification) or samples.labels is None):
+        raise ScoreError(
+            f"method {name!r} is for samples with classes, and {type(task).__name__} or the "
+            "samples have none; without classes there are: "
+            + ", ".join(n for n, m in METHODS.items() if not m.classes)
+        )
+    if is_trained and (method.records or method.runs > 1 or method.moments == "spread"):
+        raise ScoreError(
+            f"method {name!r} trains models of its own; give a model's name or a function "
+            "seed -> model, not a trained model"
+        )
+
+
+def _model_name(model: str | Builder | nn.Module) -> str:
+    if isinstance(model, str):
+        return model
+    if not isinstance(model, nn.Module):
+        return str(getattr(model, "__qualname__", type(model).__qualname__))
+    return f"{type(model).__name__} {fingerprint(*model.state_dict().values())}"
+
+
+def table_paths(out: Path | str | None, names: Sequence[str]) -> dict[str, Path]:
+    """Where `score` writes the table of each method; nowhere for None."""
+    if out is None:
+        return {}
+    path = Path(out)
+    if path.is_dir():
+        raise ScoreError(f"{path} is a folder; give the name of a parquet file")
+    if len(names) == 1:
+        return {names[0]: path}
+    return {name: path.with_name(f"{path.stem}-{name}{path.suffix}") for name in names}
+
+
+def _finished(paths: Mapping[str, Path], settings: Mapping[str, Any]) -> dict[str, ScoreTable]:
+    """Tables that are there already; refused if they are of other settings."""
+    found = {}
+    for name, path in paths.items():
+        if path.exists():
+            table = ScoreTable.read(path)
+            changed = differences(_of_method(settings, name), table.provenance.get("settings", {}))
+            if changed:
+                raise RunError(
+                    f"{path} holds scores of other settings: {'; '.join(changed)}; delete it, or "
+                    "name another --out"
+                )
+            found[name] = table
+    return found
+
+
+def _of_method(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings of one of several methods: its table does not know of the others."""
+    own = {key: value for key, value in settings.items() if key != "methods"}
+    return {**own, "method": name, "options": settings["methods"][name]}
+
+
+def _parts_folder(out: Path | str | None, stack: ExitStack) -> Path:
+    if out is None:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory())) / "parts"
+    return Path(out).with_name(f"{Path(out).name}.parts")
+
+
+def _computed(
+    recipe: Recipe, runner: Engine, progress: Progress | None
+) -> tuple[dict[str, Tensor], float]:
+    """Scores of each method, and the processor seconds they took.
+
+    1. Train. 2. Prepare. 3. Observe the shards. 4. Finish.
+    """
+    seconds = runner.train(recipe, progress)
+    started = time.process_time()
+    with computing(recipe.threads):
+        for name, options in recipe.options.items():
+            prepare = METHODS[name].prepare
+            if prepare is not None and recipe.parts.load(f"{name}.pt") is None:
+                if progress is not None:
+                    progress(f"preparing {name}", 0, 1)
+                recipe.parts.save(f"{name}.pt", {"value": prepare(whole(recipe, name), **options)})
+    seconds += time.process_time() - started
+    observed: dict[str, Tensor] = {}
+    if any(METHODS[name].observe for name in recipe.options):
+        seconds += runner.observe(recipe, progress)
+        observed = _merged(recipe)
+    started = time.process_time()
+    scores = {}
+    with computing(recipe.threads):
+        for name, options in recipe.options.items():
+            finish = METHODS[name].finish
+            if finish is None:
+                scores[name] = observed[name]
+            else:
+                seen = whole(recipe, name, observed=observed.get(name))
+                scores[name] = finish(seen, **options)
+    return scores, seconds + time.process_time() - started
+
+
+def _table(
+    name: str,
+    scores: Tensor,
+    recipe: Recipe,
+    settings: Mapping[str, Any],
+    *,
+    dataset: str,
+    source: str,
+) -> ScoreTable:
+    scores = scores.double().cpu()
+    return ScoreTable(
+        ids=recipe.samples.ids,
+        scores=scores,
+        method=name,
+        dataset=dataset,
+        fingerprint=recipe.samples.fingerprint,
+        seed=recipe.seed,
+        model=str(settings["model"]) if METHODS[name].runs else "",
+        labels=recipe.samples.labels,
+        provenance={
+            "settings": _of_method(settings, name),
+            "source": source,
+            "notes": _notes(name, recipe.samples.ids, scores),
+            "version": __version__,
+        },
+    )
+
+
+def _merged(recipe: Recipe) -> dict[str, Tensor]:
+    """The observations of all shards, rows in order."""
+    shards = [recipe.parts.load_shard(number) for number in range(recipe.num_shards)]
+    merged = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+    assert torch.equal(merged.pop("id"), recipe.samples.ids)
+    return merged
+
+
+def _notes(name: str, ids: Tensor, scores: Tensor) -> list[str]:
+    """Sentences on scores that no selection will take; each is also a warning."""
+    notes = []
+    missing = ids[~scores.isfinite()]
+    if len(missing):
+        first = ", ".join(map(str, missing[:5].tolist()))
+        notes.append(
+            f"{name}: {len(missing)} of {len(ids)} scores are not finite (ids {first}"
+            f"{', ...' if len(missing) > 5 else ''}); they cannot be selected by"
+        )
+    elif len(ids) > 1 and bool((scores == scores[0]).all()):
+        notes.append(
+            f"{name}: all {len(ids)} scores are {float(scores[0]):g} (ids {int(ids[0])} ... "
+            f"{int(ids[-1])}); they say nothing"
+        )
+    for note in notes:
+        warnings.warn(note, ScoreWarning, stacklevel=5)
+    return notes
+
+
+def _keep(
+    tables: Mapping[str, ScoreTable], paths: Mapping[str, Path], seconds: float, parts: Parts
+) -> None:
+    """Write the tables and their times, then remove the parts."""
+    for name, path in paths.items():
+        tables[name].write(path)
+        times = {"processor_seconds": seconds, "methods": list(tables)}
+        write_atomically(times_path(path), (json.dumps(times) + "\n").encode())
+    if paths:
+        parts.remove()

@@ -1,0 +1,199 @@
+"""Tables of scores and of kept samples, in parquet with their provenance."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datapruning.errors import ScoreError, SelectionError
+from prunelab.data.samples import Samples
+
+_META = b"datapruning"
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTable:
+    """One score for each sample of a data set; high means keep.
+
+    Attributes:
+        ids: int64 [N], unique.
+        scores: float64 [N]; NaN where a score could not be computed.
+        method, dataset, model: names; model is "" for a method without one.
+        fingerprint: of the samples that were scored.
+        seed: decided every random choice.
+        labels: int64 [N], or None.
+        provenance: settings and versions, anything that JSON holds.
+    """
+
+    ids: Tensor
+    scores: Tensor
+    method: str
+    dataset: str
+    fingerprint: str
+    seed: int
+    model: str = ""
+    labels: Tensor | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_columns(ScoreError, self.ids, scores=self.scores, labels=self.labels)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def write(self, path: Path) -> None:
+        """Write atomically: a reader finds the old file or the whole new one."""
+        columns = {"id": self.ids, "score": self.scores}
+        if self.labels is not None:
+            columns["label"] = self.labels
+        _write(path, "scores", columns, self._about())
+
+    @classmethod
+    def read(cls, path: Path) -> ScoreTable:
+        """A table that `write` left.
+
+        Raises:
+            ScoreError: no such file, or not a table of scores.
+        """
+        columns, about = _read(path, "scores", ScoreError, ("id", "score"))
+        return cls(columns["id"], columns["score"].double(), labels=columns.get("label"), **about)
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "dataset": self.dataset,
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "model": self.model,
+            "provenance": self.provenance,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """The samples that a selection kept.
+
+    Attributes:
+        ids: int64 [K], unique, ascending.
+        num_samples: of the data set it was chosen from.
+        policy: how it was chosen.
+        method: the score it was chosen by; "" for none.
+    """
+
+    ids: Tensor
+    num_samples: int
+    dataset: str
+    fingerprint: str
+    policy: str
+    seed: int
+    method: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_columns(SelectionError, self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, samples: Samples) -> Tensor:
+        """Row numbers of the kept samples, int64 [K], ascending.
+
+        Raises:
+            SelectionError: the samples are other data, or lack an id.
+        """
+        if samples.fingerprint != self.fingerprint:
+            raise SelectionError(
+                f"the subset was chosen from {self.dataset} (fingerprint {self.fingerprint}), but "
+                f"these data have fingerprint {samples.fingerprint}; score and select them anew"
+            )
+        row_of = {int(name): row for row, name in enumerate(samples.ids.tolist())}
+        missing = [name for name in self.ids.tolist() if name not in row_of]
+        if missing:
+            raise SelectionError(
+                f"{len(missing)} of {len(self)} kept ids are not in the data, the first: "
+                f"{missing[0]}"
+            )
+        return torch.tensor([row_of[name] for name in self.ids.tolist()]).sort().values
+
+    def write(self, path: Path) -> None:
+        """Write atomically: a reader finds the old file or the whole new one."""
+        about = {
+            "num_samples": self.num_samples,
+            "dataset": self.dataset,
+            "fingerprint": self.fingerprint,
+            "policy": self.policy,
+            "seed": self.seed,
+            "method": self.method,
+            "provenance": self.provenance,
+        }
+        _write(path, "subset", {"id": self.ids}, about)
+
+    @classmethod
+    def read(cls, path: Path) -> Subset:
+        """A subset that `write` left.
+
+        Raises:
+            SelectionError: no such file, or not a subset.
+        """
+        columns, about = _read(path, "subset", SelectionError, ("id",))
+        return cls(columns["id"], **about)
+
+
+def _check_columns(error: type[ValueError], ids: Tensor, **columns: Tensor | None) -> None:
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        raise error(f"ids must be int64 of one dimension, got {ids.dtype} {tuple(ids.shape)}")
+    for name, column in columns.items():
+        if column is not None and column.shape != ids.shape:
+            raise error(f"{len(ids)} ids but {name} of shape {tuple(column.shape)}")
+    if len(ids.unique()) != len(ids):
+        raise error("an id occurs more than once")
+
+
+def _write(path: Path, kind: str, columns: dict[str, Tensor], about: dict[str, Any]) -> None:
+    import pyarrow  # noqa: PLC0415
+    import pyarrow.parquet  # noqa: PLC0415
+
+    arrays = {name: column.detach().cpu().numpy() for name, column in columns.items()}
+    meta = json.dumps({"kind": kind, "version": 1, **about}, sort_keys=True)
+    table = pyarrow.table(arrays).replace_schema_metadata({_META: meta.encode()})
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        pyarrow.parquet.write_table(table, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(
+    path: Path, kind: str, error: type[ValueError], needed: tuple[str, ...]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    import pyarrow  # noqa: PLC0415
+    import pyarrow.parquet  # noqa: PLC0415
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except (OSError, pyarrow.ArrowInvalid) as reason:
+        raise error(f"{path} is not a readable parquet file ({reason})") from None
+    about = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
+    if about.pop("kind", None) != kind or not set(needed) <= set(table.column_names):
+        raise error(
+            f"{path} is not a {kind} file of datapruning; it has columns "
+            f"{', '.join(table.column_names)}"
+        )
+    if about.pop("version") != 1:
+        raise error(f"{path} was written by a newer version; update fedprune to read it")
+    columns = {
+        name: torch.from_numpy(np.array(table[name].to_numpy())) for name in table.column_names
+    }
+    return columns, about

@@ -1,0 +1,1 @@
+"""Training on what is kept: distillation, run folders, comparison."""

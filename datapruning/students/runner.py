@@ -1,0 +1,411 @@
+"""Train one model on a data set or a subset of it, in a run folder that can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import time
+import tomllib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from datapruning.errors import SubsetWarning
+from datapruning.scoring.parts import differences
+from datapruning.selection.table import Subset
+from datapruning.students.distill import (
+    TEMPERATURE,
+    AlphaChoice,
+    AlphaPoint,
+    check_classes,
+    choose_alpha,
+    kd_objective,
+    teacher_logits,
+)
+from prunelab.data.datasets import ImageSet, fingerprint, load_dataset
+from prunelab.data.samples import ImageSamples
+from prunelab.errors import RunError
+from prunelab.networks import build_model, check_model
+from prunelab.runs import folder as runfolder
+from prunelab.runs.seeds import stream_seed
+from prunelab.runs.threads import computing
+from prunelab.runs.version import __version__
+from prunelab.training.loop import Objective, TrainingConfig, TrainingResult, predict, train
+from prunelab.training.task import ImageClassification
+from sparsemodel.storage.checkpoint import load_sparse, save_sparse
+from sparsemodel.storage.files import write_atomically
+
+AUTO = "auto"
+ALPHA_FILE, CHECKPOINT, LOGITS = "alpha.json", "checkpoint.pt", "teacher_logits.pt"
+Progress = Callable[[str], None]
+_MODEL, _TRAIN, _ALPHA = 0, 1, 2  # streams of the seed
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All that decides the bits of a training run.
+
+    Attributes:
+        dataset: a name, or a folder of parquet files.
+        subset: file of the kept samples; "" trains on all.
+        kept: digest of their ids, filled in by `run`: a file may change under its name.
+        teacher: run folder of a teacher; "" for none.
+        alpha: weight of the teacher in [0, 1], or "auto".
+        threads: of torch.
+    """
+
+    dataset: str = "digits"
+    model: str = "resnet8"
+    seed: int = 0
+    subset: str = ""
+    kept: str = ""
+    teacher: str = ""
+    alpha: float | str = AUTO
+    temperature: float = TEMPERATURE
+    device: str = "cpu"
+    threads: int = 1
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        check_model(self.model)
+        if isinstance(self.alpha, str) and self.alpha != AUTO:
+            raise RunError(f"alpha must be a number in [0, 1] or auto, got {self.alpha!r}")
+        if not isinstance(self.alpha, str) and not 0 <= self.alpha <= 1:
+            raise RunError(f"alpha must be a number in [0, 1] or auto, got {self.alpha}")
+        if self.threads < 1:
+            raise RunError(f"threads must be at least 1, got {self.threads}")
+
+    def toml(self) -> str:
+        """The settings as a TOML file."""
+        values = asdict(self)
+        training = values.pop("training")
+        lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+        lines += ["", "[training]"]
+        lines += [f"{k} = {json.dumps(v)}" for k, v in training.items() if v is not None]
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> RunSettings:
+        """The settings of a run folder.
+
+        Raises:
+            RunError: the folder holds no run of this kind.
+        """
+        path = folder / runfolder.CONFIG
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(f"no run in {folder}: it has no {runfolder.CONFIG}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise RunError(f"{path} is not a TOML file: {error}") from None
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        if not set(values) <= known or "training" not in values:
+            raise RunError(f"{path} is not of a run of `datapruning train`")
+        try:
+            training = TrainingConfig(**values.pop("training"))
+            return cls(**values, training=training)
+        except TypeError as error:
+            raise RunError(f"{path}: {error}") from None
+
+
+def run(
+    settings: RunSettings, folder: Path, *, resume: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train, evaluate on the test side once at the end, and leave everything in `folder`.
+
+    Args:
+        resume: go on with what the folder holds; a complete run is left as it is.
+        progress: called with a line of text now and then.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        RunError, DataError, ModelError, SelectionError: says what, where and what to do. A folder
+            in which nothing was computed is removed again.
+    """
+    data = load_dataset(settings.dataset)
+    samples = ImageSamples.of(data)
+    subset = Subset.read(Path(settings.subset)) if settings.subset else None
+    rows = None if subset is None else subset.rows(samples)
+    if subset is not None:
+        settings = dataclasses.replace(settings, kept=fingerprint(subset.ids))
+        _warn_of_absent_classes(samples.labels, rows, data.num_classes)
+    teacher = _teacher(settings, data, samples) if settings.teacher else None
+    _open(folder, settings, resume=resume)
+    if not (folder / runfolder.SUMMARY).exists():
+        say = progress or (lambda line: None)
+        try:
+            with runfolder.locked(folder), computing(settings.threads):
+                _run(settings, folder, data, samples, subset=subset, rows=rows,
+                     teacher=teacher, say=say)  # fmt: skip
+        except ValueError:
+            runfolder.discard_unstarted(folder)
+            raise
+    return runfolder.read_summary(folder)
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The trained model of a finished run folder, in eval mode.
+
+    Raises:
+        RunError: the folder holds no finished run.
+    """
+    settings = RunSettings.read(folder)
+    summary = runfolder.read_summary(folder)
+    model = build_model(
+        settings.model,
+        num_classes=summary["num_classes"],
+        input_shape=tuple(summary["input_shape"]),
+        seed=0,
+    )
+    model.load_state_dict(load_sparse(folder / runfolder.MODEL).state)
+    return model.eval()
+
+
+def _teacher(settings: RunSettings, data: ImageSet, samples: ImageSamples) -> nn.Module:
+    """The teacher, refused if its labels may mean something else."""
+    folder = Path(settings.teacher)
+    summary = runfolder.read_summary(folder)
+    if "num_classes" not in summary:
+        raise RunError(f"{folder} is not a run of `datapruning train`; give the folder of one")
+    check_classes(data.num_classes, summary["num_classes"])
+    if summary["fingerprint"] != samples.fingerprint:
+        raise RunError(
+            f"the teacher in {folder} was trained on other data ({summary['dataset']}, "
+            f"fingerprint {summary['fingerprint']}; these have {samples.fingerprint}): its classes "
+            "may mean something else, and it may have seen these test samples; train one on these"
+        )
+    return load_model(folder).to(settings.device)
+
+
+def _warn_of_absent_classes(labels: Tensor, rows: Tensor | None, num_classes: int) -> None:
+    kept = labels if rows is None else labels[rows]
+    absent = sorted(set(range(num_classes)) - set(kept.unique().tolist()))
+    if absent:
+        warnings.warn(
+            f"the subset holds no sample of class {', '.join(map(str, absent))}: the model cannot "
+            "learn it; select with class balance to keep some of each",
+            SubsetWarning,
+            stacklevel=3,
+        )
+
+
+def _open(folder: Path, settings: RunSettings, *, resume: bool) -> None:
+    if not resume:
+        runfolder.prepare(folder, settings.toml())
+        return
+    changed = differences(asdict(settings), asdict(RunSettings.read(folder)))
+    if changed:
+        raise RunError(f"{folder} holds a run with other settings: {'; '.join(changed)}")
+
+
+def _run(
+    settings: RunSettings,
+    folder: Path,
+    data: ImageSet,
+    samples: ImageSamples,
+    *,
+    subset: Subset | None,
+    rows: Tensor | None,
+    teacher: nn.Module | None,
+    say: Progress,
+) -> None:
+    task = ImageClassification()
+
+    def build(seed: int) -> nn.Module:
+        return build_model(
+            settings.model,
+            num_classes=data.num_classes,
+            input_shape=data.input_shape,
+            seed=seed,
+        ).to(settings.device)
+
+    choice, objective = None, None
+    if teacher is not None:
+        choice, objective = _distillation(
+            settings, folder, samples, task, teacher=teacher, rows=rows, build=build, say=say
+        )
+    model = build(stream_seed(settings.seed, _MODEL))
+    journal = _Journal(folder, settings.training, say)
+    result = train(
+        model,
+        samples,
+        task,
+        config=settings.training,
+        seed=stream_seed(settings.seed, _TRAIN),
+        rows=rows,
+        objective=objective,
+        callbacks=[journal],
+        checkpoint=folder / CHECKPOINT,
+        device=settings.device,
+    )
+    test = ImageSamples(data.test_images, data.test_labels)
+    summary = _summary(
+        settings, data, samples, subset=subset, rows=rows, choice=choice, result=result
+    )
+    logits, labels = predict(model, test, task)
+    right = (logits.argmax(1) == labels).double()
+    summary |= {
+        "test_accuracy": float(right.mean()),
+        "test_loss": float(functional.cross_entropy(logits.double(), labels)),
+        "test_accuracy_by_class": [
+            float(right[labels == c].mean()) if bool((labels == c).any()) else None
+            for c in range(data.num_classes)
+        ],
+        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "seconds": journal.seconds,
+        "version": __version__,
+    }
+    metadata = {"dataset": data.name, "model": settings.model, "seed": str(settings.seed)}
+    save_sparse(folder / runfolder.MODEL, model.state_dict(), None, metadata=metadata)
+    runfolder.write_summary(folder, summary)
+    for name in (CHECKPOINT, LOGITS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _distillation(
+    settings: RunSettings,
+    folder: Path,
+    samples: ImageSamples,
+    task: ImageClassification,
+    *,
+    teacher: nn.Module,
+    rows: Tensor | None,
+    build: Callable[[int], nn.Module],
+    say: Progress,
+) -> tuple[AlphaChoice | None, Objective]:
+    """The objective with the given α, or with the best of several."""
+    if settings.training.augment:
+
+        def objective(alpha: float) -> Objective:
+            return kd_objective(
+                alpha=alpha, temperature=settings.temperature, teacher=teacher, task=task
+            )
+    else:
+        cached = teacher_logits(teacher, samples, task, rows=rows, path=folder / LOGITS)
+
+        def objective(alpha: float) -> Objective:
+            return kd_objective(alpha=alpha, temperature=settings.temperature, cached=cached)
+
+    if settings.alpha != AUTO:
+        return None, objective(float(settings.alpha))
+    stored = folder / ALPHA_FILE
+    if not stored.exists():
+        choice = choose_alpha(
+            build, samples, task,
+            objective=objective, rows=rows, config=settings.training,
+            seed=stream_seed(settings.seed, _ALPHA), device=settings.device,
+            progress=lambda done, total: say(f"choosing alpha: {done} of {total} trained"),
+        )  # fmt: skip
+        write_atomically(stored, (json.dumps(asdict(choice)) + "\n").encode())
+    values = json.loads(stored.read_text())
+    curve = tuple(AlphaPoint(**point) for point in values.pop("curve"))
+    choice = AlphaChoice(**values, curve=curve)
+    say(f"alpha {choice.alpha:g}, chosen on {choice.num_held_out} held-out training samples")
+    return choice, objective(choice.alpha)
+
+
+def _summary(
+    settings: RunSettings,
+    data: ImageSet,
+    samples: ImageSamples,
+    *,
+    subset: Subset | None,
+    rows: Tensor | None,
+    choice: AlphaChoice | None,
+    result: TrainingResult,
+) -> dict[str, Any]:
+    labels = samples.labels if rows is None else samples.labels[rows]
+    alpha = None
+    if settings.teacher:
+        alpha = choice.alpha if choice is not None else float(settings.alpha)
+    return {
+        "dataset": data.name,
+        "fingerprint": samples.fingerprint,
+        "model": settings.model,
+        "seed": settings.seed,
+        "num_classes": data.num_classes,
+        "input_shape": list(data.input_shape),
+        "num_samples": len(samples),
+        "num_kept": len(labels),
+        "kept_fraction": len(labels) / len(samples),
+        "policy": "" if subset is None else subset.policy,
+        "method": "" if subset is None else subset.method,
+        "class_counts": samples.labels.bincount(minlength=data.num_classes).tolist(),
+        "class_counts_kept": labels.bincount(minlength=data.num_classes).tolist(),
+        "teacher": settings.teacher,
+        "alpha": alpha,
+        "temperature": settings.temperature if settings.teacher else None,
+        "alpha_curve": None if choice is None else [asdict(point) for point in choice.curve],
+        "num_held_out": None if choice is None else choice.num_held_out,
+        "epochs": result.epochs,
+        "steps": result.steps,
+        "samples_seen": result.samples_seen,
+    }
+
+
+class _Journal:
+    """Writes metrics.jsonl, a line an epoch; what a kill left behind a checkpoint is cut off."""
+
+    def __init__(self, folder: Path, config: TrainingConfig, say: Progress) -> None:
+        self._folder, self._config, self._say = folder, config, say
+        self._lines: list[dict[str, Any]] = []
+        self._before, self._started = 0.0, time.monotonic()
+        self._reset()
+        self._rewrite()
+
+    @property
+    def seconds(self) -> float:
+        """Spent on this run, the parts before interruptions among them."""
+        return self._before + time.monotonic() - self._started
+
+    @torch.no_grad()
+    def on_batch(self, epoch: int, rows: Tensor, logits: Tensor, labels: Tensor) -> None:
+        self._loss += float(functional.cross_entropy(logits.double(), labels, reduction="sum"))
+        self._right += int((logits.argmax(1) == labels).sum())
+        self._seen += len(labels)
+
+    def on_epoch(self, epoch: int, model: nn.Module) -> None:
+        line = {
+            "epoch": epoch + 1,
+            "train_accuracy": self._right / self._seen,
+            "train_loss": self._loss / self._seen,
+            "samples": self._seen,
+        }
+        self._lines.append(line)
+        runfolder.append_metrics(self._folder, line)
+        total = "" if self._config.steps is not None else f"/{self._config.epochs}"
+        self._say(
+            f"epoch {epoch + 1:>3}{total}  training accuracy {100 * line['train_accuracy']:6.2f} %"
+            f"  loss {line['train_loss']:.4f}"
+        )
+        self._reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lines": self._lines, "seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._lines, self._before = list(state["lines"]), state["seconds"]
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in self._lines)
+        write_atomically(self._folder / runfolder.METRICS, text.encode())
+
+    def _reset(self) -> None:
+        self._loss, self._right, self._seen = 0.0, 0, 0
+
+
+def default_folder(settings: RunSettings, *, resume: bool) -> Path:
+    """runs/DATASET-KEPT-sSEED, numbered; with resume, the latest of them."""
+    kept = Path(settings.subset).stem if settings.subset else "all"
+    stem = f"{Path(settings.dataset).name}-{kept}-s{settings.seed}"
+    return runfolder.default_path(stem, resume=resume)

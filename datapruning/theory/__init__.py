@@ -1,0 +1,1 @@
+"""Laws of learning from pruned data: the perceptron's curve, scaling laws."""

@@ -1,0 +1,1 @@
+"""Flower's side: ClientApp, ServerApp, records, engines."""

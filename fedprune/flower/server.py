@@ -1,0 +1,229 @@
+"""The Flower ServerApp: it joins the clients and hands them to the round loop.
+
+Flower's own strategies keep every reply in memory, average batch norm's integer counters and
+cannot resume, so the loop is ours (loop.py) and only messages are Flower's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from fedprune.errors import ClientError
+from fedprune.exchange.messages import (
+    ClientInfo,
+    MeasureRequest,
+    Reply,
+    Request,
+    ScoreRequest,
+    TrainRequest,
+)
+from fedprune.flower import wire
+from fedprune.flower.client import LAUNCH_SECTION, run_config
+from fedprune.reports.page import write_report
+from fedprune.rounds import folder as runfolder
+from fedprune.rounds.loop import Traffic, run
+from fedprune.rounds.workspace import Workspace, open_workspace
+from prunelab.errors import RunError
+from sparsemodel.errors import SparseModelError
+from sparsemodel.masks.mask import Mask
+
+POLL_SECONDS = 0.02
+JOIN_SECONDS = 120.0
+_ACTIONS: dict[type, str] = {
+    TrainRequest: "train",
+    MeasureRequest: "query.measure",
+    ScoreRequest: "evaluate.candidates",
+}
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run or resume the run that the run config describes."""
+    config = run_config(context)
+    workspace = open_workspace(config)
+    path = Path(str(context.run_config.get(f"{LAUNCH_SECTION}out") or f"runs/{context.run_id}"))
+    resume = bool(context.run_config.get(f"{LAUNCH_SECTION}resume", False))
+    launcher = int(context.run_config.get(f"{LAUNCH_SECTION}launcher-pid", 0))
+    if not (launcher and path.exists()):  # otherwise the launcher has prepared it
+        runfolder.prepare(path, config, resume=resume)
+    with runfolder.open_run(path) as folder:
+        cohort = GridCohort(grid, workspace, launcher_pid=launcher)
+        cohort.join()
+        run(workspace, cohort, folder)
+    if not launcher:  # nobody else writes the report and says where it is
+        print(f"report: {write_report(path).resolve()}", flush=True)
+
+
+class GridCohort:
+    """The clients behind a Flower Grid.
+
+    Keeps track of which mask each client holds, counts the bytes of every message, and turns a
+    failed, silent or refused client into a line of `skipped` instead of an end of the run.
+    """
+
+    def __init__(self, grid: Grid, workspace: Workspace, *, launcher_pid: int = 0) -> None:
+        self._grid = grid
+        self._workspace = workspace
+        self._config = workspace.config
+        self._launcher_pid = launcher_pid
+        self._nodes: dict[int, int] = {}
+        self._held: dict[int, frozenset[str]] = {}
+        self._last_mask: Mask | None = None
+        self._traffic = Traffic(up=[], down=[], mask=0, skipped=[])
+        self.clients: dict[int, ClientInfo] = {}
+
+    def join(self) -> None:
+        """Wait for the nodes and learn which client each of them is.
+
+        Raises:
+            RunError: no node, or none with data, is there within two minutes.
+        """
+        expected = self._config.data.clients
+        deadline = time.monotonic() + JOIN_SECONDS
+        while len(nodes := list(self._grid.get_node_ids())) < expected:
+            if time.monotonic() > deadline:
+                break
+            self._check_launcher()
+            time.sleep(0.1)
+        pending = {self._send(node, RecordDict(), "query.describe", "join"): node for node in nodes}
+        for node, message in self._replies(pending):
+            try:
+                info = wire.decode_client_info(_content(message))
+            except ClientError as error:
+                self.skip(-1, f"node {node}: {error}")
+                continue
+            if info.client in self.clients:
+                self.skip(info.client, f"node {node} says that it is client {info.client} as well")
+                continue
+            self.clients[info.client] = info
+            self._nodes[info.client] = node
+        if not self.clients:
+            raise RunError(f"none of {len(nodes)} nodes answered; {self._traffic.skipped[:3]}")
+
+    def skip(self, client: int, reason: str) -> None:
+        """Note that a client's answer could not be used."""
+        self._traffic.skipped.append({"client": client, "reason": reason.strip()[-500:]})
+
+    def take_traffic(self) -> Traffic:
+        """What was sent since the last call."""
+        taken, self._traffic = self._traffic, Traffic(up=[], down=[], mask=0, skipped=[])
+        return taken
+
+    def ask(
+        self, request: Request, *, clients: list[int] | None = None
+    ) -> Iterator[tuple[int, Reply]]:
+        """Send to each client what it lacks, and yield valid replies as they arrive.
+
+        A client whose mask is not the one meant asks for a re-sync and is sent everything.
+        """
+        # Clients that hold the same are sent the same: it is encoded once.
+        records: dict[frozenset[str], RecordDict] = {}
+        pending: dict[str, int] = {}
+        for client in sorted(self.clients) if clients is None else clients:
+            pending[self._request(client, request, records)] = client
+        resynced: set[int] = set()
+        for client, message in self._replies(pending):
+            try:
+                record = _content(message)
+                self._traffic.up.append(wire.record_bytes(record))
+                if wire.wants_resync(record) and client not in resynced:
+                    resynced.add(client)
+                    self._held[client] = frozenset()
+                    pending[self._request(client, request, records)] = client
+                    continue
+                reply = wire.decode_reply(
+                    record,
+                    request,
+                    shapes=self._workspace.shapes,
+                    batch_norms=self._workspace.batch_norms,
+                )
+            except (ClientError, SparseModelError) as error:
+                self._held[client] = frozenset()
+                self.skip(client, str(error))
+                continue
+            self._held[client] = _held_after(request)
+            yield client, reply
+        if isinstance(request, TrainRequest):
+            self._last_mask = request.mask
+
+    def _request(
+        self, client: int, request: Request, records: dict[frozenset[str], RecordDict]
+    ) -> str:
+        held = self._held.get(client, frozenset())
+        if held not in records:
+            records[held] = wire.encode_request(
+                request,
+                held=held,
+                base=self._last_mask,
+                dtype=self._config.federation.value_dtype,
+            )
+        record = records[held]
+        self._traffic.down.append(wire.record_bytes(record))
+        if isinstance(request, TrainRequest):
+            self._traffic.mask += wire.mask_frame_bytes(record)
+            group = str(request.round_index + 1)
+        else:
+            group = "selection"
+        return self._send(self._nodes[client], record, _ACTIONS[type(request)], group)
+
+    def _send(self, node: int, record: RecordDict, action: str, group: str) -> str:
+        message = Message(record, node, action, group_id=group)
+        sent = list(self._grid.push_messages([message]))
+        if not sent:
+            raise RunError(f"Flower did not accept a message for node {node}")
+        return sent[0]
+
+    def _replies(self, pending: dict[str, int]) -> Iterator[tuple[int, Message]]:
+        """Replies one at a time, until all have come or the time is over.
+
+        `pending` maps message ids to clients and may grow while replies are consumed.
+        """
+        deadline = time.monotonic() + self._config.federation.timeout
+        while pending and time.monotonic() < deadline:
+            self._check_launcher()
+            arrived = False
+            for message_id in list(pending):
+                # One id at a time: what is pulled is in memory.
+                for message in self._grid.pull_messages([message_id]):
+                    arrived = True
+                    yield pending.pop(message_id), message
+            if not arrived:
+                time.sleep(POLL_SECONDS)
+        for client in pending.values():
+            self._held[client] = frozenset()
+            self.skip(client, f"no answer within {self._config.federation.timeout:g} s")
+        pending.clear()
+
+    def _check_launcher(self) -> None:
+        """Stop when the command that started this run is gone (killed, say).
+
+        It would otherwise go on in the background and hold the run folder against --resume.
+        """
+        if self._launcher_pid:
+            try:
+                os.kill(self._launcher_pid, 0)
+            except ProcessLookupError:
+                raise RunError("the command that started this run has ended") from None
+
+
+def _held_after(request: Request) -> frozenset[str]:
+    """Digests that a client holds once it has answered `request`."""
+    if isinstance(request, TrainRequest):
+        return frozenset([request.mask.digest()] if request.mask else [])
+    masks = [mask.digest() for mask in request.pool.masks]
+    return frozenset([wire.pool_digest(request.pool), *masks])
+
+
+def _content(message: Message) -> RecordDict:
+    if message.has_error():
+        reason = (message.error.reason or f"error code {message.error.code}").strip()
+        raise ClientError(f"the client failed: {reason.splitlines()[-1]}")
+    return message.content

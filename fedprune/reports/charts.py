@@ -1,0 +1,254 @@
+"""The charts of a run's report: plain numbers in, one inline SVG element out.
+
+Matplotlib draws with placeholder colours that become CSS variables of the page, so that a chart
+follows the reader's light or dark mode. Equal numbers give equal text, whatever the user's
+matplotlibrc says; no backend, style or figure of the user is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from prunelab.pages import plots
+from prunelab.pages.plots import ACCENT, GRID, HALF, INK, MUTED, SECOND, SURFACE, WHOLE
+
+SHADES = 10
+NAME_LENGTH = 44
+
+
+def accuracy_chart(
+    rounds: Sequence[int], accuracies: Sequence[float], adjusted: Sequence[int], *, label: str
+) -> str:
+    """Test accuracy by round.
+
+    Args:
+        rounds: round numbers, ascending.
+        accuracies: in [0, 1], one a round; NaN leaves a gap.
+        adjusted: those of `rounds` after which the mask was adjusted.
+        label: what a screen reader says; this and every other chart has one.
+    """
+    percent = {number: 100 * value for number, value in zip(rounds, accuracies, strict=True)}
+    with plots.figure(HALF, 2.9) as figure:
+        axes = figure.add_subplot()
+        axes.plot(rounds, list(percent.values()), color=ACCENT, marker="o", **_line(rounds))
+        if adjusted:
+            axes.plot(
+                adjusted,
+                [percent[number] for number in adjusted],
+                linestyle="none",
+                marker="o",
+                markersize=6.5,
+                markerfacecolor=SURFACE,
+                markeredgecolor=SECOND,
+                markeredgewidth=1.6,
+                label="mask adjusted",
+            )
+            plots.legend(axes)
+        axes.set(xlabel="round", ylabel="test accuracy, %")
+        plots.whole_numbers(axes.xaxis)
+        return plots.svg(figure, label)
+
+
+def traffic_chart(
+    rounds: Sequence[int],
+    up: Sequence[float],
+    down: Sequence[float],
+    *,
+    dense: float | None,
+    format_value: Callable[[float], str],
+    label: str,
+) -> str:
+    """Bytes sent by all clients (up) and to all clients (down) by round.
+
+    The scale is logarithmic where the values span more than a factor of eight.
+
+    Args:
+        dense: bytes of the same clients' messages under dense federated averaging, each way.
+        format_value: bytes -> text of a tick.
+    """
+    with plots.figure(HALF, 2.9) as figure:
+        axes = figure.add_subplot()
+        axes.plot(rounds, up, color=ACCENT, marker="o", label="up", **_line(rounds))
+        axes.plot(rounds, down, color=SECOND, marker="s", label="down", **_line(rounds))
+        if dense:
+            axes.axhline(dense, color=MUTED, linestyle="--", linewidth=1.2, label="dense, each way")
+        positive = [value for value in (*up, *down, dense or 0) if value > 0]
+        if positive and max(positive) > 8 * min(positive):
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(lambda value, position: "")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(lambda value, position: format_value(value))
+        axes.set(xlabel="round", ylabel="bytes of all clients")
+        plots.whole_numbers(axes.xaxis)
+        plots.legend(axes)
+        return plots.svg(figure, label)
+
+
+def density_chart(
+    names: Sequence[str],
+    before: Sequence[float | None],
+    after: Sequence[float | None],
+    *,
+    after_label: str,
+    label: str,
+) -> str:
+    """Density of each layer at the start and later, one line a layer.
+
+    The scale is logarithmic where the densities span more than a factor of twenty.
+
+    Args:
+        before, after: one density in [0, 1] a layer; None where it is not known.
+        after_label: what `after` is, for the legend.
+    """
+    known = [d for d in (*before, *after) if d]
+    with plots.figure(WHOLE, 0.85 + 0.21 * len(names)) as figure:
+        axes = figure.add_subplot()
+        if known and max(known) > 20 * min(known):
+            axes.set_xscale("log")
+        else:
+            axes.set_xlim(0, 1.06 * max(known, default=1.0))
+        places = range(len(names))
+        for place, old, new in zip(places, before, after, strict=True):
+            if old is not None and new is not None:
+                axes.plot([old, new], [place, place], color=GRID, linewidth=3, zorder=1)
+            texts = dict.fromkeys(f"{d:.3g}" for d in (old, new) if d is not None)
+            axes.text(
+                1.01,
+                place,
+                " → ".join(texts),
+                transform=axes.get_yaxis_transform(),
+                verticalalignment="center",
+                color=MUTED,
+                fontsize=8,
+            )
+        _dots(axes, before, marker_label="at the start", color=MUTED, size=7.5, filled=False)
+        _dots(axes, after, marker_label=after_label, color=ACCENT, size=4.5, filled=True)
+        axes.set_yticks(places, [_shortened(name) for name in names])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlabel("density")
+        axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        axes.xaxis.set_minor_formatter(lambda value, position: "")
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        plots.legend(axes)
+        return plots.svg(figure, label)
+
+
+def candidate_chart(losses: Sequence[float], winner: int, *, label: str) -> str:
+    """Weighted loss of each candidate; the winner in the accent colour.
+
+    Args:
+        losses: at least one; values that are not finite get no bar.
+        winner: index into `losses`.
+    """
+    finite = [loss if math.isfinite(loss) else 0.0 for loss in losses]
+    with plots.figure(HALF, 0.75 + 0.3 * len(losses)) as figure:
+        axes = figure.add_subplot()
+        places = range(len(losses))
+        colours = [ACCENT if place == winner else GRID for place in places]
+        axes.barh(places, finite, height=0.66, color=colours)
+        for place, loss in enumerate(losses):
+            text = f"{loss:.4g}" if math.isfinite(loss) else "–"
+            axes.annotate(
+                f"{text}, winner" if place == winner else text,
+                (finite[place], place),
+                xytext=(5, 0),
+                textcoords="offset points",
+                verticalalignment="center",
+                color=INK,
+                fontweight="bold" if place == winner else "normal",
+            )
+        axes.set_yticks(places, [str(place + 1) for place in places])
+        axes.set_ylim(len(losses) - 0.4, -0.6)
+        axes.set_xlim(0, 1.35 * max(finite) or 1.0)
+        axes.set(xlabel="weighted loss (smaller is better)", ylabel="candidate")
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        return plots.svg(figure, label)
+
+
+def label_chart(clients: Sequence[int], counts: Sequence[Sequence[int]], *, label: str) -> str:
+    """Heat map of each client's labels beside the number of its samples.
+
+    Args:
+        clients: client numbers, one a row.
+        counts: [clients][classes], samples of that class.
+    """
+    from matplotlib.colors import to_rgba  # noqa: PLC0415
+
+    num_classes = max(len(row) for row in counts)
+    largest = max((n / sum(row) for row in counts for n in row if n), default=1.0)
+    row_height = 0.24 if len(clients) <= 30 else 0.11
+    with plots.figure(WHOLE, 0.95 + row_height * len(clients)) as figure:
+        axes, bars = figure.subplots(ncols=2, sharey=True, width_ratios=[4, 1])
+        for shade, patch in _shaded_cells(counts, full=largest):
+            patch.set(facecolor=to_rgba(ACCENT, shade), edgecolor="none")
+            axes.add_patch(patch)
+        axes.set(xlim=(-0.5, num_classes - 0.5), ylim=(len(clients) - 0.5, -0.5))
+        legend = f"full colour: {100 * largest:.0f} % of a client's samples, fainter: fewer"
+        axes.set(xlabel=f"class ({legend})", ylabel="client")
+        step = 1 if len(clients) <= 30 else 10
+        axes.set_yticks(range(0, len(clients), step), [str(c) for c in clients[::step]])
+        axes.set_xticks(range(0, num_classes, 1 if num_classes <= 25 else 10))
+        bars.barh(range(len(clients)), [sum(row) for row in counts], height=0.7, color=ACCENT)
+        bars.set_xlabel("samples")
+        bars.xaxis.get_major_locator().set_params(nbins=3, integer=True)
+        bars.grid(visible=False, axis="y")
+        axes.grid(visible=False)
+        for part in (axes, bars):
+            part.tick_params(axis="y", length=0)
+        return plots.svg(figure, label)
+
+
+def _shaded_cells(counts: Sequence[Sequence[int]], *, full: float) -> Iterator[tuple[float, Any]]:
+    """Opacity and cells of that opacity; the share `full` of a row is opaque.
+
+    One path for all cells of a shade takes a tenth of the text of one path a cell.
+    """
+    from matplotlib.patches import PathPatch  # noqa: PLC0415
+    from matplotlib.path import Path  # noqa: PLC0415
+
+    cells: dict[int, list[Path]] = {}
+    for row, numbers in enumerate(counts):
+        total = sum(numbers)
+        for column, number in enumerate(numbers):
+            if number > 0:
+                shade = math.ceil(SHADES * number / total / full - 1e-9)
+                x0, x1, y0, y1 = column - 0.46, column + 0.46, row - 0.42, row + 0.42
+                corners = [(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]
+                cells.setdefault(shade, []).append(Path(corners, closed=True))
+    for shade, paths in sorted(cells.items()):
+        yield shade / SHADES, PathPatch(Path.make_compound_path(*paths), linewidth=0)
+
+
+def _line(rounds: Sequence[int]) -> dict[str, Any]:
+    return {"linewidth": 1.8, "markersize": 3.5 if len(rounds) <= 40 else 0}
+
+
+def _dots(
+    axes: Any,
+    densities: Sequence[float | None],
+    *,
+    marker_label: str,
+    color: str,
+    size: float,
+    filled: bool,
+) -> None:
+    points = [(d, place) for place, d in enumerate(densities) if d is not None]
+    if points:
+        axes.plot(
+            *zip(*points, strict=True),
+            linestyle="none",
+            marker="o",
+            markersize=size,
+            markerfacecolor=color if filled else "none",
+            markeredgecolor=color,
+            label=marker_label,
+        )
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= NAME_LENGTH else f"…{name[-NAME_LENGTH + 1 :]}"

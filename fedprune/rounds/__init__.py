@@ -1,0 +1,1 @@
+"""A run: the round loop, its folder, its workspace."""

@@ -1,0 +1,174 @@
+"""The folder of one run: config.toml, metrics.jsonl, checkpoint, model, summary and report.
+
+A run may be killed at any moment. The checkpoint is replaced atomically after each round and
+records how long metrics.jsonl was; whatever was written after it is cut off on resume, so that
+a resumed run leaves the same files as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedprune.config import RunConfig, read_toml
+from fedprune.methods.base import RunState
+from prunelab.errors import RunError
+from prunelab.runs import folder as runfolder
+from prunelab.runs.folder import (
+    CONFIG,
+    METRICS,
+    MODEL,
+    REPORT,
+    SUMMARY,
+    discard_unstarted,
+    read_metrics,
+    read_summary,
+)
+from sparsemodel.storage.checkpoint import load_sparse, save_sparse
+
+__all__ = [
+    "CHECKPOINT",
+    "CONFIG",
+    "METRICS",
+    "MODEL",
+    "REPORT",
+    "SUMMARY",
+    "RunFolder",
+    "check_same_run",
+    "discard_unstarted",
+    "open_run",
+    "prepare",
+    "read_metrics",
+    "read_summary",
+]
+
+CHECKPOINT = "checkpoint.safetensors"
+# Settings that change no bit of the result, so a resumed run may differ in them.
+FREE_ON_RESUME = {"federation.timeout"}
+
+
+@dataclass
+class Totals:
+    """Counters of a run so far; they travel in the checkpoint."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    bytes_up_steady_round: int | None = None
+    bytes_down_steady_round: int | None = None
+    train_flops: float = 0.0
+    dense_flops: float = 0.0
+    state_bytes: int = 0
+    peak_rss_bytes: int = 0
+    seconds: float = 0.0
+    test_accuracy: float = 0.0
+
+
+@dataclass
+class RunFolder:
+    """An open run folder; use `prepare` to make one and `open_run` to work in it."""
+
+    path: Path
+    totals: Totals = field(default_factory=Totals)
+    state: RunState | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl; it is on disk when this returns."""
+        runfolder.append_metrics(self.path, line)
+
+    def save(self, state: RunState) -> None:
+        """Write the checkpoint of a completed round."""
+        now = time.monotonic()
+        self.totals.seconds += now - self.started
+        self.started = now
+        metrics = self.path / METRICS
+        metadata = {
+            "round_index": state.round_index,
+            "adjustments": state.adjustments,
+            "notes": state.notes,
+            "totals": asdict(self.totals),
+            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+        }
+        save_sparse(
+            self.path / CHECKPOINT,
+            state.weights,
+            state.mask,
+            metadata={"fedprune": json.dumps(metadata)},
+        )
+        self.state = state
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json; its presence means that the run is complete."""
+        runfolder.write_summary(self.path, summary)
+
+
+def prepare(path: Path, config: RunConfig, *, resume: bool) -> None:
+    """Make the folder for a new run, or check that this configuration continues the old one.
+
+    Raises:
+        RunError: it cannot be used; the message says why and what to do. Nothing is changed.
+    """
+    if not resume:
+        runfolder.prepare(path, config.toml())
+        return
+    if not (path / CONFIG).exists():
+        raise RunError(f"nothing to resume in {path}: it has no {CONFIG}")
+    check_same_run(path, config)
+
+
+def check_same_run(path: Path, config: RunConfig) -> None:
+    """Raise RunError, naming every difference, unless `config` is that of the run in `path`."""
+    before, now = RunConfig.parse(read_toml(path / CONFIG)).flat(), config.flat()
+    changed = [
+        f"{key} was {before[key]!r}, now {now[key]!r}"
+        for key in now
+        if before[key] != now[key] and key not in FREE_ON_RESUME
+    ]
+    if changed:
+        raise RunError(f"{path} holds a run with other settings: {'; '.join(changed)}")
+
+
+@contextmanager
+def open_run(path: Path, *, wait: float = 20.0) -> Iterator[RunFolder]:
+    """The folder, locked against a second process, with its last checkpoint if there is one.
+
+    Raises:
+        RunError: another process is still working in it after `wait` seconds.
+        CheckpointError: the checkpoint is damaged.
+    """
+    with runfolder.locked(path, wait=wait):
+        folder = RunFolder(path)
+        _restore(folder)
+        yield folder
+
+
+def _restore(folder: RunFolder) -> None:
+    """Read the last checkpoint and cut what was written to the metrics after it."""
+    checkpoint, metrics = folder.path / CHECKPOINT, folder.path / METRICS
+    size = 0
+    if checkpoint.exists():
+        stored = load_sparse(checkpoint)
+        try:
+            values = json.loads(stored.metadata["fedprune"])
+            folder.totals = Totals(**values["totals"])
+            folder.state = RunState(
+                round_index=values["round_index"],
+                weights=stored.state,
+                mask=stored.mask,
+                adjustments=values["adjustments"],
+                notes=values["notes"],
+            )
+            size = values["metrics_bytes"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{checkpoint} is not a checkpoint of a run ({error!r}); "
+                "move it away to start the run again"
+            ) from None
+    if metrics.exists() and metrics.stat().st_size > size:
+        os.truncate(metrics, size)

@@ -1,0 +1,74 @@
+"""The one way to run a configuration: for the command, simulations and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedprune.config import RunConfig
+from fedprune.errors import USER_ERRORS, ConfigError
+
+ENGINES = ("flower", "inline", "batched")
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    engine: str = "inline",
+    resume: bool = False,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Run or resume one run in `folder`, and leave the report beside it.
+
+    Args:
+        engine: "inline" (this process), "batched" (this process, the clients of a round trained
+            together) or "flower" (Flower's simulation engine).
+        resume: continue what the folder holds; a complete run is left as it is.
+        progress: called a few times a second while metrics.jsonl grows.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
+            what to do. A folder in which nothing was computed is removed again.
+    """
+    from fedprune.local.training import compute_device  # noqa: PLC0415
+    from fedprune.methods import check_method  # noqa: PLC0415
+    from fedprune.rounds import folder as runfolder  # noqa: PLC0415
+    from prunelab.data.datasets import check_dataset  # noqa: PLC0415
+    from prunelab.networks import check_model  # noqa: PLC0415
+
+    folder = Path(folder)
+    if engine not in ENGINES:
+        raise ConfigError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")
+    if engine == "batched" and config.training.execution == "sparse":
+        raise ConfigError(
+            "the batched engine trains stacked dense weights; use --execution masked, or "
+            "--engine inline for sparse execution"
+        )
+    check_dataset(config.data.dataset)
+    check_method(config.pruning.method)
+    check_model(config.model_name)
+    compute_device(config.training.device)
+    runfolder.prepare(folder, config, resume=resume)
+    if not (folder / runfolder.SUMMARY).exists():
+        # Flower takes seconds to import: not before all that can be refused has been.
+        from fedprune.flower.engine import run_flower, run_inline  # noqa: PLC0415
+        from fedprune.reports.page import write_report  # noqa: PLC0415
+
+        starts: dict[str, Callable[..., None]] = {
+            "flower": run_flower,
+            "inline": run_inline,
+            "batched": partial(run_inline, batched=True),
+        }
+        try:
+            starts[engine](config, folder, resume=resume, progress=progress)
+        except USER_ERRORS:
+            runfolder.discard_unstarted(folder)
+            raise
+        write_report(folder)
+    return runfolder.read_summary(folder)

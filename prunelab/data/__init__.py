@@ -1,0 +1,1 @@
+"""Data sets, samples and what a network is fed of them."""

@@ -1,0 +1,286 @@
+"""Named networks with stems for small images, and views of their state.
+
+Convolutional residual networks after He et al., Deep Residual Learning for Image Recognition
+(CVPR 2016), VGG after Simonyan and Zisserman (ICLR 2015).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from prunelab.errors import ModelError
+from sparsemodel.masks.mask import prunable_parameters
+
+InputShape = tuple[int, int, int]
+DEFAULT_WIDTH = 16
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut; a 1×1 convolution where the shape changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut.append(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
+            self.shortcut.append(nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, in, H, W] -> [N, out, H/stride, W/stride]."""
+        y = functional.relu(self.bn1(self.conv1(x)))
+        return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """Three stages of basic blocks of width w, 2w, 4w, for images from 8×8 up.
+
+    Shortcuts that change shape are 1×1 convolutions (option B of the paper), so that every
+    layer can be pruned. Depth is 6 · blocks + 2.
+    """
+
+    def __init__(self, blocks: int, *, width: int, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.width = width
+        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, blocks, stride=1)
+        self.layer2 = _stage(width, 2 * width, blocks, stride=2)
+        self.layer3 = _stage(2 * width, 4 * width, blocks, stride=2)
+        self.fc = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] -> logits [N, num_classes]."""
+        x = functional.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: torch.Tensor = self.fc(functional.adaptive_avg_pool2d(x, 1).flatten(1))
+        return logits
+
+
+def _stage(in_channels: int, out_channels: int, blocks: int, *, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, out_channels, stride=stride)
+    rest = (BasicBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
+    return nn.Sequential(first, *rest)
+
+
+def _cifar_resnet(blocks: int) -> Callable[[int, InputShape, int | None], nn.Module]:
+    def build(num_classes: int, input_shape: InputShape, width: int | None) -> nn.Module:
+        return CifarResNet(
+            blocks,
+            width=DEFAULT_WIDTH if width is None else width,
+            in_channels=input_shape[0],
+            num_classes=num_classes,
+        )
+
+    return build
+
+
+def _resnet18(num_classes: int, input_shape: InputShape, width: int | None) -> nn.Module:
+    """torchvision's resnet18 with a 3×3 stem of stride 1 and no max pool."""
+    from torchvision.models import resnet18  # noqa: PLC0415
+
+    _refuse_width("resnet18", width)
+    model: nn.Module = resnet18(num_classes=num_classes)
+    stem = nn.Conv2d(input_shape[0], 64, 3, 1, 1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1 = stem
+    model.maxpool = nn.Identity()
+    return model
+
+
+def _vgg11_bn(num_classes: int, input_shape: InputShape, width: int | None) -> nn.Module:
+    """torchvision's vgg11_bn convolutions, a global average pool and one linear classifier."""
+    # Not vgg11_bn() itself: it first draws 124 million weights of a classifier for ImageNet.
+    from torchvision.models import vgg  # noqa: PLC0415
+
+    _refuse_width("vgg11_bn", width)
+    if min(input_shape[1:]) < 32:
+        raise ModelError(
+            f"vgg11_bn halves the image five times and needs 32×32 or more; got "
+            f"{input_shape[1]}×{input_shape[2]}; use resnet8 or resnet20"
+        )
+    features: nn.Sequential = vgg.make_layers(vgg.cfgs["A"], batch_norm=True)
+    if input_shape[0] != 3:
+        features[0] = nn.Conv2d(input_shape[0], 64, 3, padding=1)
+    for layer in features:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(
+        OrderedDict(
+            features=features,
+            avgpool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            classifier=nn.Linear(512, num_classes),
+        )
+    )
+
+
+def _refuse_width(name: str, width: int | None) -> None:
+    if width not in (None, 64):
+        raise ModelError(f"{name} has a fixed width; leave model.width at 0, got {width}")
+
+
+MODELS: dict[str, Callable[[int, InputShape, int | None], nn.Module]] = {
+    "resnet8": _cifar_resnet(1),
+    "resnet20": _cifar_resnet(3),
+    "resnet18": _resnet18,
+    "vgg11_bn": _vgg11_bn,
+}
+ADJUSTABLE_WIDTH = ("resnet8", "resnet20")
+
+
+def check_model(name: str) -> None:
+    """Raise ModelError, listing the known ones, unless `name` is a known model."""
+    if name not in MODELS:
+        raise ModelError(f"unknown model {name!r}; known models: {', '.join(MODELS)}")
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    input_shape: InputShape,
+    seed: int,
+    width: int | None = None,
+) -> nn.Module:
+    """A network by name, the same bits for the same arguments; the global seed is not touched.
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        width: channels of the first stage, where the model's is adjustable; None: its own.
+
+    Raises:
+        ModelError: unknown name, or a width or image size that the model cannot have.
+
+    >>> model = build_model("resnet8", num_classes=10, input_shape=(1, 8, 8), seed=0)
+    >>> model.eval()(torch.zeros(1, 1, 8, 8)).shape
+    torch.Size([1, 10])
+    """
+    check_model(name)
+    sizes = {"classes": num_classes, "width": 1 if width is None else width}
+    sizes |= dict(zip(("channels", "image height", "image width"), input_shape, strict=True))
+    for what, size in sizes.items():
+        if size < 1:
+            raise ModelError(f"{name}: {what} must be at least 1, got {size}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name](num_classes, input_shape, width)
+
+
+def parameter_blocks(model: nn.Module, *, granularity: str) -> list[list[str]]:
+    """Prunable parameters in groups from the input to the output.
+
+    Args:
+        granularity: "layer" (each its own), "block" or "entire" (one group). Blocks are the
+            stages of a residual network, the classifier with the last; and VGG's parts between
+            max pools, where the first holds only the stem, with the classifier as the fifth.
+
+    Raises:
+        ModelError: "block" for a model whose stages are not known, or another granularity.
+    """
+    names = list(prunable_parameters(model))
+    if granularity == "layer":
+        return [[name] for name in names]
+    if granularity == "entire":
+        return [names]
+    if granularity != "block":
+        raise ModelError(f"granularity: expected layer, block or entire; got {granularity!r}")
+    groups: dict[int, list[str]] = {}
+    for name in names:
+        groups.setdefault(_stage_of(model, name, last=max(groups, default=None)), []).append(name)
+    return [groups[stage] for stage in sorted(groups)]
+
+
+def _stage_of(model: nn.Module, name: str, *, last: int | None) -> int:
+    """Number of the stage of a parameter; `last` is the latest stage before it."""
+    first, *rest = name.split(".")
+    features = getattr(model, "features", None)
+    if first.startswith("layer") and first[5:].isdigit():
+        return int(first[5:])
+    if first in ("features", "classifier") and isinstance(features, nn.Sequential):
+        before = features if first == "classifier" else features[: int(rest[0])]
+        return sum(isinstance(layer, nn.MaxPool2d) for layer in before)
+    if first == "fc" and last is not None:
+        return last
+    raise ModelError(
+        f"cannot tell which block {name!r} of {type(model).__name__} belongs to; "
+        "use granularity layer or entire"
+    )
+
+
+def batch_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """(running mean, running variance) names of every batch norm, in state order."""
+    return [
+        (f"{name}.running_mean", f"{name}.running_var")
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm) and module.track_running_stats
+    ]
+
+
+def float_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the floating-point entries of the state: what clients and server exchange.
+
+    Batch norm's integer batch counters are left out: a mean of them means nothing.
+    """
+    return {
+        name: value.detach().clone()
+        for name, value in model.state_dict().items()
+        if value.is_floating_point()
+    }
+
+
+@torch.no_grad()
+def load_float_state_(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Copy `state` into the model.
+
+    Raises:
+        ModelError: names or shapes are not those of the model; nothing is changed then.
+    """
+    own = {name: v for name, v in model.state_dict().items() if v.is_floating_point()}
+    if own.keys() != state.keys():
+        odd = sorted(own.keys() ^ state.keys())
+        raise ModelError(f"state does not fit {type(model).__name__}: names differ in {odd[:5]}")
+    for name, value in own.items():
+        if state[name].shape != value.shape:
+            raise ModelError(
+                f"{name!r}: expected shape {tuple(value.shape)}, got {tuple(state[name].shape)}"
+            )
+    for name, value in own.items():
+        value.copy_(state[name])
+
+
+def narrow_width(name: str, *, num_classes: int, input_shape: InputShape, max_bytes: int) -> int:
+    """The largest width whose fp32 state (parameters, batch-norm statistics) fits `max_bytes`.
+
+    Raises:
+        ModelError: the model's width is fixed, or even width 1 needs more.
+    """
+    check_model(name)
+    if name not in ADJUSTABLE_WIDTH:
+        raise ModelError(f"{name} has a fixed width; use one of {', '.join(ADJUSTABLE_WIDTH)}")
+
+    def size(width: int) -> int:
+        with torch.device("meta"):  # shapes alone: the dense net may be far larger
+            model = MODELS[name](num_classes, input_shape, width)
+        return 4 * sum(value.numel() for value in float_state(model).values())
+
+    if size(1) > max_bytes:
+        raise ModelError(f"{name} of width 1 takes {size(1)} bytes; allowed are {max_bytes}")
+    low, high = 1, 2
+    while size(high) <= max_bytes:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) <= max_bytes else (low, middle)
+    return low

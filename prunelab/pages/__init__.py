@@ -1,0 +1,1 @@
+"""Self-contained HTML pages, charts, units, and what the commands share."""

@@ -1,0 +1,1 @@
+"""Training steps, the training loop and its checkpoints."""

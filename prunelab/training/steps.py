@@ -1,0 +1,182 @@
+"""One optimiser step: loss, gradients and update, by autograd or by a native plan."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunelab.errors import RunError
+from prunelab.training.task import Classification, ImageClassification, Task
+from sparsemodel.errors import PlanError
+from sparsemodel.kernels.cpu import library as cpu
+from sparsemodel.layers.sparsify import sparse_layers
+from sparsemodel.optim import SparseAdam, SparseSGD
+from sparsemodel.plans.plan import TrainingPlan
+
+Objective = Callable[[Tensor, Any, Tensor], Tensor]
+"""(logits, batch, rows) -> scalar loss, the mean over the batch."""
+
+Look = Callable[[Tensor, Tensor], None]
+"""Called with detached logits [B, C] and labels [B] between the forward pass and the update."""
+
+OPTIMIZERS = ("sgd", "adamw")
+
+
+class Loss:
+    """The loss of a batch and the logits it was computed from, in one forward pass."""
+
+    def __init__(self, task: Task, objective: Objective | None) -> None:
+        if objective is not None and not isinstance(task, Classification):
+            raise RunError(
+                f"an objective needs logits, and {type(task).__name__} gives none; use a "
+                "Classification task, or leave out the objective"
+            )
+        self._objective = objective
+        self._seen: list[Tensor] = []
+        # A task may have a loss of its own. Its call of self.logits is listened to, since a
+        # second forward pass would cost time and move batch norm's statistics twice.
+        self._task = copy.copy(task)
+        if isinstance(task, Classification):
+            self._original = task
+            self._task.logits = self._listen  # type: ignore[attr-defined]
+
+    def _listen(self, model: nn.Module, batch: Any) -> Tensor:
+        logits = self._original.logits(model, batch)
+        self._seen.append(logits)
+        return logits
+
+    def per_sample(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Loss [B] of the task, and logits [B, C] of a Classification."""
+        losses = self._task.loss(model, batch)
+        return losses, self._take(losses)
+
+    def mean(self, model: nn.Module, batch: Any, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scalar objective, and logits [B, C] of a Classification."""
+        if self._objective is None:
+            losses, logits = self.per_sample(model, batch)
+            return losses.mean(), logits
+        logits = self._original.logits(model, batch)
+        return self._objective(logits, batch, rows), logits
+
+    def _take(self, losses: Tensor) -> Tensor | None:
+        if not isinstance(self._task, Classification):
+            return None
+        if not self._seen or self._seen[-1].shape[0] != losses.shape[0]:
+            raise RunError(
+                f"{type(self._task).__name__}.loss does not call self.logits(model, batch), so "
+                "nothing can be recorded of it; let it do so, or derive from Task"
+            )
+        logits = self._seen[-1]
+        self._seen.clear()
+        return logits
+
+    def labels(self, batch: Any) -> Tensor:
+        return self._original.labels(batch)
+
+
+class Stepper:
+    """Takes optimiser steps on a model; the learning rate is set in the optimiser.
+
+    Args:
+        objective: None: the mean of the task's loss.
+        batch_size: usual size of a batch; one more is allowed (see `batches.batches`).
+        planned: whether a native plan may take the steps, where there is one; it tells nothing
+            of logits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        optimizer: torch.optim.Optimizer,
+        *,
+        objective: Objective | None,
+        batch_size: int,
+        planned: bool,
+    ) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._loss = Loss(task, objective)
+        self._batch_size = batch_size
+        self._may_plan = planned and objective is None and _is_plain(model, task, optimizer)
+        self._plan: TrainingPlan | None = None
+
+    def step(self, batch: Any, rows: Tensor, look: Look) -> Tensor:
+        """One update; returns the loss before it, float64, where the model is.
+
+        Raises:
+            RunError: a single sample that the model cannot be trained on.
+        """
+        plan = self._planned(batch)
+        if plan is not None:
+            assert isinstance(self._optimizer, SparseSGD)
+            loss, _ = plan.step(*batch, optimizer=self._optimizer)
+            return torch.tensor(loss, dtype=torch.float64)
+        self._optimizer.zero_grad()
+        try:
+            mean, logits = self._loss.mean(self._model, batch, rows)
+        except ValueError as error:
+            raise _explained(error, len(rows)) from None
+        if logits is not None:
+            look(logits.detach(), self._loss.labels(batch))
+        mean.backward()
+        self._optimizer.step()
+        return mean.detach().double()
+
+    def _planned(self, batch: Any) -> TrainingPlan | None:
+        """The plan, made for the shape of the first batch."""
+        if self._may_plan and self._plan is None:
+            try:
+                self._plan = TrainingPlan(
+                    self._model, batch[0].shape[1:], batch_size=self._batch_size + 1
+                )
+            except PlanError:  # a network that plans do not know; its modules train all the same
+                self._may_plan = False
+        return self._plan
+
+
+def _is_plain(model: nn.Module, task: Task, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is what a plan does: softmax cross-entropy of a sparse network, by SGD."""
+    return (
+        bool(sparse_layers(model))
+        and isinstance(optimizer, SparseSGD)
+        and type(task).loss is Classification.loss
+        and type(task).logits is ImageClassification.logits  # type: ignore[attr-defined]
+        and cpu.library() is not None
+        and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
+    )
+
+
+def make_optimizer(
+    model: nn.Module, name: str, *, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """An optimiser of the parameters with requires_grad, sparse where the model is.
+
+    The learning rate is 0 until it is set. AdamW has its usual moments, (0.9, 0.999).
+
+    Raises:
+        RunError: there is no such parameter.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise RunError(f"{type(model).__name__} has no parameter with requires_grad to train")
+    is_sparse = bool(sparse_layers(model))
+    if name == "adamw":
+        if is_sparse:
+            return SparseAdam(trained, lr=0.0, weight_decay=weight_decay, decoupled=True)
+        return torch.optim.AdamW(trained, lr=0.0, weight_decay=weight_decay)
+    assert name == "sgd", f"checked against {OPTIMIZERS}"
+    kind = SparseSGD if is_sparse else torch.optim.SGD
+    return kind(trained, lr=0.0, momentum=momentum, weight_decay=weight_decay)
+
+
+def _explained(error: ValueError, num_samples: int) -> ValueError:
+    if num_samples == 1 and "more than 1 value per channel" in str(error):
+        return RunError(
+            "batch norm cannot be trained on a single sample; use a batch_size of 2 or more and "
+            "keep at least 2 samples"
+        )
+    return error

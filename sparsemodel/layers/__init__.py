@@ -1,0 +1,1 @@
+"""Layers that store and train only their active weights, and whole models made of them."""

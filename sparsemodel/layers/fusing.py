@@ -1,0 +1,160 @@
+"""Fusing batch norm, residual addition and ReLU through a whole model, where it can be traced."""
+
+from __future__ import annotations
+
+import operator
+import types
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from sparsemodel.errors import SparseModelError
+from sparsemodel.kernels import pool
+from sparsemodel.layers.norm_and_pool import FusedBatchNorm2d
+from sparsemodel.layers.tracing import has_hooks, is_leaf, trace_forward
+
+_RELUS = {torch.relu, torch.relu_, functional.relu, functional.relu_, "relu", "relu_"}
+_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_IN_PLACE = {operator.iadd, torch.relu_, functional.relu_}
+_POOLS = {
+    functional.max_pool2d: pool.max_pool2d,
+    functional.avg_pool2d: pool.avg_pool2d,
+    functional.adaptive_avg_pool2d: pool.adaptive_avg_pool2d,
+}
+_MARK = "fused_by_sparsemodel"
+
+
+def fuse_forward(model: nn.Module) -> bool:
+    """Give `model` a forward method that fuses batch norm, addition and ReLU, in place.
+
+    Modules, parameters and their names stay; only `model.forward` is replaced, by the code of
+    its traced graph. Nothing is changed where the model cannot be traced, does other things in
+    training than in evaluation (other than what its layers do by themselves), has hooks on
+    containers, or has nothing to fuse.
+
+    Args:
+        model: its batch norms are FusedBatchNorm2d already.
+
+    Returns:
+        Whether forward was replaced.
+    """
+    graph = _trace(model)
+    if graph is None or _rewrite(model, graph) == 0:
+        return False
+    function = type(fx.GraphModule(model, graph)).forward
+    setattr(function, _MARK, True)
+    model.__dict__["forward"] = types.MethodType(function, model)
+    return True
+
+
+def unfuse_forward(model: nn.Module) -> None:
+    """Undo `fuse_forward`: the class's forward is in force again."""
+    forward = model.__dict__.get("forward")
+    if getattr(forward, _MARK, False):
+        del model.__dict__["forward"]
+
+
+def _trace(model: nn.Module) -> fx.Graph | None:
+    """The graph of one forward call, if it is known whole and calls no hooks of containers."""
+    hooked = any(
+        has_hooks(module)
+        for name, module in model.named_modules()
+        if module is not model and not is_leaf(module, name)
+    )
+    if hooked or is_leaf(model):
+        return None
+    try:
+        graph = trace_forward(model)
+    except SparseModelError:
+        return None
+    constants = any(
+        node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
+        for node in graph.nodes
+    )
+    return None if constants else graph
+
+
+def _rewrite(model: nn.Module, graph: fx.Graph) -> int:
+    """Fuse what can be fused; how many places were."""
+    modules = dict(model.named_modules())
+    places = 0
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _POOLS:
+            node.target = _POOLS[node.target]
+            places += 1
+        elif _is_relu(node, modules):
+            places += _fuse_relu(node, modules)
+    for node in list(graph.nodes):
+        norm = _norm_of_addition(node, modules)
+        if norm is not None:
+            _replace(node, norm, addition=node, relu=False)
+            places += 1
+    return places
+
+
+def _fuse_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Fuse what ends in the ReLU `node`, if that is a batch norm or an addition to one."""
+    before = node.args[0] if node.args else None
+    if not isinstance(before, fx.Node) or len(before.users) != 1:
+        return False
+    if _is_norm(before, modules):
+        _replace(node, before, addition=None, relu=True)
+        return True
+    norm = _norm_of_addition(before, modules)
+    if norm is None:
+        return False
+    _replace(node, norm, addition=before, relu=True)
+    return True
+
+
+def _replace(last: fx.Node, norm: fx.Node, *, addition: fx.Node | None, relu: bool) -> None:
+    """Put one call of the batch norm in the place of `last`; drop norm, addition and ReLU."""
+    residual = None
+    if addition is not None:
+        left, right = addition.args
+        residual = right if left is norm else left
+    with last.graph.inserting_before(last):
+        fused = last.graph.call_module(str(norm.target), (norm.args[0], residual, relu))
+    last.replace_all_uses_with(fused)
+    last.graph.erase_node(last)
+    if addition is not None and addition is not last:
+        addition.graph.erase_node(addition)
+    norm.graph.erase_node(norm)
+
+
+def _norm_of_addition(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The batch norm that a plain addition of two tensors can be fused into, if there is one."""
+    known = node.op in {"call_function", "call_method"} and node.target in _ADDITIONS
+    if not known or node.kwargs or len(node.args) != 2 or node.args[0] is node.args[1]:
+        return None
+    if not all(isinstance(argument, fx.Node) for argument in node.args):
+        return None
+    # `residual += norm` also changes the residual for others; `norm += residual` is seen by none.
+    candidates = node.args[:1] if _changes(node) else node.args
+    return next((n for n in candidates if isinstance(n, fx.Node) and _is_norm(n, modules)), None)
+
+
+def _is_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether `node` is a batch norm that may be computed later, where its one user stands."""
+    if node.op != "call_module" or type(modules[str(node.target)]) is not FusedBatchNorm2d:
+        return False
+    if len(node.args) != 1 or node.kwargs or len(node.users) != 1:
+        return False
+    source = node.args[0]
+    return isinstance(source, fx.Node) and not any(_changes(n, modules) for n in source.users)
+
+
+def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return type(modules[str(node.target)]) is nn.ReLU
+    return node.op in {"call_function", "call_method"} and node.target in _RELUS
+
+
+def _changes(node: fx.Node, modules: dict[str, nn.Module] | None = None) -> bool:
+    """Whether `node` may write into its first argument."""
+    if node.op == "call_module" and modules is not None:
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    return node.target in _IN_PLACE or bool(node.kwargs.get("inplace", False))

@@ -1,0 +1,154 @@
+"""From a masked model to one that stores only its active weights, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from sparsemodel.errors import MaskError, SparseModelError
+from sparsemodel.layers.fusing import fuse_forward, unfuse_forward
+from sparsemodel.layers.linear_and_conv import Execution, SparseConv2d, SparseLayer, SparseLinear
+from sparsemodel.layers.norm_and_pool import FUSED
+from sparsemodel.masks.mask import Mask
+
+_PLAIN = {fused: plain for plain, fused in FUSED.items()}
+
+
+def sparsify(
+    model: nn.Module, mask: Mask, *, execution: Execution = "auto", fuse: bool = True
+) -> nn.Module:
+    """A copy of `model` whose layers in the mask store and train only their active weights.
+
+    `model` stays as it is. In the copy a layer's `weight` becomes `values` (with `row_ptr` and
+    `cols` as buffers); all other parameters and buffers keep their names. Weights outside the
+    mask are dropped. Batch norms and pools are exchanged for equivalents that work in the layout
+    of sparse layers. Give it to any optimiser; SparseSGD and SparseAdam have native steps.
+
+    Args:
+        model: its masked layers are nn.Linear or nn.Conv2d.
+        mask: weight name -> pattern.
+        execution: for each layer "sparse" or "dense" kernels, or "auto": what the cost model
+            takes for faster. Under structured masks of linear layers also "blocks" and "2:4"; of
+            a model where only some layers are so, set `execution` of those.
+        fuse: whether batch norm, addition and ReLU become one pass where the model can be
+            traced by torch.fx. Results are the same up to rounding. Hooks on containers are not
+            called by a fused model; sparsify with fuse=False to set some later.
+
+    Raises:
+        MaskError: the model lacks a parameter of the mask, it has another shape, or its pattern
+            is not made as `execution` needs.
+        SparseModelError: a layer that has no sparse form, does not take `execution`, is
+            parametrised, has hooks, or whose weight is tied to another.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> mask = Mask({"2.weight": torch.eye(2, 8).bool()})
+    >>> [(name, len(p)) for name, p in sparsify(model, mask).named_parameters()]
+    [('0.weight', 8), ('0.bias', 8), ('2.values', 2), ('2.bias', 2)]
+    """
+    layers = {name: _prunable_layer(model, name, mask[name]) for name in mask}
+    new = {}
+    for name, layer in layers.items():
+        try:
+            new[id(layer)] = sparse_layer(layer, mask[name], execution=execution)
+        except SparseModelError as error:
+            raise type(error)(f"{name!r}: {error}") from error
+    return exchange(model, new, fuse=fuse)
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """A copy of a sparsified model with plain layers again, zeros at pruned weights.
+
+    Parameters and buffers have the names, values and order that `model` had before `sparsify`.
+    """
+    new = {
+        id(layer): layer.to_dense()
+        for layer in model.modules()
+        if isinstance(layer, SparseLinear | SparseConv2d)
+    }
+    dense: nn.Module = copy.deepcopy(model, new)
+    for module in dense.modules():
+        unfuse_forward(module)
+        if type(module) in _PLAIN:
+            module.__class__ = _PLAIN[type(module)]
+    return dense
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """The sparse layers of a model by the name of the weight they stand for, in its order."""
+    return {
+        f"{name}.weight" if name else "weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, SparseLayer)
+    }
+
+
+def mask_of(model: nn.Module) -> Mask:
+    """The mask that a sparsified model is under.
+
+    Raises:
+        MaskError: the model has no sparse layer.
+    """
+    layers = sparse_layers(model)
+    if not layers:
+        raise MaskError(f"{type(model).__name__} has no sparse layers; call sparsify(model, mask)")
+    return Mask({name: layer.mask() for name, layer in layers.items()})
+
+
+def sparse_layer(
+    layer: nn.Module, pattern: torch.Tensor, *, execution: Execution
+) -> SparseLinear | SparseConv2d:
+    """The sparse form of a plain (or already sparse) layer under a pattern of its weight."""
+    match layer:
+        case nn.Linear():
+            return SparseLinear.from_dense(layer, pattern, execution=execution)
+        case nn.Conv2d():
+            return SparseConv2d.from_dense(layer, pattern, execution=execution)
+    raise SparseModelError(f"no sparse form of {type(layer).__name__}; only Linear and Conv2d")
+
+
+def exchange(model: nn.Module, new: Mapping[int, nn.Module], *, fuse: bool) -> nn.Module:
+    """A copy of `model` with some modules (by id) replaced and the rest in the sparse layout."""
+    # As entries of the memo, replaced layers are never copied: no second dense weight is made.
+    sparse: nn.Module = copy.deepcopy(model, dict(new))
+    for module in sparse.modules():
+        if type(module) in FUSED:
+            module.__class__ = FUSED[type(module)]
+    if fuse:
+        fuse_forward(sparse)
+    return sparse
+
+
+def _prunable_layer(model: nn.Module, name: str, pattern: torch.Tensor) -> nn.Module:
+    """The layer whose weight is called `name`, checked to have a sparse form."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if name not in parameters:
+        raise MaskError(f"the model has no parameter {name!r} that the mask names")
+    if parameters[name].shape != pattern.shape:
+        raise MaskError(
+            f"mask of {name!r} has shape {tuple(pattern.shape)}, its weight "
+            f"{tuple(parameters[name].shape)}"
+        )
+    path, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(path)
+    # Subclasses may read `weight` behind forward's back, as nn.MultiheadAttention does.
+    if leaf != "weight" or type(layer) not in {nn.Linear, nn.Conv2d}:
+        raise SparseModelError(
+            f"{name!r} belongs to a {type(layer).__name__}, which has no sparse form (nn.Linear "
+            "and nn.Conv2d have); leave it out of the mask"
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tied = [
+        other
+        for other, parameter in parameters.items()
+        if parameter is parameters[name] and modules[other.rpartition(".")[0]] is not layer
+    ]
+    if tied:
+        raise SparseModelError(
+            f"the weight {name!r} is tied to {tied}; leave it out of the mask or untie it"
+        )
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        raise SparseModelError(f"the layer of {name!r} has hooks; remove them before sparsify")
+    return layer

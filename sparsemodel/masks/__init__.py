@@ -1,0 +1,1 @@
+"""Masks: scores of weights, counts of layers, schedules, structures and adjustments."""

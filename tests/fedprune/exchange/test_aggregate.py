@@ -1,0 +1,156 @@
+"""The weighted mean: exact, independent of order, and refusing what is not a number."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.errors import ClientError
+from fedprune.exchange.aggregate import MAX_TOTAL_WEIGHT, EntryMean, WeightedMean
+
+floats = st.floats(-1000, 1000, width=32)
+
+
+def test_weighted_mean_by_hand() -> None:
+    """(1·2 + 3·6) / 4 = 5 and (1·0 + 3·(−4)) / 4 = −3."""
+    mean = WeightedMean()
+    mean.add({"w": torch.tensor([2.0, 0.0])}, weight=1)
+    mean.add({"w": torch.tensor([6.0, -4.0])}, weight=3)
+    assert mean.result()["w"].tolist() == [5.0, -3.0]
+    assert (mean.total_weight, mean.num_replies) == (4, 2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.lists(floats, min_size=3, max_size=3), st.integers(1, 10_000)),
+        min_size=2,
+        max_size=4,
+    )
+)
+def test_bits_do_not_depend_on_the_order_of_replies(
+    replies: list[tuple[list[float], int]],
+) -> None:
+    results = set()
+    for order in itertools.permutations(replies):
+        mean = WeightedMean()
+        for values, weight in order:
+            mean.add({"w": torch.tensor(values)}, weight=weight)
+        results.add(mean.result()["w"].numpy().tobytes())
+    assert len(results) == 1
+
+
+def test_bits_do_not_depend_on_the_number_of_threads() -> None:
+    values = [torch.randn(200_000, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        mean = WeightedMean()
+        for weight, value in enumerate(values, 1):
+            mean.add({"w": value}, weight=weight)
+        results.append(mean.result()["w"])
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(floats, st.integers(1, 100_000)), min_size=1, max_size=8))
+def test_equals_the_float64_reference(pairs: list[tuple[float, int]]) -> None:
+    mean = WeightedMean()
+    for value, weight in pairs:
+        mean.add({"w": torch.tensor([value])}, weight=weight)
+    total = sum(weight for _, weight in pairs)
+    expected = sum(value * weight for value, weight in pairs) / total
+    assert mean.result()["w"].item() == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_one_reply_comes_back_unchanged() -> None:
+    """A mean over one client is that client, bit by bit, down to small magnitudes."""
+    value = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 1e-3
+    mean = WeightedMean()
+    mean.add({"w": value}, weight=37)
+    assert torch.equal(mean.result()["w"], value)
+
+
+def test_variance_is_that_of_the_union() -> None:
+    """Clients {1, 3} and {5, 5, 8, 10}: together mean 16/3 and variance 80/9.
+
+    Averaging the clients' variances instead would give (1·2 + 4.5·4) / 6 = 10/3.
+    """
+    groups = [torch.tensor([1.0, 3.0]), torch.tensor([5.0, 5.0, 8.0, 10.0])]
+    mean = WeightedMean([("m", "v")])
+    for group in groups:
+        statistics = {"m": group.mean()[None], "v": group.var(unbiased=False)[None]}
+        mean.add(statistics, weight=len(group))
+    union = torch.cat(groups)
+    result = mean.result()
+    assert result["m"].item() == pytest.approx(16 / 3, abs=1e-6)
+    assert result["v"].item() == pytest.approx(80 / 9, abs=1e-5)
+    assert result["v"].item() == pytest.approx(union.var(unbiased=False).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 2.0**20])
+def test_refused_reply_leaves_the_mean_as_it_was(bad: float) -> None:
+    mean = WeightedMean()
+    mean.add({"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}, weight=1)
+    with pytest.raises(ClientError, match="'b'"):
+        mean.add({"a": torch.tensor([5.0]), "b": torch.tensor([bad])}, weight=1)
+    assert mean.result()["a"].item() == 1.0
+    assert mean.total_weight == 1
+
+
+def test_refuses_other_names_shapes_and_weights() -> None:
+    mean = WeightedMean()
+    mean.add({"a": torch.zeros(2)}, weight=1)
+    with pytest.raises(ClientError, match="differ"):
+        mean.add({"b": torch.zeros(2)}, weight=1)
+    with pytest.raises(ClientError, match="shape"):
+        mean.add({"a": torch.zeros(3)}, weight=1)
+    for weight in (0, -1, MAX_TOTAL_WEIGHT):
+        with pytest.raises(ClientError, match="weight"):
+            mean.add({"a": torch.zeros(2)}, weight=weight)
+    with pytest.raises(ClientError, match="no reply"):
+        WeightedMean().result()
+
+
+def test_no_overflow_at_the_limits() -> None:
+    """The largest value at the largest total weight still comes back exactly."""
+    value = -(2.0**20) + 1
+    mean = WeightedMean()
+    mean.add({"a": torch.tensor([value])}, weight=MAX_TOTAL_WEIGHT)
+    assert mean.result()["a"].item() == value
+
+
+def test_entry_mean_counts_missing_as_zero() -> None:
+    """Weights 1 and 3: index 2 has (1·4 + 3·8)/4 = 7, index 0 only 1·2/4, index 5 only 3·(−4)/4."""
+    mean = EntryMean()
+    mean.add({"w": (torch.tensor([0, 2]), torch.tensor([2.0, 4.0]))}, weight=1)
+    mean.add({"w": (torch.tensor([2, 5]), torch.tensor([8.0, -4.0]))}, weight=3)
+    indices, values = mean.result()["w"]
+    assert indices.tolist() == [0, 2, 5]
+    assert values.tolist() == [0.5, 7.0, -3.0]
+
+
+def test_entry_mean_of_a_silent_layer() -> None:
+    """A client that sends nothing for a layer still counts in the total weight."""
+    mean = EntryMean()
+    mean.add({"w": (torch.tensor([1]), torch.tensor([2.0]))}, weight=1)
+    mean.add({}, weight=1)
+    assert mean.result()["w"][1].tolist() == [1.0]
+
+
+def test_entry_mean_refuses_nan() -> None:
+    with pytest.raises(ClientError, match="NaN"):
+        EntryMean().add({"w": (torch.tensor([1]), torch.tensor([float("nan")]))}, weight=1)
+
+
+def test_entry_mean_refuses_more_weight_than_its_sums_hold() -> None:
+    mean = EntryMean()
+    mean.add({"w": (torch.tensor([1]), torch.tensor([2.0]))}, weight=MAX_TOTAL_WEIGHT)
+    with pytest.raises(ClientError, match="weight 1"):
+        mean.add({"w": (torch.tensor([1]), torch.tensor([2.0]))}, weight=1)
+    assert mean.result()["w"][1].tolist() == [2.0]

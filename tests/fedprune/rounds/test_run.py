@@ -1,0 +1,550 @@
+"""Whole runs over Flower messages in one process: results, bytes, and every kind of trouble."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federation import digest, run_inline, tiny
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from fedprune.errors import USER_ERRORS, ConfigError
+from fedprune.exchange.messages import TrainReply, TrainRequest
+from fedprune.flower import client, wire
+from fedprune.local.training import evaluate
+from fedprune.methods import METHODS
+from fedprune.rounds import workspace
+from fedprune.rounds.folder import CHECKPOINT, METRICS, SUMMARY, read_metrics, read_summary
+from fedprune.rounds.workspace import open_workspace
+from prunelab.data.datasets import load_dataset
+from prunelab.errors import DataError, RunError
+from prunelab.networks import float_state, load_float_state_
+from sparsemodel.codec import decode_entries, decode_values, encode_entries, encode_tensors
+from sparsemodel.errors import DensityError, SparseModelError
+from sparsemodel.masks.mask import prunable_parameters
+from sparsemodel.storage.checkpoint import load_sparse
+
+SUMMARY_KEYS = [
+    "method",
+    "dataset",
+    "model",
+    "seed",
+    "rounds",
+    "density_target",
+    "density",
+    "test_accuracy",
+    "bytes_up",
+    "bytes_down",
+    "bytes_up_steady_round",
+    "bytes_down_steady_round",
+    "bytes_dense_round",
+    "train_flops_ratio",
+    "state_bytes",
+    "state_bytes_dense",
+    "peak_rss_bytes",
+    "seconds",
+    "version",
+]
+
+
+def skipped(out: Path) -> list[tuple[int, str]]:
+    return [(s["client"], s["reason"]) for line in read_metrics(out) for s in line["skipped"]]
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+def test_summary_has_the_keys_of_the_contract_in_order(finished: Path) -> None:
+    summary = read_summary(finished)
+    assert list(summary) == SUMMARY_KEYS
+    assert summary["rounds"] == 4
+    assert summary["density"] == pytest.approx(0.2, rel=0.03)
+    assert 0 < summary["train_flops_ratio"] < 1
+    assert 0 < summary["state_bytes"] < summary["state_bytes_dense"]
+
+
+def test_metrics_hold_a_line_a_round_and_sum_to_the_summary(finished: Path) -> None:
+    start, *rounds = read_metrics(finished)
+    assert start["event"] == "start"
+    assert [line["round"] for line in rounds] == [1, 2, 3, 4]
+    summary = read_summary(finished)
+    for direction in ("bytes_up", "bytes_down"):
+        assert sum(line[direction] for line in (start, *rounds)) == summary[direction]
+    assert rounds[-1]["test_accuracy"] == summary["test_accuracy"]
+    assert any(line["adjusted"] for line in rounds)
+    assert not skipped(finished)
+
+
+def test_final_model_is_sparse_and_has_the_reported_accuracy(finished: Path) -> None:
+    stored = load_sparse(finished / "model.safetensors")
+    work = open_workspace(tiny())
+    model = work.model()
+    load_float_state_(model, {name: stored.state[name] for name in work.shapes})
+    assert stored.mask is not None
+    assert set(stored.mask) == set(prunable_parameters(model))
+    for name, pattern in stored.mask.items():
+        assert not stored.state[name][~pattern].any()
+    result = evaluate(model, work.dataset.test_images, work.dataset.test_labels)
+    assert result.accuracy == read_summary(finished)["test_accuracy"]
+
+
+def test_same_seed_same_bits_other_seed_other_bits(finished: Path, tmp_path: Path) -> None:
+    assert digest(run_inline(tiny(), tmp_path / "again")) == digest(finished)
+    assert digest(run_inline(tiny(seed=8), tmp_path / "other")) != digest(finished)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "fedtiny"])
+def test_every_method_runs_to_its_end(method: str, tmp_path: Path) -> None:
+    config = tiny(pruning__method=method, training__rounds=2, model__width=8)
+    summary = read_summary(run_inline(config, tmp_path / method))
+    assert list(summary) == SUMMARY_KEYS
+    dense = method in ("fedavg", "small-dense")
+    assert summary["density"] == (1.0 if dense else pytest.approx(0.2, rel=0.03))
+
+
+def test_test_data_decide_nothing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other test images and labels every bit of the model is the same."""
+    work = open_workspace(tiny())
+    poisoned = work.dataset.test_images.flip(0), (work.dataset.test_labels + 1) % 10
+    object.__setattr__(work.dataset, "test_images", poisoned[0])
+    object.__setattr__(work.dataset, "test_labels", poisoned[1])
+    try:
+        out = run_inline(tiny(), tmp_path / "poisoned")
+    finally:
+        open_workspace.cache_clear()
+        load_dataset.cache_clear()
+    assert digest(out) == digest(finished)
+    assert read_summary(out)["test_accuracy"] != read_summary(finished)["test_accuracy"]
+
+
+def test_server_set_comes_from_the_training_side_and_no_client_has_it() -> None:
+    work = open_workspace(tiny())
+    server = set(work.server_indices.tolist())
+    assert len(server) == 50
+    shares = [set(share.tolist()) for share in work.shares]
+    assert set.union(*shares) | server == set(range(300))
+    assert sum(map(len, shares)) + len(server) == 300
+    for share in range(4):
+        data = work.client(share)
+        assert len(data.dev_labels) >= 1
+        assert len(data.train_labels) + len(data.dev_labels) == len(shares[share])
+
+
+def test_only_float_entries_travel() -> None:
+    """Batch norm's integer counters are neither sent nor averaged."""
+    work = open_workspace(tiny())
+    assert not any("num_batches_tracked" in name for name in work.shapes)
+    assert any("num_batches_tracked" in name for name in work.model().state_dict())
+
+
+def test_a_round_is_the_weighted_mean_of_unequal_clients_and_their_gradients(
+    tmp_path: Path,
+) -> None:
+    """Round 1, from the messages themselves, in float64: θ = Σ p_k θ_k over the clients' own
+    sample counts, and the mask grows where |Σ p_k g_k| is largest. Round 2 starts from it."""
+    asked: dict[int, dict[int, TrainRequest]] = {0: {}, 1: {}}
+    replies: dict[int, TrainReply] = {}
+    config = tiny(training__rounds=2, pruning__adjust_until=2, data__alpha=0.3)
+    work = open_workspace(config)
+
+    def listening(message: Message, context: Context) -> Message:
+        held = client._held_masks(context, work)
+        reply = client.app(message, context)
+        if message.metadata.message_type == "train":
+            who = int(context.node_config["partition-id"])
+            request = wire.decode_train_request(message.content, shapes=work.shapes, masks=held)
+            asked[request.round_index][who] = request
+            if request.round_index == 0:
+                answer = wire.decode_reply(
+                    reply.content, request, shapes=work.shapes, batch_norms=work.batch_norms
+                )
+                assert isinstance(answer, TrainReply)
+                replies[who] = answer
+        return reply
+
+    run_inline(config, tmp_path / "run", clients=listening)
+    counts = {who: len(work.client(who).train_labels) for who in replies}
+    assert len(replies) == 4
+    assert max(counts.values()) > 1.5 * min(counts.values())
+    share = {who: count / sum(counts.values()) for who, count in counts.items()}
+    before, after = asked[0][0], asked[1][0]
+    assert before.mask is not None
+    assert after.mask is not None
+    assert before.growth
+    variances = {variance for _, variance in work.batch_norms}
+    for name in set(work.shapes) - variances:
+        dense = torch.zeros(work.shapes[name], dtype=torch.float64)
+        where = before.mask[name] if name in before.mask else torch.ones_like(dense).bool()
+        for who, reply in replies.items():
+            dense[where] += share[who] * reply.values[name].double().reshape(-1)
+        kept = where & after.mask[name] if name in after.mask else where
+        torch.testing.assert_close(after.weights[name][kept].double(), dense[kept])
+    for name, count in before.growth.items():
+        gradient = torch.zeros(before.mask[name].numel(), dtype=torch.float64)
+        for who, reply in replies.items():
+            indices, values = reply.growth[name]
+            gradient[indices] += share[who] * values.double()
+        grown = (after.mask[name] & ~before.mask[name]).reshape(-1).nonzero()[:, 0]
+        assert grown.tolist() == gradient.abs().topk(count).indices.sort().values.tolist()
+
+
+def test_sparse_execution_gives_the_rounds_of_masked_execution(tmp_path: Path) -> None:
+    """Same masks, losses and weights round by round; only rounding differs, and what is held."""
+    runs = {}
+    for execution in ("sparse", "masked"):
+        config = tiny(training__execution=execution, training__lr=0.02)
+        runs[execution] = run_inline(config, tmp_path / execution)
+    sparse, masked = (read_metrics(runs[kind])[1:] for kind in ("sparse", "masked"))
+    for ours, theirs in zip(sparse, masked, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+        assert ours["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-3)
+        assert ours["bytes_up"] == pytest.approx(theirs["bytes_up"], rel=1e-3)
+    ours, theirs = (load_sparse(runs[kind] / CHECKPOINT) for kind in ("sparse", "masked"))
+    assert ours.mask == theirs.mask
+    for name, value in theirs.state.items():
+        torch.testing.assert_close(ours.state[name], value, rtol=1e-2, atol=1e-3)
+
+
+# --- bytes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("density", [0.05, 0.1])
+def test_steady_round_bytes_are_those_of_the_active_weights(density: float, tmp_path: Path) -> None:
+    """≤ 1.05 × density × dense prunable weights + everything that is not pruned, both ways."""
+    config = tiny(
+        pruning__density=density, model__width=16, training__rounds=6, pruning__adjust_until=2
+    )
+    out = run_inline(config, tmp_path / "run")
+    summary = read_summary(out)
+    model = open_workspace(config).model()
+    prunable = sum(p.numel() for p in prunable_parameters(model).values())
+    dense = sum(value.numel() for value in float_state(model).values())
+    bound = 4 * (1.05 * density * prunable + dense - prunable)
+    assert summary["bytes_up_steady_round"] <= bound
+    assert summary["bytes_down_steady_round"] <= bound
+    assert summary["bytes_dense_round"] == 4 * dense
+
+
+def test_mask_changes_cost_about_their_entropy(tmp_path: Path) -> None:
+    config = tiny(model__width=16, training__rounds=5, pruning__density=0.1)
+    lines = read_metrics(run_inline(config, tmp_path / "run"))[1:]
+    bound = sum(line["mask_change_entropy_bytes"] for line in lines[:-1])
+    # Each change travels in the next round, once to each of the four clients.
+    sent = sum(line["mask_bytes"] for line in lines[1:]) / 4
+    assert bound > 500
+    assert sent <= 1.15 * bound
+
+
+def test_counted_bytes_are_those_of_the_records(tmp_path: Path) -> None:
+    """The counter equals what a client app sees arrive and sends, message by message."""
+    sizes: dict[str, list[int]] = {"down": [], "up": []}
+
+    def listening(message: Message, context: Context) -> Message:
+        reply = client.app(message, context)
+        if message.metadata.message_type != "query.describe":
+            sizes["down"].append(wire.record_bytes(message.content))
+            sizes["up"].append(wire.record_bytes(reply.content))
+        return reply
+
+    summary = read_summary(run_inline(tiny(), tmp_path / "run", clients=listening))
+    assert summary["bytes_down"] == sum(sizes["down"])
+    assert summary["bytes_up"] == sum(sizes["up"])
+
+
+# --- clients in trouble ------------------------------------------------------------------------
+
+
+def faulty(kind: str, *, who: int = 1, action: str = "train") -> Any:
+    """The real client app, but client `who` goes wrong in one way whenever it trains."""
+
+    def app(message: Message, context: Context) -> Message | None:
+        reply = client.app(message, context)
+        mine = context.node_config["partition-id"] == who
+        if not mine or message.metadata.message_type != action:
+            return reply
+        if kind == "raises":
+            raise OSError("battery empty")
+        if kind == "silent":
+            return None
+        values = dict(reply.content.config_records["c"])
+        if kind == "bits":
+            frame = bytearray(values["w"])
+            frame[len(frame) // 2] ^= 1
+            values["w"] = bytes(frame)
+        elif kind == "garbage":
+            return Message(RecordDict({"x": ConfigRecord({"y": 1})}), reply_to=message)
+        elif kind == "growth":
+            mask = client._held_masks(context, open_workspace(client.run_config(context)))[0]
+            entries = decode_entries(values["g"], mask=mask)
+            for _, gradients in entries.values():
+                gradients[0] = 1e9
+            values["g"] = encode_entries(entries, mask=mask)
+        else:
+            values["w"] = _changed_frame(kind, values["w"], context)
+        return Message(RecordDict({"c": ConfigRecord(values)}), reply_to=message)
+
+    return app
+
+
+def _changed_frame(kind: str, frame: bytes, context: Context) -> bytes:
+    work = open_workspace(client.run_config(context))
+    mask = client._held_masks(context, work)[0]
+    values = decode_values(frame, shapes=work.shapes, mask=mask)
+    state = {name: torch.zeros(shape) for name, shape in work.shapes.items()}
+    for name, value in values.items():
+        if name in mask:
+            state[name][mask[name]] = value
+        else:
+            state[name] = value
+    if kind == "nan":
+        state["fc.bias"][0] = float("nan")
+    elif kind == "huge":
+        state["fc.bias"][0] = 1e9
+    elif kind == "shapes":
+        state["fc.bias"] = torch.zeros(11)
+    elif kind == "stale":
+        name = next(iter(mask))
+        pattern = mask[name].clone().reshape(-1)
+        i, j = int(pattern.nonzero()[0]), int((~pattern).nonzero()[0])
+        pattern[i], pattern[j] = False, True
+        mask = mask.replace({name: pattern.reshape(mask[name].shape)})
+        state[name] = state[name] * mask[name]
+    return encode_tensors(state, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("nan", "NaN"),
+        ("huge", "diverged"),
+        ("growth", "diverged"),
+        ("shapes", "shape"),
+        ("stale", "mask"),
+        ("bits", "checksum"),
+        ("garbage", "message without"),
+        ("raises", "battery empty"),
+        ("silent", "no answer"),
+    ],
+)
+def test_client_in_trouble_is_left_out_and_the_run_goes_on(
+    kind: str, reason: str, tmp_path: Path
+) -> None:
+    config = tiny(training__rounds=2, federation__timeout=4.0 if kind == "silent" else 600.0)
+    out = run_inline(config, tmp_path / "run", clients=faulty(kind))
+    lines = skipped(out)
+    assert [who for who, _ in lines] == [1, 1]
+    assert all(reason.lower() in text.lower() for _, text in lines)
+    assert [line["clients"] for line in read_metrics(out)[1:]] == [[0, 2, 3]] * 2
+    stored = load_sparse(out / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in stored.state.values())
+
+
+def test_all_clients_in_trouble_end_the_run_and_lose_nothing(
+    finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    count = 0
+
+    def failing(message: Message, context: Context) -> Message:
+        nonlocal count
+        count += message.metadata.message_type == "train"
+        if count > 4 * 2:
+            raise OSError("network down")
+        return client.app(message, context)
+
+    with pytest.raises(RunError, match=r"round 3.*network down.*--resume"):
+        run_inline(tiny(), out, clients=failing)
+    assert read_metrics(out)[-1]["event"] == "no-reply"
+    assert not (out / SUMMARY).exists()
+    assert digest(run_inline(tiny(), out, resume=True)) == digest(finished)
+
+
+def test_client_that_lost_its_mask_is_sent_it_again(finished: Path, tmp_path: Path) -> None:
+    """A restarted node has an empty state; the result is the same, only bytes differ."""
+    restarts = []
+
+    def forgetful(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 2 and message.metadata.message_type == "train":
+            restarts.append(1)
+            context.state.clear()
+        return client.app(message, context)
+
+    out = run_inline(tiny(), tmp_path / "run", clients=forgetful)
+    assert len(restarts) == 8  # asked, and asked again after the re-sync
+    assert digest(out) == digest(finished) or skipped(out)
+
+
+def test_resync_after_a_missed_mask_change(finished: Path, tmp_path: Path) -> None:
+    """A client that kept an older mask does not train on it: it is brought up to date."""
+    old: dict[str, bytes] = {}
+
+    def stale(message: Message, context: Context) -> Message:
+        mine = context.node_config["partition-id"] == 2
+        if mine and message.metadata.message_type == "train" and "mask" in context.state:
+            data = context.state.config_records["mask"]["mask"]
+            old.setdefault("mask", data)
+            if data != old["mask"] and "d" in wire.read_record(message.content):
+                context.state["mask"] = ConfigRecord({"mask": old["mask"]})
+        return client.app(message, context)
+
+    out = run_inline(tiny(), tmp_path / "run", clients=stale)
+    assert not skipped(out)
+    assert digest(out) == digest(finished)
+    more = sum(line["bytes_up"] for line in read_metrics(out)) > sum(
+        line["bytes_up"] for line in read_metrics(finished)
+    )
+    assert more  # the requests for a re-sync are counted
+
+
+def test_fault_in_candidate_selection_is_left_out(tmp_path: Path) -> None:
+    def app(message: Message, context: Context) -> Message:
+        kind = message.metadata.message_type
+        if context.node_config["partition-id"] == 0 and kind == "query.measure":
+            raise OSError("no power")
+        return client.app(message, context)
+
+    out = run_inline(tiny(training__rounds=1), tmp_path / "run", clients=app)
+    assert skipped(out) == [(0, "the client failed: OSError: no power")]
+
+
+# --- small and skewed clients ---------------------------------------------------------------------
+
+
+def test_client_with_one_sample_or_one_class(tmp_path: Path, monkeypatch: Any) -> None:
+    """Client 0 has one sample: it cannot take part. Client 1 has a single class: it can."""
+
+    def skewed(labels: torch.Tensor, **_: Any) -> list[Any]:
+        zeros = (labels == 0).nonzero()[:, 0]
+        rest = (labels != 0).nonzero()[:, 0]
+        return [rest[:1].numpy(), zeros.numpy(), rest[1:100].numpy(), rest[100:].numpy()]
+
+    monkeypatch.setattr(workspace, "partition", skewed)
+    open_workspace.cache_clear()
+    out = run_inline(tiny(training__rounds=2), tmp_path / "run")
+    open_workspace.cache_clear()
+    reasons = skipped(out)
+    assert {who for who, _ in reasons} == {0}
+    assert any("at least 2" in text for _, text in reasons)
+    assert read_metrics(out)[-1]["clients"] == [1, 2, 3]
+
+
+def test_more_clients_than_samples() -> None:
+    with pytest.raises(DataError, match="300 clients"):
+        open_workspace(tiny(data__clients=300))
+
+
+def test_density_too_low_for_one_weight_a_layer(tmp_path: Path) -> None:
+    with pytest.raises(DensityError):
+        run_inline(tiny(pruning__density=0.0001), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data__dataset", "digitz", "unknown data set 'digitz'"),
+        ("model__name", "resnet9000", "unknown model"),
+        ("pruning__method", "magic", "unknown method"),
+    ],
+)
+def test_unknown_names_are_listed(key: str, value: str, message: str) -> None:
+    with pytest.raises(USER_ERRORS, match=message):
+        open_workspace(tiny(**{key: value}))
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def test_resume_continues_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    """Stopped after every single round in turn, and once with a half-written metrics line."""
+    for stop in (0, 1, 3):
+        out = tmp_path / f"stopped after {stop}"
+
+        def stopping(message: Message, context: Context, stop: int = stop) -> Message:
+            group = message.metadata.group_id
+            if group.isdigit() and int(group) > stop:
+                raise KeyboardInterrupt
+            return client.app(message, context)
+
+        with pytest.raises(KeyboardInterrupt):
+            run_inline(tiny(), out, clients=stopping)
+        with (out / METRICS).open("a") as file:
+            file.write('{"round": 9, "half wr')
+        run_inline(tiny(), out, resume=True)
+        assert digest(out) == digest(finished)
+        expected = [line.get("test_accuracy") for line in read_metrics(finished)]
+        assert [line.get("test_accuracy") for line in read_metrics(out)] == expected
+
+
+def test_folder_that_cannot_be_used(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="already holds a run"):
+        run_inline(tiny(), finished)
+    with pytest.raises(RunError, match="nothing to resume"):
+        run_inline(tiny(), tmp_path / "none", resume=True)
+    with pytest.raises(RunError, match=r"seed was 7, now 8"):
+        run_inline(tiny(seed=8), finished, resume=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    with pytest.raises(RunError, match="not empty"):
+        run_inline(tiny(), tmp_path / "full")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match="is a file"):
+        run_inline(tiny(), tmp_path / "file")
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "precious"
+
+
+def test_corrupt_checkpoint_is_named(finished: Path, tmp_path: Path) -> None:
+    out = run_inline(tiny(training__rounds=1), tmp_path / "run")
+    (out / SUMMARY).unlink()
+    data = bytearray((out / CHECKPOINT).read_bytes())
+    (out / CHECKPOINT).write_bytes(data[: len(data) // 2])
+    with pytest.raises(SparseModelError, match="checkpoint"):
+        run_inline(tiny(training__rounds=1), out, resume=True)
+
+
+def test_clients_per_round_are_sampled_by_the_seed(tmp_path: Path) -> None:
+    config = tiny(federation__clients_per_round=2, training__rounds=4)
+    chosen = [line["clients"] for line in read_metrics(run_inline(config, tmp_path / "a"))[1:]]
+    assert all(len(clients) == 2 for clients in chosen)
+    assert len({tuple(clients) for clients in chosen}) > 1
+    again = [line["clients"] for line in read_metrics(run_inline(config, tmp_path / "b"))[1:]]
+    assert again == chosen
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
+def test_values_in_fewer_bits(dtype: str, finished: Path, tmp_path: Path) -> None:
+    out = run_inline(tiny(federation__value_dtype=dtype), tmp_path / dtype)
+    small, full = read_summary(out), read_summary(finished)
+    assert small["bytes_up_steady_round"] is None or (
+        small["bytes_up_steady_round"] < full["bytes_dense_round"]
+    )
+    assert small["bytes_up"] < full["bytes_up"]
+
+
+def test_wrong_config_on_a_client_is_a_skip_not_a_crash(tmp_path: Path) -> None:
+    """A node that does not know a key (an older version, say) says so."""
+
+    def older(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 3:
+            context = Context(
+                run_id=context.run_id,
+                node_id=context.node_id,
+                node_config=context.node_config,
+                state=context.state,
+                run_config={**context.run_config, "pruning.from_the_future": 1},
+            )
+        return client.app(message, context)
+
+    out = run_inline(tiny(training__rounds=1), tmp_path / "run", clients=older)
+    assert json.loads((out / METRICS).read_text().splitlines()[0])["skipped"][0]["client"] == -1
+    assert read_metrics(out)[-1]["clients"] == [0, 1, 2]
+
+
+def test_config_error_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="density"):
+        tiny(pruning__density=3)
+    assert issubclass(ConfigError, ValueError)

@@ -1,0 +1,193 @@
+"""Distributions of active weights over layers: exact totals and hand-worked cases."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from sparsemodel.errors import DensityError, MaskError
+from sparsemodel.masks.distribution import erk, global_ranking, noise_uniform, uniform
+
+Shapes = dict[str, tuple[int, ...]]
+
+shapes_strategy = st.lists(
+    st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple), min_size=1, max_size=6
+).map(lambda shapes: {f"layer{i}": shape for i, shape in enumerate(shapes)})
+
+
+def sizes(shapes: Shapes) -> dict[str, int]:
+    return {name: math.prod(shape) for name, shape in shapes.items()}
+
+
+def draw_density(shapes: Shapes, fraction: float) -> float:
+    """A density between the lowest possible one and 1."""
+    lowest = len(shapes) / sum(sizes(shapes).values())
+    return lowest + fraction * (1 - lowest)
+
+
+def test_uniform_gives_the_remainder_to_the_largest_fractions() -> None:
+    """0.5 of 3, 5 and 6 is 1.5, 2.5 and 3, total 7: floors give 6, the first fraction gets one."""
+    assert uniform({"a": (3,), "b": (5,), "c": (6,)}, 0.5) == {"a": 2, "b": 2, "c": 3}
+
+
+def test_uniform_takes_the_weight_of_a_starved_layer_from_the_others() -> None:
+    """0.1 of 2 and 98 is 0.2 and 9.8, total 10; the small layer must have 1, so the big has 9."""
+    assert uniform({"a": (2,), "b": (98,)}, 0.1) == {"a": 1, "b": 9}
+
+
+def test_uniform_takes_from_the_smallest_fraction() -> None:
+    """0.1 of 1, 1, 48 and 50 is 0.1, 0.1, 4.8 and 5.0; ones and floors make 11 of 10.
+
+    The layer that is 0.0 above its floor gives one back, not the one that is 0.8 above it.
+    """
+    shapes: Shapes = {"a": (1,), "b": (1,), "c": (48,), "d": (50,)}
+    assert uniform(shapes, 0.1) == {"a": 1, "b": 1, "c": 4, "d": 4}
+
+
+def test_erk_by_hand() -> None:
+    """4x6 and 10x10x3x3 at 100 active: 10 ε + 26 ε = 100 gives ε = 2.78, so 27.8 > 24.
+
+    The first saturates at 24 and the second takes the other 76.
+    """
+    shapes: Shapes = {"fc": (4, 6), "conv": (10, 10, 3, 3)}
+    assert erk(shapes, 100 / 924) == {"fc": 24, "conv": 76}
+
+
+def test_erk_without_saturation_is_proportional_to_the_sum_of_dimensions() -> None:
+    """Sums 20 and 40, 30 active weights: 10 and 20."""
+    assert erk({"a": (10, 10), "b": (20, 20)}, 30 / 500) == {"a": 10, "b": 20}
+
+
+def test_erk_counts_the_dimensions_of_the_kernel() -> None:
+    """10 + 10 + 3 + 3 = 13 + 13, so both get the same."""
+    counts = erk({"conv": (10, 10, 3, 3), "fc": (13, 13)}, 100 / 1069)
+    assert counts == {"conv": 50, "fc": 50}
+
+
+def test_erk_splits_the_excess_of_a_full_layer_in_proportion() -> None:
+    """Sums 51, 20, 40 and 200 active: 51/111 of 200 is 92 > 50, and 150 split 1 : 2."""
+    counts = erk({"a": (1, 50), "b": (10, 10), "c": (20, 20)}, 200 / 550)
+    assert counts == {"a": 50, "b": 50, "c": 100}
+
+
+def test_erk_saturates_layers_one_after_another() -> None:
+    """Sums 2, 4, 200 over 1, 4 and 10000 weights: the first two fill up one after the other."""
+    counts = erk({"a": (1, 1), "b": (2, 2), "c": (100, 100)}, 0.05)
+    assert counts == {"a": 1, "b": 4, "c": 495}
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes_strategy, st.floats(0, 1))
+def test_uniform_and_erk_meet_the_total_exactly(shapes: Shapes, fraction: float) -> None:
+    density = draw_density(shapes, fraction)
+    capacities = sizes(shapes)
+    for counts in (uniform(shapes, density), erk(shapes, density)):
+        assert list(counts) == list(shapes)
+        assert sum(counts.values()) == round(density * sum(capacities.values()))
+        assert all(1 <= counts[name] <= capacities[name] for name in shapes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes_strategy, st.floats(0, 1), st.integers(0, 99))
+def test_noise_uniform_is_near_the_density_or_exact(
+    shapes: Shapes, fraction: float, seed: int
+) -> None:
+    density = draw_density(shapes, fraction)
+    generator = torch.Generator().manual_seed(seed)
+    counts = noise_uniform(shapes, density, generator=generator, max_draws=3)
+    capacities = sizes(shapes)
+    wanted = density * sum(capacities.values())
+    total = sum(counts.values())
+    assert abs(total - wanted) <= 0.02 * wanted or total == round(wanted)
+    assert all(1 <= counts[name] <= capacities[name] for name in shapes)
+
+
+def test_noise_uniform_spreads_layer_densities_over_half_to_one_and_a_half() -> None:
+    shapes: Shapes = {f"layer{i}": (100, 100) for i in range(20)}
+    generator = torch.Generator().manual_seed(0)
+    densities = [
+        count / 10_000
+        for _ in range(20)
+        for count in noise_uniform(shapes, 0.1, generator=generator).values()
+    ]
+    assert 0.05 <= min(densities) < 0.055
+    assert 0.145 < max(densities) <= 0.15
+
+
+def test_noise_uniform_is_decided_by_its_generator() -> None:
+    shapes: Shapes = {"a": (50, 50), "b": (30, 30)}
+
+    def draw(seed: int) -> dict[str, int]:
+        return noise_uniform(shapes, 0.2, generator=torch.Generator().manual_seed(seed))
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_noise_uniform_at_density_one_is_dense() -> None:
+    counts = noise_uniform({"a": (5,), "b": (7,)}, 1.0, generator=torch.Generator(), max_draws=5)
+    assert counts == {"a": 5, "b": 7}
+
+
+def test_global_ranking_uses_one_threshold() -> None:
+    """The best 4 of 8: 9, 8, 7 of a and 6 of b."""
+    scores = {"a": torch.tensor([9.0, 8.0, 7.0, 1.0]), "b": torch.tensor([[6.0, 5.0], [4.0, 3.0]])}
+    assert global_ranking(scores, 0.5) == {"a": 3, "b": 1}
+
+
+def test_global_ranking_breaks_ties_in_order_and_keeps_every_layer() -> None:
+    """All equal, 3 of 6: b's best is forced, the other two places go to a, which comes first."""
+    scores = {"a": torch.ones(4), "b": torch.ones(2)}
+    assert global_ranking(scores, 0.5) == {"a": 2, "b": 1}
+    assert global_ranking({"a": torch.ones(4), "b": torch.zeros(2)}, 2 / 6) == {"a": 1, "b": 1}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(-4, 4), min_size=1, max_size=8), min_size=1, max_size=4),
+    st.floats(0, 1),
+)
+def test_global_ranking_equals_a_plain_loop(layers: list[list[int]], fraction: float) -> None:
+    scores = {f"layer{i}": torch.tensor(layer) for i, layer in enumerate(layers)}
+    density = draw_density({name: tuple(s.shape) for name, s in scores.items()}, fraction)
+    ranked = sorted((-v, i, j) for i, layer in enumerate(layers) for j, v in enumerate(layer))
+    kept = {min(entry for entry in ranked if entry[1] == i) for i in range(len(layers))}
+    for entry in ranked:
+        if len(kept) < round(density * len(ranked)):
+            kept.add(entry)
+    expected = {name: sum(e[1] == i for e in kept) for i, name in enumerate(scores)}
+    assert global_ranking(scores, density) == expected
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.1, float("nan"), float("inf")])
+def test_densities_outside_the_range_are_refused(density: float) -> None:
+    shapes: Shapes = {"a": (10, 10)}
+    with pytest.raises(DensityError, match=r"\(0, 1\]"):
+        uniform(shapes, density)
+    with pytest.raises(DensityError):
+        erk(shapes, density)
+    with pytest.raises(DensityError):
+        noise_uniform(shapes, density, generator=torch.Generator())
+    with pytest.raises(DensityError):
+        global_ranking({"a": torch.ones(10)}, density)
+
+
+def test_a_density_too_low_for_all_layers_names_the_lowest_possible() -> None:
+    """3 layers of 100 weights need 3 of 300, density 0.01; and that density works."""
+    shapes: Shapes = dict.fromkeys("abc", (10, 10))
+    with pytest.raises(DensityError, match=r"lowest density possible for this model is 0\.01$"):
+        uniform(shapes, 0.005)
+    assert uniform(shapes, 0.01) == {"a": 1, "b": 1, "c": 1}
+
+
+def test_other_bad_arguments_are_refused() -> None:
+    with pytest.raises(DensityError, match="one layer or more"):
+        uniform({}, 0.5)
+    with pytest.raises(DensityError, match="empty"):
+        erk({"a": (0, 3)}, 0.5)
+    with pytest.raises(DensityError, match="spread"):
+        noise_uniform({"a": (9,)}, 0.5, generator=torch.Generator(), spread=1.5)
+    with pytest.raises(MaskError, match="NaN"):
+        global_ranking({"a": torch.tensor([float("nan"), 1.0])}, 0.5)

@@ -1,0 +1,125 @@
+"""Masks: counts, digests, equality, application, selection by score."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+from sparsemodel.errors import DensityError, MaskError
+from sparsemodel.masks.mask import Mask, mask_from_scores, prunable_parameters
+
+T, F = True, False
+
+
+def small_mask() -> Mask:
+    return Mask({"a": torch.tensor([[T, F], [F, T]]), "b": torch.tensor([F, F, T, F])})
+
+
+def test_counts_and_indices_of_a_small_mask() -> None:
+    """a keeps flat 0 and 3 of 4, b keeps 2 of 4: 3 of 8 active, density 0.375."""
+    mask = small_mask()
+    assert (mask.num_active, mask.num_weights, mask.density) == (3, 8, 0.375)
+    assert mask.counts() == {"a": 2, "b": 1}
+    assert mask.densities() == {"a": 0.5, "b": 0.25}
+    assert mask.shapes() == {"a": (2, 2), "b": (4,)}
+    assert mask.active("a").tolist() == [0, 3]
+    assert mask.pruned("b").tolist() == [0, 1, 3]
+    assert mask.active("a").dtype == torch.int64
+    assert list(mask) == ["a", "b"]
+
+
+def test_patterns_are_copied() -> None:
+    pattern = torch.tensor([T, F])
+    mask = Mask({"a": pattern})
+    pattern[1] = True
+    assert mask.num_active == 1
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [{}, {"a": torch.ones(2)}, {"a": torch.ones(0, dtype=torch.bool)}],
+    ids=["none", "float", "empty"],
+)
+def test_bad_patterns_are_refused(patterns: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(MaskError):
+        Mask(patterns)
+
+
+def test_digest_tells_pattern_shape_name_and_order_apart() -> None:
+    base = small_mask()
+    others = [
+        base.replace({"b": torch.tensor([F, T, F, F])}),
+        Mask({"a": base["a"].reshape(4), "b": base["b"]}),
+        Mask({"a": base["a"], "c": base["b"]}),
+        Mask({"b": base["b"], "a": base["a"]}),
+    ]
+    digests = {mask.digest() for mask in [base, *others]}
+    assert len(digests) == 5
+    assert all(len(digest) == 32 for digest in digests)
+    assert base == small_mask()
+    assert hash(base) == hash(small_mask())
+    assert base != others[0]
+
+
+def test_replace_refuses_unknown_names_and_other_shapes() -> None:
+    with pytest.raises(MaskError, match="no layer 'c'"):
+        small_mask().replace({"c": torch.tensor([T])})
+    with pytest.raises(MaskError, match="expected shape"):
+        small_mask().replace({"b": torch.tensor([T])})
+
+
+def test_apply_zeroes_pruned_weights_even_infinite_ones() -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[5.0, float("inf")]]))
+    Mask({"weight": torch.tensor([[T, F]])}).apply(layer)
+    assert layer.weight.tolist() == [[5.0, 0.0]]
+
+
+def test_apply_refuses_a_model_that_does_not_fit() -> None:
+    with pytest.raises(MaskError, match="no parameter"):
+        small_mask().apply(nn.Linear(2, 2))
+    with pytest.raises(MaskError, match="shape"):
+        Mask({"weight": torch.ones(3, dtype=torch.bool)}).apply(nn.Linear(2, 2))
+
+
+def test_dense_mask_keeps_everything() -> None:
+    layer = nn.Linear(3, 2)
+    assert Mask.dense({"weight": layer.weight}).density == 1.0
+
+
+def test_prunable_parameters_leave_out_stem_biases_and_normalisation() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2)
+    )
+    assert list(prunable_parameters(model)) == ["2.weight", "4.weight"]
+    assert list(prunable_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))) == [
+        "1.weight"
+    ]
+    assert list(prunable_parameters(nn.Linear(2, 2))) == ["weight"]
+    with pytest.raises(MaskError, match="nothing can be pruned"):
+        prunable_parameters(nn.BatchNorm1d(2))
+
+
+def test_equal_scores_keep_the_lower_index() -> None:
+    mask = mask_from_scores({"a": torch.tensor([1.0, 2.0, 2.0, 2.0])}, {"a": 2})
+    assert mask["a"].tolist() == [F, T, T, F]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=20), st.data())
+def test_mask_from_scores_keeps_exactly_the_best(scores: list[int], data: st.DataObject) -> None:
+    keep = data.draw(st.integers(0, len(scores)))
+    mask = mask_from_scores({"a": torch.tensor(scores)}, {"a": keep})
+    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:keep]
+    assert mask.active("a").tolist() == sorted(best)
+
+
+def test_mask_from_scores_refuses_what_it_cannot_order() -> None:
+    with pytest.raises(MaskError, match="NaN"):
+        mask_from_scores({"a": torch.tensor([float("nan")])}, {"a": 1})
+    with pytest.raises(MaskError, match="counts for"):
+        mask_from_scores({"a": torch.ones(1)}, {"b": 1})
+    with pytest.raises(DensityError, match="cannot keep 2"):
+        mask_from_scores({"a": torch.ones(1)}, {"a": 2})
