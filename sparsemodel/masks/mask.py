@@ -6,7 +6,6 @@ is active. Parameters that a mask does not name are dense (never pruned).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -14,8 +13,7 @@ import torch
 from torch import nn
 
 from sparsemodel.errors import DensityError, MaskError
-
-DIGEST_BYTES = 16
+from sparsemodel.runtime.pattern import Pattern, Patterns
 
 
 class Mask(Mapping[str, torch.Tensor]):
@@ -44,7 +42,7 @@ class Mask(Mapping[str, torch.Tensor]):
             name: pattern.detach().to("cpu", copy=True).contiguous()
             for name, pattern in patterns.items()
         }
-        self._digest: str | None = None
+        self._csr: Patterns | None = None
 
     @classmethod
     def dense(cls, parameters: Mapping[str, torch.Tensor]) -> Mask:
@@ -112,13 +110,32 @@ class Mask(Mapping[str, torch.Tensor]):
 
         Two masks are equal exactly when their digests are (up to a 128-bit hash collision).
         """
-        if self._digest is None:
-            sha = hashlib.sha256()
-            for name, pattern in self._patterns.items():
-                sha.update(f"{len(name.encode())}:{name}:{tuple(pattern.shape)}:".encode())
-                sha.update(np.packbits(pattern.numpy().reshape(-1)).tobytes())
-            self._digest = sha.hexdigest()[: 2 * DIGEST_BYTES]
-        return self._digest
+        return self.csr().digest()
+
+    def csr(self) -> Patterns:
+        """The same patterns as CSR rows, for what works without torch; made once."""
+        if self._csr is None:
+            self._csr = Patterns(
+                {
+                    name: Pattern.from_positions(
+                        tuple(pattern.shape), np.flatnonzero(pattern.numpy())
+                    )
+                    for name, pattern in self._patterns.items()
+                }
+            )
+        return self._csr
+
+    @classmethod
+    def from_csr(cls, patterns: Patterns) -> Mask:
+        """The mask of CSR patterns."""
+        masks = {}
+        for name, pattern in patterns.items():
+            flat = torch.zeros(pattern.num_weights, dtype=torch.bool, device="cpu")
+            flat[torch.from_numpy(pattern.positions())] = True
+            masks[name] = flat.reshape(pattern.shape)
+        mask = cls(masks)
+        mask._csr = patterns
+        return mask
 
     def replace(self, patterns: Mapping[str, torch.Tensor]) -> Mask:
         """A new mask with some layers' patterns replaced.
