@@ -61,18 +61,16 @@ def agreement(
 
 
 def spearman(x: Tensor, y: Tensor) -> float:
-    """Rank correlation of two vectors, mean ranks for ties; NaN where one is constant.
+    """Rank correlation of two vectors, mean ranks for ties; NaN where one is constant or holds NaN.
 
     >>> spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 30.0, 20.0]))
     0.5
     """
-    if len(x) < 2:
+    from scipy.stats import spearmanr  # noqa: PLC0415
+
+    if any(len(values) < 2 or bool((values == values[0]).all()) for values in (x, y)):
         return math.nan
-    ranks = torch.stack([_ranks(x), _ranks(y)])
-    deviations = ranks - ranks.mean(1, keepdim=True)
-    squares = deviations.square().sum(1)
-    # Zero exactly where all ranks are equal: 0 / 0 is the NaN that is promised.
-    return float((deviations[0] @ deviations[1]) / squares.prod().sqrt())
+    return float(spearmanr(x.numpy(), y.numpy()).statistic)
 
 
 def _aligned(a: ScoreTable, b: ScoreTable) -> tuple[Tensor, Tensor]:
@@ -87,13 +85,6 @@ def _aligned(a: ScoreTable, b: ScoreTable) -> tuple[Tensor, Tensor]:
             f"the tables hold different samples ({len(a)} and {len(b)}); score all of them in both"
         )
     return a.scores[order_a].double(), b.scores[order_b].double()
-
-
-def _ranks(values: Tensor) -> Tensor:
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    ranks: Tensor = ends - (counts.double() - 1) / 2
-    return ranks[place]
 
 
 def _overlap(x: Tensor, y: Tensor, keep: float) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import time
 import tomllib
 import warnings
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -41,6 +41,7 @@ from prunelab.training.loop import Objective, TrainingConfig, TrainingResult, pr
 from prunelab.training.task import ImageClassification
 from sparsemodel.storage.checkpoint import load_sparse, save_sparse
 from sparsemodel.storage.files import write_atomically
+from sparsemodel.storage.meter import peak_rss_bytes
 
 AUTO = "auto"
 ALPHA_FILE, CHECKPOINT, LOGITS = "alpha.json", "checkpoint.pt", "teacher_logits.pt"
@@ -85,11 +86,9 @@ class RunSettings:
     def toml(self) -> str:
         """The settings as a TOML file."""
         values = asdict(self)
-        training = values.pop("training")
-        lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-        lines += ["", "[training]"]
-        lines += [f"{k} = {json.dumps(v)}" for k, v in training.items() if v is not None]
-        return "\n".join(lines) + "\n"
+        # TOML has no word for nothing: a setting that is absent is None again when read.
+        training = {k: v for k, v in values.pop("training").items() if v is not None}
+        return tomli_w.dumps({**values, "training": training})
 
     @classmethod
     def read(cls, folder: Path) -> RunSettings:
@@ -260,7 +259,7 @@ def _run(
             float(right[labels == c].mean()) if bool((labels == c).any()) else None
             for c in range(data.num_classes)
         ],
-        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_rss_bytes": peak_rss_bytes(),
         "seconds": journal.seconds,
         "version": __version__,
     }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from prunelab.errors import RunError
 from sparsemodel.storage.files import write_atomically
@@ -61,22 +61,20 @@ def discard_unstarted(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, *, wait: float = 20.0) -> Iterator[None]:
-    """Hold a folder against a second process.
+    """Hold a folder against a second process; the system lets go of it when a process dies.
 
     Raises:
         RunError: another process still works in it after `wait` seconds.
     """
-    with (path / LOCK).open("w") as lock:
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise RunError(f"another process is running in {path}") from None
-                time.sleep(0.2)
+    lock = FileLock(path / LOCK)
+    try:
+        lock.acquire(timeout=wait, poll_interval=0.2)
+    except Timeout:
+        raise RunError(f"another process is running in {path}") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def append_metrics(path: Path, line: Mapping[str, Any]) -> None:

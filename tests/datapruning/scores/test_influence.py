@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from functools import lru_cache
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from datapruning.scores.influence import (
     mean_gradient,
     tracin,
 )
+from datapruning.selection.agreement import spearman
 from prunelab.data.datasets import load_dataset
 from prunelab.data.samples import ImageSamples, TokenSamples
 from prunelab.networks import build_model
@@ -104,11 +104,6 @@ def retrained() -> tuple[nn.Module, Tensor]:
         weights[row] = 0
         rises.append(COUNT * (target_loss(fitted(weights, model)) - target_loss(model)))
     return model, torch.tensor(rises, dtype=torch.float64)
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    ranks = [x.argsort().argsort().double().numpy() for x in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def scores_of(solver: str) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from datapruning.errors import SelectionError, SubsetWarning
@@ -184,6 +187,33 @@ def test_settings_come_back_from_their_file(few: str, teacher: Path, tmp_path: P
     stored = RunSettings.read(tmp_path / "a run")
     assert (stored.alpha, stored.training, stored.subset) == (0.25, settings.training, few)
     assert json.loads((tmp_path / "a run" / "summary.json").read_text()) == summary
+
+
+@given(
+    values=st.fixed_dictionaries(
+        {
+            "dataset": st.text(),
+            "subset": st.text(),
+            "teacher": st.text(),
+            "seed": st.integers(0, 2**63 - 1),
+            "alpha": st.floats(0, 1) | st.just("auto"),
+            "temperature": st.floats(0.1, 1e300),
+        }
+    ),
+    training=st.fixed_dictionaries(
+        {
+            "lr": st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+            "augment": st.booleans(),
+            "steps": st.none() | st.integers(1),
+        }
+    ),
+)
+def test_any_settings_survive_their_file(values: dict[str, Any], training: dict[str, Any]) -> None:
+    """Whatever names hold: quotes, line breaks, characters beyond 16 bits."""
+    settings = RunSettings(**values, training=TrainingConfig(**training))
+    with tempfile.TemporaryDirectory() as folder:
+        runfolder.prepare(Path(folder), settings.toml())
+        assert RunSettings.read(Path(folder)) == settings
 
 
 def test_folders_of_others_are_refused(tmp_path: Path) -> None:
