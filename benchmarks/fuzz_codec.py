@@ -26,23 +26,24 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 
-import torch
+import numpy as np
 
 from sparsemodel.codec import (
     Limits,
     decode_entries,
     decode_mask,
     decode_mask_delta,
-    decode_tensors,
-    decode_values,
+    decode_state,
     encode_entries,
     encode_mask,
     encode_mask_delta,
-    encode_tensors,
+    encode_state,
     peek,
 )
 from sparsemodel.errors import CodecError
-from sparsemodel.masks.mask import Mask
+from sparsemodel.runtime.pattern import Pattern, Patterns
+from sparsemodel.runtime.positions import complement
+from sparsemodel.runtime.state import SparseState
 
 LIMITS = Limits(
     max_elements=4096, max_layers=8, max_name_bytes=32, max_dims=4, max_frame_bytes=8192
@@ -60,39 +61,48 @@ Decoder = Callable[[bytes], object]
 Tally = dict[str, collections.Counter[str]]
 
 
-def make_masks() -> tuple[Mask, Mask]:
+def layer(active: np.ndarray) -> Pattern:
+    """The pattern of a bool array of the weight's shape."""
+    return Pattern.from_positions(active.shape, np.flatnonzero(active))
+
+
+def make_masks() -> tuple[Patterns, Patterns]:
     """A mask, and the one that an adjustment makes of it."""
-    generator = torch.Generator().manual_seed(0)
-    base = Mask({n: torch.rand(SHAPES[n], generator=generator) < 0.2 for n in PRUNABLE})
-    new = base.replace(
-        {n: base[n] ^ (torch.rand(SHAPES[n], generator=generator) < 0.1) for n in PRUNABLE}
+    rng = np.random.default_rng(0)
+    old = {name: rng.random(SHAPES[name]) < 0.2 for name in PRUNABLE}
+    new = {name: active ^ (rng.random(SHAPES[name]) < 0.1) for name, active in old.items()}
+    return (
+        Patterns({name: layer(active) for name, active in old.items()}),
+        Patterns({name: layer(active) for name, active in new.items()}),
     )
-    return base, new
 
 
 def make_frames() -> list[bytes]:
     """Valid frames of every kind, mode and dtype."""
     base, new = make_masks()
-    generator = torch.Generator().manual_seed(1)
-    tensors = {n: torch.randn(shape, generator=generator) for n, shape in SHAPES.items()}
-    clustered = torch.zeros(2000, dtype=torch.bool)
+    rng = np.random.default_rng(1)
+    values = {name: rng.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
+    active = {name: values[name].reshape(-1)[base[name].positions()] for name in base}
+    clustered = np.zeros(2000, dtype=bool)
     clustered[1880:1890] = True
     masks = [
         base,
-        Mask({n: torch.rand(SHAPES[n], generator=generator) < 0.8 for n in PRUNABLE}),
-        Mask({"a": torch.zeros(7, dtype=torch.bool), "b": torch.ones(1, dtype=torch.bool)}),
-        Mask({"bitmap": torch.rand(40, generator=generator) < 0.5}),
-        Mask({"active gaps": clustered, "pruned gaps": ~clustered}),
-        Mask({"rice": torch.rand(1500, generator=generator) < 0.02}),
+        Patterns({name: layer(rng.random(SHAPES[name]) < 0.8) for name in PRUNABLE}),
+        Patterns({"a": layer(np.zeros(7, dtype=bool)), "b": layer(np.ones(1, dtype=bool))}),
+        Patterns({"bitmap": layer(rng.random(40) < 0.5)}),
+        Patterns({"active gaps": layer(clustered), "pruned gaps": layer(~clustered)}),
+        Patterns({"rice": layer(rng.random(1500) < 0.02)}),
     ]
-    entries = {
-        name: (base.pruned(name)[::9], torch.randn(base.pruned(name)[::9].shape)) for name in base
-    }
+    entries = {}
+    for name, pattern in base.items():
+        chosen = complement(pattern.positions(), num_total=pattern.num_weights)[::9]
+        entries[name] = (chosen, rng.standard_normal(len(chosen), np.float32))
     frames = [encode_mask(mask) for mask in masks]
     frames += [encode_mask_delta(base, new), encode_mask_delta(base, base)]
-    frames += [encode_tensors(tensors, mask=base, dtype=d) for d in ("fp32", "bf16", "int8")]
-    frames += [encode_tensors({"bias": tensors["bias"]}, mask=None, dtype="fp16")]
-    return [*frames, encode_entries(entries, mask=base), encode_entries({}, mask=base)]
+    state = SparseState({**values, **active}, base)
+    frames += [encode_state(state, dtype=dtype) for dtype in ("fp32", "bf16", "int8")]
+    frames += [encode_state(SparseState({"bias": values["bias"]}), dtype="fp16")]
+    return [*frames, encode_entries(entries, patterns=base), encode_entries({}, patterns=base)]
 
 
 def make_decoders() -> dict[str, Decoder]:
@@ -102,9 +112,9 @@ def make_decoders() -> dict[str, Decoder]:
     return {
         "mask": lambda data: decode_mask(data, limits=LIMITS),
         "mask_delta": lambda data: decode_mask_delta(data, base=base, limits=LIMITS),
-        "tensors": lambda data: decode_tensors(data, shapes=SHAPES, mask=base, limits=LIMITS),
-        "values": lambda data: decode_values(data, shapes=bias, mask=None, limits=LIMITS),
-        "entries": lambda data: decode_entries(data, mask=base, limits=LIMITS),
+        "state": lambda data: decode_state(data, shapes=SHAPES, patterns=base, limits=LIMITS),
+        "whole": lambda data: decode_state(data, shapes=bias, patterns=None, limits=LIMITS),
+        "entries": lambda data: decode_entries(data, patterns=base, limits=LIMITS),
     }
 
 
@@ -206,7 +216,6 @@ class ChunkResult:
 
 def fuzz_chunk(seed: int, chunk: int, num_inputs: int) -> ChunkResult:
     """Run one chunk of inputs through every decoder, warnings counted as crashes."""
-    torch.set_num_threads(1)
     frames, decoders = make_frames(), make_decoders()
     tally: Tally = {name: collections.Counter() for name in MUTATIONS}
     crashes = []

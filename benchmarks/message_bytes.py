@@ -66,17 +66,17 @@ def rows(models: tuple[str, ...]) -> Iterator[dict[str, Any]]:
                 peer=limit,
                 peer_name="1.05 d dense + unpruned",
             )
-            entropy = mask_entropy_bytes(mask)
+            entropy = mask_entropy_bytes(mask.csr())
             yield row(
                 f"{name}, mask",
                 density,
-                ours=len(encode_mask(mask)),
+                ours=len(encode_mask(mask.csr())),
                 peer=entropy,
                 peer_name="entropy",
             )
-            moved = adjusted(mask)
-            delta = len(encode_mask_delta(mask, moved))
-            bound = mask_delta_entropy_bytes(mask, moved)
+            old, new = mask.csr(), adjusted(mask).csr()
+            delta = len(encode_mask_delta(old, new))
+            bound = mask_delta_entropy_bytes(old, new)
             yield row(f"{name}, mask change", density, ours=delta, peer=bound, peer_name="entropy")
 
 

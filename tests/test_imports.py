@@ -22,7 +22,8 @@ def test_imports_go_one_way() -> None:
     ("module", "heavy"),
     [
         ("sparsemodel", "torch flwr datasets sklearn torchvision"),
-        ("sparsemodel.codec", "flwr datasets sklearn torchvision transformers matplotlib"),
+        ("sparsemodel.codec", "torch flwr datasets sklearn torchvision matplotlib"),
+        ("sparsemodel.runtime.state", "torch flwr datasets sklearn torchvision matplotlib"),
         ("sparsemodel.masks.adjust", "flwr datasets sklearn torchvision transformers matplotlib"),
         ("datapruning", "torch flwr datasets sklearn torchvision"),
         ("fedprune", "torch flwr ray datasets sklearn torchvision matplotlib"),

@@ -296,7 +296,7 @@ def _mask_bytes(context: Context) -> bytes:
 
 @lru_cache(maxsize=8)
 def _decoded(data: bytes) -> Mask:
-    return decode_mask(data)
+    return Mask.from_csr(decode_mask(data))
 
 
 def _hold_mask(context: Context, mask: Mask | None) -> None:
@@ -306,7 +306,7 @@ def _hold_mask(context: Context, mask: Mask | None) -> None:
     if mask is None:
         context.state.pop(_MASK, None)
     elif _MASK not in context.state or mask != _decoded(_mask_bytes(context)):
-        context.state[_MASK] = ConfigRecord({"mask": encode_mask(mask)})
+        context.state[_MASK] = ConfigRecord({"mask": encode_mask(mask.csr())})
 
 
 def _hold_pool(record: RecordDict, context: Context, work: Workspace) -> Pool:

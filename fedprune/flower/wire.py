@@ -9,9 +9,11 @@ transport cuts into chunks; smaller ones inside the ConfigRecord, because an Arr
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
@@ -31,18 +33,20 @@ from fedprune.exchange.messages import (
     TrainRequest,
 )
 from sparsemodel.codec import (
+    Limits,
     decode_entries,
     decode_mask,
     decode_mask_delta,
-    decode_tensors,
-    decode_values,
+    decode_state,
     encode_entries,
     encode_mask,
     encode_mask_delta,
-    encode_tensors,
+    encode_state,
 )
 from sparsemodel.errors import MaskMismatch, SparseModelError
 from sparsemodel.masks.mask import Mask
+from sparsemodel.runtime.pattern import Patterns
+from sparsemodel.runtime.state import SparseState
 
 FRAME_STYPE = "fedprune.frame.v1"
 ARRAY_THRESHOLD = 2**20
@@ -127,12 +131,35 @@ def _number_list(values: Mapping[str, Any], key: str, kind: type, length: int) -
     return list(numbers)
 
 
+def _patterns(mask: Mask | None) -> Patterns | None:
+    return None if mask is None else mask.csr()
+
+
+def _limits(shapes: Shapes) -> Limits:
+    """No mask has more weights than the model."""
+    return Limits(max_elements=sum(math.prod(shape) for shape in shapes.values()))
+
+
+def _encode_weights(weights: State, mask: Mask | None = None, *, dtype: str = "fp32") -> bytes:
+    patterns, values = _patterns(mask), {}
+    for name, weight in weights.items():
+        values[name] = weight.detach().cpu().numpy()
+        if patterns is not None and name in patterns:
+            values[name] = values[name].reshape(-1)[patterns[name].positions()]
+    return encode_state(SparseState(values, patterns), dtype=dtype)
+
+
+def _decode_weights(frame: bytes, *, shapes: Shapes, mask: Mask | None = None) -> State:
+    dense = decode_state(frame, shapes=shapes, patterns=_patterns(mask)).dense()
+    return {name: torch.from_numpy(value) for name, value in dense.items()}
+
+
 # --- server to client --------------------------------------------------------------------------
 
 
 def pool_digest(pool: Pool) -> str:
     """Names a pool by its masks and weights."""
-    sha = hashlib.sha256(encode_tensors(pool.weights, mask=None))
+    sha = hashlib.sha256(_encode_weights(pool.weights))
     for mask in pool.masks:
         sha.update(mask.digest().encode())
     return sha.hexdigest()[:16]
@@ -153,11 +180,11 @@ def encode_request(
     frames: dict[str, bytes] = {}
     digest = pool_digest(request.pool)
     if digest not in held:
-        frames["w"] = encode_tensors(request.pool.weights, mask=None)
-        frames |= {f"m{c}": encode_mask(mask) for c, mask in enumerate(request.pool.masks)}
+        frames["w"] = _encode_weights(request.pool.weights)
+        frames |= {f"m{c}": encode_mask(mask.csr()) for c, mask in enumerate(request.pool.masks)}
     if isinstance(request, ScoreRequest):
         for c, statistics in enumerate(request.statistics):
-            frames[f"s{c}"] = encode_tensors(statistics, mask=None)
+            frames[f"s{c}"] = _encode_weights(statistics)
     return build_record({"p": digest, "k": len(request.pool.masks)}, frames)
 
 
@@ -165,13 +192,13 @@ def _encode_train(
     request: TrainRequest, *, held: frozenset[str], base: Mask | None, dtype: str
 ) -> RecordDict:
     fields: dict[str, Any] = {"r": request.round_index}
-    frames = {"w": encode_tensors(request.weights, mask=request.mask, dtype=dtype)}
+    frames = {"w": _encode_weights(request.weights, request.mask, dtype=dtype)}
     if request.mask is not None:
         if request.mask.digest() not in held:
             if base is not None and base.digest() in held:
-                frames["d"] = encode_mask_delta(base, request.mask)
+                frames["d"] = encode_mask_delta(base.csr(), request.mask.csr())
             else:
-                frames["m"] = encode_mask(request.mask)
+                frames["m"] = encode_mask(request.mask.csr())
         if request.growth:
             order = list(request.mask)
             fields["gi"] = [order.index(name) for name in request.growth]
@@ -196,12 +223,13 @@ def decode_train_request(record: RecordDict, *, shapes: Shapes, masks: list[Mask
     """
     values = read_record(record)
     if "m" in values:
-        masks = [decode_mask(_field(values, "m", bytes))]
+        masks = [Mask.from_csr(decode_mask(_field(values, "m", bytes), limits=_limits(shapes)))]
     elif "d" in values:
         if not masks:
             raise NeedsResync
         try:
-            masks = [decode_mask_delta(_field(values, "d", bytes), base=masks[0])]
+            new = decode_mask_delta(_field(values, "d", bytes), base=masks[0].csr())
+            masks = [Mask.from_csr(new)]
         except SparseModelError:
             raise NeedsResync from None
     frame = _field(values, "w", bytes)
@@ -227,7 +255,7 @@ def _decode_with_any(frame: bytes, shapes: Shapes, masks: list[Mask]) -> tuple[S
     """Decode with the mask that the frame was made for, or without one."""
     for mask in [*masks, None]:
         try:
-            return decode_tensors(frame, shapes=shapes, mask=mask), mask
+            return _decode_weights(frame, shapes=shapes, mask=mask), mask
         except MaskMismatch:
             continue
     raise NeedsResync
@@ -239,8 +267,9 @@ def decode_pool(record: RecordDict, *, shapes: Shapes) -> tuple[str, Pool | None
     digest = _field(values, "p", str)
     if "w" not in values:
         return digest, None
-    masks = [decode_mask(_field(values, f"m{c}", bytes)) for c in range(_count(values, "k"))]
-    weights = decode_tensors(_field(values, "w", bytes), shapes=shapes, mask=None)
+    frames = [_field(values, f"m{c}", bytes) for c in range(_count(values, "k"))]
+    masks = [Mask.from_csr(decode_mask(frame, limits=_limits(shapes))) for frame in frames]
+    weights = _decode_weights(_field(values, "w", bytes), shapes=shapes)
     return digest, Pool(weights=weights, masks=masks)
 
 
@@ -248,7 +277,7 @@ def decode_statistics(record: RecordDict, *, shapes: Shapes) -> list[State]:
     """Batch-norm statistics of each candidate; `shapes` names the statistics only."""
     values = read_record(record)
     return [
-        decode_tensors(_field(values, f"s{c}", bytes), shapes=shapes, mask=None)
+        _decode_weights(_field(values, f"s{c}", bytes), shapes=shapes)
         for c in range(_count(values, "k"))
     ]
 
@@ -261,9 +290,10 @@ def encode_train_reply(
 ) -> RecordDict:
     """`weights` is the trained dense state; its active values are what travels."""
     fields: dict[str, Any] = {"n": reply.num_examples, "l": reply.loss}
-    frames = {"w": encode_tensors(weights, mask=mask, dtype=dtype)}
+    frames = {"w": _encode_weights(weights, mask, dtype=dtype)}
     if reply.growth and mask is not None:
-        frames["g"] = encode_entries(reply.growth, mask=mask)
+        growth = {name: (i.numpy(), v.numpy()) for name, (i, v) in reply.growth.items()}
+        frames["g"] = encode_entries(growth, patterns=mask.csr())
     if reply.state_bytes:
         fields |= {"sb": reply.state_bytes, "rss": reply.peak_rss_bytes}
     return build_record(fields, frames)
@@ -282,7 +312,7 @@ def encode_reply(reply: ClientInfo | MeasureReply | ScoreReply) -> RecordDict:
             {},
         )
     if isinstance(reply, MeasureReply):
-        frames = {f"s{c}": encode_tensors(s, mask=None) for c, s in enumerate(reply.statistics)}
+        frames = {f"s{c}": _encode_weights(s) for c, s in enumerate(reply.statistics)}
         return build_record({"n": reply.num_examples}, frames)
     return build_record({"n": reply.num_examples, "l": reply.loss_sums, "k": reply.num_correct}, {})
 
@@ -332,18 +362,20 @@ def decode_reply(
         raise ClientError(str(values["skip"]))
     num_examples = _count(values, "n")
     if isinstance(request, TrainRequest):
-        growth = (
-            decode_entries(_field(values, "g", bytes), mask=request.mask)
-            if request.growth and request.mask is not None and "g" in values
-            else {}
-        )
+        patterns, growth = _patterns(request.mask), {}
+        if request.growth and patterns is not None and "g" in values:
+            entries = decode_entries(_field(values, "g", bytes), patterns=patterns)
+            growth = {
+                n: (torch.from_numpy(i), torch.from_numpy(v)) for n, (i, v) in entries.items()
+            }
         for name, (indices, _) in growth.items():
             if name not in request.growth or len(indices) > request.growth[name]:
                 raise ClientError(f"growth entries of {name!r} were not asked for, or too many")
+        trained = decode_state(_field(values, "w", bytes), shapes=shapes, patterns=patterns)
         return TrainReply(
             num_examples=num_examples,
             loss=float(_field(values, "l", float)),
-            values=decode_values(_field(values, "w", bytes), shapes=shapes, mask=request.mask),
+            values={name: torch.from_numpy(value) for name, value in trained.values.items()},
             growth=growth,
             state_bytes=_count(values, "sb") if "sb" in values else 0,
             peak_rss_bytes=_count(values, "rss") if "rss" in values else 0,
@@ -352,7 +384,7 @@ def decode_reply(
     if isinstance(request, MeasureRequest):
         wanted = {name: shapes[name] for pair in batch_norms for name in pair}
         statistics = [
-            decode_tensors(_field(values, f"s{c}", bytes), shapes=wanted, mask=None)
+            _decode_weights(_field(values, f"s{c}", bytes), shapes=wanted)
             for c in range(num_candidates)
         ]
         for candidate in statistics:  # refuse the whole reply before any part is folded in

@@ -215,7 +215,7 @@ def play_round(
             "mask_bytes": traffic.mask,
             "adjusted": sorted(growth_counts) if changed else [],
             "mask_change_entropy_bytes": (
-                mask_delta_entropy_bytes(state.mask, updated.mask)
+                mask_delta_entropy_bytes(state.mask.csr(), updated.mask.csr())
                 if changed and state.mask is not None and updated.mask is not None
                 else 0.0
             ),

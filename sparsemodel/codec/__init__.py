@@ -1,4 +1,4 @@
-"""The wire and disk format of masks, changes of masks and sparse tensors.
+"""The wire and disk format of masks, changes of masks, states and entries. It needs numpy alone.
 
 FORMAT.md beside this file is its specification.
 """
@@ -8,7 +8,7 @@ from sparsemodel.codec.entries import decode_entries, encode_entries
 from sparsemodel.codec.entropy import mask_delta_entropy_bytes, mask_entropy_bytes
 from sparsemodel.codec.frame import FrameInfo, Kind, Limits, peek
 from sparsemodel.codec.masks import decode_mask, encode_mask
-from sparsemodel.codec.tensors import decode_tensors, decode_values, encode_tensors
+from sparsemodel.codec.states import decode_state, encode_state
 
 __all__ = [
     "FrameInfo",
@@ -17,12 +17,11 @@ __all__ = [
     "decode_entries",
     "decode_mask",
     "decode_mask_delta",
-    "decode_tensors",
-    "decode_values",
+    "decode_state",
     "encode_entries",
     "encode_mask",
     "encode_mask_delta",
-    "encode_tensors",
+    "encode_state",
     "mask_delta_entropy_bytes",
     "mask_entropy_bytes",
     "peek",

@@ -12,8 +12,10 @@ import numpy as np
 
 from sparsemodel.codec.reader import Reader
 from sparsemodel.errors import CodecError
+from sparsemodel.runtime.positions import complement
 
 MAX_GAP_BYTES = 5  # 35 bits: more than the largest set allowed by Limits
+_BITMAP_CHUNK = 1 << 16  # bytes of a bitmap unpacked at a time
 
 
 def rice_parameter(num_total: int, count: int) -> int:
@@ -37,13 +39,6 @@ def rice_parameter(num_total: int, count: int) -> int:
 def gaps_between(positions: np.ndarray) -> np.ndarray:
     """How many positions are skipped before each of the ascending `positions`: int64, [count]."""
     return np.diff(positions, prepend=-1) - 1
-
-
-def complement(positions: np.ndarray, *, num_total: int) -> np.ndarray:
-    """The positions below `num_total` that are not in `positions`: int64, ascending."""
-    absent = np.ones(num_total, dtype=bool)
-    absent[positions] = False
-    return np.flatnonzero(absent)
 
 
 def count_rice_bits(gaps: np.ndarray, *, parameter: int) -> int:
@@ -156,6 +151,23 @@ def decode_gaps(reader: Reader, *, num_total: int, count: int) -> np.ndarray:
         group = raw[ends[present] - num_groups[present] + 1 + index] & 0x7F
         gaps[present] |= group.astype(np.int64) << 7 * index
     return _positions(gaps, num_total=num_total)
+
+
+def decode_bitmap(reader: Reader, *, num_total: int) -> np.ndarray:
+    """Read the positions of the ones among `num_total` bits: int32, ascending.
+
+    Raises:
+        CodecError: too few bytes, or padding bits that are not zero.
+    """
+    assert 1 <= num_total < 1 << 31
+    packed = np.frombuffer(reader.take((num_total + 7) // 8, what="a bitmap"), dtype=np.uint8)
+    if num_total % 8 and packed[-1] & 0xFF >> num_total % 8:
+        raise CodecError("padding bits are not zero")
+    found = []
+    for start in range(0, len(packed), _BITMAP_CHUNK):
+        ones = np.flatnonzero(np.unpackbits(packed[start : start + _BITMAP_CHUNK]))
+        found.append((ones + 8 * start).astype(np.int32))
+    return np.concatenate(found)
 
 
 def encode_subset(positions: np.ndarray, *, num_total: int) -> bytes:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from sparsemodel.codec.bits import decode_subset, encode_subset
-from sparsemodel.codec.frame import DEFAULT_LIMITS, Kind, Limits, open_frame, seal_frame
+from sparsemodel.codec.frame import DEFAULT_LIMITS, Kind, Limits, Part, open_frame, seal_frame
 from sparsemodel.codec.reader import Reader, encode_varint
 from sparsemodel.errors import CodecError, MaskMismatch
-from sparsemodel.masks.mask import Mask
+from sparsemodel.runtime.pattern import Pattern, Patterns
+from sparsemodel.runtime.positions import absent_at, complement, find
 
 # Four bytes each of the old and the new mask's digest. A receiver goes wrong only where both
 # collide, which is one chance in 2**64.
 DELTA_DIGEST_BYTES = 4
 
 
-def encode_mask_delta(base: Mask, new: Mask) -> bytes:
+def encode_mask_delta(base: Patterns, new: Patterns) -> bytes:
     """A frame that turns `base` into `new`, two masks of the same names and shapes.
 
     Pruned positions are ranks among the active weights of `base`, grown positions ranks among
@@ -25,32 +25,34 @@ def encode_mask_delta(base: Mask, new: Mask) -> bytes:
     Raises:
         CodecError: the masks differ in names, order or shapes.
 
-    >>> base = Mask({"fc.weight": torch.tensor([True, True, False, False])})
-    >>> new = Mask({"fc.weight": torch.tensor([True, False, False, True])})
+    >>> base = Patterns({"fc.weight": Pattern.from_positions((4,), np.array([0, 1]))})
+    >>> new = Patterns({"fc.weight": Pattern.from_positions((4,), np.array([0, 3]))})
     >>> decode_mask_delta(encode_mask_delta(base, new), base=base) == new
     True
     """
     check_same_layers(base, new)
-    parts = [_short_digest(base), _short_digest(new)]
+    parts: list[Part] = [_short_digest(base), _short_digest(new)]
     previous = -1
-    for index, (name, pattern) in enumerate(base.items()):
-        old, changed = pattern.numpy().reshape(-1), new[name].numpy().reshape(-1)
-        if np.array_equal(old, changed):
+    for index, (name, old) in enumerate(base.items()):
+        if old == new[name]:
             continue
-        active, absent = np.flatnonzero(old), np.flatnonzero(~old)
-        pruned, grown = np.flatnonzero(~changed[active]), np.flatnonzero(changed[absent])
+        num_active = old.num_active
+        active = new[name].positions()
+        below, kept = find(old.positions(), active)
+        pruned = complement(below[kept], num_total=num_active)
+        grown = (active - below)[~kept]
         parts.append(encode_varint(index - previous - 1))
         # An adjustment mostly grows as many weights as it prunes: that case takes one number.
         parts.append(encode_varint(len(pruned) << 1 | (len(grown) != len(pruned))))
         if len(grown) != len(pruned):
             parts.append(encode_varint(len(grown)))
-        parts.append(encode_subset(pruned, num_total=len(active)))
-        parts.append(encode_subset(grown, num_total=len(absent)))
+        parts.append(encode_subset(pruned, num_total=num_active))
+        parts.append(encode_subset(grown, num_total=old.num_weights - num_active))
         previous = index
-    return seal_frame(b"".join(parts), kind=Kind.MASK_DELTA)
+    return seal_frame(parts, kind=Kind.MASK_DELTA)
 
 
-def decode_mask_delta(data: bytes, *, base: Mask, limits: Limits = DEFAULT_LIMITS) -> Mask:
+def decode_mask_delta(data: bytes, *, base: Patterns, limits: Limits = DEFAULT_LIMITS) -> Patterns:
     """Apply a frame that `encode_mask_delta` wrote to the mask it was made from.
 
     Raises:
@@ -67,7 +69,7 @@ def decode_mask_delta(data: bytes, *, base: Mask, limits: Limits = DEFAULT_LIMIT
         )
     announced = reader.take(DELTA_DIGEST_BYTES, what="the digest of the new mask")
     names = list(base)
-    patterns: dict[str, torch.Tensor] = {}
+    patterns: dict[str, Pattern] = {}
     index = -1
     while reader.remaining:
         index += 1 + reader.varint(what="the index of a layer")
@@ -83,7 +85,7 @@ def decode_mask_delta(data: bytes, *, base: Mask, limits: Limits = DEFAULT_LIMIT
     return new
 
 
-def check_same_layers(base: Mask, new: Mask) -> None:
+def check_same_layers(base: Patterns, new: Patterns) -> None:
     """Refuse two masks that differ in more than their patterns, with CodecError."""
     if list(base.shapes().items()) != list(new.shapes().items()):
         raise CodecError(
@@ -92,25 +94,25 @@ def check_same_layers(base: Mask, new: Mask) -> None:
         )
 
 
-def _read_layer(reader: Reader, pattern: torch.Tensor) -> torch.Tensor:
-    old = pattern.numpy().reshape(-1)
-    active, absent = np.flatnonzero(old), np.flatnonzero(~old)
+def _read_layer(reader: Reader, old: Pattern) -> Pattern:
+    num_active, num_absent = old.num_active, old.num_weights - old.num_active
     head = reader.varint(what="the number of pruned weights")
     num_pruned = num_grown = head >> 1
     if head & 1:
         num_grown = reader.varint(what="the number of grown weights")
-    if num_pruned > len(active) or num_grown > len(absent):
+    if num_pruned > num_active or num_grown > num_absent:
         raise CodecError(
-            f"{num_pruned} weights pruned of {len(active)} active and {num_grown} grown of "
-            f"{len(absent)} pruned: there are not so many"
+            f"{num_pruned} weights pruned of {num_active} active and {num_grown} grown of "
+            f"{num_absent} pruned: there are not so many"
         )
     if bool(head & 1) != (num_grown != num_pruned) or num_pruned + num_grown == 0:
         raise CodecError("the numbers of changed weights are not in their shortest form")
-    changed = old.copy()
-    changed[active[decode_subset(reader, num_total=len(active), count=num_pruned)]] = False
-    changed[absent[decode_subset(reader, num_total=len(absent), count=num_grown)]] = True
-    return torch.from_numpy(changed).reshape(pattern.shape)
+    active = old.positions()
+    pruned = decode_subset(reader, num_total=num_active, count=num_pruned)
+    grown = absent_at(active, decode_subset(reader, num_total=num_absent, count=num_grown))
+    kept = np.delete(active, pruned)
+    return Pattern.from_positions(old.shape, np.insert(kept, np.searchsorted(kept, grown), grown))
 
 
-def _short_digest(mask: Mask) -> bytes:
-    return bytes.fromhex(mask.digest())[:DELTA_DIGEST_BYTES]
+def _short_digest(patterns: Patterns) -> bytes:
+    return bytes.fromhex(patterns.digest())[:DELTA_DIGEST_BYTES]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 
 import numpy as np
-import torch
 
+from sparsemodel.codec.frame import Part
 from sparsemodel.codec.reader import Reader
 from sparsemodel.errors import CodecError
 
@@ -16,6 +16,7 @@ _ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 _SCALE = struct.Struct("<f")
 _INT8_MAX = 127
 _FLOAT32 = np.finfo(np.float32)
+_BF16_NAN = np.uint16(0x7FC0)  # the quiet NaN that every NaN becomes
 
 
 def count_value_bytes(num_values: int, *, dtype: str) -> int:
@@ -23,31 +24,51 @@ def count_value_bytes(num_values: int, *, dtype: str) -> int:
     return num_values * _ITEM_BYTES[dtype] + (_SCALE.size if dtype == "int8" else 0)
 
 
-def encode_values(values: np.ndarray, *, dtype: str, name: str) -> bytes:
+def encode_values(values: np.ndarray, *, dtype: str, name: str) -> Part:
     """Float32 values, shape [n], as little-endian bytes; `name` is for the error's text.
+
+    The bytes of fp32 are those of `values` itself where it is contiguous.
 
     Raises:
         CodecError: a finite value that fp16 or bf16 would turn into infinity, or a value that is
             not finite for int8.
     """
     if dtype == "fp32":
-        return values.astype("<f4", copy=False).tobytes()
+        return np.ascontiguousarray(values, dtype="<f4").view(np.uint8).data
     if dtype == "int8":
         return _encode_int8(values, name=name)
     if dtype == "fp16":
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             half = values.astype("<f2")
-        overflow = np.isinf(half) & np.isfinite(values)
-        encoded = half.tobytes()
+        infinite = np.isinf(half)
     else:
-        # Torch has this cast (to nearest, ties to even) and numpy lacks the type.
-        brain = torch.from_numpy(values.copy()).to(torch.bfloat16)
-        overflow = torch.isinf(brain).numpy() & np.isfinite(values)
-        encoded = brain.view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
+        half = round_to_bf16(values)
+        infinite = half & 0x7FFF == 0x7F80
+    overflow = infinite & np.isfinite(values)
     if overflow.any():
         largest = float(np.abs(values[overflow]).max())
         raise CodecError(f"{name!r} holds {largest:g}, too large for {dtype}: send it as fp32")
-    return encoded
+    return half.view(np.uint8).data
+
+
+def round_to_bf16(values: np.ndarray) -> np.ndarray:
+    """Float32 values, shape [n], as the bits of bf16: "<u2", to nearest, ties to even.
+
+    A bf16 number is the upper half of a float32. Adding one less than half of its last place, and
+    one more where that place is odd, carries into the upper half exactly where rounding goes up.
+
+    >>> [f"{bits:04x}" for bits in round_to_bf16(np.float32([1.0, 1 + 2**-8, 1 + 3 * 2**-8]))]
+    ['3f80', '3f80', '3f82']
+    """
+    bits = values.view(np.uint32)
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= np.uint32(16)
+    half = rounded.astype("<u2")
+    half[np.isnan(values)] = _BF16_NAN
+    return half
 
 
 def read_values(reader: Reader, *, num_values: int, dtype: str) -> np.ndarray:
@@ -69,7 +90,8 @@ def read_values(reader: Reader, *, num_values: int, dtype: str) -> np.ndarray:
             return np.frombuffer(raw, dtype="<f2").astype(np.float32)
     if dtype == "bf16":
         bits = np.frombuffer(raw, dtype="<u2").astype(np.uint32)
-        return (bits << np.uint32(16)).view(np.float32)
+        bits <<= np.uint32(16)
+        return bits.view(np.float32)
     steps = np.frombuffer(raw, dtype=np.int8)
     if (steps < -_INT8_MAX).any() or (scale == 0 and steps.any()):
         raise CodecError("int8 values that no encoder writes: -128, or not zero under scale zero")
@@ -86,5 +108,6 @@ def _encode_int8(values: np.ndarray, *, name: str) -> bytes:
         return _SCALE.pack(0.0) + bytes(len(values))
     # A subnormal scale would be too coarse a number for the error bound of half a step to hold.
     scale = max(largest / np.float32(_INT8_MAX), _FLOAT32.tiny)
-    steps = np.rint(values / scale).astype(np.int8)
-    return _SCALE.pack(scale) + steps.tobytes()
+    steps = values / scale
+    np.rint(steps, out=steps)
+    return _SCALE.pack(scale) + steps.astype(np.int8).tobytes()

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 
 from sparsemodel.codec.deltas import check_same_layers
-from sparsemodel.masks.mask import Mask
+from sparsemodel.runtime.pattern import Patterns
+from sparsemodel.runtime.positions import find
 
 
-def mask_entropy_bytes(mask: Mask) -> float:
+def mask_entropy_bytes(patterns: Patterns) -> float:
     """Sum over layers of log2 C(numel, num_active), in bytes.
 
     No code of the patterns is shorter on average once the number of active weights of each layer
     is known and every placement of them is equally likely.
     """
-    shapes, counts = mask.shapes(), mask.counts()
-    return sum(_log2_choose(math.prod(shapes[name]), counts[name]) for name in mask) / 8
+    return sum(_log2_choose(p.num_weights, p.num_active) for p in patterns.values()) / 8
 
 
-def mask_delta_entropy_bytes(base: Mask, new: Mask) -> float:
+def mask_delta_entropy_bytes(base: Patterns, new: Patterns) -> float:
     """Sum over layers of log2 C(active, pruned) + log2 C(numel - active, grown), in bytes.
 
     `active` counts the active weights of `base`; `pruned` and `grown` count the changes.
@@ -29,11 +29,10 @@ def mask_delta_entropy_bytes(base: Mask, new: Mask) -> float:
     check_same_layers(base, new)
     bits = 0.0
     for name, old in base.items():
-        num_active = int(old.sum())
-        num_pruned = int((old & ~new[name]).sum())
-        num_grown = int((~old & new[name]).sum())
-        bits += _log2_choose(num_active, num_pruned)
-        bits += _log2_choose(old.numel() - num_active, num_grown)
+        _, kept = find(old.positions(), new[name].positions())
+        num_kept = int(kept.sum())
+        bits += _log2_choose(old.num_active, old.num_active - num_kept)
+        bits += _log2_choose(old.num_weights - old.num_active, len(kept) - num_kept)
     return bits / 8
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import struct
 import zlib
+from collections.abc import Sequence
 
 from sparsemodel.codec.reader import Reader, encode_varint
 from sparsemodel.errors import CodecError
@@ -13,6 +14,9 @@ from sparsemodel.errors import CodecError
 MAGIC = b"SM"
 VERSION = 1
 CRC_BYTES = 4
+
+# A piece of a frame; a view of an array's bytes needs no copy of its own.
+Part = bytes | memoryview
 
 
 class Kind(enum.IntEnum):
@@ -32,14 +36,14 @@ class Limits:
     """What a receiver is willing to decode; anything that declares more is refused unread.
 
     Args:
-        max_elements: weights in a frame, all layers together; at most 2**31.
+        max_elements: weights in a frame, all layers together; below 2**31.
         max_layers: layers in a mask.
         max_name_bytes: bytes of a layer's name.
         max_dims: dimensions of a layer's shape.
         max_frame_bytes: bytes of a frame, envelope included.
 
     Raises:
-        CodecError: a limit below 1, or max_elements above 2**31.
+        CodecError: a limit below 1, or max_elements not below 2**31.
     """
 
     max_elements: int = 2**28
@@ -52,9 +56,9 @@ class Limits:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 1:
                 raise CodecError(f"{field.name} must be at least 1")
-        # Sums of gaps between positions stay below 2**63 only up to here.
-        if self.max_elements > 2**31:
-            raise CodecError(f"max_elements must be at most 2**31, got {self.max_elements}")
+        # Patterns count their weights in int32.
+        if self.max_elements >= 2**31:
+            raise CodecError(f"max_elements must be below 2**31, got {self.max_elements}")
 
 
 DEFAULT_LIMITS = Limits()
@@ -81,11 +85,13 @@ def peek(data: bytes) -> FrameInfo:
     return _read_header(Reader(memoryview(data)))
 
 
-def seal_frame(payload: bytes, *, kind: Kind) -> bytes:
-    """Wrap a payload in the envelope."""
-    header = MAGIC + bytes((VERSION, kind)) + encode_varint(len(payload))
-    checksum = zlib.crc32(payload, zlib.crc32(header))
-    return b"".join((header, payload, struct.pack("<I", checksum)))
+def seal_frame(parts: Sequence[Part], *, kind: Kind) -> bytes:
+    """Wrap a payload, given in parts, in the envelope; each part is copied once."""
+    header = MAGIC + bytes((VERSION, kind)) + encode_varint(sum(len(part) for part in parts))
+    checksum = zlib.crc32(header)
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    return b"".join((header, *parts, struct.pack("<I", checksum)))
 
 
 def open_frame(data: bytes, *, kind: Kind, limits: Limits) -> Reader:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sparsemodel.errors import MaskError
 
 DIGEST_BYTES = 16
-_DIGEST_CHUNK = 1 << 19  # weights whose bits are packed at a time; a multiple of 8
+_BITMAP_CHUNK = 1 << 19  # weights whose bits are packed at a time; a multiple of 8
 
 Ints = NDArray[np.int32]
 Shape = tuple[int, ...]
@@ -47,7 +47,8 @@ class Pattern:
         rows, length = _rows(shape)
         ends = np.arange(0, (rows + 1) * length, length, dtype=np.int64)
         row_ptr = np.searchsorted(positions, ends).astype(np.int32)
-        cols = np.subtract(positions, np.repeat(ends[:-1], np.diff(row_ptr)), dtype=np.int64)
+        cols = np.repeat(ends[:-1], np.diff(row_ptr))
+        np.subtract(positions, cols, out=cols)
         return cls(shape, row_ptr, cols.astype(np.int32))
 
     @classmethod
@@ -76,6 +77,16 @@ class Pattern:
         """Flat index of each active weight in the dense weight: int64 [nnz], ascending."""
         starts = np.arange(len(self.row_ptr) - 1, dtype=np.int64) * self.row_length
         return np.repeat(starts, np.diff(self.row_ptr)) + self.cols
+
+    def bitmap(self) -> Iterator[NDArray[np.uint8]]:
+        """A bit for each weight, first weight highest, packed a chunk at a time."""
+        positions, total = self.positions(), self.num_weights
+        starts = range(0, total, _BITMAP_CHUNK)
+        cuts = np.searchsorted(positions, [*starts, total])
+        for number, start in enumerate(starts):
+            bits = np.zeros(min(_BITMAP_CHUNK, total - start), dtype=np.uint8)
+            bits[positions[cuts[number] : cuts[number + 1]] - start] = 1
+            yield np.packbits(bits)
 
     def nbytes(self) -> int:
         """Bytes of its arrays."""
@@ -183,7 +194,8 @@ class Patterns(Mapping[str, Pattern]):
             sha = hashlib.sha256()
             for name, pattern in self._patterns.items():
                 sha.update(f"{len(name.encode())}:{name}:{pattern.shape}:".encode())
-                _hash_bits(sha, pattern)
+                for chunk in pattern.bitmap():
+                    sha.update(chunk.data)
             self._digest = sha.hexdigest()[: 2 * DIGEST_BYTES]
         return self._digest
 
@@ -191,15 +203,3 @@ class Patterns(Mapping[str, Pattern]):
 def _rows(shape: Shape) -> tuple[int, int]:
     rows = shape[0] if len(shape) > 1 else 1
     return rows, math.prod(shape) // rows
-
-
-def _hash_bits(sha: Any, pattern: Pattern) -> None:
-    """Hash a layer's bits, first weight highest, a chunk of them at a time."""
-    positions = pattern.positions()
-    total = pattern.num_weights
-    starts = range(0, total, _DIGEST_CHUNK)
-    cuts = np.searchsorted(positions, [*starts, total])
-    for number, start in enumerate(starts):
-        bits = np.zeros(min(_DIGEST_CHUNK, total - start), dtype=np.uint8)
-        bits[positions[cuts[number] : cuts[number + 1]] - start] = 1
-        sha.update(np.packbits(bits).data)

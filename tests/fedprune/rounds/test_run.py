@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from federation import digest, run_inline, tiny
@@ -22,9 +23,11 @@ from fedprune.rounds.workspace import open_workspace
 from prunelab.data.datasets import load_dataset
 from prunelab.errors import DataError, RunError
 from prunelab.networks import float_state, load_float_state_
-from sparsemodel.codec import decode_entries, decode_values, encode_entries, encode_tensors
+from sparsemodel.codec import decode_entries, decode_state, encode_entries, encode_state
 from sparsemodel.errors import DensityError, SparseModelError
 from sparsemodel.masks.mask import prunable_parameters
+from sparsemodel.runtime.pattern import Pattern
+from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.checkpoint import load_sparse
 
 SUMMARY_KEYS = [
@@ -280,10 +283,10 @@ def faulty(kind: str, *, who: int = 1, action: str = "train") -> Any:
             return Message(RecordDict({"x": ConfigRecord({"y": 1})}), reply_to=message)
         elif kind == "growth":
             mask = client._held_masks(context, open_workspace(client.run_config(context)))[0]
-            entries = decode_entries(values["g"], mask=mask)
+            entries = decode_entries(values["g"], patterns=mask.csr())
             for _, gradients in entries.values():
                 gradients[0] = 1e9
-            values["g"] = encode_entries(entries, mask=mask)
+            values["g"] = encode_entries(entries, patterns=mask.csr())
         else:
             values["w"] = _changed_frame(kind, values["w"], context)
         return Message(RecordDict({"c": ConfigRecord(values)}), reply_to=message)
@@ -294,27 +297,20 @@ def faulty(kind: str, *, who: int = 1, action: str = "train") -> Any:
 def _changed_frame(kind: str, frame: bytes, context: Context) -> bytes:
     work = open_workspace(client.run_config(context))
     mask = client._held_masks(context, work)[0]
-    values = decode_values(frame, shapes=work.shapes, mask=mask)
-    state = {name: torch.zeros(shape) for name, shape in work.shapes.items()}
-    for name, value in values.items():
-        if name in mask:
-            state[name][mask[name]] = value
-        else:
-            state[name] = value
+    state = decode_state(frame, shapes=work.shapes, patterns=mask.csr())
+    bias = state.values["fc.bias"]
     if kind == "nan":
-        state["fc.bias"][0] = float("nan")
+        bias[0] = float("nan")
     elif kind == "huge":
-        state["fc.bias"][0] = 1e9
+        bias[0] = 1e9
     elif kind == "shapes":
-        state["fc.bias"] = torch.zeros(11)
+        state = state.replace({"fc.bias": np.zeros(11, dtype=np.float32)})
     elif kind == "stale":
-        name = next(iter(mask))
-        pattern = mask[name].clone().reshape(-1)
-        i, j = int(pattern.nonzero()[0]), int((~pattern).nonzero()[0])
-        pattern[i], pattern[j] = False, True
-        mask = mask.replace({name: pattern.reshape(mask[name].shape)})
-        state[name] = state[name] * mask[name]
-    return encode_tensors(state, mask=mask)
+        name, pattern = next(iter(mask.csr().items()))
+        moved = np.sort([*pattern.positions()[1:], int(mask.pruned(name)[0])])
+        stale = mask.csr().replace({name: Pattern.from_positions(pattern.shape, moved)})
+        state = SparseState(state.values, stale)
+    return encode_state(state)
 
 
 @pytest.mark.parametrize(

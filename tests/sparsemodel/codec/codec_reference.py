@@ -8,9 +8,8 @@ import zlib
 
 import hypothesis.strategies as st
 import numpy as np
-import torch
 
-from sparsemodel.masks.mask import Mask
+from sparsemodel.runtime.pattern import Pattern, Patterns
 
 
 def varint(number: int) -> bytes:
@@ -106,27 +105,54 @@ def slow_decode_mask(data: bytes) -> dict[str, tuple[tuple[int, ...], list[bool]
     return {name: (shape, pattern) for name, shape, pattern in layers}
 
 
-def digest_of(mask: Mask) -> bytes:
+def flags_of(pattern: Pattern) -> list[bool]:
+    """Whether each weight is active, row by row of the CSR form."""
+    flags = [False] * pattern.num_weights
+    for row in range(len(pattern.row_ptr) - 1):
+        for entry in range(pattern.row_ptr[row], pattern.row_ptr[row + 1]):
+            flags[row * pattern.row_length + int(pattern.cols[entry])] = True
+    return flags
+
+
+def digest_of(patterns: Patterns) -> bytes:
     """The digest that FORMAT.md describes."""
     sha = hashlib.sha256()
-    for name, pattern in mask.items():
+    for name, pattern in patterns.items():
         encoded = name.encode()
-        bits = [int(bit) for bit in pattern.reshape(-1)]
+        bits = [int(flag) for flag in flags_of(pattern)]
         bits += [0] * (-len(bits) % 8)
         octets = [bits[i : i + 8] for i in range(0, len(bits), 8)]
         bitmap = bytes(int("".join(map(str, octet)), 2) for octet in octets)
         sha.update(str(len(encoded)).encode() + b":" + encoded)
-        sha.update(b":" + str(tuple(pattern.shape)).encode() + b":" + bitmap)
+        sha.update(b":" + str(pattern.shape).encode() + b":" + bitmap)
     return sha.digest()
 
 
-def random_mask(shapes: dict[str, tuple[int, ...]], *, density: float, seed: int = 0) -> Mask:
+def layer_of(active: np.ndarray | list[int]) -> Pattern:
+    """The pattern of flags in the shape of the weight."""
+    flags = np.asarray(active, dtype=bool)
+    return Pattern.from_positions(flags.shape, np.flatnonzero(flags))
+
+
+def mask_of(layers: dict[str, np.ndarray | list[int]]) -> Patterns:
+    """Patterns of flags by name."""
+    return Patterns({name: layer_of(active) for name, active in layers.items()})
+
+
+def pruned_of(pattern: Pattern) -> np.ndarray:
+    """Flat indices of the pruned weights: int64, ascending."""
+    return np.flatnonzero(~np.array(flags_of(pattern), dtype=bool))
+
+
+def random_mask(shapes: dict[str, tuple[int, ...]], *, density: float, seed: int = 0) -> Patterns:
     """Every weight active with the same chance."""
-    generator = torch.Generator().manual_seed(seed)
-    return Mask({n: torch.rand(s, generator=generator) < density for n, s in shapes.items()})
+    rng = np.random.default_rng(seed)
+    return mask_of({name: rng.random(shape) < density for name, shape in shapes.items()})
 
 
-def moved_masks(num_weights: int, num_active: int, num_moved: int, seed: int) -> tuple[Mask, Mask]:
+def moved_masks(
+    num_weights: int, num_active: int, num_moved: int, seed: int
+) -> tuple[Patterns, Patterns]:
     """A random mask of one layer, and the same with `num_moved` pruned and as many grown."""
     order = np.random.default_rng(seed).permutation(num_weights)
     old = np.zeros(num_weights, dtype=bool)
@@ -134,8 +160,7 @@ def moved_masks(num_weights: int, num_active: int, num_moved: int, seed: int) ->
     new = old.copy()
     new[order[:num_moved]] = False
     new[order[num_active : num_active + num_moved]] = True
-    base = Mask({"fc.weight": torch.from_numpy(old)})
-    return base, base.replace({"fc.weight": torch.from_numpy(new)})
+    return mask_of({"fc.weight": old}), mask_of({"fc.weight": new})
 
 
 shapes = st.lists(st.integers(1, 7), max_size=4).map(tuple)
@@ -143,32 +168,32 @@ densities = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.0, 1.0))
 
 
 @st.composite
-def patterns(draw: st.DrawFn, shape: tuple[int, ...]) -> torch.Tensor:
+def layers(draw: st.DrawFn, shape: tuple[int, ...]) -> Pattern:
     """A pattern of some density, with its first part of another: some are uneven."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    noise = torch.rand(shape, generator=generator).reshape(-1)
-    pattern = noise < draw(densities)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    noise = rng.random(int(np.prod(shape, dtype=int)))
+    active = noise < draw(densities)
     cut = draw(st.integers(0, len(noise)))
-    pattern[:cut] = noise[:cut] < draw(densities)
-    return pattern.reshape(shape)
+    active[:cut] = noise[:cut] < draw(densities)
+    return layer_of(active.reshape(shape))
 
 
 @st.composite
-def masks(draw: st.DrawFn) -> Mask:
+def masks(draw: st.DrawFn) -> Patterns:
     """Masks of one to four layers with any names, scalars and empty and full layers included."""
     names = draw(
         st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=4, unique=True)
     )
-    layers = {}
+    drawn = {}
     for name in names:
         shape = draw(st.one_of(shapes, st.tuples(st.integers(1, 3000))))
-        layers[name] = draw(patterns(shape))
-    return Mask(layers)
+        drawn[name] = draw(layers(shape))
+    return Patterns(drawn)
 
 
 @st.composite
-def mask_pairs(draw: st.DrawFn) -> tuple[Mask, Mask]:
+def mask_pairs(draw: st.DrawFn) -> tuple[Patterns, Patterns]:
     """Two masks of the same layers; some layers are equal."""
     base = draw(masks())
-    changed = {n: draw(patterns(tuple(base[n].shape))) for n in base if draw(st.booleans())}
+    changed = {name: draw(layers(base[name].shape)) for name in base if draw(st.booleans())}
     return base, base.replace(changed)

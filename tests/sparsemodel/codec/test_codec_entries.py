@@ -4,34 +4,39 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
-import torch
-from codec_reference import frame, masks, payload_of, random_mask, varint
+from codec_reference import frame, mask_of, masks, payload_of, pruned_of, random_mask, varint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsemodel.codec import Limits, decode_entries, encode_entries
 from sparsemodel.errors import CodecError, MaskMismatch
-from sparsemodel.masks.mask import Mask
+from sparsemodel.runtime.pattern import Patterns
 
 # Weights 1, 2, 3, 5, 6, 7 of "b" are pruned, none of "a".
-MASK = Mask({"a": torch.ones(3) > 0, "b": torch.arange(8) % 4 == 0})
+MASK = mask_of({"a": np.ones(3), "b": np.arange(8) % 4 == 0})
+
+
+def ones(shape: int | tuple[int, ...]) -> np.ndarray:
+    return np.ones(shape, dtype=np.float32)
 
 
 @given(masks(), st.data())
 @settings(max_examples=100, deadline=None)
-def test_round_trip(mask: Mask, data: st.DataObject) -> None:
+def test_round_trip(mask: Patterns, data: st.DataObject) -> None:
     entries = {}
     for name in data.draw(st.lists(st.sampled_from(list(mask)), unique=True)):
-        pruned = mask.pruned(name)
-        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-        keep = torch.rand(len(pruned), generator=generator) < data.draw(st.floats(0, 1))
-        entries[name] = (pruned[keep], torch.randn(int(keep.sum()), generator=generator))
-    decoded = decode_entries(encode_entries(entries, mask=mask), mask=mask)
+        pruned = pruned_of(mask[name])
+        rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+        keep = rng.random(len(pruned)) < data.draw(st.floats(0, 1))
+        entries[name] = (pruned[keep], rng.standard_normal(int(keep.sum()), np.float32))
+    decoded = decode_entries(encode_entries(entries, patterns=mask), patterns=mask)
     assert list(decoded) == [name for name in mask if name in entries]
     for name, (indices, values) in entries.items():
-        assert torch.equal(decoded[name][0], indices)
-        assert torch.equal(decoded[name][1], values)
+        assert [part.dtype for part in decoded[name]] == [np.int64, np.float32]
+        assert np.array_equal(decoded[name][0], indices)
+        assert np.array_equal(decoded[name][1], values)
 
 
 def test_by_hand() -> None:
@@ -39,18 +44,20 @@ def test_by_hand() -> None:
 
     Remainders 1, 0; quotients 0, 1 in unary 1, 01: the bits 10101000.
     """
-    entries = {"b": (torch.tensor([2, 6]), torch.tensor([1.0, -2.0]))}
+    entries = {"b": (np.array([2, 6]), np.float32([1.0, -2.0]))}
     body = bytes([1, 2, 0b10101000]) + bytes.fromhex("0000803f 000000c0")
-    assert payload_of(encode_entries(entries, mask=MASK)) == bytes.fromhex(MASK.digest())[:8] + body
+    assert (
+        payload_of(encode_entries(entries, patterns=MASK))
+        == bytes.fromhex(MASK.digest())[:8] + body
+    )
 
 
 def test_size_of_a_top_k_upload() -> None:
     """300 of 560,000 pruned weights: 4 bytes a value, 30 for the rest, near log2 C(n, 300)."""
     mask = random_mask({"conv.weight": (256, 256, 3, 3)}, density=0.05)
-    pruned = mask.pruned("conv.weight")
-    order = torch.randperm(len(pruned), generator=torch.Generator().manual_seed(0))
-    indices = pruned[order[:300].sort().values]
-    data = encode_entries({"conv.weight": (indices, torch.ones(300))}, mask=mask)
+    pruned = pruned_of(mask["conv.weight"])
+    indices = np.sort(np.random.default_rng(0).permutation(pruned)[:300])
+    data = encode_entries({"conv.weight": (indices, ones(300))}, patterns=mask)
     nats = sum(math.log((len(pruned) - i) / (i + 1)) for i in range(300))
     assert len(data) <= 4 * 300 + 30 + 1.05 * nats / math.log(2) / 8
 
@@ -58,30 +65,30 @@ def test_size_of_a_top_k_upload() -> None:
 @pytest.mark.parametrize(
     ("name", "indices", "values", "message"),
     [
-        ("c", torch.tensor([1]), torch.ones(1), "which the mask lacks"),
-        ("b", torch.tensor([1, 4]), torch.ones(2), "index 4 is not a pruned weight"),
-        ("b", torch.tensor([1, 8]), torch.ones(2), "index 8 is not a pruned weight"),
-        ("b", torch.tensor([-1, 1]), torch.ones(2), "index -1 is not a pruned weight"),
-        ("a", torch.tensor([0]), torch.ones(1), "index 0 is not a pruned weight"),
-        ("b", torch.tensor([2, 1]), torch.ones(2), "not strictly ascending"),
-        ("b", torch.tensor([1, 1]), torch.ones(2), "not strictly ascending"),
-        ("b", torch.tensor([1]), torch.ones(2), "two vectors of equal length"),
-        ("b", torch.tensor([[1]]), torch.ones(1, 1), "two vectors of equal length"),
-        ("b", torch.tensor([1], dtype=torch.int32), torch.ones(1), "expected int64"),
-        ("b", torch.tensor([1]), torch.ones(1, dtype=torch.float64), "expected int64"),
+        ("c", np.array([1]), ones(1), "which the mask lacks"),
+        ("b", np.array([1, 4]), ones(2), "index 4 is not a pruned weight"),
+        ("b", np.array([1, 8]), ones(2), "index 8 is not a pruned weight"),
+        ("b", np.array([-1, 1]), ones(2), "index -1 is not a pruned weight"),
+        ("a", np.array([0]), ones(1), "index 0 is not a pruned weight"),
+        ("b", np.array([2, 1]), ones(2), "not strictly ascending"),
+        ("b", np.array([1, 1]), ones(2), "not strictly ascending"),
+        ("b", np.array([1]), ones(2), "two vectors of equal length"),
+        ("b", np.array([[1]]), ones((1, 1)), "two vectors of equal length"),
+        ("b", np.array([1], dtype=np.int32), ones(1), "expected int64"),
+        ("b", np.array([1]), np.ones(1), "expected int64"),
     ],
 )
 def test_what_cannot_be_encoded(
-    name: str, indices: torch.Tensor, values: torch.Tensor, message: str
+    name: str, indices: np.ndarray, values: np.ndarray, message: str
 ) -> None:
     with pytest.raises(CodecError, match=message):
-        encode_entries({name: (indices, values)}, mask=MASK)
+        encode_entries({name: (indices, values)}, patterns=MASK)
 
 
 def test_another_mask_is_a_mismatch() -> None:
-    data = encode_entries({}, mask=MASK)
+    data = encode_entries({}, patterns=MASK)
     with pytest.raises(MaskMismatch):
-        decode_entries(data, mask=MASK.replace({"a": torch.zeros(3) > 0}))
+        decode_entries(data, patterns=mask_of({"a": np.zeros(3), "b": np.arange(8) % 4 == 0}))
 
 
 @pytest.mark.parametrize(
@@ -103,11 +110,11 @@ def test_another_mask_is_a_mismatch() -> None:
 def test_hostile_entries_are_refused(body: bytes, message: str) -> None:
     digest = bytes.fromhex(MASK.digest())[:8]
     with pytest.raises(CodecError, match=message):
-        decode_entries(frame(4, digest + body), mask=MASK)
+        decode_entries(frame(4, digest + body), patterns=MASK)
 
 
 def test_the_limit_on_entries_is_inclusive() -> None:
-    data = encode_entries({"b": (MASK.pruned("b"), torch.ones(6))}, mask=MASK)
-    assert len(decode_entries(data, mask=MASK, limits=Limits(max_elements=6))["b"][0]) == 6
+    data = encode_entries({"b": (pruned_of(MASK["b"]), ones(6))}, patterns=MASK)
+    assert len(decode_entries(data, patterns=MASK, limits=Limits(max_elements=6))["b"][0]) == 6
     with pytest.raises(CodecError, match="max_elements"):
-        decode_entries(data, mask=MASK, limits=Limits(max_elements=5))
+        decode_entries(data, patterns=MASK, limits=Limits(max_elements=5))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable
 
+import numpy as np
 import pytest
-import torch
-from codec_reference import frame, payload_of, random_mask, varint
+from codec_reference import frame, payload_of, pruned_of, random_mask, varint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,30 +15,32 @@ from sparsemodel.codec import (
     decode_entries,
     decode_mask,
     decode_mask_delta,
-    decode_tensors,
+    decode_state,
     encode_entries,
     encode_mask,
     encode_mask_delta,
-    encode_tensors,
+    encode_state,
     peek,
 )
 from sparsemodel.errors import CodecError
+from sparsemodel.runtime.state import SparseState
 
 SHAPES = {"a": (5, 9), "b": (20,)}
 BASE = random_mask(SHAPES, density=0.3)
 NEW = random_mask(SHAPES, density=0.3, seed=1)
-ENTRIES = {name: (BASE.pruned(name)[::5], BASE.pruned(name)[::5].float()) for name in BASE}
-TENSORS = {name: torch.arange(45.0)[: BASE[name].numel()].reshape(SHAPES[name]) for name in SHAPES}
+CHOSEN = {name: pruned_of(BASE[name])[::5] for name in BASE}
+ENTRIES = {name: (indices, indices.astype(np.float32)) for name, indices in CHOSEN.items()}
+STATE = SparseState({n: BASE[n].positions().astype(np.float32) for n in BASE}, BASE)
 
 # Kind -> a small valid frame and its decoder.
 CASES: dict[str, tuple[bytes, Callable[[bytes], object]]] = {
     "mask": (encode_mask(BASE), decode_mask),
     "mask_delta": (encode_mask_delta(BASE, NEW), lambda d: decode_mask_delta(d, base=BASE)),
     "tensors": (
-        encode_tensors(TENSORS, mask=BASE, dtype="int8"),
-        lambda d: decode_tensors(d, shapes=SHAPES, mask=BASE),
+        encode_state(STATE, dtype="int8"),
+        lambda d: decode_state(d, shapes=SHAPES, patterns=BASE),
     ),
-    "entries": (encode_entries(ENTRIES, mask=BASE), lambda d: decode_entries(d, mask=BASE)),
+    "entries": (encode_entries(ENTRIES, patterns=BASE), lambda d: decode_entries(d, patterns=BASE)),
 }
 
 
