@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -38,9 +39,11 @@ from fedprune.local.training import EVALUATION_BATCH, compute_device
 from fedprune.rounds.folder import METRICS
 from fedprune.rounds.run import ENGINES, run
 from fedprune.rounds.workspace import Workspace, open_workspace
-from prunelab.data.batches import batches, prepare
+from prunelab.data.batches import batches
+from prunelab.data.tensors import prepare
 from prunelab.networks import build_model
 from prunelab.pages.console import listed
+from prunelab.runs.seeds import rng
 
 BENCH = "gpu_simulation"
 POLL_SECONDS = 0.01
@@ -105,11 +108,14 @@ def plain_rounds(work: Workspace) -> Seconds:
         width=config.model.width or None,
     ).to(device)
     parts = [work.client(client) for client in range(config.data.clients)]
-    clients = [(p.train_images.to(device), p.train_labels.to(device)) for p in parts]
+    clients = [
+        (torch.from_numpy(p.train_images).to(device), torch.from_numpy(p.train_labels).to(device))
+        for p in parts
+    ]
     clients = [(images, labels) for images, labels in clients if len(labels) > 1]
     test_images, test_labels = dataset.test_images.to(device), dataset.test_labels.to(device)
     total = sum(len(labels) for _, labels in clients)
-    order, seconds = torch.Generator().manual_seed(config.seed), []
+    order, seconds = rng(config.seed), []
     start = {name: value.clone() for name, value in model.state_dict().items()}
     for _ in range(training.rounds):
         began = time.perf_counter()
@@ -131,7 +137,7 @@ def _train(
     images: torch.Tensor,
     labels: torch.Tensor,
     work: Workspace,
-    order: torch.Generator,
+    order: np.random.Generator,
 ) -> None:
     training = work.config.training
     model.train()
@@ -142,8 +148,8 @@ def _train(
         weight_decay=training.weight_decay,
     )
     for _ in range(training.local_epochs):
-        for drawn in batches(len(labels), batch_size=training.batch_size, generator=order):
-            index = drawn.to(labels.device)
+        for drawn in batches(len(labels), batch_size=training.batch_size, rng=order):
+            index = torch.from_numpy(drawn).to(labels.device)
             optimizer.zero_grad()
             functional.cross_entropy(model(prepare(images[index])), labels[index]).backward()
             optimizer.step()

@@ -22,10 +22,10 @@ from prunelab.data.batches import batches
 from prunelab.data.samples import Samples
 from prunelab.errors import DataError, ModelError, RunError
 from prunelab.networks import build_model
-from prunelab.runs.seeds import generator, stream_seed
+from prunelab.runs.seeds import generator, rng, stream_seed
 from prunelab.training import checkpoint as checkpoints
 
-_ORDER, _WEIGHTS = 0, 1  # streams of the seed
+_ORDER, _WEIGHTS, _VIEWS = range(3)  # streams of the seed
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,10 @@ def _train_epoch(
     epoch: int,
 ) -> float:
     """One pass over the images; the mean loss."""
-    random = generator(seed, _ORDER, epoch)
+    order, random = rng(seed, _ORDER, epoch), generator(seed, _VIEWS, epoch)
     device = next(networks.parameters()).device
-    parts = list(batches(len(samples), batch_size=config.batch_size, generator=random))
+    drawn = batches(len(samples), batch_size=config.batch_size, rng=order)
+    parts = [torch.from_numpy(part) for part in drawn]
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for index, rows in enumerate(parts):
         done = (epoch + index / len(parts)) / config.epochs

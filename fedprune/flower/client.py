@@ -28,7 +28,7 @@ from fedprune.exchange.messages import (
 from fedprune.flower import wire
 from fedprune.local.cohort import Member, train_cohort, train_in_cohorts
 from fedprune.local.cohort_memory import fitting_cohort
-from fedprune.local.partition import ClientData
+from fedprune.local.data import ClientData
 from fedprune.local.training import (
     GrowthBatch,
     LocalResult,
@@ -39,7 +39,7 @@ from fedprune.local.training import (
 from fedprune.methods.fedtiny.bn_selection import measure_candidates, score_candidates
 from fedprune.rounds.workspace import SEED_GROWTH, SEED_ROUND, Workspace, open_workspace
 from prunelab.networks import float_state, load_float_state_
-from prunelab.runs.seeds import generator, stream_seed
+from prunelab.runs.seeds import rng, stream_seed
 from prunelab.runs.threads import computing
 from sparsemodel.codec import decode_mask, encode_mask
 from sparsemodel.masks.mask import Mask
@@ -142,7 +142,8 @@ def decode_job(record: RecordDict, context: Context, work: Workspace, client: in
         )
     seed = stream_seed(SEED_ROUND, config.seed, request.round_index, client)
     growth = _growth_batch(request, data, work, client) if request.growth else None
-    member = Member(request.weights, data.train_images, data.train_labels, seed, growth)
+    images, labels = torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels)
+    member = Member(request.weights, images, labels, seed, growth)
     return TrainJob(work, request, member)
 
 
@@ -243,8 +244,9 @@ def _growth_batch(
 ) -> GrowthBatch:
     """One mini-batch, drawn anew, for the gradients at pruned weights after local training."""
     seed = (SEED_GROWTH, work.config.seed, request.round_index, client)
-    order = torch.randperm(len(data.train_labels), generator=generator(*seed))
-    return GrowthBatch(request.growth, order[: work.config.training.batch_size])
+    order = rng(*seed).permutation(len(data.train_labels))
+    samples = torch.from_numpy(order[: work.config.training.batch_size])
+    return GrowthBatch(request.growth, samples)
 
 
 def _measure(record: RecordDict, context: Context, work: Workspace, client: int) -> RecordDict:
@@ -252,7 +254,7 @@ def _measure(record: RecordDict, context: Context, work: Workspace, client: int)
     data = work.client(client)
     _require_dev(data)
     model = work.model().to(compute_device(work.config.training.device))
-    statistics = measure_candidates(model, pool, data.dev_images)
+    statistics = measure_candidates(model, pool, torch.from_numpy(data.dev_images))
     return wire.encode_reply(MeasureReply(len(data.dev_labels), statistics))
 
 
@@ -266,7 +268,8 @@ def _score(record: RecordDict, context: Context, work: Workspace, client: int) -
     )
     model = work.model().to(compute_device(work.config.training.device))
     request = ScoreRequest(pool=pool, statistics=statistics)
-    return wire.encode_reply(score_candidates(model, request, data.dev_images, data.dev_labels))
+    images, labels = torch.from_numpy(data.dev_images), torch.from_numpy(data.dev_labels)
+    return wire.encode_reply(score_candidates(model, request, images, labels))
 
 
 def _require_dev(data: ClientData) -> None:

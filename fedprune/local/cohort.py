@@ -18,7 +18,7 @@ from torch.nn import functional
 from fedprune.config import TrainingConfig
 from fedprune.exchange.messages import Entries, State
 from fedprune.local.training import GrowthBatch, LocalResult, local_batches
-from prunelab.data.batches import prepare
+from prunelab.data.tensors import prepare
 from prunelab.networks import float_state, load_float_state_
 from sparsemodel.errors import SparseModelError
 from sparsemodel.masks import adjust

@@ -9,28 +9,16 @@ from __future__ import annotations
 import io
 import warnings
 from contextlib import redirect_stderr
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedprune.config import PARTITIONS
-from prunelab.data.datasets import Array, ImageSet
+from prunelab.data.batches import Integers
 from prunelab.errors import DataError
 
 
-@dataclass(frozen=True, eq=False)
-class ClientData:
-    """One client's samples: for training, and its development split."""
-
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    dev_images: torch.Tensor
-    dev_labels: torch.Tensor
-
-
-def split_server_set(labels: torch.Tensor, *, per_class: int, seed: int) -> tuple[Array, Array]:
+def split_server_set(labels: Integers, *, per_class: int, seed: int) -> tuple[Integers, Integers]:
     """Set a few labelled samples of each class aside for the server.
 
     Args:
@@ -43,26 +31,25 @@ def split_server_set(labels: torch.Tensor, *, per_class: int, seed: int) -> tupl
     if per_class < 0:
         raise DataError(f"server set: expected 0 or more samples of a class, got {per_class}")
     random = np.random.default_rng(seed)
-    values = labels.numpy()
     chosen = [
         random.permutation(members)[: min(per_class, len(members) // 2)]
-        for label in np.unique(values)
-        for members in [np.flatnonzero(values == label)]
+        for label in np.unique(labels)
+        for members in [np.flatnonzero(labels == label)]
     ]
     server = np.sort(np.concatenate(chosen)).astype(np.int64)
-    return server, np.setdiff1d(np.arange(len(values), dtype=np.int64), server)
+    return server, np.setdiff1d(np.arange(len(labels), dtype=np.int64), server)
 
 
 def partition(
-    labels: torch.Tensor,
+    labels: Integers,
     *,
     num_clients: int,
     scheme: str,
     alpha: float = 0.5,
     classes_per_client: int = 2,
-    groups: torch.Tensor | None = None,
+    groups: Integers | None = None,
     seed: int,
-) -> list[Array]:
+) -> list[Integers]:
     """Divide samples among clients with flwr-datasets' partitioners.
 
     Args:
@@ -91,7 +78,7 @@ def partition(
     # neighbours in a file are often alike.
     random = np.random.default_rng(seed)
     order = random.permutation(len(labels))
-    values = labels.numpy()[order]
+    values = labels[order]
     if scheme == "iid":
         shares = _iid(values, num_clients)
     elif scheme == "dirichlet":
@@ -105,13 +92,13 @@ def partition(
     return [np.sort(order[share]) for share in shares]
 
 
-def _iid(labels: Array, num_clients: int) -> list[Array]:
+def _iid(labels: Integers, num_clients: int) -> list[Integers]:
     from flwr_datasets.partitioner import IidPartitioner  # noqa: PLC0415
 
     return _divide(labels, IidPartitioner(num_partitions=num_clients), num_clients)
 
 
-def _dirichlet(labels: Array, num_clients: int, alpha: float, seed: int) -> list[Array]:
+def _dirichlet(labels: Integers, num_clients: int, alpha: float, seed: int) -> list[Integers]:
     from flwr_datasets.partitioner import DirichletPartitioner  # noqa: PLC0415
 
     # One for development and two to train with: fewer, and the client can never take part.
@@ -135,8 +122,8 @@ def _dirichlet(labels: Array, num_clients: int, alpha: float, seed: int) -> list
 
 
 def _pathological(
-    labels: Array, num_clients: int, per_client: int, random: np.random.Generator
-) -> list[Array]:
+    labels: Integers, num_clients: int, per_client: int, random: np.random.Generator
+) -> list[Integers]:
     """Parts of one class each, dealt to the clients in turn.
 
     Asking the partitioner for single-class parts, `per_client` of them a client, reaches every
@@ -174,21 +161,21 @@ def _pathological(
 
 
 def _natural(
-    groups: torch.Tensor | None, order: Array, num_clients: int, random: np.random.Generator
-) -> list[Array]:
+    groups: Integers | None, order: Integers, num_clients: int, random: np.random.Generator
+) -> list[Integers]:
     """As many groups as clients, by an even dealing of the natural ones."""
     from flwr_datasets.partitioner import NaturalIdPartitioner  # noqa: PLC0415
 
     if groups is None:
         raise DataError("a natural partition needs a column 'client' in the data")
-    found, group = np.unique(groups.numpy()[order], return_inverse=True)
+    found, group = np.unique(groups[order], return_inverse=True)
     if len(found) < num_clients:
         raise DataError(f"{num_clients} clients but only {len(found)} natural groups")
     owner = random.permutation(np.arange(len(found)) % num_clients)
     return _divide(owner[group], NaturalIdPartitioner(partition_by="key"), num_clients)
 
 
-def _divide(keys: Array, divider: Any, num_parts: int) -> list[Array]:
+def _divide(keys: Integers, divider: Any, num_parts: int) -> list[Integers]:
     """Row numbers of each part that a flwr-datasets partitioner makes of rows with `keys`."""
     import datasets  # noqa: PLC0415
 
@@ -198,31 +185,3 @@ def _divide(keys: Array, divider: Any, num_parts: int) -> list[Array]:
         divider.dataset = datasets.Dataset.from_dict({"row": np.arange(len(keys)), "key": keys})
         parts = [divider.load_partition(part) for part in range(num_parts)]
         return [part.with_format("numpy")[:]["row"].astype(np.int64) for part in parts]
-
-
-def client_data(
-    dataset: ImageSet, indices: torch.Tensor, *, dev_share: float = 0.1, seed: int
-) -> ClientData:
-    """A client's samples, a seeded `dev_share` of them for development.
-
-    Of two samples or more at least one is for development and one for training; a single one
-    is for training.
-
-    Args:
-        indices: int64 [n], into the training side.
-    """
-    order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
-    num_dev = min(max(1, round(dev_share * len(order))), len(order) - 1) if len(order) else 0
-    dev, train = order[:num_dev].sort().values, order[num_dev:].sort().values
-    return ClientData(
-        train_images=dataset.train_images[train],
-        train_labels=dataset.train_labels[train],
-        dev_images=dataset.train_images[dev],
-        dev_labels=dataset.train_labels[dev],
-    )
-
-
-def label_histogram(labels: torch.Tensor, num_classes: int) -> list[int]:
-    """How many samples of each class."""
-    counts: list[int] = torch.bincount(labels, minlength=num_classes).tolist()
-    return counts

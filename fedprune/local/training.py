@@ -17,8 +17,10 @@ from fedprune.config import TrainingConfig
 from fedprune.errors import ConfigError
 from fedprune.exchange.messages import Entries
 from fedprune.local.execution import local_model
-from prunelab.data.batches import augment, batches, prepare
-from prunelab.runs.seeds import generator
+from prunelab.data.batches import batches
+from prunelab.data.tensors import augmented as varied
+from prunelab.data.tensors import prepare
+from prunelab.runs.seeds import rng
 from sparsemodel.masks.mask import Mask
 
 EVALUATION_BATCH = 256
@@ -133,11 +135,12 @@ def local_batches(
     augmented: bool,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Epoch, images and labels of every mini-batch of a client's local training, in its order."""
-    order = generator(seed)
+    order = rng(seed)
     for epoch in range(epochs):
-        for index in batches(len(labels), batch_size=config.batch_size, generator=order):
+        for drawn in batches(len(labels), batch_size=config.batch_size, rng=order):
+            index = torch.from_numpy(drawn)
             batch = images[index]
-            yield epoch, augment(batch, generator=order) if augmented else batch, labels[index]
+            yield epoch, varied(batch, rng=order) if augmented else batch, labels[index]
 
 
 @torch.no_grad()

@@ -14,15 +14,11 @@ from torch import nn
 
 from fedprune.config import RunConfig
 from fedprune.exchange.messages import ClientInfo
-from fedprune.local.partition import (
-    ClientData,
-    client_data,
-    label_histogram,
-    partition,
-    split_server_set,
-)
+from fedprune.local.data import ClientData, client_data
+from fedprune.local.partition import partition, split_server_set
 from fedprune.methods import build_method
 from fedprune.methods.base import Method
+from prunelab.data.batches import Integers
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.networks import batch_norm_pairs, float_state
 from prunelab.runs.seeds import stream_seed
@@ -41,25 +37,26 @@ class Workspace:
     shapes: dict[str, tuple[int, ...]]
     batch_norms: list[tuple[str, str]]
     server_indices: torch.Tensor
-    shares: list[torch.Tensor]
+    shares: list[Integers]
 
     def client(self, client: int) -> ClientData:
         """The client's own training and development samples."""
         return client_data(
-            self.dataset,
+            self.dataset.train_images.numpy(),
+            self.dataset.train_labels.numpy(),
             self.shares[client],
+            num_classes=self.dataset.num_classes,
             seed=stream_seed(SEED_DEV_SPLIT, self.config.seed, client),
         )
 
     def client_info(self, client: int) -> ClientInfo:
         """What the client tells the server about itself."""
         data = self.client(client)
-        labels = self.dataset.train_labels[self.shares[client]]
         return ClientInfo(
             client=client,
             num_train=len(data.train_labels),
             num_dev=len(data.dev_labels),
-            label_histogram=label_histogram(labels, self.dataset.num_classes),
+            label_histogram=data.label_histogram(),
         )
 
     def model(self) -> nn.Module:
@@ -82,20 +79,20 @@ def open_workspace(config: RunConfig) -> Workspace:
         seed=config.seed,
     )
     method = build_method(config, dataset)
+    labels = dataset.train_labels.numpy()
     server, rest = split_server_set(
-        dataset.train_labels,
+        labels,
         per_class=config.pruning.server_per_class,
         seed=stream_seed(SEED_SERVER_SET, config.seed),
     )
-    server_indices, rest_indices = torch.as_tensor(server), torch.as_tensor(rest)
     groups = dataset.train_groups
     shares = partition(
-        dataset.train_labels[rest_indices],
+        labels[rest],
         num_clients=data.clients,
         scheme=data.partition,
         alpha=data.alpha,
         classes_per_client=data.classes_per_client,
-        groups=None if groups is None else groups[rest_indices],
+        groups=None if groups is None else groups.numpy()[rest],
         seed=config.seed,
     )
     model = method.build_model()
@@ -105,6 +102,6 @@ def open_workspace(config: RunConfig) -> Workspace:
         method=method,
         shapes={name: tuple(value.shape) for name, value in float_state(model).items()},
         batch_norms=batch_norm_pairs(model),
-        server_indices=server_indices,
-        shares=[rest_indices[torch.as_tensor(share)] for share in shares],
+        server_indices=torch.from_numpy(server),
+        shares=[rest[share] for share in shares],
     )

@@ -1,39 +1,115 @@
-"""From stored images to what a network is fed: batches, normalisation, augmentation."""
+"""From stored images to what a network is fed: order, augmentation, normalisation; numpy alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
-import torch
-from torch.nn import functional
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from prunelab.errors import DataError
+
+Images = NDArray[np.uint8] | NDArray[np.float32]
+"""[N, C, H, W]; bytes as pictures have them, or floats that are fed as they are."""
+
+Integers = NDArray[np.int64]
 
 
-def prepare(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, C, H, W] -> float32, (x / 255 − 0.5) / 0.25; float images pass as they are.
+@dataclass(frozen=True)
+class Preprocessing:
+    """What turns a picture's bytes into a network's input: (x / 255 − mean) / std.
 
-    The constants are fixed: a mean over everybody's images would be data that leave a client.
+    The default's constants are fixed: a mean over everybody's images would be data that leave a
+    client.
 
-    >>> prepare(torch.tensor([0, 255], dtype=torch.uint8))
-    tensor([-2.,  2.])
+    Attributes:
+        mean, std: one for each channel, or a single one for all, in shares of the full range.
+
+    Raises:
+        DataError: no value, numbers of values that differ, one that is not finite, or a
+            deviation that is not positive.
     """
-    if images.is_floating_point():
-        return images.float()
-    return (images.float() / 255.0 - 0.5) / 0.25
+
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.25,)
+
+    def __post_init__(self) -> None:
+        good = (
+            len(self.mean) == len(self.std) > 0
+            and all(math.isfinite(value) for value in (*self.mean, *self.std))
+            and min(self.std) > 0
+        )
+        if not good:
+            raise DataError(
+                f"preprocessing: mean {self.mean} and std {self.std}; expected as many of both, "
+                "all finite, and deviations above 0"
+            )
+
+    def normalization(self, channels: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Mean and deviation of every channel, float32 [channels].
+
+        Raises:
+            DataError: images of so many channels are not what it is for.
+        """
+        if len(self.mean) not in (1, channels):
+            raise DataError(
+                f"preprocessing is for {len(self.mean)} channels, the images have {channels}"
+            )
+        mean, std = (
+            np.broadcast_to(np.asarray(values, np.float32), channels).copy()
+            for values in (self.mean, self.std)
+        )
+        return mean, std
+
+    def apply(self, images: Images) -> NDArray[np.float32]:
+        """uint8 [..., C, H, W] -> float32 of the same shape; float images pass as they are.
+
+        >>> Preprocessing().apply(np.array([0, 255], np.uint8).reshape(2, 1, 1, 1)).ravel()
+        array([-2.,  2.], dtype=float32)
+        """
+        if images.dtype != np.uint8:
+            return images.astype(np.float32, copy=False)
+        mean, std = self.normalization(images.shape[-3])
+        values = images.astype(np.float32)
+        values /= np.float32(255)
+        values -= mean[:, None, None]
+        values /= std[:, None, None]
+        return values
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """As JSON has it."""
+        return {name: list(values) for name, values in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """What `to_dict` gave.
+
+        Raises:
+            DataError: something else.
+        """
+        try:
+            (mean, std) = (tuple(map(float, values[name])) for name in ("mean", "std"))
+        except (KeyError, TypeError, ValueError):
+            raise DataError(
+                f"preprocessing {values!r}: expected lists of numbers called mean and std"
+            ) from None
+        return cls(mean, std)
 
 
-def batches(
-    num_samples: int, *, batch_size: int, generator: torch.Generator
-) -> Iterator[torch.Tensor]:
-    """Shuffled index batches; a last batch of one joins the batch before it.
+def batches(num_samples: int, *, batch_size: int, rng: np.random.Generator) -> Iterator[Integers]:
+    """Shuffled index batches, int64; a last batch of one joins the batch before it.
 
     Batch norm cannot be trained on a single value, and no sample should be left out for that.
 
-    >>> [len(b) for b in batches(9, batch_size=4, generator=torch.Generator().manual_seed(0))]
+    >>> [len(batch) for batch in batches(9, batch_size=4, rng=np.random.default_rng(0))]
     [4, 5]
     """
-    order = torch.randperm(num_samples, generator=generator)
+    order = rng.permutation(num_samples)
     starts = list(range(0, num_samples, batch_size))
     if len(starts) > 1 and num_samples - starts[-1] == 1:
         starts.pop()
@@ -41,7 +117,7 @@ def batches(
         yield order[start:end]
 
 
-def augment(images: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
+def augment(images: Images, *, rng: np.random.Generator) -> Images:
     """Random crop of the zero-padded image and random horizontal flip, drawn for each image.
 
     Args:
@@ -49,12 +125,10 @@ def augment(images: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor
     """
     n, _, height, width = images.shape
     pad = math.ceil(height / 8)
-    padded = functional.pad(images, (pad, pad, pad, pad))
-    top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=generator)
-    flip = torch.rand(n, generator=generator) < 0.5
-    rows = top[:, None] + torch.arange(height)
-    columns = torch.arange(width).repeat(n, 1)
-    columns = torch.where(flip[:, None], width - 1 - columns, columns) + left[:, None]
-    sample = torch.arange(n)[:, None, None]
-    # Indexing dimensions 0, 2, 3 around the slice puts channels last.
-    return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    padded = np.pad(images, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    top, left = rng.integers(0, 2 * pad + 1, size=(2, n))
+    flip = rng.random(n) < 0.5
+    windows = sliding_window_view(padded, (height, width), axis=(2, 3))
+    crops = np.ascontiguousarray(windows[np.arange(n), :, top, left])
+    crops[flip] = crops[flip, ..., ::-1]
+    return crops

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from prunelab.data.batches import augment, prepare
 from prunelab.data.datasets import ImageSet, fingerprint
+from prunelab.data.tensors import augmented, prepare
 from prunelab.errors import DataError
 
 
@@ -38,7 +39,7 @@ class Samples(Protocol):
 class Augmentable(Protocol):
     """Samples that training may vary; scores never do."""
 
-    def augmented_batch(self, rows: Tensor, *, generator: torch.Generator) -> Any:
+    def augmented_batch(self, rows: Tensor, *, rng: np.random.Generator) -> Any:
         """As `Samples.batch`, each sample changed at random."""
         ...
 
@@ -74,9 +75,9 @@ class ImageSamples:
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return prepare(self.images[rows]), self.labels[rows]
 
-    def augmented_batch(self, rows: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def augmented_batch(self, rows: Tensor, *, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A batch of random crops and flips, drawn for each image (see `augment`)."""
-        return prepare(augment(self.images[rows], generator=generator)), self.labels[rows]
+        return prepare(augmented(self.images[rows], rng=rng)), self.labels[rows]
 
 
 class TokenSamples:

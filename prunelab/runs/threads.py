@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 
 @contextmanager
 def computing(threads: int) -> Iterator[None]:
     """So many threads inside, whatever the process had: the bits of a result depend on it."""
+    import torch  # noqa: PLC0415
+
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from prunelab.data.batches import batches
 from prunelab.data.samples import Augmentable, Samples
 from prunelab.errors import RunError
-from prunelab.runs.seeds import generator, seeded, stream_seed
+from prunelab.runs.seeds import rng, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
 from prunelab.training.steps import OPTIMIZERS, Loss, Objective, Stepper, make_optimizer
 from prunelab.training.task import Classification, Task, to_device
@@ -275,8 +276,9 @@ def _train_epoch(
     device: torch.device,
 ) -> None:
     epoch = len(progress.losses)
-    order = generator(seed, _ORDER, epoch)
-    parts = list(batches(len(rows), batch_size=config.batch_size, generator=order))
+    order = rng(seed, _ORDER, epoch)
+    drawn = batches(len(rows), batch_size=config.batch_size, rng=order)
+    parts = [torch.from_numpy(part) for part in drawn]
     if config.steps is not None:
         parts = parts[: config.steps - progress.steps]
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -305,7 +307,9 @@ def _train_epoch(
         )
 
 
-def _batch(samples: Samples, rows: Tensor, config: TrainingConfig, order: torch.Generator) -> Any:
+def _batch(
+    samples: Samples, rows: Tensor, config: TrainingConfig, order: np.random.Generator
+) -> Any:
     if not config.augment:
         return samples.batch(rows)
     if not isinstance(samples, Augmentable):
@@ -313,7 +317,7 @@ def _batch(samples: Samples, rows: Tensor, config: TrainingConfig, order: torch.
             f"training.augment is on, but {type(samples).__name__} has no augmented_batch; turn "
             "it off (crops and flips are for images)"
         )
-    return samples.augmented_batch(rows, generator=order)
+    return samples.augmented_batch(rows, rng=order)
 
 
 def _set_lr(

@@ -29,7 +29,7 @@ from fedprune.exchange.messages import (
 )
 from fedprune.local.training import EVALUATION_BATCH, evaluate
 from fedprune.methods.base import Ask
-from prunelab.data.batches import prepare
+from prunelab.data.tensors import prepare
 from prunelab.errors import RunError
 from prunelab.networks import batch_norm_pairs, load_float_state_
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from datapruning.embeddings.embed import embed, pca
 from datapruning.embeddings.simclr import SimclrConfig, train_simclr, view
 from datapruning.scores.prototypes import self_supervised
-from prunelab.data.batches import prepare
 from prunelab.data.datasets import load_dataset
 from prunelab.data.samples import ImageSamples, TokenSamples
+from prunelab.data.tensors import prepare
 from prunelab.errors import DataError, ModelError, RunError
 from prunelab.networks import build_model
 from prunelab.training.task import ImageClassification

@@ -22,8 +22,8 @@ from datapruning.scores.dynamics import (
     forgetting,
     tdds,
 )
-from prunelab.data.batches import prepare
 from prunelab.data.samples import ImageSamples
+from prunelab.data.tensors import prepare
 from prunelab.networks import build_model
 from prunelab.training.loop import TrainingConfig, train
 from prunelab.training.task import ImageClassification

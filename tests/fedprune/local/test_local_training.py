@@ -17,7 +17,7 @@ from fedprune.local.training import (
     round_learning_rate,
     train_locally,
 )
-from prunelab.data.batches import prepare
+from prunelab.data.tensors import prepare
 from prunelab.networks import build_model, float_state
 from sparsemodel.masks.mask import Mask, prunable_parameters
 

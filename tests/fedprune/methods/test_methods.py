@@ -31,8 +31,8 @@ from fedprune.methods.fedtiny.bn_selection import (
 )
 from fedprune.methods.fedtiny.pool import candidate_pool, pool_size
 from fedprune.methods.fedtiny.progressive import is_adjustment_round
-from fedprune.rounds.workspace import open_workspace
-from prunelab.data.batches import prepare
+from fedprune.rounds.workspace import Workspace, open_workspace
+from prunelab.data.tensors import prepare
 from prunelab.errors import RunError
 from prunelab.networks import batch_norm_pairs, float_state
 from sparsemodel.masks.mask import Mask, mask_from_scores, prunable_parameters
@@ -124,11 +124,17 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     model = work.model()
     model.eval()
     before = float_state(model)
-    statistics = measure_batch_norms(model, work.client(0).dev_images)
+    statistics = measure_batch_norms(model, torch.from_numpy(work.client(0).dev_images))
     assert set(statistics) == {name for pair in work.batch_norms for name in pair}
     assert all(torch.equal(before[name], value) for name, value in float_state(model).items())
     assert not model.training
     assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def development(work: Workspace, client: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels of a client's development split."""
+    data = work.client(client)
+    return torch.from_numpy(data.dev_images), torch.from_numpy(data.dev_labels)
 
 
 def local_ask(work_config: RunConfig) -> tuple[list[str], object]:
@@ -139,15 +145,13 @@ def local_ask(work_config: RunConfig) -> tuple[list[str], object]:
     def ask(request: Request) -> Iterator[tuple[int, Reply]]:
         asked.append(type(request).__name__)
         for client in range(work_config.data.clients):
-            data, model = work.client(client), work.model()
+            model = work.model()
+            images, labels = development(work, client)
             if isinstance(request, MeasureRequest):
-                statistics = measure_candidates(model, request.pool, data.dev_images)
-                yield client, MeasureReply(len(data.dev_labels), statistics)
+                statistics = measure_candidates(model, request.pool, images)
+                yield client, MeasureReply(len(labels), statistics)
             elif isinstance(request, ScoreRequest):
-                yield (
-                    client,
-                    score_candidates(model, request, data.dev_images, data.dev_labels),
-                )
+                yield client, score_candidates(model, request, images, labels)
 
     return asked, ask
 
@@ -167,13 +171,8 @@ def test_selection_takes_the_smallest_weighted_loss_and_its_statistics() -> None
     # The weighted loss by hand, with the winner's mask and statistics.
     total, samples = 0.0, 0
     for client in range(4):
-        data = work.client(client)
-        reply = score_candidates(
-            work.model(),
-            ScoreRequest(Pool(pool.weights, [masks[winner]]), [statistics]),
-            data.dev_images,
-            data.dev_labels,
-        )
+        request = ScoreRequest(Pool(pool.weights, [masks[winner]]), [statistics])
+        reply = score_candidates(work.model(), request, *development(work, client))
         total, samples = total + reply.loss_sums[0], samples + reply.num_examples
     assert account["losses"][winner] == pytest.approx(total / samples, rel=1e-6)
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from datapruning.scoring.proxy import sparse_proxy
-from prunelab.data.batches import augment, batches, prepare
+from prunelab.data.batches import batches
 from prunelab.data.samples import ImageSamples, TokenSamples
+from prunelab.data.tensors import augmented, prepare
 from prunelab.errors import RunError
 from prunelab.networks import build_model
-from prunelab.runs.seeds import generator
+from prunelab.runs.seeds import rng
 from prunelab.training.loop import (
     Evaluation,
     TrainingConfig,
@@ -123,16 +124,17 @@ def plain_loop(
     model.train()
     step, num_batches = 0, -(-len(rows) // config.batch_size)
     for epoch in range(config.epochs):
-        random = generator(seed, 0, epoch)
-        for part in batches(len(rows), batch_size=config.batch_size, generator=random):
-            images = samples.images[rows[part]]
+        random = rng(seed, 0, epoch)
+        for part in batches(len(rows), batch_size=config.batch_size, rng=random):
+            chosen = rows[torch.from_numpy(part)]
+            images = samples.images[chosen]
             if config.augment:
-                images = augment(images, generator=random)
+                images = augmented(images, rng=random)
             share = step / (num_batches * config.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * (1 + math.cos(math.pi * share)) / 2
             optimizer.zero_grad()
-            functional.cross_entropy(model(prepare(images)), samples.labels[rows[part]]).backward()
+            functional.cross_entropy(model(prepare(images)), samples.labels[chosen]).backward()
             optimizer.step()
             step += 1
 
