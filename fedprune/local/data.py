@@ -28,6 +28,12 @@ class ClientData:
     dev_labels: Integers
     num_classes: int
 
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
+
     def label_histogram(self) -> list[int]:
         """How many samples of each class, on both sides together."""
         both = np.concatenate([self.train_labels, self.dev_labels])

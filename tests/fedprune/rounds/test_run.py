@@ -20,6 +20,7 @@ from fedprune.methods import METHODS
 from fedprune.rounds import workspace
 from fedprune.rounds.folder import CHECKPOINT, METRICS, SUMMARY, read_metrics, read_summary
 from fedprune.rounds.workspace import open_workspace
+from prunelab.data.batches import Integers
 from prunelab.data.datasets import load_dataset
 from prunelab.errors import DataError, RunError
 from prunelab.networks import float_state, load_float_state_
@@ -414,10 +415,9 @@ def test_fault_in_candidate_selection_is_left_out(tmp_path: Path) -> None:
 def test_client_with_one_sample_or_one_class(tmp_path: Path, monkeypatch: Any) -> None:
     """Client 0 has one sample: it cannot take part. Client 1 has a single class: it can."""
 
-    def skewed(labels: torch.Tensor, **_: Any) -> list[Any]:
-        zeros = (labels == 0).nonzero()[:, 0]
-        rest = (labels != 0).nonzero()[:, 0]
-        return [rest[:1].numpy(), zeros.numpy(), rest[1:100].numpy(), rest[100:].numpy()]
+    def skewed(labels: Integers, **_: Any) -> list[Integers]:
+        zeros, rest = np.flatnonzero(labels == 0), np.flatnonzero(labels)
+        return [rest[:1], zeros, rest[1:100], rest[100:]]
 
     monkeypatch.setattr(workspace, "partition", skewed)
     open_workspace.cache_clear()
