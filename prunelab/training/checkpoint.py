@@ -13,7 +13,7 @@ import torch
 from prunelab.errors import RunError
 from sparsemodel.storage.files import write_atomically
 
-VERSION = 1
+VERSION = 2  # 1: the order of samples was drawn by torch
 
 
 def save(path: Path, state: Mapping[str, Any], *, signature: Mapping[str, Any]) -> None:
