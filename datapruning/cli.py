@@ -240,8 +240,8 @@ def train(  # noqa: PLR0917 - the command's options
         summary = runner.run(settings, folder, resume=resume, progress=say)
     target = write_run_report(folder)
     table = Table(show_header=False, title="result")
-    for label, value, note in run_facts(summary):
-        table.add_row(label, f"{value}, {note}" if note else value)
+    for fact in run_facts(summary):
+        table.add_row(fact.label, fact.line)
     console.print(table)
     say(f"model:  {folder / 'model.safetensors'}")
     say(f"report: {target}")

@@ -129,7 +129,7 @@ def compare(  # noqa: PLR0917 - the command's options
 ) -> None:
     """Run several methods with several seeds and print one table; finished runs are reused."""
     from fedprune.methods import check_method  # noqa: PLC0415
-    from fedprune.reports.page import comparison_table  # noqa: PLC0415
+    from fedprune.reports.results import comparison_table  # noqa: PLC0415
     from fedprune.rounds import folder as runfolder  # noqa: PLC0415
 
     given = {
@@ -183,7 +183,7 @@ def inspect(model: Path, debug: Debug = False) -> None:
     """
     import hashlib  # noqa: PLC0415
 
-    from fedprune.reports.page import format_bytes  # noqa: PLC0415
+    from prunelab.pages.units import format_bytes  # noqa: PLC0415
     from sparsemodel.storage.checkpoint import load_sparse  # noqa: PLC0415
 
     stored = load_sparse(model)
@@ -236,8 +236,8 @@ def _execute(
 
 def _progress(folder: Path, config: RunConfig, *, quiet: bool) -> Callable[[], None]:
     """A function that prints every line of metrics.jsonl that has come since its last call."""
-    from fedprune.reports.page import format_bytes, format_seconds  # noqa: PLC0415
     from fedprune.rounds.folder import read_metrics  # noqa: PLC0415
+    from prunelab.pages.units import format_bytes, format_seconds  # noqa: PLC0415
 
     shown = -1  # nothing yet, not even the heading: the settings may still be refused
     times: list[float] = []

@@ -21,8 +21,8 @@ from typing import Any
 import fedprune
 from fedprune import RunConfig
 from fedprune.config import parse_assignments
-from fedprune.reports.results import format_bytes
 from fedprune.rounds.folder import CONFIG, read_summary
+from prunelab.pages.units import format_bytes
 from simulations.provenance import commit, machine
 
 # Methods whose result does not depend on the density are run once for each seed.

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from prunelab.pages import plots
 from prunelab.pages.plots import ACCENT, GRID, HALF, INK, MUTED, SECOND, WHOLE
 
 BINS = 40
-MANY_CLASSES = 25
 FEW_METHODS = 9
 
 
@@ -21,7 +22,7 @@ def histogram_chart(
     name: str,
     kept_by: str,
     label: str,
-) -> str:
+) -> Markup:
     """How scores are spread; those of kept samples in the accent colour.
 
     Where one bin holds more than half of all samples, counts are on a logarithmic scale.
@@ -51,7 +52,7 @@ def histogram_chart(
         return plots.svg(figure, label)
 
 
-def matrix_chart(names: Sequence[str], values: Sequence[Sequence[float]], *, label: str) -> str:
+def matrix_chart(names: Sequence[str], values: Sequence[Sequence[float]], *, label: str) -> Markup:
     """A square of rank correlations, from −1 (second colour) over 0 to 1 (accent)."""
     from matplotlib.colors import to_rgba  # noqa: PLC0415
 
@@ -79,9 +80,9 @@ def matrix_chart(names: Sequence[str], values: Sequence[Sequence[float]], *, lab
         return plots.svg(figure, label)
 
 
-def balance_chart(before: Sequence[int], after: Sequence[int], *, label: str) -> str:
+def balance_chart(before: Sequence[int], after: Sequence[int], *, label: str) -> Markup:
     """Samples of each class before and after a selection."""
-    with plots.figure(HALF if len(before) <= MANY_CLASSES else WHOLE, 2.5) as figure:
+    with plots.figure(plots.class_width(len(before)), 2.5) as figure:
         axes = figure.add_subplot()
         places = range(len(before))
         axes.bar(places, before, width=0.8, color=GRID, label="before")
@@ -93,7 +94,7 @@ def balance_chart(before: Sequence[int], after: Sequence[int], *, label: str) ->
             label="an equal share of each class",
         )  # fmt: skip
         axes.set(xlabel="class", ylabel="samples")
-        axes.set_xticks(range(0, len(before), 1 if len(before) <= MANY_CLASSES else 10))
+        plots.class_ticks(axes, len(before))
         axes.grid(visible=False, axis="x")
         plots.legend(axes)
         return plots.svg(figure, label)
@@ -101,41 +102,35 @@ def balance_chart(before: Sequence[int], after: Sequence[int], *, label: str) ->
 
 def curve_chart(
     x: Sequence[float],
-    lines: Sequence[tuple[str, Sequence[float]]],
+    values: Sequence[float],
     *,
+    name: str,
     xlabel: str,
     ylabel: str,
     label: str,
     marked: float | None = None,
-) -> str:
-    """One or two lines over the same points; `marked` is a point on the x axis to point out."""
+) -> Markup:
+    """A named line; `marked` is a point on the x axis to point out."""
     with plots.figure(HALF, 2.5) as figure:
         axes = figure.add_subplot()
-        for (name, values), colour, marker in zip(lines, (ACCENT, SECOND), "os", strict=False):
-            size = 3.5 if len(x) <= 40 else 0
-            axes.plot(
-                x, values, color=colour, marker=marker, markersize=size, linewidth=1.8, label=name
-            )
+        plots.lines(axes, x, [(name, values)])
         if marked is not None:
             axes.axvline(marked, color=SECOND, linestyle="--", linewidth=1.2, label="chosen")
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        if all(float(value).is_integer() for value in x):
-            plots.whole_numbers(axes.xaxis)
-        if len(lines) > 1 or marked is not None:
             plots.legend(axes)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         return plots.svg(figure, label)
 
 
-def class_chart(accuracies: Sequence[float | None], kept: Sequence[int], *, label: str) -> str:
+def class_chart(accuracies: Sequence[float | None], kept: Sequence[int], *, label: str) -> Markup:
     """Test accuracy of each class above the number of its training samples."""
-    with plots.figure(HALF if len(kept) <= MANY_CLASSES else WHOLE, 2.9) as figure:
+    with plots.figure(plots.class_width(len(kept)), 2.9) as figure:
         above, below = figure.subplots(nrows=2, sharex=True, height_ratios=[3, 2])
         heights = [math.nan if value is None else 100 * value for value in accuracies]
         _class_bars(above, heights, color=ACCENT)
         _class_bars(below, kept, color=GRID)
         above.set(ylabel="accuracy, %", ylim=(0, 104))
         below.set(xlabel="class", ylabel="kept")
-        below.set_xticks(range(0, len(kept), 1 if len(kept) <= MANY_CLASSES else 10))
+        plots.class_ticks(below, len(kept))
         return plots.svg(figure, label)
 
 

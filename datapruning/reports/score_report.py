@@ -17,19 +17,30 @@ from torch import Tensor
 from datapruning.errors import ScoreError, SelectionError
 from datapruning.reports.charts import FEW_METHODS, balance_chart, histogram_chart, matrix_chart
 from datapruning.scoring.methods import METHODS
-from datapruning.scoring.parts import flattened
 from datapruning.scoring.score import dense_path, times_path
 from datapruning.selection.agreement import Agreement, agreement
 from datapruning.selection.select import select
 from datapruning.selection.table import ScoreTable, Subset
 from prunelab.data.datasets import load_dataset
 from prunelab.data.samples import ImageSamples
-from prunelab.errors import PrunelabError, RunError
-from prunelab.pages import page
+from prunelab.errors import PrunelabError
+from prunelab.pages.page import (
+    Fact,
+    Figure,
+    Gallery,
+    GalleryRow,
+    Page,
+    Pair,
+    Section,
+    Strip,
+    Table,
+    Text,
+    settings,
+)
 from prunelab.pages.pictures import extremes, strip
 from prunelab.pages.units import NOTHING, format_seconds, percent, rounded
+from prunelab.runs.settings import flattened
 from prunelab.runs.version import __version__
-from sparsemodel.storage.files import write_atomically
 
 KEEP = 0.5
 PICTURES = 10
@@ -62,12 +73,7 @@ def write_score_report(
                 f"{paths[0]} and the table of {table.method} are of different data "
                 f"({tables[0].fingerprint} and {table.fingerprint}); report them apart"
             )
-    content = _page(tables, paths, subset).encode("utf-8", "replace")
-    try:
-        write_atomically(target, content)
-    except OSError as error:
-        raise RunError(f"cannot write {target}: {error.strerror}") from None
-    return target
+    return _page(tables, paths, subset).write(target)
 
 
 def proxy_check(path: Path) -> tuple[Agreement, float | None] | None:
@@ -96,29 +102,27 @@ def class_counts(table: ScoreTable, kept: Subset) -> tuple[list[int], list[int]]
     return before, table.labels[inside].bincount(minlength=num_classes).tolist()
 
 
-def _page(tables: Sequence[ScoreTable], paths: Sequence[Path], subset: Subset | None) -> str:
+def _page(tables: Sequence[ScoreTable], paths: Sequence[Path], subset: Subset | None) -> Page:
     first = tables[0]
     shown, is_example = _kept(first, subset)
     methods = ", ".join(table.method for table in tables)
     heading = f"{methods} on {first.dataset}" if len(tables) < 4 else f"Scores of {first.dataset}"
     notes = [note for table in tables for note in table.provenance.get("notes", [])]
-    sections = [
-        *(_histogram(table, shown, is_example=is_example) for table in tables),
-        _balance(first, shown, is_example=is_example),
-        _agreement(tables),
-        _proxy(first, paths[0]),
-        _pictures(first),
-        _settings(tables),
-    ]
-    grid = "\n".join(part for part in sections if part)
-    return page.document(
-        f"{heading} – datapruning",
-        brand="datapruning scores",
+    return Page(
+        product="datapruning",
+        kind="scores",
         heading=heading,
         subtitle=f"{len(first):,} samples · seed {first.seed} · fingerprint {first.fingerprint}",
         banner=" ".join(notes),
-        content=f'{page.tiles(_facts(first, paths[0], shown, is_example))}\n<div class="grid">\n'
-        f"{grid}\n</div>",
+        facts=_facts(first, paths[0], shown, is_example),
+        sections=[
+            *(_histogram(table, shown, is_example=is_example) for table in tables),
+            _balance(first, shown, is_example=is_example),
+            _agreement(tables),
+            _proxy(first, paths[0]),
+            _pictures(first),
+            _provenance(tables),
+        ],
         footer=f"Made by datapruning {__version__}. Only the training side was looked at; "
         "a high score means keep.",
     )
@@ -139,51 +143,49 @@ def _kept(table: ScoreTable, subset: Subset | None) -> tuple[Subset | None, bool
         return None, True
 
 
-def _facts(
-    table: ScoreTable, path: Path, kept: Subset | None, is_example: bool
-) -> list[tuple[str, str, str]]:
-    settings = table.provenance.get("settings", {})
+def _facts(table: ScoreTable, path: Path, kept: Subset | None, is_example: bool) -> list[Fact]:
     known = table.scores[table.scores.isfinite()]
     spread = f"{rounded(float(known.min()))} – {rounded(float(known.max()))}" if len(known) else ""
-    density = settings.get("density")
+    density = table.provenance.get("settings", {}).get("density")
+    proxy = "" if density is None else f"sparse proxy, density {density:g}"
     facts = [
-        ("samples", f"{len(table):,}", table.dataset),
-        ("method", table.method, "" if density is None else f"sparse proxy, density {density:g}"),
-        ("model", table.model or "none", ""),
-        ("median score", rounded(float(known.median())) if len(known) else NOTHING, spread),
-        ("not finite", f"{len(table) - len(known):,}", "scores"),
-        ("processor time", format_seconds(_seconds(path)), "training and scoring"),
+        Fact("samples", f"{len(table):,}", table.dataset),
+        Fact("method", table.method, proxy),
+        Fact("model", table.model or "none"),
+        Fact("median score", rounded(float(known.median())) if len(known) else NOTHING, spread),
+        Fact("not finite", f"{len(table) - len(known):,}", "scores"),
+        Fact("processor time", format_seconds(_seconds(path)), "training and scoring"),
     ]
     if kept is not None and not is_example:
         share = percent(len(kept) / len(table))
-        facts.append(("kept", f"{len(kept):,}", f"{share}, {kept.policy}"))
+        facts.append(Fact("kept", f"{len(kept):,}", f"{share}, {kept.policy}"))
     return facts
 
 
-def _histogram(table: ScoreTable, kept: Subset | None, *, is_example: bool) -> str:
+def _histogram(table: ScoreTable, kept: Subset | None, *, is_example: bool) -> Section:
+    title = f"Scores by {table.method}"
     known = table.scores.isfinite()
     if not bool(known.any()):
-        return page.section(f"Scores by {table.method}", "<p>No score is finite.</p>")
+        return Section(title, [Text("No score is finite.")])
     inside = None
     if kept is not None:
         inside = table.scores[known & torch.isin(table.ids, kept.ids)].tolist()
     known_method = METHODS.get(table.method)
     summary = "" if known_method is None else known_method.summary
-    label = f"Scores by {table.method}: {int(known.sum())} samples"
     how = kept and (f"{kept.policy} by {kept.method}" if kept.method else kept.policy)
     chart = histogram_chart(
         table.scores[known].tolist(),
         inside,
         name=table.method,
         kept_by=f"{how}, {100 * KEEP:.0f} %" if is_example else str(how),
-        label=label,
+        label=f"{title}: {int(known.sum())} samples",
     )
-    return page.section(f"Scores by {table.method}", page.figure(chart, summary))
+    return Section(title, [Figure(chart, summary)])
 
 
-def _balance(table: ScoreTable, kept: Subset | None, *, is_example: bool) -> str:
+def _balance(table: ScoreTable, kept: Subset | None, *, is_example: bool) -> Section | None:
     if table.labels is None or kept is None:
-        return ""
+        return None
     before, after = class_counts(table, kept)
     what = (
         f"What the hardest {100 * KEEP:.0f} % by {table.method} would be."
@@ -201,12 +203,12 @@ def _balance(table: ScoreTable, kept: Subset | None, *, is_example: bool) -> str
     )
     chart = balance_chart(before, after, label=f"Class balance: {what}")
     is_wide = len(before) > MOST_CLASSES
-    return page.section("Class balance before and after", page.figure(chart, what), wide=is_wide)
+    return Section("Class balance before and after", [Figure(chart, what)], wide=is_wide)
 
 
-def _agreement(tables: Sequence[ScoreTable]) -> str:
+def _agreement(tables: Sequence[ScoreTable]) -> Section | None:
     if len(tables) < 2:
-        return ""
+        return None
     names = [table.method for table in tables]
     matrix = [[1.0] * len(tables) for _ in tables]
     rows = []
@@ -218,18 +220,17 @@ def _agreement(tables: Sequence[ScoreTable]) -> str:
     keeps = list(found.overlap)
     header = ["methods", "Spearman", *(f"both keep, at {100 * k:.0f} %" for k in keeps)]
     chart = matrix_chart(names, matrix, label="Agreement: rank correlations of the methods")
-    table = page.table(header, rows, scrolls="Agreement of methods")
+    table = Table(header, rows, scrolls="Agreement of methods")
     note = "Spearman's rank correlation. Unrelated scores share as much as the kept fraction."
-    content = page.figure(chart, note) + table
-    if len(tables) <= FEW_METHODS:
-        content = f'<div class="pair">{content}</div>'
-    return page.section("Agreement between methods", content, wide=True)
+    figure = Figure(chart, note)
+    parts = [Pair(figure, table)] if len(tables) <= FEW_METHODS else [figure, table]
+    return Section("Agreement between methods", parts, wide=True)
 
 
-def _proxy(table: ScoreTable, path: Path) -> str:
+def _proxy(table: ScoreTable, path: Path) -> Section | None:
     found = proxy_check(path)
     if found is None:
-        return ""
+        return None
     result, share = found
     density = table.provenance.get("settings", {}).get("density")
     rows = [["Spearman with the dense model's scores", rounded(result.spearman, ".3f")]]
@@ -239,36 +240,29 @@ def _proxy(table: ScoreTable, path: Path) -> str:
     ]
     rows.append(["processor time of the dense model's", percent(share)])
     title = f"Sparse proxy (density {rounded(density)}) against the dense model"
-    return page.section(title, page.table(["", ""], rows))
+    return Section(title, [Table(["", ""], rows)])
 
 
-def _pictures(table: ScoreTable) -> str:
+def _pictures(table: ScoreTable) -> Section:
     samples = _samples(table)
     if samples is None or table.labels is None:
-        return page.section(
-            "Most and least kept",
-            "<p>No pictures: the data set is not at hand, or is not the one that was scored.</p>",
-            wide=True,
-        )
-    cells = ['<span class="head">class</span><span class="head">least kept (lowest first)</span>'
-             '<span class="head">most kept (highest first)</span>']  # fmt: skip
+        gone = "No pictures: the data set is not at hand, or is not the one that was scored."
+        return Section("Most and least kept", [Text(gone)], wide=True)
     classes = table.labels.unique().tolist()
+    rows = []
     for label in classes[:MOST_CLASSES]:
-        low, high = extremes(table.scores, table.labels, label, count=PICTURES)
-        cells.append(f"<span>{label}</span>")
-        cells += [_strip_of(samples.images, rows, table.scores) for rows in (low, high)]
-    note = ""
-    if len(classes) > MOST_CLASSES:
-        note = f"<p>The first {MOST_CLASSES} of {len(classes)} classes.</p>"
-    title = f"Most and least kept by {table.method}"
-    return page.section(title, f'{note}<div class="pictures">{"".join(cells)}</div>', wide=True)
+        sides = extremes(table.scores, table.labels, label, count=PICTURES)
+        strips = [_strip_of(samples.images, side, table.scores) for side in sides]
+        rows.append(GalleryRow(str(label), strips))
+    gallery = Gallery(["class", "least kept (lowest first)", "most kept (highest first)"], rows)
+    cut = [Text(f"The first {MOST_CLASSES} of {len(classes)} classes.")]
+    parts = [*(cut if len(classes) > MOST_CLASSES else []), gallery]
+    return Section(f"Most and least kept by {table.method}", parts, wide=True)
 
 
-def _strip_of(images: Tensor, rows: Tensor, scores: Tensor) -> str:
-    if not len(rows):
-        return f"<span>{NOTHING}</span>"
+def _strip_of(images: Tensor, rows: Tensor, scores: Tensor) -> Strip:
     listed = ", ".join(f"{score:.3g}" for score in scores[rows].tolist())
-    return f'<div title="{page.text("scores " + listed)}">{strip(images[rows])}</div>'
+    return strip(images[rows], note=f"scores {listed}")
 
 
 def _samples(table: ScoreTable) -> ImageSamples | None:
@@ -284,37 +278,27 @@ def _samples(table: ScoreTable) -> ImageSamples | None:
     return samples if is_same else None
 
 
-def _settings(tables: Sequence[ScoreTable]) -> str:
-    """What all tables share, by section, and what each has of its own."""
+def _provenance(tables: Sequence[ScoreTable]) -> Section:
+    """What each table has of its own, and what all of them share."""
     flat = [flattened(table.provenance.get("settings", {})) for table in tables]
-    own = ("method", "options")
-    shared: dict[str, list[list[str]]] = {"scores": [["seed", str(tables[0].seed)]]}
-    for key, value in flat[0].items():
-        section, _, name = key.rpartition(".")
-        if key.partition(".")[0] not in (*own, "seed"):
-            text = NOTHING if value is None else str(value)
-            shared.setdefault(section or "scores", []).append([name, text])
-    parts = [
-        page.table(["setting", "value"], rows, caption=caption) for caption, rows in shared.items()
-    ]
-    methods = [
-        [
-            table.method,
-            table.model or NOTHING,
-            ", ".join(
-                f"{key.partition('.')[2]} = {json.dumps(value)}"
-                for key, value in values.items()
-                if key.startswith("options.")
-            ),
+    rows = []
+    for table, values in zip(tables, flat, strict=True):
+        options = [
+            f"{key.partition('.')[2]} = {json.dumps(value)}"
+            for key, value in values.items()
+            if key.startswith("options.")
         ]
-        for table, values in zip(tables, flat, strict=True)
+        rows.append([table.method, table.model or NOTHING, ", ".join(options)])
+    own = ("method", "options", "seed")
+    shared = {key: value for key, value in flat[0].items() if key.partition(".")[0] not in own}
+    parts = [
+        Table(["method", "model", "options"], rows),
+        Text(
+            f"Scored by datapruning {tables[0].provenance.get('version', NOTHING)}.", is_note=True
+        ),
+        settings({"seed": tables[0].seed, **shared}, top="scores"),
     ]
-    content = page.table(["method", "model", "options"], methods)
-    version = tables[0].provenance.get("version", NOTHING)
-    content += f'<p class="note">Scored by datapruning {page.text(version)}.</p>'
-    return page.section(
-        "Provenance", f'{content}<div class="settings">{"".join(parts)}</div>', wide=True
-    )
+    return Section("Provenance", parts, wide=True)
 
 
 def _seconds(path: Path) -> float | None:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from prunelab.errors import RunError
+from prunelab.runs.settings import differences
 from prunelab.training import checkpoint
 from sparsemodel.storage.files import write_atomically
 
@@ -88,7 +89,7 @@ def open_parts(path: Path, settings: Mapping[str, Any]) -> Parts:
     text = json.dumps(settings, sort_keys=True)
     stored = path / SETTINGS
     if stored.exists():
-        _check_same(path, flattened(settings), flattened(json.loads(stored.read_text())))
+        _check_same(path, settings, json.loads(stored.read_text()))
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunError(f"{path} is in the way: it holds no parts of a scoring run; move it")
     else:
@@ -98,27 +99,6 @@ def open_parts(path: Path, settings: Mapping[str, Any]) -> Parts:
         except OSError as error:
             raise RunError(f"cannot write to {path}: {error.strerror}") from None
     return Parts(path, hashlib.sha256(text.encode()).hexdigest()[:16])
-
-
-def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """Settings that differ, one phrase each."""
-    a, b = flattened(now), flattened(before)
-    return [
-        f"{key} was {b.get(key)!r}, now {a.get(key)!r}"
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key)
-    ]
-
-
-def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under names with dots; an empty table keeps its name."""
-    result: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            result |= flattened(value, f"{prefix}{key}.")
-        else:
-            result[prefix + key] = value
-    return result
 
 
 def _check_same(path: Path, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:

@@ -19,13 +19,14 @@ from datapruning.errors import ScoreError, ScoreWarning
 from datapruning.scoring.engines import Engine, engine_named
 from datapruning.scoring.jobs import Builder, Progress, Recipe, whole
 from datapruning.scoring.methods import METHODS, check_method, checked_options
-from datapruning.scoring.parts import Parts, differences, open_parts
+from datapruning.scoring.parts import Parts, open_parts
 from datapruning.selection.table import ScoreTable
 from prunelab.data.datasets import fingerprint, load_dataset
 from prunelab.data.samples import ImageSamples, Samples
 from prunelab.errors import RunError
 from prunelab.networks import check_model
 from prunelab.runs.folder import locked
+from prunelab.runs.settings import differences
 from prunelab.runs.threads import computing
 from prunelab.runs.version import __version__
 from prunelab.training.loop import TrainingConfig

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from datapruning.errors import SubsetWarning
-from datapruning.scoring.parts import differences
 from datapruning.selection.table import Subset
 from datapruning.students.distill import (
     TEMPERATURE,
@@ -35,6 +34,7 @@ from prunelab.errors import RunError
 from prunelab.networks import build_model, check_model
 from prunelab.runs import folder as runfolder
 from prunelab.runs.seeds import stream_seed
+from prunelab.runs.settings import differences
 from prunelab.runs.threads import computing
 from prunelab.runs.version import __version__
 from prunelab.training.loop import Objective, TrainingConfig, TrainingResult, predict, train

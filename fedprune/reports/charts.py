@@ -1,15 +1,12 @@
-"""The charts of a run's report: plain numbers in, one inline SVG element out.
-
-Matplotlib draws with placeholder colours that become CSS variables of the page, so that a chart
-follows the reader's light or dark mode. Equal numbers give equal text, whatever the user's
-matplotlibrc says; no backend, style or figure of the user is touched.
-"""
+"""The charts of a run's report: plain numbers in, one inline SVG element out."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from markupsafe import Markup
 
 from prunelab.pages import plots
 from prunelab.pages.plots import ACCENT, GRID, HALF, INK, MUTED, SECOND, SURFACE, WHOLE
@@ -20,7 +17,7 @@ NAME_LENGTH = 44
 
 def accuracy_chart(
     rounds: Sequence[int], accuracies: Sequence[float], adjusted: Sequence[int], *, label: str
-) -> str:
+) -> Markup:
     """Test accuracy by round.
 
     Args:
@@ -32,7 +29,7 @@ def accuracy_chart(
     percent = {number: 100 * value for number, value in zip(rounds, accuracies, strict=True)}
     with plots.figure(HALF, 2.9) as figure:
         axes = figure.add_subplot()
-        axes.plot(rounds, list(percent.values()), color=ACCENT, marker="o", **_line(rounds))
+        plots.lines(axes, rounds, [("", list(percent.values()))])
         if adjusted:
             axes.plot(
                 adjusted,
@@ -47,7 +44,6 @@ def accuracy_chart(
             )
             plots.legend(axes)
         axes.set(xlabel="round", ylabel="test accuracy, %")
-        plots.whole_numbers(axes.xaxis)
         return plots.svg(figure, label)
 
 
@@ -59,7 +55,7 @@ def traffic_chart(
     dense: float | None,
     format_value: Callable[[float], str],
     label: str,
-) -> str:
+) -> Markup:
     """Bytes sent by all clients (up) and to all clients (down) by round.
 
     The scale is logarithmic where the values span more than a factor of eight.
@@ -70,8 +66,7 @@ def traffic_chart(
     """
     with plots.figure(HALF, 2.9) as figure:
         axes = figure.add_subplot()
-        axes.plot(rounds, up, color=ACCENT, marker="o", label="up", **_line(rounds))
-        axes.plot(rounds, down, color=SECOND, marker="s", label="down", **_line(rounds))
+        plots.lines(axes, rounds, [("up", up), ("down", down)])
         if dense:
             axes.axhline(dense, color=MUTED, linestyle="--", linewidth=1.2, label="dense, each way")
         positive = [value for value in (*up, *down, dense or 0) if value > 0]
@@ -82,7 +77,6 @@ def traffic_chart(
             axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, position: format_value(value))
         axes.set(xlabel="round", ylabel="bytes of all clients")
-        plots.whole_numbers(axes.xaxis)
         plots.legend(axes)
         return plots.svg(figure, label)
 
@@ -94,7 +88,7 @@ def density_chart(
     *,
     after_label: str,
     label: str,
-) -> str:
+) -> Markup:
     """Density of each layer at the start and later, one line a layer.
 
     The scale is logarithmic where the densities span more than a factor of twenty.
@@ -126,18 +120,15 @@ def density_chart(
             )
         _dots(axes, before, marker_label="at the start", color=MUTED, size=7.5, filled=False)
         _dots(axes, after, marker_label=after_label, color=ACCENT, size=4.5, filled=True)
-        axes.set_yticks(places, [_shortened(name) for name in names])
-        axes.set_ylim(len(names) - 0.4, -0.6)
+        plots.named_rows(axes, [_shortened(name) for name in names])
         axes.set_xlabel("density")
         axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
         axes.xaxis.set_minor_formatter(lambda value, position: "")
-        axes.grid(visible=False, axis="y")
-        axes.tick_params(axis="y", length=0)
         plots.legend(axes)
         return plots.svg(figure, label)
 
 
-def candidate_chart(losses: Sequence[float], winner: int, *, label: str) -> str:
+def candidate_chart(losses: Sequence[float], winner: int, *, label: str) -> Markup:
     """Weighted loss of each candidate; the winner in the accent colour.
 
     Args:
@@ -161,16 +152,13 @@ def candidate_chart(losses: Sequence[float], winner: int, *, label: str) -> str:
                 color=INK,
                 fontweight="bold" if place == winner else "normal",
             )
-        axes.set_yticks(places, [str(place + 1) for place in places])
-        axes.set_ylim(len(losses) - 0.4, -0.6)
+        plots.named_rows(axes, [str(place + 1) for place in places])
         axes.set_xlim(0, 1.35 * max(finite) or 1.0)
         axes.set(xlabel="weighted loss (smaller is better)", ylabel="candidate")
-        axes.grid(visible=False, axis="y")
-        axes.tick_params(axis="y", length=0)
         return plots.svg(figure, label)
 
 
-def label_chart(clients: Sequence[int], counts: Sequence[Sequence[int]], *, label: str) -> str:
+def label_chart(clients: Sequence[int], counts: Sequence[Sequence[int]], *, label: str) -> Markup:
     """Heat map of each client's labels beside the number of its samples.
 
     Args:
@@ -192,7 +180,7 @@ def label_chart(clients: Sequence[int], counts: Sequence[Sequence[int]], *, labe
         axes.set(xlabel=f"class ({legend})", ylabel="client")
         step = 1 if len(clients) <= 30 else 10
         axes.set_yticks(range(0, len(clients), step), [str(c) for c in clients[::step]])
-        axes.set_xticks(range(0, num_classes, 1 if num_classes <= 25 else 10))
+        plots.class_ticks(axes, num_classes)
         bars.barh(range(len(clients)), [sum(row) for row in counts], height=0.7, color=ACCENT)
         bars.set_xlabel("samples")
         bars.xaxis.get_major_locator().set_params(nbins=3, integer=True)
@@ -222,10 +210,6 @@ def _shaded_cells(counts: Sequence[Sequence[int]], *, full: float) -> Iterator[t
                 cells.setdefault(shade, []).append(Path(corners, closed=True))
     for shade, paths in sorted(cells.items()):
         yield shade / SHADES, PathPatch(Path.make_compound_path(*paths), linewidth=0)
-
-
-def _line(rounds: Sequence[int]) -> dict[str, Any]:
-    return {"linewidth": 1.8, "markersize": 3.5 if len(rounds) <= 40 else 0}
 
 
 def _dots(

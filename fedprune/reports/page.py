@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.config import RunConfig, read_toml
-from fedprune.reports.results import comparison_table, facts, summary_rows
+from fedprune.reports.charts import (
+    accuracy_chart,
+    candidate_chart,
+    density_chart,
+    label_chart,
+    traffic_chart,
+)
+from fedprune.reports.results import facts
 from fedprune.rounds.folder import (
     CHECKPOINT,
     CONFIG,
@@ -25,20 +32,10 @@ from fedprune.rounds.folder import (
     read_summary,
 )
 from prunelab.errors import RunError
-from prunelab.pages import page
-from prunelab.pages.units import (
-    NOTHING,
-    format_bytes,
-    format_seconds,
-    known_number,
-    percent,
-    rounded,
-)
+from prunelab.pages.page import Figure, Folded, Page, Pair, Section, Table, Text, settings
+from prunelab.pages.units import NOTHING, format_bytes, known_number, percent, rounded
 from sparsemodel.masks.mask import Mask
 from sparsemodel.storage.checkpoint import load_sparse
-from sparsemodel.storage.files import write_atomically
-
-__all__ = ["comparison_table", "format_bytes", "format_seconds", "summary_rows", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -62,13 +59,7 @@ def write_report(folder: Path) -> Path:
         ConfigError: its config.toml is damaged.
         CheckpointError: its model is damaged.
     """
-    path = folder / REPORT
-    content = _page(_read(folder)).encode("utf-8", "replace")
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        raise RunError(f"cannot write to {folder}: {error.strerror}") from None
-    return path
+    return _page(_read(folder)).write(folder / REPORT)
 
 
 def _read(folder: Path) -> _Run:
@@ -127,23 +118,26 @@ def _summary_so_far(
     }
 
 
-def _page(run: _Run) -> str:
+def _page(run: _Run) -> Page:
     config, summary = run.config, run.summary
-    title = f"{summary['method']} on {summary['dataset']}"
-    subtitle = (
-        f"{summary['model']} · seed {summary['seed']} · {config.data.clients} clients · "
-        f"{config.training.rounds} rounds"
-    )
     banner = ""
     if not run.is_finished:
         banner = (
             f"Run not finished: round {len(run.rounds)} of {config.training.rounds}. What follows "
             "is what there is so far."
         )
-    tiles = page.tiles(facts(summary))
-    sections = "\n".join(
-        part
-        for part in (
+    version = f" {summary['version']}" if "version" in summary else ""
+    return Page(
+        product="fedprune",
+        kind="run report",
+        heading=f"{summary['method']} on {summary['dataset']}",
+        subtitle=f"{summary['model']} · seed {summary['seed']} · {config.data.clients} clients · "
+        f"{config.training.rounds} rounds",
+        banner=banner,
+        facts=facts(summary),
+        note="Bytes of a client and round are those of a steady round, which moves values only, "
+        "no mask. “Dense” is the same network sent and trained without pruning, in 32-bit floats.",
+        sections=[
             _accuracy(run),
             _traffic(run),
             _selection(run),
@@ -151,57 +145,37 @@ def _page(run: _Run) -> str:
             _clients(run),
             _skipped(run),
             _rounds(run),
-            _configuration(run),
-        )
-        if part
-    )
-    version = f" {summary['version']}" if "version" in summary else ""
-    note = (
-        "Bytes of a client and round are those of a steady round, which moves values only, no "
-        "mask. “Dense” is the same network sent and trained without pruning, in 32-bit floats."
-    )
-    return page.document(
-        f"{title} – fedprune",
-        brand="fedprune run report",
-        heading=title,
-        subtitle=subtitle,
-        banner=banner,
-        content=f'{tiles}\n<p class="note">{page.text(note)}</p>\n'
-        f'<div class="grid">\n{sections}\n</div>',
+            Section("Configuration", [settings(config.flat(), top="run")], wide=True),
+        ],
         footer=f"Made by fedprune{version} from the files of this folder. Test data were used for "
         "the record only.",
     )
 
 
-def _accuracy(run: _Run) -> str:
-    from fedprune.reports.charts import accuracy_chart  # noqa: PLC0415
-
+def _accuracy(run: _Run) -> Section:
+    title = "Accuracy by round"
     numbers = [line["round"] for line in run.rounds]
     values = [known_number(line.get("test_accuracy")) for line in run.rounds]
     adjusted = [line["round"] for line in run.rounds if line.get("adjusted")]
     if all(value is None for value in values):
-        return page.section(
-            "Accuracy by round", f"<p>{NOTHING} No round has been evaluated yet.</p>"
-        )
+        return Section(title, [Text(f"{NOTHING} No round has been evaluated yet.")])
     label = (
-        f"Accuracy by round: {percent(values[0])} after round {numbers[0]}, "
+        f"{title}: {percent(values[0])} after round {numbers[0]}, "
         f"{percent(values[-1])} after round {numbers[-1]}; mask adjustments: {len(adjusted)}"
     )
-    chart = accuracy_chart(numbers, _gaps(values), adjusted, label=label)
     note = "Test data."
     if adjusted:
         note += f" The mask was adjusted after {len(adjusted)} of {len(numbers)} rounds."
-    return page.section("Accuracy by round", page.figure(chart, note))
+    chart = accuracy_chart(numbers, _gaps(values), adjusted, label=label)
+    return Section(title, [Figure(chart, note)])
 
 
-def _traffic(run: _Run) -> str:
-    from fedprune.reports.charts import traffic_chart  # noqa: PLC0415
-
+def _traffic(run: _Run) -> Section | None:
     lines = list(run.rounds)
     if known_number(run.start.get("bytes_up")):
         lines.insert(0, {**run.start, "round": 0})
     if not lines:
-        return ""
+        return None
     numbers = [line["round"] for line in lines]
     up = [known_number(line.get("bytes_up")) for line in lines]
     down = [known_number(line.get("bytes_down")) for line in lines]
@@ -226,15 +200,13 @@ def _traffic(run: _Run) -> str:
     if numbers[0] == 0:
         what = "the candidate selection" if "selection" in run.start else "the start"
         note += f" Round 0 is {what}: up {format_bytes(up[0])}, down {format_bytes(down[0])}."
-    return page.section("Bytes by round", page.figure(chart, note))
+    return Section("Bytes by round", [Figure(chart, note)])
 
 
-def _selection(run: _Run) -> str:
-    from fedprune.reports.charts import candidate_chart  # noqa: PLC0415
-
+def _selection(run: _Run) -> Section | None:
     account = run.start.get("selection")
     if not account:
-        return ""
+        return None
     losses, winner = account["losses"], account["winner"]
     values = _gaps([known_number(loss) for loss in losses])
     sentence = _why(values, winner)
@@ -252,11 +224,14 @@ def _selection(run: _Run) -> str:
             zip(losses, account["accuracies"], account["densities"], strict=True)
         )
     ]
-    caption = f"On the development data of {len(account['clients'])} clients"
-    header = ["candidate", "weighted loss", "accuracy", "layer densities"]
-    table = page.table(header, rows, caption=caption, marked=winner)
-    content = f'<p>{page.text(sentence)}</p><div class="pair">{page.figure(chart)}{table}</div>'
-    return page.section("Which candidate won, and why", content, wide=True)
+    table = Table(
+        ["candidate", "weighted loss", "accuracy", "layer densities"],
+        rows,
+        caption=f"On the development data of {len(account['clients'])} clients",
+        marked=winner,
+    )
+    parts = [Text(sentence), Pair(Figure(chart), table)]
+    return Section("Which candidate won, and why", parts, wide=True)
 
 
 def _why(losses: Sequence[float], winner: int) -> str:
@@ -271,14 +246,12 @@ def _why(losses: Sequence[float], winner: int) -> str:
     )
 
 
-def _densities(run: _Run) -> str:
-    from fedprune.reports.charts import density_chart  # noqa: PLC0415
-
+def _densities(run: _Run) -> Section | None:
     before = run.start.get("layer_densities") or {}
     after = run.mask.densities() if run.mask is not None else {}
     names = list(before or after)
     if not names:
-        return ""
+        return None
     later = "final model" if run.is_finished else f"after round {len(run.rounds)}"
     label = f"Layer densities: {len(names)} layers, at the start and {later}"
     chart = density_chart(
@@ -289,15 +262,13 @@ def _densities(run: _Run) -> str:
         label=label,
     )
     note = "Parameters that are not listed are never pruned."
-    return page.section("Layer densities", page.figure(chart, note), wide=True)
+    return Section("Layer densities", [Figure(chart, note)], wide=True)
 
 
-def _clients(run: _Run) -> str:
-    from fedprune.reports.charts import label_chart  # noqa: PLC0415
-
+def _clients(run: _Run) -> Section | None:
     clients = run.start.get("clients")
     if not clients:
-        return ""
+        return None
     sizes = [entry["num_train"] for entry in clients]
     note = (
         f"{len(clients)} clients hold {sum(sizes):,} training samples "
@@ -309,24 +280,24 @@ def _clients(run: _Run) -> str:
         [entry["labels"] for entry in clients],
         label=f"Labels of the clients: {note}",
     )
-    return page.section("What the clients hold", page.figure(chart, note), wide=True)
+    return Section("What the clients hold", [Figure(chart, note)], wide=True)
 
 
-def _skipped(run: _Run) -> str:
+def _skipped(run: _Run) -> Section | None:
     if not run.skipped:
-        return ""
+        return None
     rows = [
         # The server gives -1 to a node that never said which client it is.
         [number, str(entry["client"]) if entry["client"] >= 0 else "unknown", entry["reason"]]
         for number, entry in run.skipped
     ]
-    table = page.table(["round", "client", "reason"], rows, scrolls="Clients left out")
-    return page.section("Clients left out", table, wide=True)
+    title = "Clients left out"
+    return Section(title, [Table(["round", "client", "reason"], rows, scrolls=title)], wide=True)
 
 
-def _rounds(run: _Run) -> str:
+def _rounds(run: _Run) -> Section | None:
     if not run.rounds:
-        return ""
+        return None
     header = ["round", "test accuracy", "test loss", "train loss", "density", "up", "down"]
     header += ["masks", "layers adjusted"]
     rows = [
@@ -341,20 +312,8 @@ def _rounds(run: _Run) -> str:
         ]
         for line in run.rounds
     ]
-    table = page.table(header, rows, scrolls="All rounds")
-    content = f"<details><summary>All rounds</summary>{table}</details>"
-    return page.section(None, content, wide=True)
-
-
-def _configuration(run: _Run) -> str:
-    tables: dict[str, list[list[str]]] = {}
-    for key, value in run.config.flat().items():
-        section, _, name = key.rpartition(".")
-        tables.setdefault(section or "run", []).append([name, str(value) or NOTHING])
-    content = "".join(
-        page.table(["setting", "value"], rows, caption=section) for section, rows in tables.items()
-    )
-    return page.section("Configuration", f'<div class="settings">{content}</div>', wide=True)
+    title = "All rounds"
+    return Section("", [Folded(title, Table(header, rows, scrolls=title))], wide=True)
 
 
 def _gaps(values: Iterable[float | None]) -> list[float]:

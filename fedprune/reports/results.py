@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prunelab.pages.page import Fact
 from prunelab.pages.units import (
     NOTHING,
     format_bytes,
@@ -18,7 +19,7 @@ from prunelab.pages.units import (
 
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(label, value) of each result in a summary.json, for people; what is missing is a dash."""
-    return [(label, f"{value}, {note}" if note else value) for label, value, note in facts(summary)]
+    return [(fact.label, fact.line) for fact in facts(summary)]
 
 
 def comparison_table(summaries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -61,8 +62,8 @@ def comparison_table(summaries: Sequence[Mapping[str, Any]]) -> tuple[list[str],
     return header, rows
 
 
-def facts(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(label, value, note) of each result; a value that is not known is a dash with no note."""
+def facts(summary: Mapping[str, Any]) -> list[Fact]:
+    """Each result; a value that is not known is a dash with no note."""
     dense = summary.get("bytes_dense_round")
     up, down = summary.get("bytes_up_steady_round"), summary.get("bytes_down_steady_round")
     state, target = summary.get("state_bytes"), summary.get("density_target")
@@ -87,7 +88,7 @@ def facts(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("peak memory", format_bytes(summary.get("peak_rss_bytes")), "resident set"),
         ("time", format_seconds(summary.get("seconds")), ""),
     ]
-    return [(label, value, "" if value == NOTHING else note) for label, value, note in results]
+    return [Fact(label, value, "" if value == NOTHING else note) for label, value, note in results]
 
 
 def _mean(group: Sequence[Mapping[str, Any]], key: str) -> float | None:

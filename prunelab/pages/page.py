@@ -1,157 +1,213 @@
-"""Parts of a self-contained HTML page: no script, nothing loaded, light and dark."""
+"""The kit of report pages: what a page is made of, and how it becomes one HTML file.
+
+A page is plain data: facts, and sections of parts. The templates beside this file show it. The
+file holds its styles, charts and pictures, loads nothing, runs no script, and follows the
+reader's light or dark mode. All text is escaped; markup is what `plots.svg` and `pictures.strip`
+draw, and nothing else. Equal pages give equal bytes.
+"""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --muted: #5a6675; --line: #d9dfe6;
-  --page: #f5f7f9; --surface: #ffffff; --accent: #1f6f8b; --second: #c2610c; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaef; --muted: #9aa7b5;
-  --line: #37424f; --page: #12171d; --surface: #1a2129; --accent: #5fb3d0; --second: #f0a35e; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main, header, footer { max-width: 1120px; margin: 0 auto; padding: 0 24px; }
-header { padding-top: 40px; }
-h1 { margin: 0; font-size: 30px; line-height: 1.2; letter-spacing: -.01em;
-  overflow-wrap: anywhere; }
-h2 { margin: 0 0 4px; font-size: 18px; }
-p { margin: 4px 0 12px; }
-.brand { margin: 0 0 6px; color: var(--accent); font-weight: 600; font-size: 14px; }
-.subtitle, .note, figcaption, footer { color: var(--muted); font-size: 14px;
-  overflow-wrap: anywhere; }
-.banner { border-left: 4px solid var(--second); background: var(--surface); padding: 12px 16px;
-  border-radius: 4px; margin: 20px 0 0; }
-.tiles { display: grid; gap: 12px; margin: 24px 0 8px;
-  grid-template-columns: repeat(auto-fit, minmax(186px, 1fr)); }
-.tiles div, section { background: var(--surface); border: 1px solid var(--line);
-  border-radius: 8px; }
-.tiles div { padding: 14px 16px; }
-dt { color: var(--muted); font-size: 13px; }
-dd { margin: 0; color: var(--muted); font-size: 13px; }
-dd.value { color: var(--ink); font-size: 25px; line-height: 1.3; font-weight: 600;
-  font-variant-numeric: tabular-nums; }
-.grid { display: grid; gap: 16px; margin: 20px 0;
-  grid-template-columns: repeat(2, minmax(0, 1fr)); }
-section { padding: 18px 20px; min-width: 0; }
-.wide { grid-column: 1 / -1; }
-.pair { display: grid; gap: 20px; align-items: center;
-  grid-template-columns: repeat(2, minmax(0, 1fr)); }
-.settings { columns: 3 260px; column-gap: 32px; }
-.settings table { break-inside: avoid; table-layout: fixed; margin-bottom: 20px; }
-.settings caption { color: var(--ink); font-weight: 600; }
-figure { margin: 0; overflow-x: auto; }
-svg { display: block; width: 100%; height: auto; }
-.wide > figure > svg { min-width: 860px; }
-svg * { stroke-linejoin: round; stroke-linecap: butt; }
-svg text { font-family: inherit !important; font-variant-numeric: tabular-nums; }
-.scroll { max-height: 420px; overflow: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px;
-  font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--muted); padding-bottom: 6px; }
-th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere; }
-th { color: var(--muted); font-weight: 600; overflow-wrap: normal; }
-tr.winner td { font-weight: 600; color: var(--accent); }
-summary { cursor: pointer; font-weight: 600; font-size: 18px; }
-details[open] summary { margin-bottom: 8px; }
-footer { padding-bottom: 40px; }
-@media (max-width: 760px) { .grid, .pair { grid-template-columns: minmax(0, 1fr); } }
-.pictures { display: grid; gap: 4px 14px; align-items: center;
-  grid-template-columns: max-content minmax(0, 1fr) minmax(0, 1fr); font-size: 14px; }
-.pictures .head { color: var(--muted); font-weight: 600; }
-.pictures img { display: block; max-width: 100%; height: auto; image-rendering: pixelated; }
-@media print { section, .tiles div { break-inside: avoid; } .scroll { max-height: none; } }
-"""
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from prunelab.errors import RunError
+from prunelab.pages.units import NOTHING
+from prunelab.runs.settings import flattened
+from sparsemodel.storage.files import write_atomically
 
 
-def document(
-    title: str,
-    *,
-    brand: str,
-    heading: str,
-    subtitle: str,
-    content: str,
-    footer: str,
-    banner: str = "",
-) -> str:
-    """A whole page around `content`, which is HTML; everything else is plain text."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    status = f'<p class="banner" role="status">{text(banner)}</p>' if banner else ""
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{text(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<p class="brand">{text(brand)}</p>
-<h1>{text(heading)}</h1>
-<p class="subtitle">{text(subtitle)}</p>
-{status}
-</header>
-<main>
-{content}
-</main>
-<footer><p>{text(footer)}</p></footer>
-</body>
-</html>
-"""
+class Fact(NamedTuple):
+    """A number that stands at the head of a page, as text with its unit."""
+
+    label: str
+    value: str
+    note: str = ""
+
+    @property
+    def line(self) -> str:
+        """Value and note in one line."""
+        return f"{self.value}, {self.note}" if self.note else self.value
 
 
-def tiles(facts: Iterable[tuple[str, str, str]]) -> str:
-    """A row of large values, from (label, value, note) of each."""
-    cells = "\n".join(
-        f'<div><dt>{text(label)}</dt><dd class="value">{text(value)}</dd>'
-        f"<dd>{text(note)}</dd></div>"
-        for label, value, note in facts
+class Part:
+    """What a section is made of; `kind` names the macro that shows it."""
+
+    kind: ClassVar[str]
+
+
+@dataclass(frozen=True)
+class Text(Part):
+    """A paragraph; a note is set in small, muted letters."""
+
+    kind = "text"
+    text: str
+    is_note: bool = False
+
+
+@dataclass(frozen=True)
+class Figure(Part):
+    """A chart (an <svg> element) with a caption."""
+
+    kind = "figure"
+    chart: Markup
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table(Part):
+    """A table of text.
+
+    Attributes:
+        marked: which row stands out.
+        scrolls: a name for the table, which then has a height of its own.
+    """
+
+    kind = "table"
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    marked: int | None = None
+    scrolls: str = ""
+
+
+@dataclass(frozen=True)
+class Settings(Part):
+    """Small tables in columns; `settings` makes them."""
+
+    kind = "settings"
+    tables: Sequence[Table]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Pictures in a row.
+
+    Attributes:
+        picture: a data: URL of all of them; "" where there are none.
+        alt: what it is, for those who do not see it.
+        note: shown when a pointer rests on it.
+    """
+
+    picture: str
+    alt: str = ""
+    note: str = ""
+
+
+class GalleryRow(NamedTuple):
+    """A label and as many strips as the gallery has columns beside it."""
+
+    label: str
+    strips: Sequence[Strip]
+
+
+@dataclass(frozen=True)
+class Gallery(Part):
+    """Strips of pictures in columns, a label before each row."""
+
+    kind = "gallery"
+    header: Sequence[str]
+    rows: Sequence[GalleryRow]
+
+
+@dataclass(frozen=True)
+class Pair(Part):
+    """Two parts side by side where the page is wide enough."""
+
+    kind = "pair"
+    left: Part
+    right: Part
+
+
+@dataclass(frozen=True)
+class Folded(Part):
+    """A part that opens when its title is clicked."""
+
+    kind = "folded"
+    title: str
+    part: Part
+
+
+@dataclass(frozen=True)
+class Section:
+    """A card of the page, half a line wide or `wide`."""
+
+    title: str
+    parts: Sequence[Part]
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report.
+
+    Attributes:
+        product, kind: who made it, and what it is: "fedprune", "run report".
+        heading, subtitle: whose report it is.
+        sections: cards in reading order; None stands for one that has nothing to show.
+        banner: a warning above all else.
+        note: a remark on the facts.
+    """
+
+    product: str
+    kind: str
+    heading: str
+    subtitle: str
+    facts: Sequence[Fact]
+    sections: Sequence[Section | None]
+    footer: str
+    banner: str = ""
+    note: str = ""
+
+    def html(self) -> str:
+        """The page as the text of one HTML file."""
+        return _templates().get_template("page.html.j2").render(page=self)
+
+    def write(self, path: Path) -> Path:
+        """Write the page, whole or not at all, and return its path.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        try:
+            # A lone surrogate, from a file name that is no UTF-8, is shown as a question mark.
+            write_atomically(path, self.html().encode("utf-8", "replace"))
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror}") from None
+        return path
+
+
+def settings(values: Mapping[str, Any], *, top: str) -> Settings:
+    """Nested settings as one small table for each group, a dash for what is not set.
+
+    Args:
+        values: setting -> value, or group -> settings; names with dots are in groups already.
+        top: caption of those in no group.
+    """
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for key, value in flattened(values).items():
+        group, _, name = key.rpartition(".")
+        text = NOTHING if value in (None, "") else str(value)
+        groups.setdefault(group or top, []).append((name, text))
+    return Settings([Table(("setting", "value"), rows, group) for group, rows in groups.items()])
+
+
+@lru_cache
+def _templates() -> Environment:
+    def source(name: str) -> str:
+        return (files("prunelab.pages") / "templates" / name).read_text(encoding="utf-8")
+
+    return Environment(
+        loader=FunctionLoader(source),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return f'<dl class="tiles">\n{cells}\n</dl>'
-
-
-def section(title: str | None, content: str, *, wide: bool = False) -> str:
-    """A card of the page; `content` is HTML."""
-    heading = f"<h2>{text(title)}</h2>" if title else ""
-    kind = ' class="wide"' if wide else ""
-    return f"<section{kind}>{heading}{content}</section>"
-
-
-def figure(chart: str, note: str = "") -> str:
-    """A chart (an svg element) with a caption of plain text."""
-    caption = f"<figcaption>{text(note)}</figcaption>" if note else ""
-    return f"<figure>{chart}{caption}</figure>"
-
-
-def table(
-    header: Iterable[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    caption: str = "",
-    marked: int | None = None,
-    scrolls: str = "",
-) -> str:
-    """An HTML table of plain text; `scrolls` names it and gives it a height of its own."""
-    head = "".join(f'<th scope="col">{text(cell)}</th>' for cell in header)
-    body = "\n".join(
-        ('<tr class="winner">' if place == marked else "<tr>")
-        + "".join(f"<td>{text(cell)}</td>" for cell in row)
-        + "</tr>"
-        for place, row in enumerate(rows)
-    )
-    title = f"<caption>{text(caption)}</caption>" if caption else ""
-    whole = f"<table>{title}<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
-    if not scrolls:
-        return whole
-    name = text(scrolls)
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">{whole}</div>'
-
-
-def text(value: str) -> str:
-    """Plain text as HTML."""
-    return html.escape(value, quote=True)

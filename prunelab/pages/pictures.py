@@ -10,35 +10,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunelab.pages.page import Strip
+
 TARGET = 40
 GAP = 2
 
 
-def strip(images: Tensor) -> str:
-    """Images side by side, enlarged by a whole factor, as an <img> element.
+def strip(images: Tensor, *, note: str = "") -> Strip:
+    """Images side by side, enlarged by a whole factor; an empty strip for none.
 
     Args:
         images: uint8 [N, C, H, W], or float of any range, scaled to its own; C of 1 or 3 (of
             others the first channel is shown).
+        note: shown when a pointer rests on it.
     """
     from PIL import Image  # noqa: PLC0415
 
+    if not len(images):
+        return Strip("")
     pixels = _bytes(images)
     if pixels.shape[1] not in (1, 3):
         pixels = pixels[:, :1]
     factor = max(1, math.ceil(TARGET / max(pixels.shape[-2:])))
     pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     # The gap is transparent: the page may be light or dark.
-    _, channels, height, width = pixels.shape
+    height, width = pixels.shape[-2:]
     canvas = np.zeros((height, len(pixels) * (width + GAP) - GAP, 4), np.uint8)
     for place, picture in enumerate(pixels.numpy()):
         left = place * (width + GAP)
         canvas[:, left : left + width, :3] = picture.transpose(1, 2, 0)
         canvas[:, left : left + width, 3] = 255
     file = io.BytesIO()
-    Image.fromarray(canvas, "RGBA" if channels else None).save(file, format="PNG", optimize=True)
+    Image.fromarray(canvas).save(file, format="PNG", optimize=True)
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{len(pixels)} samples" src="data:image/png;base64,{data}">'
+    return Strip(f"data:image/png;base64,{data}", alt=f"{len(pixels)} samples", note=note)
 
 
 def extremes(scores: Tensor, labels: Tensor, label: int, *, count: int) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,13 @@ matplotlibrc says; no backend, style or figure of the user is touched.
 
 from __future__ import annotations
 
-import html
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from markupsafe import Markup, escape
 
 # Placeholder -> CSS variable. Nothing else may be drawn in these colours.
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
@@ -27,6 +28,8 @@ VARIABLES = {
 }
 # Inches. A half and a whole line of the page have the same scale, so text has one size.
 HALF, WHOLE = 5.2, 10.6
+MANY_CLASSES = 25
+MANY_POINTS = 40
 
 SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -62,11 +65,11 @@ def figure(width: float, height: float) -> Iterator[Any]:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def svg(figure: Any, label: str) -> str:
+def svg(figure: Any, label: str) -> Markup:
     """The figure as one <svg> element that may stand beside others in a page.
 
     Sizes are left to the page, and element names that would clash between charts are taken out
-    or made from the label.
+    or made from the label, which is what a screen reader says.
     """
     file = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -75,7 +78,7 @@ def svg(figure: Any, label: str) -> str:
     text = text[text.index("<svg") :].replace("xlink:href", "href")
     view = re.search(r'viewBox="[^"]*"', text)
     assert view, "matplotlib gives every SVG a viewBox"
-    head = f'<svg {view[0]} role="img" aria-label="{html.escape(label)}">'
+    head = f'<svg {view[0]} role="img" aria-label="{escape(label)}">'
     body = text[text.index(">") + 1 :]
     body = re.sub(r"<!--.*?-->|<style.*?</style>", "", body, flags=re.DOTALL)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
@@ -86,7 +89,7 @@ def svg(figure: Any, label: str) -> str:
     body = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", body)
     for colour, variable in VARIABLES.items():
         body = body.replace(colour, f"var({variable})")
-    return head + re.sub(r"\s*\n\s*", "\n", body).strip()
+    return Markup(head + re.sub(r"\s*\n\s*", "\n", body).strip())
 
 
 def legend(axes: Any) -> None:
@@ -96,6 +99,33 @@ def legend(axes: Any) -> None:
     )
 
 
-def whole_numbers(axis: Any) -> None:
-    """Ticks at whole numbers alone."""
-    axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+def lines(axes: Any, x: Sequence[float], series: Sequence[tuple[str, Sequence[float]]]) -> None:
+    """One or two (name, values) over the same points; a line without a name is in no legend.
+
+    Points are marked where there are few; ticks are at whole numbers where all points are whole.
+    """
+    size = 3.5 if len(x) <= MANY_POINTS else 0
+    for (name, values), colour, marker in zip(series, (ACCENT, SECOND), "os", strict=False):
+        axes.plot(
+            x, values, color=colour, marker=marker, markersize=size, linewidth=1.8, label=name
+        )
+    if all(float(value).is_integer() for value in x):
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+
+def named_rows(axes: Any, names: Sequence[str]) -> None:
+    """The y axis as a list of names from above, one for each of 0, 1, ..."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+
+
+def class_width(num_classes: int) -> float:
+    """Width of a figure with a bar for each class."""
+    return HALF if num_classes <= MANY_CLASSES else WHOLE
+
+
+def class_ticks(axes: Any, num_classes: int) -> None:
+    """Ticks of the x axis at the classes, of many at every tenth."""
+    axes.set_xticks(range(0, num_classes, 1 if num_classes <= MANY_CLASSES else 10))

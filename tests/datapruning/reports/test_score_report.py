@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from datapruning.errors import ScoreError, SelectionError
 from datapruning.reports.score_report import class_counts, write_score_report
@@ -18,7 +14,6 @@ from datapruning.selection.select import select
 from datapruning.selection.table import ScoreTable
 from prunelab.data.datasets import load_dataset
 from prunelab.data.samples import ImageSamples
-from prunelab.pages.pictures import extremes, strip
 
 
 def digits_table(method: str, scores: torch.Tensor | None = None, **changes: Any) -> ScoreTable:
@@ -58,30 +53,6 @@ def test_pictures_of_each_class_balance_and_agreement(tmp_path: Path) -> None:
     assert (
         write_score_report([tmp_path / "0.parquet"], tmp_path / "again.html").read_bytes() == before
     )
-
-
-def test_strip_holds_the_pictures_pixel_for_pixel() -> None:
-    """Two 8×8 pictures, five times as large (40), a gap of two: 82 wide; gap and its alpha 0."""
-    images = torch.arange(2 * 64).reshape(2, 1, 8, 8).to(torch.uint8)
-    data = re.search(r'base64,([^"]+)"', strip(images))
-    assert data
-    with Image.open(io.BytesIO(base64.b64decode(data[1]))) as picture:
-        assert picture.size == (82, 40)
-        for number, left in ((0, 0), (1, 42)):
-            for row, column in ((0, 0), (3, 5), (7, 7)):
-                pixel = picture.getpixel((left + 5 * column + 2, 5 * row + 2))
-                assert pixel == (*[int(images[number, 0, row, column])] * 3, 255)
-        assert picture.getpixel((40, 20))[3] == 0
-
-
-def test_extremes_by_hand() -> None:
-    """Class 1 holds rows 0, 2, 3, 5 with scores 4, NaN, 1, 2: lowest 3; highest 0."""
-    scores = torch.tensor([4.0, 9.0, torch.nan, 1.0, -1.0, 2.0])
-    labels = torch.tensor([1, 0, 1, 1, 0, 1])
-    low, high = extremes(scores, labels, 1, count=5)
-    assert (low.tolist(), high.tolist()) == ([3], [0])
-    low, high = extremes(scores, labels, 7, count=5)
-    assert (low.tolist(), high.tolist()) == ([], [])
 
 
 def test_class_counts_by_hand() -> None:
