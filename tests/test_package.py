@@ -24,3 +24,13 @@ def test_no_file_of_the_project_is_ignored() -> None:
         check=True,
     )
     assert ignored.stdout.split() == []
+
+
+def test_every_room_is_a_package() -> None:
+    """A folder without __init__.py can be imported from a checkout, but not wherever it goes."""
+    rooms = {
+        file.parent
+        for package in ("sparsemodel", "prunelab", "datapruning", "fedprune")
+        for file in (ROOT / package).rglob("*.py")
+    }
+    assert [str(room) for room in rooms if not (room / "__init__.py").is_file()] == []

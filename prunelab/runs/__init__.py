@@ -1,0 +1,1 @@
+"""What every run needs: its folder, seeds, threads and provenance."""
