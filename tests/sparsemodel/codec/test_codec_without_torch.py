@@ -1,4 +1,4 @@
-"""All kinds of frames are written and read in a process that has no torch."""
+"""Frames are written and read, and states adjusted, in a process that has no torch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ sys.meta_path.insert(0, NoTorch())
 
 import numpy as np
 from sparsemodel import codec
+from sparsemodel.runtime import adjust
 from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.state import SparseState
 
@@ -35,6 +36,8 @@ entries = {"conv.weight": (np.array([1, 107]), np.float32([0.5, -0.5]))}
 read = codec.decode_entries(codec.encode_entries(entries, patterns=base), patterns=base)
 assert all(np.array_equal(a, b) for a, b in zip(read["conv.weight"], entries["conv.weight"]))
 assert codec.mask_entropy_bytes(base) > 0 and codec.mask_delta_entropy_bytes(base, new) > 0
+adjusted = adjust.prune_and_grow(SparseState(values, base), entries, {"conv.weight": 1})
+assert adjusted.values["conv.weight"].tolist() == [0, -2, 3, -4]
 assert "torch" not in sys.modules
 print("done")
 """
