@@ -38,7 +38,9 @@ def rice_parameter(num_total: int, count: int) -> int:
 
 def gaps_between(positions: np.ndarray) -> np.ndarray:
     """How many positions are skipped before each of the ascending `positions`: int64, [count]."""
-    return np.diff(positions, prepend=-1) - 1
+    gaps: np.ndarray = np.diff(positions, prepend=-1)
+    gaps -= 1
+    return gaps
 
 
 def count_rice_bits(gaps: np.ndarray, *, parameter: int) -> int:

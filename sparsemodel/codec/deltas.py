@@ -37,10 +37,7 @@ def encode_mask_delta(base: Patterns, new: Patterns) -> bytes:
         if old == new[name]:
             continue
         num_active = old.num_active
-        active = new[name].positions()
-        below, kept = find(old.positions(), active)
-        pruned = complement(below[kept], num_total=num_active)
-        grown = (active - below)[~kept]
+        pruned, grown = _changes(old, new[name])
         parts.append(encode_varint(index - previous - 1))
         # An adjustment mostly grows as many weights as it prunes: that case takes one number.
         parts.append(encode_varint(len(pruned) << 1 | (len(grown) != len(pruned))))
@@ -107,11 +104,41 @@ def _read_layer(reader: Reader, old: Pattern) -> Pattern:
         )
     if bool(head & 1) != (num_grown != num_pruned) or num_pruned + num_grown == 0:
         raise CodecError("the numbers of changed weights are not in their shortest form")
-    active = old.positions()
     pruned = decode_subset(reader, num_total=num_active, count=num_pruned)
-    grown = absent_at(active, decode_subset(reader, num_total=num_absent, count=num_grown))
-    kept = np.delete(active, pruned)
-    return Pattern.from_positions(old.shape, np.insert(kept, np.searchsorted(kept, grown), grown))
+    grown = decode_subset(reader, num_total=num_absent, count=num_grown)
+    if _is_dense(old):
+        absent = complement(old.positions(), num_total=old.num_weights)
+        absent = _exchange(absent, leaving=grown, joining=pruned)
+        active = complement(absent, num_total=old.num_weights)
+    else:
+        active = _exchange(old.positions(), leaving=pruned, joining=grown)
+    return Pattern.from_positions(old.shape, active)
+
+
+def _changes(old: Pattern, new: Pattern) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of the pruned weights among the active ones of `old`, of the grown among the rest.
+
+    Whichever are fewer in `old`, its active or its pruned weights, are compared.
+    """
+    members, others = old.positions(), new.positions()
+    if _is_dense(old):
+        members = complement(members, num_total=old.num_weights)
+        others = complement(others, num_total=old.num_weights)
+    below, stays = find(members, others)
+    leaving = complement(below[stays], num_total=len(members))
+    joining = (others - below)[~stays]
+    return (joining, leaving) if _is_dense(old) else (leaving, joining)
+
+
+def _exchange(members: np.ndarray, *, leaving: np.ndarray, joining: np.ndarray) -> np.ndarray:
+    """The members but those of the ranks `leaving`, and the absent ones of the ranks `joining`."""
+    joined = absent_at(members, joining)
+    remaining = np.delete(members, leaving)
+    return np.insert(remaining, np.searchsorted(remaining, joined), joined)
+
+
+def _is_dense(pattern: Pattern) -> bool:
+    return 2 * pattern.num_active > pattern.num_weights
 
 
 def _short_digest(patterns: Patterns) -> bytes:

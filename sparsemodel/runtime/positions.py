@@ -20,7 +20,8 @@ def complement(members: Positions, *, num_total: int) -> NDArray[np.int64]:
     >>> complement(np.array([1, 2, 4]), num_total=7)
     array([0, 3, 5, 6])
     """
-    gaps = np.diff(members, prepend=-1, append=num_total) - 1
+    gaps = np.diff(members, prepend=-1, append=num_total)
+    gaps -= 1
     before = np.flatnonzero(gaps)
     # An absent position is its rank and the number of members before it.
     absent = np.arange(num_total - len(members))
@@ -54,6 +55,7 @@ def absent_at(members: Positions, ranks: Positions) -> NDArray[np.int64]:
     >>> absent_at(np.array([1, 2, 4]), np.array([0, 1, 3]))
     array([0, 3, 6])
     """
-    num_absent_below = members - np.arange(len(members))
+    num_absent_below = np.arange(len(members))
+    np.subtract(members, num_absent_below, out=num_absent_below)
     absent: NDArray[np.int64] = ranks + np.searchsorted(num_absent_below, ranks, side="right")
     return absent
