@@ -98,12 +98,17 @@ def _is_usual(x: torch.Tensor, g: ConvGeometry) -> bool:
     """Whether torch's convolution takes it channels last.
 
     Version 2.14 crashes there on some dilated windows, windows beyond the plane and dimensions of
-    size one; plain windows inside the plane are what networks have.
+    size one; plain windows inside the plane are what networks have. The weight gradient of a
+    strided 1 × 1 convolution of fewer channels than a register holds writes past its buffer
+    (oneDNN's issue 6035).
     """
     height, width = x.shape[2:]
     inside = g.kernel_h <= height and g.kernel_w <= width
     padded = g.padding_h < g.kernel_h and g.padding_w < g.kernel_w
-    return g.dilation == (1, 1) and inside and padded and min(x.shape[1:]) > 1
+    pointwise = g.kernel_h == g.kernel_w == 1
+    overrun = pointwise and g.stride != (1, 1) and g.in_channels // g.groups < 16
+    plain = g.dilation == (1, 1) and inside and padded and not overrun
+    return plain and min(x.shape[1:]) > 1
 
 
 def _of_one(x: torch.Tensor) -> bool:

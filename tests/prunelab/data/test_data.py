@@ -101,6 +101,7 @@ def test_a_folder_holds_the_pictures_it_was_written_with(folder: Path) -> None:
     data = load_dataset(str(folder))
     assert torch.equal(data.train_images, pixels(random_images(100)))
     assert torch.equal(data.test_images, pixels(random_images(5, seed=1)))
+    assert data.train_images.is_contiguous()
     assert data.train_labels.tolist() == [0] * 60 + [1] * 30 + [2] * 10
     assert data.test_labels.tolist() == [0, 1, 2, 0, 1]
     assert (data.num_classes, data.input_shape, data.train_groups) == (3, (3, 6, 5), None)

@@ -231,12 +231,14 @@ def test_a_dense_convolution_gets_the_layout_that_pays() -> None:
         ConvGeometry(8, 64, 3, 3, 1, 1, 1, 1, 2, 2),
         ConvGeometry(8, 64, 3, 3, 1, 1, 3, 3),
         ConvGeometry(8, 64, 40, 3, 1, 1, 20, 1),
+        ConvGeometry(16, 15, 1, 1, 2, 2),
+        ConvGeometry(16, 8, 1, 1, 2, 1),
     ],
 )
 def test_windows_that_torch_crashes_on_channels_last_get_plain_strides(
     geometry: ConvGeometry,
 ) -> None:
-    x = channels_last(torch.randn(8, 64, 32, 32))
+    x = channels_last(torch.randn(8, geometry.in_channels, 32, 32))
     assert for_dense_conv(x, geometry).is_contiguous()
     one = torch.randn(5, 1, 4, 4).to(memory_format=torch.channels_last)
     assert for_dense_conv(one, ConvGeometry(2, 1, 3, 3)).stride() == (16, 16, 4, 1)
