@@ -1,0 +1,67 @@
+"""How the tests share a machine: one thread a worker, costly things made once, Ray alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+
+if _WORKER is not None:
+    # Workers fill the cores already: more threads would only wait for each other. Set before
+    # torch is imported, and handed down to the processes that tests start.
+    for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(_name, "1")
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with a slow case come first: a worker that starts one last makes the others wait."""
+    slow = {i.path for i in items if i.get_closest_marker("slow") or i.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A temporary folder that all workers of this session see."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if _WORKER is None else base.parent) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def once(shared_folder: Path) -> Once:
+    """`once(name, make)`: the folder `name`, filled by make(folder) by the first who asks.
+
+    Other workers wait for it. Tests only read it.
+    """
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, complete = shared_folder / name, shared_folder / f"{name}.complete"
+        with FileLock(shared_folder / f"{name}.lock"):
+            if not complete.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that died
+                folder.mkdir()
+                make(folder)
+                complete.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _one_ray_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ray takes every core and much memory: its tests take turns."""
+    if request.node.get_closest_marker("ray") is None:
+        yield
+        return
+    with FileLock(request.getfixturevalue("shared_folder") / "ray.lock"):
+        yield
