@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import shutil
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Command
 
 from datapruning.cli import main
 from datapruning.selection.table import ScoreTable, Subset
@@ -24,7 +24,7 @@ from prunelab.data.datasets import load_dataset
 from prunelab.data.samples import ImageSamples
 from sparsemodel.storage.checkpoint import load_sparse
 
-COMMAND = [sys.executable, "-c", "from datapruning.cli import main; main()"]
+DATAPRUNING = Path(sys.executable).parent / "datapruning"
 FEW = ["--epochs", "2", "--batch-size", "128"]
 
 
@@ -44,15 +44,7 @@ def datapruning(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def in_a_process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return Command("datapruning", *arguments, cwd=cwd).ended()
 
 
 @pytest.fixture(scope="module")
@@ -157,19 +149,16 @@ def strike(command: list[str], cwd: Path, *, watched: str, seed: int, kills: int
 
     for number in range(kills + 1):
         resume = ["--resume"] if number and command[0] == "train" else []
-        process = subprocess.Popen(
-            [*COMMAND, *command, *resume],
-            cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
         before = left()
-        while number < kills and process.poll() is None and left() == before:
+        process = Command("datapruning", *command, *resume, cwd=cwd)
+        while number < kills and process.is_running() and left() == before:
             time.sleep(0.01)
-        if number < kills and process.poll() is None:
+        if number < kills:
             time.sleep(moments.uniform(0, 0.2))
-            process.send_signal(signal.SIGKILL)
-        output, _ = process.communicate()
-        if process.returncode != -signal.SIGKILL:
-            assert process.returncode == 0, output
+            process.send(signal.SIGKILL)
+        done = process.ended()
+        if done.returncode != -signal.SIGKILL:
+            assert done.returncode == 0, done.stderr
             return
 
 
@@ -197,28 +186,23 @@ def test_training_killed_at_random_gives_the_same_model(folder: Path, tmp_path: 
 
 
 def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
-    # In the background of a shell tests are started with the signal ignored, and hand that down.
-    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(
-        [*COMMAND, "score", "digits", "--method", "ddd", "--out", "s.parquet"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    signal.signal(signal.SIGINT, ours)
+    command = ["score", "digits", "--method", "ddd", "--out", "s.parquet"]
+    process = Command("datapruning", *command, cwd=tmp_path)
     while not list(tmp_path.glob("s.parquet.parts/run-*")):
-        assert process.poll() is None
+        assert process.is_running()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "go on with: datapruning score digits --method ddd --out s.parquet" in errors
-    assert "Traceback" not in errors
+    process.send(signal.SIGINT)
+    done = process.ended(timeout=60)
+    assert done.returncode == 130
+    assert "go on with: datapruning score digits --method ddd --out s.parquet" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.ray
 def test_two_ray_workers_write_the_same_bytes(tmp_path: Path) -> None:
     command = ["score", "digits", "--method", "el2n-20,loss", "--runs", "2", *FEW]
     command += ["--shard-size", "400"]
-    done = in_a_process(*command, "--out", "inline.parquet", cwd=tmp_path)
+    done = datapruning(*command, "--out", "inline.parquet", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     done = in_a_process(*command, "--out", "ray.parquet", "--engine", "ray", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -316,7 +300,9 @@ def test_one_clear_line_and_exit_status(
 
 def test_real_process_fails_with_one_line_and_with_debug_with_a_trace(tmp_path: Path) -> None:
     command = ["score", "digits", "--method", "magic"]
-    done = in_a_process(*command, cwd=tmp_path)
+    done = subprocess.run(
+        [DATAPRUNING, *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     done = in_a_process(*command, "--debug", cwd=tmp_path)
