@@ -24,13 +24,18 @@ class Call:
     threads: int
 
     @property
+    def has_folder(self) -> bool:
+        """Whether --data is a folder of the user's own."""
+        return self.data is not None and Path(self.data).is_dir()
+
+    @property
     def command(self) -> str:
         """The command as a page shows it; a folder of data stays the user's own."""
         seeds = ",".join(map(str, self.seeds))
         text = f"python -m simulations.{self.name} --preset {self.preset} --seeds {seeds}"
         if self.data is None:
             return text
-        return f"{text} --data {'FOLDER' if Path(self.data).is_dir() else self.data}"
+        return f"{text} --data {'FOLDER' if self.has_folder else self.data}"
 
     def load(self, dataset: str, *, num_train: int | None, num_test: int | None) -> ImageSet:
         """A stratified subset (None: everything) of --data, or else of the preset's `dataset`."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunelab.data.datasets import ImageSet
+from prunelab.runs.provenance import commit
 from simulations.command import Call
-from simulations.provenance import commit, machine
+from simulations.page import page
 
 
 @dataclass(frozen=True)
@@ -30,38 +31,26 @@ class Preset:
     settings: Mapping[str, Any]
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first column is text, the others are numbers."""
-    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join(lines)
-
-
-def page(title: str, call: Call, preset: Preset, data: ImageSet, *, body: Sequence[str]) -> str:
-    """The page of an experiment: what was run, where, the `body`, and the settings."""
-    settings = {
-        "model": preset.model,
-        "epochs": preset.epochs,
-        "batch_size": preset.batch_size,
-        **preset.settings,
-    }
-    lines = [
-        f"# {title}",
-        "",
-        f"Written by `{call.command}`.",
-        "",
-        f"- commit {commit()}, {machine()}",
-        f"- {data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
-        f"samples, fingerprint {data.fingerprint}",
-        f"- test accuracy in %, mean ± sample standard deviation over seeds "
-        f"{', '.join(map(str, call.seeds))}; the seed decides scores, selection, initial weights "
-        "and order; test data were read once a run, at its end, and decided nothing",
-        "",
-        *body,
-        "",
-        "Settings:",
-        "",
-        *[f"- `{key} = {value}`" for key, value in settings.items()],
-        "",
-    ]
-    return "\n".join(lines)
+def accuracy_page(
+    title: str, call: Call, preset: Preset, data: ImageSet, *, body: Sequence[str]
+) -> str:
+    """The page of an experiment whose accuracies on the test side are compared."""
+    return page(
+        title,
+        command=call.command,
+        at=commit(),
+        notes=[
+            f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
+            f"samples, fingerprint {data.fingerprint}",
+            "test accuracy in %, mean ± sample standard deviation over seeds "
+            f"{', '.join(map(str, call.seeds))}; the seed decides scores, selection, initial "
+            "weights and order; test data were read once a run, at its end, and decided nothing",
+        ],
+        body=body,
+        settings={
+            "model": preset.model,
+            "epochs": preset.epochs,
+            "batch_size": preset.batch_size,
+            **preset.settings,
+        },
+    )

@@ -43,9 +43,9 @@ from datapruning.recommend.surrogate import (
 from datapruning.selection.select import select
 from datapruning.selection.table import ScoreTable
 from prunelab.data.samples import TokenSamples
+from prunelab.runs.provenance import commit
 from prunelab.runs.seeds import generator
 from simulations.dealrec_table import GROWING, page
-from simulations.provenance import commit
 from sparsemodel.storage.files import write_atomically
 
 ARMS = ("full", "random", "influence", "effort", "dealrec", "grand", "el2n", "ccs")

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simulations.provenance import machine
+from prunelab.pages.units import mean_and_spread
+from simulations import page as markdown
 
 SCORES = {
     "full": (),
@@ -36,6 +37,7 @@ GROWING = ("dealrec", "random")
 """Arms that are tried at larger fractions too."""
 
 QUALITY = ("recall@10", "ndcg@10", "recall@20", "ndcg@20")
+METRICS = ("R@10", "NDCG@10", "R@20", "NDCG@20")
 
 Results = dict[tuple[str, str, int], dict[str, Any]]
 """(arm, budget, seed) -> what the cell found, with `total_seconds`."""
@@ -56,24 +58,18 @@ def page(
     results = read_results(out, seeds)
     commits = ", ".join(sorted({str(cell["commit"]) for cell in results.values()}))
     kept = int(results["random", "steps", seeds[0]]["num_samples"])
-    head = [
-        "# DEALRec on Amazon Games",
-        "",
-        f"Written by `python -m simulations.dealrec_games --data FOLDER {command}`.",
-        "",
-        f"- commit {commits}, {machine(used=', one thread')}; seconds of processor time on a "
-        "CPU, of the clock on a GPU",
-        f"- {pool} training samples in the pool, {kept} of them kept by every method but the "
+    notes = [
+        "seconds of processor time on a CPU, of the clock on a GPU",
+        f"{pool} training samples in the pool, {kept} of them kept by every method but the "
         f"first; {questions} test users, all items ranked, ties against the recommender",
-        f"- mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}; quality "
+        f"mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}; quality "
         f"times 100; one user found or missed at 10 is {100 / questions:.3f} of recall@10",
-        "- test items are used once, for this table; nothing was tuned on them or on anything else",
-        "- `test loss`: mean loss of the tokens of the first test title, which has far less noise "
+        "test items are used once, for this table; nothing was tuned on them or on anything else",
+        "`test loss`: mean loss of the tokens of the first test title, which has far less noise "
         "than the rankings",
-        "- `total` counts scoring (training of the surrogate and of the early checkpoint "
+        "`total` counts scoring (training of the surrogate and of the early checkpoint "
         "included) and fine-tuning; a model from scratch has learned the titles of all items "
         "before, which every method shares and no time here includes",
-        "",
     ]
     body: list[str] = []
     for budget, title in (
@@ -83,9 +79,16 @@ def page(
         body += [f"## {title}", "", *_table(results, seeds, budget), ""]
     body += ["For comparison, on the same test users:", "", *_references(references), ""]
     body += ["## How many samples it takes", "", *_growing(out, results, seeds, fractions), ""]
-    body += ["## The claims", "", *_claims(results, seeds), ""]
-    body += ["## Settings", "", *[f"- `{name} = {value}`" for name, value in settings.items()], ""]
-    return "\n".join(head + body)
+    body += ["## The claims", "", *_claims(results, seeds)]
+    return markdown.page(
+        "DEALRec on Amazon Games",
+        command=f"python -m simulations.dealrec_games --data FOLDER {command}",
+        at=commits,
+        used=", one thread",
+        notes=notes,
+        body=body,
+        settings=settings,
+    )
 
 
 def read_results(out: Path, seeds: Sequence[int]) -> Results:
@@ -107,25 +110,23 @@ def read_results(out: Path, seeds: Sequence[int]) -> Results:
 
 
 def _table(results: Results, seeds: Sequence[int], budget: str) -> list[str]:
-    lines = [
-        "| samples | R@10 | NDCG@10 | R@20 | NDCG@20 | test loss | steps | scoring, s "
-        "| fine-tuning, s | total of all samples' |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    header = [
+        *("samples", *METRICS, "test loss", "steps", "scoring, s", "fine-tuning, s"),
+        "total of all samples'",
     ]
+    rows = []
     full = _mean(results, "full", budget, seeds, "total_seconds")
     for arm in SCORES:
         cells = [results[arm, budget, seed] for seed in seeds]
-        quality = [_spread([100 * cell[name] for cell in cells], ".2f") for name in QUALITY]
-        loss = _spread([cell["test_loss"] for cell in cells], ".3f")
+        quality = [mean_and_spread((c[name] for c in cells), scale=100) for name in QUALITY]
+        loss = mean_and_spread((cell["test_loss"] for cell in cells), ".3f")
         numbers = [
             _mean(results, arm, budget, seeds, name)
             for name in ("steps", "scoring_seconds", "finetune_seconds", "total_seconds")
         ]
-        lines.append(
-            f"| {NAMES[arm]} | {' | '.join(quality)} | {loss} | {numbers[0]:.0f} | "
-            f"{numbers[1]:.0f} | {numbers[2]:.1f} | {100 * numbers[3] / full:.0f} % |"
-        )
-    return lines
+        costs = [f"{numbers[0]:.0f}", f"{numbers[1]:.0f}", f"{numbers[2]:.1f}"]
+        rows.append([NAMES[arm], *quality, loss, *costs, f"{100 * numbers[3] / full:.0f} %"])
+    return [markdown.table(header, rows)]
 
 
 def _growing(
@@ -133,12 +134,9 @@ def _growing(
 ) -> list[str]:
     """Test losses at growing fractions, at equal steps, and from which one all samples are met."""
     full = [results["full", "steps", seed]["test_loss"] for seed in seeds]
-    lines = [
-        "Test loss at equal steps, and minus that of all samples, paired by seed:",
-        "",
-        "| kept | " + " | ".join(f"{NAMES[arm]} | minus all samples" for arm in GROWING) + " |",
-        "| ---: |" + " ---: | ---: |" * len(GROWING),
-    ]
+    header, rows = ["kept"], []
+    for arm in GROWING:
+        header += [NAMES[arm], "minus all samples"]
     met: dict[str, float] = {}
     for fraction in fractions:
         row = [f"{fraction:g}"]
@@ -147,11 +145,12 @@ def _growing(
                 _read(out / f"s{seed}" / f"{arm}-{fraction:g}")["test_loss"] for seed in seeds
             ]
             over = [loss - other for loss, other in zip(losses, full, strict=True)]
-            row += [_spread(losses, ".3f"), _spread(over, "+.3f")]
+            row += [mean_and_spread(losses, ".3f"), mean_and_spread(over, "+.3f")]
             if statistics.mean(over) <= 0:
                 met.setdefault(arm, fraction)
-        lines.append(f"| {' | '.join(row)} |")
-    lines.append("")
+        rows.append(row)
+    title = "Test loss at equal steps, and minus that of all samples, paired by seed:"
+    lines = [title, "", markdown.table(header, rows, words=()), ""]
     for arm in GROWING:
         where = f"from {met[arm]:g} on" if arm in met else "at none of these fractions"
         lines.append(f"- {NAMES[arm]}: a mean loss of at most that of all samples {where}.")
@@ -159,11 +158,11 @@ def _growing(
 
 
 def _references(references: Mapping[str, Mapping[str, float]]) -> list[str]:
-    lines = ["| | R@10 | NDCG@10 | R@20 | NDCG@20 |", "| --- | ---: | ---: | ---: | ---: |"]
-    for name, found in references.items():
-        values = " | ".join(f"{100 * found[metric]:.2f}" for metric in QUALITY)
-        lines.append(f"| {name} | {values} |")
-    return lines
+    rows = [
+        [name, *(f"{100 * found[metric]:.2f}" for metric in QUALITY)]
+        for name, found in references.items()
+    ]
+    return [markdown.table(["", *METRICS], rows)]
 
 
 def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
@@ -185,11 +184,10 @@ def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
                     for seed in seeds
                 ]
                 scale = 1 if metric == "test_loss" else 100
-                spread = f" ± {scale * statistics.stdev(pairs):.3f}" if len(pairs) > 1 else ""
                 name = "minus test loss" if sign < 0 else metric
                 won = sum(pair > 0 for pair in pairs)
-                mean = scale * statistics.mean(pairs)
-                found.append(f"{name} {mean:+.3f}{spread}, {won} of {len(pairs)} seeds")
+                mean = mean_and_spread(pairs, "+.3f", scale=scale)
+                found.append(f"{name} {mean}, {won} of {len(pairs)} seeds")
             lines.append(f"- {claim} (equal {budget}): {'; '.join(found)}.")
         for arm in ("dealrec", "random"):
             share = _mean(results, arm, budget, seeds, "total_seconds") / _mean(
@@ -200,11 +198,6 @@ def _claims(results: Results, seeds: Sequence[int]) -> list[str]:
                 f"{100 * (1 - share):+.0f} %."
             )
     return lines
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    spread = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{spread}"
 
 
 def _mean(results: Results, arm: str, budget: str, seeds: Sequence[int], name: str) -> float:

@@ -22,8 +22,9 @@ import fedprune
 from fedprune import RunConfig
 from fedprune.config import parse_assignments
 from fedprune.rounds.folder import CONFIG, read_summary
-from prunelab.pages.units import format_bytes
-from simulations.provenance import commit, machine
+from prunelab.pages.units import format_bytes, mean_and_spread
+from prunelab.runs.provenance import commit
+from simulations import page as markdown
 
 # Methods whose result does not depend on the density are run once for each seed.
 DENSE_METHODS = ("fedavg",)
@@ -84,32 +85,27 @@ def run_cell(cell: Cell, settings: Mapping[str, Any], out: Path) -> Path:
 
 def table(experiment: Experiment, summaries: Mapping[Cell, Mapping[str, Any]]) -> str:
     """The result as Markdown: one row for each density and method."""
-    lines = [
-        "| density | method | accuracy, % | seeds | up / round / client | of dense | "
-        "training FLOPs of dense |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    header = ["density", "method", "accuracy, %", "seeds", "up / round / client", "of dense"]
+    header += ["training FLOPs of dense"]
+    rows = []
     keys = sorted(
         {(cell.density, cell.method) for cell in summaries},
         key=lambda key: (key[0], experiment.methods.index(key[1])),
     )
     for density, method in keys:
         group = [s for c, s in summaries.items() if (c.density, c.method) == (density, method)]
-        accuracies = [100 * s["test_accuracy"] for s in group]
-        spread = f" ± {statistics.stdev(accuracies):.1f}" if len(group) > 1 else ""
+        accuracy = mean_and_spread((s["test_accuracy"] for s in group), ".1f", scale=100)
         up = statistics.mean(s["bytes_up_steady_round"] for s in group)
         dense = statistics.mean(s["bytes_dense_round"] for s in group)
         flops = statistics.mean(s["train_flops_ratio"] for s in group)
-        lines.append(
-            f"| {density:g} | {method} | {statistics.mean(accuracies):.1f}{spread} | {len(group)} "
-            f"| {format_bytes(up)} | {100 * up / dense:.1f} % | {flops:.3f} |"
-        )
-    return "\n".join(lines)
+        costs = [format_bytes(up), f"{100 * up / dense:.1f} %", f"{flops:.3f}"]
+        rows.append([f"{density:g}", method, accuracy, str(len(group)), *costs])
+    return markdown.table(header, rows, words=(1,))
 
 
 def differences(summaries: Mapping[Cell, Mapping[str, Any]]) -> str:
     """FedTiny against each rival, paired by seed: mean difference in points ± spread."""
-    lines = ["| density | FedTiny minus | points | seeds won |", "| ---: | --- | ---: | ---: |"]
+    rows = []
     accuracy = {c: 100 * s["test_accuracy"] for c, s in summaries.items()}
     densities = sorted({c.density for c in summaries if c.method == "fedtiny"})
     rivals = [m for m in METHODS if m not in ("fedtiny", *DENSE_METHODS)]
@@ -123,13 +119,9 @@ def differences(summaries: Mapping[Cell, Mapping[str, Any]]) -> str:
             ]
             if not pairs:
                 continue
-            spread = f" ± {statistics.stdev(pairs):.1f}" if len(pairs) > 1 else ""
-            won = sum(difference > 0 for difference in pairs)
-            lines.append(
-                f"| {density:g} | {rival} | {statistics.mean(pairs):+.1f}{spread} "
-                f"| {won} of {len(pairs)} |"
-            )
-    return "\n".join(lines)
+            won = f"{sum(difference > 0 for difference in pairs)} of {len(pairs)}"
+            rows.append([f"{density:g}", rival, mean_and_spread(pairs, "+.1f"), won])
+    return markdown.table(["density", "FedTiny minus", "points", "seeds won"], rows, words=(1,))
 
 
 def main(experiment: Experiment) -> None:
@@ -207,30 +199,25 @@ def write_page(
     seeds = sorted({cell.seed for cell in summaries})
     command = f"python -m simulations.{experiment.name} --preset {preset} --seeds "
     command += ",".join(map(str, seeds))
-    return "\n".join(
-        [
-            f"# {experiment.title}",
-            "",
-            f"Written by `{command}`.",
-            "",
-            f"- commit {at}, {machine()}",
-            f"- mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}; "
+    return markdown.page(
+        experiment.title,
+        command=command,
+        at=at,
+        notes=[
+            f"mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}; "
             "the seed decides data split, initial weights, order and masks alike",
-            "- every method: the same network class (small-dense: narrower), split, pre-trained "
+            "every method: the same network class (small-dense: narrower), split, pre-trained "
             "start, learning rate and rounds; no method was tuned",
-            "- test data are used once a round for the record and decide nothing",
-            "",
+            "test data are used once a round for the record and decide nothing",
+        ],
+        body=[
             table(experiment, summaries),
             "",
             "FedTiny against its rivals, paired by seed:",
             "",
             differences(summaries),
-            "",
-            "Settings:",
-            "",
-            *[f"- `{key} = {value}`" for key, value in shown.items()],
-            "",
-        ]
+        ],
+        settings=shown,
     )
 
 

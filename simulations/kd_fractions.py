@@ -23,17 +23,19 @@ from torch import Tensor, nn
 
 from datapruning.scoring.score import score
 from datapruning.selection.select import select
-from datapruning.students.comparison import full_steps, mean_and_spread, read_cell, write_cell
+from datapruning.students.comparison import full_steps, read_cell, write_cell
 from datapruning.students.distill import choose_alpha, kd_objective, teacher_logits
 from prunelab.data.datasets import ImageSet
 from prunelab.data.samples import ImageSamples
 from prunelab.networks import build_model
+from prunelab.pages.units import mean_and_spread
 from prunelab.runs.seeds import stream_seed
 from prunelab.runs.threads import computing
 from prunelab.training.loop import Objective, TrainingConfig, evaluate, train
 from prunelab.training.task import ImageClassification
 from simulations.command import parse
-from simulations.data_table import Preset, markdown, page
+from simulations.data_table import Preset, accuracy_page
+from simulations.page import table
 
 TASK = ImageClassification()
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -201,14 +203,11 @@ def accuracy_table(results: Results, preset: Preset, *, budget: str) -> str:
         *((f"random + KD, {t} teacher", f"kd-{t}") for t in preset.settings["teachers"]),
     ]
     rows = [
-        [
-            label,
-            *(mean_and_spread(accuracies(results, f"{cell}-k{k:g}-{budget}")) for k in kept),
-        ]
+        [label, *(_percent(results, f"{cell}-k{k:g}-{budget}") for k in kept)]
         for label, cell in lines
     ]
-    rows.append(["all data, no KD", *[mean_and_spread(accuracies(results, "full"))] * len(kept)])
-    return markdown(["kept set", *(f"{100 * k:g} %" for k in kept)], rows)
+    rows.append(["all data, no KD", *[_percent(results, "full")] * len(kept)])
+    return table(["kept set", *(f"{100 * k:g} %" for k in kept)], rows)
 
 
 def alpha_curves(results: Results, preset: Preset) -> dict[float, list[float]]:
@@ -262,8 +261,11 @@ def claims(results: Results, preset: Preset) -> list[list[str]]:
 def points(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, str]:
     """Mean difference in points, paired by seed, and the same with its spread as text."""
     pairs = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
-    spread = f" ± {statistics.stdev(pairs):.2f}" if len(pairs) > 1 else ""
-    return statistics.mean(pairs), f"{statistics.mean(pairs):+.2f}{spread}"
+    return statistics.mean(pairs), mean_and_spread(pairs, "+.2f")
+
+
+def _percent(results: Results, cell: str) -> str:
+    return mean_and_spread(accuracies(results, cell), scale=100)
 
 
 def _yes(holds: bool) -> str:
@@ -273,8 +275,7 @@ def _yes(holds: bool) -> str:
 def page_body(results: Results, preset: Preset) -> list[str]:
     """The tables of the page."""
     teachers = ", ".join(
-        f"{name} {mean_and_spread(accuracies(results, f'teacher-{name}'))}"
-        for name in preset.settings["teachers"]
+        f"{name} {_percent(results, f'teacher-{name}')}" for name in preset.settings["teachers"]
     )
     body = [f"Teachers, trained on all data: {teachers}."]
     for budget in BUDGETS:
@@ -282,8 +283,8 @@ def page_body(results: Results, preset: Preset) -> list[str]:
     curves = alpha_curves(results, preset)
     rows = [[f"{100 * k:g} %", *(f"{100 * a:.2f}" for a in curve)] for k, curve in curves.items()]
     header = ["kept", *(f"α = {alpha:g}" for alpha in ALPHAS)]
-    body += ["", "Held-out accuracy by α, mean over seeds:", "", markdown(header, rows)]
-    verdicts = markdown(["claim", "measured", "sign"], claims(results, preset))
+    body += ["", "Held-out accuracy by α, mean over seeds:", "", table(header, rows)]
+    verdicts = table(["claim", "measured", "sign"], claims(results, preset))
     note = (
         "Differences are paired by seed, mean ± sample standard deviation. The verdict is on the "
         "sign of the mean alone: a difference within its spread says little either way."
@@ -300,7 +301,8 @@ def main() -> None:
         for seed in call.seeds:
             results[seed] = run_seed(Laboratory(preset, data, seed, call.out))
     title = "Distillation on pruned data"
-    call.save(page(title, call, preset, data, body=page_body(results, preset)))
+    body = page_body(results, preset)
+    call.save(accuracy_page(title, call, preset, data, body=body))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,13 @@ from torch import Tensor
 from prunelab.data.datasets import ImageSet
 from prunelab.data.samples import ImageSamples
 from prunelab.networks import build_model
+from prunelab.pages.units import mean_and_spread
+from prunelab.runs.provenance import commit
 from prunelab.runs.seeds import stream_seed
 from prunelab.training.loop import TrainingConfig, evaluate, train
 from prunelab.training.task import ImageClassification
 from simulations.command import Call
-from simulations.provenance import commit, machine
+from simulations.page import page
 
 Result = dict[str, Any]
 
@@ -77,22 +78,31 @@ def test_error(
 
 def percent(values: Sequence[float]) -> str:
     """Mean ± sample standard deviation, in percent."""
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
+    return mean_and_spread(values, ".1f", scale=100)
 
 
-def head(title: str, call: Call, data: ImageSet, results: Mapping[str, Result]) -> list[str]:
-    """First lines of a page: what was run, where, and at which commits its cells ran."""
-    commits = ", ".join(sorted({result["commit"] for result in results.values()}))
-    return [
-        f"# {title}",
-        "",
-        f"Written by `{call.command}`.",
-        "",
-        f"- commit {commits}, {machine(used=f', {call.threads} used')}",
-        f"- data: {data.name}, {len(data.train_labels)} training and {len(data.test_labels)} test "
-        f"images, fingerprint {data.fingerprint}",
-        "- errors in percent, mean ± sample standard deviation over the seeds; a seed decides "
-        "scores, subsets, initial weights and order",
-        "- test data are used once, after the last step, and decide nothing; nothing was tuned",
-    ]
+def errors_page(
+    title: str,
+    call: Call,
+    data: ImageSet,
+    results: Mapping[str, Result],
+    *,
+    body: Sequence[str],
+    settings: Mapping[str, Any],
+) -> str:
+    """The page of an experiment whose cells' errors on the test side are compared."""
+    return page(
+        title,
+        command=call.command,
+        at=", ".join(sorted({result["commit"] for result in results.values()})),
+        used=f", {call.threads} used",
+        notes=[
+            f"data: {data.name}, {len(data.train_labels)} training and {len(data.test_labels)} "
+            f"test images, fingerprint {data.fingerprint}",
+            "errors in percent, mean ± sample standard deviation over the seeds; a seed decides "
+            "scores, subsets, initial weights and order",
+            "test data are used once, after the last step, and decide nothing; nothing was tuned",
+        ],
+        body=body,
+        settings=settings,
+    )

@@ -17,7 +17,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +33,8 @@ from prunelab.runs.seeds import generator, stream_seed
 from prunelab.training.loop import TrainingConfig, predict, train
 from prunelab.training.task import ImageClassification
 from simulations.command import Call, parse
-from simulations.pruning_cells import Result, head, percent, run_cells, test_error
+from simulations.page import table
+from simulations.pruning_cells import Result, errors_page, percent, run_cells, test_error
 
 NAME = "scaling_laws"
 DIMENSION, TRIALS = 200, 10  # of the perceptron's trials
@@ -75,7 +75,7 @@ def main() -> None:
     """Command line."""
     call = parse(NAME, list(PRESETS))
     preset = PRESETS[call.preset]
-    if call.data and call.preset == "small" and Path(call.data).is_dir():
+    if call.has_folder and call.preset == "small":
         preset = Preset(**{**vars(preset), **FOLDER})
     data = call.load(preset.data, num_train=preset.num_train, num_test=preset.num_test)
     settings = {**asdict(preset), "data": data.fingerprint}
@@ -85,9 +85,10 @@ def main() -> None:
         call.out / "perceptron",
         settings={"dimension": DIMENSION, "trials": TRIALS},
     )
-    page = head("Scaling laws of pruned data", call, data, {**results, **theory})
-    lines = [*page, *perceptron_table(theory), *network_tables(preset, results, call), ""]
-    call.save("\n".join(lines))
+    body = [*perceptron_table(theory), *network_tables(preset, results, call)]
+    cells_run = {**results, **theory}
+    title = "Scaling laws of pruned data"
+    call.save(errors_page(title, call, data, cells_run, body=body, settings=asdict(preset)))
 
 
 # --- the perceptron ------------------------------------------------------------------------------
@@ -126,27 +127,29 @@ def trials(alpha: float) -> Result:
 def perceptron_table(results: dict[str, Result]) -> list[str]:
     """Theory beside trials: mean ± standard error."""
     lines = [
-        "", "## The teacher-student perceptron", "",
+        "## The teacher-student perceptron", "",
         f"Error in percent: theory, and trials in {DIMENSION} dimensions (mean ± standard error of "
         f"{TRIALS}); 30 % kept by a perfect probe. The last columns: as many inputs to train on as "
         "the row has, but the hardest of a larger set; the best share of it, of "
         f"{', '.join(map(str, FRACTIONS))}.", "",
-        "| inputs / dimension | all: theory | trial | hard 30 %: theory | trial "
-        "| easy 30 %: theory | trial | as many, hardest: best share | theory |",
-        "| ---: |" + " ---: |" * 8,
     ]  # fmt: skip
+    header = [
+        "inputs / dimension",
+        *("all: theory", "trial", "hard 30 %: theory", "trial", "easy 30 %: theory", "trial"),
+        *("as many, hardest: best share", "theory"),
+    ]
+    rows = []
     for alpha in ALPHAS:
         theory, tried = results["theory"][str(alpha)], results[f"trial-{alpha}"]
-        cells = []
+        row = [str(alpha)]
         for kind in ("all", "hard", "easy"):
             error = statistics.stdev(tried[kind]) / math.sqrt(len(tried[kind]))
-            cells += [
+            row += [
                 f"{100 * theory[kind]:.2f}",
                 f"{100 * statistics.mean(tried[kind]):.2f} ± {100 * error:.2f}",
             ]
-        cells += [f"{theory['best']:g}", f"{100 * theory['at_best']:.2f}"]
-        lines.append(f"| {alpha} | {' | '.join(cells)} |")
-    return lines
+        rows.append([*row, f"{theory['best']:g}", f"{100 * theory['at_best']:.2f}"])
+    return [*lines, table(header, rows, words=())]
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -214,22 +217,19 @@ def run_cell(
 def network_tables(preset: Preset, results: dict[str, Result], call: Call) -> list[str]:
     """Errors, fits, and a plot beside the cells."""
     lines = ["", "## Networks", "", f"{preset.steps} steps for every size. Errors:", ""]
-    lines += [
-        "| pool | " + " | ".join(f"kept {f:g}: n | error" for f in preset.fractions) + " |",
-        "| ---: |" + " ---: | ---: |" * len(preset.fractions),
-    ]
+    header, rows = ["pool"], []
     curves: dict[str, tuple[list[int], list[list[float]]]] = {}
     for fraction in preset.fractions:
+        header += [f"kept {fraction:g}: n", "error"]
         of = {p: [results[f"f{fraction:g}-p{p:g}-s{s}"] for s in call.seeds] for p in preset.pools}
         errors = [[of[p][k]["error"] for p in preset.pools] for k in range(len(call.seeds))]
         curves[f"kept {fraction:g}"] = ([of[p][0]["kept"] for p in preset.pools], errors)
     for column, pool in enumerate(preset.pools):
-        shown = [
-            f"{sizes[column]} | {percent([row[column] for row in errors])}"
-            for sizes, errors in curves.values()
-        ]
-        lines.append(f"| {pool:g} | {' | '.join(shown)} |")
-    return [*lines, *_fits(curves, call)]
+        row = [f"{pool:g}"]
+        for sizes, errors in curves.values():
+            row += [str(sizes[column]), percent([errors_of[column] for errors_of in errors])]
+        rows.append(row)
+    return [*lines, table(header, rows, words=()), *_fits(curves, call)]
 
 
 def _fits(curves: dict[str, tuple[list[int], list[list[float]]]], call: Call) -> list[str]:
@@ -239,17 +239,18 @@ def _fits(curves: dict[str, tuple[list[int], list[list[float]]]], call: Call) ->
         "", "Fits of log error. Held out: predicted / measured at the largest size, by a fit to "
         "the others. "
         "The last errors: 90 % of bootstraps over seeds, in percent.", "",
-        "| curve | law | AICc | held out | error at the largest size | decided |",
-        "| --- | --- | ---: | ---: | ---: | --- |",
     ]  # fmt: skip
+    header = ["curve", "law", "AICc", "held out", "error at the largest size", "decided"]
+    rows = []
     for label, (sizes, errors) in curves.items():
         found = compare(sizes, errors)
         fits = {"power": found.power, "exponential": found.exponential}
         for law in LAWS:
-            lines.append(
-                f"| {label} | {law} | {fits[law].aicc:.1f} | ×{math.exp(found.held_out[law]):.2f} "
-                f"| {_band(sizes, errors, law)} | {found.better or 'no'} |"
-            )
+            held_out = f"×{math.exp(found.held_out[law]):.2f}"
+            largest = _band(sizes, errors, law)
+            numbers = [f"{fits[law].aicc:.1f}", held_out, largest]
+            rows.append([label, law, *numbers, found.better or "no"])
+    lines.append(table(header, rows, words=(0, 1, 5)))
     path = call.out / "curves.png"
     plot(curves, path, title="Test error against training samples kept")
     return [*lines, "", "The script draws the curves into `curves.png` beside its cells."]

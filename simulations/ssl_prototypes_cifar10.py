@@ -32,7 +32,8 @@ from prunelab.data.datasets import ImageSet
 from prunelab.data.samples import ImageSamples
 from prunelab.training.loop import TrainingConfig
 from simulations.command import parse
-from simulations.pruning_cells import Result, head, percent, run_cells, test_error
+from simulations.page import table
+from simulations.pruning_cells import Result, errors_page, percent, run_cells, test_error
 
 NAME = "ssl_prototypes_cifar10"
 BUDGETS = ("steps", "epochs")
@@ -76,7 +77,7 @@ def main() -> None:
     """Command line."""
     call = parse(NAME, list(PRESETS))
     preset = PRESETS[call.preset]
-    if call.data and call.preset == "small" and Path(call.data).is_dir():
+    if call.has_folder and call.preset == "small":
         flipped = SimclrConfig(**{**asdict(preset.simclr), "flip": True})
         preset = Preset(**{**vars(preset), **FOLDER, "simclr": flipped})
     data = call.load(preset.data, num_train=preset.num_train, num_test=preset.num_test)
@@ -84,8 +85,8 @@ def main() -> None:
     settings = {**asdict(preset), "data": data.fingerprint}
     results = run_cells(grid, call.out, settings=settings)
     title = "Self-supervised prototypes: how much can be dropped"
-    page = head(title, call, data, results)
-    call.save("\n".join([*page, *tables(preset, results, call.seeds), ""]))
+    body = tables(preset, results, call.seeds)
+    call.save(errors_page(title, call, data, results, body=body, settings=asdict(preset)))
 
 
 def cells(
@@ -161,30 +162,18 @@ def tables(preset: Preset, results: dict[str, Result], seeds: Sequence[int]) -> 
     for budget in BUDGETS:
         lines += ["", f"As many {budget} as the full data get:", ""]
         columns = ("random", *preset.sources)
-        lines += [
-            "| kept | " + " | ".join(columns) + " | simclr − random |",
-            "| ---: |" + " ---: |" * (len(columns) + 1),
-        ]
+        rows = []
         for keep in preset.keeps:
             errors = {
                 how: [results[f"{how}-{keep:g}-{budget}-s{s}"]["error"] for s in seeds]
                 for how in columns
             }
             pairs = [a - b for a, b in zip(errors["simclr"], errors["random"], strict=True)]
-            lines.append(
-                f"| {keep:g} | {' | '.join(percent(errors[how]) for how in columns)} "
-                f"| {percent(pairs)} |"
-            )
-        lines += ["", *(_no_loss(how, budget, preset, results, full=full) for how in columns)]
-    settings = {**asdict(preset), **{f"simclr.{k}": v for k, v in asdict(preset.simclr).items()}}
-    del settings["simclr"]
-    return [
-        *lines,
-        "",
-        "Settings:",
-        "",
-        *[f"- `{key} = {value}`" for key, value in settings.items()],
-    ]
+            rows.append([f"{keep:g}", *map(percent, errors.values()), percent(pairs)])
+        header = ["kept", *columns, "simclr − random"]
+        lines += [table(header, rows, words=()), ""]
+        lines += [_no_loss(how, budget, preset, results, full=full) for how in columns]
+    return lines
 
 
 def _no_loss(

@@ -15,7 +15,8 @@ from typing import Any
 from datapruning.students.comparison import FULL, Cell, compare_training, result_table
 from prunelab.training.loop import TrainingConfig
 from simulations.command import parse
-from simulations.data_table import Preset, markdown, page
+from simulations.data_table import Preset, accuracy_page
+from simulations.page import table
 
 TEN = (
     "el2n",
@@ -92,14 +93,14 @@ def main() -> None:
         ("steps", "as many optimiser steps as on all data"),
     ):
         header, rows = result_table(results, budget=budget)
-        body += ["", f"Equal {budget} ({meaning}):", "", markdown(header, rows)]
+        body += ["", f"Equal {budget} ({meaning}):", "", table(header, rows)]
         ranked = ranking(results, budget=budget)
         body += ["", "Against random, paired by seed and fraction:", ""]
-        body += [markdown(["method", "points over random", "pairs won"], ranked)]
+        body += [table(["method", "points over random", "pairs won"], ranked)]
     refused = sorted({f"{c.method}: {r['refused']}" for c, r in results.items() if "refused" in r})
     body += ["", *[f"- refused: {reason}" for reason in refused]]
     title = "Ten metrics of data pruning, GraNd and random"
-    call.save(page(title, call, preset, data, body=body))
+    call.save(accuracy_page(title, call, preset, data, body=body))
 
 
 if __name__ == "__main__":

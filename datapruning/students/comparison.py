@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from prunelab.data.datasets import ImageSet
 from prunelab.data.samples import ImageSamples
 from prunelab.errors import RunError
 from prunelab.networks import build_model
-from prunelab.pages.units import NOTHING
+from prunelab.pages.units import mean_and_spread
 from prunelab.runs.seeds import stream_seed
 from prunelab.runs.threads import computing
 from prunelab.training.loop import TrainingConfig, evaluate, train
@@ -146,31 +145,21 @@ def result_table(
             method,
             *(
                 mean_and_spread(
-                    r.get("test_accuracy")
-                    for c, r in results.items()
-                    if (c.method, c.keep, c.budget) == (method, keep, budget)
+                    (
+                        r.get("test_accuracy")
+                        for c, r in results.items()
+                        if (c.method, c.keep, c.budget) == (method, keep, budget)
+                    ),
+                    scale=100,
                 )
                 for keep in keeps
             ),
         ]
         for method in methods
     ]
-    full = mean_and_spread(r["test_accuracy"] for c, r in results.items() if c.method == FULL)
-    rows.append([FULL, *([full] * len(keeps))])
+    full = [r["test_accuracy"] for c, r in results.items() if c.method == FULL]
+    rows.append([FULL, *([mean_and_spread(full, scale=100)] * len(keeps))])
     return header, rows
-
-
-def mean_and_spread(shares: Iterable[float | None]) -> str:
-    """Shares of 1 as "mean ± standard deviation" in per cent; a dash if one is missing.
-
-    >>> mean_and_spread([0.5, 0.52]), mean_and_spread([0.5]), mean_and_spread([0.5, None])
-    ('51.00 ± 1.41', '50.00', '–')
-    """
-    values = [math.nan if share is None else 100 * share for share in shares]
-    if not values or not all(map(math.isfinite, values)):
-        return NOTHING
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
 
 
 def read_cell(path: Path, signature: str) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from prunelab.pages.units import (
     format_bytes,
     format_seconds,
     known_number,
+    mean_and_spread,
     percent,
     rounded,
 )
@@ -41,17 +42,13 @@ def comparison_table(summaries: Sequence[Mapping[str, Any]]) -> tuple[list[str],
         groups.setdefault(key, []).append(summary)
     rows = []
     for (method, _), group in groups.items():
-        accuracy = _mean(group, "test_accuracy")
-        spread = ""
-        if accuracy is not None and len(group) > 1:
-            spread = f" ± {100 * statistics.stdev(s['test_accuracy'] for s in group):.2f}"
         flops = _mean(group, "train_flops_ratio")
         rows.append(
             [
                 method,
                 rounded(_mean(group, "density")),
                 str(len(group)),
-                NOTHING if accuracy is None else f"{100 * accuracy:.2f}{spread}",
+                mean_and_spread((s.get("test_accuracy") for s in group), scale=100),
                 format_bytes(_mean(group, "bytes_up_steady_round")),
                 format_bytes(_mean(group, "bytes_down_steady_round")),
                 rounded(flops, ".3f"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Iterable
 from typing import Any
 
 NOTHING = "–"
@@ -62,3 +64,21 @@ def percent(value: Any) -> str:
     """A share of 1 in per cent, a dash where there is none."""
     number = known_number(value)
     return NOTHING if number is None else f"{100 * number:.2f} %"
+
+
+def mean_and_spread(values: Iterable[Any], form: str = ".2f", *, scale: float = 1) -> str:
+    """Mean ± sample standard deviation of values times `scale`; a dash where one is not known.
+
+    A plus in `form` gives the mean its sign; a single value has no spread.
+
+    >>> mean_and_spread([0.5, 0.52], scale=100), mean_and_spread([0.5, None])
+    ('51.00 ± 1.41', '–')
+    >>> mean_and_spread([2.0], "+.1f")
+    '+2.0'
+    """
+    known = [known_number(value) for value in values]
+    scaled = [scale * value for value in known if value is not None]
+    if not scaled or len(scaled) < len(known):
+        return NOTHING
+    spread = f" ± {statistics.stdev(scaled):{form.lstrip('+')}}" if len(scaled) > 1 else ""
+    return f"{statistics.mean(scaled):{form}}{spread}"
