@@ -3,6 +3,7 @@
 
 #include "guard.h"
 #include "kernels.h"
+#include "plan.h"
 #include "pool.h"
 
 namespace spc {
@@ -42,16 +43,12 @@ Moments moments(const Kernels& kernel, const float* x, std::int64_t count) {
 }
 
 }  // namespace
-}  // namespace spc
 
-using namespace spc;
-
-extern "C" int32_t spc_batchnorm_train(int64_t channels, int64_t count, const float* x,
-                                       const float* residual, const float* gamma,
-                                       const float* beta, double eps, double momentum,
-                                       float* running_mean, float* running_var, int32_t relu,
-                                       float* y, float* saved_mean, float* saved_invstd,
-                                       int32_t threads) {
+std::int32_t batchnorm_train(std::int64_t channels, std::int64_t count, const float* x,
+                             const float* residual, const float* gamma, const float* beta,
+                             double eps, double momentum, float* running_mean, float* running_var,
+                             std::int32_t relu, float* y, float* saved_mean, float* saved_invstd,
+                             double* mean, double* variance, std::int32_t threads) {
     const char* where = "batchnorm_train";
     if (int32_t code = check_norm(where, channels, count, eps, relu, threads)) return code;
     if (int32_t code = check_pointers(where, {x, y, saved_mean, saved_invstd})) return code;
@@ -64,9 +61,11 @@ extern "C" int32_t spc_batchnorm_train(int64_t channels, int64_t count, const fl
         return fail(SPC_BAD_ARGUMENT, "%s: expected momentum in [0, 1], got %g", where, momentum);
     return guarded(where, [&] {
         const Kernels& kernel = kernels();
-        parallel(channels, norm_threads(channels, count, threads), [&](int64_t c) {
+        parallel(channels, norm_threads(channels, count, threads), [&](std::int64_t c) {
             const float* in = x + c * count;
             const Moments m = moments(kernel, in, count);
+            if (mean) mean[c] = m.mean;
+            if (variance) variance[c] = m.variance;
             const double invstd = 1.0 / std::sqrt(m.variance + eps);
             saved_mean[c] = static_cast<float>(m.mean);
             saved_invstd[c] = static_cast<float>(invstd);
@@ -86,6 +85,21 @@ extern "C" int32_t spc_batchnorm_train(int64_t channels, int64_t count, const fl
         });
         return SPC_OK;
     });
+}
+
+}  // namespace spc
+
+using namespace spc;
+
+extern "C" int32_t spc_batchnorm_train(int64_t channels, int64_t count, const float* x,
+                                       const float* residual, const float* gamma,
+                                       const float* beta, double eps, double momentum,
+                                       float* running_mean, float* running_var, int32_t relu,
+                                       float* y, float* saved_mean, float* saved_invstd,
+                                       int32_t threads) {
+    return batchnorm_train(channels, count, x, residual, gamma, beta, eps, momentum, running_mean,
+                           running_var, relu, y, saved_mean, saved_invstd, nullptr, nullptr,
+                           threads);
 }
 
 extern "C" int32_t spc_batchnorm_infer(int64_t channels, int64_t count, const float* x,

@@ -1,4 +1,5 @@
-// A plan's nodes, and the programs (training, inference, growth) that they are compiled into.
+// A plan's nodes, and the programs (training, inference, growth, statistics) that they are
+// compiled into.
 #pragma once
 
 #include <cstddef>
@@ -91,6 +92,9 @@ Program inference_program(const spc_plan& plan);
 // Of the loss's largest gradients at the pruned weights of nodes [asked], and nothing else.
 Program growth_program(const spc_plan& plan, const std::vector<char>& asked);
 
+// The forward pass in training mode as far as node `last`, nothing kept.
+Program statistics_program(const spc_plan& plan, int last);
+
 // Gives buffers that are in use at the same time different places.
 void place_buffers(Program* program, std::int32_t batch);
 
@@ -101,12 +105,17 @@ struct Batch {
     int threads;
     spc_plan_topk* topk = nullptr;  // of a growth program, one for each node asked
     int num_topk = 0;
+    spc_plan_moments* moments = nullptr;  // of a statistics program, for the norms asked
+    int num_moments = 0;
 };
 
 struct Score {
     double loss = 0.0;
     std::int64_t correct = 0;
 };
+
+// Whether there is such a node.
+std::int32_t check_source(const char* where, const spc_plan* plan, std::int32_t source);
 
 std::int32_t run_program(spc_plan* plan, const Program& program, const Batch& batch, Score* score);
 std::int32_t sgd_step(spc_plan* plan, const spc_sgd& sgd, int threads);
@@ -115,6 +124,14 @@ float* buffer_at(const spc_plan& plan, const Program& program, int buffer);
 // images [B, C, pixels] -> x [C, pixels, B].
 std::int32_t load_images(const spc_images& images, std::int64_t batch, std::int64_t channels,
                          std::int64_t pixels, float* x, int threads);
+
+// spc_batchnorm_train, and each channel's mean and population variance into arrays that are null
+// where they are not wanted.
+std::int32_t batchnorm_train(std::int64_t channels, std::int64_t count, const float* x,
+                             const float* residual, const float* gamma, const float* beta,
+                             double eps, double momentum, float* running_mean, float* running_var,
+                             std::int32_t relu, float* y, float* saved_mean, float* saved_invstd,
+                             double* mean, double* variance, std::int32_t threads);
 
 // Between float32 and bfloat16, to the nearest, ties to even.
 void compress(const float* x, std::uint16_t* y, std::int64_t count, int threads);

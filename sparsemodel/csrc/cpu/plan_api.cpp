@@ -1,7 +1,4 @@
-// The exported functions of plans: checks, then the work of the other plan files.
-#include <cmath>
-#include <cstdlib>
-
+// The exported functions that make a plan: its nodes, their arrays, its programs.
 #include "guard.h"
 #include "plan.h"
 
@@ -16,11 +13,6 @@ int32_t check_open(const char* where, const spc_plan* plan) {
     if (!plan) return fail(SPC_NULL_POINTER, "%s: plan is null", where);
     if (plan->built) return fail(SPC_BAD_ARGUMENT, "%s: the plan is built already", where);
     return SPC_OK;
-}
-
-int32_t check_source(const char* where, const spc_plan* plan, int32_t source) {
-    if (source >= 0 && source < static_cast<int32_t>(plan->nodes.size())) return SPC_OK;
-    return fail(SPC_BAD_ARGUMENT, "%s: there is no node %d yet", where, source);
 }
 
 int32_t check_shapes(const char* where, const Node& node, int64_t channels, int64_t height,
@@ -122,104 +114,12 @@ int32_t check_complete(const char* where, const spc_plan* plan, int32_t output) 
     return SPC_OK;
 }
 
-int32_t check_images(const char* where, const spc_images* images) {
-    if (int32_t code = check_pointers(where, {images})) return code;
-    if (!images->data) return fail(SPC_NULL_POINTER, "%s: images.data is null", where);
-    if (images->type == SPC_FLOAT32) return SPC_OK;
-    if (images->type != SPC_UINT8)
-        return fail(SPC_BAD_ARGUMENT, "%s: images of unknown type %d", where, images->type);
-    if (!images->scale || !images->shift)
-        return fail(SPC_NULL_POINTER, "%s: bytes need scale and shift", where);
-    return SPC_OK;
-}
-
-int32_t check_run(const char* where, const spc_plan* plan, const Batch& batch) {
-    if (!plan) return fail(SPC_NULL_POINTER, "%s: plan is null", where);
-    if (!plan->built) return fail(SPC_BAD_ARGUMENT, "%s: the plan is not built", where);
-    if (batch.size < 1 || batch.size > plan->batch)
-        return fail(SPC_BAD_ARGUMENT, "%s: expected a batch of 1 to %d, got %d", where,
-                    plan->batch, batch.size);
-    if (int32_t code = check_images(where, batch.images)) return code;
-    if (int32_t code = check_threads(batch.threads, where)) return code;
-    const int64_t classes = plan->nodes[static_cast<size_t>(plan->output)].channels;
-    for (int64_t b = 0; batch.labels && b < batch.size; ++b)
-        if (batch.labels[b] < 0 || batch.labels[b] >= classes)
-            return fail(SPC_BAD_ARGUMENT, "%s: label %lld of sample %lld is not in [0, %lld)",
-                        where, static_cast<long long>(batch.labels[b]), static_cast<long long>(b),
-                        static_cast<long long>(classes));
-    return SPC_OK;
-}
-
-// Batch norm by the batch's own statistics needs two values a channel.
-int32_t check_variance(const char* where, const spc_plan* plan, int32_t batch, bool training) {
-    for (size_t i = 0; i < plan->nodes.size(); ++i) {
-        const Node& n = plan->nodes[i];
-        const bool own = n.kind == Kind::norm && (training || !n.norm_arrays.running_mean);
-        if (own && n.pixels() * batch < 2)
-            return fail(SPC_BAD_ARGUMENT,
-                        "%s: batch norm (node %d) has one value a channel and so no variance; "
-                        "use a larger batch",
-                        where, static_cast<int>(i));
-    }
-    return SPC_OK;
-}
-
-int32_t check_sgd(const char* where, const spc_plan* plan, const spc_sgd& sgd) {
-    if (!(sgd.lr >= 0.0) || !(sgd.momentum >= 0.0 && sgd.momentum < 1.0) ||
-        !(sgd.weight_decay >= 0.0))
-        return fail(SPC_BAD_ARGUMENT,
-                    "%s: expected lr, weight_decay >= 0 and momentum in [0, 1), got %g, %g and %g",
-                    where, sgd.lr, sgd.weight_decay, sgd.momentum);
-    if (sgd.momentum == 0.0) return SPC_OK;
-    for (size_t i = 0; i < plan->nodes.size(); ++i) {
-        const Node& n = plan->nodes[i];
-        for (const spc_parameter& p : {n.conv_arrays.weight, n.conv_arrays.bias,
-                                       n.norm_arrays.gamma, n.norm_arrays.beta})
-            if (p.values && p.gradient && !p.momentum)
-                return fail(SPC_NULL_POINTER, "%s: a parameter of node %d has no momentum array",
-                            where, static_cast<int>(i));
-    }
-    return SPC_OK;
-}
-
-// Nothing in the arena outlives a run, so that a larger one may replace it.
-void allocate(spc_plan* plan, size_t at_least = 0) {
-    constexpr size_t page = 4096;
-    const auto planned = static_cast<size_t>(spc_plan_arena_bytes(plan));
-    const size_t bytes = ((at_least > planned ? at_least : planned) + page) / page * page;
-    if (bytes <= plan->allocated) return;
-    plan->arena.reset();
-    plan->allocated = 0;
-    plan->arena.reset(static_cast<char*>(std::aligned_alloc(page, bytes)));
-    if (!plan->arena) throw std::bad_alloc();
-    plan->allocated = bytes;
-}
-
-// Marks the convolutions whose gradients are asked for.
-int32_t check_topk(const char* where, const spc_plan* plan, spc_plan_topk* topk, int32_t num,
-                   std::vector<char>* asked) {
-    asked->assign(plan->nodes.size(), 0);
-    for (int32_t i = 0; i < num; ++i) {
-        spc_plan_topk& top = topk[i];
-        top.count = 0;
-        if (int32_t code = check_source(where, plan, top.node)) return code;
-        char& known = (*asked)[static_cast<size_t>(top.node)];
-        if (plan->nodes[static_cast<size_t>(top.node)].kind != Kind::conv || known)
-            return fail(SPC_BAD_ARGUMENT,
-                        "%s: node %d is no convolution, or asked for a second time", where,
-                        top.node);
-        known = 1;
-        if (top.k < 0)
-            return fail(SPC_BAD_ARGUMENT, "%s: expected k >= 0 of node %d, got %lld", where,
-                        top.node, static_cast<long long>(top.k));
-        if ((!top.indices || !top.top) && top.k > 0)
-            return fail(SPC_NULL_POINTER, "%s: indices or top of node %d is null", where,
-                        top.node);
-    }
-    return SPC_OK;
-}
-
 }  // namespace
+
+int32_t spc::check_source(const char* where, const spc_plan* plan, int32_t source) {
+    if (source >= 0 && source < static_cast<int32_t>(plan->nodes.size())) return SPC_OK;
+    return fail(SPC_BAD_ARGUMENT, "%s: there is no node %d yet", where, source);
+}
 
 extern "C" spc_plan* spc_plan_new(int32_t batch, int32_t flags) {
     const char* where = "plan_new";
@@ -343,14 +243,15 @@ extern "C" int32_t spc_plan_bind_conv(spc_plan* plan, int32_t number,
     Node* node = bindable(where, plan, number, Kind::conv, arrays);
     if (!node) return SPC_BAD_ARGUMENT;
     const spc_conv_arrays& a = *arrays;
-    if (int32_t code = check_pointers(where, {a.row_ptr, a.t_row_ptr})) return code;
+    if (int32_t code = check_pointers(where, {a.row_ptr})) return code;
     const int32_t nnz = a.row_ptr[node->channels];
     if (nnz > 0)
-        if (int32_t code =
-                check_pointers(where, {a.cols, a.t_cols, a.t_perm, a.weight.values}))
-            return code;
+        if (int32_t code = check_pointers(where, {a.cols, a.weight.values})) return code;
+    if (nnz > 0 && a.t_row_ptr)
+        if (int32_t code = check_pointers(where, {a.t_cols, a.t_perm})) return code;
     const int64_t rows = spc_transposed_rows(&node->conv);
-    if (nnz < 0 || a.row_ptr[0] != 0 || a.t_row_ptr[0] != 0 || a.t_row_ptr[rows] != nnz)
+    if (nnz < 0 || a.row_ptr[0] != 0 ||
+        (a.t_row_ptr && (a.t_row_ptr[0] != 0 || a.t_row_ptr[rows] != nnz)))
         return fail(SPC_BAD_PATTERN,
                     "%s: node %d: the index by input is not of this pattern (%d entries)", where,
                     number, nnz);
@@ -418,74 +319,4 @@ extern "C" int64_t spc_plan_arena_bytes(const spc_plan* plan) {
     const size_t bytes =
         plan->train.bytes > plan->infer.bytes ? plan->train.bytes : plan->infer.bytes;
     return static_cast<int64_t>(bytes);
-}
-
-extern "C" int32_t spc_plan_train(spc_plan* plan, int32_t batch, const spc_images* images,
-                                  const int64_t* labels, const spc_sgd* sgd, int32_t threads,
-                                  double* loss, int64_t* correct) {
-    const char* where = "plan_train";
-    const Batch run{batch, images, labels, threads};
-    if (int32_t code = check_pointers(where, {plan, images, labels, loss, correct})) return code;
-    if (int32_t code = check_run(where, plan, run)) return code;
-    if (int32_t code = check_variance(where, plan, batch, true)) return code;
-    if (sgd)
-        if (int32_t code = check_sgd(where, plan, *sgd)) return code;
-    return guarded(where, [&]() -> int32_t {
-        allocate(plan);
-        Score score;
-        if (int32_t code = run_program(plan, plan->train, run, &score)) return code;
-        *loss = score.loss;
-        *correct = score.correct;
-        return sgd ? sgd_step(plan, *sgd, threads) : static_cast<int32_t>(SPC_OK);
-    });
-}
-
-extern "C" int32_t spc_plan_topk_grads(spc_plan* plan, int32_t batch, const spc_images* images,
-                                       const int64_t* labels, spc_plan_topk* topk, int32_t num,
-                                       int32_t threads) {
-    const char* where = "plan_topk_grads";
-    const Batch run{batch, images, labels, threads, topk, num};
-    if (int32_t code = check_pointers(where, {plan, images, labels, topk})) return code;
-    if (int32_t code = check_run(where, plan, run)) return code;
-    if (int32_t code = check_variance(where, plan, batch, true)) return code;
-    return guarded(where, [&]() -> int32_t {
-        std::vector<char> asked;
-        if (int32_t code = check_topk(where, plan, topk, num, &asked)) return code;
-        Program program = growth_program(*plan, asked);
-        place_buffers(&program, plan->batch);
-        allocate(plan, program.bytes);
-        Score score;
-        return run_program(plan, program, run, &score);
-    });
-}
-
-extern "C" int32_t spc_plan_infer(spc_plan* plan, int32_t batch, const spc_images* images,
-                                  float* logits, const int64_t* labels, int32_t threads,
-                                  double* loss, int64_t* correct) {
-    const char* where = "plan_infer";
-    const Batch run{batch, images, labels, threads};
-    if (labels)
-        if (int32_t code = check_pointers(where, {loss, correct})) return code;
-    if (int32_t code = check_run(where, plan, run)) return code;
-    if (int32_t code = check_variance(where, plan, batch, false)) return code;
-    return guarded(where, [&]() -> int32_t {
-        allocate(plan);
-        Score score;
-        if (int32_t code = run_program(plan, plan->infer, run, &score)) return code;
-        if (labels) {
-            *loss = score.loss;
-            *correct = score.correct;
-        }
-        if (!logits) return SPC_OK;
-        const int64_t classes = plan->nodes[static_cast<size_t>(plan->output)].channels;
-        return spc_transpose(classes, batch, buffer_at(*plan, plan->infer, plan->infer.logits),
-                             logits, threads);
-    });
-}
-
-extern "C" int32_t spc_plan_seconds(const spc_plan* plan, double* seconds) {
-    const char* where = "plan_seconds";
-    if (check_pointers(where, {plan, seconds})) return kNone;
-    for (size_t i = 0; i < plan->seconds.size(); ++i) seconds[i] = plan->seconds[i];
-    return static_cast<int32_t>(plan->nodes.size());
 }

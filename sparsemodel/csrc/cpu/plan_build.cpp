@@ -6,12 +6,13 @@
 namespace spc {
 namespace {
 
-// Without `asked` the gradients of trained parameters are made, with it only the largest of the
-// weights of nodes [asked].
+// A backward pass makes the gradients of trained parameters, with `asked` only the largest of the
+// weights of nodes [asked]. `own`: batch norm by the batch's own statistics.
 class Writer {
 public:
-    Writer(const spc_plan& plan, bool backward, const std::vector<char>* asked = nullptr)
-        : plan_(plan), backward_(backward), asked_(asked) {
+    Writer(const spc_plan& plan, bool own, bool backward,
+           const std::vector<char>* asked = nullptr)
+        : plan_(plan), own_(own), backward_(backward), asked_(asked) {
         const std::size_t count = plan.nodes.size();
         value_.assign(count, -1);
         saved_.assign(count, -1);
@@ -28,11 +29,14 @@ public:
             for (int i = 0; i < static_cast<int>(count); ++i) keep(i);
     }
 
+    // Nothing but the forward pass as far as node `last`.
+    Program write_forward(int last) {
+        forward_to(last);
+        return std::move(program_);
+    }
+
     Program write() {
-        for (int i = 0; i <= plan_.output; ++i) {
-            forward(i);
-            compress_after(i);
-        }
+        forward_to(plan_.output);
         program_.logits = value_[plan_.output];
         Step loss{Action::loss, plan_.output};
         loss.x = program_.logits;
@@ -123,6 +127,13 @@ private:
         }
     }
 
+    void forward_to(int last) {
+        for (int i = 0; i <= last; ++i) {
+            forward(i);
+            compress_after(i);
+        }
+    }
+
     void forward(int i) {
         const Node& n = node(i);
         if (n.kind == Kind::flatten) {
@@ -157,8 +168,8 @@ private:
             case Kind::conv: return Action::conv;
             case Kind::norm:
                 // Without running statistics the batch's own serve in inference too.
-                return backward_ || !n.norm_arrays.running_mean ? Action::norm_train
-                                                                : Action::norm_infer;
+                return own_ || !n.norm_arrays.running_mean ? Action::norm_train
+                                                           : Action::norm_infer;
             case Kind::relu: return Action::relu;
             case Kind::add: return Action::add;
             case Kind::max_pool: return Action::max_pool;
@@ -311,7 +322,7 @@ private:
     }
 
     const spc_plan& plan_;
-    const bool backward_;
+    const bool own_, backward_;
     const std::vector<char>* asked_;
     Program program_;
     // By node: buffer of the result, of what its backward pass needs besides, and of the
@@ -329,12 +340,16 @@ private:
 
 }  // namespace
 
-Program training_program(const spc_plan& plan) { return Writer(plan, true).write(); }
+Program training_program(const spc_plan& plan) { return Writer(plan, true, true).write(); }
 
-Program inference_program(const spc_plan& plan) { return Writer(plan, false).write(); }
+Program inference_program(const spc_plan& plan) { return Writer(plan, false, false).write(); }
 
 Program growth_program(const spc_plan& plan, const std::vector<char>& asked) {
-    return Writer(plan, true, &asked).write();
+    return Writer(plan, true, true, &asked).write();
+}
+
+Program statistics_program(const spc_plan& plan, int last) {
+    return Writer(plan, true, false).write_forward(last);
 }
 
 }  // namespace spc

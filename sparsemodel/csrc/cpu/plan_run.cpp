@@ -127,11 +127,19 @@ private:
             if (n.momentum < 0.0) momentum = 1.0 / static_cast<double>(*a.num_batches);
         }
         float* saved = at(step.saved);
-        return spc_batchnorm_train(n.channels, n.pixels() * batch_.size, at(step.x),
-                                   at(step.residual), a.gamma.values, a.beta.values, n.eps,
-                                   momentum, training_ ? a.running_mean : nullptr,
-                                   training_ ? a.running_var : nullptr, n.relu, at(step.y), saved,
-                                   saved + n.channels, batch_.threads);
+        double *mean = nullptr, *variance = nullptr;
+        for (int i = 0; i < batch_.num_moments; ++i) {
+            spc_plan_moments& m = batch_.moments[i];
+            if (m.node != step.node) continue;
+            mean = m.mean;
+            variance = m.variance;
+            m.count = n.pixels() * batch_.size;
+        }
+        return batchnorm_train(n.channels, n.pixels() * batch_.size, at(step.x),
+                               at(step.residual), a.gamma.values, a.beta.values, n.eps, momentum,
+                               training_ ? a.running_mean : nullptr,
+                               training_ ? a.running_var : nullptr, n.relu, at(step.y), saved,
+                               saved + n.channels, mean, variance, batch_.threads);
     }
 
     std::int32_t norm_infer(const Node& n, const Step& step) const {

@@ -49,7 +49,9 @@ typedef struct {
 
 typedef struct {
     const int32_t *row_ptr, *cols;             /* the pattern, checked by spc_check_pattern */
-    const int32_t *t_row_ptr, *t_cols, *t_perm; /* its index by input, spc_transpose_pattern */
+    /* Its index by input, spc_transpose_pattern. NULL: none, and no spc_plan_train or
+     * spc_plan_topk_grads. */
+    const int32_t *t_row_ptr, *t_cols, *t_perm;
     spc_parameter weight;                      /* [nnz] */
     spc_parameter bias;                        /* [out]; values NULL: none */
 } spc_conv_arrays;
@@ -83,6 +85,13 @@ typedef struct {
     int32_t node;     /* the convolution; each at most once */
 } spc_plan_topk;
 
+/* Of what one batch norm saw: mean and population variance of each channel. */
+typedef struct {
+    double *mean, *variance; /* [channels], written */
+    int64_t count;           /* written: values of a channel, samples times pixels */
+    int32_t node;            /* the batch norm; each at most once */
+} spc_plan_moments;
+
 /* A plan for up to `batch` samples; `flags` of spc_plan_flags. NULL with spc_last_error(). */
 SPC_API spc_plan* spc_plan_new(int32_t batch, int32_t flags);
 SPC_API void spc_plan_free(spc_plan* plan);
@@ -115,8 +124,11 @@ SPC_API int32_t spc_plan_bind_norm(spc_plan* plan, int32_t node, const spc_norm_
  * node can be added afterwards. */
 SPC_API int32_t spc_plan_build(spc_plan* plan, int32_t output);
 /* Bytes of the arena for a full batch: of training and inference the larger; -1 if not built. It
- * is allocated by the first run, and pages that smaller batches leave out stay untouched. */
+ * is allocated by the first run that needs as much, and pages that smaller batches leave out stay
+ * untouched. All kinds of runs share it. */
 SPC_API int64_t spc_plan_arena_bytes(const spc_plan* plan);
+/* Bytes of the arena as it is allocated now. */
+SPC_API int64_t spc_plan_allocated_bytes(const spc_plan* plan);
 
 /* ---- runs; 1 <= batch <= planned ---- */
 /* One training step: mean softmax cross-entropy of the batch into *loss, samples whose largest
@@ -139,6 +151,12 @@ SPC_API int32_t spc_plan_topk_grads(spc_plan* plan, int32_t batch, const spc_ima
 SPC_API int32_t spc_plan_infer(spc_plan* plan, int32_t batch, const spc_images* images,
                                float* logits, const int64_t* labels, int32_t threads,
                                double* loss, int64_t* correct);
+/* What `num` batch norms see of a batch in training mode: a forward pass as far as the last of
+ * them, each normalising by the batch's own statistics, without a backward pass. Gradients,
+ * running statistics and counters stay as they are, nothing is kept, so that the memory is that of
+ * spc_plan_infer, and no index by input is needed. */
+SPC_API int32_t spc_plan_statistics(spc_plan* plan, int32_t batch, const spc_images* images,
+                                    spc_plan_moments* moments, int32_t num, int32_t threads);
 /* Seconds that each node took in the last run, [nodes] forward then [nodes] backward (with
  * recomputation and optimiser); loss counts with the output node. Returns the number of nodes. */
 SPC_API int32_t spc_plan_seconds(const spc_plan* plan, double* seconds);

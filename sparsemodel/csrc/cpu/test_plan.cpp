@@ -139,6 +139,51 @@ void test_topk(spc_plan* plan, int batch, const spc_images* images, const std::i
     }
 }
 
+// Of every batch norm, against the running statistics that a training step then moves (by .1).
+void test_statistics(spc_plan* plan, int batch, const spc_images* images,
+                     const std::int64_t* labels, const std::vector<const Norm*>& norms,
+                     const std::vector<int>& pixels, int threads) {
+    std::vector<spc_plan_moments> asked;
+    std::vector<std::vector<double>> means, variances;
+    std::vector<Norm> before;
+    for (const Norm* norm : norms) {
+        before.push_back(*norm);
+        means.emplace_back(norm->mean.size());
+        variances.emplace_back(norm->mean.size());
+        asked.push_back({means.back().data(), variances.back().data(), 0, norm->node});
+    }
+    const auto call = [&] {
+        return spc_plan_statistics(plan, batch, images, asked.data(),
+                                   static_cast<std::int32_t>(asked.size()), threads);
+    };
+    check(!call(), "statistics");
+    for (std::size_t i = 0; i < norms.size(); ++i)
+        check(norms[i]->mean == before[i].mean && norms[i]->var == before[i].var &&
+                  norms[i]->gamma.gradient == before[i].gamma.gradient,
+              "statistics leave all arrays alone");
+    double loss = 0.0;
+    std::int64_t correct = 0;
+    check(!spc_plan_train(plan, batch, images, labels, nullptr, threads, &loss, &correct),
+          "train after statistics");
+    for (std::size_t i = 0; i < norms.size(); ++i) {
+        const double n = static_cast<double>(asked[i].count);
+        check(asked[i].count == static_cast<std::int64_t>(batch) * pixels[i], "count");
+        for (std::size_t c = 0; c < means[i].size(); ++c) {
+            const double mean = (norms[i]->mean[c] - 0.9 * before[i].mean[c]) / 0.1;
+            const double var = (norms[i]->var[c] - 0.9 * before[i].var[c]) / 0.1 * (n - 1.0) / n;
+            check(std::abs(mean - means[i][c]) < 1e-4 * (1.0 + std::abs(mean)), "mean");
+            check(std::abs(var - variances[i][c]) < 1e-4 * (1.0 + var), "variance");
+        }
+    }
+    asked.push_back(asked[0]);
+    check(call() == SPC_BAD_ARGUMENT, "a batch norm asked for twice");
+    asked.pop_back();
+    asked[0].mean = nullptr;
+    check(call() == SPC_NULL_POINTER, "no mean");
+    asked[0].node = 0;
+    check(call() == SPC_BAD_ARGUMENT, "no batch norm");
+}
+
 void test_network(int batch, int flags, int threads) {
     spc_plan* plan = spc_plan_new(batch, flags);
     const int x = spc_plan_input(plan, 3, 8, 8);
@@ -167,7 +212,11 @@ void test_network(int batch, int flags, int threads) {
               "train");
         return loss;
     };
+    check(spc_plan_allocated_bytes(plan) == 0, "nothing is allocated before the first run");
     step(nullptr);
+    check(spc_plan_allocated_bytes(plan) >= spc_plan_arena_bytes(plan), "allocated_bytes");
+    test_statistics(plan, batch, &images, labels.data(), {&norm0, &norm1, &norm2}, {64, 16, 16},
+                    threads);
     test_topk(plan, batch, &images, labels.data(), {&fc, &conv1, &side}, norm1, threads);
     test_topk(plan, batch, &images, labels.data(), {&conv2}, norm2, threads);
     for (Parameter* p : {&stem.weight, &norm0.gamma, &conv1.weight, &norm1.beta, &conv2.weight,
@@ -204,9 +253,43 @@ void test_network(int batch, int flags, int threads) {
     spc_plan_free(plan);
 }
 
+// Without an index by input a plan infers and measures in the smaller arena, and does not train.
+void test_forward_alone() {
+    const int batch = 32;
+    spc_plan* plan = spc_plan_new(batch, 0);
+    spc_geometry g = geometry(3, 8, 8, 3, 1);
+    Layer first(plan, spc_plan_input(plan, 3, 8, 8), g, 0.5);
+    Norm norm(plan, first.node, -1, 8);
+    g = geometry(8, 8, 8, 3, 1);
+    Layer second(plan, norm.node, g, 0.5);
+    Norm last(plan, second.node, -1, 8);
+    const int logits = spc_plan_flatten(plan, spc_plan_global_avgpool(plan, last.node));
+    for (Layer* layer : {&first, &second}) {
+        const spc_conv_arrays arrays{layer->row_ptr.data(), layer->cols.data(), nullptr, nullptr,
+                                     nullptr, layer->weight.arrays(), layer->bias.arrays()};
+        check(!spc_plan_bind_conv(plan, layer->node, &arrays), "bind without an index");
+    }
+    check(!spc_plan_build(plan, logits), "build without an index");
+    const std::vector<float> pixels = normal(static_cast<std::size_t>(batch) * 3 * 64);
+    const std::vector<std::int64_t> labels(static_cast<std::size_t>(batch), 1);
+    const spc_images images{pixels.data(), SPC_FLOAT32, nullptr, nullptr};
+    double loss = 0.0, moments[2][8];
+    std::int64_t correct = 0;
+    spc_plan_moments asked{moments[0], moments[1], 0, last.node};
+    check(!spc_plan_statistics(plan, batch, &images, &asked, 1, 1), "statistics alone");
+    check(!spc_plan_infer(plan, batch, &images, nullptr, labels.data(), 1, &loss, &correct),
+          "infer alone");
+    check(spc_plan_allocated_bytes(plan) < spc_plan_arena_bytes(plan) * 3 / 4, "a smaller arena");
+    check(spc_plan_train(plan, batch, &images, labels.data(), nullptr, 1, &loss, &correct) ==
+              SPC_NULL_POINTER,
+          "no training without an index");
+    spc_plan_free(plan);
+}
+
 }  // namespace
 
 int main() {
+    test_forward_alone();
     for (int batch : {2, 7, 64})
         for (int flags : {0, SPC_PLAN_RECOMPUTE + 0, SPC_PLAN_RECOMPUTE + SPC_PLAN_BFLOAT16})
             for (int threads : {1, 2}) test_network(batch, flags, threads);
