@@ -31,5 +31,9 @@ class PlanError(SparseModelError):
     """A model that no training plan can be made of: train it through its modules instead."""
 
 
+class ProgramError(SparseModelError):
+    """A text that describes no program, or a program that cannot be run."""
+
+
 class NativeLibraryWarning(UserWarning):
     """The native kernels cannot be used, so that the slower reference computes instead."""

@@ -23,7 +23,7 @@ def test_imports_go_one_way() -> None:
     [
         ("sparsemodel", "torch flwr datasets sklearn torchvision"),
         ("sparsemodel.codec", "torch flwr datasets sklearn torchvision matplotlib"),
-        ("sparsemodel.runtime.state", "torch flwr datasets sklearn torchvision matplotlib"),
+        ("sparsemodel.runtime.trainer", "torch flwr datasets sklearn torchvision matplotlib"),
         ("sparsemodel.masks.adjust", "flwr datasets sklearn torchvision transformers matplotlib"),
         ("datapruning", "torch flwr datasets sklearn torchvision"),
         ("fedprune", "torch flwr ray datasets sklearn torchvision matplotlib"),

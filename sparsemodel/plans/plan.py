@@ -69,7 +69,7 @@ class TrainingPlan:
         PlanError: the model has an operation that plans do not know, which the message names.
         SparseModelError: the native library is not in use.
 
-    >>> from sparsemodel.kernels import native
+    >>> from sparsemodel.kernels.cpu import native
     >>> from sparsemodel.masks.mask import Mask
     >>> from sparsemodel.layers.sparsify import sparsify
     >>> dense = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

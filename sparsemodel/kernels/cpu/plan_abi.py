@@ -62,6 +62,15 @@ class TopK(ctypes.Structure):
     )  # fmt: skip
 
 
+class Moments(ctypes.Structure):
+    """Where mean and population variance of a batch norm's input go, float64 [channels].
+
+    `count` is written: of how many values.
+    """
+
+    _fields_ = (("mean", _ADDRESS), ("variance", _ADDRESS), ("count", _LONG), ("node", _INT))
+
+
 class Images(ctypes.Structure):
     """Contiguous images [B, C, H, W]: float32, or bytes with scale and shift of each channel."""
 
@@ -99,6 +108,7 @@ _CALLS: dict[str, tuple[Any, ...]] = {
         *(_INT, ctypes.POINTER(Images), _Labels, ctypes.POINTER(Sgd), _INT, _Double, _Count),
     ),
     "topk_grads": (_INT, ctypes.POINTER(Images), _Labels, ctypes.POINTER(TopK), _INT, _INT),
+    "statistics": (_INT, ctypes.POINTER(Images), ctypes.POINTER(Moments), _INT, _INT),
     "infer": (_INT, ctypes.POINTER(Images), _ADDRESS, _Labels, _INT, _Double, _Count),
 }
 
@@ -118,6 +128,8 @@ def _library() -> Any:
     dll.spc_plan_new.argtypes, dll.spc_plan_new.restype = (_INT, _INT), _Plan
     dll.spc_plan_free.argtypes, dll.spc_plan_free.restype = (_Plan,), None
     dll.spc_plan_arena_bytes.argtypes, dll.spc_plan_arena_bytes.restype = (_Plan,), _LONG
+    dll.spc_plan_allocated_bytes.argtypes = (_Plan,)
+    dll.spc_plan_allocated_bytes.restype = _LONG
     dll.spc_plan_seconds.argtypes, dll.spc_plan_seconds.restype = (_Plan, _ADDRESS), _INT
     for name, types in (_NODES | _CALLS).items():
         function = getattr(dll, f"spc_plan_{name}")
@@ -168,6 +180,10 @@ class NativePlan:
         """Bytes of the arena for a full batch."""
         return int(self._dll.spc_plan_arena_bytes(self._plan))
 
+    def allocated_bytes(self) -> int:
+        """Bytes of the arena as it is allocated now."""
+        return int(self._dll.spc_plan_allocated_bytes(self._plan))
+
     def train(
         self, batch: int, images: Images, labels: int, *, sgd: Sgd | None = None, threads: int = 1
     ) -> tuple[float, int]:
@@ -193,6 +209,20 @@ class NativePlan:
         )
         if status != _NOT_FINITE:
             self._check(status)
+        return [one.count for one in asked]
+
+    def statistics(
+        self, batch: int, images: Images, moments: Sequence[Moments], *, threads: int = 1
+    ) -> list[int]:
+        """Mean and variance of what batch norms see in training mode, into those of `moments`.
+
+        Returns:
+            Of how many values each is.
+        """
+        asked = (Moments * len(moments))(*moments)
+        self._check(
+            self._dll.spc_plan_statistics(self._plan, batch, images, asked, len(moments), threads)
+        )
         return [one.count for one in asked]
 
     def infer(
