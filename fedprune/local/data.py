@@ -17,7 +17,7 @@ class ClientData:
     """One client's samples: for training, and its development split.
 
     Attributes:
-        train_images, dev_images: uint8 or float32 [n, C, H, W].
+        train_images, dev_images: uint8 or float32 [n, C, H, W], contiguous.
         train_labels, dev_labels: int64 [n].
         num_classes: of the whole data set, whichever the client has.
     """
@@ -56,7 +56,9 @@ def client_data(
         indices: int64 [n], of the client's samples.
     """
     train, dev = split_development(indices, dev_share=dev_share, seed=seed)
-    return ClientData(images[train], labels[train], images[dev], labels[dev], num_classes)
+    # Indexing keeps the layout of the whole; kernels want channel by channel.
+    own, held = np.ascontiguousarray(images[train]), np.ascontiguousarray(images[dev])
+    return ClientData(own, labels[train], held, labels[dev], num_classes)
 
 
 def split_development(

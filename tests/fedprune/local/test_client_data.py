@@ -33,6 +33,13 @@ def test_a_client_keeps_a_part_for_development(count: int, share: float, num_dev
     assert data.label_histogram() == [int(label in indices) for label in range(50)]
 
 
+def test_images_that_lie_channels_last_become_contiguous() -> None:
+    images = np.arange(5 * 2 * 3 * 4, dtype=np.uint8).reshape(5, 3, 4, 2).transpose(0, 3, 1, 2)
+    data = client_data(images, np.arange(5), np.arange(5), num_classes=5, seed=0)
+    assert data.train_images.flags.c_contiguous
+    assert np.array_equal(data.train_images, images[data.train_labels])
+
+
 def test_the_development_split_is_drawn_by_its_seed() -> None:
     splits = [numbered(50, np.arange(50), seed=seed).dev_labels.tolist() for seed in (0, 0, 1)]
     assert splits[0] == splits[1] != splits[2]

@@ -1,0 +1,363 @@
+"""A folder of labelled images that a process opens in milliseconds, with numpy alone.
+
+    images.npy   uint8 or float32 [N, C, H, W]
+    labels.npy   int64 [N]
+    NAME.npy     further int64 arrays, such as which samples are whose
+    store.json   format version, name, classes, preprocessing; type, shape and SHA-256 of each array
+
+Reading is by memory map, or by `ImageStore.take`, which leaves no other sample in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunelab.data.batches import Images, Integers, Preprocessing
+from prunelab.errors import DataError
+
+FORMAT = 1
+HEADER = "store.json"
+IMAGES, LABELS = "images", "labels"
+_CHUNK = 1 << 20  # bytes read at a time to check a digest
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_IMAGE_TYPES = ("uint8", "float32")
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageStore:
+    """An open store; its arrays are memory maps that cannot be written to.
+
+    Attributes:
+        name: of the data set, for people.
+        num_classes: labels are 0 ... num_classes - 1.
+        preprocessing: what the images want before a network sees them.
+        digest: 32 hexadecimal digits that name all of its content.
+        images: uint8 or float32 [N, C, H, W]. Pages that were touched count as memory of the
+            process; to keep a few samples, use `take`.
+        labels: int64 [N].
+        arrays: further int64 arrays by name.
+    """
+
+    folder: Path
+    name: str
+    num_classes: int
+    preprocessing: Preprocessing
+    digest: str
+    images: Images
+    labels: Integers
+    arrays: Mapping[str, Integers]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def take(self, rows: Integers) -> tuple[Images, Integers]:
+        """Copies of the images and labels of these rows (int64 [n]), in their order.
+
+        They are read from the file into place: nothing but them is held in memory.
+
+        Raises:
+            DataError: rows that the store has not, or a file that ends too early.
+        """
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
+            raise DataError(
+                f"{self.folder} has samples 0 to {len(self) - 1}; asked for "
+                f"{int(rows.min())} to {int(rows.max())}"
+            )
+        taken = np.empty((len(rows), *self.images.shape[1:]), self.images.dtype)
+        path, size = _file(self.folder, IMAGES), self.images.nbytes
+        with _about(path), path.open("rb", buffering=0) as file:
+            start_of_data = path.stat().st_size - size
+            for start, end in _runs(rows):
+                file.seek(start_of_data + int(rows[start]) * (size // len(self)))
+                _read_into(file, taken[start:end])
+        return taken, np.array(self.labels[rows])
+
+
+def write_store(
+    folder: Path,
+    images: Images,
+    labels: Integers,
+    *,
+    num_classes: int,
+    name: str,
+    preprocessing: Preprocessing | None = None,
+    arrays: Mapping[str, Integers] | None = None,
+) -> ImageStore:
+    """Write a store in one step: a reader meets no folder, or the whole one.
+
+    Several processes may write the same store at once. A folder that holds exactly this store
+    already is left as it is.
+
+    Args:
+        images: uint8 or float32 [N, C, H, W], N >= 1.
+        labels: int64 [N].
+        preprocessing: by default `Preprocessing()`.
+        arrays: further int64 arrays; names of small letters, digits and _.
+
+    Raises:
+        DataError: arrays that are no such data, a folder that holds something else, or one
+            that cannot be written.
+    """
+    further = dict(arrays or {})
+    if further.keys() & {IMAGES, LABELS}:
+        raise DataError(f"{folder}: further arrays cannot be called {IMAGES} or {LABELS}")
+    content: dict[str, Array] = {
+        key: np.ascontiguousarray(array)
+        for key, array in {IMAGES: images, LABELS: labels, **further}.items()
+    }
+    with _about(folder):
+        described = {key: _Described.of(array) for key, array in content.items()}
+        header = _Header(name, num_classes, preprocessing or Preprocessing(), described)
+        _check_labels(labels, num_classes)
+        if images.dtype == np.float32 and not np.isfinite(images).all():
+            raise DataError("an image has values that are not finite")
+    _put_in_place(folder, content, header)
+    store = open_store(folder, verify=True)
+    if store.digest != header.digest():
+        raise DataError(
+            f"{folder} holds another data set ({store.name!r}, {len(store)} samples); "
+            "remove it or name another folder"
+        )
+    return store
+
+
+def open_store(folder: Path, *, verify: bool = False) -> ImageStore:
+    """Open what `write_store` wrote.
+
+    Args:
+        verify: read everything once and compare digests. Without it types, shapes, sizes of
+            files and the labels' range are checked all the same.
+
+    Raises:
+        DataError: no store, one of another format version, or a damaged one.
+    """
+    path = folder / HEADER
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{folder} is no image store: {HEADER} cannot be read ({error.strerror})"
+        ) from None
+    with _about(path):
+        header = _Header.parse(text)
+    arrays: dict[str, Any] = {}
+    for name, described in header.arrays.items():
+        with _about(_file(folder, name)):
+            arrays[name] = _mapped(_file(folder, name), described, verify=verify)
+    images, labels = arrays.pop(IMAGES), arrays.pop(LABELS)
+    with _about(folder):
+        _check_labels(labels, header.num_classes)
+    return ImageStore(
+        folder=folder,
+        name=header.name,
+        num_classes=header.num_classes,
+        preprocessing=header.preprocessing,
+        digest=header.digest(),
+        images=images,
+        labels=labels,
+        arrays=arrays,
+    )
+
+
+# --- what a store says of itself -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Described:
+    """One array of a store, as its header tells of it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    @classmethod
+    def of(cls, array: Array) -> _Described:
+        return cls(str(array.dtype), array.shape, hashlib.sha256(array.data).hexdigest())
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What store.json says.
+
+    Raises:
+        DataError: arrays of such types and shapes are no store.
+    """
+
+    name: str
+    num_classes: int
+    preprocessing: Preprocessing
+    arrays: dict[str, _Described]
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name!r} is no name for an array" for name in self.arrays if not _NAME.fullmatch(name)
+        ]
+        problems += [
+            f"array {name!r} is {array.dtype} {list(array.shape)}, expected int64"
+            for name, array in self.arrays.items()
+            if name != IMAGES and array.dtype != "int64"
+        ]
+        images, labels = self.arrays[IMAGES], self.arrays[LABELS]
+        if images.dtype not in _IMAGE_TYPES or len(images.shape) != 4 or 0 in images.shape:
+            problems.append(
+                f"images are {images.dtype} {list(images.shape)}, expected "
+                f"{' or '.join(_IMAGE_TYPES)} [N, C, H, W]"
+            )
+        elif labels.shape != images.shape[:1]:
+            problems.append(
+                f"labels are {list(labels.shape)} for {images.shape[0]} images, expected one each"
+            )
+        else:
+            self.preprocessing.normalization(images.shape[1])
+        if self.num_classes < 1:
+            problems.append(f"{self.num_classes} classes, expected at least 1")
+        if problems:
+            raise DataError("; ".join(problems))
+
+    def json(self) -> str:
+        values = {"format": FORMAT, **asdict(self), "preprocessing": self.preprocessing.to_dict()}
+        return json.dumps(values, indent=1, sort_keys=True)
+
+    @classmethod
+    def parse(cls, text: bytes) -> _Header:
+        """What `json` wrote; anything else is a DataError."""
+        try:
+            values = json.loads(text)
+            if values["format"] != FORMAT:
+                raise DataError(f"format {values['format']!r}, this release reads {FORMAT}")
+            arrays = {
+                name: _Described(
+                    str(array["dtype"]), tuple(map(int, array["shape"])), str(array["sha256"])
+                )
+                for name, array in values["arrays"].items()
+            }
+            preprocessing = Preprocessing.from_dict(values["preprocessing"])
+            return cls(str(values["name"]), int(values["num_classes"]), preprocessing, arrays)
+        except DataError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise DataError(f"damaged ({type(error).__name__}: {error})") from None
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.json().encode()).hexdigest()[:32]
+
+
+def _check_labels(labels: Integers, num_classes: int) -> None:
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise DataError(
+            f"label {labels[wrong[0]]} of row {wrong[0]} lies outside 0 ... {num_classes - 1}"
+        )
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.npy"
+
+
+def _put_in_place(folder: Path, content: Mapping[str, Array], header: _Header) -> None:
+    """Write everything aside and rename it, unless something has the name already."""
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir()
+        for name, array in content.items():
+            with _file(part, name).open("xb") as file:
+                np.save(file, array, allow_pickle=False)
+                _flush(file)
+        with (part / HEADER).open("xb") as file:
+            file.write(header.json().encode())
+            _flush(file)
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Errors inside become DataErrors that name the file or folder they are about."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read or is damaged ({error})") from None
+
+
+def _mapped(path: Path, expected: _Described, *, verify: bool) -> Array:
+    """The file's array as a memory map, once it is known to be what the header says."""
+    with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise DataError(f"version {version} of numpy's format, expected (1, 0)")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        start = file.tell()
+        if fortran or str(dtype) != expected.dtype or shape != expected.shape:
+            raise DataError(
+                f"holds {dtype} {list(shape)}, {HEADER} says {expected.dtype} "
+                f"{list(expected.shape)}"
+            )
+        size = path.stat().st_size - start
+        if size != dtype.itemsize * math.prod(shape):
+            raise DataError(f"damaged: {size:,} bytes of data for {dtype} {list(shape)}")
+        if verify:
+            sha = hashlib.sha256()
+            while chunk := file.read(_CHUNK):
+                sha.update(chunk)
+            if sha.hexdigest() != expected.sha256:
+                raise DataError(f"damaged: its SHA-256 is not the one in {HEADER}")
+    if size == 0:  # nothing to map
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, mode="r", offset=start, shape=shape)
+
+
+def _runs(rows: Integers) -> Iterator[tuple[int, int]]:
+    """Slices of `rows` whose samples lie one after the other."""
+    if len(rows):
+        breaks = (np.flatnonzero(np.diff(rows) != 1) + 1).tolist()
+        yield from zip([0, *breaks], [*breaks, len(rows)], strict=True)
+
+
+def _read_into(file: Any, array: Array) -> None:
+    """Fill a contiguous array with the file's next bytes."""
+    view = array.data.cast("B")
+    while len(view):
+        count = file.readinto(view)
+        if not count:
+            raise DataError("damaged: it ends too early")
+        view = view[count:]

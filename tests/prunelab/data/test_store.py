@@ -1,0 +1,294 @@
+"""Image stores: what was written is read, by several processes at once, or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prunelab.data import store as stores
+from prunelab.data.batches import Images, Integers, Preprocessing
+from prunelab.data.store import ImageStore, open_store, write_store
+from prunelab.errors import DataError
+from prunelab.runs.seeds import rng
+
+
+def pictures(count: int = 12, *, seed: int = 0) -> tuple[Images, Integers]:
+    """uint8 [count, 3, 5, 4] and labels 0 ... 2."""
+    random = rng(seed)
+    return random.integers(0, 256, (count, 3, 5, 4), np.uint8), random.integers(0, 3, count)
+
+
+def written(folder: Path, *, seed: int = 0, **options: Any) -> ImageStore:
+    return write_store(folder, *pictures(seed=seed), num_classes=3, name="pictures", **options)
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stores") / "pictures"
+    written(folder, arrays={"owner": np.arange(12) % 4, "none": np.empty(0, np.int64)})
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_what_was_written_is_read(tmp_path: Path, dtype: type[np.uint8] | type[np.float32]) -> None:
+    images, labels = pictures()
+    images = images.astype(dtype)
+    preprocessing = Preprocessing((0.1, 0.2, 0.3), (0.5, 0.5, 1.0))
+    write_store(
+        tmp_path / "deep" / "store", images, labels, num_classes=4, name="mine",
+        preprocessing=preprocessing, arrays={"owner": labels + 7},
+    )  # fmt: skip
+    for verify in (False, True):
+        store = open_store(tmp_path / "deep" / "store", verify=verify)
+        assert store.images.dtype == dtype
+        assert np.array_equal(store.images, images)
+        assert np.array_equal(store.labels, labels)
+        assert np.array_equal(store.arrays["owner"], labels + 7)
+        assert (len(store), store.num_classes, store.name) == (12, 4, "mine")
+        assert store.input_shape == (3, 5, 4)
+        assert store.preprocessing == preprocessing
+        assert isinstance(store.images, np.memmap)
+        with pytest.raises(ValueError, match="read-only"):
+            store.images[0] = 0
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["store"]
+
+
+def test_arrays_of_another_memory_layout_are_the_same_store(tmp_path: Path) -> None:
+    images, labels = pictures()
+    store = write_store(
+        tmp_path / "a", np.asfortranarray(images), labels[::1], num_classes=3, name="pictures"
+    )
+    assert store.digest == written(tmp_path / "b").digest
+    assert np.array_equal(store.images, images)
+
+
+@given(rows=st.lists(st.integers(0, 11), max_size=30))
+def test_taking_rows_is_indexing(intact: Path, rows: list[int]) -> None:
+    store, index = open_store(intact), np.array(rows, np.int64)
+    images, labels = store.take(index)
+    expected, expected_labels = pictures()
+    assert np.array_equal(images, expected[index])
+    assert np.array_equal(labels, expected_labels[index])
+    assert images.flags.writeable
+    assert labels.flags.writeable
+    assert type(images) is type(labels) is np.ndarray
+
+
+def test_rows_that_are_not_there_are_refused(intact: Path) -> None:
+    for rows in ([0, 12], [-1, 3]):
+        with pytest.raises(DataError, match=r"has samples 0 to 11; asked for"):
+            open_store(intact).take(np.array(rows))
+
+
+def test_the_digest_names_the_content(tmp_path: Path) -> None:
+    images, labels = pictures()
+    owner = np.arange(12)
+
+    def digest(name: str, *parts: Any, num_classes: int = 3, **options: Any) -> str:
+        store = write_store(tmp_path / name, *parts, num_classes=num_classes, name="x", **options)
+        assert open_store(tmp_path / name).digest == store.digest
+        return store.digest
+
+    found = {
+        digest("a", images, labels),
+        digest("b", images, (labels + 1) % 3),
+        digest("c", images[:, :, ::-1], labels),
+        digest("d", images, labels, num_classes=4),
+        digest("e", images, labels, preprocessing=Preprocessing((0.0,), (1.0,))),
+        digest("f", images, labels, arrays={"owner": owner}),
+        digest("g", images, labels, arrays={"owner": owner[::-1]}),
+    }
+    assert len(found) == 7
+    assert digest("h", images, labels) in found
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def test_the_same_store_is_left_as_it_is_and_another_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    written(folder)
+    inode = (folder / "images.npy").stat().st_ino
+    assert np.array_equal(written(folder).images, pictures()[0])
+    assert (folder / "images.npy").stat().st_ino == inode
+    with pytest.raises(DataError, match=r"holds another data set \('pictures', 12 samples\)"):
+        written(folder, seed=1)
+    assert np.array_equal(open_store(folder, verify=True).images, pictures()[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_a_folder_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "letter.txt").write_text("dear")
+    with pytest.raises(DataError, match=r"is no image store: store\.json cannot be read"):
+        written(folder)
+    assert [path.name for path in folder.iterdir()] == ["letter.txt"]
+    (folder / "letter.txt").unlink()
+    assert len(written(folder)) == 12  # an empty folder is as good as none
+
+
+def test_several_processes_may_write_at_once(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+import numpy as np
+from prunelab.data.store import write_store
+
+images, labels = np.load(sys.argv[1]), np.load(sys.argv[2])
+for turn in range(20):
+    folder = Path(sys.argv[3], f"store{turn}")
+    store = write_store(folder, images, labels, num_classes=3, name="pictures")
+    assert np.array_equal(store.images, images)
+"""
+    images, labels = pictures()
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "labels.npy", labels)
+    files = [str(tmp_path / name) for name in ("images.npy", "labels.npy", "stores")]
+    writers = [subprocess.Popen([sys.executable, "-c", code, *files]) for _ in range(4)]
+    assert [writer.wait() for writer in writers] == [0] * 4
+    found = sorted(path.name for path in (tmp_path / "stores").iterdir())
+    assert found == sorted(f"store{turn}" for turn in range(20))
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stores, "_flush", full)
+    with pytest.raises(DataError, match=r"store cannot be written \(No space left"):
+        written(tmp_path / "store")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"images": np.zeros((12, 3, 5), np.uint8)}, r"images are uint8 \[12, 3, 5\], expected"),
+        ({"images": np.zeros((12, 3, 5, 4))}, "images are float64"),
+        ({"images": np.zeros((0, 3, 5, 4), np.uint8)}, r"images are uint8 \[0, 3, 5, 4\]"),
+        ({"images": np.full((12, 3, 5, 4), np.nan, np.float32)}, "not finite"),
+        ({"labels": np.zeros(11, np.int64)}, r"labels are \[11\] for 12 images"),
+        ({"labels": np.zeros(12, np.int32)}, r"'labels' is int32 \[12\], expected int64"),
+        ({"labels": np.full(12, 3)}, r"label 3 of row 0 lies outside 0 \.\.\. 2"),
+        ({"labels": np.full(12, -1)}, "label -1 of row 0"),
+        ({"num_classes": 0}, "0 classes, expected at least 1"),
+        ({"arrays": {"images": np.zeros(1, np.int64)}}, "cannot be called images or labels"),
+        ({"arrays": {"../x": np.zeros(1, np.int64)}}, r"'\.\./x' is no name for an array"),
+        ({"arrays": {"owner": np.zeros(1)}}, r"'owner' is float64 \[1\], expected int64"),
+        ({"preprocessing": Preprocessing((0.0, 0.0), (1.0, 1.0))}, "for 2 channels, the images"),
+    ],
+)
+def test_what_is_no_store_is_not_written(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    images, labels = pictures()
+    arguments = {"images": images, "labels": labels, "num_classes": 3, "name": "x", **change}
+    with pytest.raises(DataError, match=words):
+        write_store(tmp_path / "store", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+def changed_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        header = json.loads((folder / "store.json").read_text())
+        change(header)
+        (folder / "store.json").write_text(json.dumps(header))
+
+    return apply
+
+
+def cut(name: str, size: int) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:size])
+
+    return apply
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no folder": (shutil.rmtree, r"is no image store: store\.json cannot be read"),
+    "no header": (lambda f: (f / "store.json").unlink(), "is no image store"),
+    "no json": (lambda f: (f / "store.json").write_text("{"), "damaged .JSONDecodeError"),
+    "a list": (lambda f: (f / "store.json").write_text("[]"), "damaged .TypeError"),
+    "no bytes": (lambda f: (f / "store.json").write_bytes(b"\xff\xfe\0"), "damaged"),
+    "newer": (changed_header(lambda h: h.update(format=2)), "format 2, this release reads 1"),
+    "no arrays": (changed_header(lambda h: h.pop("arrays")), "damaged .KeyError: 'arrays'"),
+    "no labels": (changed_header(lambda h: h["arrays"].pop("labels")), "damaged .KeyError"),
+    "a path": (
+        changed_header(lambda h: h["arrays"].update({"../labels": h["arrays"]["labels"]})),
+        "is no name for an array",
+    ),
+    "other shape": (
+        changed_header(lambda h: h["arrays"]["images"].update(shape=[12, 3, 4, 5])),
+        r"images\.npy: holds uint8 \[12, 3, 5, 4\], store\.json says uint8 \[12, 3, 4, 5\]",
+    ),
+    "pickles": (
+        lambda f: np.save(f / "labels.npy", np.array([None] * 12), allow_pickle=True),
+        r"labels\.npy: holds object",
+    ),
+    "fewer classes": (changed_header(lambda h: h.update(num_classes=1)), "lies outside 0 ... 0"),
+    "many classes": (changed_header(lambda h: h.update(num_classes=1e999)), "damaged .Overflow"),
+    "no preprocessing": (
+        changed_header(lambda h: h.update(preprocessing={})),
+        "expected lists of numbers",
+    ),
+    "no images": (lambda f: (f / "images.npy").unlink(), r"images\.npy: cannot be read"),
+    "cut images": (cut("images.npy", -1), r"images\.npy: damaged: 719 bytes of data for uint8"),
+    "cut labels": (cut("labels.npy", 100), r"labels\.npy: cannot be read or is damaged"),
+    "empty labels": (cut("labels.npy", 0), r"labels\.npy: cannot be read or is damaged"),
+    "cut owners": (cut("owner.npy", -8), r"owner\.npy: damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_store_is_refused(intact: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(intact, folder)
+    change, words = DAMAGE[damage]
+    change(folder)
+    with pytest.raises(DataError, match=words) as found:
+        open_store(folder)
+    assert str(folder) in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["images", "labels", "owner"])
+def test_verifying_finds_a_changed_bit(intact: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(intact, folder)
+    path = folder / f"{name}.npy"
+    data = bytearray(path.read_bytes())
+    data[128] ^= 1  # the first byte after the header
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"{name}\.npy: damaged: its SHA-256 is not the one"):
+        open_store(folder, verify=True)
+
+
+@given(st.recursive(st.none() | st.floats() | st.text(max_size=3), st.lists, max_leaves=3))
+def test_a_field_of_any_other_type_is_refused(intact: Path, value: object) -> None:
+    header = json.loads((intact / "store.json").read_text())
+    for field in {"format", "arrays", "preprocessing"} - ({"format"} if value == 1 else set()):
+        with pytest.raises(DataError):
+            stores._Header.parse(json.dumps({**header, field: value}).encode())
+
+
+def test_images_that_were_cut_after_opening_are_noticed(intact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(intact, folder)
+    store = open_store(folder)
+    cut("images.npy", 500)(folder)
+    with pytest.raises(DataError, match=r"images\.npy"):
+        store.take(np.arange(12))
