@@ -78,7 +78,7 @@ def rows(config: RunConfig, ways: Sequence[Way], *, repeats: int) -> Iterator[Ro
     case = f"{config.model_name} {config.data.clients} clients on {config.training.device}"
     for way in ways:
         ours, peer = seconds[way.name], seconds["plain"]
-        density = config.pruning.density
+        density = config.method.target_density
         yield Row(BENCH, f"{case}, {way.name}", density, ours, peer, "plain dense FedAvg", "s")
 
 
@@ -242,11 +242,11 @@ def configuration(arguments: argparse.Namespace, data: str) -> RunConfig:
             "training.batch_size": 32 if quick else 64,
             "training.device": arguments.device,
             "training.threads": torch.get_num_threads(),
-            "pruning.density": 0.05,
-            "pruning.pool_size": 2,
-            "pruning.pretrain_epochs": 1,
-            "pruning.adjust_every": 2,
-            "pruning.adjust_until": arguments.rounds,
+            "method.density": 0.05,
+            "method.pool_size": 2,
+            "server.pretrain_epochs": 1,
+            "method.adjust_every": 2,
+            "method.adjust_until": arguments.rounds,
         }
     )
 

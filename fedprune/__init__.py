@@ -1,7 +1,7 @@
 """Federated pruning on Flower.
 
 >>> import fedprune
->>> config = fedprune.RunConfig.parse({"pruning.method": "magnitude", "training.rounds": 1})
+>>> config = fedprune.RunConfig.parse({"method.name": "magnitude", "training.rounds": 1})
 >>> summary = fedprune.run(config, getfixture("tmp_path") / "run")
 >>> summary["rounds"], round(summary["density"], 2)
 (1, 0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable
@@ -13,8 +14,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from fedprune.config import RunConfig, parse_assignments, read_toml
+from fedprune.config import METHOD_NAME, RunConfig, own_settings, parse_assignments, read_toml
 from fedprune.errors import USER_ERRORS
+from fedprune.methods import DEFAULT_METHOD, METHODS
 from prunelab.errors import RunError
 from prunelab.pages.console import console, errors, escaped, listed, run_command
 from prunelab.runs.folder import default_path
@@ -32,7 +34,7 @@ def main() -> None:
     run_command(cli, expected=USER_ERRORS, go_on=lambda _: "continue with --resume")
 
 
-Method = Annotated[str | None, typer.Option(help="fedtiny, magnitude, fedavg, ...")]
+Method = Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)}.")]
 Dataset = Annotated[str | None, typer.Option(help="A data set's name, or a folder of parquet.")]
 Model = Annotated[str | None, typer.Option(help="resnet8, resnet20, resnet18, vgg11_bn.")]
 Density = Annotated[float | None, typer.Option(help="Share of prunable weights kept, 0 to 1.")]
@@ -83,10 +85,10 @@ def run(  # noqa: PLR0917 - the command's options
 ) -> None:
     """Train one federated model and leave it in a run folder."""
     given = {
-        "pruning.method": method,
+        METHOD_NAME: method,
         "data.dataset": dataset,
         "model.name": model,
-        "pruning.density": density,
+        "method.density": density,
         "data.clients": clients,
         "data.alpha": alpha,
         "training.rounds": rounds,
@@ -96,6 +98,9 @@ def run(  # noqa: PLR0917 - the command's options
         "training.execution": execution,
     }
     options = {**parse_assignments(settings or []), **_given(given)}
+    if density is not None and not _takes_density(config, options):
+        errors.print("note: --density has no effect: this method trains the dense network")
+        del options["method.density"]
     if resume and out is not None and not options and config is None:
         # The folder knows its own settings; there is no need to repeat them.
         run_config = RunConfig.read(_stored_config(out))
@@ -107,8 +112,8 @@ def run(  # noqa: PLR0917 - the command's options
 
 @cli.command()
 def compare(  # noqa: PLR0917 - the command's options
-    methods: Annotated[str, typer.Option(help="Comma-separated method names.")] = (
-        "fedavg,magnitude,fedtiny"
+    methods: Annotated[str, typer.Option(help="Comma-separated method names.")] = ",".join(
+        [*list(METHODS)[:2], DEFAULT_METHOD]
     ),
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0,1,2",
     dataset: Dataset = None,
@@ -135,7 +140,7 @@ def compare(  # noqa: PLR0917 - the command's options
     given = {
         "data.dataset": dataset,
         "model.name": model,
-        "pruning.density": density,
+        "method.density": density,
         "data.clients": clients,
         "data.alpha": alpha,
         "training.rounds": rounds,
@@ -148,10 +153,11 @@ def compare(  # noqa: PLR0917 - the command's options
     for method in listed(methods):
         check_method(method)
         for seed in listed(seeds):
-            cells.append(_build_config(config, {**options, "pruning.method": method, "seed": seed}))
+            values = {**options, METHOD_NAME: method, "seed": seed}
+            cells.append(_build_config(config, values, shared=True))
     summaries = []
     for number, cell in enumerate(cells, 1):
-        folder = out / f"{cell.pruning.method}-s{cell.seed}"
+        folder = out / f"{cell.method.name}-s{cell.seed}"
         console.print(f"[bold]{number}/{len(cells)}[/bold] {folder}", highlight=False)
         _execute(
             cell, folder, engine=engine, resume=(folder / runfolder.CONFIG).exists(), quiet=True
@@ -184,32 +190,41 @@ def inspect(model: Path, debug: Debug = False) -> None:
     import hashlib  # noqa: PLC0415
 
     from prunelab.pages.units import format_bytes  # noqa: PLC0415
-    from sparsemodel.storage.checkpoint import load_sparse  # noqa: PLC0415
+    from sparsemodel.storage.state_file import load_state  # noqa: PLC0415
 
-    stored = load_sparse(model)
+    state, metadata = load_state(model)
     digest = hashlib.sha256(model.read_bytes()).hexdigest()
     table = Table("tensor", "shape", "active", "density", "silent outputs")
-    silent = outputs = 0
-    for name, tensor in stored.state.items():
-        shape = "x".join(map(str, tensor.shape))
-        if stored.mask is not None and name in stored.mask:
-            active = int(stored.mask[name].sum())
-            zeros = int((tensor.flatten(1) == 0).all(1).sum())
-            silent, outputs = silent + zeros, outputs + len(tensor)
-            density = f"{active / tensor.numel():.4f}"
-            table.add_row(name, shape, f"{active:,}", density, f"{zeros} of {len(tensor)}")
+    silent = outputs = dense = 0
+    for name, size in state.shapes().items():
+        shape, pattern = "x".join(map(str, size)), state.pattern(name)
+        dense += 4 * math.prod(size)
+        if pattern is not None:
+            zeros = _silent_rows(pattern.row_ptr, state.values[name])
+            silent, outputs = silent + zeros, outputs + size[0]
+            density = f"{pattern.num_active / pattern.num_weights:.4f}"
+            silence = f"{zeros} of {size[0]}"
+            table.add_row(name, shape, f"{pattern.num_active:,}", density, silence)
         else:
-            table.add_row(name, shape, f"{tensor.numel():,}", "dense")
+            table.add_row(name, shape, f"{math.prod(size):,}", "dense")
     console.print(table)
-    for key, value in sorted(stored.metadata.items()):
+    for key, value in sorted(metadata.items()):
         console.print(f"{key}: {escaped(value)}", highlight=False)
-    size, dense = model.stat().st_size, sum(4 * t.numel() for t in stored.state.values())
-    console.print(f"file: {format_bytes(size)} ({format_bytes(dense)} as dense fp32)")
-    if stored.mask is not None:
-        console.print(f"density: {stored.mask.density:.4g} of {stored.mask.num_weights:,} prunable")
+    on_disk = format_bytes(model.stat().st_size)
+    console.print(f"file: {on_disk} ({format_bytes(dense)} as dense fp32)")
+    if (patterns := state.patterns) is not None:
+        console.print(f"density: {patterns.density:.4g} of {patterns.num_weights:,} prunable")
         console.print(f"silent outputs: {silent} of {outputs}", highlight=False)
-        console.print(f"mask digest: {stored.mask.digest()}", highlight=False)
+        console.print(f"mask digest: {patterns.digest()}", highlight=False)
     console.print(f"sha256: {digest}", highlight=False, soft_wrap=True)
+
+
+def _silent_rows(row_ptr: Any, values: Any) -> int:
+    """How many rows of a pattern hold no value but zero."""
+    import numpy as np  # noqa: PLC0415
+
+    nonzero = np.concatenate([[0], np.cumsum(values != 0)])
+    return int((np.diff(nonzero[row_ptr]) == 0).sum())
 
 
 def _execute(
@@ -249,6 +264,8 @@ def _progress(folder: Path, config: RunConfig, *, quiet: bool) -> Callable[[], N
             if "selection" in line:
                 selection = line["selection"]
                 text += f", candidate {selection['winner'] + 1} of {len(selection['losses'])} won"
+            if line.get("no_program"):
+                text += f"; clients compute by torch modules: {line['no_program']}"
         elif "round" in line and "event" not in line:
             times.append(_clock())
             recent = times[-6:]
@@ -269,7 +286,7 @@ def _progress(folder: Path, config: RunConfig, *, quiet: bool) -> Callable[[], N
 
     def heading() -> None:
         console.print(
-            f"{config.pruning.method} on {escaped(config.data.dataset)}, {config.model_name}, "
+            f"{config.method.name} on {escaped(config.data.dataset)}, {config.model_name}, "
             f"{config.data.clients} clients, {config.training.rounds} rounds -> {escaped(folder)}",
             highlight=False,
             soft_wrap=True,
@@ -306,8 +323,17 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _build_config(path: Path | None, options: dict[str, Any]) -> RunConfig:
+def _takes_density(path: Path | None, options: dict[str, Any]) -> bool:
+    """Whether the method that is meant has a density."""
     values = {**(read_toml(path) if path else {}), **options}
+    return "method.density" in own_settings(values)
+
+
+def _build_config(path: Path | None, options: dict[str, Any], *, shared: bool = False) -> RunConfig:
+    """The configuration; settings `shared` by several methods are for those that know them."""
+    values = {**(read_toml(path) if path else {}), **options}
+    if shared:
+        values = own_settings(values)
     dataset = values.get("data.dataset")
     if isinstance(dataset, str) and os.path.isdir(dataset):
         # Workers of the simulation run elsewhere; a relative path would not mean the same.
@@ -326,5 +352,5 @@ def _stored_config(out: Path) -> Path:
 def _default_folder(config: RunConfig, *, resume: bool) -> Path:
     """runs/DATASET-METHOD-dDENSITY-sSEED, numbered; with resume, the latest of them."""
     dataset = Path(config.data.dataset).name
-    name = f"{dataset}-{config.pruning.method}-d{config.pruning.density:g}-s{config.seed}"
+    name = f"{dataset}-{config.method.name}-d{config.method.target_density:g}-s{config.seed}"
     return default_path(name, resume=resume)

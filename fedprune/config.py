@@ -1,7 +1,8 @@
-"""What a run is asked to do: frozen dataclasses, one per concern, validated at birth.
+"""What a run is asked to do: sections of settings, and a method with its own; checked at birth.
 
 The same sections and keys are read from three places: the command line, a TOML file with one
-table per section, and Flower's run config, where a key is written `section.key`.
+table per section, and Flower's run config, where a key is written `section.key`. The section
+`method` holds the method's name and that method's settings.
 """
 
 from __future__ import annotations
@@ -15,86 +16,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from fedprune.errors import ConfigError
+from fedprune.methods import DEFAULT_METHOD, METHODS, check_method
+from fedprune.methods.base import Method
+from fedprune.settings import (
+    CPU_COHORT,
+    DataConfig,
+    FederationConfig,
+    ModelConfig,
+    ServerConfig,
+    TrainingConfig,
+    problems,
+)
 
 Scalar = str | int | float | bool
+METHOD_NAME = "method.name"
+METHOD_SETTINGS = "method.settings"
+"""A key of Flower's run config: the method's settings as one JSON object."""
 
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which data, and how clients share them.
-
-    `num_train` and `num_test` cut a stratified subset; 0 keeps everything. `alpha` is the
-    Dirichlet concentration (small = every client sees few classes).
-    """
-
-    dataset: str = "digits"
-    clients: int = 8
-    partition: str = "dirichlet"
-    alpha: float = 0.5
-    classes_per_client: int = 2
-    num_train: int = 0
-    num_test: int = 0
-    augment: bool = False
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which network. An empty name stands for the data set's default, width 0 for the model's."""
-
-    name: str = ""
-    width: int = 0
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Local training of a client: SGD with momentum, learning rate cosine-decayed over rounds.
-
-    `execution` is how a masked model is computed: "sparse" (active weights only), "masked",
-    "dense", or "auto": sparse on a CPU that has the native kernels, else masked. `cohort` is how
-    many clients the batched engine trains at a time; 0: on a GPU as many of a round as its memory
-    holds, which the first round measures, and CPU_COHORT on a CPU.
-    """
-
-    rounds: int = 20
-    local_epochs: int = 2
-    batch_size: int = 32
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    device: str = "cpu"
-    threads: int = 1
-    execution: str = "auto"
-    cohort: int = 0
-
-
-@dataclass(frozen=True)
-class PruningConfig:
-    """The federated method and its settings (those of FedTiny, where others do not say).
-
-    `adjust_every` is ΔR, `adjust_until` is R_stop (0: 60 % of the rounds), `adjust_rate` is α.
-    `pool_size` 0 stands for max(1, round(0.1 / density)), at most `pool_limit`.
-    """
-
-    method: str = "fedtiny"
-    density: float = 0.05
-    pool_size: int = 0
-    pool_limit: int = 10
-    granularity: str = "block"
-    adjust_every: int = 2
-    adjust_until: int = 0
-    adjust_rate: float = 0.3
-    server_per_class: int = 5
-    pretrain_epochs: int = 3
-
-
-@dataclass(frozen=True)
-class FederationConfig:
-    """Who takes part in a round. `clients_per_round` 0 asks everybody; `timeout` in seconds."""
-
-    clients_per_round: int = 0
-    timeout: float = 600.0
-    value_dtype: str = "fp32"
+_SECTIONS: dict[str, type[Any]] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "training": TrainingConfig,
+    "server": ServerConfig,
+    "federation": FederationConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -104,44 +52,54 @@ class RunConfig:
     Raises:
         ConfigError: one message with every problem found.
 
-    >>> RunConfig.parse({"data.clients": 4, "pruning.density": 0.05}).data.clients
-    4
+    >>> config = RunConfig.parse({"data.clients": 4, "method.density": 0.1})
+    >>> config.data.clients, config.method.target_density
+    (4, 0.1)
     """
 
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    pruning: PruningConfig = field(default_factory=PruningConfig)
+    method: Method = field(default_factory=METHODS[DEFAULT_METHOD])
+    server: ServerConfig = field(default_factory=ServerConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
 
     def __post_init__(self) -> None:
-        problems = list(_problems(self))
-        if problems:
-            raise ConfigError("; ".join(problems))
+        found = [f"seed: expected 0 or more, got {self.seed}"] if self.seed < 0 else []
+        found += problems(self.data, self.model, self.training, self.server, self.federation)
+        if found:
+            raise ConfigError("; ".join(found))
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> RunConfig:
         """Build from flat `section.key` names; what is not named keeps its default."""
-        known = cls().flat()
-        problems = []
-        sections: dict[str, dict[str, Scalar]] = {}
+        values = dict(values)
+        name = values.pop(METHOD_NAME, "") or DEFAULT_METHOD
+        check_method(name)
+        values = {**_packed_settings(values.pop(METHOD_SETTINGS, "")), **values}
+        known = {**_flat_sections(cls.seed, _SECTIONS), **_flat_method(METHODS[name]())}
+        found: list[str] = []
+        parts: dict[str, dict[str, Any]] = {section: {} for section in ("", "method", *_SECTIONS)}
         for key, value in values.items():
             if key not in known:
-                problems.append(_unknown_key(key, known))
+                found.append(_unknown_key(key, known, name))
                 continue
+            section, _, setting = key.rpartition(".")
             try:
-                converted = _convert(key, value, type(known[key]))
+                parts[section][setting] = _convert(key, value, type(known[key]))
             except ConfigError as error:
-                problems.append(str(error))
-                continue
-            section, _, name = key.rpartition(".")
-            sections.setdefault(section, {})[name] = converted
-        if problems:
-            raise ConfigError("; ".join(problems))
-        top: dict[str, Any] = dict(sections.pop("", {}))
-        types = {f.name: type(getattr(cls(), f.name)) for f in dataclasses.fields(cls)}
-        return cls(**top, **{name: types[name](**part) for name, part in sections.items()})
+                found.append(str(error))
+        if found:
+            raise ConfigError("; ".join(found))
+        sections = {section: kind(**parts[section]) for section, kind in _SECTIONS.items()}
+        try:
+            method = METHODS[name](**parts["method"])
+        except ConfigError as error:
+            found = [str(error)]
+            found += problems(*(sections[section] for section in _SECTIONS))
+            raise ConfigError("; ".join(found)) from None
+        return cls(**parts[""], method=method, **sections)
 
     @classmethod
     def read(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -150,34 +108,37 @@ class RunConfig:
 
     def flat(self) -> dict[str, Scalar]:
         """Every setting as `section.key` -> value, in a fixed order."""
-        result: dict[str, Scalar] = {}
-        for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, dict):
-                result.update({f"{name}.{key}": entry for key, entry in value.items()})
-            else:
-                result[name] = value
-        return result
+        parts = {section: getattr(self, section) for section in _SECTIONS}
+        return {
+            "seed": self.seed,
+            METHOD_NAME: self.method.name,
+            **_flat_method(self.method),
+            **{
+                f"{section}.{key}": value
+                for section, part in parts.items()
+                for key, value in dataclasses.asdict(part).items()
+            },
+        }
+
+    def flower(self) -> dict[str, Scalar]:
+        """The same for Flower's run config, which knows no method's settings: they are one key."""
+        own = _flat_method(self.method)
+        packed = json.dumps(self.method.settings()) if own else ""
+        rest = {key: value for key, value in self.flat().items() if key not in own}
+        return {**rest, METHOD_SETTINGS: packed}
 
     def toml(self) -> str:
         """The same settings as a TOML file, one table per section."""
-        lines: list[str] = []
-        for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, dict):
-                lines += ["", f"[{name}]"]
-                lines += [f"{key} = {json.dumps(entry)}" for key, entry in value.items()]
-            else:
-                lines.append(f"{name} = {json.dumps(value)}")
-        return "\n".join(lines) + "\n"
+        tables: dict[str, Any] = {}
+        for key, value in self.flat().items():
+            section, _, setting = key.rpartition(".")
+            (tables.setdefault(section, {}) if section else tables)[setting] = value
+        return tomli_w.dumps(tables)
 
     @property
     def model_name(self) -> str:
         """The model's name, the data set's default where none was given."""
         return self.model.name or DEFAULT_MODELS.get(self.data.dataset, "resnet20")
-
-    @property
-    def adjust_until(self) -> int:
-        """R_stop: no mask adjustment happens at or after this round."""
-        return self.pruning.adjust_until or max(1, round(0.6 * self.training.rounds))
 
     @property
     def clients_per_round(self) -> int:
@@ -192,13 +153,7 @@ class RunConfig:
         return min(size, self.clients_per_round)
 
 
-CPU_COHORT = 4  # a compromise: no size stands out (benchmarks.gpu_simulation --cohorts)
 DEFAULT_MODELS = {"digits": "resnet8", "fashion-mnist": "resnet8"}
-PARTITIONS = ("iid", "dirichlet", "pathological", "natural")
-GRANULARITIES = ("layer", "block", "entire")
-VALUE_DTYPES = ("fp32", "fp16", "bf16", "int8")
-DEVICES = ("cpu", "cuda")
-EXECUTIONS = ("auto", "sparse", "masked", "dense")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -237,10 +192,51 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
     return values
 
 
-def _unknown_key(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+def own_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` less settings that only methods other than the one named there have.
+
+    For comparisons, where one setting is meant for whichever method knows it.
+    """
+    name = values.get(METHOD_NAME) or DEFAULT_METHOD
+    check_method(name)
+    own = _flat_method(METHODS[name]())
+    others = {key for method in METHODS.values() for key in _flat_method(method())} - own.keys()
+    return {key: value for key, value in values.items() if key not in others}
+
+
+def _flat_sections(seed: int, sections: Mapping[str, type[Any]]) -> dict[str, Scalar]:
+    return {
+        "seed": seed,
+        **{
+            f"{section}.{part.name}": getattr(kind(), part.name)
+            for section, kind in sections.items()
+            for part in dataclasses.fields(kind)
+        },
+    }
+
+
+def _flat_method(method: Method) -> dict[str, Scalar]:
+    return {f"method.{key}": value for key, value in method.settings().items()}
+
+
+def _packed_settings(text: Any) -> dict[str, Any]:
+    if text == "":
+        return {}
+    try:
+        settings = json.loads(text)
+    except (TypeError, ValueError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{METHOD_SETTINGS}: expected a JSON object, got {text!r:.60}")
+    return {f"method.{key}": value for key, value in settings.items()}
+
+
+def _unknown_key(key: str, known: Iterable[str], method: str) -> str:
+    known = [METHOD_NAME, *known]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
-    return f"unknown config key {key!r}{hint}"
+    owner = f" of method {method!r}" if key.startswith("method.") else ""
+    return f"unknown config key {key!r}{owner}{hint}"
 
 
 def _convert(key: str, value: Any, expected: type) -> Scalar:
@@ -261,63 +257,3 @@ def _convert(key: str, value: Any, expected: type) -> Scalar:
     except (ValueError, TypeError, OverflowError):
         pass
     raise ConfigError(f"{key}: expected {expected.__name__}, got {value!r}")
-
-
-def _problems(config: RunConfig) -> Iterable[str]:
-    """Every reason why this configuration cannot be run."""
-    data, training, pruning = config.data, config.training, config.pruning
-    # Names of methods and models are known to their registries; importing them here would
-    # make every reader of a config load torchvision, so those two are checked when built.
-    choices = {
-        "data.partition": (data.partition, PARTITIONS),
-        "pruning.granularity": (pruning.granularity, GRANULARITIES),
-        "federation.value_dtype": (config.federation.value_dtype, VALUE_DTYPES),
-        "training.device": (training.device, DEVICES),
-        "training.execution": (training.execution, EXECUTIONS),
-    }
-    for key, (value, allowed) in choices.items():
-        if value not in allowed:
-            yield f"{key}: expected one of {', '.join(allowed)}; got {value!r}"
-    at_least_one = {
-        "data.clients": data.clients,
-        "data.classes_per_client": data.classes_per_client,
-        "training.rounds": training.rounds,
-        "training.local_epochs": training.local_epochs,
-        "training.threads": training.threads,
-        "pruning.pool_limit": pruning.pool_limit,
-        "pruning.adjust_every": pruning.adjust_every,
-        "pruning.server_per_class": pruning.server_per_class,
-    }
-    for key, count in at_least_one.items():
-        if count < 1:
-            yield f"{key}: expected at least 1, got {count}"
-    not_negative = {
-        "seed": config.seed,
-        "data.num_train": data.num_train,
-        "data.num_test": data.num_test,
-        "model.width": config.model.width,
-        "training.weight_decay": training.weight_decay,
-        "training.cohort": training.cohort,
-        "pruning.pool_size": pruning.pool_size,
-        "pruning.adjust_until": pruning.adjust_until,
-        "pruning.pretrain_epochs": pruning.pretrain_epochs,
-        "federation.clients_per_round": config.federation.clients_per_round,
-    }
-    for key, amount in not_negative.items():
-        if not amount >= 0:
-            yield f"{key}: expected 0 or more, got {amount}"
-    if training.batch_size < 2:
-        yield f"training.batch_size: batch norm needs at least 2, got {training.batch_size}"
-    if not 0 < pruning.density <= 1:
-        yield f"pruning.density: expected 0 < density <= 1, got {pruning.density}"
-    if not 0 <= training.momentum < 1:
-        yield f"training.momentum: expected 0 <= momentum < 1, got {training.momentum}"
-    if not 0 <= pruning.adjust_rate <= 1:
-        yield f"pruning.adjust_rate: expected 0 to 1, got {pruning.adjust_rate}"
-    for key, number in (
-        ("data.alpha", data.alpha),
-        ("training.lr", training.lr),
-        ("federation.timeout", config.federation.timeout),
-    ):
-        if not 0 < number < float("inf"):
-            yield f"{key}: expected a positive number, got {number}"

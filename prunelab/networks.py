@@ -7,11 +7,12 @@ Convolutional residual networks after He et al., Deep Residual Learning for Imag
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn import functional
+from torch.nn import functional, init
 
 from prunelab.errors import ModelError
 from sparsemodel.masks.mask import prunable_parameters
@@ -176,6 +177,28 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MODELS[name](num_classes, input_shape, width)
+
+
+@contextmanager
+def uninitialised() -> Iterator[None]:
+    """Inside, layers draw no weights: for models whose state is overwritten.
+
+    Parameters hold whatever is in memory; buffers and constant parameters are as always.
+    """
+    names = [name for name in vars(init) if name.endswith("_") and "uniform" in name]
+    names += [name for name in vars(init) if name.endswith("_") and "normal" in name]
+    kept = {name: getattr(init, name) for name in names}
+    for name in names:
+        setattr(init, name, _untouched)
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(init, name, function)
+
+
+def _untouched(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return tensor
 
 
 def parameter_blocks(model: nn.Module, *, granularity: str) -> list[list[str]]:

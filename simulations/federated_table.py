@@ -20,7 +20,7 @@ from typing import Any
 
 import fedprune
 from fedprune import RunConfig
-from fedprune.config import parse_assignments
+from fedprune.config import own_settings, parse_assignments
 from fedprune.rounds.folder import CONFIG, read_summary
 from prunelab.pages.units import format_bytes, mean_and_spread
 from prunelab.runs.provenance import commit
@@ -70,14 +70,8 @@ def cells(experiment: Experiment, seeds: Iterable[int]) -> list[Cell]:
 
 def run_cell(cell: Cell, settings: Mapping[str, Any], out: Path) -> Path:
     """Run, or resume, or find finished, one cell; returns its folder."""
-    config = RunConfig.parse(
-        {
-            **settings,
-            "pruning.method": cell.method,
-            "pruning.density": cell.density,
-            "seed": cell.seed,
-        }
-    )
+    values = {**settings, "method.name": cell.method, "method.density": cell.density}
+    config = RunConfig.parse(own_settings({**values, "seed": cell.seed}))
     folder = out / cell.folder
     fedprune.run(config, folder, resume=(folder / CONFIG).exists())
     return folder

@@ -24,8 +24,8 @@ EXPERIMENT = Experiment(
             "training.rounds": 20,
             "training.local_epochs": 1,
             "training.batch_size": 32,
-            "pruning.adjust_every": 2,
-            "pruning.adjust_until": 14,
+            "method.adjust_every": 2,
+            "method.adjust_until": 14,
         },
         "full": {
             "data.dataset": "cifar10",
@@ -37,8 +37,8 @@ EXPERIMENT = Experiment(
             "training.local_epochs": 5,
             "training.batch_size": 64,
             "training.device": "cuda",
-            "pruning.adjust_every": 10,
-            "pruning.adjust_until": 100,
+            "method.adjust_every": 10,
+            "method.adjust_until": 100,
         },
     },
 )

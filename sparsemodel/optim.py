@@ -85,6 +85,7 @@ class MaskedSGD:
             for name, parameter in parameters.items()
             if parameter.requires_grad
         ]
+        self._names = [name for name, p in parameters.items() if p.requires_grad]
         self._frozen = [p for p in parameters.values() if not p.requires_grad]
         # The hooks hold slots, never this object, so they go when it does, closed or not.
         removals = [slot.attach() for slot in self._slots if slot.indices is not None]
@@ -101,6 +102,19 @@ class MaskedSGD:
         for slot in self._slots:
             slot.gradient = None
             slot.parameter.grad = None
+
+    def gradients(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Name -> (values, gradient) of each parameter that has one, before the step.
+
+        Of masked parameters those of the active weights, [nnz], and the values are a copy; a
+        gradient changed in place is what `step` takes.
+        """
+        found = {}
+        for name, slot in zip(self._names, self._slots, strict=True):
+            gradient = slot.parameter.grad if slot.indices is None else slot.gradient
+            if gradient is not None:
+                found[name] = slot.values(), gradient
+        return found
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of storage held now, by kind: weights, gradients, momentum and indices.
@@ -323,6 +337,11 @@ class _Slot:
         assert self.indices is not None, "dense parameters have no hook"
         values = dense.reshape(-1).index_select(0, self.indices)
         self.gradient = values if self.gradient is None else self.gradient.add_(values)
+
+    def values(self) -> torch.Tensor:
+        """The parameter, detached; of a masked one a copy of its active weights."""
+        weight = self.parameter.detach()
+        return weight if self.indices is None else weight.view(-1).index_select(0, self.indices)
 
     def update(self, *, lr: float, momentum: float, weight_decay: float) -> None:
         """One step, in the order of operations of torch.optim.SGD."""

@@ -28,9 +28,9 @@ def config(tmp_path: Path) -> RunConfig:
             "model.width": 4,
             "training.rounds": 3,
             "training.local_epochs": 1,
-            "pruning.pool_size": 1,
-            "pruning.pretrain_epochs": 0,
-            "pruning.server_per_class": 2,
+            "method.pool_size": 1,
+            "server.pretrain_epochs": 0,
+            "server.per_class": 2,
         }
     )
 

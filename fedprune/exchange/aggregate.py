@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from fedprune.errors import ClientError
 from sparsemodel.kernels import fixed_point
 from sparsemodel.kernels.cuda import array_ops as cuda_array_ops
 from sparsemodel.kernels.fixed_point import MAX_ABSOLUTE_VALUE
+from sparsemodel.runtime.state import Entries, SparseState
 
 MAX_TOTAL_WEIGHT = fixed_point.MAX_TOTAL_WEIGHT
 
@@ -144,6 +146,59 @@ class WeightedMean:
         )
 
 
+class StateMean:
+    """The running mean of states under one set of patterns; see WeightedMean.
+
+    Statistics of batch norms (names that end in running_mean and running_var) are pooled.
+
+    Args:
+        device: where the sums are kept.
+    """
+
+    def __init__(self, *, device: torch.device | str | None = None) -> None:
+        self._device = device
+        self._mean: WeightedMean | None = None
+        self._state: SparseState | None = None
+
+    @property
+    def num_replies(self) -> int:
+        """States folded in so far."""
+        return 0 if self._mean is None else self._mean.num_replies
+
+    def add(self, state: SparseState, *, weight: int) -> None:
+        """Fold in one state. A state that is refused leaves the mean as it was.
+
+        Raises:
+            ClientError: it is under other patterns, or as `WeightedMean.add`.
+        """
+        if self._mean is None:
+            pairs = [
+                (name, f"{stem}running_var")
+                for name in state.values
+                if (stem := name.removesuffix("running_mean")) != name
+            ]
+            mean = WeightedMean(pairs, device=self._device)
+        else:
+            mean = self._mean
+            assert self._state is not None
+            if state.patterns != self._state.patterns:
+                raise ClientError("a state under another mask than those before it")
+        mean.add({n: torch.from_numpy(value) for n, value in state.values.items()}, weight=weight)
+        self._mean, self._state = mean, self._state or state
+
+    def result(self) -> SparseState:
+        """The weighted mean so far, under the patterns of the states.
+
+        Raises:
+            ClientError: nothing was added.
+        """
+        if self._mean is None or self._state is None:
+            raise ClientError("no reply was folded into the mean")
+        mean = self._mean.result()
+        values = {name: mean[name].cpu().numpy() for name in self._state.values}
+        return SparseState(values, self._state.patterns)
+
+
 class EntryMean:
     """The weighted mean of sparse (index, value) uploads; a coordinate not sent counts as zero.
 
@@ -161,8 +216,8 @@ class EntryMean:
         self._low: dict[str, Tensor] = {}
         self.total_weight = 0
 
-    def add(self, entries: Mapping[str, tuple[Tensor, Tensor]], *, weight: int) -> None:
-        """Fold in one client's entries: name -> (int64 indices, float32 values), both [K].
+    def add(self, entries: Entries, *, weight: int) -> None:
+        """Fold in one client's entries.
 
         Raises:
             ClientError: a value is not finite or too large, or the weight is not positive or, with
@@ -171,11 +226,12 @@ class EntryMean:
         if self.total_weight + weight > MAX_TOTAL_WEIGHT:
             raise ClientError(f"weight {weight}: expected at most {MAX_TOTAL_WEIGHT} in total")
         single = WeightedMean(device=self._device)
-        single.add({name: values for name, (_, values) in entries.items()}, weight=weight)
+        tensors = {name: torch.from_numpy(values) for name, (_, values) in entries.items()}
+        single.add(tensors, weight=weight)
         self._device = single._device
         for name, (indices, _) in entries.items():
             known = self._indices.get(name, torch.empty(0, dtype=torch.int64, device=self._device))
-            both = torch.cat([known, indices.to(known.device)])
+            both = torch.cat([known, torch.from_numpy(indices).to(known.device)])
             union, positions = both.unique(return_inverse=True)
             for store, added in ((self._high, single._high), (self._low, single._low)):
                 total = torch.zeros_like(union)
@@ -185,12 +241,10 @@ class EntryMean:
             self._indices[name] = union
         self.total_weight += weight
 
-    def result(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Name -> (ascending int64 indices, float32 mean values), where the sums are."""
-        return {
-            name: (
-                indices,
-                fixed_point.value(self._high[name], self._low[name], self.total_weight).float(),
-            )
-            for name, indices in self._indices.items()
-        }
+    def result(self) -> Entries:
+        """The mean entries."""
+        entries: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for name, indices in self._indices.items():
+            mean = fixed_point.value(self._high[name], self._low[name], self.total_weight)
+            entries[name] = indices.cpu().numpy(), mean.float().cpu().numpy()
+        return entries

@@ -1,23 +1,85 @@
-"""What server and clients say to each other, as plain dataclasses.
+"""What server and clients say to each other: a named question, and its answer.
 
-`wire.py` turns them into Flower records and back; everything else only sees these.
+A method gives its questions names and says what they carry; `flower/wire.py` turns them into
+Flower's records and back. Everything else only sees these.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
+from fedprune.errors import ClientError
+from sparsemodel.runtime.state import Entries, SparseState, Tensors
 
-from sparsemodel.masks.mask import Mask
+Fields = Mapping[str, Any]
+"""Small values that JSON can carry: numbers, text, lists and dictionaries of them."""
 
-State = dict[str, torch.Tensor]
-Entries = dict[str, tuple[torch.Tensor, torch.Tensor]]
+MODEL = "model"
+"""The name under which the global model travels, and its growth entries."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a client's process held: bytes of its state, and the peak of its resident memory."""
+
+    state_bytes: int
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A client's answer.
+
+    Attributes:
+        num_examples: the samples that it stands for; the weight of whatever is averaged.
+        states: states by name; one that the request has too is under the request's patterns.
+        entries: for states of the request: single entries at pruned places.
+        tensors: dictionaries of whole tensors of the model, by name.
+    """
+
+    num_examples: int
+    fields: Fields = field(default_factory=dict)
+    states: Mapping[str, SparseState] = field(default_factory=dict)
+    entries: Mapping[str, Entries] = field(default_factory=dict)
+    tensors: Mapping[str, Tensors] = field(default_factory=dict)
+    resources: Resources | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to clients.
+
+    Attributes:
+        action: which function of the method's client half answers.
+        round_index: rounds completed before it.
+        fields: small values.
+        states: states by name, each under its patterns; a client that holds the patterns is sent
+            the values alone.
+        tensors: dictionaries of whole tensors of the model, by name.
+        hold: names of states whose values the clients keep until the next request, which then
+            need not bring them again.
+        report_resources: whether clients say what they hold.
+        check: refuses, with ClientError, a reply that does not answer it. It does not travel.
+        forward_passes: for the account of operations: of each pass over the development samples
+            that the answer takes, layer -> active weights. It does not travel.
+    """
+
+    action: str
+    round_index: int = 0
+    fields: Fields = field(default_factory=dict)
+    states: Mapping[str, SparseState] = field(default_factory=dict)
+    tensors: Mapping[str, Tensors] = field(default_factory=dict)
+    hold: frozenset[str] = frozenset()
+    report_resources: bool = False
+    check: Callable[[Reply], None] = lambda reply: None
+    forward_passes: Sequence[Mapping[str, int]] = ()
 
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """A client's answer to "describe": who it is and what it holds."""
+    """Who a client is and what it holds."""
 
     client: int
     num_train: int
@@ -25,76 +87,85 @@ class ClientInfo:
     label_histogram: list[int]
 
 
-@dataclass(frozen=True)
-class TrainRequest:
-    """One round's work: the global model, and how many growth candidates to send back.
+DESCRIBE = "describe"
+"""The question that every client answers, whatever the method: its ClientInfo."""
 
-    `weights` is the whole float state with zeros at pruned places; `growth` names a count for
-    each layer of the block whose mask is adjusted after this round (empty: none).
+
+def describe_reply(info: ClientInfo) -> Reply:
+    """A client's answer to DESCRIBE."""
+    fields = {"client": info.client, "dev": info.num_dev, "labels": info.label_histogram}
+    return Reply(info.num_train, fields)
+
+
+def client_info(reply: Reply) -> ClientInfo:
+    """What a client says of itself.
+
+    Raises:
+        ClientError: a field is missing or of another kind.
     """
+    labels = reply.fields.get("labels")
+    if not isinstance(labels, list):
+        raise ClientError(f"field 'labels': expected a list of counts, got {labels!r:.60}")
+    return ClientInfo(
+        client=count(reply.fields, "client"),
+        num_train=reply.num_examples,
+        num_dev=count(reply.fields, "dev"),
+        label_histogram=counts(reply.fields, "labels", len(labels)),
+    )
 
-    round_index: int
-    weights: State
-    mask: Mask | None
-    growth: dict[str, int] = field(default_factory=dict)
-    report_resources: bool = False
+
+# --- fields, checked ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TrainReply:
-    """A client's trained model in sparse space.
+def count(fields: Fields, key: str) -> int:
+    """A field that is a whole number, 0 or more.
 
-    `values` holds, for masked layers, only the active values [nnz]; other tensors whole.
-    `growth` holds the largest gradients at pruned coordinates of the layers asked for.
+    Raises:
+        ClientError: it is not.
     """
-
-    num_examples: int
-    loss: float
-    values: State
-    growth: Entries
-    state_bytes: int = 0
-    peak_rss_bytes: int = 0
+    value = fields.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
+        raise ClientError(f"field {key!r}: expected a whole number, 0 or more, got {value!r:.60}")
+    return value
 
 
-@dataclass(frozen=True)
-class Pool:
-    """Dense weights and the candidate masks that may be laid over them."""
+def number(fields: Fields, key: str) -> float:
+    """A field that is a finite number.
 
-    weights: State
-    masks: list[Mask]
-
-
-@dataclass(frozen=True)
-class MeasureRequest:
-    """Candidate selection, first step: measure batch-norm statistics of every candidate."""
-
-    pool: Pool
+    Raises:
+        ClientError: it is not.
+    """
+    value = fields.get(key)
+    if not _is_finite(value):
+        raise ClientError(f"field {key!r}: expected a finite number, got {value!r:.60}")
+    return float(value)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class MeasureReply:
-    """Batch-norm statistics of every candidate on the client's development split."""
+def counts(fields: Fields, key: str, length: int) -> list[int]:
+    """A field that is a list of so many whole numbers, 0 or more.
 
-    num_examples: int
-    statistics: list[State]
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """Candidate selection, second step: the statistics each candidate is evaluated with."""
-
-    pool: Pool
-    statistics: list[State]
+    Raises:
+        ClientError: it is not.
+    """
+    return [count({key: value}, key) for value in _listed(fields, key, length)]
 
 
-@dataclass(frozen=True)
-class ScoreReply:
-    """Sums over the client's development split, one entry a candidate."""
+def numbers(fields: Fields, key: str, length: int) -> list[float]:
+    """A field that is a list of so many finite numbers.
 
-    num_examples: int
-    loss_sums: list[float]
-    num_correct: list[int]
+    Raises:
+        ClientError: it is not.
+    """
+    return [number({key: value}, key) for value in _listed(fields, key, length)]
 
 
-Request = TrainRequest | MeasureRequest | ScoreRequest
-Reply = ClientInfo | TrainReply | MeasureReply | ScoreReply
+def _listed(fields: Fields, key: str, length: int) -> list[Any]:
+    values = fields.get(key)
+    if not isinstance(values, list) or len(values) != length:
+        raise ClientError(f"field {key!r}: expected a list of {length}, got {values!r:.60}")
+    return values
+
+
+def _is_finite(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) < float("inf")  # type: ignore[arg-type]

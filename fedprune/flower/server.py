@@ -1,7 +1,7 @@
 """The Flower ServerApp: it joins the clients and hands them to the round loop.
 
 Flower's own strategies keep every reply in memory, average batch norm's integer counters and
-cannot resume, so the loop is ours (loop.py) and only messages are Flower's.
+cannot resume, so the loop is ours (rounds/loop.py) and only messages are Flower's.
 """
 
 from __future__ import annotations
@@ -15,31 +15,21 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedprune.errors import ClientError
-from fedprune.exchange.messages import (
-    ClientInfo,
-    MeasureRequest,
-    Reply,
-    Request,
-    ScoreRequest,
-    TrainRequest,
-)
+from fedprune.exchange.messages import DESCRIBE, MODEL, ClientInfo, Reply, Request, client_info
 from fedprune.flower import wire
 from fedprune.flower.client import LAUNCH_SECTION, run_config
 from fedprune.reports.page import write_report
 from fedprune.rounds import folder as runfolder
-from fedprune.rounds.loop import Traffic, run
+from fedprune.rounds.ledger import Traffic
+from fedprune.rounds.loop import run
 from fedprune.rounds.workspace import Workspace, open_workspace
 from prunelab.errors import RunError
 from sparsemodel.errors import SparseModelError
-from sparsemodel.masks.mask import Mask
+from sparsemodel.runtime.pattern import Patterns
 
 POLL_SECONDS = 0.02
 JOIN_SECONDS = 120.0
-_ACTIONS: dict[type, str] = {
-    TrainRequest: "train",
-    MeasureRequest: "query.measure",
-    ScoreRequest: "evaluate.candidates",
-}
+TRAIN = "train"
 
 app = ServerApp()
 
@@ -65,7 +55,7 @@ def main(grid: Grid, context: Context) -> None:
 class GridCohort:
     """The clients behind a Flower Grid.
 
-    Keeps track of which mask each client holds, counts the bytes of every message, and turns a
+    Keeps track of what each client holds, counts the bytes of every message, and turns a
     failed, silent or refused client into a line of `skipped` instead of an end of the run.
     """
 
@@ -76,8 +66,9 @@ class GridCohort:
         self._launcher_pid = launcher_pid
         self._nodes: dict[int, int] = {}
         self._held: dict[int, frozenset[str]] = {}
-        self._last_mask: Mask | None = None
-        self._traffic = Traffic(up=[], down=[], mask=0, skipped=[])
+        self._last_mask: Patterns | None = None
+        self._traffic = Traffic()
+        self._program = wire.ProgramText.of(workspace.program)
         self.clients: dict[int, ClientInfo] = {}
 
     def join(self) -> None:
@@ -93,11 +84,14 @@ class GridCohort:
                 break
             self._check_launcher()
             time.sleep(0.1)
-        pending = {self._send(node, RecordDict(), "query.describe", "join"): node for node in nodes}
+        request = Request(DESCRIBE)
+        record = self._encode(request, frozenset(), program=wire.ProgramText()).record
+        pending = {self._send(node, record, DESCRIBE, "join"): node for node in nodes}
         for node, message in self._replies(pending):
             try:
-                info = wire.decode_client_info(_content(message))
-            except ClientError as error:
+                reply = wire.decode_reply(_content(message), request, shapes={})
+                info = client_info(reply)
+            except (ClientError, SparseModelError) as error:
                 self.skip(-1, f"node {node}: {error}")
                 continue
             if info.client in self.clients:
@@ -114,21 +108,22 @@ class GridCohort:
 
     def take_traffic(self) -> Traffic:
         """What was sent since the last call."""
-        taken, self._traffic = self._traffic, Traffic(up=[], down=[], mask=0, skipped=[])
+        taken, self._traffic = self._traffic, Traffic()
         return taken
 
     def ask(
         self, request: Request, *, clients: list[int] | None = None
     ) -> Iterator[tuple[int, Reply]]:
-        """Send to each client what it lacks, and yield valid replies as they arrive.
+        """Send to each client what it lacks, and yield checked replies as they arrive.
 
-        A client whose mask is not the one meant asks for a re-sync and is sent everything.
+        A client that lacks what a message refers to asks for a re-sync and is sent everything.
         """
         # Clients that hold the same are sent the same: it is encoded once.
-        records: dict[frozenset[str], RecordDict] = {}
+        envelopes: dict[frozenset[str], wire.Envelope] = {}
         pending: dict[str, int] = {}
         for client in sorted(self.clients) if clients is None else clients:
-            pending[self._request(client, request, records)] = client
+            pending[self._request(client, request, envelopes)] = client
+        after = next(iter(envelopes.values())).held if envelopes else frozenset()
         resynced: set[int] = set()
         for client, message in self._replies(pending):
             try:
@@ -137,45 +132,46 @@ class GridCohort:
                 if wire.wants_resync(record) and client not in resynced:
                     resynced.add(client)
                     self._held[client] = frozenset()
-                    pending[self._request(client, request, records)] = client
+                    pending[self._request(client, request, envelopes)] = client
                     continue
-                reply = wire.decode_reply(
-                    record,
-                    request,
-                    shapes=self._workspace.shapes,
-                    batch_norms=self._workspace.batch_norms,
-                )
+                reply = wire.decode_reply(record, request, shapes=self._workspace.shapes)
+                request.check(reply)
             except (ClientError, SparseModelError) as error:
                 self._held[client] = frozenset()
                 self.skip(client, str(error))
                 continue
-            self._held[client] = _held_after(request)
+            self._held[client] = after
             yield client, reply
-        if isinstance(request, TrainRequest):
-            self._last_mask = request.mask
+        if MODEL in request.states:
+            self._last_mask = request.states[MODEL].patterns
 
     def _request(
-        self, client: int, request: Request, records: dict[frozenset[str], RecordDict]
+        self, client: int, request: Request, envelopes: dict[frozenset[str], wire.Envelope]
     ) -> str:
         held = self._held.get(client, frozenset())
-        if held not in records:
-            records[held] = wire.encode_request(
-                request,
-                held=held,
-                base=self._last_mask,
-                dtype=self._config.federation.value_dtype,
-            )
-        record = records[held]
-        self._traffic.down.append(wire.record_bytes(record))
-        if isinstance(request, TrainRequest):
-            self._traffic.mask += wire.mask_frame_bytes(record)
-            group = str(request.round_index + 1)
-        else:
-            group = "selection"
-        return self._send(self._nodes[client], record, _ACTIONS[type(request)], group)
+        if held not in envelopes:
+            envelopes[held] = self._encode(request, held, program=self._program)
+        envelope = envelopes[held]
+        self._traffic.down.append(envelope.size)
+        self._traffic.mask += envelope.mask_size
+        trains = request.action == TRAIN
+        group = str(request.round_index + 1) if trains else request.action
+        return self._send(self._nodes[client], envelope.record, request.action, group)
+
+    def _encode(
+        self, request: Request, held: frozenset[str], *, program: wire.ProgramText
+    ) -> wire.Envelope:
+        return wire.encode_request(
+            request,
+            program=program,
+            held=held,
+            base=self._last_mask,
+            dtype=self._config.federation.value_dtype,
+        )
 
     def _send(self, node: int, record: RecordDict, action: str, group: str) -> str:
-        message = Message(record, node, action, group_id=group)
+        kind = TRAIN if action == TRAIN else "query"
+        message = Message(record, node, kind, group_id=group)
         sent = list(self._grid.push_messages([message]))
         if not sent:
             raise RunError(f"Flower did not accept a message for node {node}")
@@ -212,14 +208,6 @@ class GridCohort:
                 os.kill(self._launcher_pid, 0)
             except ProcessLookupError:
                 raise RunError("the command that started this run has ended") from None
-
-
-def _held_after(request: Request) -> frozenset[str]:
-    """Digests that a client holds once it has answered `request`."""
-    if isinstance(request, TrainRequest):
-        return frozenset([request.mask.digest()] if request.mask else [])
-    masks = [mask.digest() for mask in request.pool.masks]
-    return frozenset([wire.pool_digest(request.pool), *masks])
 
 
 def _content(message: Message) -> RecordDict:

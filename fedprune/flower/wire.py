@@ -1,39 +1,29 @@
 """Flower records on one side, plain requests and replies on the other.
 
-The only file that knows both. A message holds one ConfigRecord of small numbers and codec
+The only file that knows both. A message holds one ConfigRecord: a small header in JSON and codec
 frames (sparsemodel/codec/FORMAT.md). Frames above 1 MiB travel as a Flower Array, which the
 transport cuts into chunks; smaller ones inside the ConfigRecord, because an Array costs about
 450 bytes of object headers, more than a tiny model's whole mask.
+
+What a client holds between messages has tokens: "p:" the network's program, "m:" a mask, "v:"
+the values of a state, each with a digest. A request brings what the client lacks; it is held from
+then on exactly as long as requests name it, so that both sides know what the other holds.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fedprune.errors import ClientError
-from fedprune.exchange.aggregate import WeightedMean
-from fedprune.exchange.messages import (
-    ClientInfo,
-    MeasureReply,
-    MeasureRequest,
-    Pool,
-    Reply,
-    Request,
-    ScoreReply,
-    ScoreRequest,
-    State,
-    TrainReply,
-    TrainRequest,
-)
+from fedprune.exchange.messages import Fields, Reply, Request, Resources
 from sparsemodel.codec import (
-    Limits,
     decode_entries,
     decode_mask,
     decode_mask_delta,
@@ -43,30 +33,35 @@ from sparsemodel.codec import (
     encode_mask_delta,
     encode_state,
 )
-from sparsemodel.errors import MaskMismatch, SparseModelError
-from sparsemodel.masks.mask import Mask
+from sparsemodel.errors import CodecError, MaskMismatch
 from sparsemodel.runtime.pattern import Patterns
-from sparsemodel.runtime.state import SparseState
+from sparsemodel.runtime.program import Program
+from sparsemodel.runtime.state import SparseState, Tensors
 
 FRAME_STYPE = "fedprune.frame.v1"
 ARRAY_THRESHOLD = 2**20
+MAX_HEADER_BYTES = 2**24
+DIGEST_DIGITS = 16
 _FIELDS = "c"
 _FRAMES = "a"
+_HEADER = "h"
 
 Shapes = Mapping[str, tuple[int, ...]]
+Frames = dict[str, bytes]
 
 
 class NeedsResync(Exception):  # noqa: N818 - an event, not a failure
-    """The client lacks the mask or pool that a message refers to; send it whole."""
+    """The client lacks something that a message refers to; send it whole."""
 
 
 # --- records -----------------------------------------------------------------------------------
 
 
-def build_record(fields: Mapping[str, Any], frames: Mapping[str, bytes]) -> RecordDict:
-    """A Flower record of small fields and codec frames."""
+def build_record(header: Mapping[str, Any], frames: Mapping[str, bytes]) -> RecordDict:
+    """A Flower record of a header and codec frames."""
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False)
     small = {key: data for key, data in frames.items() if len(data) < ARRAY_THRESHOLD}
-    record = RecordDict({_FIELDS: ConfigRecord({**fields, **small})})
+    record = RecordDict({_FIELDS: ConfigRecord({_HEADER: text, **small})})
     if len(small) < len(frames):
         record[_FRAMES] = ArrayRecord(
             {
@@ -78,31 +73,26 @@ def build_record(fields: Mapping[str, Any], frames: Mapping[str, bytes]) -> Reco
     return record
 
 
-def read_record(record: RecordDict) -> dict[str, Any]:
-    """Fields and frames of a record by key.
+def read_record(record: RecordDict) -> tuple[dict[str, Any], Frames]:
+    """Header and frames of a record.
 
     Raises:
         ClientError: the record does not have this project's layout.
     """
     if _FIELDS not in record.config_records:
         raise ClientError(f"message without {_FIELDS!r}; it has {list(record)}")
-    values: dict[str, Any] = dict(record.config_records[_FIELDS])
+    values = dict(record.config_records[_FIELDS])
+    text = values.pop(_HEADER, None)
+    frames: Frames = {}
+    for key, data in values.items():
+        if not isinstance(data, bytes):
+            raise ClientError(f"frame {key!r}: expected bytes, got {type(data).__name__}")
+        frames[key] = data
     for key, array in record.array_records.get(_FRAMES, {}).items():
         if array.stype != FRAME_STYPE:
             raise ClientError(f"array {key!r}: expected stype {FRAME_STYPE}, got {array.stype!r}")
-        values[key] = array.data
-    return values
-
-
-def record_parts(record: RecordDict) -> tuple[ConfigRecord, ArrayRecord]:
-    """Fields and arrays of a record, for a client to keep in its state."""
-    arrays = record.array_records[_FRAMES] if _FRAMES in record else ArrayRecord()
-    return record.config_records[_FIELDS], arrays
-
-
-def join_parts(fields: ConfigRecord, arrays: ArrayRecord) -> RecordDict:
-    """The record that `record_parts` took apart."""
-    return RecordDict({_FIELDS: fields, _FRAMES: arrays})
+        frames[key] = array.data
+    return _read_header(text), frames
 
 
 def record_bytes(record: RecordDict) -> int:
@@ -110,215 +100,325 @@ def record_bytes(record: RecordDict) -> int:
     return sum(len(part.deflate()) for part in get_all_nested_objects(record).values())
 
 
-def _field(values: Mapping[str, Any], key: str, expected: type) -> Any:
-    value = values.get(key)
+def _read_header(text: object) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
+    if not isinstance(text, str) or len(text) > MAX_HEADER_BYTES:
+        raise ClientError(f"header: expected text, got {text!r:.60}")
+    try:
+        header = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ClientError(f"header: not JSON ({str(error)[:100]})") from None
+    if not isinstance(header, dict):
+        raise ClientError(f"header: expected an object, got {header!r:.60}")
+    return header
+
+
+def _field(header: Mapping[str, Any], key: str, expected: type, default: Any = None) -> Any:
+    value = header.get(key, default)
     if not isinstance(value, expected) or isinstance(value, bool) != (expected is bool):
         raise ClientError(f"field {key!r}: expected {expected.__name__}, got {value!r:.60}")
     return value
 
 
-def _count(values: Mapping[str, Any], key: str) -> int:
-    count: int = _field(values, key, int)
-    if count < 0:
-        raise ClientError(f"field {key!r}: expected 0 or more, got {count}")
-    return count
+def _count(header: Mapping[str, Any], key: str) -> int:
+    number: int = _field(header, key, int)
+    if not 0 <= number < 2**53:
+        raise ClientError(f"field {key!r}: expected 0 or more, got {number}")
+    return number
 
 
-def _number_list(values: Mapping[str, Any], key: str, kind: type, length: int) -> list[Any]:
-    numbers = _field(values, key, list)
-    if len(numbers) != length or not all(isinstance(number, kind) for number in numbers):
-        raise ClientError(f"field {key!r}: expected {length} of {kind.__name__}")
-    return list(numbers)
+def _frame(frames: Frames, key: str) -> bytes:
+    if key not in frames:
+        raise ClientError(f"message without its frame {key!r}; it has {sorted(frames)}")
+    return frames[key]
 
 
-def _patterns(mask: Mask | None) -> Patterns | None:
-    return None if mask is None else mask.csr()
+# --- what a client holds -----------------------------------------------------------------------
 
 
-def _limits(shapes: Shapes) -> Limits:
-    """No mask has more weights than the model."""
-    return Limits(max_elements=sum(math.prod(shape) for shape in shapes.values()))
+def program_token(digest: str) -> str:
+    """The token of a network's program."""
+    return f"p:{digest[:DIGEST_DIGITS]}"
 
 
-def _encode_weights(weights: State, mask: Mask | None = None, *, dtype: str = "fp32") -> bytes:
-    patterns, values = _patterns(mask), {}
-    for name, weight in weights.items():
-        values[name] = weight.detach().cpu().numpy()
-        if patterns is not None and name in patterns:
-            values[name] = values[name].reshape(-1)[patterns[name].positions()]
-    return encode_state(SparseState(values, patterns), dtype=dtype)
+def mask_token(patterns: Patterns) -> str:
+    """The token of a mask."""
+    return f"m:{patterns.digest()[:DIGEST_DIGITS]}"
 
 
-def _decode_weights(frame: bytes, *, shapes: Shapes, mask: Mask | None = None) -> State:
-    dense = decode_state(frame, shapes=shapes, patterns=_patterns(mask)).dense()
-    return {name: torch.from_numpy(value) for name, value in dense.items()}
+def values_token(frame: bytes) -> str:
+    """The token of a state's values as they travel."""
+    return f"v:{hashlib.sha256(frame).hexdigest()[:DIGEST_DIGITS]}"
+
+
+@dataclass
+class Held:
+    """What a client holds between messages: token -> the bytes that it was sent, or made of them.
+
+    Decoded masks are kept beside their bytes in `decoded`, which a process may share.
+    """
+
+    items: dict[str, bytes] = field(default_factory=dict)
+    decoded: dict[str, Patterns] = field(default_factory=dict)
+
+    def take(self, token: str) -> bytes:
+        """The bytes of a token.
+
+        Raises:
+            NeedsResync: the client does not hold them.
+        """
+        if token not in self.items:
+            raise NeedsResync
+        return self.items[token]
+
+    def mask(self, token: str) -> Patterns:
+        """A mask, decoded.
+
+        Raises:
+            NeedsResync: the client does not hold it.
+        """
+        if token not in self.decoded:
+            self.decoded[token] = decode_mask(self.take(token))
+        return self.decoded[token]
 
 
 # --- server to client --------------------------------------------------------------------------
 
 
-def pool_digest(pool: Pool) -> str:
-    """Names a pool by its masks and weights."""
-    sha = hashlib.sha256(_encode_weights(pool.weights))
-    for mask in pool.masks:
-        sha.update(mask.digest().encode())
-    return sha.hexdigest()[:16]
+@dataclass(frozen=True)
+class Envelope:
+    """A request encoded for clients that hold the same.
+
+    Attributes:
+        held: tokens of what they hold after it.
+        size: bytes of the record as the transport sends it.
+        mask_size: bytes of masks and mask changes in it.
+    """
+
+    record: RecordDict
+    held: frozenset[str]
+    size: int
+    mask_size: int
+
+
+@dataclass(frozen=True)
+class ProgramText:
+    """A network's program as it travels: canonical text and its digest; no text: there is none."""
+
+    text: str = ""
+    digest: str = ""
+
+    @classmethod
+    def of(cls, program: Program | None) -> ProgramText:
+        """That of a program."""
+        return cls() if program is None else cls(program.text(), program.digest())
 
 
 def encode_request(
-    request: Request, *, held: frozenset[str], base: Mask | None, dtype: str
-) -> RecordDict:
-    """The record for one client.
+    request: Request,
+    *,
+    program: ProgramText,
+    held: frozenset[str],
+    base: Patterns | None,
+    dtype: str,
+) -> Envelope:
+    """The record for a client.
 
     Args:
-        held: digests of the masks and pools that this client is believed to hold.
+        program: of the run's network.
+        held: tokens of what this client is believed to hold.
         base: an older mask; a client that holds it is sent the difference only.
         dtype: how weights travel: fp32, fp16, bf16 or int8.
     """
-    if isinstance(request, TrainRequest):
-        return _encode_train(request, held=held, base=base, dtype=dtype)
-    frames: dict[str, bytes] = {}
-    digest = pool_digest(request.pool)
-    if digest not in held:
-        frames["w"] = _encode_weights(request.pool.weights)
-        frames |= {f"m{c}": encode_mask(mask.csr()) for c, mask in enumerate(request.pool.masks)}
-    if isinstance(request, ScoreRequest):
-        for c, statistics in enumerate(request.statistics):
-            frames[f"s{c}"] = _encode_weights(statistics)
-    return build_record({"p": digest, "k": len(request.pool.masks)}, frames)
-
-
-def _encode_train(
-    request: TrainRequest, *, held: frozenset[str], base: Mask | None, dtype: str
-) -> RecordDict:
-    fields: dict[str, Any] = {"r": request.round_index}
-    frames = {"w": _encode_weights(request.weights, request.mask, dtype=dtype)}
-    if request.mask is not None:
-        if request.mask.digest() not in held:
-            if base is not None and base.digest() in held:
-                frames["d"] = encode_mask_delta(base.csr(), request.mask.csr())
-            else:
-                frames["m"] = encode_mask(request.mask.csr())
-        if request.growth:
-            order = list(request.mask)
-            fields["gi"] = [order.index(name) for name in request.growth]
-            fields["gk"] = list(request.growth.values())
+    frames: Frames = {}
+    keep: set[str] = set()
+    header: dict[str, Any] = {"a": request.action, "r": request.round_index}
+    if program.text:
+        token = program_token(program.digest)
+        header["p"] = token[2:]
+        keep.add(token)
+        if token not in held:
+            frames["p"] = program.text.encode()
+    states = [
+        _encode_part(place, name, request, frames, keep, held=held, base=base, dtype=dtype)
+        for place, name in enumerate(request.states)
+    ]
+    if states:
+        header["s"] = states
+    _encode_tensors(request.tensors, header, frames)
+    if request.fields:
+        header["f"] = dict(request.fields)
     if request.report_resources:
-        fields["rr"] = True
-    return build_record(fields, frames)
+        header["u"] = True
+    record = build_record(header, frames)
+    mask_size = sum(len(data) for key, data in frames.items() if key[0] in "md")
+    return Envelope(record, frozenset(keep), record_bytes(record), mask_size)
 
 
-def mask_frame_bytes(record: RecordDict) -> int:
-    """Bytes of the mask, or mask difference, inside an encoded train request; 0 without."""
-    values = read_record(record)
-    return sum(len(values[key]) for key in ("m", "d") if key in values)
+def _encode_part(
+    place: int,
+    name: str,
+    request: Request,
+    frames: Frames,
+    keep: set[str],
+    *,
+    held: frozenset[str],
+    base: Patterns | None,
+    dtype: str,
+) -> dict[str, Any]:
+    """A state's entry in the header; its frames, and the tokens that it keeps, are added."""
+    state = request.states[name]
+    entry: dict[str, Any] = {"n": name}
+    if state.patterns is not None:
+        token = mask_token(state.patterns)
+        entry["m"] = token[2:]
+        keep.add(token)
+        if token not in held and base is not None and mask_token(base) in held:
+            entry["b"] = mask_token(base)[2:]
+            frames[f"d{place}"] = encode_mask_delta(base, state.patterns)
+        elif token not in held:
+            frames[f"m{place}"] = encode_mask(state.patterns)
+    values = encode_state(state, dtype=dtype)
+    token = values_token(values) if name in request.hold else ""
+    if token:
+        entry["v"] = token[2:]
+        keep.add(token)
+    if token not in held:
+        frames[f"w{place}"] = values
+    return entry
 
 
-def decode_train_request(record: RecordDict, *, shapes: Shapes, masks: list[Mask]) -> TrainRequest:
-    """Client side. `masks` are those it holds, the current one first.
+@dataclass(frozen=True)
+class Received:
+    """A request as a client reads it, part by part: what it brings is decoded when asked for.
+
+    Attributes:
+        program: token of the network's program; "" where the network has none.
+    """
+
+    action: str
+    program: str
+    _header: Mapping[str, Any]
+    _frames: Frames
+    _held: Held
+
+    def program_text(self) -> bytes:
+        """The program of the run's network."""
+        return self._held.take(self.program)
+
+    def request(self, shapes: Shapes) -> Request:
+        """The whole request.
+
+        Args:
+            shapes: of the model's tensors, in its order.
+
+        Raises:
+            NeedsResync: something that it refers to is not held.
+            ClientError, CodecError: the message is damaged.
+        """
+        states = {}
+        for place, entry in enumerate(_field(self._header, "s", list, [])):
+            name = _field(entry, "n", str)
+            states[name] = self._state(place, entry, shapes)
+        return Request(
+            action=self.action,
+            round_index=_count(self._header, "r"),
+            fields=_field(self._header, "f", dict, {}),
+            states=states,
+            tensors=_decode_tensors(self._header, self._frames, shapes),
+            report_resources=_field(self._header, "u", bool, False),
+        )
+
+    def _state(self, place: int, entry: Mapping[str, Any], shapes: Shapes) -> SparseState:
+        patterns = self._held.mask(f"m:{_field(entry, 'm', str)}") if "m" in entry else None
+        frame = (
+            self._held.take(f"v:{_field(entry, 'v', str)}")
+            if "v" in entry
+            else _frame(self._frames, f"w{place}")
+        )
+        try:
+            return decode_state(frame, shapes=shapes, patterns=patterns)
+        except MaskMismatch:
+            raise NeedsResync from None
+
+
+def receive(record: RecordDict, held: Held) -> Received:
+    """Read a request's header, and bring `held` to what the client holds from now on.
 
     Raises:
-        NeedsResync: the mask that the weights belong to is not among them.
+        NeedsResync: something that it refers to is not held; `held` is as it was.
         ClientError, CodecError: the message is damaged.
     """
-    values = read_record(record)
-    if "m" in values:
-        masks = [Mask.from_csr(decode_mask(_field(values, "m", bytes), limits=_limits(shapes)))]
-    elif "d" in values:
-        if not masks:
-            raise NeedsResync
-        try:
-            new = decode_mask_delta(_field(values, "d", bytes), base=masks[0].csr())
-            masks = [Mask.from_csr(new)]
-        except SparseModelError:
-            raise NeedsResync from None
-    frame = _field(values, "w", bytes)
-    weights, mask = _decode_with_any(frame, shapes, masks)
-    growth: dict[str, int] = {}
-    if "gi" in values and mask is not None:
-        order = list(mask)
-        layers = _number_list(values, "gi", int, len(_field(values, "gk", list)))
-        counts = _number_list(values, "gk", int, len(layers))
-        if not all(0 <= layer < len(order) for layer in layers) or min(counts, default=0) < 0:
-            raise ClientError("growth request names layers that the mask does not have")
-        growth = {order[layer]: count for layer, count in zip(layers, counts, strict=True)}
-    return TrainRequest(
-        round_index=_count(values, "r"),
-        weights=weights,
-        mask=mask,
-        growth=growth,
-        report_resources=bool(values.get("rr", False)),
-    )
+    header, frames = read_record(record)
+    kept: dict[str, bytes] = {}
+    program = ""
+    if "p" in header:
+        program = f"p:{_field(header, 'p', str)}"
+        kept[program] = frames["p"] if "p" in frames else held.take(program)
+    for place, entry in enumerate(_field(header, "s", list, [])):
+        if not isinstance(entry, dict):
+            raise ClientError(f"state {place}: expected an object, got {entry!r:.60}")
+        if "m" in entry:
+            token = f"m:{_field(entry, 'm', str)}"
+            kept[token] = _mask_bytes(token, place, entry, frames, held)
+        if "v" in entry:
+            token = f"v:{_field(entry, 'v', str)}"
+            kept[token] = frames[f"w{place}"] if f"w{place}" in frames else held.take(token)
+    held.items = kept
+    return Received(_field(header, "a", str), program, header, frames, held)
 
 
-def _decode_with_any(frame: bytes, shapes: Shapes, masks: list[Mask]) -> tuple[State, Mask | None]:
-    """Decode with the mask that the frame was made for, or without one."""
-    for mask in [*masks, None]:
+def _mask_bytes(
+    token: str, place: int, entry: Mapping[str, Any], frames: Frames, held: Held
+) -> bytes:
+    """A mask that a message brings, changes or names, as the bytes of a whole one."""
+    if f"m{place}" in frames:
+        data, patterns = frames[f"m{place}"], decode_mask(frames[f"m{place}"])
+    elif f"d{place}" in frames:
+        base = held.mask(f"m:{_field(entry, 'b', str)}")
         try:
-            return _decode_weights(frame, shapes=shapes, mask=mask), mask
+            patterns = decode_mask_delta(frames[f"d{place}"], base=base)
         except MaskMismatch:
-            continue
-    raise NeedsResync
-
-
-def decode_pool(record: RecordDict, *, shapes: Shapes) -> tuple[str, Pool | None]:
-    """Client side: the pool's digest, and the pool where the message holds it."""
-    values = read_record(record)
-    digest = _field(values, "p", str)
-    if "w" not in values:
-        return digest, None
-    frames = [_field(values, f"m{c}", bytes) for c in range(_count(values, "k"))]
-    masks = [Mask.from_csr(decode_mask(frame, limits=_limits(shapes))) for frame in frames]
-    weights = _decode_weights(_field(values, "w", bytes), shapes=shapes)
-    return digest, Pool(weights=weights, masks=masks)
-
-
-def decode_statistics(record: RecordDict, *, shapes: Shapes) -> list[State]:
-    """Batch-norm statistics of each candidate; `shapes` names the statistics only."""
-    values = read_record(record)
-    return [
-        _decode_weights(_field(values, f"s{c}", bytes), shapes=shapes)
-        for c in range(_count(values, "k"))
-    ]
+            raise NeedsResync from None
+        data = encode_mask(patterns)
+    else:
+        return held.take(token)
+    if mask_token(patterns) != token:
+        raise CodecError(f"the mask of state {place} is not the one that the message names")
+    held.decoded[token] = patterns
+    return data
 
 
 # --- client to server --------------------------------------------------------------------------
 
 
-def encode_train_reply(
-    reply: TrainReply, *, weights: State, mask: Mask | None, dtype: str
-) -> RecordDict:
-    """`weights` is the trained dense state; its active values are what travels."""
-    fields: dict[str, Any] = {"n": reply.num_examples, "l": reply.loss}
-    frames = {"w": _encode_weights(weights, mask, dtype=dtype)}
-    if reply.growth and mask is not None:
-        growth = {name: (i.numpy(), v.numpy()) for name, (i, v) in reply.growth.items()}
-        frames["g"] = encode_entries(growth, patterns=mask.csr())
-    if reply.state_bytes:
-        fields |= {"sb": reply.state_bytes, "rss": reply.peak_rss_bytes}
-    return build_record(fields, frames)
-
-
-def encode_reply(reply: ClientInfo | MeasureReply | ScoreReply) -> RecordDict:
-    """Every other reply."""
-    if isinstance(reply, ClientInfo):
-        return build_record(
-            {
-                "id": reply.client,
-                "n": reply.num_train,
-                "v": reply.num_dev,
-                "h": list(reply.label_histogram),
-            },
-            {},
-        )
-    if isinstance(reply, MeasureReply):
-        frames = {f"s{c}": _encode_weights(s) for c, s in enumerate(reply.statistics)}
-        return build_record({"n": reply.num_examples}, frames)
-    return build_record({"n": reply.num_examples, "l": reply.loss_sums, "k": reply.num_correct}, {})
+def encode_reply(reply: Reply, request: Request, *, dtype: str) -> RecordDict:
+    """The record of an answer to `request`."""
+    frames: Frames = {}
+    header: dict[str, Any] = {"n": reply.num_examples}
+    if reply.states:
+        header["s"] = list(reply.states)
+    for place, state in enumerate(reply.states.values()):
+        frames[f"w{place}"] = encode_state(state, dtype=dtype)
+    entries = {name: some for name, some in reply.entries.items() if some}
+    if entries:
+        header["e"] = list(entries)
+    for place, (name, some) in enumerate(entries.items()):
+        patterns = request.states[name].patterns
+        assert patterns is not None, "entries are at pruned places"
+        frames[f"e{place}"] = encode_entries(some, patterns=patterns)
+    _encode_tensors(reply.tensors, header, frames)
+    if reply.fields:
+        header["f"] = dict(reply.fields)
+    if reply.resources is not None:
+        header["u"] = [reply.resources.state_bytes, reply.resources.peak_rss_bytes]
+    return build_record(header, frames)
 
 
 def resync_record() -> RecordDict:
-    """A client's answer when it lacks the mask or pool of a message."""
+    """A client's answer when it lacks something that a message refers to."""
     return build_record({"resync": True}, {})
 
 
@@ -329,69 +429,96 @@ def skip_record(reason: str) -> RecordDict:
 
 def wants_resync(record: RecordDict) -> bool:
     """Whether a reply is `resync_record()`."""
-    return bool(read_record(record).get("resync", False))
+    return bool(read_record(record)[0].get("resync", False))
 
 
-def decode_client_info(record: RecordDict) -> ClientInfo:
-    """A client's answer to "describe"."""
-    values = read_record(record)
-    histogram = _field(values, "h", list)
-    return ClientInfo(
-        client=_count(values, "id"),
-        num_train=_count(values, "n"),
-        num_dev=_count(values, "v"),
-        label_histogram=_number_list(values, "h", int, len(histogram)),
-    )
-
-
-def decode_reply(
-    record: RecordDict,
-    request: Request,
-    *,
-    shapes: Shapes,
-    batch_norms: list[tuple[str, str]],
-) -> Reply:
+def decode_reply(record: RecordDict, request: Request, *, shapes: Shapes) -> Reply:
     """Server side: what a client answered to `request`.
+
+    Args:
+        shapes: of the model's tensors, in its order.
 
     Raises:
         ClientError, CodecError: it cannot take part, or the reply is damaged, of other shapes,
             or made for another mask.
     """
-    values = read_record(record)
-    if "skip" in values:
-        raise ClientError(str(values["skip"]))
-    num_examples = _count(values, "n")
-    if isinstance(request, TrainRequest):
-        patterns, growth = _patterns(request.mask), {}
-        if request.growth and patterns is not None and "g" in values:
-            entries = decode_entries(_field(values, "g", bytes), patterns=patterns)
-            growth = {
-                n: (torch.from_numpy(i), torch.from_numpy(v)) for n, (i, v) in entries.items()
-            }
-        for name, (indices, _) in growth.items():
-            if name not in request.growth or len(indices) > request.growth[name]:
-                raise ClientError(f"growth entries of {name!r} were not asked for, or too many")
-        trained = decode_state(_field(values, "w", bytes), shapes=shapes, patterns=patterns)
-        return TrainReply(
-            num_examples=num_examples,
-            loss=float(_field(values, "l", float)),
-            values={name: torch.from_numpy(value) for name, value in trained.values.items()},
-            growth=growth,
-            state_bytes=_count(values, "sb") if "sb" in values else 0,
-            peak_rss_bytes=_count(values, "rss") if "rss" in values else 0,
+    header, frames = read_record(record)
+    if "skip" in header:
+        raise ClientError(str(header["skip"]))
+    states = {
+        name: decode_state(
+            _frame(frames, f"w{place}"), shapes=shapes, patterns=_asked(request, name).patterns
         )
-    num_candidates = len(request.pool.masks)
-    if isinstance(request, MeasureRequest):
-        wanted = {name: shapes[name] for pair in batch_norms for name in pair}
-        statistics = [
-            _decode_weights(_field(values, f"s{c}", bytes), shapes=wanted)
-            for c in range(num_candidates)
-        ]
-        for candidate in statistics:  # refuse the whole reply before any part is folded in
-            WeightedMean(batch_norms).add(candidate, weight=num_examples)
-        return MeasureReply(num_examples=num_examples, statistics=statistics)
-    losses = _number_list(values, "l", float, num_candidates)
-    if not all(abs(loss) < float("inf") for loss in losses):
-        raise ClientError("a candidate's loss is not finite")
-    correct = _number_list(values, "k", int, num_candidates)
-    return ScoreReply(num_examples=num_examples, loss_sums=losses, num_correct=correct)
+        for place, name in enumerate(_names(header, "s"))
+    }
+    entries = {}
+    for place, name in enumerate(_names(header, "e")):
+        patterns = _asked(request, name).patterns
+        if patterns is None:
+            raise ClientError(f"entries of {name!r}, which is dense")
+        entries[name] = decode_entries(_frame(frames, f"e{place}"), patterns=patterns)
+    resources = None
+    if "u" in header:
+        held = dict(enumerate(_field(header, "u", list)))
+        resources = Resources(*(_count({"u": held.get(place)}, "u") for place in range(2)))
+    return Reply(
+        num_examples=_count(header, "n"),
+        fields=_field(header, "f", dict, {}),
+        states=states,
+        entries=entries,
+        tensors=_decode_tensors(header, frames, shapes),
+        resources=resources,
+    )
+
+
+def _asked(request: Request, name: str) -> SparseState:
+    if name not in request.states:
+        raise ClientError(f"a state {name!r} that was not asked for; asked: {list(request.states)}")
+    return request.states[name]
+
+
+def _names(header: Fields, key: str) -> list[str]:
+    names = _field(header, key, list, [])
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise ClientError(f"field {key!r}: expected names, each once, got {names!r:.60}")
+    return list(names)
+
+
+# --- dictionaries of tensors -------------------------------------------------------------------
+
+
+def _encode_tensors(groups: Mapping[str, Tensors], header: dict[str, Any], frames: Frames) -> None:
+    """Whole tensors of the model: their names travel, since a group may hold any of them."""
+    if not groups:
+        return
+    # Mostly all groups hold the same tensors: the names of each kind travel once.
+    kinds: list[list[str]] = []
+    listed = []
+    for place, (name, tensors) in enumerate(groups.items()):
+        names = list(tensors)
+        if names not in kinds:
+            kinds.append(names)
+        listed.append([name, kinds.index(names)])
+        frames[f"t{place}"] = encode_state(SparseState(tensors))
+    header["t"] = listed
+    header["k"] = kinds
+
+
+def _decode_tensors(header: Fields, frames: Frames, shapes: Shapes) -> dict[str, Tensors]:
+    kinds = _field(header, "k", list, [])
+    groups: dict[str, Tensors] = {}
+    for place, entry in enumerate(_field(header, "t", list, [])):
+        match entry:
+            case [str(name), int(kind)] if 0 <= kind < len(kinds) and name not in groups:
+                wanted = {key: shapes[key] for key in _known(kinds[kind], shapes)}
+                frame = _frame(frames, f"t{place}")
+                groups[name] = decode_state(frame, shapes=wanted, patterns=None).values
+            case _:
+                raise ClientError(f"field 't': expected a name and a kind, got {entry!r:.60}")
+    return groups
+
+
+def _known(names: object, shapes: Shapes) -> list[str]:
+    if not isinstance(names, list) or not all(isinstance(n, str) and n in shapes for n in names):
+        raise ClientError(f"field 'k': expected names of the model's tensors, got {names!r:.60}")
+    return names

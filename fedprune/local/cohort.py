@@ -1,6 +1,6 @@
 """Several clients trained at once in one process: stacked weights, one vmapped step for all.
 
-The updates are those of `training.train_locally` with masked execution, client by client, up to
+The updates are those of `training.train` with masked execution, client by client, up to
 rounding: the same samples in the same order, the same augmentation, statistics of every
 client's own batches. On a GPU one launch serves the whole cohort.
 """
@@ -10,20 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional
 
-from fedprune.config import TrainingConfig
-from fedprune.exchange.messages import Entries, State
-from fedprune.local.training import GrowthBatch, LocalResult, local_batches
+from fedprune.exchange.messages import MODEL, Reply, Resources
+from fedprune.local.model import Sgd
+from fedprune.local.torch_models import module_state
+from fedprune.local.training import epoch_batches
+from fedprune.settings import TrainingConfig
 from prunelab.data.tensors import prepare
-from prunelab.networks import float_state, load_float_state_
-from sparsemodel.errors import SparseModelError
+from sparsemodel.layers.from_state import load_state_
 from sparsemodel.masks import adjust
 from sparsemodel.masks.mask import Mask
-from sparsemodel.storage.meter import storage_bytes
+from sparsemodel.runtime.pattern import Patterns
+from sparsemodel.runtime.state import Array, Entries, SparseState
+from sparsemodel.storage.meter import peak_rss_bytes, storage_bytes
 
 Tensors = dict[str, torch.Tensor]
 
@@ -33,78 +38,87 @@ class Member:
     """One client's part in a cohort.
 
     Attributes:
-        weights: the float state it starts from, zeros at pruned places.
+        state: what it starts from.
         images, labels: its samples, uint8 or float32 [N, C, H, W] and int64 [N], N >= 2.
         seed: decides the order of samples and the augmentation.
-        growth: asks for the largest gradients at pruned weights once training is over.
+        growth: (layer -> how many of the largest gradients at pruned weights to send back, and
+            on which samples), or nothing of that kind.
+        report_resources: whether it says what it held.
     """
 
-    weights: State
-    images: torch.Tensor
-    labels: torch.Tensor
+    state: SparseState
+    images: Array
+    labels: Array
     seed: int
-    growth: GrowthBatch | None = None
+    growth: tuple[Mapping[str, int], NDArray[np.int64]] | None = None
+    report_resources: bool = False
 
 
 def train_cohort(
     model: nn.Module,
     members: Sequence[Member],
     *,
-    mask: Mask | None,
     config: TrainingConfig,
-    lr: float,
+    sgd: Sgd,
     augmented: bool = False,
-) -> list[tuple[LocalResult, State]]:
+) -> list[Reply]:
     """Train all members at once; pruned weights stay exactly zero.
 
     Args:
         model: the network, on the device to train on; its own state is overwritten.
-        members: at least one, all under the same mask.
+        members: at least one, all under the same patterns.
 
     Returns:
-        What local training did, and the float state that it led to, for each member.
+        The answer of each member to "train".
     """
     model.train()
-    stack = _Stack(model, members, mask, config, lr)
+    stack = _Stack(model, members, config, sgd)
     sources = [
-        local_batches(
-            member.images, member.labels,
-            config=config, epochs=config.local_epochs, seed=member.seed, augmented=augmented,
+        epoch_batches(
+            member.images, member.labels, epochs=config.local_epochs,
+            batch_size=config.batch_size, seed=member.seed, augmented=augmented,
         )
         for member in members
     ]  # fmt: skip
-    losses, seen = [0.0] * len(members), [0] * len(members)
+    losses = [0.0] * len(members)
     last: list[tuple[int, int]] = []
     last_losses: list[torch.Tensor] = []
     for turn in _turns(sources):
         for rows in _of_one_size(turn):
             batches = [turn[row] for row in rows]
-            images = torch.stack([images for _, images, _ in batches])
-            found = stack.step(rows, images, torch.stack([labels for _, _, labels in batches]))
-            for row, (epoch, _, labels), loss in zip(rows, batches, found, strict=True):
-                seen[row] += len(labels)
+            images = torch.from_numpy(np.stack([images for _, images, _ in batches]))
+            labels = torch.from_numpy(np.stack([labels for _, _, labels in batches]))
+            found = stack.step(rows, images, labels)
+            for row, (epoch, _, target), loss in zip(rows, batches, found, strict=True):
                 if epoch == config.local_epochs - 1:
-                    last.append((row, len(labels)))
+                    last.append((row, len(target)))
                     last_losses.append(loss)
     # Read only now, so that the next batches are made while the GPU is at work.
     for (row, count), loss in zip(last, torch.stack(last_losses).tolist(), strict=True):
         losses[row] += count * loss
     share = stack.state_bytes() // len(members)
-    results = []
+    replies = []
     for row, member in enumerate(members):
         state = stack.unstack(row)
-        entries = _growth(model, mask, member)
-        loss = losses[row] / len(member.labels)
-        results.append((LocalResult(loss, seen[row], share, entries), state))
-    return results
+        growth = _growth(model, state.patterns, member)
+        replies.append(
+            Reply(
+                num_examples=len(member.labels),
+                fields={"loss": losses[row] / len(member.labels)},
+                states={MODEL: state},
+                entries={MODEL: growth} if growth else {},
+                resources=Resources(share, peak_rss_bytes()) if member.report_resources else None,
+            )
+        )
+    return replies
 
 
 def train_in_cohorts(
-    train: Callable[[Sequence[Member]], list[tuple[LocalResult, State]]],
+    train: Callable[[Sequence[Member]], list[Reply]],
     members: Sequence[Member],
     *,
     size: int,
-) -> tuple[list[tuple[LocalResult, State]], int]:
+) -> tuple[list[Reply], int]:
     """Train members `size` at a time, and half as many wherever the GPU's memory ends.
 
     A cohort that did not fit starts anew from its members' weights, so nothing is lost.
@@ -115,7 +129,7 @@ def train_in_cohorts(
     Raises:
         torch.OutOfMemoryError: a single member does not fit.
     """
-    results: list[tuple[LocalResult, State]] = []
+    results: list[Reply] = []
     while len(results) < len(members):
         cohort = members[len(results) : len(results) + size]
         fits = False
@@ -138,29 +152,27 @@ class _Stack:
         self,
         model: nn.Module,
         members: Sequence[Member],
-        mask: Mask | None,
         config: TrainingConfig,
-        lr: float,
+        sgd: Sgd,
     ) -> None:
-        self._model, self._config, self._lr = model, config, lr
+        self._model, self._config, self._sgd = model, config, sgd
+        self._order, self._patterns = list(members[0].state.values), members[0].state.patterns
         device = next(model.parameters()).device
         states: list[Tensors] = []
         for member in members:
-            load_float_state_(model, member.weights)
-            if mask is not None:
-                mask.apply(model)
+            load_state_(model, member.state)
             states.append({name: x.detach().clone() for name, x in model.state_dict().items()})
         stacked = {name: torch.stack([s[name] for s in states]) for name in states[0]}
         trained = dict(model.named_parameters())
         self._weights = {name: stacked.pop(name) for name in trained}
         self._buffers = stacked
         self._active: Tensors = {
-            name: mask.active(name).to(device)
-            for name in (mask or ())
-            if mask is not None and not bool(mask[name].all())
+            name: torch.from_numpy(pattern.positions()).to(device)
+            for name, pattern in (self._patterns or {}).items()
+            if pattern.num_active < pattern.num_weights
         }
         self._momentum: Tensors = {}
-        if config.momentum:
+        if sgd.momentum:
             self._momentum = {
                 name: torch.zeros_like(self._values(name, x)) for name, x in self._weights.items()
             }
@@ -194,11 +206,12 @@ class _Stack:
                         kept[name].index_copy_(0, index, x)
         return losses.detach()
 
-    def unstack(self, row: int) -> State:
-        """A member's float state, on the CPU; the model is left holding it."""
-        state = {name: x[row] for name, x in {**self._weights, **self._buffers}.items()}
-        self._model.load_state_dict(state)
-        return {name: x.detach().cpu().clone() for name, x in float_state(self._model).items()}
+    def unstack(self, row: int) -> SparseState:
+        """A member's state; the model is left holding it."""
+        self._model.load_state_dict(
+            {name: x[row] for name, x in {**self._weights, **self._buffers}.items()}
+        )
+        return module_state(self._model, self._order, self._patterns)
 
     def state_bytes(self) -> int:
         """Bytes held for all members: weights, dense gradients of a step, momentum, indices."""
@@ -237,19 +250,19 @@ class _Stack:
         momentum: torch.Tensor | None,
     ) -> None:
         """One step in place, in the order of operations of torch.optim.SGD."""
-        config, step = self._config, self._values(name, gradient)
-        if config.weight_decay:
-            step = step.add(self._values(name, weight), alpha=config.weight_decay)
+        sgd, step = self._sgd, self._values(name, gradient)
+        if sgd.weight_decay:
+            step = step.add(self._values(name, weight), alpha=sgd.weight_decay)
         if momentum is not None:
-            step = momentum.mul_(config.momentum).add_(step)
+            step = momentum.mul_(sgd.momentum).add_(step)
         flat = weight.view(len(weight), -1)
         if name in self._active:
-            flat.index_add_(1, self._active[name], step, alpha=-self._lr)
+            flat.index_add_(1, self._active[name], step, alpha=-self._sgd.lr)
         else:
-            flat.add_(step, alpha=-self._lr)
+            flat.add_(step, alpha=-self._sgd.lr)
 
 
-Batch = tuple[int, torch.Tensor, torch.Tensor]
+Batch = tuple[int, Array, Array]
 
 
 def _turns(sources: Sequence[Iterator[Batch]]) -> Iterator[dict[int, Batch]]:
@@ -270,15 +283,16 @@ def _of_one_size(turn: Mapping[int, Batch]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _growth(model: nn.Module, mask: Mask | None, member: Member) -> Entries:
+def _growth(model: nn.Module, patterns: Patterns | None, member: Member) -> Entries:
     if member.growth is None:
         return {}
-    if mask is None:
-        raise SparseModelError("growth was asked of a dense model; give it a mask")
+    assert patterns is not None, "growth is at pruned places"
+    counts, rows = member.growth
     device = next(model.parameters()).device
-    samples = member.growth.samples
-    images = prepare(member.images[samples]).to(device)
-    labels = member.labels[samples].to(device)
-    return adjust.topk_pruned_gradients(
-        model, mask, member.growth.counts, lambda m: functional.cross_entropy(m(images), labels)
-    )
+    images = prepare(torch.from_numpy(member.images[rows])).to(device)
+    labels = torch.from_numpy(member.labels[rows]).to(device)
+    found = adjust.topk_pruned_gradients(
+        model, Mask.from_csr(patterns), counts,
+        lambda m: functional.cross_entropy(m(images), labels),
+    )  # fmt: skip
+    return {name: (at.numpy(), values.numpy()) for name, (at, values) in found.items()}

@@ -57,7 +57,8 @@ def client_data(
     """
     train, dev = split_development(indices, dev_share=dev_share, seed=seed)
     # Indexing keeps the layout of the whole; kernels want channel by channel.
-    own, held = np.ascontiguousarray(images[train]), np.ascontiguousarray(images[dev])
+    own: Images = np.ascontiguousarray(images[train])
+    held: Images = np.ascontiguousarray(images[dev])
     return ClientData(own, labels[train], held, labels[dev], num_classes)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.config import PARTITIONS
+from fedprune.settings import PARTITIONS
 from prunelab.data.batches import Integers
 from prunelab.errors import DataError
 

@@ -1,160 +1,143 @@
-"""What a client does with its own data: local SGD at the mask, and evaluation.
+"""A client's local training: SGD on its own samples at the mask, and growth candidates after it.
 
-Pure functions of a model, tensors and a seed; they know nothing of transport or files.
+Pure functions of a request and the client's data and model; the default answer to "train", and
+what methods make their own answers of.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from torch.nn import functional
+import numpy as np
+from numpy.typing import NDArray
 
-from fedprune.config import TrainingConfig
-from fedprune.errors import ConfigError
-from fedprune.exchange.messages import Entries
-from fedprune.local.execution import local_model
-from prunelab.data.batches import batches
-from prunelab.data.tensors import augmented as varied
-from prunelab.data.tensors import prepare
+from fedprune.errors import ClientError
+from fedprune.exchange.messages import MODEL, Reply, Request
+from fedprune.local.model import Correction, LocalModel, Sgd
+from fedprune.settings import TrainingConfig
+from prunelab.data.batches import augment, batches
 from prunelab.runs.seeds import rng
-from sparsemodel.masks.mask import Mask
 
-EVALUATION_BATCH = 256
+if TYPE_CHECKING:
+    from fedprune.local.site import Local
 
+# The first part of a derived seed says what it is for, so that no two uses share a stream.
+SEED_ROUND, SEED_GROWTH = 3, 4
 
-@dataclass(frozen=True)
-class LocalResult:
-    """What local training did: mean loss of the last epoch, samples seen, bytes held.
-
-    `state_bytes` is the storage of weights, gradients, momentum and indices really allocated.
-    `growth` holds the gradients that a `GrowthBatch` asked for.
-    """
-
-    loss: float
-    samples_seen: int
-    state_bytes: int
-    growth: Entries
+Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
-class GrowthBatch:
-    """How many gradients at pruned weights are wanted of each layer, and on which samples."""
+def train(request: Request, local: Local, *, correction: Correction | None = None) -> Reply:
+    """Train the request's model for the configured epochs; the default answer to "train".
 
-    counts: Mapping[str, int]
-    samples: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Sums over samples, so that results of several clients can be added."""
-
-    loss_sum: float
-    num_correct: int
-    num_samples: int
-
-    @property
-    def accuracy(self) -> float:
-        """Share of samples classified right, in [0, 1]."""
-        return self.num_correct / self.num_samples
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy."""
-        return self.loss_sum / self.num_samples
-
-
-def round_learning_rate(config: TrainingConfig, round_index: int) -> float:
-    """Cosine decay from `config.lr` in round 0 towards 0 after the last round."""
-    return config.lr * 0.5 * (1.0 + math.cos(math.pi * round_index / config.rounds))
-
-
-def compute_device(name: str) -> torch.device:
-    """The torch device of that name.
+    Args:
+        correction: changes gradients before each step (a proximal term, say).
 
     Raises:
-        ConfigError: "cuda" was asked for and there is none.
+        ClientError: too few samples.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("training.device is 'cuda' but torch finds no CUDA device; use 'cpu'")
-    return torch.device(name)
+    require_samples(len(local.data.train_labels))
+    training = local.config.training
+    model = local.open(request.states[MODEL])
+    loss = train_epochs(
+        model,
+        local.data.train_images,
+        local.data.train_labels,
+        sgd=round_sgd(training, request.round_index),
+        epochs=training.local_epochs,
+        batch_size=training.batch_size,
+        seed=local.seed(SEED_ROUND, request.round_index),
+        augmented=local.config.data.augment,
+        correction=correction,
+    )
+    state = model.state()
+    entries = {}
+    if counts := growth_counts(request):
+        rows = growth_rows(local, request.round_index)
+        images, labels = local.data.train_images[rows], local.data.train_labels[rows]
+        entries = {MODEL: model.growth(counts, images, labels)}
+    return Reply(
+        num_examples=len(local.data.train_labels),
+        fields={"loss": loss},
+        states={MODEL: state},
+        entries=entries,
+        resources=local.resources(model) if request.report_resources else None,
+    )
 
 
-def train_locally(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+def require_samples(count: int) -> None:
+    """Raise ClientError unless a client with so many training samples can train."""
+    if count < 2:
+        raise ClientError(f"{count} training sample(s); batch norm needs at least 2")
+
+
+def round_sgd(training: TrainingConfig, round_index: int) -> Sgd:
+    """The optimiser's numbers in a round: the learning rate decays by a cosine towards 0."""
+    rate = training.lr * 0.5 * (1.0 + math.cos(math.pi * round_index / training.rounds))
+    return Sgd(rate, training.momentum, training.weight_decay)
+
+
+def train_epochs(
+    model: LocalModel,
+    images: Array,
+    labels: Array,
     *,
-    mask: Mask | None,
-    config: TrainingConfig,
-    lr: float,
+    sgd: Sgd,
     epochs: int,
+    batch_size: int,
     seed: int,
     augmented: bool = False,
-    growth: GrowthBatch | None = None,
-) -> LocalResult:
-    """Train `model` in place on one client's samples; pruned weights stay exactly zero.
+    correction: Correction | None = None,
+) -> float:
+    """Train a model on samples; the mean loss of the last epoch.
 
     Args:
         images: uint8 or float32 [N, C, H, W], N >= 2 (batch norm needs two samples).
         labels: int64 [N].
         seed: decides the order of samples and the augmentation.
-        growth: asks for the largest gradients at pruned weights once training is over.
     """
-    device = next(model.parameters()).device
-    if mask is not None:
-        mask.apply(model)
-    local = local_model(model, mask, input_shape=tuple(images.shape[1:]), config=config, lr=lr)
-    loss_sum, samples = 0.0, 0
-    for epoch, batch, target in local_batches(
-        images, labels, config=config, epochs=epochs, seed=seed, augmented=augmented
+    loss_sum = 0.0
+    for epoch, batch, target in epoch_batches(
+        images, labels, epochs=epochs, batch_size=batch_size, seed=seed, augmented=augmented
     ):
-        loss = local.step(prepare(batch).to(device), target.to(device))
-        samples += len(target)
+        loss = model.step(batch, target, sgd=sgd, correction=correction)
         if epoch == epochs - 1:
             loss_sum += loss * len(target)
-    state_bytes = local.state_bytes()
-    entries: Entries = {}
-    if growth is not None:
-        batch = prepare(images[growth.samples]).to(device)
-        entries = local.growth(growth.counts, batch, labels[growth.samples].to(device))
-    local.finish()
-    return LocalResult(loss_sum / max(1, len(labels)), samples, state_bytes, entries)
+    return loss_sum / max(1, len(labels))
 
 
-def local_batches(
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    config: TrainingConfig,
-    epochs: int,
-    seed: int,
-    augmented: bool,
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def epoch_batches(
+    images: Array, labels: Array, *, epochs: int, batch_size: int, seed: int, augmented: bool
+) -> Iterator[tuple[int, Array, Array]]:
     """Epoch, images and labels of every mini-batch of a client's local training, in its order."""
     order = rng(seed)
     for epoch in range(epochs):
-        for drawn in batches(len(labels), batch_size=config.batch_size, rng=order):
-            index = torch.from_numpy(drawn)
+        for index in batches(len(labels), batch_size=batch_size, rng=order):
             batch = images[index]
-            yield epoch, varied(batch, rng=order) if augmented else batch, labels[index]
+            yield epoch, augment(batch, rng=order) if augmented else batch, labels[index]
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Evaluation:
-    """Loss and accuracy with the model's running statistics; the model is not changed."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    loss_sum, correct = 0.0, 0
-    for start in range(0, len(labels), EVALUATION_BATCH):
-        part = slice(start, start + EVALUATION_BATCH)
-        logits = model(prepare(images[part]).to(device)).float().cpu()
-        target = labels[part]
-        loss_sum += float(functional.cross_entropy(logits, target, reduction="sum").double())
-        correct += int((logits.argmax(1) == target).sum())
-    model.train(was_training)
-    return Evaluation(loss_sum, correct, len(labels))
+def growth_counts(request: Request) -> Mapping[str, int]:
+    """Layer -> how many growth candidates the request asks for.
+
+    Raises:
+        ClientError: it does not say so in the form of `methods.base.train_request`.
+    """
+    patterns = request.states[MODEL].patterns
+    order = [] if patterns is None else list(patterns)
+    wanted: dict[str, int] = {}
+    for entry in request.fields.get("grow", ()):
+        match entry:
+            case [int(place), int(count)] if 0 <= place < len(order) and count >= 0:
+                wanted[order[place]] = count
+            case _:
+                raise ClientError(f"field 'grow': expected a layer and a count, got {entry!r:.60}")
+    return wanted
+
+
+def growth_rows(local: Local, round_index: int) -> NDArray[np.int64]:
+    """One mini-batch, drawn anew, for the gradients at pruned weights after local training."""
+    order = rng(local.seed(SEED_GROWTH, round_index)).permutation(len(local.data.train_labels))
+    return order[: local.config.training.batch_size]

@@ -1,22 +1,31 @@
-"""What a federated method is: hooks of the round loop on a plain, serialisable state.
+"""What a federated method is: its settings, a server half and a client half, all pure.
 
-A method knows tensors and masks, never transport: the round loop hands it an `Ask`, a function
-that sends one request to every client and yields the replies as they arrive.
+A method is a frozen dataclass of its settings. Its server half are the hooks of the round loop on
+a plain, serialisable state; its client half are functions by name that answer the server's
+questions from a client's own data. Neither knows transport, files or clocks.
+
+This file is imported by clients that have no torch: server halves import it inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from torch import nn
+from fedprune.errors import ClientError, ConfigError
+from fedprune.exchange.messages import MODEL, Reply, Request, number
+from fedprune.local.training import train
+from sparsemodel.runtime.state import Entries, SparseState
 
-from fedprune.config import RunConfig
-from fedprune.exchange.messages import Entries, Reply, Request, State
-from prunelab.data.datasets import ImageSet
-from prunelab.networks import build_model
-from sparsemodel.masks.mask import Mask
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fedprune.local.site import Local
+
+Action = Callable[[Request, "Local"], Reply]
+"""A function of a client half: (request, the client's data and model) -> reply."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +34,14 @@ class RunState:
 
     Attributes:
         round_index: rounds completed.
-        weights: the global model's float state, zeros at pruned places.
-        mask: the global mask, or None for a dense method.
-        adjustments: how many mask adjustments have been made.
+        model: the global model's float state, active values only.
+        memory: JSON values that the method keeps for itself.
         notes: JSON values that the report shows (the candidates and the winner, say).
     """
 
     round_index: int
-    weights: State
-    mask: Mask | None = None
-    adjustments: int = 0
+    model: SparseState
+    memory: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -44,49 +51,130 @@ class Ask(Protocol):
     def __call__(self, request: Request) -> Iterator[tuple[int, Reply]]: ...
 
 
+@dataclass(frozen=True)
+class Start:
+    """What the server half has to begin with.
+
+    Attributes:
+        model: the dense model after brief pre-training on the server's few labelled samples;
+            every method starts from the same one. May be changed in place.
+        order: names of the model's float state, in the order in which states hold them.
+        ask: reaches the clients.
+        rounds: of the whole run.
+        seed: of the run.
+    """
+
+    model: nn.Module
+    order: list[str]
+    ask: Ask
+    rounds: int
+    seed: int
+
+    def state(self) -> SparseState:
+        """The dense model's state."""
+        from prunelab.networks import float_state  # noqa: PLC0415
+
+        values = float_state(self.model)
+        return SparseState({name: values[name].numpy() for name in self.order})
+
+
+class Builder(Protocol):
+    """Builds the run's network, dense, the same bits every time."""
+
+    def __call__(self, *, width: int | None = None) -> nn.Module: ...
+
+
+class WidthRule(Protocol):
+    """The largest width of the run's network whose float state takes at most so many bytes."""
+
+    def __call__(self, max_bytes: int) -> int: ...
+
+
+@dataclass(frozen=True)
 class Method:
-    """Dense federated averaging; other methods override the hooks they change."""
+    """Dense federated averaging; other methods override what they change.
 
-    uses_density = False  # whether `pruning.density` changes what the method does
+    Raises:
+        ConfigError: a setting is out of its range; one message with every problem.
+    """
 
-    def __init__(self, config: RunConfig, dataset: ImageSet) -> None:
-        self.config = config
-        self.dataset = dataset
+    name: ClassVar[str] = "fedavg"
+    actions: ClassVar[Mapping[str, Action]] = {"train": train}
 
-    def build_model(self) -> nn.Module:
-        """The network of this run, the same bits on server and clients."""
-        return self.build_reference()
+    def __post_init__(self) -> None:
+        problems = [f"method.{problem}" for problem in self.problems()]
+        if problems:
+            raise ConfigError("; ".join(problems))
 
-    def build_reference(self) -> nn.Module:
-        """The full dense network that savings are measured against."""
-        return build_model(
-            self.config.model_name,
-            num_classes=self.dataset.num_classes,
-            input_shape=self.dataset.input_shape,
-            seed=self.config.seed,
-            width=self.config.model.width or None,
-        )
+    @property
+    def target_density(self) -> float:
+        """The share of prunable weights that the method aims to keep."""
+        return float(getattr(self, "density", 1.0))
 
-    def initialise(self, model: nn.Module, state: RunState, ask: Ask) -> RunState:
-        """Choose the starting point of the rounds.
+    def settings(self) -> dict[str, Any]:
+        """Name -> value of each setting, in order."""
+        return dataclasses.asdict(self)
+
+    def problems(self) -> Iterable[str]:
+        """Every reason why these settings cannot be used, each beginning with a setting's name."""
+        density = self.target_density
+        if not 0 < density <= 1:
+            yield f"density: expected 0 < density <= 1, got {density}"
+
+    def build_model(self, build: Builder, widest: WidthRule) -> nn.Module:
+        """The network of this run.
 
         Args:
-            model: the dense model after brief pre-training on the small labelled server set;
-                every method starts from the same one. May be changed in place.
-            state: round 0, holding that model's float state and no mask.
-            ask: reaches the clients.
+            build: the full dense network that savings are measured against, or another width.
+            widest: for a narrower one of at most so many bytes.
         """
-        return state
+        return build()
 
-    def growth_counts(self, state: RunState) -> dict[str, int]:
-        """How many growth candidates clients send in the coming round, by layer."""
-        return {}
+    def start(self, server: Start) -> RunState:
+        """The state before the first round."""
+        return RunState(round_index=0, model=server.state())
 
-    def update(self, state: RunState, *, mean: State, growth: Entries) -> RunState:
+    def request(self, state: RunState) -> Request:
+        """What the coming round asks of its clients."""
+        return train_request(state)
+
+    def update(self, state: RunState, *, mean: SparseState, growth: Entries) -> RunState:
         """The state after a round.
 
         Args:
-            mean: the clients' weighted mean, dense shapes, zeros at pruned places.
-            growth: mean gradients at pruned coordinates of the layers asked for.
+            mean: the clients' weighted mean, under the patterns of `state`.
+            growth: mean of the entries that clients sent for the model, at pruned places.
         """
-        return replace(state, round_index=state.round_index + 1, weights=mean)
+        return dataclasses.replace(state, round_index=state.round_index + 1, model=mean)
+
+
+def train_request(
+    state: RunState,
+    *,
+    fields: Mapping[str, Any] | None = None,
+    growth: Mapping[str, int] | None = None,
+) -> Request:
+    """The question "train the model on your samples".
+
+    Args:
+        fields: what the method's own client half needs besides.
+        growth: layer -> how many of the largest gradients at pruned weights to send back.
+    """
+    wanted = dict(growth or {})
+    fields = dict(fields or {})
+    if wanted:
+        assert state.model.patterns is not None, "growth is at pruned places"
+        order = list(state.model.patterns)
+        fields["grow"] = [[order.index(name), count] for name, count in wanted.items()]
+
+    def check(reply: Reply) -> None:
+        if set(reply.states) != {MODEL} or reply.tensors or not set(reply.entries) <= {MODEL}:
+            raise ClientError("a reply to train holds the model and its growth entries, no more")
+        number(reply.fields, "loss")
+        if reply.num_examples < 1:
+            raise ClientError("a reply that stands for no sample")
+        for name, (indices, _) in reply.entries.get(MODEL, {}).items():
+            if name not in wanted or len(indices) > wanted[name]:
+                raise ClientError(f"growth entries of {name!r} were not asked for, or too many")
+
+    return Request("train", state.round_index, fields, states={MODEL: state.model}, check=check)

@@ -7,27 +7,29 @@ federated averaging.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import nn
-
-from fedprune.methods.base import Ask, Method, RunState
-from prunelab.networks import float_state
-from sparsemodel.masks.criteria import magnitude
-from sparsemodel.masks.distribution import uniform
-from sparsemodel.masks.mask import mask_from_scores, prunable_parameters
+from fedprune.methods.base import Method, RunState, Start
+from sparsemodel.runtime.adjust import prune_to_largest
 
 
+@dataclass(frozen=True)
 class Magnitude(Method):
-    """Server one-shot magnitude pruning with a fixed mask."""
+    """Server one-shot magnitude pruning with a fixed mask.
 
-    uses_density = True
+    Attributes:
+        density: share of the weights of every prunable layer that are kept.
+    """
 
-    def initialise(self, model: nn.Module, state: RunState, ask: Ask) -> RunState:
-        names = prunable_parameters(model)
-        counts = uniform(
-            {name: tuple(p.shape) for name, p in names.items()}, self.config.pruning.density
-        )
-        mask = mask_from_scores(magnitude(model, list(names)), counts)
-        mask.apply(model)
-        return replace(state, weights=float_state(model), mask=mask)
+    name: ClassVar[str] = "magnitude"
+
+    density: float = 0.05
+
+    def start(self, server: Start) -> RunState:
+        from sparsemodel.masks.distribution import uniform  # noqa: PLC0415
+        from sparsemodel.masks.mask import prunable_parameters  # noqa: PLC0415
+
+        shapes = {name: tuple(p.shape) for name, p in prunable_parameters(server.model).items()}
+        counts = uniform(shapes, self.density)
+        return RunState(round_index=0, model=prune_to_largest(server.state(), counts))

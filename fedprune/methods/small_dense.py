@@ -6,37 +6,35 @@ the sparse model's; trained by federated averaging.
 
 from __future__ import annotations
 
-from torch import nn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from fedprune.methods.base import Method
-from prunelab.networks import build_model, narrow_width
-from sparsemodel.masks.distribution import uniform
-from sparsemodel.masks.mask import prunable_parameters
-from sparsemodel.storage.cost import model_bytes
+from fedprune.methods.base import Builder, Method, WidthRule
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
+@dataclass(frozen=True)
 class SmallDense(Method):
-    """Federated averaging of a narrower dense network."""
+    """Federated averaging of a narrower dense network.
 
-    uses_density = True
+    Attributes:
+        density: of the sparse network whose bytes it may take.
+    """
 
-    def build_model(self) -> nn.Module:
-        full = self.build_reference()
+    name: ClassVar[str] = "small-dense"
+
+    density: float = 0.05
+
+    def build_model(self, build: Builder, widest: WidthRule) -> nn.Module:
+        from sparsemodel.masks.distribution import uniform  # noqa: PLC0415
+        from sparsemodel.masks.mask import prunable_parameters  # noqa: PLC0415
+        from sparsemodel.storage.cost import model_bytes  # noqa: PLC0415
+
+        full = build()
         prunable = prunable_parameters(full)
         shapes = {name: tuple(p.shape) for name, p in prunable.items()}
-        kept = sum(uniform(shapes, self.config.pruning.density).values())
+        kept = sum(uniform(shapes, self.density).values())
         pruned = sum(p.numel() for p in prunable.values()) - kept
-        name, dataset = self.config.model_name, self.dataset
-        width = narrow_width(
-            name,
-            num_classes=dataset.num_classes,
-            input_shape=dataset.input_shape,
-            max_bytes=model_bytes(full) - 4 * pruned,
-        )
-        return build_model(
-            name,
-            num_classes=dataset.num_classes,
-            input_shape=dataset.input_shape,
-            seed=self.config.seed,
-            width=width,
-        )
+        return build(width=widest(model_bytes(full) - 4 * pruned))

@@ -105,12 +105,12 @@ def _summary_so_far(
     latest = {**start, **(rounds[-1] if rounds else {})}
     lines = [line for line in (start, *rounds) if line]
     return {
-        "method": config.pruning.method,
+        "method": config.method.name,
         "dataset": config.data.dataset,
         "model": config.model_name,
         "seed": config.seed,
         "rounds": len(rounds),
-        "density_target": config.pruning.density if start.get("layer_densities") else None,
+        "density_target": config.method.target_density if start.get("layer_densities") else None,
         "density": latest.get("density"),
         "test_accuracy": latest.get("test_accuracy"),
         "bytes_up": sum(line["bytes_up"] for line in lines) if lines else None,

@@ -18,6 +18,7 @@ from typing import Any
 
 from fedprune.config import RunConfig, read_toml
 from fedprune.methods.base import RunState
+from fedprune.rounds.ledger import Totals
 from prunelab.errors import RunError
 from prunelab.runs import folder as runfolder
 from prunelab.runs.folder import (
@@ -30,7 +31,7 @@ from prunelab.runs.folder import (
     read_metrics,
     read_summary,
 )
-from sparsemodel.storage.checkpoint import load_sparse, save_sparse
+from sparsemodel.storage.state_file import load_state, save_state
 
 __all__ = [
     "CHECKPOINT",
@@ -54,22 +55,6 @@ FREE_ON_RESUME = {"federation.timeout"}
 
 
 @dataclass
-class Totals:
-    """Counters of a run so far; they travel in the checkpoint."""
-
-    bytes_up: int = 0
-    bytes_down: int = 0
-    bytes_up_steady_round: int | None = None
-    bytes_down_steady_round: int | None = None
-    train_flops: float = 0.0
-    dense_flops: float = 0.0
-    state_bytes: int = 0
-    peak_rss_bytes: int = 0
-    seconds: float = 0.0
-    test_accuracy: float = 0.0
-
-
-@dataclass
 class RunFolder:
     """An open run folder; use `prepare` to make one and `open_run` to work in it."""
 
@@ -90,15 +75,14 @@ class RunFolder:
         metrics = self.path / METRICS
         metadata = {
             "round_index": state.round_index,
-            "adjustments": state.adjustments,
+            "memory": state.memory,
             "notes": state.notes,
             "totals": asdict(self.totals),
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
         }
-        save_sparse(
+        save_state(
             self.path / CHECKPOINT,
-            state.weights,
-            state.mask,
+            state.model,
             metadata={"fedprune": json.dumps(metadata)},
         )
         self.state = state
@@ -153,15 +137,14 @@ def _restore(folder: RunFolder) -> None:
     checkpoint, metrics = folder.path / CHECKPOINT, folder.path / METRICS
     size = 0
     if checkpoint.exists():
-        stored = load_sparse(checkpoint)
+        model, stored = load_state(checkpoint)
         try:
-            values = json.loads(stored.metadata["fedprune"])
+            values = json.loads(stored["fedprune"])
             folder.totals = Totals(**values["totals"])
             folder.state = RunState(
                 round_index=values["round_index"],
-                weights=stored.state,
-                mask=stored.mask,
-                adjustments=values["adjustments"],
+                model=model,
+                memory=values["memory"],
                 notes=values["notes"],
             )
             size = values["metrics_bytes"]

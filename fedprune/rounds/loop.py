@@ -3,62 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
-import torch
-from torch import nn
-
-from fedprune.config import RunConfig
 from fedprune.errors import ClientError
-from fedprune.exchange.aggregate import EntryMean, WeightedMean
-from fedprune.exchange.messages import (
-    ClientInfo,
-    Reply,
-    Request,
-    State,
-    TrainReply,
-    TrainRequest,
-)
-from fedprune.local.training import (
+from fedprune.exchange.aggregate import EntryMean, StateMean
+from fedprune.exchange.messages import MODEL, ClientInfo, Reply, Request
+from fedprune.local.training import round_sgd, train_epochs
+from fedprune.methods.base import RunState, Start
+from fedprune.rounds.evaluation import Evaluator
+from fedprune.rounds.folder import MODEL as MODEL_FILE
+from fedprune.rounds.folder import RunFolder
+from fedprune.rounds.ledger import Traffic, mask_change, skips
+from fedprune.rounds.workspace import (
+    SEED_PRETRAIN,
+    SEED_SAMPLING,
+    Workspace,
     compute_device,
-    evaluate,
-    train_locally,
 )
-from fedprune.methods.base import RunState
-from fedprune.rounds.folder import MODEL, RunFolder
-from fedprune.rounds.workspace import SEED_PRETRAIN, SEED_SAMPLING, Workspace
 from prunelab.errors import RunError
-from prunelab.networks import float_state, load_float_state_
-from prunelab.runs.seeds import generator, stream_seed
+from prunelab.runs.seeds import rng, stream_seed
 from prunelab.runs.threads import computing
 from prunelab.runs.version import __version__
-from sparsemodel.codec import mask_delta_entropy_bytes
-from sparsemodel.masks.mask import Mask
-from sparsemodel.storage.checkpoint import save_sparse
-from sparsemodel.storage.cost import forward_flops, layer_macs, model_bytes, training_flops
+from sparsemodel.runtime.state import Entries, SparseState
 from sparsemodel.storage.meter import peak_rss_bytes
-
-
-@dataclass
-class Traffic:
-    """Bytes of the messages really sent since the last `take`, and who was left out."""
-
-    up: list[int]
-    down: list[int]
-    mask: int
-    skipped: list[dict[str, Any]]
+from sparsemodel.storage.state_file import save_state
 
 
 class Cohort(Protocol):
-    """The clients, as the loop sees them; server.py makes one out of Flower's Grid."""
+    """The clients, as the loop sees them; flower/server.py makes one out of Flower's Grid."""
 
     clients: dict[int, ClientInfo]
 
     def ask(
         self, request: Request, *, clients: list[int] | None = None
     ) -> Iterator[tuple[int, Reply]]:
-        """Send to these clients (all, by default) and yield valid replies as they arrive."""
+        """Send to these clients (all, by default) and yield checked replies as they arrive."""
         ...
 
     def skip(self, client: int, reason: str) -> None:
@@ -72,53 +52,88 @@ class Cohort(Protocol):
 
 def run(workspace: Workspace, cohort: Cohort, folder: RunFolder) -> RunState:
     """Run, or continue, until the last round; leaves model, metrics and summary in `folder`."""
-    config = workspace.config
-    with computing(config.training.threads):
-        # 1. Where we stand: the last checkpoint, or the method's own start.
-        state = folder.state or start(workspace, cohort, folder)
-        # A checkpoint keeps names sorted; messages follow the model's order.
-        state = replace(state, weights={name: state.weights[name] for name in workspace.shapes})
-        while state.round_index < config.training.rounds:
-            state = play_round(workspace, cohort, folder, state)
+    training = workspace.config.training
+    with computing(training.threads):
+        evaluator = Evaluator(workspace)
+        # Where we stand: the last checkpoint, or the method's own start.
+        state = _resumed(workspace, folder) or start(workspace, cohort, folder)
+        while state.round_index < training.rounds:
+            state = play_round(workspace, cohort, folder, state, evaluator)
             folder.save(state)
-        finish(workspace, cohort, folder, state)
+        finish(workspace, folder, state)
     return state
 
 
-def pretrain(workspace: Workspace) -> nn.Module:
-    """The dense model after brief training on the server's few labelled samples.
-
-    Every method starts from it.
-    """
-    config, dataset = workspace.config, workspace.dataset
-    model = workspace.model().to(compute_device(config.training.device))
-    if config.pruning.pretrain_epochs:
-        train_locally(
-            model,
-            dataset.train_images[workspace.server_indices],
-            dataset.train_labels[workspace.server_indices],
-            mask=None,
-            config=config.training,
-            lr=config.training.lr,
-            epochs=config.pruning.pretrain_epochs,
-            seed=stream_seed(SEED_PRETRAIN, config.seed),
-            augmented=config.data.augment,
-        )
-    return model.cpu()
+def play_round(
+    workspace: Workspace, cohort: Cohort, folder: RunFolder, state: RunState, evaluator: Evaluator
+) -> RunState:
+    """One round in five steps."""
+    config, totals = workspace.config, folder.totals
+    # 1. The method asks a question, of clients drawn by the seed.
+    last = state.round_index == config.training.rounds - 1
+    request = replace(workspace.method.request(state), report_resources=last)
+    chosen = sample_clients(workspace, sorted(cohort.clients), state.round_index)
+    # 2. Replies are folded into sums as they arrive; only the sums are kept.
+    fold = Fold(workspace)
+    for client, reply in cohort.ask(request, clients=chosen):
+        try:
+            fold.add(client, reply)
+        except ClientError as error:
+            cohort.skip(client, str(error))
+            continue
+        totals.count_resources(reply)
+    traffic = cohort.take_traffic()
+    if not fold.losses:
+        raise _nobody(folder, state, traffic)
+    # 3. The method makes the next state of what it got.
+    updated = workspace.method.update(state, mean=fold.mean(), growth=fold.growth())
+    # 4. The new model is evaluated on test data, for the record only.
+    score, num_test = evaluator.evaluate(updated.model), len(workspace.dataset.test_labels)
+    totals.test_accuracy = score.num_correct / num_test
+    # 5. The round is counted and written down.
+    totals.count_round(traffic, request)
+    totals.count_training(workspace, request, state.model, fold.samples())
+    adjusted, entropy = mask_change(state.model, updated.model)
+    folder.append(
+        {
+            "round": updated.round_index,
+            "test_accuracy": totals.test_accuracy,
+            "test_loss": score.loss_sum / num_test,
+            "train_loss": fold.train_loss(),
+            "density": _density(updated),
+            "clients": sorted(fold.losses),
+            "bytes_up": sum(traffic.up),
+            "bytes_down": sum(traffic.down),
+            "mask_bytes": traffic.mask,
+            "adjusted": adjusted,
+            "mask_change_entropy_bytes": entropy,
+            **skips(traffic),
+        }
+    )
+    return updated
 
 
 def start(workspace: Workspace, cohort: Cohort, folder: RunFolder) -> RunState:
     """Pre-train, then let the method begin."""
-    model = pretrain(workspace)
 
     def ask(request: Request) -> Iterator[tuple[int, Reply]]:
-        folder.totals.train_flops += _selection_flops(workspace, cohort, request)
+        samples = sum(info.num_dev for info in cohort.clients.values())
+        folder.totals.count_passes(workspace, request.forward_passes, samples)
         yield from cohort.ask(request)
 
-    first = RunState(round_index=0, weights=float_state(model))
-    state = workspace.method.initialise(model, first, ask)
+    model = workspace.model()
+    server = Start(
+        model=model,
+        order=list(workspace.shapes),
+        ask=ask,
+        rounds=workspace.config.training.rounds,
+        seed=workspace.config.seed,
+    )
+    pretrain(workspace, server)
+    state = workspace.method.start(server)
     traffic = cohort.take_traffic()
-    _count_bytes(folder, traffic)
+    folder.totals.count_start(traffic, len(cohort.clients))
+    patterns = state.model.patterns
     folder.append(
         {
             "event": "start",
@@ -131,11 +146,12 @@ def start(workspace: Workspace, cohort: Cohort, folder: RunFolder) -> RunState:
                 }
                 for _, info in sorted(cohort.clients.items())
             ],
-            "density": state.mask.density if state.mask else 1.0,
-            "layer_densities": state.mask.densities() if state.mask else None,
+            "density": _density(state),
+            "layer_densities": None if patterns is None else patterns.densities(),
             "bytes_up": sum(traffic.up),
             "bytes_down": sum(traffic.down),
-            "skipped": traffic.skipped,
+            "no_program": workspace.no_program if patterns is not None else "",
+            **skips(traffic),
             **state.notes,
         }
     )
@@ -143,124 +159,68 @@ def start(workspace: Workspace, cohort: Cohort, folder: RunFolder) -> RunState:
     return state
 
 
-def play_round(
-    workspace: Workspace, cohort: Cohort, folder: RunFolder, state: RunState
-) -> RunState:
-    """One round: sample, send, fold replies in as they arrive, update, evaluate, write down."""
-    config, method = workspace.config, workspace.method
-    device = compute_device(config.training.device)
-    # 1. What is asked of whom.
-    growth_counts = method.growth_counts(state)
-    chosen = sample_clients(config, sorted(cohort.clients), state.round_index)
-    request = TrainRequest(
-        round_index=state.round_index,
-        weights=state.weights,
-        mask=state.mask,
-        growth=growth_counts,
-        report_resources=state.round_index == config.training.rounds - 1,
+def pretrain(workspace: Workspace, server: Start) -> None:
+    """Train the dense model briefly on the server's few labelled samples, in place.
+
+    Every method starts from it.
+    """
+    from fedprune.local.torch_models import DenseModel  # noqa: PLC0415
+    from sparsemodel.layers.from_state import load_state_  # noqa: PLC0415
+
+    config, dataset = workspace.config, workspace.dataset
+    if not config.server.pretrain_epochs:
+        return
+    compute_device(config.training.device)
+    model = DenseModel(workspace.torch.empty_model, server.state(), config.training)
+    rows = workspace.server_indices
+    train_epochs(
+        model,
+        dataset.train_images.numpy()[rows],
+        dataset.train_labels.numpy()[rows],
+        sgd=round_sgd(config.training, 0),
+        epochs=config.server.pretrain_epochs,
+        batch_size=config.training.batch_size,
+        seed=stream_seed(SEED_PRETRAIN, config.seed),
+        augmented=config.data.augment,
     )
-    # 2. Replies are folded into the sums one at a time; only the sums are kept.
-    mean = WeightedMean(workspace.batch_norms, device=device)
-    growth = EntryMean(device=device)
-    losses: dict[int, tuple[float, int]] = {}
-    for client, reply in cohort.ask(request, clients=chosen):
-        assert isinstance(reply, TrainReply)
-        try:
-            # Tried alone first: a reply is counted in both sums or in neither.
-            EntryMean(device=device).add(reply.growth, weight=reply.num_examples)
-            mean.add(reply.values, weight=reply.num_examples)
-        except ClientError as error:
-            cohort.skip(client, str(error))
-            continue
-        growth.add(reply.growth, weight=reply.num_examples)
-        losses[client] = (reply.loss, reply.num_examples)
-        folder.totals.state_bytes = max(folder.totals.state_bytes, reply.state_bytes)
-        folder.totals.peak_rss_bytes = max(folder.totals.peak_rss_bytes, reply.peak_rss_bytes)
-    traffic = cohort.take_traffic()
-    if not losses:
-        folder.append({"event": "no-reply", "round": state.round_index + 1, **_skips(traffic)})
-        reasons = "; ".join(f"client {s['client']}: {s['reason']}" for s in traffic.skipped[:3])
-        raise RunError(
-            f"round {state.round_index + 1}: no client gave a usable answer ({reasons}); "
-            "the last checkpoint is kept, --resume continues from it"
-        )
-    # 3. The method's own step.
-    values = {name: value.cpu() for name, value in mean.result().items()}
-    gradients = {name: (at.cpu(), value.cpu()) for name, (at, value) in growth.result().items()}
-    updated = method.update(state, mean=to_dense(values, workspace, state.mask), growth=gradients)
-    # 4. Evaluate on test data (for the record only) and write the round down.
-    model = workspace.model()
-    load_float_state_(model, updated.weights)
-    result = evaluate(
-        model.to(device),
-        workspace.dataset.test_images,
-        workspace.dataset.test_labels,
-    )
-    _count_bytes(folder, traffic)
-    _count_steady(folder, traffic, request)
-    _count_training_flops(workspace, folder, request, [n for _, n in losses.values()])
-    folder.totals.test_accuracy = result.accuracy
-    samples = sum(n for _, n in losses.values())
-    changed = state.mask is not None and updated.mask is not None and updated.mask != state.mask
-    folder.append(
-        {
-            "round": updated.round_index,
-            "test_accuracy": result.accuracy,
-            "test_loss": result.loss,
-            "train_loss": sum(losses[c][0] * losses[c][1] for c in sorted(losses)) / samples,
-            "density": updated.mask.density if updated.mask else 1.0,
-            "clients": sorted(losses),
-            "bytes_up": sum(traffic.up),
-            "bytes_down": sum(traffic.down),
-            "mask_bytes": traffic.mask,
-            "adjusted": sorted(growth_counts) if changed else [],
-            "mask_change_entropy_bytes": (
-                mask_delta_entropy_bytes(state.mask.csr(), updated.mask.csr())
-                if changed and state.mask is not None and updated.mask is not None
-                else 0.0
-            ),
-            **_skips(traffic),
-        }
-    )
-    return updated
+    load_state_(server.model, model.state())
 
 
-def finish(workspace: Workspace, cohort: Cohort, folder: RunFolder, state: RunState) -> None:
+def finish(workspace: Workspace, folder: RunFolder, state: RunState) -> None:
     """Write the final model and the summary."""
-    config, totals = workspace.config, folder.totals
-    save_sparse(
-        folder.path / MODEL,
-        state.weights,
-        state.mask,
+    config, totals, reference = workspace.config, folder.totals, workspace.reference
+    save_state(
+        folder.path / MODEL_FILE,
+        state.model,
         metadata={
             "dataset": workspace.dataset.name,
-            "method": config.pruning.method,
+            "method": config.method.name,
             "model": config.model_name,
-            "width": str(getattr(workspace.model(), "width", "")),
+            "width": str(workspace.width or ""),
             "num_classes": str(workspace.dataset.num_classes),
             "input_shape": "x".join(map(str, workspace.dataset.input_shape)),
         },
     )
-    reference = workspace.method.build_reference()
-    parameters = 4 * sum(p.numel() for p in reference.parameters())
     folder.write_summary(
         {
-            "method": config.pruning.method,
+            "method": config.method.name,
             "dataset": config.data.dataset,
             "model": config.model_name,
             "seed": config.seed,
             "rounds": state.round_index,
-            "density_target": config.pruning.density if workspace.method.uses_density else 1.0,
-            "density": state.mask.density if state.mask else 1.0,
+            "density_target": config.method.target_density,
+            "density": _density(state),
             "test_accuracy": totals.test_accuracy,
             "bytes_up": totals.bytes_up,
             "bytes_down": totals.bytes_down,
             "bytes_up_steady_round": totals.bytes_up_steady_round,
             "bytes_down_steady_round": totals.bytes_down_steady_round,
-            "bytes_dense_round": model_bytes(reference),
+            "bytes_start_up": totals.bytes_start_up,
+            "bytes_start_down": totals.bytes_start_down,
+            "bytes_dense_round": reference.model_bytes,
             "train_flops_ratio": totals.train_flops / totals.dense_flops,
             "state_bytes": totals.state_bytes,
-            "state_bytes_dense": 3 * parameters,
+            "state_bytes_dense": 3 * 4 * reference.num_parameters,
             "peak_rss_bytes": max(totals.peak_rss_bytes, peak_rss_bytes()),
             "seconds": round(totals.seconds, 3),
             "version": __version__,
@@ -268,69 +228,68 @@ def finish(workspace: Workspace, cohort: Cohort, folder: RunFolder, state: RunSt
     )
 
 
-def sample_clients(config: RunConfig, clients: list[int], round_index: int) -> list[int]:
+class Fold:
+    """Running sums over the replies of a round."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        device = compute_device(workspace.config.training.device)
+        self._mean, self._growth = StateMean(device=device), EntryMean(device=device)
+        self._device = device
+        self.losses: dict[int, tuple[float, int]] = {}
+
+    def add(self, client: int, reply: Reply) -> None:
+        """Fold in one reply, in all sums or, where it is refused, in none.
+
+        Raises:
+            ClientError: a value is not finite or too large.
+        """
+        growth, weight = reply.entries.get(MODEL, {}), reply.num_examples
+        EntryMean(device=self._device).add(growth, weight=weight)  # tried alone first
+        self._mean.add(reply.states[MODEL], weight=weight)
+        self._growth.add(growth, weight=weight)
+        self.losses[client] = (float(reply.fields["loss"]), weight)
+
+    def mean(self) -> SparseState:
+        """The clients' weighted mean."""
+        return self._mean.result()
+
+    def growth(self) -> Entries:
+        """The mean of their growth entries."""
+        return self._growth.result()
+
+    def samples(self) -> list[int]:
+        """Each client's number of samples."""
+        return [count for _, count in self.losses.values()]
+
+    def train_loss(self) -> float:
+        """The clients' mean loss, added up in the order of clients."""
+        total = sum(self.losses[c][0] * self.losses[c][1] for c in sorted(self.losses))
+        return total / sum(self.samples())
+
+
+def sample_clients(workspace: Workspace, clients: list[int], round_index: int) -> list[int]:
     """The clients of one round: a seeded draw without replacement, ascending."""
-    order = torch.randperm(
-        len(clients), generator=generator(SEED_SAMPLING, config.seed, round_index)
-    )
+    config = workspace.config
+    order = rng(SEED_SAMPLING, config.seed, round_index).permutation(len(clients))
     return sorted(clients[i] for i in order[: config.clients_per_round].tolist())
 
 
-def to_dense(values: State, workspace: Workspace, mask: Mask | None) -> State:
-    """Sparse-space tensors (active values of masked layers) as dense ones, zeros elsewhere."""
-    dense: State = {}
-    for name, value in values.items():
-        if mask is None or name not in mask:
-            dense[name] = value
-        else:
-            whole = torch.zeros(mask[name].shape)
-            whole[mask[name]] = value
-            dense[name] = whole
-    return dense
+def _resumed(workspace: Workspace, folder: RunFolder) -> RunState | None:
+    """The state of the last checkpoint, which keeps names sorted, in the order of messages."""
+    state = folder.state
+    if state is None:
+        return None
+    return replace(state, model=state.model.ordered(workspace.shapes))
 
 
-def _skips(traffic: Traffic) -> dict[str, Any]:
-    return {"skipped": sorted(traffic.skipped, key=lambda entry: int(entry["client"]))}
+def _nobody(folder: RunFolder, state: RunState, traffic: Traffic) -> RunError:
+    folder.append({"event": "no-reply", "round": state.round_index + 1, **skips(traffic)})
+    reasons = "; ".join(f"client {s['client']}: {s['reason']}" for s in traffic.skipped[:3])
+    return RunError(
+        f"round {state.round_index + 1}: no client gave a usable answer ({reasons}); "
+        "the last checkpoint is kept, --resume continues from it"
+    )
 
 
-def _count_bytes(folder: RunFolder, traffic: Traffic) -> None:
-    folder.totals.bytes_up += sum(traffic.up)
-    folder.totals.bytes_down += sum(traffic.down)
-
-
-def _count_steady(folder: RunFolder, traffic: Traffic, request: TrainRequest) -> None:
-    """A steady round moves values only: bytes of its largest message, in each direction."""
-    if traffic.mask == 0 and not request.growth and traffic.down:
-        folder.totals.bytes_down_steady_round = max(traffic.down)
-    if not request.growth and not request.report_resources and traffic.up:
-        folder.totals.bytes_up_steady_round = max(traffic.up)
-
-
-def _count_training_flops(
-    workspace: Workspace, folder: RunFolder, request: TrainRequest, num_examples: list[int]
-) -> None:
-    """Analytic FLOPs of the clients' training, and what dense training would have taken."""
-    config, shape = workspace.config, workspace.dataset.input_shape
-    model = workspace.model()
-    samples = sum(num_examples) * config.training.local_epochs
-    reference = workspace.method.build_reference()
-    folder.totals.dense_flops += samples * training_flops(reference, shape)
-    folder.totals.train_flops += samples * training_flops(model, shape, mask=request.mask)
-    if request.growth:
-        # One more mini-batch: forward and input gradient at the mask, and the whole weight
-        # gradient of the block's layers.
-        macs = layer_macs(model, shape)
-        dense_gradient = 2 * sum(macs[name] for name in request.growth)
-        once = 2 * forward_flops(model, shape, mask=request.mask) + dense_gradient
-        folder.totals.train_flops += once * sum(
-            min(n, config.training.batch_size) for n in num_examples
-        )
-
-
-def _selection_flops(workspace: Workspace, cohort: Cohort, request: Request) -> float:
-    """Analytic FLOPs of one pass of every candidate over the development splits."""
-    assert not isinstance(request, TrainRequest)
-    model, shape = workspace.model(), workspace.dataset.input_shape
-    samples = sum(info.num_dev for info in cohort.clients.values())
-    per_sample = sum(forward_flops(model, shape, mask=mask) for mask in request.pool.masks)
-    return float(samples * per_sample)
+def _density(state: RunState) -> float:
+    return 1.0 if state.model.patterns is None else state.model.patterns.density

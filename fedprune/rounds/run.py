@@ -36,9 +36,8 @@ def run(
         ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
             what to do. A folder in which nothing was computed is removed again.
     """
-    from fedprune.local.training import compute_device  # noqa: PLC0415
-    from fedprune.methods import check_method  # noqa: PLC0415
     from fedprune.rounds import folder as runfolder  # noqa: PLC0415
+    from fedprune.rounds.workspace import compute_device  # noqa: PLC0415
     from prunelab.data.datasets import check_dataset  # noqa: PLC0415
     from prunelab.networks import check_model  # noqa: PLC0415
 
@@ -51,13 +50,13 @@ def run(
             "--engine inline for sparse execution"
         )
     check_dataset(config.data.dataset)
-    check_method(config.pruning.method)
     check_model(config.model_name)
     compute_device(config.training.device)
     runfolder.prepare(folder, config, resume=resume)
     if not (folder / runfolder.SUMMARY).exists():
         # Flower takes seconds to import: not before all that can be refused has been.
-        from fedprune.flower.engine import run_flower, run_inline  # noqa: PLC0415
+        from fedprune.flower.inline import run_inline  # noqa: PLC0415
+        from fedprune.flower.simulation import run_flower  # noqa: PLC0415
         from fedprune.reports.page import write_report  # noqa: PLC0415
 
         starts: dict[str, Callable[..., None]] = {

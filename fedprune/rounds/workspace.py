@@ -1,30 +1,45 @@
-"""What server and clients both derive from the run's configuration: data, shares, model, method.
+"""What the server derives of a run's configuration: data, shares, network, its start.
 
-Everything here is a deterministic function of the configuration, so that a node needs no more
-than that to know its part.
+Everything here is a deterministic function of the configuration.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 import torch
+from sparsemodel.plans.program import program_of
+from sparsemodel.runtime.program import Program
 from torch import nn
 
 from fedprune.config import RunConfig
-from fedprune.exchange.messages import ClientInfo
-from fedprune.local.data import ClientData, client_data
+from fedprune.errors import ConfigError
+from fedprune.local.model import Network
+from fedprune.local.network import TorchNetwork
 from fedprune.local.partition import partition, split_server_set
-from fedprune.methods import build_method
+from fedprune.local.shares import write_shares
 from fedprune.methods.base import Method
 from prunelab.data.batches import Integers
 from prunelab.data.datasets import ImageSet, load_dataset
-from prunelab.networks import batch_norm_pairs, float_state
+from prunelab.networks import uninitialised
 from prunelab.runs.seeds import stream_seed
+from sparsemodel.errors import PlanError
+from sparsemodel.storage.cost import layer_macs, model_bytes
 
 # The first part of a derived seed says what it is for, so that no two uses share a stream.
-SEED_SERVER_SET, SEED_DEV_SPLIT, SEED_PRETRAIN, SEED_ROUND, SEED_GROWTH, SEED_SAMPLING = range(6)
+SEED_SERVER_SET, SEED_PRETRAIN, SEED_SAMPLING = 0, 2, 5
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What savings are measured against: the full dense network, counted."""
+
+    num_parameters: int
+    model_bytes: int
+    layer_macs: Mapping[str, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,35 +48,82 @@ class Workspace:
 
     config: RunConfig
     dataset: ImageSet
-    method: Method
-    shapes: dict[str, tuple[int, ...]]
-    batch_norms: list[tuple[str, str]]
-    server_indices: torch.Tensor
+    server_indices: Integers
     shares: list[Integers]
 
-    def client(self, client: int) -> ClientData:
-        """The client's own training and development samples."""
-        return client_data(
-            self.dataset.train_images.numpy(),
-            self.dataset.train_labels.numpy(),
-            self.shares[client],
-            num_classes=self.dataset.num_classes,
-            seed=stream_seed(SEED_DEV_SPLIT, self.config.seed, client),
-        )
+    @property
+    def method(self) -> Method:
+        """The run's method."""
+        return self.config.method
 
-    def client_info(self, client: int) -> ClientInfo:
-        """What the client tells the server about itself."""
-        data = self.client(client)
-        return ClientInfo(
-            client=client,
-            num_train=len(data.train_labels),
-            num_dev=len(data.dev_labels),
-            label_histogram=data.label_histogram(),
-        )
+    @cached_property
+    def torch(self) -> TorchNetwork:
+        """Builds the run's network."""
+        return TorchNetwork(self.config, self.dataset.num_classes, self.dataset.input_shape)
 
     def model(self) -> nn.Module:
-        """A fresh model, the same bits every time."""
-        return self.method.build_model()
+        """A fresh model, dense, the same bits every time."""
+        return self.torch.model()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the float state, in the order in which states hold it."""
+        return self.torch.shapes
+
+    @cached_property
+    def program(self) -> Program | None:
+        """The network as the runtime runs it; None where it has no program."""
+        return self._traced[0]
+
+    @property
+    def no_program(self) -> str:
+        """Why the network has no program; empty where it has one."""
+        return self._traced[1]
+
+    @cached_property
+    def layer_macs(self) -> Mapping[str, int]:
+        """Multiply-accumulates of each layer of the run's network for one sample, when dense."""
+        return layer_macs(self.torch.skeleton, self.dataset.input_shape)
+
+    @cached_property
+    def width(self) -> int | None:
+        """Channels of the first stage, where the network says so."""
+        return getattr(self.torch.skeleton, "width", None)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The full dense network's figures."""
+        with uninitialised():
+            model = self.torch.reference()
+        return Reference(
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            model_bytes=model_bytes(model),
+            layer_macs=layer_macs(model, self.dataset.input_shape),
+        )
+
+    @cached_property
+    def network(self) -> Network:
+        """The network as a client of this process takes it."""
+        return Network(self.program, self.torch.empty_model, self.shapes)
+
+    def write_shares(self, folder: Path) -> None:
+        """Leave the training samples and every client's share where clients without torch look."""
+        dataset = self.dataset
+        write_shares(
+            folder,
+            dataset.train_images.numpy(),
+            dataset.train_labels.numpy(),
+            self.shares,
+            num_classes=dataset.num_classes,
+            name=dataset.name,
+        )
+
+    @cached_property
+    def _traced(self) -> tuple[Program | None, str]:
+        try:
+            return program_of(self.torch.skeleton, self.dataset.input_shape), ""
+        except PlanError as error:
+            return None, str(error)
 
 
 @lru_cache(maxsize=1)
@@ -78,11 +140,10 @@ def open_workspace(config: RunConfig) -> Workspace:
         num_test=data.num_test or None,
         seed=config.seed,
     )
-    method = build_method(config, dataset)
     labels = dataset.train_labels.numpy()
     server, rest = split_server_set(
         labels,
-        per_class=config.pruning.server_per_class,
+        per_class=config.server.per_class,
         seed=stream_seed(SEED_SERVER_SET, config.seed),
     )
     groups = dataset.train_groups
@@ -95,13 +156,20 @@ def open_workspace(config: RunConfig) -> Workspace:
         groups=None if groups is None else groups.numpy()[rest],
         seed=config.seed,
     )
-    model = method.build_model()
     return Workspace(
         config=config,
         dataset=dataset,
-        method=method,
-        shapes={name: tuple(value.shape) for name, value in float_state(model).items()},
-        batch_norms=batch_norm_pairs(model),
-        server_indices=torch.from_numpy(server),
+        server_indices=server,
         shares=[rest[share] for share in shares],
     )
+
+
+def compute_device(name: str) -> torch.device:
+    """The torch device of that name.
+
+    Raises:
+        ConfigError: "cuda" was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("training.device is 'cuda' but torch finds no CUDA device; use 'cpu'")
+    return torch.device(name)

@@ -16,7 +16,6 @@ from sparsemodel.kernels.choice import dense_is_faster, sparse_may_be_faster
 from sparsemodel.kernels.csr import (
     carry_values,
     check_csr,
-    csr_from_mask,
     csr_from_positions,
     flat_positions,
     mask_from_csr,
@@ -56,22 +55,24 @@ class SparseLayer(nn.Module):
     bits: torch.Tensor
     blocks: torch.Tensor
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - called by its own classes alone
         self,
         geometry: ConvGeometry,
-        mask: torch.Tensor,
+        shape: tuple[int, ...],
+        pattern: tuple[torch.Tensor, torch.Tensor],
         values: torch.Tensor,
         bias: torch.Tensor | None,
         execution: Execution,
     ) -> None:
+        """Of a weight of `shape` at a pattern (row_ptr, cols), on the values' device."""
         super().__init__()
         self._execution = self._checked(execution)
         self._geometry = geometry
-        self._weight_shape = mask.shape
-        self._numel = mask.numel()
+        self._weight_shape = torch.Size(shape)
+        self._numel = self._weight_shape.numel()
         self.values = nn.Parameter(values)
         self.bias = None if bias is None else nn.Parameter(bias)
-        self._set_pattern(*csr_from_mask(mask.to(values.device)))
+        self._set_pattern(*pattern)
 
     @property
     def execution(self) -> Execution:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sparsemodel.errors import MaskError, SparseModelError
+from sparsemodel.kernels.csr import csr_from_mask
 from sparsemodel.kernels.functional import (
     conv2d_topk_grad,
     linear_topk_grad,
@@ -63,7 +64,7 @@ class SparseLinear(SparseLayer):
         _check_shape(mask, (out_features, in_features))
         values, offsets = _empty(mask, bias, device, dtype)
         geometry = ConvGeometry(out_features, in_features, 1, 1)
-        super().__init__(geometry, mask, values, offsets, execution)
+        super().__init__(geometry, mask.shape, _csr(mask, values), values, offsets, execution)
         self.reset_parameters()
 
     @property
@@ -84,6 +85,26 @@ class SparseLinear(SparseLayer):
         _check_shape(mask, tuple(layer.weight.shape))
         geometry = ConvGeometry(layer.out_features, layer.in_features, 1, 1)
         return _sparse(cls, layer, geometry, mask, execution)
+
+    @classmethod
+    def from_csr(
+        cls,
+        layer: nn.Linear,
+        pattern: tuple[torch.Tensor, torch.Tensor],
+        values: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        execution: Execution = "auto",
+    ) -> Self:
+        """In the place of `layer`, whose weights are not read (it may lie on "meta").
+
+        Args:
+            pattern: int32 row_ptr [out + 1] and cols [nnz].
+            values: float [nnz], taken over.
+            bias: float [out], taken over, or None.
+        """
+        geometry = ConvGeometry(layer.out_features, layer.in_features, 1, 1)
+        return _made(cls, layer, geometry, pattern, values, bias, execution)
 
     def to_dense(self) -> nn.Linear:
         """The plain layer of the same weights, zeros at pruned places."""
@@ -163,7 +184,8 @@ class SparseConv2d(SparseLayer):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups
         )
         _check_shape(mask, geometry.weight_shape)
-        super().__init__(geometry, mask, *_empty(mask, bias, device, dtype), execution)
+        values, offsets = _empty(mask, bias, device, dtype)
+        super().__init__(geometry, mask.shape, _csr(mask, values), values, offsets, execution)
         self.reset_parameters()
 
     @property
@@ -181,16 +203,24 @@ class SparseConv2d(SparseLayer):
             SparseModelError: padding that is not zeros, or uneven ("same" with an even window).
         """
         _check_shape(mask, tuple(layer.weight.shape))
-        geometry = _conv_geometry(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            _plain_padding(layer),
-            layer.dilation,
-            layer.groups,
-        )
-        return _sparse(cls, layer, geometry, mask, execution)
+        return _sparse(cls, layer, _geometry_of(layer), mask, execution)
+
+    @classmethod
+    def from_csr(
+        cls,
+        layer: nn.Conv2d,
+        pattern: tuple[torch.Tensor, torch.Tensor],
+        values: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        execution: Execution = "auto",
+    ) -> Self:
+        """As `SparseLinear.from_csr`.
+
+        Raises:
+            SparseModelError: as `from_dense`.
+        """
+        return _made(cls, layer, _geometry_of(layer), pattern, values, bias, execution)
 
     def to_dense(self) -> nn.Conv2d:
         """The plain layer of the same weights, zeros at pruned places."""
@@ -246,19 +276,32 @@ def _sparse(
 ) -> _Sparse:
     """A layer of class `kind` with the active weights of a plain one; draws no random numbers."""
     weight, bias = layer.weight.detach(), layer.bias
+    values = weight[mask.to(weight.device)]
+    offsets = None if bias is None else bias.detach().clone()
+    return _made(kind, layer, geometry, _csr(mask, values), values, offsets, execution)
+
+
+def _made(  # noqa: PLR0917 - the constructor's order
+    kind: type[_Sparse],
+    layer: nn.Linear | nn.Conv2d,
+    geometry: ConvGeometry,
+    pattern: tuple[torch.Tensor, torch.Tensor],
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    execution: Execution,
+) -> _Sparse:
+    """A layer of class `kind` in the place of a plain one, of which no weight is read."""
     sparse = kind.__new__(kind)
-    SparseLayer.__init__(
-        sparse,
-        geometry,
-        mask,
-        weight[mask.to(weight.device)],
-        None if bias is None else bias.detach().clone(),
-        execution,
-    )
+    shape = tuple(layer.weight.shape)
+    SparseLayer.__init__(sparse, geometry, shape, pattern, values, bias, execution)
     sparse.values.requires_grad_(layer.weight.requires_grad)
-    if bias is not None and sparse.bias is not None:
-        sparse.bias.requires_grad_(bias.requires_grad)
+    if layer.bias is not None and sparse.bias is not None:
+        sparse.bias.requires_grad_(layer.bias.requires_grad)
     return sparse.train(layer.training)
+
+
+def _csr(mask: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return csr_from_mask(mask.to(values.device))
 
 
 @torch.no_grad()
@@ -301,6 +344,18 @@ def _conv_geometry(  # noqa: PLR0917 - in nn.Conv2d's order
         *_pair(padding),
         *_pair(dilation),
         groups,
+    )
+
+
+def _geometry_of(layer: nn.Conv2d) -> ConvGeometry:
+    return _conv_geometry(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        _plain_padding(layer),
+        layer.dilation,
+        layer.groups,
     )
 
 

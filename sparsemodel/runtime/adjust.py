@@ -119,6 +119,33 @@ def select_largest(state: SparseState, counts: Mapping[str, int]) -> SparseState
     return SparseState({**state.values, **values}, patterns.replace(changed))
 
 
+def prune_to_largest(state: SparseState, counts: Mapping[str, int]) -> SparseState:
+    """A dense state pruned to counts[name] weights of largest magnitude in each named layer.
+
+    Of equal magnitudes the lower position stays. Other tensors are passed on, not copied.
+
+    Raises:
+        MaskError: a state under patterns, a name that it lacks, weights that are NaN.
+        DensityError: a count outside [0, weights].
+
+    >>> pruned = prune_to_largest(SparseState({"w": np.float32([[3, -1], [0, 2]])}), {"w": 2})
+    >>> pruned.values["w"]
+    array([3., 2.], dtype=float32)
+    """
+    if state.patterns is not None:
+        raise MaskError("the state is pruned already; use select_largest")
+    patterns: dict[str, Pattern] = {}
+    for name, count in counts.items():
+        if name not in state.values:
+            raise MaskError(f"no weights of {name!r}; got {list(state.values)}")
+        weights = state.values[name]
+        if not 0 <= count <= weights.size:
+            raise DensityError(f"{name!r} has {weights.size} weights; cannot keep {count}")
+        kept = np.flatnonzero(largest(_magnitudes(name, weights.reshape(-1)), count))
+        patterns[name] = Pattern.from_positions(weights.shape, kept)
+    return carry(state, Patterns(patterns))
+
+
 def largest(scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.bool_]:
     """Which `count` scores are the largest, the earlier one of equals: bool, shape [n].
 

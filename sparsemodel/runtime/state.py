@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 from sparsemodel.runtime.pattern import Pattern, Patterns, Shape
 
 Array = NDArray[Any]
+Tensors = Mapping[str, Array]
+"""Name -> float32 array, each tensor whole."""
+Entries = Mapping[str, tuple[NDArray[np.int64], NDArray[np.float32]]]
+"""Layer -> (flat positions, ascending; values), both [k]: single weights of a layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +54,10 @@ class SparseState:
     def replace(self, values: Mapping[str, Array]) -> SparseState:
         """The same with other values for some names."""
         return SparseState({**self.values, **values}, self.patterns)
+
+    def ordered(self, names: Iterable[str]) -> SparseState:
+        """The same with its tensors in the order of `names`, which are its own."""
+        return SparseState({name: self.values[name] for name in names}, self.patterns)
 
     def nbytes(self) -> int:
         """Bytes of values and patterns."""

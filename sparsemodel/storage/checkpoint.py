@@ -185,6 +185,15 @@ def take_layer(
     Raises:
         CheckpointError: they are missing or do not fit each other or the shape.
     """
+    values, packed = take_packed(path, name, shape, tensors)
+    bits = np.unpackbits(packed, count=math.prod(shape))
+    return values, torch.from_numpy(bits.view(np.bool_)).reshape(shape)
+
+
+def take_packed(
+    path: Path, name: str, shape: tuple[int, ...], tensors: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
+    """As `take_layer`, with the pattern as the file holds it: eight weights a byte."""
     missing = [key for key in (f"{name}.values", f"{name}.mask") if key not in tensors]
     if missing:
         raise _damaged(path, f"it lacks the tensors {missing}")
@@ -197,18 +206,17 @@ def take_layer(
             f"the mask of {name!r} has shape {tuple(packed.shape)} and dtype {packed.dtype}, "
             f"expected {num_bytes} bytes for shape {shape}",
         )
-    bits = np.unpackbits(packed.numpy())
-    if bits[numel:].any():
+    bits: np.ndarray[Any, Any] = packed.numpy()
+    if bits[-1] & ((1 << (8 * num_bytes - numel)) - 1):
         raise _damaged(path, f"the mask of {name!r} has bits past its {numel} weights")
-    pattern = torch.from_numpy(bits[:numel].astype(np.bool_)).reshape(shape)
-    num_active = int(pattern.sum())
+    num_active = int(np.unpackbits(bits).sum())
     if values.dtype not in _VALUE_DTYPES or values.shape != (num_active,):
         raise _damaged(
             path,
             f"the values of {name!r} have shape {tuple(values.shape)} and dtype {values.dtype}, "
             f"expected {num_active} floating-point values",
         )
-    return values, pattern
+    return values, bits
 
 
 def _read_header(

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedprune.flower.engine import InlineGrid
 from flwr.app import Context, Message, RecordDict
 
 from fedprune.config import RunConfig
 from fedprune.flower import client, server
-from fedprune.flower.engine import InlineGrid
 from fedprune.rounds.folder import MODEL, prepare
 
 TINY = {
@@ -23,10 +23,10 @@ TINY = {
     "model.width": 4,
     "training.rounds": 4,
     "training.local_epochs": 1,
-    "pruning.density": 0.2,
-    "pruning.pool_size": 2,
-    "pruning.adjust_every": 1,
-    "pruning.adjust_until": 4,
+    "method.density": 0.2,
+    "method.pool_size": 2,
+    "method.adjust_every": 1,
+    "method.adjust_until": 4,
 }
 
 ClientApp = Callable[[Message, Context], Message | None]

@@ -32,12 +32,12 @@ def test_text_values_take_the_type_of_their_key() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"pruning.densty": 0.1}, "did you mean 'pruning.density'"),
+        ({"method.densty": 0.1}, "did you mean 'pruning.density'"),
         ({"nonsense": 1}, "unknown config key 'nonsense'"),
-        ({"pruning.density": 0}, "density"),
-        ({"pruning.density": 1.5}, "density"),
-        ({"pruning.density": float("nan")}, "density"),
-        ({"pruning.density": "many"}, "expected float, got 'many'"),
+        ({"method.density": 0}, "density"),
+        ({"method.density": 1.5}, "density"),
+        ({"method.density": float("nan")}, "density"),
+        ({"method.density": "many"}, "expected float, got 'many'"),
         ({"data.clients": 0}, "data.clients: expected at least 1"),
         ({"data.clients": 2.5}, "expected int"),
         ({"data.clients": True}, "expected int"),
@@ -57,8 +57,8 @@ def test_bad_values_are_refused(values: dict[str, object], message: str) -> None
 
 def test_every_problem_is_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        RunConfig.parse({"pruning.density": 2.0, "data.clients": 0, "training.lr": -1.0})
-    for part in ("pruning.density", "data.clients", "training.lr"):
+        RunConfig.parse({"method.density": 2.0, "data.clients": 0, "training.lr": -1.0})
+    for part in ("method.density", "data.clients", "training.lr"):
         assert part in str(caught.value)
 
 
@@ -75,7 +75,7 @@ def test_derived_settings() -> None:
     assert config.model_name == "resnet8"
     assert config.adjust_until == 30
     assert config.clients_per_round == 8
-    few = RunConfig.parse({"federation.clients_per_round": 3, "pruning.adjust_until": 4})
+    few = RunConfig.parse({"federation.clients_per_round": 3, "method.adjust_until": 4})
     assert (few.clients_per_round, few.adjust_until) == (3, 4)
 
 

@@ -95,7 +95,7 @@ def test_cohorts_follow_the_memory() -> None:
 @pytest.mark.parametrize("method", ["fedavg", "fedtiny"])
 def test_the_batched_engine_gives_the_rounds_of_inline(method: str, tmp_path: Path) -> None:
     config = tiny(
-        pruning__method=method, training__lr=0.02, training__rounds=3, training__device="cuda"
+        method__name=method, training__lr=0.02, training__rounds=3, training__device="cuda"
     )
     for engine in ("inline", "batched"):
         runner.run(config, tmp_path / engine, engine=engine)

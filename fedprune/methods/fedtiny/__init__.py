@@ -2,72 +2,127 @@
 
 Huang et al., Distributed Pruning Towards Tiny Neural Networks in Federated Learning,
 ICDCS 2023. Three parts, one file each: the candidate pool (pool.py), adaptive batch-norm
-selection (bn_selection.py) and progressive pruning (progressive.py).
+selection (selection.py) and progressive pruning (progressive.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from torch import nn
-
-from fedprune.exchange.messages import Entries, Pool, State
-from fedprune.methods.base import Ask, Method, RunState
-from fedprune.methods.fedtiny.bn_selection import select_candidate
-from fedprune.methods.fedtiny.pool import candidate_pool
+from fedprune.exchange.messages import Request
+from fedprune.local.training import train
+from fedprune.methods.base import Method, RunState, Start, train_request
+from fedprune.methods.fedtiny.pool import Pool, candidate_counts, candidate_pool
 from fedprune.methods.fedtiny.progressive import adjust, growth_counts
-from prunelab.networks import float_state, load_float_state_, parameter_blocks
+from fedprune.methods.fedtiny.selection import measure, score, select_candidate
+from sparsemodel.runtime.state import Entries, SparseState
+
+GRANULARITIES = ("layer", "block", "entire")
 
 
+@dataclass(frozen=True)
 class FedTiny(Method):
-    """The complete method; the two ablations switch one part off."""
+    """The complete method; the two ablations switch one part off.
 
-    uses_density = True
-    adaptive_selection = True
-    progressive_pruning = True
+    Attributes:
+        density: share of prunable weights that are kept.
+        pool_size: candidates; 0 stands for max(1, round(0.1 / density)), at most `pool_limit`.
+            The rule is the paper's optimal pool size as we remember it, not checked against
+            its text.
+        granularity: what an adjustment moves: a "layer", a "block" or the "entire" network.
+        adjust_every: ΔR, rounds between adjustments.
+        adjust_until: R_stop, no adjustment at or after this round; 0: 60 % of the rounds.
+        adjust_rate: α, the share of a layer's weights that the first adjustment exchanges.
+    """
 
-    @cached_property
-    def blocks(self) -> list[list[str]]:
-        """Prunable parameters of each block, from the input to the output."""
-        return parameter_blocks(self.build_model(), granularity=self.config.pruning.granularity)
+    name: ClassVar[str] = "fedtiny"
+    actions = {"train": train, "measure": measure, "score": score}  # noqa: RUF012
+    adaptive_selection: ClassVar[bool] = True
+    progressive_pruning: ClassVar[bool] = True
 
-    def initialise(self, model: nn.Module, state: RunState, ask: Ask) -> RunState:
-        pool = Pool(
-            weights=state.weights,
-            masks=candidate_pool(model, self.config.pruning, seed=self.config.seed),
+    density: float = 0.05
+    pool_size: int = 0
+    pool_limit: int = 10
+    granularity: str = "block"
+    adjust_every: int = 2
+    adjust_until: int = 0
+    adjust_rate: float = 0.3
+
+    def problems(self) -> Iterable[str]:
+        yield from super().problems()
+        if self.granularity not in GRANULARITIES:
+            allowed = ", ".join(GRANULARITIES)
+            yield f"granularity: expected one of {allowed}; got {self.granularity!r}"
+        for key in ("pool_limit", "adjust_every"):
+            if getattr(self, key) < 1:
+                yield f"{key}: expected at least 1, got {getattr(self, key)}"
+        for key in ("pool_size", "adjust_until"):
+            if getattr(self, key) < 0:
+                yield f"{key}: expected 0 or more, got {getattr(self, key)}"
+        if not 0 <= self.adjust_rate <= 1:
+            yield f"adjust_rate: expected 0 to 1, got {self.adjust_rate}"
+
+    @property
+    def num_candidates(self) -> int:
+        """C, the number of candidates."""
+        wanted = max(1, round(0.1 / self.density))
+        return self.pool_size or min(self.pool_limit, wanted)
+
+    def start(self, server: Start) -> RunState:
+        from prunelab.networks import parameter_blocks  # noqa: PLC0415
+
+        counts = candidate_counts(
+            server.model, self.density, num_candidates=self.num_candidates, seed=server.seed
         )
+        pool = candidate_pool(server.state(), counts)
         winner, statistics, account = select_candidate(
-            model, pool, ask, adaptive=self.adaptive_selection
+            pool, server.ask, adaptive=self.adaptive_selection
         )
-        load_float_state_(model, {**state.weights, **statistics})
-        pool.masks[winner].apply(model)
-        return replace(
-            state,
-            weights=float_state(model),
-            mask=pool.masks[winner],
-            notes={**state.notes, "selection": account},
+        return RunState(
+            round_index=0,
+            model=pool.candidate(winner).replace(statistics),
+            memory={
+                "blocks": parameter_blocks(server.model, granularity=self.granularity),
+                "adjustments": 0,
+                "until": self.adjust_until or max(1, round(0.6 * server.rounds)),
+            },
+            notes={"selection": account},
         )
+
+    def request(self, state: RunState) -> Request:
+        return train_request(state, growth=self.growth_counts(state))
+
+    def update(self, state: RunState, *, mean: SparseState, growth: Entries) -> RunState:
+        counts = self.growth_counts(state)
+        after = super().update(state, mean=mean, growth=growth)
+        if not counts:
+            return after
+        memory = {**state.memory, "adjustments": state.memory["adjustments"] + 1}
+        return replace(after, model=adjust(mean, growth, counts), memory=memory)
 
     def growth_counts(self, state: RunState) -> dict[str, int]:
+        """How many growth candidates clients send in the coming round, by layer."""
         if not self.progressive_pruning:
             return {}
-        return growth_counts(state, self.blocks, self.config)
-
-    def update(self, state: RunState, *, mean: State, growth: Entries) -> RunState:
-        counts = self.growth_counts(state)
-        if not counts:
-            return super().update(state, mean=mean, growth=growth)
-        return adjust(state, mean, growth, counts)
+        return growth_counts(state, every=self.adjust_every, rate=self.adjust_rate)
 
 
+@dataclass(frozen=True)
 class FedTinyVanillaSelection(FedTiny):
     """Ablation: candidates are compared without adapting their batch-norm statistics."""
 
-    adaptive_selection = False
+    name: ClassVar[str] = "fedtiny-vanilla"
+    adaptive_selection: ClassVar[bool] = False
 
 
+@dataclass(frozen=True)
 class FedTinyFixedMask(FedTiny):
     """Ablation: the selected mask stays as it is; no progressive pruning."""
 
-    progressive_pruning = False
+    name: ClassVar[str] = "fedtiny-fixed"
+    progressive_pruning: ClassVar[bool] = False
+
+
+__all__ = ["FedTiny", "FedTinyFixedMask", "FedTinyVanillaSelection", "Pool"]

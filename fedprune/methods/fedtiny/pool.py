@@ -1,41 +1,97 @@
-"""FedTiny's candidate pool: coarse masks, each with its own layer densities."""
+"""FedTiny's candidate pool: coarse masks, each with its own layer densities.
+
+All candidates are magnitude masks of one model, so in each layer the smaller lie inside the
+larger. The pool is therefore one sparse state, that of the largest in every layer, and for each
+candidate how many weights it keeps of each layer: that is what travels, and what clients hold.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fedprune.config import PruningConfig
-from prunelab.runs.seeds import generator
-from sparsemodel.masks.criteria import magnitude
-from sparsemodel.masks.distribution import noise_uniform
-from sparsemodel.masks.mask import Mask, mask_from_scores, prunable_parameters
+from fedprune.errors import ClientError
+from fedprune.exchange.messages import Request
+from sparsemodel.runtime.adjust import prune_to_largest, select_largest
+from sparsemodel.runtime.state import SparseState
+
+if TYPE_CHECKING:
+    from torch import nn
+
+POOL = "pool"
 
 
-def pool_size(config: PruningConfig) -> int:
-    """Number of candidates: max(1, round(0.1 / density)), capped, or as configured.
+@dataclass(frozen=True)
+class Pool:
+    """The candidates. `union` holds the weights of the largest of each layer.
 
-    The rule is the paper's optimal pool size as we remember it, not checked against its text.
+    `counts` holds for each candidate: layer -> how many of its largest weights are kept.
     """
-    if config.pool_size:
-        return config.pool_size
-    return min(config.pool_limit, max(1, round(0.1 / config.density)))
+
+    union: SparseState
+    counts: Sequence[Mapping[str, int]]
+
+    def candidate(self, number: int) -> SparseState:
+        """A candidate's state under its own mask."""
+        return select_largest(self.union, self.counts[number])
 
 
-def candidate_pool(model: nn.Module, config: PruningConfig, *, seed: int) -> list[Mask]:
-    """Magnitude masks of the pre-trained dense model under noisy layer densities.
+def candidate_counts(
+    model: nn.Module, density: float, *, num_candidates: int, seed: int
+) -> list[dict[str, int]]:
+    """How many weights each candidate keeps of each prunable layer.
 
     Layer densities are d_l = d (1 + U(-.5, .5)), redrawn until the whole is within 2 % of d.
-
-    Returns:
-        `pool_size(config)` masks; candidate c depends on `seed` and c alone, so that a larger
-        pool contains every smaller one.
+    Candidate c depends on `seed` and c alone, so that a larger pool contains every smaller one.
     """
-    parameters = prunable_parameters(model)
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    scores = magnitude(model, list(parameters))
+    from prunelab.runs.seeds import generator  # noqa: PLC0415
+    from sparsemodel.masks.distribution import noise_uniform  # noqa: PLC0415
+    from sparsemodel.masks.mask import prunable_parameters  # noqa: PLC0415
+
+    shapes = {name: tuple(p.shape) for name, p in prunable_parameters(model).items()}
     return [
-        mask_from_scores(
-            scores, noise_uniform(shapes, config.density, generator=generator(seed, candidate))
-        )
-        for candidate in range(pool_size(config))
+        noise_uniform(shapes, density, generator=generator(seed, candidate))
+        for candidate in range(num_candidates)
     ]
+
+
+def candidate_pool(dense: SparseState, counts: Sequence[Mapping[str, int]]) -> Pool:
+    """The pool of magnitude masks of a dense model; of equal weights the earlier is kept."""
+    largest = {name: max(each[name] for each in counts) for name in counts[0]}
+    return Pool(prune_to_largest(dense, largest), counts)
+
+
+def pool_request(pool: Pool, action: str, **rest: object) -> Request:
+    """A question about every candidate; clients keep the pool until the next one."""
+    order = list(pool.counts[0])
+    return Request(
+        action,
+        fields={"counts": [[each[name] for name in order] for each in pool.counts]},
+        states={POOL: pool.union},
+        hold=frozenset([POOL]),
+        forward_passes=pool.counts,
+        **rest,  # type: ignore[arg-type]
+    )
+
+
+def received_pool(request: Request) -> Pool:
+    """The pool of a request of `pool_request`, as a client sees it.
+
+    Raises:
+        ClientError: the request's counts do not fit its state.
+    """
+    union = request.states[POOL]
+    held = {} if union.patterns is None else union.patterns.counts()
+    counts = request.fields.get("counts")
+    if not isinstance(counts, list) or not counts or not held:
+        raise ClientError("a pool without candidates")
+    for each in counts:
+        if not isinstance(each, list) or len(each) != len(held):
+            raise ClientError("a candidate's counts do not name every layer")
+        if not all(
+            isinstance(count, int) and 0 <= count <= most
+            for count, most in zip(each, held.values(), strict=True)
+        ):
+            raise ClientError("a candidate keeps more weights than the pool holds")
+    return Pool(union, [dict(zip(held, each, strict=True)) for each in counts])

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from federation import digest, run_inline, tiny
+from fedprune.flower.engine import _federation, gpu_share, run_flower
 
 from fedprune.errors import ConfigError
 from fedprune.flower import client
-from fedprune.flower.engine import _federation, gpu_share, run_flower
 from fedprune.rounds import run as runner
 from fedprune.rounds.folder import prepare, read_metrics
 from prunelab.errors import RunError

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from federation import run_inline, tiny
+from fedprune.flower.engine import BatchedGrid
 
 from fedprune.config import RunConfig, TrainingConfig
 from fedprune.errors import ConfigError
 from fedprune.exchange.messages import State
-from fedprune.flower.engine import BatchedGrid
 from fedprune.local.cohort import Member, train_cohort, train_in_cohorts
 from fedprune.local.training import GrowthBatch, LocalResult, train_locally
 from fedprune.rounds import run as runner
@@ -144,7 +144,7 @@ def test_a_member_that_does_not_fit_alone_is_an_error() -> None:
 def test_the_batched_engine_gives_the_rounds_of_inline(method: str, tmp_path: Path) -> None:
     """Ragged clients, growth rounds, the same messages."""
     config = tiny(
-        pruning__method=method, training__execution="masked", training__lr=0.02,
+        method__name=method, training__execution="masked", training__lr=0.02,
         training__rounds=3, training__cohort=3, data__clients=6, data__alpha=0.1,
         data__num_train=90,
     )  # fmt: skip
@@ -167,7 +167,7 @@ def test_the_batched_engine_gives_the_rounds_of_inline(method: str, tmp_path: Pa
 
 def test_a_client_with_too_few_samples_is_left_out_of_its_cohort(tmp_path: Path) -> None:
     config = tiny(
-        pruning__method="magnitude", training__execution="masked", training__rounds=2,
+        method__name="magnitude", training__execution="masked", training__rounds=2,
         data__num_train=30, data__clients=8, data__partition="iid",
     )  # fmt: skip
     runner.run(config, tmp_path / "batched", engine="batched")

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from fedprune.local.execution import choose_execution
 from torch.nn import functional
 
 from fedprune.config import TrainingConfig
-from fedprune.local.execution import choose_execution
 from fedprune.local.training import (
     GrowthBatch,
     compute_device,

@@ -7,6 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from fedprune.methods.fedtiny.bn_selection import (
+    measure_batch_norms,
+    measure_candidates,
+    pool_statistics,
+    score_candidates,
+    select_candidate,
+)
 from torch import nn
 
 from fedprune.config import RunConfig
@@ -22,13 +29,6 @@ from fedprune.exchange.messages import (
 from fedprune.methods import METHODS, build_method
 from fedprune.methods.base import RunState
 from fedprune.methods.fedtiny import FedTiny
-from fedprune.methods.fedtiny.bn_selection import (
-    measure_batch_norms,
-    measure_candidates,
-    pool_statistics,
-    score_candidates,
-    select_candidate,
-)
 from fedprune.methods.fedtiny.pool import candidate_pool, pool_size
 from fedprune.methods.fedtiny.progressive import is_adjustment_round
 from fedprune.rounds.workspace import Workspace, open_workspace
@@ -43,9 +43,9 @@ SMALL = {
     "data.clients": 4,
     "model.width": 4,
     "training.rounds": 40,
-    "pruning.density": 0.2,
-    "pruning.adjust_every": 2,
-    "pruning.adjust_until": 30,
+    "method.density": 0.2,
+    "method.adjust_every": 2,
+    "method.adjust_until": 30,
 }
 
 
@@ -68,11 +68,11 @@ def fedtiny_state(config: RunConfig) -> tuple[FedTiny, RunState]:
 @pytest.mark.parametrize(("density", "size"), [(0.1, 1), (0.05, 2), (0.01, 10), (0.001, 10)])
 def test_pool_size_rule(density: float, size: int) -> None:
     """C = max(1, round(0.1 / d)), at most pool_limit = 10."""
-    assert pool_size(RunConfig.parse({"pruning.density": density}).pruning) == size
+    assert pool_size(RunConfig.parse({"method.density": density}).pruning) == size
 
 
 def test_pool_candidates_differ_and_meet_the_density() -> None:
-    config = small(pruning__pool_size=4)
+    config = small(method__pool_size=4)
     model = open_workspace(config).model()
     pool = candidate_pool(model, config.pruning, seed=3)
     assert len({mask.digest() for mask in pool}) == 4
@@ -82,7 +82,7 @@ def test_pool_candidates_differ_and_meet_the_density() -> None:
         for name, pattern in mask.items():
             weight = dict(model.named_parameters())[name].detach().abs()
             assert weight[pattern].min() >= weight[~pattern].max()
-    longer = candidate_pool(model, small(pruning__pool_size=6).pruning, seed=3)
+    longer = candidate_pool(model, small(method__pool_size=6).pruning, seed=3)
     assert [mask.digest() for mask in longer[:4]] == [mask.digest() for mask in pool]
 
 
@@ -157,7 +157,7 @@ def local_ask(work_config: RunConfig) -> tuple[list[str], object]:
 
 
 def test_selection_takes_the_smallest_weighted_loss_and_its_statistics() -> None:
-    config = small(pruning__pool_size=3)
+    config = small(method__pool_size=3)
     work = open_workspace(config)
     model = work.model()
     masks = candidate_pool(model, config.pruning, seed=1)
@@ -178,7 +178,7 @@ def test_selection_takes_the_smallest_weighted_loss_and_its_statistics() -> None
 
 
 def test_vanilla_selection_does_not_adapt() -> None:
-    config = small(pruning__pool_size=2)
+    config = small(method__pool_size=2)
     model = open_workspace(config).model()
     pool = Pool(float_state(model), candidate_pool(model, config.pruning, seed=1))
     asked, ask = local_ask(config)
@@ -296,7 +296,7 @@ def test_a_round_without_growth_entries_changes_no_mask() -> None:
 def test_all_methods_use_one_network_class_and_the_same_start() -> None:
     states = {}
     for name in METHODS:
-        model = open_workspace(small(pruning__method=name, model__width=16)).method.build_model()
+        model = open_workspace(small(method__name=name, model__width=16)).method.build_model()
         states[name] = (type(model), float_state(model))
     kind, reference = states["fedavg"]
     for name, (other, state) in states.items():
@@ -307,9 +307,9 @@ def test_all_methods_use_one_network_class_and_the_same_start() -> None:
 
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.5])
 def test_small_dense_is_as_large_as_the_sparse_model_allows(density: float) -> None:
-    config = small(pruning__method="small-dense", model__width=16, pruning__density=density)
+    config = small(method__name="small-dense", model__width=16, method__density=density)
     work = open_workspace(config)
-    full = open_workspace(small(pruning__method="fedavg", model__width=16)).model()
+    full = open_workspace(small(method__name="fedavg", model__width=16)).model()
     pruned = sum(p.numel() for p in prunable_parameters(full).values())
     kept = round(density * pruned)
     dense = sum(v.numel() for v in float_state(full).values())
@@ -319,7 +319,7 @@ def test_small_dense_is_as_large_as_the_sparse_model_allows(density: float) -> N
 
 
 def test_magnitude_keeps_the_largest_weights_of_each_layer() -> None:
-    config = small(pruning__method="magnitude")
+    config = small(method__name="magnitude")
     method = open_workspace(config).method
     model = method.build_model()
     scores = {n: p.detach().abs() for n, p in prunable_parameters(model).items()}
@@ -332,7 +332,7 @@ def test_magnitude_keeps_the_largest_weights_of_each_layer() -> None:
 @pytest.mark.parametrize("name", list(METHODS))
 def test_contract_of_every_method(name: str) -> None:
     """update() counts rounds, keeps the state's names and never puts weight outside the mask."""
-    config = small(pruning__method=name, model__width=8)
+    config = small(method__name=name, model__width=8)
     method = open_workspace(config).method
     model = method.build_model()
     _, ask = local_ask(config)
@@ -347,6 +347,6 @@ def test_contract_of_every_method(name: str) -> None:
 
 
 def test_unknown_method_lists_the_known() -> None:
-    config = small(pruning__method="fedtinny")
+    config = small(method__name="fedtinny")
     with pytest.raises(ConfigError, match="fedtiny, fedtiny-vanilla"):
         build_method(config, open_workspace(small()).dataset)

@@ -22,7 +22,7 @@ from prunelab.errors import RunError
 from sparsemodel.masks.mask import Mask
 from sparsemodel.storage.checkpoint import save_sparse
 
-SETTINGS = {"training.rounds": 3, "data.clients": 4, "pruning.density": 0.1}
+SETTINGS = {"training.rounds": 3, "data.clients": 4, "method.density": 0.1}
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 

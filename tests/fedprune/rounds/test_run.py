@@ -102,7 +102,7 @@ def test_same_seed_same_bits_other_seed_other_bits(finished: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "fedtiny"])
 def test_every_method_runs_to_its_end(method: str, tmp_path: Path) -> None:
-    config = tiny(pruning__method=method, training__rounds=2, model__width=8)
+    config = tiny(method__name=method, training__rounds=2, model__width=8)
     summary = read_summary(run_inline(config, tmp_path / method))
     assert list(summary) == SUMMARY_KEYS
     dense = method in ("fedavg", "small-dense")
@@ -153,7 +153,7 @@ def test_a_round_is_the_weighted_mean_of_unequal_clients_and_their_gradients(
     sample counts, and the mask grows where |Σ p_k g_k| is largest. Round 2 starts from it."""
     asked: dict[int, dict[int, TrainRequest]] = {0: {}, 1: {}}
     replies: dict[int, TrainReply] = {}
-    config = tiny(training__rounds=2, pruning__adjust_until=2, data__alpha=0.3)
+    config = tiny(training__rounds=2, method__adjust_until=2, data__alpha=0.3)
     work = open_workspace(config)
 
     def listening(message: Message, context: Context) -> Message:
@@ -221,7 +221,7 @@ def test_sparse_execution_gives_the_rounds_of_masked_execution(tmp_path: Path) -
 def test_steady_round_bytes_are_those_of_the_active_weights(density: float, tmp_path: Path) -> None:
     """≤ 1.05 × density × dense prunable weights + everything that is not pruned, both ways."""
     config = tiny(
-        pruning__density=density, model__width=16, training__rounds=6, pruning__adjust_until=2
+        method__density=density, model__width=16, training__rounds=6, method__adjust_until=2
     )
     out = run_inline(config, tmp_path / "run")
     summary = read_summary(out)
@@ -235,7 +235,7 @@ def test_steady_round_bytes_are_those_of_the_active_weights(density: float, tmp_
 
 
 def test_mask_changes_cost_about_their_entropy(tmp_path: Path) -> None:
-    config = tiny(model__width=16, training__rounds=5, pruning__density=0.1)
+    config = tiny(model__width=16, training__rounds=5, method__density=0.1)
     lines = read_metrics(run_inline(config, tmp_path / "run"))[1:]
     bound = sum(line["mask_change_entropy_bytes"] for line in lines[:-1])
     # Each change travels in the next round, once to each of the four clients.
@@ -436,7 +436,7 @@ def test_more_clients_than_samples() -> None:
 
 def test_density_too_low_for_one_weight_a_layer(tmp_path: Path) -> None:
     with pytest.raises(DensityError):
-        run_inline(tiny(pruning__density=0.0001), tmp_path / "run")
+        run_inline(tiny(method__density=0.0001), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_density_too_low_for_one_weight_a_layer(tmp_path: Path) -> None:
     [
         ("data__dataset", "digitz", "unknown data set 'digitz'"),
         ("model__name", "resnet9000", "unknown model"),
-        ("pruning__method", "magic", "unknown method"),
+        ("method__name", "magic", "unknown method"),
     ],
 )
 def test_unknown_names_are_listed(key: str, value: str, message: str) -> None:
@@ -542,5 +542,5 @@ def test_wrong_config_on_a_client_is_a_skip_not_a_crash(tmp_path: Path) -> None:
 
 def test_config_error_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="density"):
-        tiny(pruning__density=3)
+        tiny(method__density=3)
     assert issubclass(ConfigError, ValueError)

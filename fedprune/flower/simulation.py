@@ -1,8 +1,7 @@
-"""Two ways to run the same ClientApp and ServerApp: in this process, or on Flower's simulation.
+"""A run on Flower's simulation engine.
 
-`inline` is a small in-process Grid. `flower` starts a private SuperLink and submits the app
-with `flwr run`, as a user of Flower would, and reads the real status of the run back (the
-command itself exits 0 even when the app has failed).
+It starts a private SuperLink and submits the app with `flwr run`, as a user of Flower would, and
+reads the real status of the run back (the command itself exits 0 even when the app has failed).
 """
 
 from __future__ import annotations
@@ -16,31 +15,21 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
-
-import torch
-from flwr.app import Context, Error, Message, MessageType, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedprune.config import RunConfig
 from fedprune.flower import app as flower_app
+from fedprune.flower.launch import Progress, launch_values
+from fedprune.rounds.workspace import open_workspace
 from prunelab.errors import RunError
 
-CLIENT_APP_RAISED = 2
 START_SECONDS = 180.0
 RAY_STEPS = 10_000  # of which Ray's smallest share of a GPU is one
 LOG, SUPERLINK_LOG = "run.log", "superlink.log"
-Progress = Callable[[], None]
 
 # Runs the command given after it so that it is ended when its parent dies, however that dies
 # (Linux: prctl(PR_SET_PDEATHSIG, SIGTERM); elsewhere it just runs it).
@@ -50,218 +39,6 @@ if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))
 os.execvp(sys.argv[1], sys.argv[1:])
 """
-
-
-# --- inline ------------------------------------------------------------------------------------
-
-
-class InlineGrid(Grid):
-    """A Grid whose nodes live in this process; a client works when its reply is pulled.
-
-    Args:
-        client_app: what every node runs.
-        run_config: the run config that every node sees.
-        num_nodes: nodes, with partition-id 0 ... num_nodes - 1.
-    """
-
-    def __init__(
-        self, client_app: ClientApp, *, run_config: dict[str, Any], num_nodes: int
-    ) -> None:
-        # Message's constructor reads these process-wide identities.
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-        self._client_app = client_app
-        self._run = Run.create_empty(1)
-        self._messages: dict[str, Message] = {}
-        self._sent = 0
-        self.contexts = {
-            1000 + partition: Context(
-                run_id=1,
-                node_id=1000 + partition,
-                node_config={"partition-id": partition, "num-partitions": num_nodes},
-                state=RecordDict(),
-                run_config=run_config,
-            )
-            for partition in range(num_nodes)
-        }
-
-    def set_run(self, run: Run) -> None:
-        """Set the run this Grid operates in."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """Run information."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A message to a node (Flower's deprecated way to make one)."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Ids of all nodes."""
-        return list(self.contexts)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Keep messages until their replies are pulled."""
-        ids = []
-        for message in messages:
-            self._sent += 1
-            message_id = str(self._sent)
-            message.metadata.__dict__["_message_id"] = message_id
-            self._messages[message_id] = message
-            ids.append(message_id)
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Let the clients work, and return their replies."""
-        for message_id in message_ids:
-            message = self._messages.pop(message_id, None)
-            if message is not None:
-                reply = self._work(message)
-                if reply is not None:
-                    yield reply
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Push, then pull every reply."""
-        return list(self.pull_messages(self.push_messages(messages)))
-
-    def _work(self, message: Message) -> Message | None:
-        context = self.contexts[message.metadata.dst_node_id]
-        try:
-            return self._client_app(message, context)
-        except Exception:  # as Flower does: a client that raises must not end the run
-            reason = traceback.format_exc()
-            return Message(Error(code=CLIENT_APP_RAISED, reason=reason), reply_to=message)
-
-
-class BatchedGrid(InlineGrid):
-    """An InlineGrid whose clients of a round are trained together, with stacked weights.
-
-    The first train reply that is pulled takes the waiting train messages of as many clients
-    along as are trained at a time; their replies are kept until they are pulled.
-
-    Args:
-        size: clients to train at a time; halved where the GPU's memory ends.
-        measure: whether the first round measures how many fit, up to `size`.
-    """
-
-    def __init__(
-        self,
-        client_app: ClientApp,
-        *,
-        run_config: dict[str, Any],
-        num_nodes: int,
-        size: int,
-        measure: bool = False,
-    ) -> None:
-        super().__init__(client_app, run_config=run_config, num_nodes=num_nodes)
-        self._size, self._measure = size, measure
-        self._replies: dict[str, Message] = {}
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Let the clients work, those that train together, and return the replies."""
-        for message_id in message_ids:
-            waiting = self._messages.get(message_id)
-            if waiting is not None and waiting.metadata.message_type == MessageType.TRAIN:
-                self._train_waiting(message_id)
-            if message_id in self._replies:
-                yield self._replies.pop(message_id)
-            else:
-                yield from super().pull_messages([message_id])
-
-    def _train_waiting(self, first: str) -> None:
-        from fedprune.flower.client import train_together  # noqa: PLC0415
-
-        kind = MessageType.TRAIN
-        others = [
-            message_id
-            for message_id, message in self._messages.items()
-            if message.metadata.message_type == kind and message_id != first
-        ]
-        chosen = [first, *others[: self._size - 1]]
-        messages = [self._messages.pop(message_id) for message_id in chosen]
-        pairs = [(message, self.contexts[message.metadata.dst_node_id]) for message in messages]
-        try:
-            answers, self._size = train_together(pairs, size=self._size, measure=self._measure)
-            self._measure = False
-        except Exception:  # as Flower does: clients that raise must not end the run
-            reason = traceback.format_exc()
-            answers = [
-                Message(Error(code=CLIENT_APP_RAISED, reason=reason), reply_to=message)
-                for message in messages
-            ]
-        self._replies |= dict(zip(chosen, answers, strict=True))
-
-
-def run_inline(
-    config: RunConfig, out: Path, *, resume: bool, progress: Progress, batched: bool = False
-) -> None:
-    """Run in this process, without Ray; the folder must have been prepared.
-
-    Args:
-        progress: called a few times a second, from a thread of its own.
-        batched: whether the clients of a round are trained together.
-    """
-    from fedprune.flower.client import app as client_app  # noqa: PLC0415
-    from fedprune.flower.server import app as server_app  # noqa: PLC0415
-
-    run_config = {**config.flat(), **_launch_values(out, resume=resume)}
-    nodes = config.data.clients
-    grid = (
-        BatchedGrid(
-            client_app,
-            run_config=run_config,
-            num_nodes=nodes,
-            size=config.cohort,
-            measure=config.training.device == "cuda" and config.training.cohort == 0,
-        )
-        if batched
-        else InlineGrid(client_app, run_config=run_config, num_nodes=nodes)
-    )
-    context = Context(
-        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=run_config
-    )
-    with _calling(progress):
-        server_app(grid, context)
-
-
-@contextlib.contextmanager
-def _calling(progress: Progress) -> Iterator[None]:
-    """Call `progress` now and then while the context lasts, and once at its end."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.3):
-            progress()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        progress()
-
-
-def _launch_values(out: Path, *, resume: bool) -> dict[str, Any]:
-    return {
-        "run.out": str(out.resolve()),
-        "run.resume": resume,
-        "run.launcher-pid": os.getpid(),
-    }
-
-
-# --- flower ------------------------------------------------------------------------------------
 
 
 def run_flower(config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> None:
@@ -276,7 +53,9 @@ def run_flower(config: RunConfig, out: Path, *, resume: bool, progress: Progress
     _require_simulation()
     with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
         home = Path(temporary)
-        app = _write_app(home / "app", config, out, resume=resume)
+        store = home / "shares"
+        open_workspace(config).write_shares(store)
+        app = _write_app(home / "app", config, out, resume=resume, store=store)
         ports = _free_ports(2)
         environment = _environment(home, commands=_commands(home))
         (home / "config.toml").write_text(
@@ -311,9 +90,15 @@ def _federation(config: RunConfig) -> list[str]:
     values = [f"num-supernodes={config.data.clients}", f"client-resources-num-cpus={threads}"]
     if config.training.device == "cuda":
         parallel = min(max(1, (os.cpu_count() or 1) // threads), config.clients_per_round)
-        share = gpu_share(parallel, num_gpus=torch.cuda.device_count())
+        share = gpu_share(parallel, num_gpus=_num_gpus())
         values.append(f"client-resources-num-gpus={share:.4f}")
     return ["--federation-config", " ".join(values)]
+
+
+def _num_gpus() -> int:
+    import torch  # noqa: PLC0415
+
+    return torch.cuda.device_count()
 
 
 def gpu_share(parallel: int, *, num_gpus: int) -> float:
@@ -331,14 +116,14 @@ def gpu_share(parallel: int, *, num_gpus: int) -> float:
     return max(1, RAY_STEPS // on_each) / RAY_STEPS
 
 
-def _write_app(path: Path, config: RunConfig, out: Path, *, resume: bool) -> Path:
+def _write_app(path: Path, config: RunConfig, out: Path, *, resume: bool, store: Path) -> Path:
     """Copy the thin Flower app and give it this run's configuration."""
     source = Path(flower_app.__file__).parent
     path.mkdir(parents=True)
     shutil.copy(source / "fedprune_app.py", path)
     project = (source / "pyproject.toml").read_text(encoding="utf-8")
     header, _, _ = project.partition("[tool.flwr.app.config]")
-    values = {**config.flat(), **_launch_values(out, resume=resume)}
+    values = {**config.flower(), **launch_values(out, resume=resume, store=store)}
     lines = [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in values.items()]
     text = "\n".join([header + "[tool.flwr.app.config]", *lines]) + "\n"
     (path / "pyproject.toml").write_text(text, encoding="utf-8")

@@ -1,0 +1,159 @@
+"""Clients of a round trained together in this process, with stacked weights."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedprune.exchange.messages import MODEL, Reply, Request
+from fedprune.flower.client import encode_answer, guarded, open_request
+from fedprune.flower.inline import CLIENT_APP_RAISED, InlineGrid
+from fedprune.local.cohort import Member, train_cohort, train_in_cohorts
+from fedprune.local.cohort_memory import fitting_cohort
+from fedprune.local.site import Local
+from fedprune.local.training import (
+    SEED_ROUND,
+    growth_counts,
+    growth_rows,
+    require_samples,
+    round_sgd,
+    train,
+)
+from fedprune.rounds.workspace import compute_device
+from prunelab.runs.threads import computing
+
+Job = tuple[Request, Local]
+
+
+class BatchedGrid(InlineGrid):
+    """An InlineGrid whose clients of a round are trained together, with stacked weights.
+
+    The first train reply that is pulled takes the waiting train messages of as many clients
+    along as are trained at a time; their replies are kept until they are pulled.
+
+    Args:
+        size: clients to train at a time; halved where the GPU's memory ends.
+        measure: whether the first round measures how many fit, up to `size`.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        *,
+        run_config: dict[str, Any],
+        num_nodes: int,
+        size: int,
+        measure: bool = False,
+    ) -> None:
+        super().__init__(client_app, run_config=run_config, num_nodes=num_nodes)
+        self._size, self._measure = size, measure
+        self._replies: dict[str, Message] = {}
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Let the clients work, those that train together, and return the replies."""
+        for message_id in message_ids:
+            waiting = self._messages.get(message_id)
+            if waiting is not None and waiting.metadata.message_type == MessageType.TRAIN:
+                self._train_waiting(message_id)
+            if message_id in self._replies:
+                yield self._replies.pop(message_id)
+            else:
+                yield from super().pull_messages([message_id])
+
+    def _train_waiting(self, first: str) -> None:
+        kind = MessageType.TRAIN
+        others = [
+            message_id
+            for message_id, message in self._messages.items()
+            if message.metadata.message_type == kind and message_id != first
+        ]
+        chosen = [first, *others[: self._size - 1]]
+        messages = [self._messages.pop(message_id) for message_id in chosen]
+        pairs = [(message, self.contexts[message.metadata.dst_node_id]) for message in messages]
+        try:
+            answers, self._size = train_together(pairs, size=self._size, measure=self._measure)
+            self._measure = False
+        except Exception:  # as Flower does: clients that raise must not end the run
+            reason = traceback.format_exc()
+            answers = [
+                Message(Error(code=CLIENT_APP_RAISED, reason=reason), reply_to=message)
+                for message in messages
+            ]
+        self._replies |= dict(zip(chosen, answers, strict=True))
+
+
+def train_together(
+    messages: Sequence[tuple[Message, Context]], *, size: int, measure: bool = False
+) -> tuple[list[Message], int]:
+    """Answer several clients' train messages with one training of stacked weights.
+
+    A method that answers "train" in its own way is asked client by client.
+
+    Args:
+        messages: train messages of one round, each with its client's context.
+        size: how many clients to train at a time.
+        measure: whether to train fewer where a first mini-batch says that the GPU holds fewer.
+
+    Returns:
+        The answers in the order of the messages, and the size that fitted into memory.
+    """
+    decoded = [guarded(partial(_opened, message.content, ctx)) for message, ctx in messages]
+    jobs = [entry for entry in decoded if isinstance(entry, tuple)]
+    replies: Iterable[Reply | RecordDict] = []
+    if jobs and jobs[0][1].config.method.actions["train"] is train:
+        replies, size = _train_jobs(jobs, size=size, measure=measure)
+    elif jobs:
+        action = jobs[0][1].config.method.actions["train"]
+        replies = [guarded(partial(action, *job)) for job in jobs]
+    outcome, answers = iter(replies), []
+    for (message, _), entry in zip(messages, decoded, strict=True):
+        answer = next(outcome) if isinstance(entry, tuple) else entry
+        if isinstance(answer, Reply) and isinstance(entry, tuple):
+            answer = encode_answer(answer, *entry)
+        assert isinstance(answer, RecordDict)
+        answers.append(Message(answer, reply_to=message))
+    return answers, size
+
+
+def _opened(record: RecordDict, context: Context) -> Job:
+    request, local = open_request(record, context)
+    require_samples(len(local.data.train_labels))
+    return request, local
+
+
+def _train_jobs(jobs: Sequence[Job], *, size: int, measure: bool) -> tuple[list[Reply], int]:
+    """The jobs of one round, trained; arguments and size as of `train_together`."""
+    request, local = jobs[0]
+    config, training = local.config, local.config.training
+    device = compute_device(training.device)
+    with computing(training.threads):
+        work = partial(
+            train_cohort,
+            local.network.build().to(device),
+            config=training,
+            sgd=round_sgd(training, request.round_index),
+            augmented=config.data.augment,
+        )
+        members = [_member(*job) for job in jobs]
+        if measure:
+            size = fitting_cohort(
+                work, members, batch_size=training.batch_size, at_most=size, device=device
+            )
+        return train_in_cohorts(work, members, size=size)
+
+
+def _member(request: Request, local: Local) -> Member:
+    counts = growth_counts(request)
+    return Member(
+        state=request.states[MODEL],
+        images=local.data.train_images,
+        labels=local.data.train_labels,
+        seed=local.seed(SEED_ROUND, request.round_index),
+        growth=(counts, growth_rows(local, request.round_index)) if counts else None,
+        report_resources=request.report_resources,
+    )

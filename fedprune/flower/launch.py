@@ -1,0 +1,25 @@
+"""What the engines share: how a command tells its apps where to write and read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Progress = Callable[[], None]
+
+
+def launch_values(out: Path, *, resume: bool, store: Path) -> dict[str, Any]:
+    """Keys of Flower's run config that say where, not what.
+
+    Args:
+        out: the run folder.
+        store: where the training samples lie, divided among the clients.
+    """
+    return {
+        "run.out": str(out.resolve()),
+        "run.resume": resume,
+        "run.launcher-pid": os.getpid(),
+        "run.store": str(store.resolve()),
+    }

@@ -1,0 +1,159 @@
+"""A client's model: what local training needs of it, and which of the ways to compute it is taken.
+
+The runtime computes sparse models without torch. Torch's side (`torch_models.py`) computes what
+has no program, dense models, and the executions "masked" and "dense".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from numpy.typing import NDArray
+
+from fedprune.settings import TrainingConfig
+from prunelab.data.batches import Preprocessing
+from sparsemodel.kernels.cpu import library as cpu
+from sparsemodel.runtime.program import Program
+from sparsemodel.runtime.state import Entries, SparseState, Tensors
+from sparsemodel.runtime.trainer import Trainer
+
+Array = NDArray[Any]
+Correction = Callable[[Tensors, Tensors], None]
+"""(values, gradients) by name: changes the gradients in place before a step."""
+
+
+PREPROCESSING = Preprocessing()
+
+
+def normalization(channels: int) -> tuple[list[float], list[float]]:
+    """Mean and deviation of every channel, as native plans take them."""
+    mean, std = PREPROCESSING.normalization(channels)
+    return mean.tolist(), std.tolist()
+
+
+class Sgd(NamedTuple):
+    """The numbers of one SGD step."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+
+
+class Score(NamedTuple):
+    """Sums over samples, so that results of several clients can be added."""
+
+    loss_sum: float
+    num_correct: int
+
+
+class LocalModel(Protocol):
+    """A model on one client, under patterns or dense. Images are uint8 or float32 [N, C, H, W]."""
+
+    def load(self, state: SparseState) -> None:
+        """Take over a state, under the same patterns or others; momentum starts at zero."""
+        ...
+
+    def state(self) -> SparseState:
+        """The state now, under the patterns that were loaded last."""
+        ...
+
+    def step(
+        self, images: Array, labels: Array, *, sgd: Sgd, correction: Correction | None = None
+    ) -> float:
+        """One SGD step on a mini-batch; returns its mean loss before the step."""
+        ...
+
+    def growth(self, counts: Mapping[str, int], images: Array, labels: Array) -> Entries:
+        """The largest gradients at pruned weights on one mini-batch."""
+        ...
+
+    def statistics(self, images: Array) -> Tensors:
+        """Mean and variance of the input of every batch norm over all images, in train mode."""
+        ...
+
+    def evaluate(self, images: Array, labels: Array) -> Score:
+        """Loss and hits by running statistics."""
+        ...
+
+    def held_bytes(self) -> int:
+        """Bytes held now for weights, gradients, momentum and patterns."""
+        ...
+
+
+@dataclass(frozen=True)
+class Network:
+    """How a client comes by its network.
+
+    Attributes:
+        program: for the runtime; None where the network has none.
+        build: makes the torch module, dense, with whatever weights.
+        shapes: of the float state, in its order.
+    """
+
+    program: Program | None
+    build: Callable[[], Any]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def open_model(network: Network, state: SparseState, training: TrainingConfig) -> LocalModel:
+    """A model that holds `state`, computed as the configuration and the network allow."""
+    if uses_runtime(network, state, training):
+        assert network.program is not None
+        return RuntimeModel(network.program, state, training)
+    from fedprune.local.torch_models import open_torch_model  # noqa: PLC0415
+
+    return open_torch_model(network.build, state, training)
+
+
+def uses_runtime(network: Network, state: SparseState, training: TrainingConfig) -> bool:
+    """Whether the runtime computes this model, without torch."""
+    return (
+        network.program is not None
+        and state.patterns is not None
+        and training.device == "cpu"
+        and training.execution in {"auto", "sparse"}
+        and cpu.library() is not None
+    )
+
+
+class RuntimeModel:
+    """A sparse model on the runtime."""
+
+    def __init__(self, program: Program, state: SparseState, training: TrainingConfig) -> None:
+        # The last batch of an epoch may be larger by one (prunelab/data/batches.py).
+        self._trainer = Trainer(
+            program,
+            state,
+            batch_size=training.batch_size + 1,
+            recompute=training.recompute,
+            threads=training.threads,
+            normalization=normalization(program.input_shape[0]),
+        )
+
+    def load(self, state: SparseState) -> None:
+        self._trainer.load(state)
+        self._trainer.reset_momentum()
+
+    def state(self) -> SparseState:
+        return self._trainer.state()
+
+    def step(
+        self, images: Array, labels: Array, *, sgd: Sgd, correction: Correction | None = None
+    ) -> float:
+        loss, _ = self._trainer.step(images, labels, **sgd._asdict(), correct_gradients=correction)
+        return loss
+
+    def growth(self, counts: Mapping[str, int], images: Array, labels: Array) -> Entries:
+        return self._trainer.growth(counts, images, labels)
+
+    def statistics(self, images: Array) -> Tensors:
+        return self._trainer.batch_norm_statistics(images)
+
+    def evaluate(self, images: Array, labels: Array) -> Score:
+        return Score(*self._trainer.evaluate(images, labels))
+
+    def held_bytes(self) -> int:
+        held = self._trainer.held_bytes()
+        return sum(size for kind, size in held.items() if kind != "arena")

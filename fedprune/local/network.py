@@ -1,0 +1,60 @@
+"""The run's network as a torch module, built from the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from prunelab.networks import InputShape, build_model, float_state, narrow_width, uninitialised
+
+if TYPE_CHECKING:
+    from fedprune.config import RunConfig
+
+
+@dataclass(frozen=True, eq=False)
+class TorchNetwork:
+    """Builds the network of a run; the same bits for the same configuration."""
+
+    config: RunConfig
+    num_classes: int
+    input_shape: InputShape
+
+    def model(self) -> nn.Module:
+        """A fresh model of the run's method, dense."""
+        return self.config.method.build_model(self.reference, self._widest)
+
+    def empty_model(self) -> nn.Module:
+        """The same without drawing its weights, for what overwrites them."""
+        with uninitialised():
+            return self.model()
+
+    def reference(self, *, width: int | None = None) -> nn.Module:
+        """The full network that savings are measured against, or one of another width."""
+        return build_model(
+            self.config.model_name,
+            num_classes=self.num_classes,
+            input_shape=self.input_shape,
+            seed=self.config.seed,
+            width=width or self.config.model.width or None,
+        )
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the float state, in the order in which states hold it."""
+        return {name: tuple(value.shape) for name, value in float_state(self.skeleton).items()}
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The run's network, whatever its weights: to look at, never to train."""
+        return self.empty_model()
+
+    def _widest(self, max_bytes: int) -> int:
+        return narrow_width(
+            self.config.model_name,
+            num_classes=self.num_classes,
+            input_shape=self.input_shape,
+            max_bytes=max_bytes,
+        )

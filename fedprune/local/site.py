@@ -1,0 +1,107 @@
+"""One client's place: its samples, its settings, its model. Needs no torch."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsemodel.runtime.program import Program
+
+from fedprune.exchange.messages import Resources
+from fedprune.local.data import ClientData
+from fedprune.local.model import LocalModel, Network, open_model
+from fedprune.local.shares import open_client
+from prunelab.errors import DataError
+from prunelab.runs.seeds import stream_seed
+from sparsemodel.runtime.state import SparseState
+from sparsemodel.storage.meter import peak_rss_bytes
+
+if TYPE_CHECKING:
+    from fedprune.config import RunConfig
+
+SEED_DEV_SPLIT = 1  # the first part of a derived seed says what it is for
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a method's client half works with.
+
+    Attributes:
+        client: its number.
+        data: its own samples, for training and for development.
+        config: of the run.
+        network: of the run.
+    """
+
+    client: int
+    data: ClientData
+    config: RunConfig
+    network: Network
+
+    def open(self, state: SparseState) -> LocalModel:
+        """The run's network holding `state`."""
+        return open_model(self.network, state, self.config.training)
+
+    def seed(self, stream: int, *parts: int) -> int:
+        """A seed of this client in this run for one use."""
+        return stream_seed(stream, self.config.seed, *parts, self.client)
+
+    def resources(self, model: LocalModel) -> Resources:
+        """What this process holds."""
+        return Resources(model.held_bytes(), peak_rss_bytes())
+
+
+def open_data(config: RunConfig, client: int, *, private: str = "", store: str = "") -> ClientData:
+    """A client's samples.
+
+    Args:
+        private: a folder of the node's own: all its samples are this client's.
+        store: a folder where the run's data lie divided; without either it is made, once, by a
+            process of its own, since dividing takes libraries that a client does without.
+
+    Raises:
+        DataError: no such folder, or data that cannot be read or divided.
+    """
+    folder = Path(private or store) if private or store else _divided(config)
+    return open_client(folder, client, seed=stream_seed(SEED_DEV_SPLIT, config.seed, client))
+
+
+def network_of(config: RunConfig, data: ClientData, program: Program | None) -> Network:
+    """The run's network on a client; torch is imported where it has no program."""
+
+    def build() -> Any:
+        from fedprune.local.network import TorchNetwork  # noqa: PLC0415
+
+        return TorchNetwork(config, data.num_classes, data.input_shape).empty_model()
+
+    if program is not None:
+        return Network(program, build, program.shapes())
+    from fedprune.local.network import TorchNetwork  # noqa: PLC0415
+
+    torch_network = TorchNetwork(config, data.num_classes, data.input_shape)
+    return Network(None, build, torch_network.shapes)
+
+
+def _divided(config: RunConfig) -> Path:
+    """The run's data divided, in the folder for temporary files, made by a child process."""
+    values = config.flower()
+    name = sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"fedprune-shares-{getpass.getuser()}-{name}"
+    if not folder.exists():
+        done = subprocess.run(
+            [sys.executable, "-m", "fedprune.rounds.divide", str(folder)],
+            input=json.dumps(values),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise DataError(done.stderr.strip().splitlines()[-1] if done.stderr else "no data")
+    return folder

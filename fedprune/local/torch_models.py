@@ -1,0 +1,371 @@
+"""A client's model computed by torch: dense, masked, or sparse modules where there is no program.
+
+All of them make the same updates as the runtime, up to rounding. `SparseModules` stores and
+multiplies active weights only, by a training plan where the network has one, else module by
+module; `MaskedModel` multiplies dense weights but keeps gradients and momentum of active ones
+only; `DenseModel` is what most code does: dense everything, pruned weights set to zero after each
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fedprune.local.model import Correction, LocalModel, Score, Sgd, normalization
+from fedprune.settings import TrainingConfig
+from prunelab.data.tensors import PREPROCESSING
+from sparsemodel.errors import PlanError
+from sparsemodel.kernels.cpu import library as cpu
+from sparsemodel.layers.from_state import load_state_, sparse_model
+from sparsemodel.layers.growth import topk_pruned_gradients
+from sparsemodel.masks import adjust
+from sparsemodel.masks.mask import Mask
+from sparsemodel.optim import MaskedSGD, SparseSGD
+from sparsemodel.plans.plan import TrainingPlan
+from sparsemodel.runtime.pattern import Pattern, Patterns
+from sparsemodel.runtime.state import Array, Entries, SparseState, Tensors
+from sparsemodel.storage.meter import state_bytes
+
+EVALUATION_BATCH = 256
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def open_torch_model(
+    build: Callable[[], nn.Module], state: SparseState, training: TrainingConfig
+) -> LocalModel:
+    """A model that holds `state`, computed by torch as the configuration says."""
+    if state.patterns is None:
+        return DenseModel(build, state, training)
+    execution = training.execution
+    if execution == "auto":
+        native = training.device == "cpu" and cpu.library() is not None
+        execution = "sparse" if native else "masked"
+    kind = {"sparse": SparseModules, "masked": MaskedModel, "dense": DenseModel}[execution]
+    return kind(build, state, training)
+
+
+def module_state(model: nn.Module, order: Iterable[str], patterns: Patterns | None) -> SparseState:
+    """The state of a plain module under patterns, its tensors in this order."""
+    own, values = model.state_dict(), {}
+    for name in order:
+        tensor = own[name].detach()
+        if patterns is not None and name in patterns:
+            places = torch.from_numpy(patterns[name].positions()).to(tensor.device)
+            values[name] = tensor.reshape(-1)[places].cpu().numpy()
+        else:
+            values[name] = tensor.to("cpu", copy=True).numpy()
+    return SparseState(values, patterns)
+
+
+class TorchModel:
+    """What the three have in common: a module in training on a device, and how it is measured."""
+
+    def __init__(
+        self, build: Callable[[], nn.Module], state: SparseState, training: TrainingConfig
+    ) -> None:
+        self._build, self._training = build, training
+        self._device = torch.device(training.device)
+        self._model: nn.Module | None = None
+        self._patterns: Patterns | None = None
+        self._order: list[str] = []
+        self._optimizer: Any = None
+        self._sgd: Sgd | None = None
+        self.load(state)
+
+    def load(self, state: SparseState) -> None:
+        """Take over a state; momentum starts at zero."""
+        self._close()
+        self._optimizer = None
+        self._patterns, self._order = state.patterns, list(state.values)
+        self._take(state)
+        self._module.train()
+
+    def state(self) -> SparseState:
+        """The state now, under its patterns."""
+        return module_state(self._module, self._order, self._patterns)
+
+    def step(
+        self, images: Array, labels: Array, *, sgd: Sgd, correction: Correction | None = None
+    ) -> float:
+        """One SGD step on a mini-batch; returns its mean loss before the step."""
+        optimizer = self._optimizer_of(sgd)
+        optimizer.zero_grad()
+        loss = self._loss(images, labels)(self._module)
+        loss.backward()
+        if correction is not None:
+            self._correct(correction)
+        optimizer.step()
+        return loss.item()
+
+    def growth(self, counts: Mapping[str, int], images: Array, labels: Array) -> Entries:
+        """The largest gradients at pruned weights on one mini-batch."""
+        self._close()
+        found = self._largest(counts, self._loss(images, labels))
+        return {name: (at.numpy(), values.numpy()) for name, (at, values) in found.items()}
+
+    @torch.no_grad()
+    def evaluate(self, images: Array, labels: Array) -> Score:
+        """Loss and hits by running statistics; the model is not changed."""
+        self._module.eval()
+        loss_sum, correct = 0.0, 0
+        for start in range(0, len(labels), EVALUATION_BATCH):
+            part = slice(start, start + EVALUATION_BATCH)
+            logits = self._module(self._inputs(images[part])).float().cpu()
+            target = torch.from_numpy(labels[part])
+            loss_sum += float(functional.cross_entropy(logits, target, reduction="sum").double())
+            correct += int((logits.argmax(1) == target).sum())
+        self._module.train()
+        return Score(loss_sum, correct)
+
+    @torch.no_grad()
+    def statistics(self, images: Array) -> Tensors:
+        """Mean and variance of the input of every batch norm over all images, in train mode."""
+        sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        momenta: dict[str, float | None] = {}
+        handles: list[Any] = []
+        norms = {n: m for n, m in self._module.named_modules() if isinstance(m, BatchNorm)}
+
+        def record(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
+            values = inputs[0].transpose(0, 1).flatten(1).double()
+            total, squares, count = values.sum(1), (values**2).sum(1), values.shape[1]
+            if name in sums:
+                old = sums[name]
+                total, squares, count = old[0] + total, old[1] + squares, old[2] + count
+            sums[name] = (total, squares, count)
+
+        for name, norm in norms.items():
+            momenta[name], norm.momentum = norm.momentum, 0.0  # running statistics stand still
+            handles.append(
+                norm.register_forward_pre_hook(lambda _, inputs, name=name: record(name, inputs))
+            )
+        try:
+            for start in range(0, len(images), EVALUATION_BATCH):
+                self._module(self._inputs(images[start : start + EVALUATION_BATCH]))
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, norm in norms.items():
+                norm.momentum = momenta[name]
+        statistics: dict[str, Array] = {}
+        for name, (total, squares, count) in sums.items():
+            mean = total / count
+            variance = (squares / count - mean**2).clamp_min(0)
+            statistics[f"{name}.running_mean"] = mean.float().cpu().numpy()
+            statistics[f"{name}.running_var"] = variance.float().cpu().numpy()
+        return statistics
+
+    def held_bytes(self) -> int:
+        """Bytes held now for weights, gradients, momentum and patterns."""
+        held = state_bytes(self._module, self._optimizer)
+        return sum(held[kind] for kind in ("weights", "gradients", "optimizer", "indices"))
+
+    @property
+    def _module(self) -> nn.Module:
+        assert self._model is not None
+        return self._model
+
+    def _take(self, state: SparseState) -> None:
+        """Bring a state into the module, which is built here the first time."""
+        if self._model is None:
+            self._model = self._build().to(self._device)
+        load_state_(self._model, state)
+
+    def _close(self) -> None:
+        """Give the model's gradients back to torch."""
+
+    def _optimizer_of(self, sgd: Sgd) -> Any:
+        """The optimiser of these numbers; its momentum lasts until they or the state change."""
+        if self._optimizer is None or self._sgd != sgd:
+            self._close()
+            self._optimizer, self._sgd = self._new_optimizer(sgd), sgd
+        return self._optimizer
+
+    def _new_optimizer(self, sgd: Sgd) -> Any:
+        raise NotImplementedError
+
+    def _largest(self, counts: Mapping[str, int], loss: Any) -> Mapping[str, Any]:
+        raise NotImplementedError
+
+    def _correct(self, correction: Correction) -> None:
+        """Let `correction` change the gradients, those of pruned layers at active weights."""
+        named = self._gradients()
+        values = {name: value.cpu().numpy() for name, (value, _) in named.items()}
+        gradients = {name: gradient.cpu().numpy() for name, (_, gradient) in named.items()}
+        correction(values, gradients)
+        for name, (_, gradient) in named.items():
+            gradient.copy_(torch.from_numpy(gradients[name]))
+
+    def _gradients(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Name -> (values, gradient); what is written into a gradient is what the step takes."""
+        return {
+            name: (parameter.detach(), parameter.grad)
+            for name, parameter in self._module.named_parameters()
+            if parameter.grad is not None
+        }
+
+    def _inputs(self, images: Array) -> torch.Tensor:
+        prepared = PREPROCESSING.apply(np.asarray(images))
+        return torch.from_numpy(prepared).to(self._device)
+
+    def _loss(self, images: Array, labels: Array) -> Callable[[nn.Module], torch.Tensor]:
+        inputs, target = self._inputs(images), torch.from_numpy(labels).to(self._device)
+        return lambda model: functional.cross_entropy(model(inputs), target)
+
+
+class DenseModel(TorchModel):
+    """Dense weights, gradients and momentum; a mask is laid over the weights after each step."""
+
+    def _take(self, state: SparseState) -> None:
+        super()._take(state)
+        self._mask = None if state.patterns is None else Mask.from_csr(state.patterns)
+
+    def step(
+        self, images: Array, labels: Array, *, sgd: Sgd, correction: Correction | None = None
+    ) -> float:
+        loss = super().step(images, labels, sgd=sgd, correction=correction)
+        if self._mask is not None:
+            self._mask.apply(self._module)
+        return loss
+
+    def _correct(self, correction: Correction) -> None:
+        """As always; of pruned layers the active weights are taken out, and put back."""
+        patterns: Mapping[str, Pattern] = self._patterns or {}
+        places = {n: torch.from_numpy(p.positions()) for n, p in patterns.items()}
+        named = self._gradients()
+        active = {
+            name: tuple(
+                t.reshape(-1)[places[name].to(t.device)] if name in places else t for t in pair
+            )
+            for name, pair in named.items()
+        }
+        values = {name: pair[0].cpu().numpy() for name, pair in active.items()}
+        gradients = {name: pair[1].cpu().numpy() for name, pair in active.items()}
+        correction(values, gradients)
+        for name, (_, gradient) in named.items():
+            changed = torch.from_numpy(gradients[name]).to(gradient.device)
+            if name in places:
+                gradient.view(-1)[places[name].to(gradient.device)] = changed
+            else:
+                gradient.copy_(changed)
+
+    def _new_optimizer(self, sgd: Sgd) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self._module.parameters(), **sgd._asdict())
+
+    def _largest(self, counts: Mapping[str, int], loss: Any) -> Mapping[str, Any]:
+        assert self._mask is not None
+        return adjust.topk_pruned_gradients(self._module, self._mask, counts, loss)
+
+
+class MaskedModel(TorchModel):
+    """Dense weights and kernels; gradients and momentum as long as the active weights."""
+
+    def _take(self, state: SparseState) -> None:
+        super()._take(state)
+        assert state.patterns is not None
+        self._mask = Mask.from_csr(state.patterns)
+
+    def held_bytes(self) -> int:
+        if self._optimizer is None:
+            return super().held_bytes()
+        return sum(self._optimizer.state_bytes().values())
+
+    def _new_optimizer(self, sgd: Sgd) -> MaskedSGD:
+        return MaskedSGD(self._module, self._mask, **sgd._asdict())
+
+    def _close(self) -> None:
+        if self._optimizer is not None:
+            self._optimizer.close()
+
+    def _gradients(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        return {
+            name: (value.reshape(-1), gradient.view(-1))
+            if name in self._mask
+            else (value, gradient)
+            for name, (value, gradient) in self._optimizer.gradients().items()
+        }
+
+    def _largest(self, counts: Mapping[str, int], loss: Any) -> Mapping[str, Any]:
+        return adjust.topk_pruned_gradients(self._module, self._mask, counts, loss)
+
+
+class SparseModules(TorchModel):
+    """Weights, gradients and momentum as long as the active weights; kernels skip the others.
+
+    A step is one call of a training plan where the network has one, else it goes module by module.
+    """
+
+    def step(
+        self, images: Array, labels: Array, *, sgd: Sgd, correction: Correction | None = None
+    ) -> float:
+        plan, optimizer = self._plan_of(images), self._optimizer_of(sgd)
+        if plan is None:
+            return super().step(images, labels, sgd=sgd, correction=correction)
+        batch = torch.from_numpy(images), torch.from_numpy(labels)
+        if correction is None:
+            return plan.step(*batch, optimizer=optimizer)[0]
+        loss, _ = plan.step(*batch)
+        self._correct(correction)
+        optimizer.step()
+        return loss
+
+    def growth(self, counts: Mapping[str, int], images: Array, labels: Array) -> Entries:
+        plan = self._plan_of(images)
+        if plan is None or len(images) > plan.batch_size:
+            return super().growth(counts, images, labels)
+        batch = torch.from_numpy(images), torch.from_numpy(labels)
+        found = plan.topk_pruned_gradients(counts, *batch)
+        return {name: (at.numpy(), values.numpy()) for name, (at, values) in found.items()}
+
+    def state(self) -> SparseState:
+        own = dict(self._module.named_parameters()) | dict(self._module.named_buffers())
+        arrays = {name: own[self._own_name(name)].detach().numpy().copy() for name in self._order}
+        return SparseState(arrays, self._patterns)
+
+    def _take(self, state: SparseState) -> None:
+        """Made anew for other patterns, on no memory but theirs."""
+        with torch.device("meta"):
+            skeleton = self._build()
+        self._model = sparse_model(skeleton, state)
+        self._plan: TrainingPlan | None = None
+        self._without_plan = cpu.library() is None
+
+    def _plan_of(self, images: Array) -> TrainingPlan | None:
+        """The native plan, made when it is first needed; None where the network has none."""
+        if self._plan is None and not self._without_plan:
+            try:
+                # The last batch of an epoch may be larger by one (prunelab/data/batches.py).
+                self._plan = TrainingPlan(
+                    self._module,
+                    images.shape[1:],
+                    batch_size=self._training.batch_size + 1,
+                    recompute=self._training.recompute,
+                    normalization=normalization(images.shape[1]),
+                )
+            except PlanError:
+                self._without_plan = True
+        return self._plan
+
+    def _own_name(self, name: str) -> str:
+        pruned = self._patterns is not None and name in self._patterns
+        return f"{name.removesuffix('weight')}values" if pruned else name
+
+    def _gradients(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        own = dict(self._module.named_parameters())
+        named = {name: own.get(self._own_name(name)) for name in self._order}
+        return {
+            n: (p.detach(), p.grad)
+            for n, p in named.items()
+            if p is not None and p.grad is not None
+        }
+
+    def _new_optimizer(self, sgd: Sgd) -> SparseSGD:
+        return SparseSGD(self._module.parameters(), **sgd._asdict())
+
+    def _largest(self, counts: Mapping[str, int], loss: Any) -> Mapping[str, Any]:
+        return topk_pruned_gradients(self._module, counts, loss)

@@ -1,0 +1,184 @@
+"""FedTiny's adaptive batch-norm selection: which coarse mask suits the clients' data.
+
+Clients measure every candidate's batch-norm statistics on their development split, the server
+pools them, clients evaluate every candidate with the pooled statistics, and the candidate of
+smallest weighted loss wins. Forward passes only, one candidate in memory at a time.
+
+Departs from the paper: a client's statistics are the exact mean and population variance of
+what its batch norms saw, instead of a momentum average of batches, so that the pooled values
+are those of the union of the clients' data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedprune.errors import ClientError
+from fedprune.exchange.messages import Reply, Request, counts, numbers
+from fedprune.local.model import LocalModel
+from fedprune.methods.fedtiny.pool import Pool, pool_request, received_pool
+from prunelab.errors import RunError
+from sparsemodel.runtime.state import SparseState, Tensors
+
+if TYPE_CHECKING:
+    from fedprune.local.site import Local
+    from fedprune.methods.base import Ask
+
+# --- client half -------------------------------------------------------------------------------
+
+
+def measure(request: Request, local: Local) -> Reply:
+    """First step: statistics of every candidate on the development split."""
+    images = _dev_images(local)
+    tensors = {
+        str(number): model.statistics(images)
+        for number, model in _candidates(received_pool(request), local)
+    }
+    return Reply(len(images), tensors=tensors)
+
+
+def score(request: Request, local: Local) -> Reply:
+    """Second step: loss of every candidate with the statistics that it was given."""
+    images = _dev_images(local)
+    pool = received_pool(request)
+    if set(request.tensors) != {str(number) for number in range(len(pool.counts))}:
+        raise ClientError("expected statistics of every candidate")
+    losses, correct = [], []
+    for _, model in _candidates(pool, local, request.tensors):
+        loss_sum, num_correct = model.evaluate(images, local.data.dev_labels)
+        losses.append(loss_sum)
+        correct.append(num_correct)
+    return Reply(len(images), {"losses": losses, "correct": correct})
+
+
+def _dev_images(local: Local) -> Any:
+    if len(local.data.dev_labels) < 1:
+        raise ClientError("no development sample: the client has a single training sample")
+    return local.data.dev_images
+
+
+def _candidates(
+    pool: Pool, local: Local, statistics: dict[str, Tensors] | Any = None
+) -> Iterator[tuple[int, LocalModel]]:
+    """Each candidate's number, and a model that holds it until the next."""
+    model: LocalModel | None = None
+    for number in range(len(pool.counts)):
+        state = pool.candidate(number)
+        if statistics is not None:
+            state = state.replace(statistics[str(number)])
+        if model is None:
+            model = local.open(state)
+        else:
+            model.load(state)
+        yield number, model
+
+
+# --- server half -------------------------------------------------------------------------------
+
+
+def select_candidate(
+    pool: Pool, ask: Ask, *, adaptive: bool
+) -> tuple[int, Tensors, dict[str, Any]]:
+    """Run both steps over the clients and choose.
+
+    Args:
+        adaptive: False is the ablation "vanilla selection": candidates are evaluated with the
+            pre-trained model's statistics and no adaptation takes place.
+
+    Returns:
+        The winner's index, its batch-norm statistics, and a JSON account for the report.
+    """
+    size = len(pool.counts)
+    names = [name for name in pool.union.values if name.endswith(STATISTICS)]
+    if adaptive:
+        request = pool_request(pool, "measure", check=_check_statistics(pool, names))
+        statistics = pool_statistics((reply for _, reply in ask(request)), size)
+    else:
+        statistics = [{name: pool.union.values[name] for name in names}] * size
+    # Losses of all clients are kept and added in client order: the sum must not depend on
+    # the order in which replies arrive, and it is one number for each client.
+    request = pool_request(
+        pool,
+        "score",
+        tensors={str(number): each for number, each in enumerate(statistics)},
+        check=_check_scores(size),
+    )
+    scores = dict(ask(request))
+    samples = sum(reply.num_examples for reply in scores.values())
+    if samples == 0:
+        raise RunError("candidate selection: no client could evaluate the candidates")
+    ordered = [scores[client] for client in sorted(scores)]
+
+    def means(key: str) -> list[float]:
+        return [sum(reply.fields[key][c] for reply in ordered) / samples for c in range(size)]
+
+    losses = means("losses")
+    winner = min(range(size), key=lambda c: (losses[c], c))
+    assert pool.union.patterns is not None
+    weights = {name: p.num_weights for name, p in pool.union.patterns.items()}
+    account = {
+        "adaptive": adaptive,
+        "winner": winner,
+        "losses": losses,
+        "accuracies": means("correct"),
+        "densities": [
+            {name: count / weights[name] for name, count in each.items()} for each in pool.counts
+        ],
+        "clients": sorted(scores),
+    }
+    return winner, statistics[winner], account
+
+
+STATISTICS = (".running_mean", ".running_var")
+
+
+def pool_statistics(replies: Iterable[Reply], num_candidates: int) -> list[Tensors]:
+    """Pooled statistics of every candidate, weighted by the clients' samples.
+
+    μ = Σ p_k μ_k and σ² = Σ p_k (σ_k² + μ_k²) − μ²: those of the union of the data.
+
+    Raises:
+        RunError: no client measured anything.
+    """
+    from fedprune.exchange.aggregate import StateMean  # noqa: PLC0415
+
+    means = [StateMean() for _ in range(num_candidates)]
+    for reply in replies:
+        for number, mean in enumerate(means):
+            mean.add(SparseState(reply.tensors[str(number)]), weight=reply.num_examples)
+    if means[0].num_replies == 0:
+        raise RunError(
+            "candidate selection: no client could measure batch-norm statistics; "
+            "give clients more samples (fewer clients) or use method 'magnitude'"
+        )
+    return [mean.result().values for mean in means]
+
+
+def _check_statistics(pool: Pool, names: Sequence[str]) -> Any:
+    """A reply holds finite statistics of every candidate, each of every batch norm."""
+    wanted = {str(number) for number in range(len(pool.counts))}
+
+    def check(reply: Reply) -> None:
+        from fedprune.exchange.aggregate import StateMean  # noqa: PLC0415
+
+        if set(reply.tensors) != wanted:
+            raise ClientError("expected statistics of every candidate")
+        for tensors in reply.tensors.values():
+            if set(tensors) != set(names):
+                raise ClientError("expected statistics of every batch norm, and no other tensors")
+            # Refused as a whole before any part is folded in.
+            StateMean().add(SparseState(tensors), weight=reply.num_examples)
+
+    return check
+
+
+def _check_scores(size: int) -> Any:
+    def check(reply: Reply) -> None:
+        numbers(reply.fields, "losses", size)
+        if any(hits > reply.num_examples for hits in counts(reply.fields, "correct", size)):
+            raise ClientError("more hits than samples")
+        if reply.num_examples < 1:
+            raise ClientError("a reply that stands for no sample")
+
+    return check

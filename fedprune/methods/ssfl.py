@@ -1,0 +1,122 @@
+"""SSFL: one static mask from saliency that clients measure on their own data before training.
+
+Ohib et al., SSFL: Discovering Sparse Unified Subnetworks at Initialization for Efficient
+Federated Learning, TMLR 2025. Each client computes s_k = |w ⊙ ∂L_k/∂w| of the dense start; the
+server ranks all weights of the network by the mean Σ_k p_k s_k and keeps the largest; sparse
+federated averaging at that fixed mask follows.
+
+The question needs the dense start and its dense gradients on every client, once: it is the one
+time that a client holds them.
+
+Departs from the paper: the start is the one that all methods here share, briefly pre-trained on
+the server's samples; a client's saliency is that of its mean gradient over `batches` mini-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fedprune.errors import ClientError
+from fedprune.exchange.messages import MODEL, Reply, Request, count
+from fedprune.local.model import Sgd
+from fedprune.local.training import SEED_GROWTH, epoch_batches, require_samples, train
+from fedprune.methods.base import Method, RunState, Start
+from prunelab.errors import RunError
+from sparsemodel.runtime.adjust import carry
+from sparsemodel.runtime.state import SparseState, Tensors
+
+if TYPE_CHECKING:
+    from fedprune.local.site import Local
+
+SALIENCY = "saliency"
+
+
+def saliency(request: Request, local: Local) -> Reply:
+    """The client half: |w ⊙ mean gradient| of the layers asked for, over a few mini-batches."""
+    data, wanted = local.data, request.fields.get("layers")
+    start = request.states[MODEL]
+    if not isinstance(wanted, list) or not all(name in start.values for name in wanted):
+        raise ClientError("field 'layers': expected names of the model's tensors")
+    require_samples(len(data.train_labels))
+    model = local.open(start)
+    sums = {name: 0.0 * start.values[name] for name in wanted}
+    samples = 0
+
+    def collect(_: Tensors, gradients: Tensors) -> None:
+        for name in sums:
+            sums[name] += len(labels) * gradients[name]
+
+    source = epoch_batches(
+        data.train_images,
+        data.train_labels,
+        epochs=1,
+        batch_size=local.config.training.batch_size,
+        seed=local.seed(SEED_GROWTH, 0),
+        augmented=False,
+    )
+    for _, images, labels in islice(source, count(request.fields, "batches")):
+        model.step(images, labels, sgd=Sgd(0.0, 0.0, 0.0), correction=collect)
+        samples += len(labels)
+    scores = {name: abs(total * start.values[name] / samples) for name, total in sums.items()}
+    return Reply(len(data.train_labels), tensors={SALIENCY: scores})
+
+
+@dataclass(frozen=True)
+class SSFL(Method):
+    """Sparse federated averaging at a mask of the clients' mean saliency.
+
+    Attributes:
+        density: share of the prunable weights of the whole network that are kept.
+        batches: mini-batches over which a client measures.
+    """
+
+    name: ClassVar[str] = "ssfl"
+    actions = {"train": train, SALIENCY: saliency}  # noqa: RUF012
+
+    density: float = 0.05
+    batches: int = 1
+
+    def problems(self) -> Iterable[str]:
+        yield from super().problems()
+        if self.batches < 1:
+            yield f"batches: expected at least 1, got {self.batches}"
+
+    def start(self, server: Start) -> RunState:
+        from fedprune.exchange.aggregate import StateMean  # noqa: PLC0415
+        from sparsemodel.masks.mask import prunable_parameters  # noqa: PLC0415
+
+        state, layers = server.state(), list(prunable_parameters(server.model))
+        request = Request(
+            SALIENCY,
+            fields={"layers": layers, "batches": self.batches},
+            states={MODEL: state},
+            check=_check(layers),
+        )
+        mean = StateMean()
+        for _, reply in server.ask(request):
+            mean.add(SparseState(reply.tensors[SALIENCY]), weight=reply.num_examples)
+        if mean.num_replies == 0:
+            raise RunError("ssfl: no client could measure saliency; give clients more samples")
+        return RunState(0, carry(state, _largest_of_all(mean.result().values, self.density)))
+
+
+def _check(layers: list[str]) -> Any:
+    def check(reply: Reply) -> None:
+        if set(reply.tensors) != {SALIENCY} or set(reply.tensors[SALIENCY]) != set(layers):
+            raise ClientError("expected the saliency of every prunable layer")
+
+    return check
+
+
+def _largest_of_all(scores: Tensors, density: float) -> Any:
+    """The patterns of the largest scores of the whole network."""
+    import torch  # noqa: PLC0415
+
+    from sparsemodel.masks.distribution import global_ranking  # noqa: PLC0415
+    from sparsemodel.masks.mask import mask_from_scores  # noqa: PLC0415
+
+    tensors = {name: torch.from_numpy(score) for name, score in scores.items()}
+    return mask_from_scores(tensors, global_ranking(tensors, density)).csr()

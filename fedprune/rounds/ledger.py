@@ -1,0 +1,126 @@
+"""The account of a run: bytes of messages, operations, memory, seconds; nothing else counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedprune.exchange.messages import Reply, Request
+from fedprune.local.training import growth_counts
+from fedprune.rounds.workspace import Workspace
+from sparsemodel.codec import mask_delta_entropy_bytes
+from sparsemodel.runtime.state import SparseState
+
+
+@dataclass
+class Traffic:
+    """Bytes of the messages really sent since the last `take`, and who was left out."""
+
+    up: list[int] = field(default_factory=list)
+    down: list[int] = field(default_factory=list)
+    mask: int = 0
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Totals:
+    """Counters of a run so far; they travel in the checkpoint."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    bytes_start_up: int = 0
+    bytes_start_down: int = 0
+    bytes_up_steady_round: int | None = None
+    bytes_down_steady_round: int | None = None
+    train_flops: float = 0.0
+    dense_flops: float = 0.0
+    state_bytes: int = 0
+    peak_rss_bytes: int = 0
+    seconds: float = 0.0
+    test_accuracy: float = 0.0
+
+    def count_start(self, traffic: Traffic, num_clients: int) -> None:
+        """Bytes before the first round; those of the start are for one client, on average."""
+        self._count_bytes(traffic)
+        self.bytes_start_up = round(sum(traffic.up) / max(1, num_clients))
+        self.bytes_start_down = round(sum(traffic.down) / max(1, num_clients))
+
+    def count_round(self, traffic: Traffic, request: Request) -> None:
+        """Bytes of a round. A steady one moves values only; its largest message counts."""
+        self._count_bytes(traffic)
+        grows = "grow" in request.fields
+        if traffic.mask == 0 and not grows and traffic.down:
+            self.bytes_down_steady_round = max(traffic.down)
+        if not grows and not request.report_resources and traffic.up:
+            self.bytes_up_steady_round = max(traffic.up)
+
+    def count_resources(self, reply: Reply) -> None:
+        """The largest that any client held."""
+        if reply.resources is not None:
+            self.state_bytes = max(self.state_bytes, reply.resources.state_bytes)
+            self.peak_rss_bytes = max(self.peak_rss_bytes, reply.resources.peak_rss_bytes)
+
+    def count_training(
+        self, workspace: Workspace, request: Request, model: SparseState, num_examples: list[int]
+    ) -> None:
+        """Operations of the clients' training, and what dense training would have taken."""
+        training = workspace.config.training
+        samples = sum(num_examples) * training.local_epochs
+        forward = forward_flops(workspace.layer_macs, model)
+        self.dense_flops += samples * 3 * 2 * sum(workspace.reference.layer_macs.values())
+        self.train_flops += samples * 3 * forward
+        grown = growth_counts(request)
+        if grown:
+            # One more mini-batch: forward and input gradient at the mask, and the whole weight
+            # gradient of the block's layers.
+            once = 2 * forward + 2 * sum(workspace.layer_macs[name] for name in grown)
+            self.train_flops += once * sum(min(n, training.batch_size) for n in num_examples)
+
+    def count_passes(
+        self, workspace: Workspace, passes: Iterable[Mapping[str, int]], num_samples: int
+    ) -> None:
+        """Operations of forward passes over samples, each under its own layer counts."""
+        weights = {name: _numel(shape) for name, shape in workspace.shapes.items()}
+        for counts in passes:
+            macs = sum(
+                macs // weights[name] * counts.get(name, weights[name])
+                for name, macs in workspace.layer_macs.items()
+            )
+            self.train_flops += float(2 * macs * num_samples)
+
+    def _count_bytes(self, traffic: Traffic) -> None:
+        self.bytes_up += sum(traffic.up)
+        self.bytes_down += sum(traffic.down)
+
+
+def forward_flops(layer_macs: Mapping[str, int], model: SparseState) -> int:
+    """Floating-point operations of a forward pass of one sample: two for each
+    multiply-accumulate, times the density of a pruned layer.
+    """
+    total = 0
+    for name, macs in layer_macs.items():
+        pattern = model.pattern(name)
+        # Exact: every weight is used equally often, so the number of weights divides it.
+        total += macs if pattern is None else macs // pattern.num_weights * pattern.num_active
+    return 2 * total
+
+
+def mask_change(before: SparseState, after: SparseState) -> tuple[list[str], float]:
+    """Layers whose pattern changed, and the fewest bytes that say so."""
+    if before.patterns is None or after.patterns is None or before.patterns == after.patterns:
+        return [], 0.0
+    changed = [n for n, pattern in before.patterns.items() if pattern != after.patterns[n]]
+    return sorted(changed), mask_delta_entropy_bytes(before.patterns, after.patterns)
+
+
+def skips(traffic: Traffic) -> dict[str, Any]:
+    """Who was left out, for a line of metrics."""
+    return {"skipped": sorted(traffic.skipped, key=lambda entry: int(entry["client"]))}
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

@@ -1,0 +1,136 @@
+"""The sections of a run's configuration that no method owns: frozen dataclasses, one a concern."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+PARTITIONS = ("iid", "dirichlet", "pathological", "natural")
+VALUE_DTYPES = ("fp32", "fp16", "bf16", "int8")
+DEVICES = ("cpu", "cuda")
+EXECUTIONS = ("auto", "sparse", "masked", "dense")
+CPU_COHORT = 4  # a compromise: no size stands out (benchmarks.gpu_simulation --cohorts)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data, and how clients share them.
+
+    `num_train` and `num_test` cut a stratified subset; 0 keeps everything. `alpha` is the
+    Dirichlet concentration (small = every client sees few classes).
+    """
+
+    dataset: str = "digits"
+    clients: int = 8
+    partition: str = "dirichlet"
+    alpha: float = 0.5
+    classes_per_client: int = 2
+    num_train: int = 0
+    num_test: int = 0
+    augment: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network. An empty name stands for the data set's default, width 0 for the model's."""
+
+    name: str = ""
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Local training of a client: SGD with momentum, learning rate cosine-decayed over rounds.
+
+    `execution` is how a masked model is computed: "sparse" (active weights only), "masked",
+    "dense", or "auto": sparse on a CPU that has the native kernels, else masked. `cohort` is how
+    many clients the batched engine trains at a time; 0: on a GPU as many of a round as its memory
+    holds, which the first round measures, and CPU_COHORT on a CPU. `recompute` makes the sparse
+    runtime compute some activations again in the backward pass instead of keeping them: the same
+    bits, about half the memory, some more time.
+    """
+
+    rounds: int = 20
+    local_epochs: int = 2
+    batch_size: int = 32
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    device: str = "cpu"
+    threads: int = 1
+    execution: str = "auto"
+    cohort: int = 0
+    recompute: bool = False
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The start that every method shares: a brief training on a few labelled samples.
+
+    `per_class` samples of each class are set aside from the training side for it.
+    """
+
+    per_class: int = 5
+    pretrain_epochs: int = 3
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Who takes part in a round. `clients_per_round` 0 asks everybody; `timeout` in seconds."""
+
+    clients_per_round: int = 0
+    timeout: float = 600.0
+    value_dtype: str = "fp32"
+
+
+def problems(
+    data: DataConfig,
+    model: ModelConfig,
+    training: TrainingConfig,
+    server: ServerConfig,
+    federation: FederationConfig,
+) -> Iterable[str]:
+    """Every reason why these sections cannot be used."""
+    choices = {
+        "data.partition": (data.partition, PARTITIONS),
+        "federation.value_dtype": (federation.value_dtype, VALUE_DTYPES),
+        "training.device": (training.device, DEVICES),
+        "training.execution": (training.execution, EXECUTIONS),
+    }
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            yield f"{key}: expected one of {', '.join(allowed)}; got {value!r}"
+    at_least_one = {
+        "data.clients": data.clients,
+        "data.classes_per_client": data.classes_per_client,
+        "training.rounds": training.rounds,
+        "training.local_epochs": training.local_epochs,
+        "training.threads": training.threads,
+        "server.per_class": server.per_class,
+    }
+    for key, count in at_least_one.items():
+        if count < 1:
+            yield f"{key}: expected at least 1, got {count}"
+    not_negative = {
+        "data.num_train": data.num_train,
+        "data.num_test": data.num_test,
+        "model.width": model.width,
+        "training.weight_decay": training.weight_decay,
+        "training.cohort": training.cohort,
+        "server.pretrain_epochs": server.pretrain_epochs,
+        "federation.clients_per_round": federation.clients_per_round,
+    }
+    for key, amount in not_negative.items():
+        if not amount >= 0:
+            yield f"{key}: expected 0 or more, got {amount}"
+    if training.batch_size < 2:
+        yield f"training.batch_size: batch norm needs at least 2, got {training.batch_size}"
+    if not 0 <= training.momentum < 1:
+        yield f"training.momentum: expected 0 <= momentum < 1, got {training.momentum}"
+    for key, number in (
+        ("data.alpha", data.alpha),
+        ("training.lr", training.lr),
+        ("federation.timeout", federation.timeout),
+    ):
+        if not 0 < number < float("inf"):
+            yield f"{key}: expected a positive number, got {number}"
