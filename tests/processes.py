@@ -1,6 +1,6 @@
-"""Commands as processes of their own, forked from one that has imported what they need.
+"""Processes of their own, forked from one that has imported what they need.
 
-Their imports alone take some five seconds of a core; here they are paid once a worker.
+A command's imports alone take some five seconds of a core; here they are paid once a worker.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 TIMEOUT_SECONDS = 300
 # What one command or another imports, late or early.
@@ -30,6 +33,15 @@ _PRELOADED = [
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(_PRELOADED)
+
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def in_a_process(function: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
+    """What a function of a module returns, or raises, in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=_forks) as pool:
+        return pool.submit(function, *arguments, **named).result()
 
 
 class Command:
@@ -62,11 +74,6 @@ class Command:
         assert self._process.exitcode is not None
         out, err = ((self._folder / name).read_text(encoding="utf-8") for name in ("out", "err"))
         return subprocess.CompletedProcess(self._arguments, self._process.exitcode, out, err)
-
-
-def run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
-    return Command(name, *arguments, cwd=cwd).ended()
 
 
 def _main(arguments: list[str], cwd: Path, environment: dict[str, str], folder: Path) -> None:

@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from processes import in_a_process
 
 from benchmarks import choice_fit, sparse_layers, sparse_memory, sparse_step, timing
 from benchmarks.rows import Row, add_arguments, show
@@ -201,7 +203,16 @@ def test_choice_fit_finds_the_costs_that_made_the_measurements() -> None:
 
 @needs_kernels
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_sparse_memory_rows() -> None:
+def test_sparse_memory_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command itself measures the plan; the others in fresh processes with torch there."""
+    commanded = sparse_memory.measured
+
+    def measured(way: str, *case: Any, **named: Any) -> dict[str, int]:
+        if way == "plan":
+            return commanded(way, *case, **named)
+        return in_a_process(sparse_memory.measure, way, *case)
+
+    monkeypatch.setattr(sparse_memory, "measured", measured)
     ways = ("plan", "recompute bfloat16", "modules")
     rows = checked(list(sparse_memory.rows("resnet8", 8, [0.1], threads=1, ways=ways)))
     model = sparse_step.build_model("resnet8", num_classes=10, input_shape=(3, 32, 32), seed=0)

@@ -43,10 +43,6 @@ def datapruning(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
-def in_a_process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return Command("datapruning", *arguments, cwd=cwd).ended()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scores, a subset and a run, made by the three commands in a folder with a space."""
@@ -204,13 +200,14 @@ def test_two_ray_workers_write_the_same_bytes(tmp_path: Path) -> None:
     command += ["--shard-size", "400"]
     done = datapruning(*command, "--out", "inline.parquet", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    done = in_a_process(*command, "--out", "ray.parquet", "--engine", "ray", cwd=tmp_path)
+    ours = [*command, "--out", "ray.parquet", "--engine", "ray"]
+    done = Command("datapruning", *ours, cwd=tmp_path).ended()
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("el2n-20", "loss"):
         inline, spread = tmp_path / f"inline-{name}.parquet", tmp_path / f"ray-{name}.parquet"
         assert inline.read_bytes() == spread.read_bytes()
     command = ["score", "digits", "--method", "d2", "--layer", "nowhere", "--engine", "ray", *FEW]
-    done = in_a_process(*command, cwd=tmp_path)
+    done = Command("datapruning", *command, cwd=tmp_path).ended()
     assert done.returncode == 1
     assert "has no layer 'nowhere'" in done.stderr
 
@@ -305,6 +302,6 @@ def test_real_process_fails_with_one_line_and_with_debug_with_a_trace(tmp_path: 
     )
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
-    done = in_a_process(*command, "--debug", cwd=tmp_path)
+    done = Command("datapruning", *command, "--debug", cwd=tmp_path).ended()
     assert done.returncode == 1
     assert "Traceback" in done.stderr
