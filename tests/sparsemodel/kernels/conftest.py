@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,11 +28,13 @@ def lib(request: pytest.FixtureRequest) -> Iterator[cpu.CpuLibrary]:
 
 
 @pytest.fixture(scope="session")
-def host_runner(tmp_path_factory: pytest.TempPathFactory) -> HostRunner:
+def host_runner(shared_folder: Path) -> HostRunner:
     """The CUDA kernels, built as C++ once a session."""
     if COMPILER is None:
         pytest.skip("needs a C++ compiler: install g++ or clang++, or set CXX")
-    return HostRunner(tmp_path_factory.mktemp("cuda_host"))
+    folder = shared_folder / "cuda_host"
+    folder.mkdir(exist_ok=True)
+    return HostRunner(folder)
 
 
 @pytest.fixture(params=["in order", "shuffled"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from sparsemodel.kernels.cuda import source as cuda_source
 
@@ -20,7 +21,7 @@ class HostRunner:
     """A runner (kernels.cuda.launch) that builds each kernel file once with the host compiler.
 
     Args:
-        folder: where libraries are built.
+        folder: where libraries are built; several processes may use one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,7 +58,14 @@ class HostRunner:
         text += "".join(_launcher(*item) for item in cuda_source.kernels(family).items())
         name = hashlib.sha256(f"{text}{real}".encode()).hexdigest()[:16]
         code, library = self._folder / f"{name}.cpp", self._folder / f"{name}.so"
-        code.write_text(text)
+        with FileLock(self._folder / f"{name}.lock"):
+            if not library.exists():
+                code.write_text(text)
+                self._compile(code, library, real)
+        return ctypes.CDLL(str(library))
+
+    @staticmethod
+    def _compile(code: Path, library: Path, real: torch.dtype) -> None:
         defines = [f"-D{define}" for define in cuda_source.REALS[real]]
         assert COMPILER is not None
         flags = os.environ.get("CXXFLAGS", "").split()  # such as sanitizers
@@ -67,7 +75,6 @@ class HostRunner:
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        return ctypes.CDLL(str(library))
 
 
 def _launcher(kernel: str, parameters: cuda_source.Parameters) -> str:
