@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from sparsemodel.masks.prune import prune
     from sparsemodel.optim import SparseAdam, SparseSGD
     from sparsemodel.plans.plan import TrainingPlan
+    from sparsemodel.plans.program import program_of
+    from sparsemodel.runtime.program import Program
+    from sparsemodel.runtime.trainer import Trainer
     from sparsemodel.storage.models import load, save
 else:
     __getattr__, __dir__ = lazy(
@@ -35,19 +38,25 @@ else:
             "sparsemodel.masks.prune": "prune",
             "sparsemodel.optim": "SparseAdam SparseSGD",
             "sparsemodel.plans.plan": "TrainingPlan",
+            "sparsemodel.plans.program": "program_of",
+            "sparsemodel.runtime.program": "Program",
+            "sparsemodel.runtime.trainer": "Trainer",
             "sparsemodel.storage.models": "load save",
         },
     )
 
 __all__ = [
     "Mask",
+    "Program",
     "SparseAdam",
     "SparseConv2d",
     "SparseLinear",
     "SparseSGD",
+    "Trainer",
     "TrainingPlan",
     "densify",
     "load",
+    "program_of",
     "prune",
     "save",
     "sparsify",
