@@ -1,45 +1,48 @@
-"""Data pruning: score training samples, select a subset and train on it.
+"""Data pruning: score training samples, keep some of them, train on those.
 
 >>> import datapruning
 >>> table = datapruning.score("digits", method="random", seed=1)
->>> subset = datapruning.selection.select(table, keep=0.5)
->>> len(subset)
-719
+>>> kept = table.select(keep=0.5, policy="hardest")
+>>> len(kept), kept.of("digits")[0][0].shape
+(719, torch.Size([1, 8, 8]))
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from sparsemodel._lazy import lazy
 
 if TYPE_CHECKING:
+    from datapruning.scoring.methods import Method
     from datapruning.scoring.score import score
+    from datapruning.selection.kept import KeptSamples
     from datapruning.selection.select import select
     from datapruning.selection.table import ScoreTable, Subset
+    from datapruning.students.train import train
     from prunelab.data.samples import ImageSamples, TokenSamples
-    from prunelab.training.loop import TrainingConfig, evaluate, train
+    from prunelab.training.loop import TrainingConfig, evaluate
     from prunelab.training.task import CausalLM, ImageClassification, Task, TextClassification
-
-_HOMES = {
-    "CausalLM": "prunelab.training.task",
-    "ImageClassification": "prunelab.training.task",
-    "ImageSamples": "prunelab.data.samples",
-    "ScoreTable": "datapruning.selection.table",
-    "Subset": "datapruning.selection.table",
-    "Task": "prunelab.training.task",
-    "TextClassification": "prunelab.training.task",
-    "TokenSamples": "prunelab.data.samples",
-    "TrainingConfig": "prunelab.training.loop",
-    "evaluate": "prunelab.training.loop",
-    "score": "datapruning.scoring.score",
-    "select": "datapruning.selection.select",
-    "train": "prunelab.training.loop",
-}
+else:
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "datapruning.scoring.methods": "Method",
+            "datapruning.scoring.score": "score",
+            "datapruning.selection.kept": "KeptSamples",
+            "datapruning.selection.select": "select",
+            "datapruning.selection.table": "ScoreTable Subset",
+            "datapruning.students.train": "train",
+            "prunelab.data.samples": "ImageSamples TokenSamples",
+            "prunelab.training.loop": "TrainingConfig evaluate",
+            "prunelab.training.task": "CausalLM ImageClassification Task TextClassification",
+        },
+    )
 
 __all__ = [
     "CausalLM",
     "ImageClassification",
     "ImageSamples",
+    "KeptSamples",
+    "Method",
     "ScoreTable",
     "Subset",
     "Task",
@@ -51,12 +54,3 @@ __all__ = [
     "select",
     "train",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # Importing the package must not import torch, so each name is fetched when first used.
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value

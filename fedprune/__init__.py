@@ -1,14 +1,59 @@
 """Federated pruning on Flower.
 
 >>> import fedprune
->>> config = fedprune.RunConfig.parse({"method.name": "magnitude", "training.rounds": 1})
->>> summary = fedprune.run(config, getfixture("tmp_path") / "run")
->>> summary["rounds"], round(summary["density"], 2)
+>>> result = fedprune.run(
+...     model="resnet8",
+...     data="digits",
+...     method=fedprune.Magnitude(density=0.05),
+...     rounds=1,
+...     folder=getfixture("tmp_path") / "run",
+... )
+>>> result.summary["rounds"], round(result.summary["density"], 2)
 (1, 0.05)
 """
 
-from fedprune.config import RunConfig
-from fedprune.rounds.run import run
-from prunelab.runs.version import __version__
+from typing import TYPE_CHECKING
 
-__all__ = ["RunConfig", "__version__", "run"]
+from sparsemodel._lazy import lazy
+
+if TYPE_CHECKING:
+    from fedprune.config import RunConfig
+    from fedprune.front import Result, run
+    from fedprune.methods import METHODS
+    from fedprune.methods.base import Method
+    from fedprune.methods.fedprox import FedProx
+    from fedprune.methods.fedtiny import FedTiny
+    from fedprune.methods.magnitude import Magnitude
+    from fedprune.methods.small_dense import SmallDense
+    from fedprune.methods.ssfl import SSFL
+    from prunelab.runs.version import __version__
+else:
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "fedprune.config": "RunConfig",
+            "fedprune.front": "Result run",
+            "fedprune.methods": "METHODS",
+            "fedprune.methods.base": "Method",
+            "fedprune.methods.fedprox": "FedProx",
+            "fedprune.methods.fedtiny": "FedTiny",
+            "fedprune.methods.magnitude": "Magnitude",
+            "fedprune.methods.small_dense": "SmallDense",
+            "fedprune.methods.ssfl": "SSFL",
+            "prunelab.runs.version": "__version__",
+        },
+    )
+
+__all__ = [
+    "METHODS",
+    "SSFL",
+    "FedProx",
+    "FedTiny",
+    "Magnitude",
+    "Method",
+    "Result",
+    "RunConfig",
+    "SmallDense",
+    "__version__",
+    "run",
+]

@@ -19,7 +19,6 @@ from fedprune.errors import USER_ERRORS
 from fedprune.methods import DEFAULT_METHOD, METHODS
 from prunelab.errors import RunError
 from prunelab.pages.console import console, errors, escaped, listed, run_command
-from prunelab.runs.folder import default_path
 
 cli = typer.Typer(
     help="Federated pruning on Flower: tiny models trained across fleets of small devices.",
@@ -106,7 +105,9 @@ def run(  # noqa: PLR0917 - the command's options
         run_config = RunConfig.read(_stored_config(out))
     else:
         run_config = _build_config(config, options)
-    folder = out or _default_folder(run_config, resume=resume)
+    from fedprune.rounds.folder import default_folder  # noqa: PLC0415
+
+    folder = out or default_folder(run_config, resume=resume)
     _execute(run_config, folder, engine=engine, resume=resume)
 
 
@@ -133,7 +134,6 @@ def compare(  # noqa: PLR0917 - the command's options
     debug: Debug = False,
 ) -> None:
     """Run several methods with several seeds and print one table; finished runs are reused."""
-    from fedprune.methods import check_method  # noqa: PLC0415
     from fedprune.reports.results import comparison_table  # noqa: PLC0415
     from fedprune.rounds import folder as runfolder  # noqa: PLC0415
 
@@ -151,7 +151,6 @@ def compare(  # noqa: PLR0917 - the command's options
     options = {**parse_assignments(settings or []), **_given(given)}
     cells = []
     for method in listed(methods):
-        check_method(method)
         for seed in listed(seeds):
             values = {**options, METHOD_NAME: method, "seed": seed}
             cells.append(_build_config(config, values, shared=True))
@@ -347,10 +346,3 @@ def _stored_config(out: Path) -> Path:
     if not (out / CONFIG).exists():
         raise RunError(f"nothing to resume in {out}: it has no {CONFIG}")
     return out / CONFIG
-
-
-def _default_folder(config: RunConfig, *, resume: bool) -> Path:
-    """runs/DATASET-METHOD-dDENSITY-sSEED, numbered; with resume, the latest of them."""
-    dataset = Path(config.data.dataset).name
-    name = f"{dataset}-{config.method.name}-d{config.method.target_density:g}-s{config.seed}"
-    return default_path(name, resume=resume)

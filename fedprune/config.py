@@ -19,7 +19,7 @@ from typing import Any
 import tomli_w
 
 from fedprune.errors import ConfigError
-from fedprune.methods import DEFAULT_METHOD, METHODS, check_method
+from fedprune.methods import DEFAULT_METHOD, METHODS, method_class, method_name
 from fedprune.methods.base import Method
 from fedprune.settings import (
     CPU_COHORT,
@@ -76,9 +76,9 @@ class RunConfig:
         """Build from flat `section.key` names; what is not named keeps its default."""
         values = dict(values)
         name = values.pop(METHOD_NAME, "") or DEFAULT_METHOD
-        check_method(name)
+        kind = method_class(name)
         values = {**_packed_settings(values.pop(METHOD_SETTINGS, "")), **values}
-        known = {**_flat_sections(cls.seed, _SECTIONS), **_flat_method(METHODS[name]())}
+        known = {**_flat_sections(cls.seed, _SECTIONS), **_flat_method(kind())}
         found: list[str] = []
         parts: dict[str, dict[str, Any]] = {section: {} for section in ("", "method", *_SECTIONS)}
         for key, value in values.items():
@@ -94,7 +94,7 @@ class RunConfig:
             raise ConfigError("; ".join(found))
         sections = {section: kind(**parts[section]) for section, kind in _SECTIONS.items()}
         try:
-            method = METHODS[name](**parts["method"])
+            method = kind(**parts["method"])
         except ConfigError as error:
             found = [str(error)]
             found += problems(*(sections[section] for section in _SECTIONS))
@@ -111,7 +111,7 @@ class RunConfig:
         parts = {section: getattr(self, section) for section in _SECTIONS}
         return {
             "seed": self.seed,
-            METHOD_NAME: self.method.name,
+            METHOD_NAME: method_name(self.method),
             **_flat_method(self.method),
             **{
                 f"{section}.{key}": value
@@ -198,8 +198,7 @@ def own_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     For comparisons, where one setting is meant for whichever method knows it.
     """
     name = values.get(METHOD_NAME) or DEFAULT_METHOD
-    check_method(name)
-    own = _flat_method(METHODS[name]())
+    own = _flat_method(method_class(name)())
     others = {key for method in METHODS.values() for key in _flat_method(method())} - own.keys()
     return {key: value for key, value in values.items() if key not in others}
 

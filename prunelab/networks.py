@@ -1,4 +1,6 @@
-"""Named networks with stems for small images, and views of their state.
+"""Networks by name, by "module:function" or by object, and views of their state.
+
+The named ones have stems for small images.
 
 Convolutional residual networks after He et al., Deep Residual Learning for Image Recognition
 (CVPR 2016), VGG after Simonyan and Zisserman (ICLR 2015).
@@ -6,9 +8,15 @@ Convolutional residual networks after He et al., Deep Residual Learning for Imag
 
 from __future__ import annotations
 
+import copy
+import importlib
+import inspect
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +26,8 @@ from prunelab.errors import ModelError
 from sparsemodel.masks.mask import prunable_parameters
 
 InputShape = tuple[int, int, int]
+Network = str | Callable[..., nn.Module] | nn.Module
+"""What `build_model` takes."""
 DEFAULT_WIDTH = 16
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -142,41 +152,136 @@ ADJUSTABLE_WIDTH = ("resnet8", "resnet20")
 
 
 def check_model(name: str) -> None:
-    """Raise ModelError, listing the known ones, unless `name` is a known model."""
-    if name not in MODELS:
-        raise ModelError(f"unknown model {name!r}; known models: {', '.join(MODELS)}")
+    """Raise ModelError unless `name` is a known model, or a "module:function" that is there."""
+    if ":" in name:
+        _imported(name)
+    elif name not in MODELS:
+        raise ModelError(
+            f"unknown model {name!r}; known models: {', '.join(MODELS)}; or give module:function"
+        )
 
 
 def build_model(
-    name: str,
+    model: Network,
     *,
-    num_classes: int,
-    input_shape: InputShape,
+    num_classes: int | None,
+    input_shape: tuple[int, ...] | None,
     seed: int,
     width: int | None = None,
 ) -> nn.Module:
-    """A network by name, the same bits for the same arguments; the global seed is not touched.
+    """A network, the same bits for the same arguments; the global seed is not touched.
 
     Args:
-        input_shape: (channels, height, width) of one image.
+        model: a name; "module:function", imported from the working folder or from what is
+            installed; a function or class, called with those of num_classes, input_shape and seed
+            that it has parameters for (one parameter of another name is the seed); or a network,
+            which is copied with its weights.
+        num_classes: None where samples have no classes; names need it.
+        input_shape: (channels, height, width) of one image; None where samples are none.
         width: channels of the first stage, where the model's is adjustable; None: its own.
 
     Raises:
-        ModelError: unknown name, or a width or image size that the model cannot have.
+        ModelError: unknown name, a width or image size that the model cannot have, or a function
+            that asks for something else or returns something else.
 
     >>> model = build_model("resnet8", num_classes=10, input_shape=(1, 8, 8), seed=0)
     >>> model.eval()(torch.zeros(1, 1, 8, 8)).shape
     torch.Size([1, 10])
+    >>> def linear(num_classes):
+    ...     return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+    >>> build_model(linear, num_classes=10, input_shape=(1, 8, 8), seed=0)[1].out_features
+    10
     """
+    if isinstance(model, str) and ":" not in model:
+        return _named(model, num_classes, input_shape, seed=seed, width=width)
+    if isinstance(model, nn.Module):
+        _refuse_width(type(model).__name__, width)
+        return copy.deepcopy(model)
+    function = _imported(model) if isinstance(model, str) else model
+    if not callable(function):
+        raise ModelError(
+            f"model: expected a name, a function or a network, got {type(model).__name__}"
+        )
+    _refuse_width(_title(function), width)
+    offered = {"num_classes": num_classes, "input_shape": input_shape, "seed": seed}
+    arguments = _arguments(function, offered)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = function(**arguments)
+    if not isinstance(built, nn.Module):
+        raise ModelError(
+            f"{_title(function)} returned a {type(built).__name__}, expected a torch.nn.Module"
+        )
+    return built
+
+
+def _named(
+    name: str,
+    num_classes: int | None,
+    input_shape: tuple[int, ...] | None,
+    *,
+    seed: int,
+    width: int | None,
+) -> nn.Module:
     check_model(name)
+    if num_classes is None or input_shape is None or len(input_shape) != 3:
+        raise ModelError(
+            f"{name} is for labelled images [channels, height, width], and these samples are none "
+            f"(classes {num_classes}, shape {input_shape}); give a network of your own"
+        )
     sizes = {"classes": num_classes, "width": 1 if width is None else width}
     sizes |= dict(zip(("channels", "image height", "image width"), input_shape, strict=True))
     for what, size in sizes.items():
         if size < 1:
             raise ModelError(f"{name}: {what} must be at least 1, got {size}")
+    channels, height, side = input_shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODELS[name](num_classes, input_shape, width)
+        return MODELS[name](num_classes, (channels, height, side), width)
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    """The function that "module:function" names."""
+    module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, ValueError) as error:
+        raise ModelError(
+            f"model {name!r}: cannot import {module!r} ({error}); it is looked for in {here} and "
+            "among what is installed"
+        ) from error
+    except AttributeError:
+        raise ModelError(f"model {name!r}: {module!r} has no {attribute!r}") from None
+    finally:
+        sys.path.remove(here)
+    if not callable(found):
+        raise ModelError(f"model {name!r} is a {type(found).__name__}, expected a function")
+    function: Callable[..., Any] = found
+    return function
+
+
+def _arguments(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+    """Of what is offered, what the function has a parameter for."""
+    parameters = [
+        p
+        for p in inspect.signature(function).parameters.values()
+        if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}
+    ]
+    needed = [p.name for p in parameters if p.default is p.empty and p.name not in offered]
+    if len(needed) == 1 and len(parameters) == 1:
+        return {needed[0]: offered["seed"]}
+    if needed:
+        raise ModelError(
+            f"{_title(function)} has parameters {needed}; a model's function may ask for "
+            f"{', '.join(offered)}: wrap it in one that does"
+        )
+    return {p.name: offered[p.name] for p in parameters if offered.get(p.name) is not None}
+
+
+def _title(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 @contextmanager

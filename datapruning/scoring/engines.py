@@ -110,12 +110,14 @@ class Ray:
 ENGINES: dict[str, Callable[[], Engine]] = {"inline": Inline, "ray": Ray}
 
 
-def engine_named(name: str) -> Engine:
-    """An engine.
+def engine_of(name: str | Engine) -> Engine:
+    """An engine by name; an object is passed on.
 
     Raises:
         RunError: unknown; the message lists the known ones.
     """
+    if not isinstance(name, str):
+        return name
     if name not in ENGINES:
         raise RunError(f"unknown engine {name!r}; expected one of {', '.join(ENGINES)}")
     return ENGINES[name]()

@@ -20,18 +20,17 @@ from torch import Tensor, nn
 
 from datapruning.scores.memorization import subsets
 from datapruning.scores.recorder import Recorder
-from datapruning.scoring.methods import METHODS, NUM_MOMENTS, Method
+from datapruning.scoring.methods import NUM_MOMENTS, Method
 from datapruning.scoring.parts import SETTINGS, Parts
 from datapruning.scoring.steps import Shard, Whole
-from prunelab.data.samples import Samples
+from prunelab.data.samples import Samples, sizes
 from prunelab.errors import RunError
-from prunelab.networks import build_model
+from prunelab.networks import Network, build_model
 from prunelab.runs.seeds import stream_seed
 from prunelab.runs.threads import computing
 from prunelab.training.loop import Callback, TrainingConfig, train
 from prunelab.training.task import Task
 
-Builder = Callable[[int], nn.Module]
 Progress = Callable[[str, int, int], None]
 """(what is being done, how much of it is done, how much there is)."""
 
@@ -57,8 +56,10 @@ class Recipe:
     """All that a job has to know; it can be sent to another process.
 
     Attributes:
-        model: a name, a function seed -> untrained model, or a trained model to score with.
-        options: of each method, in the order in which methods were asked for.
+        model: a name or a function that makes an untrained model (see `build_model`), or a trained
+            model to score with.
+        methods: by name, in the order in which they were asked for.
+        options: of each method.
         runs: models to train for each method that trains several, in place of its own number.
         early: epochs after which "early" models are kept.
     """
@@ -66,12 +67,13 @@ class Recipe:
     parts: Parts
     samples: Samples
     task: Task
-    model: str | Builder | nn.Module
+    model: Network
     training: TrainingConfig
     seed: int
     density: float | None
     device: str
     threads: int
+    methods: Mapping[str, Method]
     options: Mapping[str, Mapping[str, Any]]
     runs: int | None
     early: int
@@ -106,8 +108,7 @@ class Recipe:
         """The models to train, each once for all methods that can share it."""
         epochs: dict[tuple[float, int], set[int]] = {}
         recorded = set()
-        for name in self.options:
-            method = METHODS[name]
+        for method in self.methods.values():
             for number in range(0 if self.is_trained else self.num_runs(method)):
                 key = (method.share, number)
                 # Methods that read the record alone need no model kept.
@@ -125,7 +126,7 @@ class Recipe:
 
     def drawn(self, share: float) -> list[Tensor]:
         """The random subsets of all models that train on a share of the samples."""
-        numbers = [self.num_runs(METHODS[m]) for m in self.options if METHODS[m].share == share]
+        numbers = [self.num_runs(m) for m in self.methods.values() if m.share == share]
         return list(
             subsets(
                 len(self.samples),
@@ -141,20 +142,10 @@ class Recipe:
 
     def build(self, run_seed: int) -> nn.Module:
         """An untrained model, sparsified where a density is set."""
-        if isinstance(self.model, str):
-            images = self.samples.batch(torch.zeros(1, dtype=torch.int64))[0]
-            assert self.samples.labels is not None
-            channels, height, width = images.shape[1:]
-            model = build_model(
-                self.model,
-                num_classes=int(self.samples.labels.max()) + 1,
-                input_shape=(channels, height, width),
-                seed=run_seed,
-            )
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(run_seed)
-                model = self.model(run_seed)
+        num_classes, input_shape = sizes(self.samples)
+        model = build_model(
+            self.model, num_classes=num_classes, input_shape=input_shape, seed=run_seed
+        )
         if self.density is None:
             return model
         from datapruning.scoring.proxy import sparse_proxy  # noqa: PLC0415
@@ -203,8 +194,7 @@ def observe_shard(recipe: Recipe, number: int) -> float:
     rows = torch.arange(len(recipe.samples)).split(recipe.shard_size)[number]
     columns = {"id": recipe.samples.ids[rows]}
     with computing(recipe.threads):
-        for name, options in recipe.options.items():
-            method = METHODS[name]
+        for name, method in recipe.methods.items():
             if method.observe is None:
                 continue
             prepared = recipe.parts.load(f"{name}.pt") if method.prepare else None
@@ -217,7 +207,9 @@ def observe_shard(recipe: Recipe, number: int) -> float:
                 models=recipe.models(method),
                 prepared=None if prepared is None else prepared["value"],
             )
-            wanted = options if method.finish is None and method.prepare is None else {}
+            wanted = (
+                recipe.options[name] if method.finish is None and method.prepare is None else {}
+            )
             columns[name] = method.observe(shard, **wanted).detach().cpu()
     recipe.parts.save_shard(number, columns)
     return time.process_time() - started
@@ -225,7 +217,7 @@ def observe_shard(recipe: Recipe, number: int) -> float:
 
 def whole(recipe: Recipe, name: str, *, observed: Tensor | None = None) -> Whole:
     """What a method's prepare and finish get to see."""
-    method = METHODS[name]
+    method = recipe.methods[name]
     recorders = []
     for number in range(recipe.num_runs(method) if method.records else 0):
         run = Run(method.share, number, (), True)

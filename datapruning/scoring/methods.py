@@ -8,7 +8,7 @@ skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ class Method:
         observe: Shard, options -> [B, ...], a row a sample, independent of the other samples.
         finish: Whole, options -> float64 [N]; without it, what was observed is the score.
         options: names and defaults of what a user may change.
+        name: of a method that is not in METHODS.
     """
 
     summary: str
@@ -53,6 +54,45 @@ class Method:
     observe: Callable[..., Tensor] | None = None
     finish: Callable[..., Tensor] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+
+Score = Callable[[Tensor, Tensor], Tensor]
+"""(logits [B, C], labels [B]) -> scores [B], high for keep."""
+
+
+def named_methods(
+    given: str | Method | Score | Iterable[str | Method | Score],
+) -> dict[str, Method]:
+    """Methods by name: those of METHODS, and objects by the name that they have.
+
+    A function becomes a method that scores by one model at the end of its training.
+
+    Raises:
+        ScoreError: none, an unknown name, or a method without a name.
+    """
+    if isinstance(given, str | Method) or callable(given):
+        given = [given]
+    found = {}
+    for one in given:
+        if isinstance(one, str):
+            found[one] = check_method(one)
+            continue
+        method = one if isinstance(one, Method) else _of_function(one)
+        if not method.name:
+            raise ScoreError('a Method of your own needs a name: Method(..., name="mine")')
+        if METHODS.get(method.name, method) is not method:
+            raise ScoreError(f"there is a method {method.name!r} already; take another name")
+        found[method.name] = method
+    if not found:
+        raise ScoreError(f"no method given; known methods: {', '.join(METHODS)}")
+    return found
+
+
+def _of_function(score: Score) -> Method:
+    name = getattr(score, "__name__", type(score).__name__)
+    summary = (getattr(score, "__doc__", None) or "").strip().partition("\n")[0]
+    return Method(summary, "a function", runs=1, observe=steps.of_logits(score), name=name)
 
 
 def check_method(name: str) -> Method:
@@ -66,13 +106,13 @@ def check_method(name: str) -> Method:
     return METHODS[name]
 
 
-def checked_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def checked_options(name: str, method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
     """The method's options with those that were given in their place.
 
     Raises:
         ScoreError: an option that the method does not have, or a value of another type.
     """
-    known = dict(check_method(name).options)
+    known = dict(method.options)
     for key, value in given.items():
         if key not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from datapruning.errors import ScoreError, ScoreWarning
-from datapruning.scoring.engines import Engine, engine_named
-from datapruning.scoring.jobs import Builder, Progress, Recipe, whole
-from datapruning.scoring.methods import METHODS, check_method, checked_options
+from datapruning.scoring.engines import Engine, engine_of
+from datapruning.scoring.jobs import Progress, Recipe, whole
+from datapruning.scoring.methods import METHODS, Method, Score, checked_options, named_methods
 from datapruning.scoring.parts import Parts, open_parts
 from datapruning.selection.table import ScoreTable
 from prunelab.data.datasets import fingerprint, load_dataset
+from prunelab.data.objects import as_samples
 from prunelab.data.samples import ImageSamples, Samples
 from prunelab.errors import RunError
-from prunelab.networks import check_model
+from prunelab.networks import Network, check_model
 from prunelab.runs.folder import locked
 from prunelab.runs.settings import differences
 from prunelab.runs.threads import computing
@@ -38,10 +39,10 @@ EARLY_SHARE = 0.1
 
 
 def score(
-    data: str | Samples,
+    data: Any,
     *,
-    method: str | Sequence[str],
-    model: str | Builder | nn.Module = "resnet8",
+    method: str | Method | Score | Sequence[str | Method | Score],
+    model: Network = "resnet8",
     out: Path | str | None = None,
     task: Task | None = None,
     training: TrainingConfig | None = None,
@@ -51,7 +52,7 @@ def score(
     runs: int | None = None,
     early: int | None = None,
     options: Mapping[str, Any] | None = None,
-    engine: str = "inline",
+    engine: str | Engine = "inline",
     device: str = "cpu",
     threads: int = 1,
     shard_size: int = SHARD_SIZE,
@@ -63,10 +64,13 @@ def score(
     same bits: unfinished work lies in a folder beside `out`, with `.parts` behind its name.
 
     Args:
-        data: a data set's name, a folder of parquet files, or samples.
-        method: a name in METHODS, or several, which then share the models they can.
-        model: a name; a function seed -> untrained model; or a trained model, which is scored
-            with as it is (for methods that need one model and no record of its training).
+        data: what `as_samples` takes: a data set's name, a folder of parquet files, arrays
+            (images, labels), a torch or Hugging Face data set, or samples.
+        method: a name in METHODS, a `Method`, or a function (logits, labels) -> scores of a
+            trained model; or several, which then share the models they can.
+        model: a name, "module:function", or a function that makes an untrained model (see
+            `build_model`); or a trained model, which is scored with as it is (for methods that
+            need one model and no record of its training).
         out: parquet file of the table; with several methods NAME.parquet becomes
             NAME-METHOD.parquet. None: nothing is left on disk, and nothing can be resumed.
         task: None: image classification.
@@ -77,7 +81,8 @@ def score(
         runs: models for each method that trains several, in place of the method's own number.
         early: epochs after which "early" scores look; None: a tenth of the epochs.
         options: of the methods, such as {"window": 5}; each goes to the methods that have it.
-        engine: "inline", or "ray": models and shards go to the workers of a Ray cluster.
+        engine: "inline", or "ray": models and shards go to the workers of a Ray cluster; or an
+            `Engine`.
         threads: of torch, for each job; the bits depend on it.
         shard_size: samples of a part.
         progress: called with (what, done, total).
@@ -96,15 +101,16 @@ def score(
     >>> len(table), table.method
     (1437, 'random')
     """
-    names = [method] if isinstance(method, str) else list(dict.fromkeys(method))
+    methods = named_methods(method)
+    names = list(methods)
     samples, dataset, source = _samples(data)
     task, training = task or ImageClassification(), training or TrainingConfig()
     settings = _settings(
-        names, samples, task, model,
+        methods, samples, task, model,
         training=training, seed=seed, density=density, runs=runs,
         early=early, options=options or {}, device=device, threads=threads,
     )  # fmt: skip
-    runner = engine_named(engine)
+    runner = engine_of(engine)
     paths = table_paths(out, names)
     found = _finished(paths, settings)
     if len(found) == len(names):
@@ -118,8 +124,8 @@ def score(
             recipe = Recipe(
                 parts=parts, samples=samples, task=task, model=model,
                 training=training, seed=seed, density=density,
-                device=device, threads=threads, options=settings["methods"], runs=runs,
-                early=settings["early"], shard_size=shard_size,
+                device=device, threads=threads, methods=methods, options=settings["methods"],
+                runs=runs, early=settings["early"], shard_size=shard_size,
             )  # fmt: skip
             scores, seconds = _computed(recipe, runner, progress)
             tables = {
@@ -128,12 +134,15 @@ def score(
             }
             _keep(tables, paths, seconds, parts)
     if density is not None and check:
+        again = [m if m.name else name for name, m in methods.items()]
         _check_dense(
-            data, names, model=model, out=out, task=task, training=training, seed=seed, runs=runs,
+            data, again, model=model, out=out, task=task, training=training, seed=seed, runs=runs,
             early=early, options=options, engine=engine, device=device, threads=threads,
             shard_size=shard_size, progress=progress,
         )  # fmt: skip
-    return tables[names[0]] if isinstance(method, str) else tables
+    return (
+        tables if isinstance(method, Sequence) and not isinstance(method, str) else tables[names[0]]
+    )
 
 
 def dense_path(path: Path) -> Path:
@@ -147,27 +156,27 @@ def times_path(path: Path) -> Path:
 
 
 def _check_dense(
-    data: str | Samples, names: list[str], *, out: Path | str | None, **settings: Any
+    data: Any, methods: Sequence[str | Method], *, out: Path | str | None, **settings: Any
 ) -> None:
     if out is None:
         raise ScoreError("check writes the dense model's table beside out; give out")
-    score(data, method=names, out=dense_path(Path(out)), **settings)
+    score(data, method=methods, out=dense_path(Path(out)), **settings)
 
 
-def _samples(data: str | Samples) -> tuple[Samples, str, str]:
+def _samples(data: Any) -> tuple[Samples, str, str]:
     """Samples, the data set's name, and what to load it by ("" for samples of the caller's)."""
     if not isinstance(data, str | Path):
-        return data, type(data).__name__, ""
+        return as_samples(data), type(data).__name__, ""
     dataset = load_dataset(str(data))
     is_folder = Path(data).is_dir() and dataset.name != str(data)
     return ImageSamples.of(dataset), dataset.name, str(Path(data).resolve() if is_folder else data)
 
 
 def _settings(
-    names: Sequence[str],
+    methods: Mapping[str, Method],
     samples: Samples,
     task: Task,
-    model: str | Builder | nn.Module,
+    model: Network,
     *,
     training: TrainingConfig,
     seed: int,
@@ -179,9 +188,7 @@ def _settings(
     threads: int,
 ) -> dict[str, Any]:
     """All that decides a bit of a score, checked, as JSON holds it."""
-    if not names:
-        raise ScoreError(f"no method given; known methods: {', '.join(METHODS)}")
-    given = _options_of(names, options)
+    given = _options_of(methods, options)
     if isinstance(model, str):
         check_model(model)
     if training.steps is not None:
@@ -191,8 +198,8 @@ def _settings(
             raise ScoreError(f"{name} must be at least 1, got {number}")
     if density is not None and not 0 < density <= 1:
         raise ScoreError(f"density must be in (0, 1], got {density}")
-    for name in names:
-        _check_fits(name, samples, task, is_trained=isinstance(model, nn.Module))
+    for name, method in methods.items():
+        _check_fits(name, method, samples, task, is_trained=isinstance(model, nn.Module))
     settings = {
         "fingerprint": samples.fingerprint,
         "methods": given,
@@ -214,21 +221,25 @@ def _settings(
     return plain
 
 
-def _options_of(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _options_of(
+    methods: Mapping[str, Method], options: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Each method's options; one that no method has is an error."""
     unclaimed = set(options)
     result = {}
-    for name in names:
-        own = {k: v for k, v in options.items() if k in check_method(name).options}
-        result[name] = checked_options(name, own)
+    for name, method in methods.items():
+        own = {k: v for k, v in options.items() if k in method.options}
+        result[name] = checked_options(name, method, own)
         unclaimed -= set(own)
     for key in sorted(unclaimed):
-        checked_options(names[0], {key: options[key]})  # raises, naming what there is
+        first, method = next(iter(methods.items()))
+        checked_options(first, method, {key: options[key]})  # raises, naming what there is
     return result
 
 
-def _check_fits(name: str, samples: Samples, task: Task, *, is_trained: bool) -> None:
-    method = METHODS[name]
+def _check_fits(
+    name: str, method: Method, samples: Samples, task: Task, *, is_trained: bool
+) -> None:
     if method.classes and (not isinstance(task, Classification) or samples.labels is None):
         raise ScoreError(
             f"method {name!r} is for samples with classes, and {type(task).__name__} or the "
@@ -242,7 +253,7 @@ def _check_fits(name: str, samples: Samples, task: Task, *, is_trained: bool) ->
         )
 
 
-def _model_name(model: str | Builder | nn.Module) -> str:
+def _model_name(model: Network) -> str:
     if isinstance(model, str):
         return model
     if not isinstance(model, nn.Module):
@@ -301,21 +312,21 @@ def _computed(
     started = time.process_time()
     with computing(recipe.threads):
         for name, options in recipe.options.items():
-            prepare = METHODS[name].prepare
+            prepare = recipe.methods[name].prepare
             if prepare is not None and recipe.parts.load(f"{name}.pt") is None:
                 if progress is not None:
                     progress(f"preparing {name}", 0, 1)
                 recipe.parts.save(f"{name}.pt", {"value": prepare(whole(recipe, name), **options)})
     seconds += time.process_time() - started
     observed: dict[str, Tensor] = {}
-    if any(METHODS[name].observe for name in recipe.options):
+    if any(method.observe for method in recipe.methods.values()):
         seconds += runner.observe(recipe, progress)
         observed = _merged(recipe)
     started = time.process_time()
     scores = {}
     with computing(recipe.threads):
         for name, options in recipe.options.items():
-            finish = METHODS[name].finish
+            finish = recipe.methods[name].finish
             if finish is None:
                 scores[name] = observed[name]
             else:
@@ -341,7 +352,7 @@ def _table(
         dataset=dataset,
         fingerprint=recipe.samples.fingerprint,
         seed=recipe.seed,
-        model=str(settings["model"]) if METHODS[name].runs else "",
+        model=str(settings["model"]) if recipe.methods[name].runs else "",
         labels=recipe.samples.labels,
         provenance={
             "settings": _of_method(settings, name),

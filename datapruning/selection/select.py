@@ -92,8 +92,9 @@ def select(
         notes += _absent("class", labels, kept)
     settings = {"class_floor": class_floor} if class_balanced else {}
     settings |= {name: value for name, value in options.items() if not isinstance(value, Tensor)}
+    kept = kept.sort().values  # ids ascend with the place
     return Subset(
-        ids=table.ids[order][kept].sort().values,
+        ids=table.ids[order][kept],
         num_samples=len(table),
         dataset=table.dataset,
         fingerprint=table.fingerprint,
@@ -101,6 +102,8 @@ def select(
         seed=seed,
         method="" if function is random else table.method,
         provenance={"keep": keep, "options": settings, "notes": notes},
+        labels=None if labels is None else labels[kept],
+        num_classes=None if labels is None else int(labels.max()) + 1,
     )
 
 

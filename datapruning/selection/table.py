@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from datapruning.errors import ScoreError, SelectionError
+from datapruning.selection.kept import KeptSamples
+from datapruning.selection.policies import Policy
 from prunelab.data.samples import Samples
 
 _META = b"datapruning"
@@ -47,6 +49,24 @@ class ScoreTable:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def select(
+        self, *, keep: float | int, policy: str | Policy = "hardest", **options: Any
+    ) -> Subset:
+        """Choose exactly so many samples.
+
+        Args:
+            keep: a share in (0, 1] as a float, or a number of samples as an int.
+            policy: a name in POLICIES, "auto", or a function like those in POLICIES.
+            options: further arguments of `datapruning.selection.select.select`, such as `seed`,
+                `class_balanced` and `groups`, and options of the policy.
+
+        Raises:
+            SelectionError: as `select`.
+        """
+        from datapruning.selection.select import select  # noqa: PLC0415
+
+        return select(self, keep=keep, policy=policy, **options)
 
     def write(self, path: Path) -> None:
         """Write atomically: a reader finds the old file or the whole new one."""
@@ -85,6 +105,8 @@ class Subset:
         num_samples: of the data set it was chosen from.
         policy: how it was chosen.
         method: the score it was chosen by; "" for none.
+        labels: int64 [K], or None.
+        num_classes: of the data set it was chosen from, or None.
     """
 
     ids: Tensor
@@ -95,12 +117,26 @@ class Subset:
     seed: int
     method: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
+    labels: Tensor | None = None
+    num_classes: int | None = None
 
     def __post_init__(self) -> None:
-        _check_columns(SelectionError, self.ids)
+        _check_columns(SelectionError, self.ids, labels=self.labels)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def of(self, dataset: Any) -> KeptSamples:
+        """The kept samples of the data set that was scored, for training and for a DataLoader.
+
+        Args:
+            dataset: what was given to `score`, or the same samples in another dress: a torch data
+                set with random transforms, for instance.
+
+        Raises:
+            SelectionError: other data.
+        """
+        return KeptSamples(dataset, self)
 
     def rows(self, samples: Samples) -> Tensor:
         """Row numbers of the kept samples, int64 [K], ascending.
@@ -131,9 +167,13 @@ class Subset:
             "policy": self.policy,
             "seed": self.seed,
             "method": self.method,
+            "num_classes": self.num_classes,
             "provenance": self.provenance,
         }
-        _write(path, "subset", {"id": self.ids}, about)
+        columns = {"id": self.ids}
+        if self.labels is not None:
+            columns["label"] = self.labels
+        _write(path, "subset", columns, about)
 
     @classmethod
     def read(cls, path: Path) -> Subset:
@@ -143,7 +183,7 @@ class Subset:
             SelectionError: no such file, or not a subset.
         """
         columns, about = _read(path, "subset", SelectionError, ("id",))
-        return cls(columns["id"], **about)
+        return cls(columns["id"], labels=columns.get("label"), **about)
 
 
 def _check_columns(error: type[ValueError], ids: Tensor, **columns: Tensor | None) -> None:

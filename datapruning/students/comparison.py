@@ -240,10 +240,10 @@ def _run(
         network, samples, task, config=config, seed=stream_seed(cell.seed, _TRAIN), rows=rows
     )
     test = ImageSamples(data.test_images, data.test_labels)
-    accuracy, loss = evaluate(network, test, task)
+    found = evaluate(network, test, task)
     return {
-        "test_accuracy": accuracy,
-        "test_loss": loss,
+        "test_accuracy": found.accuracy,
+        "test_loss": found.loss,
         "steps": result.steps,
         "num_kept": len(samples) if rows is None else len(rows),
     }

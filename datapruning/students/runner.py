@@ -6,8 +6,7 @@ import dataclasses
 import json
 import time
 import tomllib
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,36 +16,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from datapruning.errors import SubsetWarning
 from datapruning.selection.table import Subset
-from datapruning.students.distill import (
-    TEMPERATURE,
-    AlphaChoice,
-    AlphaPoint,
-    check_classes,
-    choose_alpha,
-    kd_objective,
-    teacher_logits,
+from datapruning.students.distill import TEMPERATURE, AlphaChoice, check_classes
+from datapruning.students.train import (
+    AUTO,
+    LOGITS,
+    Distillation,
+    Progress,
+    check_alpha,
+    model_seed,
+    training_seed,
+    warn_of_absent_classes,
 )
 from prunelab.data.datasets import ImageSet, fingerprint, load_dataset
 from prunelab.data.samples import ImageSamples
 from prunelab.errors import RunError
 from prunelab.networks import build_model, check_model
 from prunelab.runs import folder as runfolder
-from prunelab.runs.seeds import stream_seed
 from prunelab.runs.settings import differences
 from prunelab.runs.threads import computing
 from prunelab.runs.version import __version__
-from prunelab.training.loop import Objective, TrainingConfig, TrainingResult, predict, train
+from prunelab.training.loop import TrainingConfig, TrainingResult, predict, train
 from prunelab.training.task import ImageClassification
 from sparsemodel.storage.checkpoint import load_sparse, save_sparse
 from sparsemodel.storage.files import write_atomically
 from sparsemodel.storage.meter import peak_rss_bytes
 
-AUTO = "auto"
-ALPHA_FILE, CHECKPOINT, LOGITS = "alpha.json", "checkpoint.pt", "teacher_logits.pt"
-Progress = Callable[[str], None]
-_MODEL, _TRAIN, _ALPHA = 0, 1, 2  # streams of the seed
+CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -76,10 +72,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_model(self.model)
-        if isinstance(self.alpha, str) and self.alpha != AUTO:
-            raise RunError(f"alpha must be a number in [0, 1] or auto, got {self.alpha!r}")
-        if not isinstance(self.alpha, str) and not 0 <= self.alpha <= 1:
-            raise RunError(f"alpha must be a number in [0, 1] or auto, got {self.alpha}")
+        check_alpha(self.alpha)
         if self.threads < 1:
             raise RunError(f"threads must be at least 1, got {self.threads}")
 
@@ -136,7 +129,7 @@ def run(
     rows = None if subset is None else subset.rows(samples)
     if subset is not None:
         settings = dataclasses.replace(settings, kept=fingerprint(subset.ids))
-        _warn_of_absent_classes(samples.labels, rows, data.num_classes)
+        warn_of_absent_classes(samples.labels, rows, data.num_classes)
     teacher = _teacher(settings, data, samples) if settings.teacher else None
     _open(folder, settings, resume=resume)
     if not (folder / runfolder.SUMMARY).exists():
@@ -185,18 +178,6 @@ def _teacher(settings: RunSettings, data: ImageSet, samples: ImageSamples) -> nn
     return load_model(folder).to(settings.device)
 
 
-def _warn_of_absent_classes(labels: Tensor, rows: Tensor | None, num_classes: int) -> None:
-    kept = labels if rows is None else labels[rows]
-    absent = sorted(set(range(num_classes)) - set(kept.unique().tolist()))
-    if absent:
-        warnings.warn(
-            f"the subset holds no sample of class {', '.join(map(str, absent))}: the model cannot "
-            "learn it; select with class balance to keep some of each",
-            SubsetWarning,
-            stacklevel=3,
-        )
-
-
 def _open(folder: Path, settings: RunSettings, *, resume: bool) -> None:
     if not resume:
         runfolder.prepare(folder, settings.toml())
@@ -229,17 +210,20 @@ def _run(
 
     choice, objective = None, None
     if teacher is not None:
-        choice, objective = _distillation(
-            settings, folder, samples, task, teacher=teacher, rows=rows, build=build, say=say
-        )
-    model = build(stream_seed(settings.seed, _MODEL))
+        distillation = Distillation(teacher, settings.alpha, settings.temperature)
+        choice, objective = distillation.prepare(
+            samples, task,
+            build=build, rows=rows, config=settings.training, seed=settings.seed,
+            device=settings.device, folder=folder, say=say,
+        )  # fmt: skip
+    model = build(model_seed(settings.seed))
     journal = _Journal(folder, settings.training, say)
     result = train(
         model,
         samples,
         task,
         config=settings.training,
-        seed=stream_seed(settings.seed, _TRAIN),
+        seed=training_seed(settings.seed),
         rows=rows,
         objective=objective,
         callbacks=[journal],
@@ -268,48 +252,6 @@ def _run(
     runfolder.write_summary(folder, summary)
     for name in (CHECKPOINT, LOGITS):
         (folder / name).unlink(missing_ok=True)
-
-
-def _distillation(
-    settings: RunSettings,
-    folder: Path,
-    samples: ImageSamples,
-    task: ImageClassification,
-    *,
-    teacher: nn.Module,
-    rows: Tensor | None,
-    build: Callable[[int], nn.Module],
-    say: Progress,
-) -> tuple[AlphaChoice | None, Objective]:
-    """The objective with the given α, or with the best of several."""
-    if settings.training.augment:
-
-        def objective(alpha: float) -> Objective:
-            return kd_objective(
-                alpha=alpha, temperature=settings.temperature, teacher=teacher, task=task
-            )
-    else:
-        cached = teacher_logits(teacher, samples, task, rows=rows, path=folder / LOGITS)
-
-        def objective(alpha: float) -> Objective:
-            return kd_objective(alpha=alpha, temperature=settings.temperature, cached=cached)
-
-    if settings.alpha != AUTO:
-        return None, objective(float(settings.alpha))
-    stored = folder / ALPHA_FILE
-    if not stored.exists():
-        choice = choose_alpha(
-            build, samples, task,
-            objective=objective, rows=rows, config=settings.training,
-            seed=stream_seed(settings.seed, _ALPHA), device=settings.device,
-            progress=lambda done, total: say(f"choosing alpha: {done} of {total} trained"),
-        )  # fmt: skip
-        write_atomically(stored, (json.dumps(asdict(choice)) + "\n").encode())
-    values = json.loads(stored.read_text())
-    curve = tuple(AlphaPoint(**point) for point in values.pop("curve"))
-    choice = AlphaChoice(**values, curve=curve)
-    say(f"alpha {choice.alpha:g}, chosen on {choice.num_held_out} held-out training samples")
-    return choice, objective(choice.alpha)
 
 
 def _summary(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fedprune.rounds.given import given_model
 from prunelab.networks import InputShape, build_model, float_state, narrow_width, uninitialised
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class TorchNetwork:
     def reference(self, *, width: int | None = None) -> nn.Module:
         """The full network that savings are measured against, or one of another width."""
         return build_model(
-            self.config.model_name,
+            given_model(self.config.model_name),
             num_classes=self.num_classes,
             input_shape=self.input_shape,
             seed=self.config.seed,

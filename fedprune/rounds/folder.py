@@ -42,6 +42,7 @@ __all__ = [
     "SUMMARY",
     "RunFolder",
     "check_same_run",
+    "default_folder",
     "discard_unstarted",
     "open_run",
     "prepare",
@@ -90,6 +91,13 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json; its presence means that the run is complete."""
         runfolder.write_summary(self.path, summary)
+
+
+def default_folder(config: RunConfig, *, resume: bool) -> Path:
+    """runs/DATASET-METHOD-dDENSITY-sSEED, numbered; with resume, the latest of them."""
+    dataset, method = Path(config.data.dataset).name, config.method
+    name = f"{dataset}-{method.name}-d{method.target_density:g}-s{config.seed}"
+    return runfolder.default_path(name, resume=resume)
 
 
 def prepare(path: Path, config: RunConfig, *, resume: bool) -> None:

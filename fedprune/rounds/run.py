@@ -37,6 +37,7 @@ def run(
             what to do. A folder in which nothing was computed is removed again.
     """
     from fedprune.rounds import folder as runfolder  # noqa: PLC0415
+    from fedprune.rounds.given import is_given  # noqa: PLC0415
     from fedprune.rounds.workspace import compute_device  # noqa: PLC0415
     from prunelab.data.datasets import check_dataset  # noqa: PLC0415
     from prunelab.networks import check_model  # noqa: PLC0415
@@ -49,8 +50,10 @@ def run(
             "the batched engine trains stacked dense weights; use --execution masked, or "
             "--engine inline for sparse execution"
         )
-    check_dataset(config.data.dataset)
-    check_model(config.model_name)
+    if not is_given(config.data.dataset):
+        check_dataset(config.data.dataset)
+    if not is_given(config.model_name):
+        check_model(config.model_name)
     compute_device(config.training.device)
     runfolder.prepare(folder, config, resume=resume)
     if not (folder / runfolder.SUMMARY).exists():

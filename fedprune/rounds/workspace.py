@@ -11,8 +11,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
-from sparsemodel.plans.program import program_of
-from sparsemodel.runtime.program import Program
 from torch import nn
 
 from fedprune.config import RunConfig
@@ -22,11 +20,14 @@ from fedprune.local.network import TorchNetwork
 from fedprune.local.partition import partition, split_server_set
 from fedprune.local.shares import write_shares
 from fedprune.methods.base import Method
+from fedprune.rounds.given import given_dataset
 from prunelab.data.batches import Integers
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.networks import uninitialised
 from prunelab.runs.seeds import stream_seed
 from sparsemodel.errors import PlanError
+from sparsemodel.plans.program import program_of
+from sparsemodel.runtime.program import Program
 from sparsemodel.storage.cost import layer_macs, model_bytes
 
 # The first part of a derived seed says what it is for, so that no two uses share a stream.
@@ -134,7 +135,7 @@ def open_workspace(config: RunConfig) -> Workspace:
         ConfigError, DataError, ModelError: a name is unknown, or the data do not allow it.
     """
     data = config.data
-    dataset = load_dataset(
+    dataset = given_dataset(data.dataset) or load_dataset(
         data.dataset,
         num_train=data.num_train or None,
         num_test=data.num_test or None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,7 +24,9 @@ class Samples(Protocol):
     """
 
     ids: Tensor
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str: ...
 
     @property
     def labels(self) -> Tensor | None: ...
@@ -48,7 +51,7 @@ class ImageSamples:
     """Labelled images in memory; a batch is (float32 [B, C, H, W], int64 [B]).
 
     Args:
-        images: uint8 or float32 [N, C, H, W].
+        images: uint8 or float32 [N, C, H, W]; or what else a network takes, [N, ...].
         labels: int64 [N].
         ids: int64 [N]; by default the row numbers.
 
@@ -62,7 +65,11 @@ class ImageSamples:
         self.images, self.labels = images, labels
         self.ids = torch.arange(len(labels)) if ids is None else ids
         check_ids(self.ids, len(images), len(labels))
-        self.fingerprint = fingerprint(images, labels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of images and labels, computed when first asked for."""
+        return fingerprint(self.images, self.labels)
 
     @classmethod
     def of(cls, dataset: ImageSet) -> ImageSamples:
@@ -118,7 +125,11 @@ class TokenSamples:
         self.ids = torch.arange(len(input_ids)) if ids is None else ids
         check_ids(self.ids, len(input_ids), len(targets))
         self.labels = targets if targets.dim() == 1 else None
-        self.fingerprint = fingerprint(input_ids, attention_mask, targets)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of tokens and targets, computed when first asked for."""
+        return fingerprint(self.input_ids, self.attention_mask, self.targets)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -132,6 +143,14 @@ class TokenSamples:
             "attention_mask": mask[:, :length],
             "labels": targets if targets.dim() == 1 else targets[:, :length],
         }
+
+
+def sizes(samples: Samples) -> tuple[int | None, tuple[int, ...] | None]:
+    """Number of classes, and the shape of one image; None where samples have none."""
+    num_classes = None if samples.labels is None else int(samples.labels.max()) + 1
+    batch = samples.batch(torch.zeros(1, dtype=torch.int64))
+    shape = tuple(batch[0].shape[1:]) if isinstance(batch, tuple) else None
+    return num_classes, shape
 
 
 def check_ids(ids: Tensor, *lengths: int) -> None:

@@ -8,19 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from prunelab.data.batches import batches
+from prunelab.data.objects import as_samples
 from prunelab.data.samples import Augmentable, Samples
 from prunelab.errors import RunError
 from prunelab.runs.seeds import rng, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
 from prunelab.training.steps import OPTIMIZERS, Loss, Objective, Stepper, make_optimizer
-from prunelab.training.task import Classification, Task, to_device
+from prunelab.training.task import Classification, ImageClassification, Task, to_device
 
 __all__ = [
     "Callback",
@@ -128,11 +129,27 @@ class TrainingResult:
         return len(self.losses)
 
 
-class Evaluation(NamedTuple):
-    """Share of samples classified right (NaN for a task without classes), and mean loss."""
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over samples, so that results of several parts can be added.
 
-    accuracy: float
-    loss: float
+    Attributes:
+        num_correct: samples whose largest logit is at the label; None for a task without classes.
+    """
+
+    loss_sum: float
+    num_correct: int | None
+    num_samples: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of samples classified right, in [0, 1]; NaN for a task without classes."""
+        return math.nan if self.num_correct is None else self.num_correct / self.num_samples
+
+    @property
+    def loss(self) -> float:
+        """Mean loss."""
+        return self.loss_sum / self.num_samples
 
 
 @dataclass
@@ -207,27 +224,33 @@ def train(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, samples: Samples, task: Task, *, rows: Tensor | None = None
+    model: nn.Module, data: Any, task: Task | None = None, *, rows: Tensor | None = None
 ) -> Evaluation:
-    """Accuracy and mean loss of a model in eval mode, on the device where it is.
+    """Loss and accuracy of a model in eval mode, on the device where it is.
 
     The model's modes are restored. Sums are float64.
+
+    Args:
+        data: samples, or anything that `as_samples` takes.
+        task: None: image classification.
 
     Raises:
         RunError: no rows, or rows that are not in the data.
     """
+    samples, task = as_samples(data), task or ImageClassification()
     chosen = _epoch_rows(rows, 0, len(samples))
     loss = Loss(task, None)
     loss_sum, correct = 0.0, 0
-    with _evaluating(model) as device:
+    device = next(model.parameters()).device
+    with evaluating(model):
         for part in chosen.split(EVALUATION_BATCH):
             batch = to_device(samples.batch(part), device)
             losses, logits = loss.per_sample(model, batch)
             loss_sum += float(losses.double().sum())
             if isinstance(task, Classification) and logits is not None:
                 correct += int((logits.argmax(1) == task.labels(batch)).sum())
-    accuracy = correct / len(chosen) if isinstance(task, Classification) else math.nan
-    return Evaluation(accuracy, loss_sum / len(chosen))
+    num_correct = correct if isinstance(task, Classification) else None
+    return Evaluation(loss_sum, num_correct, len(chosen))
 
 
 @torch.no_grad()
@@ -242,7 +265,8 @@ def predict(
         RunError: no rows, or rows that are not in the data.
     """
     logits, labels = [], []
-    with _evaluating(model) as device:
+    device = next(model.parameters()).device
+    with evaluating(model):
         for part in _epoch_rows(rows, 0, len(samples)).split(EVALUATION_BATCH):
             batch = to_device(samples.batch(part), device)
             logits.append(task.logits(model, batch).cpu())
@@ -251,12 +275,12 @@ def predict(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Eval mode, restored after; yields the model's device."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode inside, and as they were after."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield next(model.parameters()).device
+        yield
     finally:
         for module, mode in modes:
             module.training = mode

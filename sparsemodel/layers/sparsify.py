@@ -98,14 +98,22 @@ def mask_of(model: nn.Module) -> Mask:
 
 
 def sparse_layer(
-    layer: nn.Module, pattern: torch.Tensor, *, execution: Execution
+    layer: nn.Module,
+    pattern: torch.Tensor,
+    *,
+    execution: Execution,
+    values: torch.Tensor | None = None,
 ) -> SparseLinear | SparseConv2d:
-    """The sparse form of a plain (or already sparse) layer under a pattern of its weight."""
+    """The sparse form of a plain layer under a pattern of its weight.
+
+    Args:
+        values: the active weights [nnz], where they are not the layer's own.
+    """
     match layer:
         case nn.Linear():
-            return SparseLinear.from_dense(layer, pattern, execution=execution)
+            return SparseLinear.from_dense(layer, pattern, execution=execution, values=values)
         case nn.Conv2d():
-            return SparseConv2d.from_dense(layer, pattern, execution=execution)
+            return SparseConv2d.from_dense(layer, pattern, execution=execution, values=values)
     raise SparseModelError(f"no sparse form of {type(layer).__name__}; only Linear and Conv2d")
 
 

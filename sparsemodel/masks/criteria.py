@@ -8,13 +8,16 @@ train or eval mode that the caller set.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from sparsemodel.errors import MaskError
 from sparsemodel.masks.probe import Loss, differentiable, named_weights, probing, scalar_loss
+
+Criterion = Callable[..., dict[str, torch.Tensor]]
+"""Takes some of model, names, loss, input_shape, generator; returns name -> score."""
 
 
 def magnitude(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -150,8 +153,14 @@ def synflow(
     }
 
 
-CRITERIA = {"snip": snip, "taylor": taylor, "grasp": grasp}
-"""The criteria that are called with (model, names, loss)."""
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": magnitude,
+    "random": random,
+    "snip": snip,
+    "taylor": taylor,
+    "grasp": grasp,
+    "synflow": synflow,
+}
 
 
 def _gradient_products(

@@ -6,12 +6,15 @@ Every function returns name -> number of active weights, at least one in each la
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
 from sparsemodel.errors import DensityError, MaskError
+
+Distribution = Callable[..., dict[str, int]]
+"""Takes some of shapes, scores, density, generator; returns name -> number of active weights."""
 
 
 def uniform(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, int]:
@@ -142,6 +145,14 @@ def global_ranking(scores: Mapping[str, torch.Tensor], density: float) -> dict[s
     others = np.delete(ranked, best)[: total - len(sizes)]
     counts = 1 + np.bincount(others, minlength=len(sizes))
     return dict(zip(capacities, counts.tolist(), strict=True))
+
+
+DISTRIBUTIONS: dict[str, Distribution] = {
+    "uniform": uniform,
+    "erk": erk,
+    "noise": noise_uniform,
+    "global": global_ranking,
+}
 
 
 def _capacities(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Sparse states on disk: the files of `storage.checkpoint`, without a dense weight or mask."""
+"""Sparse states on disk: the files of `storage.format`, without a dense weight or mask."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from sparsemodel.errors import CheckpointError
 from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.state import SparseState
-from sparsemodel.storage.checkpoint import read_file, take_packed, write_file
+from sparsemodel.storage.format import read_file, take_layer, write_file
 
 
 def save_state(
@@ -30,7 +30,10 @@ def save_state(
         pattern = state.pattern(name)
         parts = {name: value}
         if pattern is not None:
-            parts = {f"{name}.values": value, f"{name}.mask": _packed(pattern)}
+            parts = {
+                f"{name}.values": value,
+                f"{name}.mask": np.concatenate([*pattern.bitmap()]),
+            }
         taken = parts.keys() & tensors.keys()
         if taken:
             raise CheckpointError(f"{path}: the state already has tensors named {sorted(taken)}")
@@ -48,19 +51,11 @@ def load_state(path: str | os.PathLike[str]) -> tuple[SparseState, dict[str, str
     tensors, layers, metadata = read_file(path)
     patterns: dict[str, Pattern] = {}
     for name, shape in layers:
-        values, packed = take_packed(path, name, shape, tensors)
+        values, active = take_layer(path, name, shape, tensors)
         tensors[name] = values
-        patterns[name] = Pattern.from_positions(shape, np.flatnonzero(np.unpackbits(packed)))
+        patterns[name] = Pattern.from_positions(shape, np.flatnonzero(active.numpy()))
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise CheckpointError(f"{path}: {name!r} is {tensor.dtype}, expected float32")
     arrays = {name: tensor.numpy() for name, tensor in sorted(tensors.items())}
     return SparseState(arrays, Patterns(patterns) if patterns else None), metadata
-
-
-def _packed(pattern: Pattern) -> np.ndarray:
-    """Eight weights a byte, the first in the highest bit."""
-    positions = pattern.positions()
-    bits = np.zeros(-(-pattern.num_weights // 8), dtype=np.uint8)
-    np.bitwise_or.at(bits, positions >> 3, np.uint8(128) >> (positions & 7).astype(np.uint8))
-    return bits

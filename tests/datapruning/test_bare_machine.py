@@ -45,11 +45,8 @@ tables = datapruning.score(
 )
 for name, table in tables.items():
     assert len(table) == 60 and table.scores.isfinite().all(), name
-    subset = datapruning.selection.select(table, keep=0.5, policy="random")
-    datapruning.train(
-        build(1), samples, datapruning.ImageClassification(), seed=0, rows=subset.rows(samples),
-        config=datapruning.TrainingConfig(epochs=1),
-    )
+    kept = table.select(keep=0.5, policy="random").of(samples)
+    datapruning.train(kept, model=build, training=datapruning.TrainingConfig(epochs=1))
 print(len(tables), "scores")
 """
 

@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datapruning.scoring.proxy import proxy_scores, sparse_proxy
+from datapruning.scoring.proxy import sparse_proxy
 from datapruning.selection.agreement import spearman
 from prunelab.data.datasets import load_dataset
 from prunelab.data.samples import ImageSamples
-from prunelab.errors import ModelError
 from prunelab.networks import build_model
 from prunelab.training.loop import TrainingConfig, predict, train
 from prunelab.training.task import ImageClassification
-from sparsemodel.errors import DensityError
+from sparsemodel.errors import DensityError, MaskError
 from sparsemodel.layers.sparsify import densify, mask_of
 from sparsemodel.masks import criteria
 from sparsemodel.masks.distribution import erk, global_ranking
@@ -96,12 +95,13 @@ def test_scores_of_a_proxy_agree_with_a_dense_models() -> None:
         model = network(seed)
         train(model, samples, TASK, config=config, seed=seed)
         dense.append(el2n(model))
-    proxy = proxy_scores(network(1), samples, TASK, score=el2n, density=0.1, config=config, seed=1)
-    assert spearman(dense[0], proxy) > 0.75 * spearman(dense[0], dense[1]) > 0.3
+    proxy = sparse_proxy(network(1), samples, TASK, density=0.1, seed=1)
+    train(proxy, samples, TASK, config=config, seed=1)
+    assert spearman(dense[0], el2n(proxy)) > 0.75 * spearman(dense[0], dense[1]) > 0.3
 
 
 def test_refusals() -> None:
-    with pytest.raises(ModelError, match="expected magnitude or snip, got 'taylor'"):
-        sparse_proxy(network(), digits(), TASK, density=0.1, criterion="taylor")
+    with pytest.raises(MaskError, match="unknown criterion 'size'; known: magnitude"):
+        sparse_proxy(network(), digits(), TASK, density=0.1, criterion="size")
     with pytest.raises(DensityError, match="lowest density possible"):
         sparse_proxy(network(), digits(), TASK, density=1e-6)

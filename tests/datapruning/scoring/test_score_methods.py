@@ -135,11 +135,12 @@ def test_high_is_hard_where_it_should_be() -> None:
 
 def test_all_methods_share_one_training_run(samples: ImageSamples) -> None:
     """Six methods of one run train one model; the early one alone stops early."""
-    options = {name: checked_options(name, {}) for name in ("el2n", "aum", "forgetting", "dual")}
+    methods = {name: METHODS[name] for name in ("el2n", "aum", "forgetting", "dual")}
+    options = {name: checked_options(name, method, {}) for name, method in methods.items()}
     recipe = Recipe(
         parts=None, samples=samples, task=None, model="resnet8", training=TRAINING, seed=0,
-        density=None, device="cpu", threads=1, options=options, runs=None, early=2,
-        shard_size=10,
+        density=None, device="cpu", threads=1, methods=methods, options=options, runs=None,
+        early=2, shard_size=10,
     )  # type: ignore[arg-type]  # fmt: skip
     (run,) = recipe.all_runs
     assert run.epochs == (2,)
@@ -150,9 +151,9 @@ def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(ScoreError, match="unknown method 'magic'; known methods: el2n, el2n-20"):
         check_method("magic")
     with pytest.raises(ScoreError, match="no option 'windw'; it has window"):
-        checked_options("dyn-unc", {"windw": 3})
+        checked_options("dyn-unc", METHODS["dyn-unc"], {"windw": 3})
     with pytest.raises(ScoreError, match="expected int, got 'ten'"):
-        checked_options("dyn-unc", {"window": "ten"})
+        checked_options("dyn-unc", METHODS["dyn-unc"], {"window": "ten"})
     with pytest.raises(ScoreError, match="parameters: expected head"):
         score("digits", method="influence-cg", training=TrainingConfig(epochs=1),
               options={"parameters": "tail"}, model=small)  # fmt: skip

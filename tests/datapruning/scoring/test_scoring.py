@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import datapruning
 from datapruning.errors import ScoreError, ScoreWarning, SelectionError
 from datapruning.reports.score_report import proxy_check
 from datapruning.scoring import engines as scoring_engines
@@ -311,12 +310,6 @@ def test_what_scoring_refuses(
     given = {"method": "el2n", "model": small, "training": TRAINING, **arguments}
     with pytest.raises((ScoreError, RunError, ValueError), match=message):
         score(samples, **given)
-
-
-def test_three_lines() -> None:
-    table = datapruning.score("digits", method="random")
-    subset = datapruning.selection.select(table, keep=0.5)
-    assert (len(table), len(subset)) == (1437, 719)
 
 
 def test_global_random_state_and_threads_are_left_alone(samples: ImageSamples) -> None:

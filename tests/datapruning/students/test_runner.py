@@ -19,6 +19,7 @@ from datapruning.reports.training_report import write_run_report
 from datapruning.selection.table import Subset
 from datapruning.students import runner
 from datapruning.students.runner import RunSettings, run
+from datapruning.students.train import ALPHA_FILE, LOGITS
 from prunelab.data.datasets import load_dataset
 from prunelab.data.samples import ImageSamples
 from prunelab.errors import DataError, RunError
@@ -66,7 +67,7 @@ def test_distilled_run_chooses_alpha_and_reports_its_curve(
     assert any("held-out training samples" in line for line in lines)
     text = write_run_report(tmp_path / "r").read_text()
     assert "Choice of alpha" in text
-    assert not (tmp_path / "r" / runner.LOGITS).exists()
+    assert not (tmp_path / "r" / LOGITS).exists()
 
 
 def test_augmented_distillation_runs(few: str, teacher: Path, tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_cut_off_at_any_line_then_resumed_gives_the_same_files(
         run(settings, tmp_path / "cut", progress=cutting)
     assert "not finished" in write_run_report(tmp_path / "cut").read_text()
     run(settings, tmp_path / "cut", resume=True)
-    for name in (runfolder.MODEL, runfolder.METRICS, runner.ALPHA_FILE):
+    for name in (runfolder.MODEL, runfolder.METRICS, ALPHA_FILE):
         whole, cut = (tmp_path / folder / name for folder in ("whole", "cut"))
         assert whole.read_bytes() == cut.read_bytes()
 

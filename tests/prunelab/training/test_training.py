@@ -526,4 +526,9 @@ def test_configuration_names_all_problems() -> None:
         TrainingConfig(epochs=0, batch_size=0, lr=-1.0, momentum=1.0, steps=0, optimizer="lion")
     for what in ("epochs", "batch_size", "lr", "momentum", "steps", "sgd, adamw, got 'lion'"):
         assert what in str(caught.value)
-    assert Evaluation(0.5, 1.0) == (0.5, 1.0)
+
+
+def test_evaluations_are_sums() -> None:
+    found = Evaluation(loss_sum=3.0, num_correct=1, num_samples=2)
+    assert (found.accuracy, found.loss) == (0.5, 1.5)
+    assert math.isnan(Evaluation(loss_sum=3.0, num_correct=None, num_samples=2).accuracy)

@@ -21,9 +21,9 @@ from sparsemodel.layers.sparsify import densify, mask_of, sparsify
 from sparsemodel.masks import adjust
 from sparsemodel.masks.mask import Mask
 from sparsemodel.optim import MaskedSGD, SparseAdam, SparseSGD
-from sparsemodel.storage.checkpoint import load_sparse, save_sparse
+from sparsemodel.storage.checkpoint import save_sparse
 from sparsemodel.storage.meter import state_bytes
-from sparsemodel.storage.model_file import load_sparse_model, save_sparse_model
+from sparsemodel.storage.models import load, save
 
 NETWORKS: list[Callable[[], nn.Module]] = [Residual, pooled]
 
@@ -363,15 +363,15 @@ def test_files_are_those_of_the_dense_state_and_mask(
     model, mask = build(factory)
     sparse = sparsify(model, mask)
     save_sparse(tmp_path / "dense", model.state_dict(), mask, metadata={"a": "b"})
-    save_sparse_model(tmp_path / "sparse", sparse, metadata={"a": "b"})
+    save(sparse, tmp_path / "sparse", metadata={"a": "b"})
     assert (tmp_path / "sparse").read_bytes() == (tmp_path / "dense").read_bytes()
-    assert load_sparse(tmp_path / "sparse").mask == mask
+    assert load(tmp_path / "sparse").mask == mask
+    assert load(tmp_path / "sparse").metadata == {"a": "b"}
     torch.manual_seed(5)
     other = factory()
     for template in (other, sparsify(other, random_mask(other, density=0.4, seed=7))):
         before = copy.deepcopy(template.state_dict())
-        loaded, metadata = load_sparse_model(tmp_path / "sparse", template)
-        assert metadata == {"a": "b"}
+        loaded = load(tmp_path / "sparse", template)
         assert mask_of(loaded) == mask
         assert_same_state(loaded, sparse)
         assert_same_state(densify(loaded), model)
@@ -380,27 +380,54 @@ def test_files_are_those_of_the_dense_state_and_mask(
         assert torch.equal(loaded.eval()(x), sparse.eval()(x))
 
 
+def test_a_model_on_meta_is_filled(tmp_path: Path) -> None:
+    """Nothing of the architecture is held in memory but what the file has."""
+    model, mask = build(Residual)
+    sparse = sparsify(model, mask)
+    save(sparse, tmp_path / "sparse")
+    with torch.device("meta"):
+        empty = Residual()
+    loaded = load(tmp_path / "sparse", empty)
+    assert_same_state(loaded, sparse)
+    assert all(p.is_meta for p in empty.parameters())
+    x, _ = images(0)
+    assert torch.equal(loaded.eval()(x), sparse.eval()(x))
+
+
+def test_files_without_a_mask_give_plain_models(tmp_path: Path) -> None:
+    model, mask = build(Residual)
+    save(model, tmp_path / "plain")
+    torch.manual_seed(5)
+    loaded = load(tmp_path / "plain", Residual())
+    assert_same_state(loaded, model)
+    assert not any(isinstance(m, SparseLayer) for m in loaded.modules())
+    assert load(tmp_path / "plain").mask is None
+    save(model, tmp_path / "masked", mask=mask)
+    assert load(tmp_path / "masked").mask == mask
+    assert mask_of(load(tmp_path / "masked", Residual())) == mask
+
+
 def test_files_of_other_models_are_refused(tmp_path: Path) -> None:
     model, mask = build(Residual)
     path = tmp_path / "file"
-    save_sparse_model(path, sparsify(model, mask), metadata={})
+    save(sparsify(model, mask), path)
     with pytest.raises(CheckpointError, match="in the model None; is it another"):
-        load_sparse_model(path, pooled())
+        load(path, pooled())
     with pytest.raises(CheckpointError, match=r"has shape .* is it another"):
-        load_sparse_model(path, Residual(width=4))
+        load(path, Residual(width=4))
     wider = Residual()
     wider.extra = nn.Linear(2, 2)
     with pytest.raises(CheckpointError, match=r"differ in \['extra.bias', 'extra.weight'\]"):
-        load_sparse_model(path, wider)
+        load(path, wider)
     stem = Residual()
     stem.conv1 = nn.Conv2d(3, 8, 5, 1, 2, bias=False)
     with pytest.raises(CheckpointError, match="made for another model"):
-        load_sparse_model(path, stem)
-    with pytest.raises(CheckpointError, match="no sparse layers; use save_sparse"):
-        save_sparse_model(path, model, metadata={})
-    save_sparse(path, model.state_dict(), None, metadata={})
-    with pytest.raises(CheckpointError, match="without a mask; use load_sparse"):
-        load_sparse_model(path, model)
+        load(path, stem)
+    with pytest.raises(CheckpointError, match="has its own; leave it out"):
+        save(sparsify(model, mask), path, mask=mask)
+    save(model, path)
+    with pytest.raises(CheckpointError, match="file and model differ in"):
+        load(path, sparsify(model, mask))
 
 
 def test_state_bytes_are_those_of_active_weights() -> None:

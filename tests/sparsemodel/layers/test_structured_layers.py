@@ -29,7 +29,7 @@ from sparsemodel.masks.mask import Mask
 from sparsemodel.masks.structure import block_counts, block_mask, n_of_m_mask
 from sparsemodel.optim import MaskedSGD, SparseSGD
 from sparsemodel.plans.plan import TrainingPlan
-from sparsemodel.storage.model_file import load_sparse_model, save_sparse_model
+from sparsemodel.storage.models import load, save
 
 NAMES = ("0.weight", "2.weight")
 both = pytest.mark.parametrize("execution", ["blocks", "2:4"])
@@ -135,8 +135,8 @@ def test_state_copies_and_files_come_back(execution: Execution, way: str, tmp_pa
         fresh = sparsify(mlp(), mask, execution=execution)
         fresh.load_state_dict(sparse.state_dict())
         assert torch.equal(fresh(x), y)
-        save_sparse_model(tmp_path / "model.safetensors", sparse, metadata={})
-        loaded, _ = load_sparse_model(tmp_path / "model.safetensors", mlp(), execution=execution)
+        save(sparse, tmp_path / "model.safetensors")
+        loaded = load(tmp_path / "model.safetensors", mlp(), execution=execution)
         assert torch.equal(loaded(x), y)
     assert not {"0.blocks", "0.side"} & sparse.state_dict().keys()
 

@@ -1,7 +1,8 @@
 """Criteria against closed forms, explicit Hessians and conservation laws."""
 
 import copy
-from collections.abc import Callable
+import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -193,18 +194,19 @@ def test_random_scores_come_from_the_generator_alone() -> None:
         assert first[name].shape == model.get_parameter(name).shape
 
 
-def all_criteria() -> dict[str, Callable[[nn.Module], dict[str, torch.Tensor]]]:
-    criteria: dict[str, Callable[[nn.Module], dict[str, torch.Tensor]]] = {
-        "magnitude": lambda model: magnitude(model, NAMES),
-        "random": lambda model: random(model, NAMES, generator=torch.Generator()),
-        "synflow": lambda model: synflow(model, NAMES, (2, 4, 4)),
-    }
-    for name, criterion in CRITERIA.items():
-        criteria[name] = lambda model, criterion=criterion: criterion(model, NAMES, network_loss)
-    return criteria
+ARGUMENTS: dict[str, Any] = {
+    "loss": network_loss,
+    "input_shape": (2, 4, 4),
+    "generator": torch.Generator(),
+}
 
 
-@pytest.mark.parametrize("name", all_criteria())
+def scores_by(name: str, model: nn.Module) -> dict[str, torch.Tensor]:
+    wanted = inspect.signature(CRITERIA[name]).parameters.keys() & ARGUMENTS.keys()
+    return CRITERIA[name](model, NAMES, **{key: ARGUMENTS[key] for key in wanted})
+
+
+@pytest.mark.parametrize("name", CRITERIA)
 def test_every_criterion_keeps_its_contract_and_leaves_no_trace(name: str) -> None:
     model = small_network()
     model.train()
@@ -219,7 +221,7 @@ def test_every_criterion_keeps_its_contract_and_leaves_no_trace(name: str) -> No
     modes = [module.training for module in model.modules()]
 
     with torch.no_grad():  # criteria turn gradients on for themselves
-        scores = all_criteria()[name](model)
+        scores = scores_by(name, model)
 
     assert list(scores) == NAMES
     for key, score in scores.items():

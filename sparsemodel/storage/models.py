@@ -1,8 +1,4 @@
-"""Sparse checkpoints of sparsified models, written and read without their dense weights.
-
-The files are those of `storage.checkpoint`, to the byte: what is saved here can be read there as
-dense state and mask, and the other way round.
-"""
+"""Models to sparse files (`storage.format`) and back, pruned layers never made whole."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import nn
@@ -17,33 +14,44 @@ from torch import nn
 from sparsemodel.errors import CheckpointError
 from sparsemodel.layers.linear_and_conv import Execution, SparseLayer
 from sparsemodel.layers.sparsify import exchange, sparse_layer, sparse_layers
-from sparsemodel.storage.checkpoint import layer_tensors, read_file, take_layer, write_file
+from sparsemodel.masks.mask import Mask
+from sparsemodel.storage.checkpoint import SparseCheckpoint, load_sparse, save_sparse
+from sparsemodel.storage.format import layer_tensors, read_file, take_layer, write_file
 
 _STATE_KEYS = ("values", "row_ptr", "cols")
 
 
-def save_sparse_model(
-    path: str | os.PathLike[str], model: nn.Module, *, metadata: Mapping[str, str]
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    mask: Mask | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a sparsified model to `path`, replacing what is there in one step.
+    """Write a model to `path`, replacing what is there in one step.
 
-    The bytes are those that `save_sparse` writes for the dense state and the model's mask.
+    A sparsified model and the plain one under the same mask give the same bytes.
 
     Args:
+        model: sparsified, or plain.
         path: the file; its folder must exist.
-        model: sparsified.
-        metadata: strings to store beside the state.
+        mask: of a plain model: which weights to store; the others have to be zero. None stores
+            all of them. A sparsified model has its own.
+        metadata: strings to store beside the model.
 
     Raises:
-        CheckpointError: the model has no sparse layer, metadata that are not strings, or a file
-            that cannot be written.
+        CheckpointError: a mask that does not fit, a pruned weight that is not zero, metadata that
+            are not strings, or a file that cannot be written.
     """
-    path, layers = Path(path), sparse_layers(model)
+    layers = sparse_layers(model)
     if not layers:
-        raise CheckpointError(f"{path}: the model has no sparse layers; use save_sparse")
-    if not all(isinstance(item, str) for pair in metadata.items() for item in pair):
-        raise CheckpointError(f"{path}: metadata must map strings to strings, got {dict(metadata)}")
-    left_out = _sparse_keys(layers)
+        save_sparse(path, model.state_dict(), mask, metadata=metadata or {})
+        return
+    if mask is not None:
+        raise CheckpointError(
+            f"{path}: a mask was given, but the model is sparsified and has its own; leave it out"
+        )
+    path, left_out = Path(path), _sparse_keys(layers)
     tensors = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
@@ -56,59 +64,79 @@ def save_sparse_model(
             raise CheckpointError(f"{path}: the state already has tensors named {taken}")
         tensors |= parts
     shapes = {name: layer.weight_shape for name, layer in layers.items()}
-    write_file(path, tensors, shapes, metadata)
+    write_file(path, tensors, shapes, metadata or {})
 
 
-def load_sparse_model(
+@overload
+def load(path: str | os.PathLike[str]) -> SparseCheckpoint: ...
+
+
+@overload
+def load(
     path: str | os.PathLike[str],
     model: nn.Module,
     *,
     execution: Execution = "auto",
     fuse: bool = True,
-) -> tuple[nn.Module, dict[str, str]]:
-    """Read a sparse checkpoint into a sparsified copy of `model`.
+) -> nn.Module: ...
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    execution: Execution = "auto",
+    fuse: bool = True,
+) -> nn.Module | SparseCheckpoint:
+    """Read what `save` wrote.
 
     Args:
-        path: a file that `save_sparse_model` or `save_sparse` wrote, with a mask.
-        model: the architecture, plain or sparsified under whatever mask; stays as it is.
+        path: the file.
+        model: the architecture: plain, freshly built for instance, or sparsified under whatever
+            mask; stays as it is. Built under `torch.device("meta")`, it takes no memory.
         execution: as in `sparsify`, for layers that are plain in `model`.
         fuse: as in `sparsify`.
 
     Returns:
-        The model and the metadata.
+        With `model` a copy of it with the file's state, sparsified if the file has a mask.
+        Without, the state (dense, zeros at pruned weights), the mask and the metadata.
 
     Raises:
-        CheckpointError: a file that is missing, damaged, without a mask, or of another model.
+        CheckpointError: a file that is missing, damaged, or of another model.
     """
+    if model is None:
+        return load_sparse(path)
     path = Path(path)
-    tensors, layers, metadata = read_file(path)
-    if not layers:
-        raise CheckpointError(f"{path}: it was saved without a mask; use load_sparse")
+    tensors, layers, _ = read_file(path)
     new = {}
     for name, shape in layers:
         values, pattern = take_layer(path, name, shape, tensors)
         layer = _layer(path, model, name, shape)
         new[id(layer)] = _with_values(layer, pattern, values, execution)
-    loaded = exchange(model, new, fuse=fuse)
+    loaded = exchange(model, new, fuse=fuse) if layers else copy.deepcopy(model)
     expected = loaded.state_dict().keys() - _sparse_keys(dict(sparse_layers(loaded)))
     masked = {name for name, _ in layers}
     differing = sorted(expected ^ tensors.keys() | sparse_layers(loaded).keys() ^ masked)
     if differing:
         raise CheckpointError(f"{path}: file and model differ in {differing}; is it another model?")
+    on_meta = any(tensor.is_meta for tensor in loaded.state_dict().values())
     try:
-        loaded.load_state_dict(tensors, strict=False)
+        loaded.load_state_dict(tensors, strict=False, assign=on_meta)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: made for another model ({error})") from error
-    return loaded, metadata
+    return loaded
 
 
 def _layer(path: Path, model: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Module:
     """The layer of `model` whose weight is called `name`."""
     layers: dict[str, nn.Module] = dict(model.named_modules())
     layer = layers.get(name.removesuffix("weight").removesuffix("."))
-    weight = getattr(layer, "weight", None)
-    if layer is None or not isinstance(weight, torch.Tensor) or tuple(weight.shape) != shape:
-        found = None if weight is None else tuple(weight.shape)
+    if isinstance(layer, SparseLayer):
+        found: tuple[int, ...] | None = tuple(layer.weight_shape)
+    else:
+        weight = getattr(layer, "weight", None)
+        found = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
+    if layer is None or found != shape:
         raise CheckpointError(
             f"{path}: its layer {name!r} has shape {shape}, in the model {found}; is it another "
             "model?"
@@ -120,11 +148,10 @@ def _with_values(
     layer: nn.Module, pattern: torch.Tensor, values: torch.Tensor, execution: Execution
 ) -> SparseLayer:
     """A sparse layer like `layer`, with this pattern and these values."""
-    if isinstance(layer, SparseLayer):
-        sparse = copy.deepcopy(layer)
-        sparse.move_pattern(torch.nonzero(pattern.reshape(-1)).reshape(-1))
-    else:
-        sparse = sparse_layer(layer, pattern, execution=execution)
+    if not isinstance(layer, SparseLayer):
+        return sparse_layer(layer, pattern, execution=execution, values=values)
+    sparse = copy.deepcopy(layer)
+    sparse.move_pattern(torch.nonzero(pattern.reshape(-1)).reshape(-1))
     with torch.no_grad():
         sparse.values.copy_(values)
     return sparse

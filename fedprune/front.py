@@ -1,0 +1,139 @@
+"""The front door: one function that runs, one object that holds what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedprune.config import RunConfig
+from fedprune.errors import ConfigError
+from fedprune.methods import method_name
+from fedprune.methods.base import Method
+from fedprune.rounds.given import is_given, name_dataset, name_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparsemodel.runtime.state import SparseState
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        folder: what the run left: model.safetensors, metrics.jsonl, summary.json, report.html.
+        summary: the content of summary.json.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+
+    @property
+    def report(self) -> Path:
+        """The page report.html."""
+        from fedprune.rounds.folder import REPORT  # noqa: PLC0415
+
+        return self.folder / REPORT
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl: the start, then one a round."""
+        from fedprune.rounds.folder import read_metrics  # noqa: PLC0415
+
+        return read_metrics(self.folder)
+
+    @cached_property
+    def state(self) -> SparseState:
+        """The final model as arrays: active values and patterns."""
+        from fedprune.rounds.folder import MODEL  # noqa: PLC0415
+        from sparsemodel.storage.state_file import load_state  # noqa: PLC0415
+
+        return load_state(self.folder / MODEL)[0]
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The final model in evaluation mode: of sparse layers where it was pruned, else dense."""
+        import torch  # noqa: PLC0415
+
+        from fedprune.rounds.folder import CONFIG  # noqa: PLC0415
+        from fedprune.rounds.workspace import open_workspace  # noqa: PLC0415
+        from sparsemodel.layers.from_state import load_state_, sparse_model  # noqa: PLC0415
+
+        workspace = open_workspace(RunConfig.read(self.folder / CONFIG))
+        state = self.state.ordered(workspace.shapes)
+        if state.patterns is None:
+            model = workspace.torch.empty_model()
+            load_state_(model, state)
+        else:
+            with torch.device("meta"):
+                skeleton = workspace.torch.empty_model()
+            model = sparse_model(skeleton, state)
+        return model.eval()
+
+
+def run(
+    config: RunConfig | None = None,
+    folder: str | Path | None = None,
+    *,
+    model: str | nn.Module | Callable[..., nn.Module] | None = None,
+    data: Any = None,
+    method: str | Method | None = None,
+    rounds: int | None = None,
+    clients: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    engine: str = "inline",
+    resume: bool = False,
+    progress: Callable[[], None] = lambda: None,
+) -> Result:
+    """Run a federation in this process, or on Flower's engine, and leave it in a folder.
+
+    Args:
+        config: a whole configuration; what is named besides is put in its place.
+        folder: the run folder; by default a new one under runs/.
+        model: a name, "module:function", a function that builds the network, or a network.
+        data: a name or folder; a mapping of train and test sides; or one data set (torch,
+            Hugging Face, arrays), of which a fifth is kept for the test.
+        method: a name, or an object such as `fedprune.FedTiny(density=0.01)`.
+        rounds, clients, seed: as in the configuration.
+        settings: any other setting as "section.key" -> value.
+        engine: "inline" (this process), "batched" (this process, the clients of a round trained
+            together) or "flower" (Flower's simulation engine, which needs networks and data by
+            name).
+        resume: continue what the folder holds; a complete run is left as it is.
+        progress: called a few times a second while metrics.jsonl grows.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
+            what to do. A folder in which nothing was computed is removed again.
+    """
+    from fedprune.rounds.folder import default_folder  # noqa: PLC0415
+    from fedprune.rounds.run import run as run_config  # noqa: PLC0415
+
+    values: dict[str, Any] = dict(config.flat()) if config is not None else {}
+    if method is not None:
+        values = {key: value for key, value in values.items() if not key.startswith("method.")}
+        values["method.name"] = method if isinstance(method, str) else method_name(method)
+        if isinstance(method, Method):
+            values |= {f"method.{key}": value for key, value in method.settings().items()}
+    named = {
+        "model.name": None if model is None else name_model(model),
+        "data.dataset": None if data is None else name_dataset(data, seed=seed or 0),
+        "training.rounds": rounds,
+        "data.clients": clients,
+        "seed": seed,
+    }
+    values |= {key: value for key, value in named.items() if value is not None}
+    made = RunConfig.parse({**values, **(settings or {})})
+    if engine == "flower" and (is_given(made.model_name) or is_given(made.data.dataset)):
+        raise ConfigError(
+            "the flower engine runs in other processes, which do not have this network or data "
+            "set: give a name, module:function or a folder, or use engine='inline'"
+        )
+    path = Path(folder) if folder is not None else default_folder(made, resume=resume)
+    summary = run_config(made, path, engine=engine, resume=resume, progress=progress)
+    return Result(path, summary)

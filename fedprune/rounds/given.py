@@ -1,0 +1,121 @@
+"""Networks and data sets that a caller of this process has given, by the names they got.
+
+A configuration holds names alone. Functions that can be imported keep "module:function", which
+works everywhere; other objects are known in this process only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prunelab.data.datasets import ImageSet
+
+_models: dict[str, Any] = {}
+_datasets: dict[str, ImageSet] = {}
+
+TEST_SHARE = 0.2
+
+
+def name_model(model: str | nn.Module | Callable[..., nn.Module]) -> str:
+    """The name of a network: a name as it is; else one under which `given_model` has it."""
+    if isinstance(model, str):
+        return model
+    module = getattr(model, "__module__", "")
+    path = getattr(model, "__qualname__", type(model).__qualname__)
+    if getattr(sys.modules.get(module), path, None) is model and module != "__main__":
+        return f"{module}:{path}"
+    return _enter(_models, path, model)
+
+
+def given_model(name: str) -> Any:
+    """What `prunelab.networks.build_model` takes for a name."""
+    return _models.get(name, name)
+
+
+def name_dataset(data: Any, *, seed: int = 0) -> str:
+    """A name or folder as it is; of other data a name under which `given_dataset` has them.
+
+    Args:
+        data: a name or folder; an ImageSet; a mapping with "train" and "test" (or "validation");
+            or anything that `prunelab.data.objects.as_samples` takes, of which a seeded fifth of
+            every class is set aside for the test.
+
+    Raises:
+        DataError: it is none of these, or no images.
+    """
+    if isinstance(data, str | Path):
+        return str(data)
+    found = _image_set(data, seed)
+    return _enter(_datasets, f"{found.name}@{found.fingerprint}", found)
+
+
+def given_dataset(name: str) -> ImageSet | None:
+    """The data set of a name; None where nobody gave it."""
+    return _datasets.get(name)
+
+
+def is_given(name: str) -> bool:
+    """Whether this process knows the name of a given network or data set."""
+    return name in _models or name in _datasets
+
+
+def _enter(table: dict[str, Any], name: str, value: Any) -> str:
+    """A name under which the table has this very object."""
+    number, free = 1, name
+    while free in table and table[free] is not value:
+        number += 1
+        free = f"{name}#{number}"
+    table[free] = value
+    return free
+
+
+def _image_set(data: Any, seed: int) -> ImageSet:
+    import numpy as np  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
+    from prunelab.data.datasets import ImageSet, fingerprint  # noqa: PLC0415
+    from prunelab.data.objects import as_samples  # noqa: PLC0415
+    from prunelab.data.samples import ImageSamples  # noqa: PLC0415
+    from prunelab.errors import DataError  # noqa: PLC0415
+    from prunelab.runs.seeds import rng  # noqa: PLC0415
+
+    if isinstance(data, ImageSet):
+        return data
+
+    def side(part: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        samples = as_samples(part)
+        if not isinstance(samples, ImageSamples) or samples.images.dim() != 4:
+            raise DataError("clients train on images [N, C, H, W] with a label each")
+        return samples.images, samples.labels
+
+    if isinstance(data, Mapping):
+        test = "test" if "test" in data else "validation"
+        if "train" not in data or test not in data:
+            raise DataError(f"expected the sides train and test, got {', '.join(map(str, data))}")
+        train_side, test_side = side(data["train"]), side(data[test])
+    else:
+        images, labels = side(data)
+        held = np.zeros(len(labels), dtype=bool)
+        for label in labels.unique().tolist():
+            members = rng(seed, label).permutation(np.flatnonzero(labels.numpy() == label))
+            held[members[: int(TEST_SHARE * len(members))]] = True
+        if not held.any():
+            raise DataError("too few samples to set a fifth of every class aside for the test")
+        chosen = torch.from_numpy(held)
+        train_side = images[~chosen], labels[~chosen]
+        test_side = images[chosen], labels[chosen]
+    return ImageSet(
+        name="given",
+        train_images=train_side[0],
+        train_labels=train_side[1],
+        test_images=test_side[0],
+        test_labels=test_side[1],
+        num_classes=1 + int(max(train_side[1].max(), test_side[1].max())),
+        fingerprint=fingerprint(*train_side, *test_side),
+    )

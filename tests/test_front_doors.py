@@ -1,0 +1,296 @@
+"""Three lines a package, as the README shows them, and everything that may stand in them."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import datapruning
+import sparsemodel
+from datapruning.scores.error import el2n
+from datapruning.scoring.methods import METHODS
+from datapruning.scoring.steps import of_logits
+from prunelab.data.datasets import load_dataset
+from prunelab.data.objects import as_samples
+from prunelab.errors import DataError
+
+ROOT = Path(__file__).parent.parent
+TRAINING = datapruning.TrainingConfig(epochs=6, batch_size=16, lr=0.05)
+
+
+def digits(count: int = 150) -> tuple[torch.Tensor, torch.Tensor]:
+    data = load_dataset("digits", num_train=count)
+    return data.train_images, data.train_labels
+
+
+def make_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 8, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(72, 10),
+    )
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    """A trained network."""
+    return datapruning.train(digits(), model=make_net, training=TRAINING)
+
+
+class Pictures(Dataset[Any]):
+    """A torch data set of Pillow pictures and ints."""
+
+    def __init__(self, *, noise: float = 0.0) -> None:
+        from PIL import Image  # noqa: PLC0415
+
+        images, labels = digits()
+        self.pictures = [Image.fromarray(image[0].numpy()) for image in images]
+        self.labels = labels.tolist()
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> tuple[Any, int]:
+        if not self.noise:
+            return self.pictures[row], self.labels[row]
+        image = torch.from_numpy(np.array(self.pictures[row]))[None].float() / 255
+        return image + self.noise * torch.randn(image.shape), self.labels[row]
+
+
+def hugging_face() -> Any:
+    import datasets  # noqa: PLC0415
+
+    pictures = Pictures()
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
+    )
+    columns = {"img": pictures.pictures, "label": pictures.labels}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def readme_lines(package: str) -> str:
+    """The README's three lines for a package."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Three lines a package")[1].split("\n## ")[0]
+    (lines,) = [code for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+                if code.startswith(f"import {package}\n")]  # fmt: skip
+    return lines
+
+
+def test_sparsemodel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's lines, and that what was saved comes back."""
+    monkeypatch.chdir(tmp_path)
+    model = make_net()
+    before = copy.deepcopy(model.state_dict())
+    names: dict[str, Any] = {"model": model}
+    exec(readme_lines("sparsemodel"), names)
+    mask, sparse = names["mask"], names["sparse"]
+
+    assert mask.density == pytest.approx(0.05, abs=1e-3)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    loaded = sparsemodel.load("tiny.safetensors", make_net())
+    assert isinstance(loaded[3], sparsemodel.SparseConv2d)
+    assert isinstance(loaded[6], sparsemodel.SparseLinear)
+    images = torch.randn(4, 1, 8, 8)
+    assert torch.equal(loaded.eval()(images), sparse.eval()(images))
+    stored = sparsemodel.load("tiny.safetensors")
+    assert stored.mask == mask
+    mask.apply(model)
+    assert all(torch.equal(stored.state[n], v) for n, v in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::datapruning.errors.SubsetWarning")
+def test_datapruning(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's lines on a torch data set, with short trainings."""
+    monkeypatch.setattr("datapruning.students.train.TrainingConfig", lambda: TRAINING)
+    names: dict[str, Any] = {"dataset": Pictures(), "net": net, "teacher": net}
+    exec(readme_lines("datapruning"), names)
+    table, kept, student = names["table"], names["kept"], names["student"]
+
+    assert (len(table), len(kept)) == (150, 75)
+    hardest = table.scores.argsort(descending=True)[:75]
+    assert sorted(hardest.tolist()) == kept.ids.tolist()
+    assert datapruning.evaluate(student, digits()).accuracy > 0.5
+    assert not student.training
+
+
+DRESSES: dict[str, Callable[[], Any]] = {
+    "tensors": digits,
+    "arrays": lambda: tuple(part.numpy() for part in digits()),
+    "gray arrays": lambda: (digits()[0][:, 0].numpy(), digits()[1].numpy().astype(np.int32)),
+    "channels last": lambda: (digits()[0].permute(0, 2, 3, 1).numpy(), digits()[1].numpy()),
+    "samples": lambda: datapruning.ImageSamples(*digits()),
+    "image set": lambda: load_dataset("digits", num_train=150),
+    "tensor data set": lambda: TensorDataset(*digits()),
+    "torch data set": Pictures,
+    "hugging face": hugging_face,
+}
+
+
+@pytest.mark.filterwarnings("ignore::datapruning.errors.SubsetWarning")
+@pytest.mark.parametrize("dress", DRESSES)
+def test_the_same_data_in_any_dress(dress: str, net: nn.Module) -> None:
+    """Same fingerprint, same scores, and the kept samples serve training and a DataLoader."""
+    data = DRESSES[dress]()
+    samples, expected = as_samples(data), datapruning.ImageSamples(*digits())
+    assert samples.fingerprint == expected.fingerprint
+    kept = datapruning.score(data, model=net, method="loss").select(keep=40)
+    chosen = kept.of(data)
+    assert len(chosen) == 40
+    assert chosen.indices == kept.ids.tolist()
+    once = datapruning.TrainingConfig(epochs=1, lr=0.01)
+    student = datapruning.train(chosen, model=net, training=once)
+    plain = datapruning.train(kept.of(digits()), model=net, training=once)
+    for ours, theirs in zip(student.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    if dress not in {"torch data set", "hugging face"}:  # whose pictures torch cannot stack
+        images, labels = next(iter(DataLoader(chosen, batch_size=40)))
+        assert images.shape == (40, 1, 8, 8)
+        assert torch.equal(labels, digits()[1][kept.ids])
+
+
+def test_kept_samples_of_a_named_data_set() -> None:
+    table = datapruning.score("digits", method="random", seed=3)
+    chosen = table.select(keep=5).of("digits")
+    images, _ = next(iter(DataLoader(chosen, batch_size=5)))
+    assert images.shape == (5, 1, 8, 8)
+    assert images.dtype == torch.float32
+
+
+def test_other_data_are_refused(net: nn.Module) -> None:
+    images, labels = digits()
+    kept = datapruning.score((images, labels), model=net, method="loss").select(keep=40)
+    with pytest.raises(ValueError, match="these data have fingerprint"):
+        kept.of((images.flip(0), labels))
+    with pytest.raises(ValueError, match=r"chosen from 150 samples of tuple, these data have 149"):
+        kept.of(TensorDataset(images[1:], labels[1:]))
+    with pytest.raises(ValueError, match="when the subset was chosen; give the data set"):
+        kept.of(TensorDataset(images, labels.roll(1)))
+
+
+def test_random_transforms_train_but_do_not_score(net: nn.Module) -> None:
+    noisy = Pictures(noise=0.1)
+    with pytest.raises(DataError, match="sample 0 is another one each time it is read"):
+        datapruning.score(noisy, model=net, method="loss")
+    kept = datapruning.score(Pictures(), model=net, method="loss").select(keep=10)
+    images, labels = next(iter(DataLoader(kept.of(noisy), batch_size=10)))
+    assert images.shape == (10, 1, 8, 8)
+    assert torch.equal(labels, digits()[1][kept.ids])
+
+
+def uncertain(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Minus the largest probability."""
+    return -logits.softmax(1).amax(1)
+
+
+def test_objects_stand_where_names_do(net: nn.Module) -> None:
+    """A method, a policy, an engine and a network, given as functions and objects."""
+    data = digits()
+    table = datapruning.score(data, model=net, method=uncertain)
+    assert table.method == "uncertain"
+    logits = net(as_samples(data).batch(torch.arange(150))[0])
+    assert torch.allclose(table.scores, uncertain(logits, data[1]).double())
+    mine = datapruning.Method("EL2N again.", "here", runs=1, observe=of_logits(el2n), name="mine")
+    both = datapruning.score(data, model=net, method=[mine, "el2n"])
+    assert torch.equal(both["mine"].scores, both["el2n"].scores)
+
+    def first(pool: Any, count: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.arange(count)
+
+    assert table.select(keep=3, policy=first).ids.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="needs a name"):
+        datapruning.score(data, model=net, method=METHODS["el2n"])
+
+
+def test_models_by_name_function_and_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal seeds give equal models, wherever they come from; a given model stays as it is."""
+    data, once = digits(60), datapruning.TrainingConfig(epochs=1, lr=0.01)
+    (tmp_path / "my_networks.py").write_text(
+        "from torch import nn\n"
+        "def linear(num_classes, input_shape):\n"
+        "    width = input_shape[0] * input_shape[1] * input_shape[2]\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(width, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+    def linear() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    first = datapruning.train(data, model="my_networks:linear", training=once)
+    second = datapruning.train(data, model=linear, training=once)
+    start = second[1].weight.detach().clone()
+    third = datapruning.train(data, model=second, training=once)
+    assert torch.equal(first[1].weight, second[1].weight)
+    assert torch.equal(second[1].weight, start)
+    assert not torch.equal(third[1].weight, start)
+    assert datapruning.train(data, model="resnet8", training=once).fc.out_features == 10
+    for wrong, message in (
+        ("my_networks:quadratic", "has no 'quadratic'"),
+        ("nowhere:linear", "cannot import 'nowhere'"),
+        ("resnet9", "unknown model 'resnet9'"),
+        (nn.Linear, "may ask for num_classes, input_shape"),
+        (lambda: "net", "returned a str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            datapruning.train(data, model=wrong, training=once)
+
+
+def test_a_sparse_student_stays_sparse(net: nn.Module) -> None:
+    sparse = sparsemodel.sparsify(net, sparsemodel.prune(net, density=0.2))
+    student = datapruning.train(digits(), model=sparse, training=TRAINING)
+    assert isinstance(student[6], sparsemodel.SparseLinear)
+    assert datapruning.evaluate(student, digits()).accuracy > 0.5
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((torch.zeros(3, 1, 8, 8), torch.tensor([0, -1, 0])), "sample 1 has the label -1"),
+        ((torch.zeros(3, 1, 8, 8), torch.zeros(3)), "labels are torch.float32"),
+        ((torch.zeros(3, 1, 8, 8), torch.tensor([0, 1])), "3 images but 2 labels"),
+        ((torch.full((2, 8, 8), torch.nan), torch.tensor([0, 1])), "sample 0 holds values that"),
+        ((torch.zeros(2, 1, 8, 8, dtype=torch.int64), torch.tensor([0, 1])), "torch.int64"),
+        ({"train": 1, "test": 2}, "mapping of 'train', 'test'; give one of them"),
+        ([(torch.zeros(1, 8, 8), 0.5)], "sample 0 has the label 0.5"),
+        ([(torch.zeros(1, 8, 8), 0), (torch.zeros(1, 9, 8), 0)], "sample 1 is torch.float32"),
+        ([torch.zeros(1, 8, 8)], r"sample 0 is a Tensor, expected \(image, label\)"),
+        ([{"text": "a", "label": 1}], "rename the columns"),
+        ([("a", 1)], "the image of sample 0 is a str"),
+        ([], "no samples"),
+        (7, "data is a int"),
+    ],
+)
+def test_data_that_are_none_are_named(data: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        as_samples(data)
+
+
+@pytest.mark.parametrize("package", ["sparsemodel", "datapruning"])
+def test_names_are_shown_and_imported_when_used(package: str) -> None:
+    code = (
+        f"import sys, {package} as p\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert set(p.__all__) <= set(dir(p)), sorted(set(p.__all__) - set(dir(p)))\n"
+        "from importlib import import_module\n"
+        "assert all(getattr(p, name) is not None for name in p.__all__)\n"
+        "assert not hasattr(p, 'nothing')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
