@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedprune.flower.engine import InlineGrid
 from flwr.app import Context, Message, RecordDict
 
 from fedprune.config import RunConfig
 from fedprune.flower import client, server
+from fedprune.flower.inline import InlineGrid
+from fedprune.flower.launch import launch_values
 from fedprune.rounds.folder import MODEL, prepare
+from fedprune.rounds.workspace import open_workspace
 
 TINY = {
     "seed": 7,
@@ -42,14 +44,19 @@ def run_inline(
 ) -> Path:
     """Run the real ServerApp over an in-process grid; `clients` may misbehave."""
     prepare(out, config, resume=resume)
-    values = {**config.flat(), "run.out": str(out), "run.launcher-pid": os.getpid()}
-    grid = InlineGrid(
-        clients or client.app,  # type: ignore[arg-type]
-        run_config=values,
-        num_nodes=config.data.clients,
-    )
-    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=values)
-    server.app(grid, context)
+    with tempfile.TemporaryDirectory() as temporary:
+        store = Path(temporary) / "shares"
+        open_workspace(config).write_shares(store)
+        values = {**config.flower(), **launch_values(out, resume=resume, store=store)}
+        grid = InlineGrid(
+            clients or client.app,  # type: ignore[arg-type]
+            run_config=values,
+            num_nodes=config.data.clients,
+        )
+        context = Context(
+            run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=values
+        )
+        server.app(grid, context)
     return out
 
 
