@@ -12,14 +12,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsemodel.runtime.program import Program
-
 from fedprune.exchange.messages import Resources
 from fedprune.local.data import ClientData
 from fedprune.local.model import LocalModel, Network, open_model
 from fedprune.local.shares import open_client
 from prunelab.errors import DataError
 from prunelab.runs.seeds import stream_seed
+from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.meter import peak_rss_bytes
 

@@ -11,8 +11,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
-from sparsemodel.plans.program import program_of
-from sparsemodel.runtime.program import Program
 from torch import nn
 
 from fedprune.config import RunConfig
@@ -27,6 +25,8 @@ from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.networks import uninitialised
 from prunelab.runs.seeds import stream_seed
 from sparsemodel.errors import PlanError
+from sparsemodel.plans.program import program_of
+from sparsemodel.runtime.program import Program
 from sparsemodel.storage.cost import layer_macs, model_bytes
 
 # The first part of a derived seed says what it is for, so that no two uses share a stream.
