@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.config import PARTITIONS
 from fedprune.local.partition import partition, split_server_set
+from fedprune.settings import PARTITIONS
 from prunelab.data.batches import Integers
 from prunelab.errors import DataError
 
