@@ -311,11 +311,13 @@ def parameter_blocks(model: nn.Module, *, granularity: str) -> list[list[str]]:
 
     Args:
         granularity: "layer" (each its own), "block" or "entire" (one group). Blocks are the
-            stages of a residual network, the classifier with the last; and VGG's parts between
-            max pools, where the first holds only the stem, with the classifier as the fifth.
+            stages of a residual network, the classifier with the last; VGG's parts between max
+            pools, where the first holds only the stem, with the classifier as the fifth; and of
+            other networks what lies in one child of the model, or of its only child that has
+            prunable parameters, the last layer with the block before it.
 
     Raises:
-        ModelError: "block" for a model whose stages are not known, or another granularity.
+        ModelError: another granularity.
     """
     names = list(prunable_parameters(model))
     if granularity == "layer":
@@ -326,12 +328,32 @@ def parameter_blocks(model: nn.Module, *, granularity: str) -> list[list[str]]:
         raise ModelError(f"granularity: expected layer, block or entire; got {granularity!r}")
     groups: dict[int, list[str]] = {}
     for name in names:
-        groups.setdefault(_stage_of(model, name, last=max(groups, default=None)), []).append(name)
+        stage = _stage_of(model, name, last=max(groups, default=None))
+        if stage is None:
+            return _blocks_by_child(names)
+        groups.setdefault(stage, []).append(name)
     return [groups[stage] for stage in sorted(groups)]
 
 
-def _stage_of(model: nn.Module, name: str, *, last: int | None) -> int:
-    """Number of the stage of a parameter; `last` is the latest stage before it."""
+def _blocks_by_child(names: list[str]) -> list[list[str]]:
+    """Consecutive names that share the first parts of their paths, as few as tell them apart."""
+    for depth in range(1, max(name.count(".") for name in names) + 1):
+        blocks: list[list[str]] = []
+        for name in names:
+            if blocks and blocks[-1][0].split(".")[:depth] == name.split(".")[:depth]:
+                blocks[-1].append(name)
+            else:
+                blocks.append([name])
+        if len(blocks) > 1:
+            *before, last = blocks
+            if len(last) == 1 and len(before) > 1:
+                return [*before[:-1], before[-1] + last]
+            return blocks
+    return [names]
+
+
+def _stage_of(model: nn.Module, name: str, *, last: int | None) -> int | None:
+    """Number of a parameter's stage, None where stages are not known; `last` is that before it."""
     first, *rest = name.split(".")
     features = getattr(model, "features", None)
     if first.startswith("layer") and first[5:].isdigit():
@@ -341,10 +363,7 @@ def _stage_of(model: nn.Module, name: str, *, last: int | None) -> int:
         return sum(isinstance(layer, nn.MaxPool2d) for layer in before)
     if first == "fc" and last is not None:
         return last
-    raise ModelError(
-        f"cannot tell which block {name!r} of {type(model).__name__} belongs to; "
-        "use granularity layer or entire"
-    )
+    return None
 
 
 def batch_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:

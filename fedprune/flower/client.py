@@ -92,7 +92,8 @@ def open_request(record: RecordDict, context: Context) -> tuple[Request, Local]:
         network = network_of(config, data, program)
     else:
         network = network_of(config, data, None)
-    return received.request(network.shapes), Local(client, data, config, network)
+    local = Local(client, data, config, network, message_bytes=received.nbytes())
+    return received.request(network.shapes), local
 
 
 def encode_answer(reply: Reply, request: Request, local: Local) -> RecordDict:

@@ -304,6 +304,13 @@ class Received:
     _frames: Frames
     _held: Held
 
+    def nbytes(self) -> int:
+        """Bytes of the message's frames, and of what is held from now on."""
+        frames = {
+            id(data): len(data) for data in (*self._frames.values(), *self._held.items.values())
+        }
+        return sum(frames.values())
+
     def program_text(self) -> bytes:
         """The program of the run's network."""
         return self._held.take(self.program)

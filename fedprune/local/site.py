@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedprune.exchange.messages import Resources
+from fedprune.exchange.messages import Request, Resources
 from fedprune.local.data import ClientData
 from fedprune.local.model import LocalModel, Network, open_model
 from fedprune.local.shares import open_client
@@ -37,12 +37,14 @@ class Local:
         data: its own samples, for training and for development.
         config: of the run.
         network: of the run.
+        message_bytes: of the question, and of what is kept for the next one.
     """
 
     client: int
     data: ClientData
     config: RunConfig
     network: Network
+    message_bytes: int = 0
 
     def open(self, state: SparseState) -> LocalModel:
         """The run's network holding `state`."""
@@ -52,9 +54,10 @@ class Local:
         """A seed of this client in this run for one use."""
         return stream_seed(stream, self.config.seed, *parts, self.client)
 
-    def resources(self, model: LocalModel) -> Resources:
-        """What this process holds."""
-        return Resources(model.held_bytes(), peak_rss_bytes())
+    def resources(self, model: LocalModel, request: Request) -> Resources:
+        """What this process holds: of the model, of the question's states, and of messages."""
+        states = sum(sum(v.nbytes for v in s.values.values()) for s in request.states.values())
+        return Resources(model.held_bytes() + states + self.message_bytes, peak_rss_bytes())
 
 
 def open_data(config: RunConfig, client: int, *, private: str = "", store: str = "") -> ClientData:

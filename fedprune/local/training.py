@@ -63,7 +63,7 @@ def train(request: Request, local: Local, *, correction: Correction | None = Non
         fields={"loss": loss},
         states={MODEL: state},
         entries=entries,
-        resources=local.resources(model) if request.report_resources else None,
+        resources=local.resources(model, request) if request.report_resources else None,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -245,15 +247,42 @@ def test_blocks_are_the_stages(name: str, sizes: list[int], ends: list[str]) -> 
     assert [block[-1] for block in blocks] == [f"{end}.weight" for end in ends]
 
 
-def test_unknown_blocks_are_refused() -> None:
+def test_unknown_granularity_is_refused() -> None:
     with pytest.raises(ModelError, match="layer, block or entire; got 'stage'"):
         parameter_blocks(small(), granularity="stage")
-    with pytest.raises(ModelError, match=r"'1\.weight' of Sequential"):
-        parameter_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), granularity="block")
-    alone = nn.Sequential()
-    alone.add_module("fc", nn.Linear(2, 2))
-    with pytest.raises(ModelError, match=r"'fc\.weight'"):
-        parameter_blocks(alone, granularity="block")
+
+
+@pytest.mark.parametrize(
+    ("model", "blocks"),
+    [
+        # The stem apart; the last layer goes with the block before it.
+        (
+            nn.Sequential(
+                OrderedDict(
+                    stem=nn.Conv2d(1, 2, 3),
+                    first=nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3)),
+                    second=nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3)),
+                    head=nn.Linear(2, 2),
+                )
+            ),
+            [
+                ["first.0.weight", "first.1.weight"],
+                ["second.0.weight", "second.1.weight", "head.weight"],
+            ],
+        ),
+        # All in one child: its children count.
+        (
+            nn.Sequential(OrderedDict(body=nn.Sequential(*(nn.Conv2d(2, 2, 1) for _ in range(4))))),
+            [["body.1.weight"], ["body.2.weight", "body.3.weight"]],
+        ),
+        (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), [["1.weight"]]),
+        (nn.Linear(2, 2), [["weight"]]),
+    ],
+)
+def test_blocks_of_other_networks_are_their_children(
+    model: nn.Module, blocks: list[list[str]]
+) -> None:
+    assert parameter_blocks(model, granularity="block") == blocks
 
 
 # --- state ---------------------------------------------------------------------------------------
