@@ -160,8 +160,8 @@ def test_a_member_that_does_not_fit_alone_is_an_error() -> None:
 @pytest.mark.parametrize("method", list(METHODS))
 def test_the_batched_engine_gives_the_rounds_of_inline(method: str, tmp_path: Path) -> None:
     """Ragged clients, growth rounds, the same messages."""
-    config = tiny_of(
-        method, training__execution="masked", training__lr=0.02,
+    config = tiny(
+        method__name=method, training__execution="masked", training__lr=0.02,
         training__rounds=3, training__cohort=3, data__clients=6, data__alpha=0.1,
         data__num_train=90,
     )  # fmt: skip
