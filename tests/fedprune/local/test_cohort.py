@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from federation import run_inline, tiny
-from little_clients import SHAPE, narrow, network_from, random_mask, state_of
+from little_clients import SHAPE, narrow, random_mask, state_of
 
 from fedprune.config import RunConfig, TrainingConfig
 from fedprune.errors import ConfigError

@@ -29,7 +29,7 @@ from fedprune.methods.base import RunState, train_request
 from fedprune.rounds.workspace import compute_device
 from prunelab.data.tensors import prepare
 from sparsemodel.layers.from_state import load_state_
-from sparsemodel.masks.mask import Mask, prunable_parameters
+from sparsemodel.masks.mask import Mask
 from sparsemodel.runtime.state import Entries, SparseState
 
 SGD = Sgd(0.1, 0.9, 5e-4)
@@ -183,11 +183,13 @@ def test_too_few_samples_are_refused(count: int) -> None:
     "grow", [[[0]], [["fc.weight", 3]], [[99, 3]], [[-1, 3]], [[0, -3]], [3], [[0, 1.5]]]
 )
 def test_growth_in_another_form_is_refused(grow: list[Any]) -> None:
-    state = state_of(narrow(), random_mask(0.5))
+    state, dense = state_of(narrow(), random_mask(0.5)), state_of(narrow())
     with pytest.raises(ClientError, match="grow"):
         growth_counts(Request("train", fields={"grow": grow}, states={MODEL: state}))
     with pytest.raises(ClientError, match="grow"):
-        growth_counts(Request("train", fields={"grow": [[0, 1]]}, states={MODEL: state_of(narrow())}))
+        growth_counts(
+            Request("train", fields={"grow": [[0, 1]]}, states={MODEL: state_of(narrow())})
+        )
 
 
 def test_growth_is_measured_on_a_mini_batch_of_the_round() -> None:
@@ -202,19 +204,19 @@ def test_growth_is_measured_on_a_mini_batch_of_the_round() -> None:
 # --- execution ---------------------------------------------------------------------------------
 
 
-def executed(
-    execution: str, mask: Mask, num_samples: int = 8
-) -> tuple[LocalModel, float, Entries]:
+def executed(execution: str, mask: Mask, num_samples: int = 8) -> tuple[LocalModel, float, Entries]:
     training = TrainingConfig(batch_size=8, execution=execution)
     model = open_model(network_from(narrow), state_of(narrow(), mask), training)
     images, labels = samples(40)
     loss = train_epochs(
         model, images, labels, sgd=Sgd(0.05, 0.9, 5e-4), epochs=2, batch_size=8, seed=1
     )
-    held = model.state()
+    before = model.state().values
     counts = {"fc.weight": 5, "layer2.0.conv1.weight": 7}
     growth = model.growth(counts, images[:num_samples], labels[:num_samples])
-    assert all(np.array_equal(v, model.state().values[n]) for n, v in held.values.items() if n in mask)
+    assert all(
+        np.array_equal(v, model.state().values[n]) for n, v in held.values.items() if n in mask
+    )
     return model, loss, growth
 
 
@@ -250,7 +252,12 @@ def test_executions_hold_what_they_say() -> None:
     assert held["sparse"] < 12 * rest + 24 * mask.num_active + rows
 
 
-KINDS = {"runtime": "RuntimeModel", "sparse": "SparseModules", "masked": "MaskedModel", "dense": "DenseModel"}
+KINDS = {
+    "runtime": "RuntimeModel",
+    "sparse": "SparseModules",
+    "masked": "MaskedModel",
+    "dense": "DenseModel",
+}
 
 
 @pytest.mark.parametrize(
