@@ -6,13 +6,13 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <mutex>
 #include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
 
+#include "pages.h"
 #include "sparse_cpu.h"
 
 namespace spc {
@@ -48,17 +48,11 @@ struct Job {
 thread_local bool inside = false;  // this thread is at work in a job
 
 struct Scratch {
-    void* memory[static_cast<int>(Slot::count)] = {};
-    std::size_t size[static_cast<int>(Slot::count)] = {};
+    Pages slots[static_cast<int>(Slot::count)];
 
     void release() {
-        for (int i = 0; i < static_cast<int>(Slot::count); ++i) {
-            std::free(memory[i]);
-            memory[i] = nullptr;
-            size[i] = 0;
-        }
+        for (Pages& slot : slots) slot.reset();
     }
-    ~Scratch() { release(); }
 };
 
 thread_local Scratch mine;
@@ -239,16 +233,9 @@ int worthwhile_threads(int threads, double operations) {
 }
 
 void* scratch(Slot slot, std::size_t bytes) {
-    const int i = static_cast<int>(slot);
-    if (mine.size[i] < bytes || !mine.memory[i]) {
-        std::free(mine.memory[i]);
-        mine.size[i] = 0;
-        const std::size_t rounded = (bytes + 4096) / 4096 * 4096;
-        mine.memory[i] = std::aligned_alloc(4096, rounded);
-        if (!mine.memory[i]) throw std::bad_alloc();
-        mine.size[i] = rounded;
-    }
-    return mine.memory[i];
+    Pages& pages = mine.slots[static_cast<int>(slot)];
+    pages.reserve(bytes);
+    return pages.get();
 }
 
 }  // namespace spc
