@@ -223,7 +223,7 @@ def _packed_settings(text: Any) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise ConfigError(f"{METHOD_SETTINGS}: expected a JSON object, got {text!r:.60}")

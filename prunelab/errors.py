@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class PrunelabError(ValueError):
     """Base class: something that the user asked for cannot be done as it is."""
@@ -21,3 +23,21 @@ class RunError(PrunelabError):
 
 class PrunelabWarning(UserWarning):
     """Base class: something that works, but not as well as the user may expect."""
+
+
+def check_settings(
+    what: str, checks: Mapping[str, bool], *, error: type[PrunelabError] = RunError
+) -> None:
+    """Refuse settings that are out of range, all of them at once.
+
+    Args:
+        checks: what is wrong where a condition does not hold -> the condition.
+
+    Raises:
+        error: of the class given.
+
+    >>> check_settings("training", {"lr must be positive, got 0.1": True})
+    """
+    problems = [problem for problem, holds in checks.items() if not holds]
+    if problems:
+        raise error(f"{what}: {'; '.join(problems)}")

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from prunelab.data.batches import batches
 from prunelab.data.samples import Samples
-from prunelab.errors import DataError, ModelError, RunError
+from prunelab.errors import DataError, ModelError, RunError, check_settings
 from prunelab.networks import build_model
 from prunelab.runs.seeds import generator, rng, stream_seed
 from prunelab.training import checkpoint as checkpoints
@@ -71,9 +71,7 @@ class SimclrConfig:
             f"jitter must be in [0, 1], got {self.jitter}": 0 <= self.jitter <= 1,
             f"noise must be at least 0, got {self.noise}": self.noise >= 0,
         }
-        problems = [problem for problem, good in checks.items() if not good]
-        if problems:
-            raise RunError(f"simclr: {'; '.join(problems)}")
+        check_settings("simclr", checks)
 
 
 def train_simclr(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from datapruning.recommend.effort import batches_of_tokens
 from prunelab.data.samples import TokenSamples
-from prunelab.errors import RunError
+from prunelab.errors import RunError, check_settings
 from prunelab.runs.seeds import generator, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
 from prunelab.training.task import CausalLM, to_device
@@ -63,9 +63,7 @@ class FinetuneConfig:
             f"weight_decay must be at least 0, got {self.weight_decay}": self.weight_decay >= 0,
             f"max_norm must be positive, got {self.max_norm}": self.max_norm > 0,
         }
-        problems = [problem for problem, good in checks.items() if not good]
-        if problems:
-            raise RunError(f"fine-tuning: {'; '.join(problems)}")
+        check_settings("fine-tuning", checks)
 
     def num_steps(self, num_samples: int) -> int:
         """Optimiser steps on so many samples; each epoch ends with a step of what is left."""

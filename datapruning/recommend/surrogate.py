@@ -16,7 +16,7 @@ from datapruning.recommend.metrics import CUTOFFS, ranking_metrics, target_ranks
 from datapruning.recommend.ragged import Ragged
 from datapruning.recommend.sasrec import SASRec, batches_by_length, position_losses
 from prunelab.data.datasets import fingerprint
-from prunelab.errors import RunError
+from prunelab.errors import RunError, check_settings
 from prunelab.runs.seeds import generator, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
 
@@ -65,9 +65,7 @@ class SurrogateConfig:
         checks[f"hidden = {self.hidden} is no multiple of num_heads = {self.num_heads}"] = (
             self.num_heads < 1 or self.hidden % self.num_heads == 0
         )
-        problems = [problem for problem, good in checks.items() if not good]
-        if problems:
-            raise RunError(f"surrogate: {'; '.join(problems)}")
+        check_settings("surrogate", checks)
 
 
 @dataclass

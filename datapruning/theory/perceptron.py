@@ -36,7 +36,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prunelab.errors import PrunelabError
+from prunelab.errors import PrunelabError, check_settings
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Keep = Literal["hard", "easy", "random"]
@@ -185,9 +185,7 @@ def _check(alpha: float, fraction: float, angle: float, keep: str) -> None:
         f"angle must be in [0, π/2], got {angle}": 0 <= angle <= math.pi / 2,
         f"keep must be hard, easy or random, got {keep!r}": keep in ("hard", "easy", "random"),
     }
-    problems = [problem for problem, good in checks.items() if not good]
-    if problems:
-        raise PrunelabError(f"perceptron: {'; '.join(problems)}")
+    check_settings("perceptron", checks, error=PrunelabError)
 
 
 def _bias(fields: Array, components: Array, weights: Array, target: float) -> tuple[float, Array]:

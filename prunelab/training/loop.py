@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunelab.data.batches import batches
 from prunelab.data.objects import as_samples
 from prunelab.data.samples import Augmentable, Samples
-from prunelab.errors import RunError
+from prunelab.errors import RunError, check_settings
 from prunelab.runs.seeds import rng, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
 from prunelab.training.steps import OPTIMIZERS, Loss, Objective, Stepper, make_optimizer
@@ -104,9 +104,7 @@ class TrainingConfig:
                 self.optimizer in OPTIMIZERS
             ),
         }
-        problems = [problem for problem, good in checks.items() if not good]
-        if problems:
-            raise RunError(f"training: {'; '.join(problems)}")
+        check_settings("training", checks)
 
 
 @dataclass(frozen=True)

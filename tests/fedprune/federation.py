@@ -10,7 +10,7 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
-from fedprune.config import RunConfig
+from fedprune.config import RunConfig, own_settings
 from fedprune.flower import client, server
 from fedprune.flower.inline import InlineGrid
 from fedprune.flower.launch import launch_values
@@ -35,8 +35,12 @@ ClientApp = Callable[[Message, Context], Message | None]
 
 
 def tiny(**changes: Any) -> RunConfig:
-    """The small federation's configuration; `data__clients=3` stands for data.clients = 3."""
-    return RunConfig.parse({**TINY, **{k.replace("__", "."): v for k, v in changes.items()}})
+    """The small federation's configuration; `data__clients=3` stands for data.clients = 3.
+
+    Settings that the method does not have are left out.
+    """
+    values = {**TINY, **{k.replace("__", "."): v for k, v in changes.items()}}
+    return RunConfig.parse(own_settings(values))
 
 
 def run_inline(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,14 +18,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "fedprune"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "fedprune" / "local"))
 
 from federation import tiny
-from test_cohort import alone, masks, members, network
+from little_clients import narrow, state_of
+from test_cohort import alone, masks, members, sgd_of
 
 from fedprune.config import TrainingConfig
+from fedprune.exchange.messages import MODEL
 from fedprune.local.cohort import Member, train_cohort, train_in_cohorts
 from fedprune.local.cohort_memory import fitting_cohort
 from fedprune.rounds import run as runner
 from fedprune.rounds.folder import read_metrics
-from prunelab.networks import float_state
 
 CONFIG = TrainingConfig(batch_size=16, local_epochs=2, execution="masked", device="cuda")
 
@@ -39,23 +41,24 @@ def _plain() -> Iterator[None]:
 @pytest.mark.parametrize("density", [None, 0.2])
 def test_each_member_is_trained_as_it_would_be_alone(density: float | None) -> None:
     mask = None if density is None else masks(density)
-    cohort = members(mask)
-    together = train_cohort(network(9).cuda(), cohort, mask=mask, config=CONFIG, lr=0.02)
-    for member, (result, state) in zip(cohort, together, strict=True):
-        expected, expected_state = alone(member, mask, CONFIG, augmented=False)
-        assert result.loss == pytest.approx(expected.loss, rel=1e-2)
-        for name, value in expected_state.items():
-            torch.testing.assert_close(state[name], value, rtol=1e-2, atol=2e-3)
-        for name in mask or ():
-            assert mask is not None
-            assert not state[name][~mask[name]].any()
+    model, cohort = narrow(9).cuda(), members(mask)
+    together = train_cohort(model, cohort, config=CONFIG, sgd=sgd_of(CONFIG))
+    for name, pattern in (mask or {}).items():
+        assert not model.get_parameter(name).detach().cpu()[~pattern].any()
+    for member, reply in zip(cohort, together, strict=True):
+        loss, expected, _ = alone(member, CONFIG, augmented=False)
+        assert reply.fields["loss"] == pytest.approx(loss, rel=1e-2)
+        state = reply.states[MODEL]
+        assert state.patterns == expected.patterns
+        for name, value in expected.values.items():
+            np.testing.assert_allclose(state.values[name], value, rtol=1e-2, atol=2e-3)
 
 
 def larger(count: int) -> list[Member]:
     """Members whose activations need some hundred megabytes each."""
-    images = torch.randint(0, 256, (128, 1, 64, 64), dtype=torch.uint8)
-    labels = torch.arange(128) % 3
-    state = float_state(network(0))
+    images = np.random.default_rng(0).integers(0, 256, (128, 1, 64, 64), dtype=np.uint8)
+    labels = np.arange(128) % 3
+    state = state_of(narrow())
     return [Member(state, images, labels, seed=number) for number in range(count)]
 
 
@@ -64,7 +67,7 @@ def test_cohorts_follow_the_memory() -> None:
     done in smaller ones."""
     config = TrainingConfig(batch_size=128, local_epochs=1, device="cuda")
     device, everyone = torch.device("cuda"), larger(8)
-    train = partial(train_cohort, network(9).cuda(), mask=None, config=config, lr=0.02)
+    train = partial(train_cohort, narrow(9).cuda(), config=config, sgd=sgd_of(config))
     tried: list[int] = []
 
     def counted(cohort: Sequence[Member]) -> list:  # type: ignore[type-arg]
@@ -87,9 +90,11 @@ def test_cohorts_follow_the_memory() -> None:
     assert tried[0] == 8
     assert size < 8
     assert len(results) == 8
-    for (_, found), (_, wanted) in zip(results, expected, strict=False):
-        for name, value in wanted.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+    for found, wanted in zip(results, expected, strict=False):
+        for name, value in wanted.states[MODEL].values.items():
+            np.testing.assert_allclose(
+                found.states[MODEL].values[name], value, rtol=1e-3, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedtiny"])

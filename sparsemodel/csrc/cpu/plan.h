@@ -4,9 +4,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
+#include "pages.h"
 #include "sparse_plan.h"
 
 namespace spc {
@@ -67,10 +67,6 @@ struct Program {
     std::size_t bytes = 0;
 };
 
-struct FreeMemory {
-    void operator()(void* p) const;
-};
-
 }  // namespace spc
 
 struct spc_plan {
@@ -79,8 +75,7 @@ struct spc_plan {
     int output = -1;
     std::vector<spc::Node> nodes;
     spc::Program train, infer;
-    std::unique_ptr<char, spc::FreeMemory> arena;
-    std::size_t allocated = 0;  // bytes of the arena
+    spc::Pages arena;  // nothing in it outlives a run
     std::vector<double> seconds;  // [2 * nodes]
     std::vector<std::int32_t> no_rows;  // zeros: the row_ptr of a pattern without entries
 };

@@ -1,6 +1,4 @@
 // The exported functions that run a plan: checks, then one of its programs.
-#include <cstdlib>
-
 #include "guard.h"
 #include "plan.h"
 
@@ -68,19 +66,6 @@ int32_t check_sgd(const char* where, const spc_plan* plan, const spc_sgd& sgd) {
     return SPC_OK;
 }
 
-// Makes the arena large enough for a program. Nothing in it outlives a run, so that a larger one
-// may replace it.
-void allocate(spc_plan* plan, const Program& program) {
-    constexpr size_t page = 4096;
-    const size_t bytes = (program.bytes + page) / page * page;
-    if (bytes <= plan->allocated) return;
-    plan->arena.reset();
-    plan->allocated = 0;
-    plan->arena.reset(static_cast<char*>(std::aligned_alloc(page, bytes)));
-    if (!plan->arena) throw std::bad_alloc();
-    plan->allocated = bytes;
-}
-
 // The backward pass reads convolutions by input.
 int32_t check_indexed(const char* where, const spc_plan* plan) {
     for (size_t i = 0; i < plan->nodes.size(); ++i)
@@ -136,7 +121,7 @@ int32_t check_moments(const char* where, const spc_plan* plan, const spc_plan_mo
 }  // namespace
 
 extern "C" int64_t spc_plan_allocated_bytes(const spc_plan* plan) {
-    return plan ? static_cast<int64_t>(plan->allocated) : 0;
+    return plan ? static_cast<int64_t>(plan->arena.size()) : 0;
 }
 
 extern "C" int32_t spc_plan_train(spc_plan* plan, int32_t batch, const spc_images* images,
@@ -151,7 +136,7 @@ extern "C" int32_t spc_plan_train(spc_plan* plan, int32_t batch, const spc_image
     if (sgd)
         if (int32_t code = check_sgd(where, plan, *sgd)) return code;
     return guarded(where, [&]() -> int32_t {
-        allocate(plan, plan->train);
+        plan->arena.reserve(plan->train.bytes);
         Score score;
         if (int32_t code = run_program(plan, plan->train, run, &score)) return code;
         *loss = score.loss;
@@ -174,7 +159,7 @@ extern "C" int32_t spc_plan_topk_grads(spc_plan* plan, int32_t batch, const spc_
         if (int32_t code = check_topk(where, plan, topk, num, &asked)) return code;
         Program program = growth_program(*plan, asked);
         place_buffers(&program, plan->batch);
-        allocate(plan, program);
+        plan->arena.reserve(program.bytes);
         Score score;
         return run_program(plan, program, run, &score);
     });
@@ -190,7 +175,7 @@ extern "C" int32_t spc_plan_infer(spc_plan* plan, int32_t batch, const spc_image
     if (int32_t code = check_run(where, plan, run)) return code;
     if (int32_t code = check_variance(where, plan, batch, false)) return code;
     return guarded(where, [&]() -> int32_t {
-        allocate(plan, plan->infer);
+        plan->arena.reserve(plan->infer.bytes);
         Score score;
         if (int32_t code = run_program(plan, plan->infer, run, &score)) return code;
         if (labels) {
@@ -218,7 +203,7 @@ extern "C" int32_t spc_plan_statistics(spc_plan* plan, int32_t batch, const spc_
         if (int32_t code = check_moments(where, plan, moments, num, &last)) return code;
         Program program = statistics_program(*plan, last);
         place_buffers(&program, plan->batch);
-        allocate(plan, program);
+        plan->arena.reserve(program.bytes);
         Score score;
         return run_program(plan, program, run, &score);
     });

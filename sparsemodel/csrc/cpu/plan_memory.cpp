@@ -1,6 +1,5 @@
 // Places of buffers in the arena, from their lifetimes.
 #include <algorithm>
-#include <cstdlib>
 #include <numeric>
 
 #include "plan.h"
@@ -44,8 +43,6 @@ void place_buffers(Program* program, std::int32_t batch) {
         placed.insert(std::upper_bound(placed.begin(), placed.end(), index, after), index);
     }
 }
-
-void FreeMemory::operator()(void* p) const { std::free(p); }
 
 float* buffer_at(const spc_plan& plan, const Program& program, int buffer) {
     if (buffer < 0) return nullptr;

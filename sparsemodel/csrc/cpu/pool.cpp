@@ -6,13 +6,13 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <mutex>
 #include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
 
+#include "pages.h"
 #include "sparse_cpu.h"
 
 namespace spc {
@@ -48,17 +48,11 @@ struct Job {
 thread_local bool inside = false;  // this thread is at work in a job
 
 struct Scratch {
-    void* memory[static_cast<int>(Slot::count)] = {};
-    std::size_t size[static_cast<int>(Slot::count)] = {};
+    Pages slots[static_cast<int>(Slot::count)];
 
     void release() {
-        for (int i = 0; i < static_cast<int>(Slot::count); ++i) {
-            std::free(memory[i]);
-            memory[i] = nullptr;
-            size[i] = 0;
-        }
+        for (Pages& slot : slots) slot.reset();
     }
-    ~Scratch() { release(); }
 };
 
 thread_local Scratch mine;
@@ -89,17 +83,22 @@ Region host_region() {
 struct Team {
     Job* job;
     int threads;
+    const Scratch* caller;
     std::atomic<int> tickets{0};
 };
 
 void run_in_host(Region region, Job* job, int threads) {
-    Team team{job, threads, {0}};
+    Team team{job, threads, &mine, {0}};
     region(
         [](void* data) {
             auto* given = static_cast<Team*>(data);
             if (given->tickets++ >= given->threads) return;
             inside = true;
-            serve_job(given->job);
+            // The caller has scratch memory in use, whatever was asked for since its last job.
+            if (given->caller == &mine)
+                given->job->work();
+            else
+                serve_job(given->job);
             inside = false;
         },
         &team, 0, 0);
@@ -239,16 +238,9 @@ int worthwhile_threads(int threads, double operations) {
 }
 
 void* scratch(Slot slot, std::size_t bytes) {
-    const int i = static_cast<int>(slot);
-    if (mine.size[i] < bytes || !mine.memory[i]) {
-        std::free(mine.memory[i]);
-        mine.size[i] = 0;
-        const std::size_t rounded = (bytes + 4096) / 4096 * 4096;
-        mine.memory[i] = std::aligned_alloc(4096, rounded);
-        if (!mine.memory[i]) throw std::bad_alloc();
-        mine.size[i] = rounded;
-    }
-    return mine.memory[i];
+    Pages& pages = mine.slots[static_cast<int>(slot)];
+    pages.reserve(bytes);
+    return pages.get();
 }
 
 }  // namespace spc

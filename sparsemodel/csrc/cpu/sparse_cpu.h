@@ -114,7 +114,7 @@ SPC_API int32_t spc_conv_weight_grad(const spc_geometry* g, const int32_t* row_p
 /* The k largest |weight gradients| outside the mask, without the dense gradient: ties go to the
  * lower index; indices int64 [k] flat in [0, out * in/groups * kh * kw), ascending; top float32
  * [k]; *count of them are written (fewer than k where fewer weights are pruned). At most about
- * `tile_bytes` (>= 0; 0: 4 MiB) of gradient are held at a time by each thread, at least one row,
+ * `tile_bytes` (>= 0; 0: 1 MiB) of gradient are held at a time by each thread, at least one row,
  * beside 2 k entries. A NaN gives SPC_NOT_FINITE. */
 SPC_API int32_t spc_topk_grad(const spc_geometry* g, const int32_t* row_ptr, const int32_t* cols,
                               const float* x, const float* dy, int64_t k, int64_t tile_bytes,

@@ -178,7 +178,7 @@ bool topk_grad(const Stencil& s, const std::int32_t* row_ptr, const std::int32_t
     code_offsets(s, t, by_code);
 
     // Blocks of rows of one group, small enough for the tile and for every thread to have some.
-    const std::int64_t bytes = top->tile_bytes ? top->tile_bytes : 4 << 20;
+    const std::int64_t bytes = top->tile_bytes ? top->tile_bytes : 1 << 20;
     const std::int64_t fit = std::clamp<std::int64_t>(bytes / 4 / codes, 1, per_group);
     const std::int64_t share = std::max<std::int64_t>(1, (rows + threads - 1) / threads);
     const std::int64_t block = std::min(fit, share);

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.errors import ClientError
-from fedprune.exchange.aggregate import MAX_TOTAL_WEIGHT, EntryMean, WeightedMean
+from fedprune.exchange.aggregate import MAX_TOTAL_WEIGHT, EntryMean, StateMean, WeightedMean
+from sparsemodel.runtime.pattern import Pattern, Patterns
+from sparsemodel.runtime.state import Entries, SparseState
 
 floats = st.floats(-1000, 1000, width=32)
 
@@ -125,32 +128,90 @@ def test_no_overflow_at_the_limits() -> None:
     assert mean.result()["a"].item() == value
 
 
+def entries(indices: list[int], values: list[float]) -> Entries:
+    return {"w": (np.array(indices, np.int64), np.array(values, np.float32))}
+
+
 def test_entry_mean_counts_missing_as_zero() -> None:
     """Weights 1 and 3: index 2 has (1·4 + 3·8)/4 = 7, index 0 only 1·2/4, index 5 only 3·(−4)/4."""
     mean = EntryMean()
-    mean.add({"w": (torch.tensor([0, 2]), torch.tensor([2.0, 4.0]))}, weight=1)
-    mean.add({"w": (torch.tensor([2, 5]), torch.tensor([8.0, -4.0]))}, weight=3)
+    mean.add(entries([0, 2], [2.0, 4.0]), weight=1)
+    mean.add(entries([2, 5], [8.0, -4.0]), weight=3)
     indices, values = mean.result()["w"]
     assert indices.tolist() == [0, 2, 5]
     assert values.tolist() == [0.5, 7.0, -3.0]
+    assert (indices.dtype, values.dtype) == (np.int64, np.float32)
 
 
 def test_entry_mean_of_a_silent_layer() -> None:
     """A client that sends nothing for a layer still counts in the total weight."""
     mean = EntryMean()
-    mean.add({"w": (torch.tensor([1]), torch.tensor([2.0]))}, weight=1)
+    mean.add(entries([1], [2.0]), weight=1)
     mean.add({}, weight=1)
     assert mean.result()["w"][1].tolist() == [1.0]
 
 
 def test_entry_mean_refuses_nan() -> None:
     with pytest.raises(ClientError, match="NaN"):
-        EntryMean().add({"w": (torch.tensor([1]), torch.tensor([float("nan")]))}, weight=1)
+        EntryMean().add(entries([1], [float("nan")]), weight=1)
 
 
 def test_entry_mean_refuses_more_weight_than_its_sums_hold() -> None:
     mean = EntryMean()
-    mean.add({"w": (torch.tensor([1]), torch.tensor([2.0]))}, weight=MAX_TOTAL_WEIGHT)
+    mean.add(entries([1], [2.0]), weight=MAX_TOTAL_WEIGHT)
     with pytest.raises(ClientError, match="weight 1"):
-        mean.add({"w": (torch.tensor([1]), torch.tensor([2.0]))}, weight=1)
+        mean.add(entries([1], [2.0]), weight=1)
     assert mean.result()["w"][1].tolist() == [2.0]
+
+
+def state(values: list[float], *, mean: float, variance: float, at: list[int]) -> SparseState:
+    """A layer of four weights with some of them, and a batch norm's statistics."""
+    patterns = Patterns({"w": Pattern.from_positions((2, 2), np.array(at))})
+    arrays = {"w": values, "bn.running_mean": [mean], "bn.running_var": [variance]}
+    return SparseState({n: np.array(v, np.float32) for n, v in arrays.items()}, patterns)
+
+
+def test_mean_of_states_by_hand() -> None:
+    """Weights 1 and 3: (1·2 + 3·6)/4 = 5; clients {1, 1} and {5, 5, 5, 5, 5, 5} have together
+    the mean 4 and the variance (1·1 + 3·25)/4 − 16 = 3, though each has none.
+    """
+    mean = StateMean()
+    assert mean.num_replies == 0
+    mean.add(state([2.0, 0.0], mean=1.0, variance=0.0, at=[0, 3]), weight=1)
+    mean.add(state([6.0, -4.0], mean=5.0, variance=0.0, at=[0, 3]), weight=3)
+    result = mean.result()
+    assert mean.num_replies == 2
+    assert result.patterns is not None
+    assert result.patterns["w"].positions().tolist() == [0, 3]
+    assert {name: value.tolist() for name, value in result.values.items()} == {
+        "w": [5.0, -3.0],
+        "bn.running_mean": [4.0],
+        "bn.running_var": [3.0],
+    }
+    assert all(value.dtype == np.float32 for value in result.values.values())
+
+
+def test_a_state_under_another_mask_is_refused_and_leaves_the_mean_as_it_was() -> None:
+    mean = StateMean()
+    first = state([1.0, 2.0], mean=0.0, variance=1.0, at=[0, 3])
+    mean.add(first, weight=1)
+    for other in (
+        state([1.0, 2.0], mean=0.0, variance=1.0, at=[0, 2]),
+        SparseState(first.values),
+        state([1.0, float("nan")], mean=0.0, variance=1.0, at=[0, 3]),
+    ):
+        with pytest.raises(ClientError):
+            mean.add(other, weight=1)
+    assert mean.num_replies == 1
+    assert mean.result().values["w"].tolist() == [1.0, 2.0]
+
+
+def test_no_state_has_no_mean() -> None:
+    mean = StateMean()
+    with pytest.raises(ClientError, match="NaN"):
+        mean.add(state([float("nan"), 0.0], mean=0.0, variance=1.0, at=[0, 3]), weight=1)
+    with pytest.raises(ClientError, match="no reply"):
+        mean.result()
+    # What was refused binds nobody.
+    mean.add(state([3.0], mean=0.0, variance=1.0, at=[1]), weight=1)
+    assert mean.result().values["w"].tolist() == [3.0]

@@ -2,67 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from federation import run_inline, tiny
-from fedprune.flower.engine import BatchedGrid
+from little_clients import SHAPE, narrow, random_mask, state_of
 
 from fedprune.config import RunConfig, TrainingConfig
 from fedprune.errors import ConfigError
-from fedprune.exchange.messages import State
+from fedprune.exchange.messages import MODEL, Reply
+from fedprune.flower.batched import BatchedGrid
 from fedprune.local.cohort import Member, train_cohort, train_in_cohorts
-from fedprune.local.training import GrowthBatch, LocalResult, train_locally
+from fedprune.local.model import Sgd
+from fedprune.local.torch_models import open_torch_model
+from fedprune.local.training import train_epochs
+from fedprune.methods import METHODS
 from fedprune.rounds import run as runner
 from fedprune.rounds.folder import CHECKPOINT, read_metrics
-from prunelab.networks import build_model, float_state, load_float_state_
-from sparsemodel.masks.mask import Mask, prunable_parameters
-from sparsemodel.storage.checkpoint import load_sparse
+from sparsemodel.masks.mask import Mask
+from sparsemodel.runtime.state import Entries, SparseState
+from sparsemodel.storage.state_file import load_state
 
-SHAPE = (1, 8, 8)
 SIZES = (40, 2, 33, 17, 40)  # with batches of 16: 16+16+8, 2, 16+17, 17, 16+16+8
 
 
-def network(seed: int) -> torch.nn.Module:
-    return build_model("resnet8", num_classes=3, input_shape=SHAPE, seed=seed, width=4)
-
-
 def masks(density: float) -> Mask:
-    generator = torch.Generator().manual_seed(5)
-    patterns = {
-        name: torch.rand(weight.shape, generator=generator) < density
-        for name, weight in prunable_parameters(network(0)).items()
-    }
+    patterns = dict(random_mask(density))
     patterns["fc.weight"] = torch.ones_like(patterns["fc.weight"])  # one that is full
     return Mask(patterns)
 
 
 def members(mask: Mask | None) -> list[Member]:
-    generator = torch.Generator().manual_seed(0)
+    generator = np.random.default_rng(0)
     made = []
     for number, size in enumerate(SIZES):
-        images = torch.randint(0, 256, (size, *SHAPE), generator=generator, dtype=torch.uint8)
-        labels = torch.randint(0, 3, (size,), generator=generator)
-        model = network(number)  # every client starts from another place
+        images = generator.integers(0, 256, (size, *SHAPE), dtype=np.uint8)
+        labels = generator.integers(0, 3, size)
+        state = state_of(narrow(number), mask)  # every client starts from another place
         growth = None
         if mask is not None and number % 2 == 0:
             counts = {"layer1.0.conv1.weight": 7, "layer3.0.conv2.weight": 20}
-            growth = GrowthBatch(counts, torch.randperm(size, generator=generator)[:16])
-        made.append(Member(float_state(model), images, labels, seed=number, growth=growth))
+            growth = (counts, generator.permutation(size)[:16])
+        made.append(Member(state, images, labels, seed=number, growth=growth))
     return made
 
 
+def sgd_of(config: TrainingConfig) -> Sgd:
+    return Sgd(0.02, config.momentum, config.weight_decay)
+
+
 def alone(
-    member: Member, mask: Mask | None, config: TrainingConfig, *, augmented: bool
-) -> tuple[LocalResult, State]:
-    model = network(9)
-    load_float_state_(model, member.weights)
-    result = train_locally(
-        model, member.images, member.labels, mask=mask, config=config, lr=0.02,
-        epochs=config.local_epochs, seed=member.seed, augmented=augmented, growth=member.growth,
+    member: Member, config: TrainingConfig, *, augmented: bool
+) -> tuple[float, SparseState, Entries]:
+    model = open_torch_model(narrow, member.state, config)
+    loss = train_epochs(
+        model, member.images, member.labels, sgd=sgd_of(config), epochs=config.local_epochs,
+        batch_size=config.batch_size, seed=member.seed, augmented=augmented,
     )  # fmt: skip
-    return result, float_state(model)
+    state, growth = model.state(), {}
+    if member.growth is not None:
+        counts, rows = member.growth
+        growth = model.growth(counts, member.images[rows], member.labels[rows])
+    return loss, state, growth
 
 
 @pytest.mark.parametrize(
@@ -76,26 +81,27 @@ def test_each_member_is_trained_as_it_would_be_alone(
     config = TrainingConfig(
         batch_size=16, local_epochs=2, momentum=momentum, weight_decay=decay, execution="masked"
     )
-    cohort = members(mask)
-    together = train_cohort(
-        network(9), cohort, mask=mask, config=config, lr=0.02, augmented=augmented
-    )
-    for member, (result, state) in zip(cohort, together, strict=True):
-        expected, expected_state = alone(member, mask, config, augmented=augmented)
-        assert result.loss == pytest.approx(expected.loss, rel=1e-3)
-        assert result.samples_seen == expected.samples_seen == 2 * len(member.labels)
-        assert state.keys() == expected_state.keys()
-        for name, value in expected_state.items():
-            torch.testing.assert_close(state[name], value, rtol=1e-3, atol=2e-4)
-        for name in mask or ():
-            assert mask is not None
-            assert not state[name][~mask[name]].any()
-        assert result.growth.keys() == expected.growth.keys()
-        for name, (indices, values) in expected.growth.items():
-            found, gradients = result.growth[name]
+    model, cohort = narrow(9), members(mask)
+    replies = train_cohort(model, cohort, config=config, sgd=sgd_of(config), augmented=augmented)
+    if mask is not None:  # what the model was left with is the last member
+        for name, pattern in mask.items():
+            assert not model.get_parameter(name).detach()[~pattern].any()
+    for member, reply in zip(cohort, replies, strict=True):
+        loss, expected, growth = alone(member, config, augmented=augmented)
+        assert reply.fields["loss"] == pytest.approx(loss, rel=1e-3)
+        assert reply.num_examples == len(member.labels)
+        state = reply.states[MODEL]
+        assert state.patterns == member.state.patterns
+        assert list(state.values) == list(expected.values)
+        for name, value in expected.values.items():
+            np.testing.assert_allclose(state.values[name], value, rtol=1e-3, atol=2e-4)
+        entries = reply.entries.get(MODEL, {})
+        assert entries.keys() == growth.keys()
+        for name, (indices, values) in growth.items():
+            found, gradients = entries[name]
             assert len(found) == len(indices)
-            torch.testing.assert_close(
-                gradients.abs().sort().values, values.abs().sort().values, rtol=1e-2, atol=1e-3
+            np.testing.assert_allclose(
+                np.sort(abs(gradients)), np.sort(abs(values)), rtol=1e-2, atol=1e-3
             )
 
 
@@ -103,44 +109,55 @@ def test_each_member_is_trained_as_it_would_be_alone(
 def test_what_a_member_holds_is_its_share(count: int) -> None:
     """Weights, dense gradients, momentum of active values; the indices are held once."""
     mask, config = masks(0.1), TrainingConfig(batch_size=16, local_epochs=1)
-    results = train_cohort(network(9), members(mask)[:count], mask=mask, config=config, lr=0.1)
-    weights = sum(4 * p.numel() for p in network(0).parameters())
+    asked = [replace(member, report_resources=True) for member in members(mask)[:count]]
+    replies = train_cohort(narrow(9), asked, config=config, sgd=sgd_of(config))
+    weights = sum(4 * p.numel() for p in narrow().parameters())
     kept = mask.num_active + sum(
-        p.numel() for name, p in network(0).named_parameters() if name not in mask
+        p.numel() for name, p in narrow().named_parameters() if name not in mask
     )
     indices = 8 * (mask.num_active - mask["fc.weight"].numel())
-    assert {result.state_bytes for result, _ in results} == {
+    held = [reply.resources for reply in replies]
+    assert all(entry is not None for entry in held)
+    assert {entry.state_bytes for entry in held if entry is not None} == {
         2 * weights + 4 * kept + indices // count
     }
+
+
+def test_members_that_were_not_asked_do_not_say_what_they_hold() -> None:
+    config = TrainingConfig(batch_size=16, local_epochs=1)
+    (reply,) = train_cohort(narrow(9), members(None)[:1], config=config, sgd=sgd_of(config))
+    assert reply.resources is None
+
+
+def model_of(folder: Path) -> SparseState:
+    return load_state(folder / CHECKPOINT)[0]
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 5])
 def test_a_cohort_that_does_not_fit_is_halved_and_starts_anew(capacity: int) -> None:
     everyone, tried = members(None), []
 
-    def train(cohort: list[Member]) -> list[tuple[LocalResult, State]]:
+    def train(cohort: Sequence[Member]) -> list[Reply]:
         tried.append(len(cohort))
         if len(cohort) > capacity:
             raise torch.OutOfMemoryError("no room")
-        return [(LocalResult(float(m.seed), 0, 0, {}), m.weights) for m in cohort]
+        return [Reply(member.seed) for member in cohort]
 
     results, size = train_in_cohorts(train, everyone, size=5)
-    assert [result.loss for result, _ in results] == [0, 1, 2, 3, 4]
+    assert [reply.num_examples for reply in results] == [0, 1, 2, 3, 4]
     assert size <= capacity
     assert tried[0] == 5
 
 
 def test_a_member_that_does_not_fit_alone_is_an_error() -> None:
-    def full(cohort: list[Member]) -> list[tuple[LocalResult, State]]:
+    def full(cohort: Sequence[Member]) -> list[Reply]:
         raise torch.OutOfMemoryError("no room")
 
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         train_in_cohorts(full, members(None), size=4)
 
 
-@pytest.mark.parametrize(
-    "method", ["fedavg", "magnitude", "fedtiny", "fedtiny-vanilla", "fedtiny-fixed", "small-dense"]
-)
+@pytest.mark.parametrize("method", list(METHODS))
 def test_the_batched_engine_gives_the_rounds_of_inline(method: str, tmp_path: Path) -> None:
     """Ragged clients, growth rounds, the same messages."""
     config = tiny(
@@ -159,10 +176,10 @@ def test_the_batched_engine_gives_the_rounds_of_inline(method: str, tmp_path: Pa
         assert mine["test_loss"] == pytest.approx(other["test_loss"], rel=1e-2)
         assert mine["bytes_up"] == pytest.approx(other["bytes_up"], rel=1e-2)
         assert mine["bytes_down"] == pytest.approx(other["bytes_down"], rel=1e-2)
-    mine, other = load_sparse(batched / CHECKPOINT), load_sparse(inline / CHECKPOINT)
-    assert mine.mask == other.mask
-    for name, value in other.state.items():
-        torch.testing.assert_close(mine.state[name], value, rtol=2e-2, atol=2e-3)
+    mine, other = model_of(batched), model_of(inline)
+    assert mine.patterns == other.patterns
+    for name, value in other.values.items():
+        np.testing.assert_allclose(mine.values[name], value, rtol=2e-2, atol=2e-3)
 
 
 def test_a_client_with_too_few_samples_is_left_out_of_its_cohort(tmp_path: Path) -> None:
@@ -182,8 +199,8 @@ def test_a_second_batched_run_gives_the_same_bits(tmp_path: Path) -> None:
     config = tiny(training__execution="masked", training__rounds=2)
     for name in ("one", "two"):
         runner.run(config, tmp_path / name, engine="batched")
-    first, second = (load_sparse(tmp_path / name / CHECKPOINT).state for name in ("one", "two"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    first, second = (model_of(tmp_path / name).values for name in ("one", "two"))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def test_waiting_clients_are_taken_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

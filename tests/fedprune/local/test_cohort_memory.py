@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
 from fedprune.local.cohort import Member
 from fedprune.local.cohort_memory import clients_that_fit, fitting_cohort
-from fedprune.local.training import GrowthBatch
+from sparsemodel.runtime.state import SparseState
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def fitting(monkeypatch: pytest.MonkeyPatch, *, peak: int, at_most: int = 20) ->
             raise torch.OutOfMemoryError("no room")
 
     members = [
-        Member({}, torch.zeros(n, 1, 2, 2), torch.zeros(n), 0, GrowthBatch({}, torch.arange(2)))
+        Member(SparseState({}), np.zeros((n, 1, 2, 2)), np.zeros(n), 0, ({}, np.arange(2)))
         for n in (3, 40, 8)
     ]
     device = torch.device("cuda")

@@ -3,101 +3,130 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from fedprune.local.execution import choose_execution
+from little_clients import local, narrow, network_from, random_mask, samples, state_of
 from torch.nn import functional
 
 from fedprune.config import TrainingConfig
+from fedprune.errors import ClientError
+from fedprune.exchange.messages import MODEL, Reply, Request
+from fedprune.local import model as models
+from fedprune.local import torch_models
+from fedprune.local.model import LocalModel, RuntimeModel, Sgd, open_model
 from fedprune.local.training import (
-    GrowthBatch,
-    compute_device,
-    evaluate,
-    round_learning_rate,
-    train_locally,
+    epoch_batches,
+    growth_counts,
+    growth_rows,
+    round_sgd,
+    train,
+    train_epochs,
 )
+from fedprune.methods.base import RunState, train_request
+from fedprune.rounds.workspace import compute_device
 from prunelab.data.tensors import prepare
-from prunelab.networks import build_model, float_state
-from sparsemodel.masks.mask import Mask, prunable_parameters
+from sparsemodel.layers.from_state import load_state_
+from sparsemodel.masks.mask import Mask
+from sparsemodel.runtime.state import Entries, SparseState
+
+SGD = Sgd(0.1, 0.9, 5e-4)
 
 
-def digits_like(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    return images, torch.arange(count) % 3
+def trained(
+    count: int = 40,
+    *,
+    mask: Mask | None = None,
+    seed: int = 1,
+    epochs: int = 2,
+    execution: str = "auto",
+) -> tuple[Any, float]:
+    """A model after its epochs, and the loss of the last one."""
+    training = TrainingConfig(batch_size=8, execution=execution)
+    model = open_model(network_from(narrow), state_of(narrow(), mask), training)
+    loss = train_epochs(model, *samples(count), sgd=SGD, epochs=epochs, batch_size=8, seed=seed)
+    return model, loss
 
 
-def trained(count: int = 40, *, mask: Mask | None = None, seed: int = 1, epochs: int = 2):  # type: ignore[no-untyped-def]
-    model = build_model("resnet8", num_classes=3, input_shape=(1, 8, 8), seed=0, width=4)
-    images, labels = digits_like(count)
-    config = TrainingConfig(batch_size=8)
-    result = train_locally(
-        model, images, labels, mask=mask, config=config, lr=0.1, epochs=epochs, seed=seed
-    )
-    return model, result
-
-
-def random_mask(density: float = 0.5) -> Mask:
-    model = build_model("resnet8", num_classes=3, input_shape=(1, 8, 8), seed=0, width=4)
-    generator = torch.Generator().manual_seed(5)
-    return Mask(
-        {
-            n: torch.rand(p.shape, generator=generator) < density
-            for n, p in prunable_parameters(model).items()
-        }
-    )
-
-
-def test_pruned_weights_stay_exactly_zero_and_active_ones_move() -> None:
-    mask = random_mask()
-    model, _ = trained(mask=mask)
-    for name, weight in prunable_parameters(model).items():
-        assert not weight.detach()[~mask[name]].any()
-        assert (weight.detach()[mask[name]] != 0).all()
+@pytest.mark.parametrize("execution", ["sparse", "masked", "dense"])
+def test_pruned_weights_stay_exactly_zero_and_active_ones_move(execution: str) -> None:
+    mask = random_mask(0.5)
+    model, _ = trained(mask=mask, execution=execution)
+    before, after = state_of(narrow(), mask), model.state()
+    assert after.patterns == mask.csr()
+    for name in mask:
+        assert after.values[name].shape == (int(mask[name].sum()),)
+        assert (after.values[name] != before.values[name]).all()
+        if execution != "sparse":  # which has no place for a pruned weight
+            weight = model._module.get_parameter(name).detach()
+            assert not weight[~mask[name]].any()
 
 
 def test_state_is_as_small_as_the_mask_says() -> None:
     """Dense: weights + gradients + momentum; sparse: those and three indices an active weight."""
-    _, dense = trained()
-    _, sparse = trained(mask=random_mask(0.1))
-    assert sparse.state_bytes < 0.5 * dense.state_bytes
+    dense, _ = trained()
+    sparse, _ = trained(mask=random_mask(0.1))
+    assert sparse.held_bytes() < 0.5 * dense.held_bytes()
 
 
-def test_equal_seeds_give_equal_bits() -> None:
-    first, second, other = (float_state(trained(seed=s)[0]) for s in (1, 1, 2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not all(torch.equal(first[name], other[name]) for name in first)
+@pytest.mark.parametrize("density", [None, 0.5])
+def test_equal_seeds_give_equal_bits(density: float | None) -> None:
+    mask = None if density is None else random_mask(density)
+    first, second, other = (trained(mask=mask, seed=s)[0].state().values for s in (1, 1, 2))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert not all(np.array_equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.parametrize("density", [None, 0.5])
 @pytest.mark.parametrize("count", [2, 9])
-def test_two_samples_and_a_last_batch_of_one(count: int) -> None:
+def test_two_samples_and_a_last_batch_of_one(count: int, density: float | None) -> None:
     """Nine samples in batches of eight would leave one alone, which batch norm cannot train."""
-    model, result = trained(count)
-    assert result.samples_seen == 2 * count
-    assert all(torch.isfinite(value).all() for value in float_state(model).values())
+    model, _ = trained(count, mask=None if density is None else random_mask(density))
+    assert all(np.isfinite(value).all() for value in model.state().values.values())
+    order = epoch_batches(
+        *samples(count), epochs=2, batch_size=8, seed=1, augmented=False
+    )  # fmt: skip
+    sizes = [len(labels) for _, _, labels in order]
+    assert sum(sizes) == 2 * count
+    assert min(sizes) >= 2
 
 
-def test_evaluation_adds_up() -> None:
-    model, _ = trained()
-    images, labels = digits_like(300)  # more than one evaluation batch
-    result = evaluate(model, images, labels)
-    model.eval()
+def test_augmented_batches_hold_the_same_labels_and_other_images() -> None:
+    plain, changed = (
+        list(epoch_batches(*samples(20), epochs=1, batch_size=20, seed=3, augmented=augmented))
+        for augmented in (False, True)
+    )
+    assert plain[0][2].tolist() == changed[0][2].tolist()
+    assert not np.array_equal(plain[0][1], changed[0][1])
+
+
+@pytest.mark.parametrize("density", [None, 0.5])
+def test_evaluation_adds_up(density: float | None) -> None:
+    model, _ = trained(mask=None if density is None else random_mask(density))
+    images, labels = samples(300)  # more than one evaluation batch
+    result = model.evaluate(images, labels)
+    plain = narrow()
+    load_state_(plain, model.state())
+    plain.eval()
     with torch.no_grad():
-        logits = model(prepare(images))
-    assert result.num_samples == 300
-    assert result.num_correct == int((logits.argmax(1) == labels).sum())
-    assert result.loss == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert result.accuracy == result.num_correct / 300
+        logits = plain(prepare(torch.from_numpy(images)))
+    target = torch.from_numpy(labels)
+    assert result.num_correct == int((logits.argmax(1) == target).sum())
+    loss = functional.cross_entropy(logits, target).item()
+    assert result.loss_sum / 300 == pytest.approx(loss, rel=1e-5)
 
 
 def test_learning_rate_decays_by_the_cosine() -> None:
-    config = TrainingConfig(rounds=10, lr=0.2)
-    rates = [round_learning_rate(config, r) for r in range(10)]
+    config = TrainingConfig(rounds=10, lr=0.2, momentum=0.8, weight_decay=1e-3)
+    numbers = [round_sgd(config, r) for r in range(10)]
+    rates = [sgd.lr for sgd in numbers]
     assert rates[0] == 0.2
     assert rates[5] == pytest.approx(0.1)
     assert rates[9] == pytest.approx(0.1 * (1 + math.cos(0.9 * math.pi)))
     assert rates == sorted(rates, reverse=True)
+    assert {sgd[1:] for sgd in numbers} == {(0.8, 1e-3)}
 
 
 def test_missing_cuda_is_a_clear_error() -> None:
@@ -108,50 +137,113 @@ def test_missing_cuda_is_a_clear_error() -> None:
         compute_device("cuda")
 
 
+# --- the answer to "train" ---------------------------------------------------------------------
+
+
+def asked(state: SparseState, **growth: int) -> Request:
+    return train_request(RunState(round_index=3, model=state), growth=growth)
+
+
+def answer(count: int, *, request: Request, **training: Any) -> Reply:
+    settings = TrainingConfig(**{"batch_size": 8, "rounds": 10, **training})
+    return train(request, local(*samples(count), training=settings, network=network_from(narrow)))
+
+
+def test_the_answer_holds_what_was_asked() -> None:
+    mask = random_mask(0.5)
+    request = asked(state_of(narrow(), mask), **{"fc.weight": 5, "layer2.0.conv1.weight": 7})
+    reply = answer(20, request=request)
+    request.check(reply)
+    assert reply.num_examples == 20
+    assert math.isfinite(reply.fields["loss"])
+    assert reply.states[MODEL].patterns == mask.csr()
+    assert {n: len(at) for n, (at, _) in reply.entries[MODEL].items()} == {
+        "fc.weight": 5,
+        "layer2.0.conv1.weight": 7,
+    }
+    assert reply.resources is None
+    assert not answer(20, request=asked(state_of(narrow(), mask))).entries
+
+
+def test_the_answer_says_what_was_held_when_asked() -> None:
+    request = Request("train", states={MODEL: state_of(narrow())}, report_resources=True)
+    held = answer(20, request=request).resources
+    assert held is not None
+    assert held.state_bytes == 12 * sum(p.numel() for p in narrow().parameters())
+    assert held.peak_rss_bytes > 2**20
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_samples_are_refused(count: int) -> None:
+    with pytest.raises(ClientError, match="at least 2"):
+        answer(count, request=asked(state_of(narrow())))
+
+
+@pytest.mark.parametrize(
+    "grow", [[[0]], [["fc.weight", 3]], [[99, 3]], [[-1, 3]], [[0, -3]], [3], [[0, 1.5]]]
+)
+def test_growth_in_another_form_is_refused(grow: list[Any]) -> None:
+    state, dense = state_of(narrow(), random_mask(0.5)), state_of(narrow())
+    with pytest.raises(ClientError, match="grow"):
+        growth_counts(Request("train", fields={"grow": grow}, states={MODEL: state}))
+    with pytest.raises(ClientError, match="grow"):
+        growth_counts(
+            Request("train", fields={"grow": [[0, 1]]}, states={MODEL: state_of(narrow())})
+        )
+
+
+def test_growth_is_measured_on_a_mini_batch_of_the_round() -> None:
+    place = local(
+        *samples(20), training=TrainingConfig(batch_size=8), network=network_from(narrow)
+    )  # fmt: skip
+    first, again, other = (growth_rows(place, number).tolist() for number in (1, 1, 2))
+    assert len(set(first)) == 8
+    assert first == again != other
+
+
 # --- execution ---------------------------------------------------------------------------------
 
 
-def executed(execution: str, mask: Mask, num_samples: int = 8):  # type: ignore[no-untyped-def]
-    model = build_model("resnet8", num_classes=3, input_shape=(1, 8, 8), seed=0, width=4)
-    images, labels = digits_like(40)
-    result = train_locally(
-        model,
-        images,
-        labels,
-        mask=mask,
-        config=TrainingConfig(batch_size=8, execution=execution),
-        lr=0.05,
-        epochs=2,
-        seed=1,
-        growth=GrowthBatch({"fc.weight": 5, "layer2.0.conv1.weight": 7}, torch.arange(num_samples)),
+def executed(execution: str, mask: Mask, num_samples: int = 8) -> tuple[LocalModel, float, Entries]:
+    training = TrainingConfig(batch_size=8, execution=execution)
+    model = open_model(network_from(narrow), state_of(narrow(), mask), training)
+    images, labels = samples(40)
+    loss = train_epochs(
+        model, images, labels, sgd=Sgd(0.05, 0.9, 5e-4), epochs=2, batch_size=8, seed=1
     )
-    return float_state(model), result
+    before = model.state().values
+    counts = {"fc.weight": 5, "layer2.0.conv1.weight": 7}
+    growth = model.growth(counts, images[:num_samples], labels[:num_samples])
+    assert all(
+        np.array_equal(v, model.state().values[n]) for n, v in held.values.items() if n in mask
+    )
+    return model, loss, growth
 
 
-@pytest.mark.parametrize("num_samples", [8, 16])  # of the growth gradients: a batch, and more
+@pytest.mark.parametrize("num_samples", [8, 2])  # of the growth gradients
 @pytest.mark.parametrize("execution", ["sparse", "masked"])
 def test_executions_do_the_same(execution: str, num_samples: int) -> None:
     """Ten steps, running statistics and growth gradients of each against plainly dense training."""
-    mask = random_mask()
-    state, result = executed(execution, mask, num_samples)
-    dense, expected = executed("dense", mask, num_samples)
-    assert result.loss == pytest.approx(expected.loss, rel=1e-4)
-    for name, value in dense.items():
-        torch.testing.assert_close(state[name], value, rtol=2e-4, atol=2e-5)
-    assert set(result.growth) == {"fc.weight", "layer2.0.conv1.weight"}
-    for name, (indices, values) in result.growth.items():
-        assert torch.equal(indices, expected.growth[name][0])
-        assert not mask[name].reshape(-1)[indices].any()
-        torch.testing.assert_close(values, expected.growth[name][1], rtol=1e-3, atol=1e-5)
+    mask = random_mask(0.5)
+    model, loss, growth = executed(execution, mask, num_samples)
+    dense, expected_loss, expected = executed("dense", mask, num_samples)
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    state = model.state()
+    for name, value in dense.state().values.items():
+        np.testing.assert_allclose(state.values[name], value, rtol=2e-4, atol=2e-5)
+    assert set(growth) == {"fc.weight", "layer2.0.conv1.weight"}
+    for name, (indices, values) in growth.items():
+        assert indices.tolist() == expected[name][0].tolist()
+        assert not mask[name].reshape(-1)[torch.from_numpy(indices)].any()
+        np.testing.assert_allclose(values, expected[name][1], rtol=1e-3, atol=1e-5)
 
 
 def test_executions_hold_what_they_say() -> None:
     """12 bytes a weight when dense; masked: weights whole, the rest by density, 4 for an index;
     sparse: 12 + 12 for indices, all by density. Stem, norms and biases are dense in all."""
     mask = random_mask(0.1)
-    held = {kind: executed(kind, mask)[1].state_bytes for kind in ("dense", "masked", "sparse")}
-    model = build_model("resnet8", num_classes=3, input_shape=(1, 8, 8), seed=0, width=4)
-    parameters = sum(p.numel() for p in model.parameters())
+    held = {kind: executed(kind, mask)[0].held_bytes() for kind in ("dense", "masked", "sparse")}
+    parameters = sum(p.numel() for p in narrow().parameters())
     rest = parameters - mask.num_weights
     assert held["dense"] == 12 * parameters
     assert held["masked"] == 12 * rest + 4 * mask.num_weights + 12 * mask.num_active
@@ -160,20 +252,47 @@ def test_executions_hold_what_they_say() -> None:
     assert held["sparse"] < 12 * rest + 24 * mask.num_active + rows
 
 
+KINDS = {
+    "runtime": "RuntimeModel",
+    "sparse": "SparseModules",
+    "masked": "MaskedModel",
+    "dense": "DenseModel",
+}
+
+
 @pytest.mark.parametrize(
-    ("execution", "device", "expected"),
-    [("dense", "cpu", "dense"), ("auto", "cuda", "masked"), ("sparse", "cuda", "sparse")],
+    ("execution", "device", "expected", "dense"),
+    [
+        ("dense", "cpu", "dense", "dense"),
+        ("masked", "cpu", "masked", "dense"),
+        ("sparse", "cpu", "runtime", "dense"),
+        ("auto", "cpu", "runtime", "dense"),
+        ("auto", "cuda", "masked", "dense"),
+        ("sparse", "cuda", "sparse", "dense"),
+    ],
 )
-def test_choice_of_execution(execution: str, device: str, expected: str) -> None:
+def test_choice_of_execution(
+    execution: str, device: str, expected: str, dense: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind, name in KINDS.items():
+        place = models if kind == "runtime" else torch_models
+        monkeypatch.setattr(place, name, lambda *_, kind=kind: kind)
     config = TrainingConfig(execution=execution, device=device)
-    assert choose_execution(config, random_mask()) == expected
-    assert choose_execution(config, None) == "masked"  # nothing is pruned
+    network = network_from(narrow)
+    assert open_model(network, state_of(narrow(), random_mask(0.5)), config) == expected
+    assert open_model(network, state_of(narrow()), config) == dense  # nothing is pruned
 
 
 def test_automatic_execution_without_native_kernels_is_masked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The reference path of sparse layers is slower than dense kernels."""
-    for library, expected in ((None, "masked"), (object(), "sparse")):
-        monkeypatch.setattr("sparsemodel.kernels.cpu.library.library", lambda found=library: found)
-        assert choose_execution(TrainingConfig(), random_mask()) == expected
+    network, state = network_from(narrow), state_of(narrow(), random_mask(0.5))
+    assert isinstance(open_model(network, state, TrainingConfig()), RuntimeModel)
+    monkeypatch.setattr("sparsemodel.kernels.cpu.library.library", lambda: None)
+    model = open_model(network, state, TrainingConfig())
+    assert isinstance(model, torch_models.MaskedModel)
+    explicit = open_model(network, state, TrainingConfig(execution="sparse"))
+    assert isinstance(explicit, torch_models.SparseModules)
+    loss = explicit.step(*samples(8), sgd=SGD)
+    assert loss == pytest.approx(model.step(*samples(8), sgd=SGD), rel=1e-5)

@@ -108,6 +108,24 @@ def test_gradients_of_few_samples_may_be_left_out(lib: cpu.CpuLibrary) -> None:
     assert np.array_equal(dvalues, both_dvalues)
 
 
+@pytest.mark.parametrize("shape", [(64, 512), (9, 1030)])
+def test_memory_in_use_outlives_a_release_before_the_call(
+    lib: cpu.CpuLibrary, shape: tuple[int, int]
+) -> None:
+    """Workers free theirs at their next job; the caller, one of them, has some in use by then."""
+    w, (out, width) = make_weight(lib, shape, 0.5), shape
+    rng = np.random.default_rng(9)
+    x, dy = (rng.standard_normal((21, n)).astype(np.float32) for n in (width, out))
+    for _ in range(3):
+        dx, dvalues = np.empty_like(x), np.empty_like(w.values)
+        lib.release_scratch()
+        call = (21, width, out, w.row_ptr, w.bits, w.values, x, dy)
+        lib.linear_few_backward(*call, dx, dvalues, None, 2)
+        near: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-4}
+        np.testing.assert_allclose(dx, dy @ w.dense.astype(np.float64), **near)
+        np.testing.assert_allclose(dvalues, (dy.T.astype(np.float64) @ x)[w.mask], **near)
+
+
 def test_results_depend_neither_on_threads_nor_on_wide_instruction_sets() -> None:
     lib = cpu.library()
     assert lib is not None
