@@ -12,7 +12,7 @@ from fedprune.config import RunConfig
 from fedprune.errors import ConfigError
 from fedprune.methods import method_name
 from fedprune.methods.base import Method
-from fedprune.rounds.given import is_given, name_dataset, name_model
+from fedprune.given import is_given, name_dataset, name_model
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fedprune.rounds.given import given_model
+from fedprune.given import given_model
 from prunelab.networks import InputShape, build_model, float_state, narrow_width, uninitialised
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from fedprune.local.network import TorchNetwork
 from fedprune.local.partition import partition, split_server_set
 from fedprune.local.shares import write_shares
 from fedprune.methods.base import Method
-from fedprune.rounds.given import given_dataset
+from fedprune.given import given_dataset
 from prunelab.data.batches import Integers
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.networks import uninitialised
