@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedprune.config import RunConfig
 from fedprune.errors import ConfigError
+from fedprune.given import is_given, name_dataset, name_model
 from fedprune.methods import method_name
 from fedprune.methods.base import Method
-from fedprune.given import is_given, name_dataset, name_model
 
 if TYPE_CHECKING:
     from torch import nn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -92,10 +93,10 @@ def network_of(config: RunConfig, data: ClientData, program: Program | None) -> 
 
 
 def _divided(config: RunConfig) -> Path:
-    """The run's data divided, in the folder for temporary files, made by a child process."""
+    """The run's data divided, in a folder for temporary files, made by a child process."""
     values = config.flower()
     name = sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"fedprune-shares-{getpass.getuser()}-{name}"
+    folder = _own_folder() / name
     if not folder.exists():
         done = subprocess.run(
             [sys.executable, "-m", "fedprune.rounds.divide", str(folder)],
@@ -106,4 +107,13 @@ def _divided(config: RunConfig) -> Path:
         )
         if done.returncode:
             raise DataError(done.stderr.strip().splitlines()[-1] if done.stderr else "no data")
+    return folder
+
+
+def _own_folder() -> Path:
+    """A folder of this user's alone, for data that were divided here."""
+    folder = Path(tempfile.gettempdir()) / f"fedprune-shares-{getpass.getuser()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+        raise DataError(f"{folder} belongs to somebody else; set TMPDIR to another folder")
     return folder

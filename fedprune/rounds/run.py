@@ -36,8 +36,8 @@ def run(
         ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
             what to do. A folder in which nothing was computed is removed again.
     """
-    from fedprune.rounds import folder as runfolder  # noqa: PLC0415
     from fedprune.given import is_given  # noqa: PLC0415
+    from fedprune.rounds import folder as runfolder  # noqa: PLC0415
     from fedprune.rounds.workspace import compute_device  # noqa: PLC0415
     from prunelab.data.datasets import check_dataset  # noqa: PLC0415
     from prunelab.networks import check_model  # noqa: PLC0415

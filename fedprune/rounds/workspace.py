@@ -15,12 +15,12 @@ from torch import nn
 
 from fedprune.config import RunConfig
 from fedprune.errors import ConfigError
+from fedprune.given import given_dataset
 from fedprune.local.model import Network
 from fedprune.local.network import TorchNetwork
 from fedprune.local.partition import partition, split_server_set
 from fedprune.local.shares import write_shares
 from fedprune.methods.base import Method
-from fedprune.given import given_dataset
 from prunelab.data.batches import Integers
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.networks import uninitialised
