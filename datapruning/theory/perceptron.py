@@ -217,7 +217,7 @@ def _pruned(fraction: float, keep: Keep, angle: float) -> tuple[Array, Array]:
 
     low, high = 0.0, _TAIL
     if keep == "hard" and fraction < 1:
-        high = float(ndtri((1 + fraction) / 2))
+        high = min(float(ndtri((1 + fraction) / 2)), _TAIL)
     if keep == "easy" and fraction < 1:
         low = float(-ndtri(fraction / 2))
         high = low + _TAIL
