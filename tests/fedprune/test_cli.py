@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from federation import TINY, digest, run_inline, tiny
+from processes import Command
 
 from fedprune.rounds.folder import CHECKPOINT, SUMMARY, read_metrics, read_summary
 from sparsemodel.storage.checkpoint import load_sparse
@@ -22,16 +22,7 @@ OPTIONS = [part for key, value in TINY.items() for part in ("--set", f"{key}={va
 
 
 def fedprune(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run(
-        [FEDPRUNE, *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return Command("fedprune", *arguments, cwd=cwd).ended()
 
 
 def test_run_twice_gives_two_folders_and_one_digest(finished: Path, tmp_path: Path) -> None:
@@ -55,25 +46,23 @@ def test_kill_at_random_moments_then_resume_gives_the_same_bits(tmp_path: Path) 
     config = tiny(training__rounds=40)
     expected = digest(run_inline(config, tmp_path / "undisturbed"))
     out = tmp_path / "killed run"
-    command = [FEDPRUNE, "run", "--engine", "inline", *OPTIONS]
+    command = ["run", "--engine", "inline", *OPTIONS]
     command += ["--rounds", "40", "--out", str(out)]
     moments = random.Random(0)
     kills = 0
     while not (out / SUMMARY).exists():
         assert kills < 30
         resume = ["--resume"] if (out / "config.toml").exists() else []
-        process = subprocess.Popen(
-            [*command, *resume], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
         before = len(read_metrics(out))
+        process = Command("fedprune", *command, *resume, cwd=tmp_path)
         # Let it come a little further than the last one, then strike at any moment.
-        while process.poll() is None and len(read_metrics(out)) <= before + 2:
+        while process.is_running() and len(read_metrics(out)) <= before + 2:
             time.sleep(0.01)
         if kills < 4:
             time.sleep(moments.uniform(0.0, 0.3))
-            process.send_signal(signal.SIGKILL)
+            process.send(signal.SIGKILL)
             kills += 1
-        process.communicate()
+        process.ended()
     assert kills >= 3  # a loaded machine may let it finish before the last one
     assert digest(out) == expected
     assert [line.get("round") for line in read_metrics(out)] == [None, *range(1, 41)]
@@ -130,7 +119,8 @@ def test_one_clear_line_and_exit_status(arguments: list[str], message: str, tmp_
 
 
 def test_debug_shows_the_trace(tmp_path: Path) -> None:
-    done = fedprune("run", "--method", "magic", "--debug", cwd=tmp_path)
+    command = [FEDPRUNE, "run", "--method", "magic", "--debug"]  # as it is installed
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 
