@@ -57,8 +57,7 @@ class Result:
     @cached_property
     def model(self) -> nn.Module:
         """The final model in evaluation mode: of sparse layers where it was pruned, else dense."""
-        import torch  # noqa: PLC0415
-
+        from fedprune.local.torch_models import skeleton  # noqa: PLC0415
         from fedprune.rounds.folder import CONFIG  # noqa: PLC0415
         from fedprune.rounds.workspace import open_workspace  # noqa: PLC0415
         from sparsemodel.layers.from_state import load_state_, sparse_model  # noqa: PLC0415
@@ -69,9 +68,7 @@ class Result:
             model = workspace.torch.empty_model()
             load_state_(model, state)
         else:
-            with torch.device("meta"):
-                skeleton = workspace.torch.empty_model()
-            model = sparse_model(skeleton, state)
+            model = sparse_model(skeleton(workspace.torch.empty_model), state)
         return model.eval()
 
 

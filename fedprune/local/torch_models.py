@@ -50,6 +50,15 @@ def open_torch_model(
     return kind(build, state, training)
 
 
+def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
+    """A network to look at, on no memory where its code allows that."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except Exception:  # whatever a network's own code raises without values
+        return build()
+
+
 def module_state(model: nn.Module, order: Iterable[str], patterns: Patterns | None) -> SparseState:
     """The state of a plain module under patterns, its tensors in this order."""
     own, values = model.state_dict(), {}
@@ -329,9 +338,7 @@ class SparseModules(TorchModel):
 
     def _take(self, state: SparseState) -> None:
         """Made anew for other patterns, on no memory but theirs."""
-        with torch.device("meta"):
-            skeleton = self._build()
-        self._model = sparse_model(skeleton, state)
+        self._model = sparse_model(skeleton(self._build), state)
         self._plan: TrainingPlan | None = None
         self._without_plan = cpu.library() is None
 
