@@ -24,6 +24,7 @@ from prunelab.errors import DataError, ModelError, RunError, check_settings
 from prunelab.networks import build_model
 from prunelab.runs.seeds import generator, rng, stream_seed
 from prunelab.training import checkpoint as checkpoints
+from sparsemodel.masks.schedule import cosine
 
 _ORDER, _WEIGHTS, _VIEWS = range(3)  # streams of the seed
 
@@ -216,9 +217,9 @@ def _train_epoch(
     parts = [torch.from_numpy(part) for part in drawn]
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for index, rows in enumerate(parts):
-        done = (epoch + index / len(parts)) / config.epochs
+        rate = cosine(epoch + index / len(parts), value=config.lr, end=config.epochs)
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * done))
+            group["lr"] = rate
         images = samples.batch(rows)[0].to(device)
         # Both views in one forward pass: batch norm sees them together.
         both = torch.cat([view(images, config=config, generator=random) for _ in range(2)])

@@ -19,6 +19,7 @@ from prunelab.errors import RunError, check_settings
 from prunelab.runs.seeds import generator, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
 from prunelab.training.task import CausalLM, to_device
+from sparsemodel.masks.schedule import cosine
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _factor(step: int, total: int, warmup: float) -> float:
     rising = math.ceil(warmup * total)
     if step < rising:
         return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+    return cosine(step - rising, value=1.0, end=max(1, total - rising))
 
 
 def _signature(

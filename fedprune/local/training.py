@@ -6,7 +6,6 @@ what methods make their own answers of.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from fedprune.local.model import Correction, LocalModel, Sgd
 from fedprune.settings import TrainingConfig
 from prunelab.data.batches import augment, batches
 from prunelab.runs.seeds import rng
+from sparsemodel.masks.schedule import cosine
 
 if TYPE_CHECKING:
     from fedprune.local.site import Local
@@ -75,7 +75,7 @@ def require_samples(count: int) -> None:
 
 def round_sgd(training: TrainingConfig, round_index: int) -> Sgd:
     """The optimiser's numbers in a round: the learning rate decays by a cosine towards 0."""
-    rate = training.lr * 0.5 * (1.0 + math.cos(math.pi * round_index / training.rounds))
+    rate = cosine(round_index, value=training.lr, end=training.rounds)
     return Sgd(rate, training.momentum, training.weight_decay)
 
 

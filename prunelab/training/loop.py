@@ -20,8 +20,10 @@ from prunelab.data.samples import Augmentable, Samples
 from prunelab.errors import RunError, check_settings
 from prunelab.runs.seeds import rng, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
-from prunelab.training.steps import OPTIMIZERS, Loss, Objective, Stepper, make_optimizer
+from prunelab.training.steps import OPTIMIZERS, Loss, Objective, Stepper, is_planned, make_optimizer
 from prunelab.training.task import Classification, ImageClassification, Task, to_device
+from sparsemodel.masks.schedule import cosine
+from sparsemodel.plans import stepper as planned_steps
 
 __all__ = [
     "Callback",
@@ -39,6 +41,7 @@ Rows = Tensor | Callable[[int], Tensor]
 """Row numbers, int64; or a function that gives each epoch its own."""
 
 EVALUATION_BATCH = 256
+PLANNED_BATCH = 64  # enough for the native kernels, in less memory
 _ORDER, _DROPOUT = 0, 1  # streams of an epoch's seed
 
 
@@ -237,18 +240,32 @@ def evaluate(
     """
     samples, task = as_samples(data), task or ImageClassification()
     chosen = _epoch_rows(rows, 0, len(samples))
-    loss = Loss(task, None)
+    add = _evaluator(model, task)
     loss_sum, correct = 0.0, 0
     device = next(model.parameters()).device
     with evaluating(model):
         for part in chosen.split(EVALUATION_BATCH):
-            batch = to_device(samples.batch(part), device)
-            losses, logits = loss.per_sample(model, batch)
-            loss_sum += float(losses.double().sum())
-            if isinstance(task, Classification) and logits is not None:
-                correct += int((logits.argmax(1) == task.labels(batch)).sum())
+            loss, right = add(to_device(samples.batch(part), device))
+            loss_sum, correct = loss_sum + loss, correct + right
     num_correct = correct if isinstance(task, Classification) else None
     return Evaluation(loss_sum, num_correct, len(chosen))
+
+
+def _evaluator(model: nn.Module, task: Task) -> Callable[[Any], tuple[float, int]]:
+    """batch -> sum of losses and number correct, by a native plan where there is one."""
+    if is_planned(model, task):
+        stepper = planned_steps.Stepper(model, batch_size=PLANNED_BATCH)
+        return lambda batch: stepper.evaluate(*batch)
+    loss = Loss(task, None)
+
+    def by_task(batch: Any) -> tuple[float, int]:
+        losses, logits = loss.per_sample(model, batch)
+        right = 0
+        if isinstance(task, Classification) and logits is not None:
+            right = int((logits.argmax(1) == task.labels(batch)).sum())
+        return float(losses.double().sum()), right
+
+    return by_task
 
 
 @torch.no_grad()
@@ -346,9 +363,9 @@ def _set_lr(
     optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: int, epochs: float
 ) -> None:
     """Half a cosine over the run. Epochs may differ in length, so each counts as a whole."""
-    share = epochs / config.epochs if config.steps is None else steps / config.steps
+    done, end = (epochs, config.epochs) if config.steps is None else (steps, config.steps)
     for group in optimizer.param_groups:
-        group["lr"] = config.lr * 0.5 * (1.0 + math.cos(math.pi * share))
+        group["lr"] = cosine(done, value=config.lr, end=end)
 
 
 def _finished(progress: _Progress, config: TrainingConfig) -> bool:

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from prunelab.errors import RunError
 from prunelab.training.task import Classification, ImageClassification, Task
-from sparsemodel.errors import PlanError
-from sparsemodel.kernels.cpu import library as cpu
 from sparsemodel.layers.sparsify import sparse_layers
 from sparsemodel.optim import SparseAdam, SparseSGD
-from sparsemodel.plans.plan import TrainingPlan
+from sparsemodel.plans import stepper as planned_steps
 
 Objective = Callable[[Tensor, Any, Tensor], Tensor]
 """(logits, batch, rows) -> scalar loss, the mean over the batch."""
@@ -100,9 +98,9 @@ class Stepper:
     ) -> None:
         self._model, self._optimizer = model, optimizer
         self._loss = Loss(task, objective)
-        self._batch_size = batch_size
-        self._may_plan = planned and objective is None and _is_plain(model, task, optimizer)
-        self._plan: TrainingPlan | None = None
+        # One sample more: the last batch of an epoch may be larger by one.
+        plain = planned and objective is None and is_planned(model, task)
+        self._planned = planned_steps.Stepper(model, batch_size=batch_size + 1) if plain else None
 
     def step(self, batch: Any, rows: Tensor, look: Look) -> Tensor:
         """One update; returns the loss before it, float64, where the model is.
@@ -110,10 +108,8 @@ class Stepper:
         Raises:
             RunError: a single sample that the model cannot be trained on.
         """
-        plan = self._planned(batch)
-        if plan is not None:
-            assert isinstance(self._optimizer, SparseSGD)
-            loss, _ = plan.step(*batch, optimizer=self._optimizer)
+        if self._planned is not None and self._planned.plan(batch[0].shape[1:]) is not None:
+            loss, _ = self._planned.step(*batch, optimizer=self._optimizer)
             return torch.tensor(loss, dtype=torch.float64)
         self._optimizer.zero_grad()
         try:
@@ -126,27 +122,13 @@ class Stepper:
         self._optimizer.step()
         return mean.detach().double()
 
-    def _planned(self, batch: Any) -> TrainingPlan | None:
-        """The plan, made for the shape of the first batch."""
-        if self._may_plan and self._plan is None:
-            try:
-                self._plan = TrainingPlan(
-                    self._model, batch[0].shape[1:], batch_size=self._batch_size + 1
-                )
-            except PlanError:  # a network that plans do not know; its modules train all the same
-                self._may_plan = False
-        return self._plan
 
-
-def _is_plain(model: nn.Module, task: Task, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step is what a plan does: softmax cross-entropy of a sparse network, by SGD."""
+def is_planned(model: nn.Module, task: Task) -> bool:
+    """Whether a plan's loss is the task's: softmax cross-entropy of a sparse network's logits."""
     return (
         bool(sparse_layers(model))
-        and isinstance(optimizer, SparseSGD)
         and type(task).loss is Classification.loss
         and type(task).logits is ImageClassification.logits  # type: ignore[attr-defined]
-        and cpu.library() is not None
-        and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
     )
 
 

@@ -34,10 +34,11 @@ def cubic(step: int, *, initial: float, final: float, start: int, end: int) -> f
     return final + (initial - final) * (1.0 - progress) ** 3
 
 
-def cosine(step: int, *, value: float, end: int) -> float:
+def cosine(step: float, *, value: float, end: float) -> float:
     """From `value` at step 0 down half a cosine to 0 at `end`, and 0 after it.
 
-    value / 2 · (1 + cos(π step / end)). FedTiny and RigL let the adjustment rate decay so.
+    value / 2 · (1 + cos(π step / end)). FedTiny and RigL let the adjustment rate decay so, and
+    learning rates fall along it. A step may be a part of one.
 
     Raises:
         SparseModelError: a negative step, or an end below 1.
