@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sparsemodel.optim import SparseAdam, SparseSGD
     from sparsemodel.plans.plan import TrainingPlan
     from sparsemodel.plans.program import program_of
+    from sparsemodel.plans.stepper import Stepper
     from sparsemodel.runtime.program import Program
     from sparsemodel.runtime.trainer import Trainer
     from sparsemodel.storage.models import load, save
@@ -39,6 +40,7 @@ else:
             "sparsemodel.optim": "SparseAdam SparseSGD",
             "sparsemodel.plans.plan": "TrainingPlan",
             "sparsemodel.plans.program": "program_of",
+            "sparsemodel.plans.stepper": "Stepper",
             "sparsemodel.runtime.program": "Program",
             "sparsemodel.runtime.trainer": "Trainer",
             "sparsemodel.storage.models": "load save",
@@ -52,6 +54,7 @@ __all__ = [
     "SparseConv2d",
     "SparseLinear",
     "SparseSGD",
+    "Stepper",
     "Trainer",
     "TrainingPlan",
     "densify",
