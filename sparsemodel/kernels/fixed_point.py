@@ -1,21 +1,20 @@
-"""Sums of floating-point numbers as integers: the same bits in whatever order they are added.
-
-A value x is held as (high, low), both int64: x = high / 2¹⁶ + low / 2⁵², high signed,
-0 <= low <= 2³⁶. Values of float32 above 1e-8 in magnitude are held exactly. The bounds leave room
-for a total weight below 2²⁷ in 64 bits: 2³⁶ · 2²⁷ = 2⁶³.
-"""
+"""The sums of `runtime.fixed_sum` on torch tensors, on any device: the same bits."""
 # ruff: noqa: PLR0917 - arrays by position, in the order of the operator
 
 from __future__ import annotations
 
 import torch
 
-Tensor = torch.Tensor
+from sparsemodel.runtime.fixed_sum import (
+    HIGH_BITS,
+    LOW_BITS,
+    MAX_ABSOLUTE_VALUE,
+    MAX_TOTAL_WEIGHT,
+)
 
-HIGH_BITS = 16
-LOW_BITS = 36
-MAX_ABSOLUTE_VALUE = 2.0**20
-MAX_TOTAL_WEIGHT = 2**27 - 1
+__all__ = ["MAX_ABSOLUTE_VALUE", "MAX_TOTAL_WEIGHT", "add", "value"]
+
+Tensor = torch.Tensor
 
 
 def add(

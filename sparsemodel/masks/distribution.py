@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from sparsemodel.errors import DensityError, MaskError
+
+if TYPE_CHECKING:
+    import torch
 
 Distribution = Callable[..., dict[str, int]]
 """Takes some of shapes, scores, density, generator; returns name -> number of active weights."""
@@ -65,7 +68,7 @@ def noise_uniform(
     shapes: Mapping[str, tuple[int, ...]],
     density: float,
     *,
-    generator: torch.Generator,
+    generator: np.random.Generator,
     spread: float = 0.5,
     tolerance: float = 0.02,
     max_draws: int = 1000,
@@ -100,9 +103,7 @@ def noise_uniform(
     wanted = density * sum(capacities.values())
     quotas: dict[str, float] = {}
     for _ in range(max_draws):
-        unit = torch.rand(
-            len(capacities), generator=generator, dtype=torch.float64, device=generator.device
-        )
+        unit = generator.random(len(capacities))
         noise = (1 + spread * (2 * unit - 1)).tolist()
         quotas = {
             name: min(density * factor, 1.0) * capacity
@@ -132,6 +133,8 @@ def global_ranking(scores: Mapping[str, torch.Tensor], density: float) -> dict[s
     >>> global_ranking({"a": torch.tensor([9.0, 8.0, 7.0]), "b": torch.tensor([1.0])}, 0.75)
     {'a': 2, 'b': 1}
     """
+    import torch  # noqa: PLC0415 - the counts of shapes alone need none
+
     capacities = _capacities({name: tuple(score.shape) for name, score in scores.items()})
     total = _total(density, capacities)
     for name, score in scores.items():

@@ -1,0 +1,67 @@
+"""Sums of floating-point numbers as integers: the same bits in whatever order they are added.
+
+A value x is held as (high, low), both int64: x = high / 2¹⁶ + low / 2⁵², high signed,
+0 <= low <= 2³⁶. Values of float32 above 1e-8 in magnitude are held exactly. The bounds leave room
+for a total weight below 2²⁷ in 64 bits: 2³⁶ · 2²⁷ = 2⁶³.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsemodel.runtime.state import Array
+
+HIGH_BITS = 16
+LOW_BITS = 36
+MAX_ABSOLUTE_VALUE = 2.0**20
+MAX_TOTAL_WEIGHT = 2**27 - 1
+_CHUNK = 1 << 16  # values at a time, so that a large tensor needs little memory besides
+
+
+class FixedSum:
+    """A running sum of weighted arrays of one shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        size = int(np.prod(shape, dtype=np.int64))
+        self._high, self._low = np.zeros(size, np.int64), np.zeros(size, np.int64)
+
+    def add(self, values: Array, means: Array | None, weight: int) -> int:
+        """Add weight · (values + means²); a call with -weight takes that back exactly.
+
+        Args:
+            values: float32, of the sum's shape.
+            means: of the same shape; None adds the values alone.
+
+        Returns:
+            How many values were left out: not finite, or of magnitude 2²⁰ or more.
+        """
+        flat, squared = values.reshape(-1), None if means is None else means.reshape(-1)
+        refused = 0
+        for start in range(0, len(flat), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            x = flat[part].astype(np.float64)
+            if squared is not None:
+                x += squared[part].astype(np.float64) ** 2
+            fits = np.abs(x) < MAX_ABSOLUTE_VALUE
+            refused += int(len(x) - np.count_nonzero(fits))
+            x = np.where(fits, x, 0.0) * 2.0**HIGH_BITS
+            whole = np.floor(x)
+            # The rest is below 1 and exact; rounding it up to 2^36 is allowed and still adds up.
+            rest = np.rint((x - whole) * 2.0**LOW_BITS)
+            self._high[part] += weight * whole.astype(np.int64)
+            self._low[part] += weight * rest.astype(np.int64)
+        return refused
+
+    def take(self, other: FixedSum, positions: NDArray[np.int64]) -> None:
+        """Add another sum at these positions, each once."""
+        self._high[positions] += other._high
+        self._low[positions] += other._low
+
+    def mean(self, total_weight: int) -> NDArray[np.float64]:
+        """The mean that a sum of this weight holds."""
+        high = self._high.astype(np.float64) / 2**HIGH_BITS
+        high += self._low.astype(np.float64) / 2.0 ** (HIGH_BITS + LOW_BITS)
+        mean: NDArray[np.float64] = (high / total_weight).reshape(self.shape)
+        return mean
