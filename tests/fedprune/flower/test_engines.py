@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,22 @@ def test_a_stopped_batched_run_resumes_to_the_same_bits(
     assert len(read_metrics(tmp_path / "stopped")) == 3  # the start and two rounds
     runner.run(config, tmp_path / "stopped", engine="batched", resume=True)
     assert digest(tmp_path / "stopped") == digest(tmp_path / "whole")
+
+
+def test_a_client_whose_answer_cannot_be_sent_is_left_out_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients that were trained together answer each for itself."""
+    train = batched.train_in_cohorts
+
+    def diverged(*arguments: Any, **named: Any) -> Any:
+        (first, *rest), size = train(*arguments, **named)
+        return [replace(first, fields={"loss": float("nan")}), *rest], size
+
+    monkeypatch.setattr(batched, "train_in_cohorts", diverged)
+    config = tiny(training__execution="masked", training__rounds=1)
+    runner.run(config, tmp_path / "run", engine="batched")
+    _, line = read_metrics(tmp_path / "run")
+    assert line["clients"] == [1, 2, 3]
+    assert [entry["client"] for entry in line["skipped"]] == [0]
+    assert "training has diverged" in line["skipped"][0]["reason"]
