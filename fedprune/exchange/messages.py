@@ -6,6 +6,7 @@ Flower's records and back. Everything else only sees these.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,5 +168,6 @@ def _listed(fields: Fields, key: str, length: int) -> list[Any]:
 
 
 def _is_finite(value: object) -> bool:
+    # JSON's integers have no end; those beyond the floats are as little use as infinity.
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) < float("inf")  # type: ignore[arg-type]
+    return number and abs(value) <= sys.float_info.max  # type: ignore[arg-type]

@@ -114,7 +114,7 @@ def train_together(
     for (message, _), entry in zip(messages, decoded, strict=True):
         answer = next(outcome) if isinstance(entry, tuple) else entry
         if isinstance(answer, Reply) and isinstance(entry, tuple):
-            answer = encode_answer(answer, *entry)
+            answer = guarded(partial(encode_answer, answer, *entry))
         assert isinstance(answer, RecordDict)
         answers.append(Message(answer, reply_to=message))
     return answers, size

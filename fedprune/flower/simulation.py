@@ -16,10 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
+
+import tomli_w
 
 from fedprune.config import RunConfig
 from fedprune.flower import app as flower_app
@@ -121,12 +124,10 @@ def _write_app(path: Path, config: RunConfig, out: Path, *, resume: bool, store:
     source = Path(flower_app.__file__).parent
     path.mkdir(parents=True)
     shutil.copy(source / "fedprune_app.py", path)
-    project = (source / "pyproject.toml").read_text(encoding="utf-8")
-    header, _, _ = project.partition("[tool.flwr.app.config]")
+    project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))
     values = {**config.flower(), **launch_values(out, resume=resume, store=store)}
-    lines = [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in values.items()]
-    text = "\n".join([header + "[tool.flwr.app.config]", *lines]) + "\n"
-    (path / "pyproject.toml").write_text(text, encoding="utf-8")
+    project["tool"]["flwr"]["app"]["config"] = values
+    (path / "pyproject.toml").write_text(tomli_w.dumps(project), encoding="utf-8")
     return path
 
 

@@ -58,8 +58,15 @@ class NeedsResync(Exception):  # noqa: N818 - an event, not a failure
 
 
 def build_record(header: Mapping[str, Any], frames: Mapping[str, bytes]) -> RecordDict:
-    """A Flower record of a header and codec frames."""
-    text = json.dumps(header, separators=(",", ":"), allow_nan=False)
+    """A Flower record of a header and codec frames.
+
+    Raises:
+        ClientError: a number of the header is not finite.
+    """
+    try:
+        text = json.dumps(header, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        raise ClientError("a number to be sent is not finite: training has diverged") from None
     small = {key: data for key, data in frames.items() if len(data) < ARRAY_THRESHOLD}
     record = RecordDict({_FIELDS: ConfigRecord({_HEADER: text, **small})})
     if len(small) < len(frames):
@@ -179,8 +186,9 @@ class Held:
         Raises:
             NeedsResync: the client does not hold it.
         """
+        data = self.take(token)
         if token not in self.decoded:
-            self.decoded[token] = decode_mask(self.take(token))
+            self.decoded[token] = decode_mask(data)
         return self.decoded[token]
 
 
@@ -275,7 +283,7 @@ def _encode_part(
         token = mask_token(state.patterns)
         entry["m"] = token[2:]
         keep.add(token)
-        if token not in held and base is not None and mask_token(base) in held:
+        if token not in held and base is not None and _can_differ(base, state.patterns, held):
             entry["b"] = mask_token(base)[2:]
             frames[f"d{place}"] = encode_mask_delta(base, state.patterns)
         elif token not in held:
@@ -288,6 +296,12 @@ def _encode_part(
     if token not in held:
         frames[f"w{place}"] = values
     return entry
+
+
+def _can_differ(base: Patterns, patterns: Patterns, held: frozenset[str]) -> bool:
+    """Whether a client can be told a mask by its difference from `base`: same layers, and held."""
+    same_layers = list(base.shapes().items()) == list(patterns.shapes().items())
+    return same_layers and mask_token(base) in held
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,41 @@
-"""Where a plan's native nodes find parameters, gradients and statistics of torch modules."""
+"""What ties a program's arrays to torch modules: shared memory, followed when it moves."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from sparsemodel.errors import PlanError
-from sparsemodel.kernels.cpu import native
-from sparsemodel.kernels.cpu.plan_abi import ConvArrays, NativePlan, NormArrays, Parameter
-from sparsemodel.kernels.csr import csr_from_mask
-from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.layers.linear_and_conv import SparseLayer
 from sparsemodel.optim import SparseSGD
+from sparsemodel.runtime.bound import BoundProgram, LayerArrays, ParameterArrays, layer_geometry
+from sparsemodel.runtime.pattern import Pattern
+from sparsemodel.runtime.structures import Structure, shared_structures
 
 Tensor = torch.Tensor
+Array = NDArray[Any]
 
 
 class Gradient:
     """The gradient of one parameter: made once, as long as the parameter, given to `.grad`."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._memory = np.empty(0, np.float32)
         self._gradient = torch.empty(0)
 
-    def of(self, parameter: Tensor) -> int | None:
-        """The address of the gradient of a parameter as it is now; None where it is frozen."""
+    def of(self, parameter: Tensor) -> Array | None:
+        """The gradient of a parameter as it is now; None where it is frozen."""
         if not parameter.requires_grad:
             return None
         if self._gradient.shape != parameter.shape:
-            # One element more: of an empty tensor the address would be null, which says frozen.
-            self._memory = torch.zeros(parameter.numel() + 1)
-            self._gradient = self._memory[:-1].view(parameter.shape)
-        return self._memory.data_ptr()
+            # One element more: of an empty array the address may be null, which says frozen.
+            self._memory = np.zeros(parameter.numel() + 1, np.float32)
+            self._gradient = torch.from_numpy(self._memory[:-1]).view(parameter.shape)
+        return self._memory[:-1]
 
     def give(self, parameter: Tensor) -> None:
         """Make it the parameter's `.grad`."""
@@ -55,11 +57,11 @@ def _momentum(optimizer: SparseSGD, parameter: Tensor | None) -> Tensor | None:
 
 
 class BoundModule:
-    """A module's arrays, bound to a node of a plan; `refresh` follows them when they move."""
+    """A module's arrays, bound to a node of a program; `refresh` follows them when they move."""
 
     _names: tuple[str, str]  # of the two parameters
 
-    def __init__(self, plan: NativePlan, node: int, module: nn.Module, title: str) -> None:
+    def __init__(self, plan: BoundProgram, node: int, module: nn.Module, title: str) -> None:
         self._plan = plan
         self._node = node
         self._module = module
@@ -128,34 +130,25 @@ class BoundModule:
         if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
             raise PlanError(f"{self.title} has hooks on its gradients, which a plan would not call")
 
-    def _parameter(self, index: int) -> Parameter:
+    def _parameter(self, index: int) -> ParameterArrays | None:
         parameter = self._module._parameters.get(self._names[index])
         if parameter is None:
-            return Parameter()
+            return None
+        gradient = self._gradients[index].of(parameter)
         momentum = self._momenta[index]
-        return Parameter(
-            parameter.data_ptr() or None,
-            self._gradients[index].of(parameter),
-            None if momentum is None else momentum.data_ptr(),
+        return ParameterArrays(
+            _shared(parameter), gradient, None if momentum is None else _shared(momentum)
         )
 
 
 class BoundLayer(BoundModule):
     """A sparse, or a plain and so full, convolution or linear layer."""
 
-    def __init__(
-        self, plan: NativePlan, node: int, module: nn.Module, title: str, geometry: ConvGeometry
-    ) -> None:
+    def __init__(self, plan: BoundProgram, node: int, module: nn.Module, title: str) -> None:
         super().__init__(plan, node, module, title)
-        self._geometry = geometry
         self._sparse = isinstance(module, SparseLayer)
-        self._own_index = torch.empty(0)
         self._names = ("values" if self._sparse else "weight", "bias")
-        if not self._sparse:
-            weight = module._parameters["weight"]
-            assert weight is not None, "a layer has a weight"
-            row_ptr, cols = csr_from_mask(torch.ones(weight.shape, dtype=torch.bool))
-            self._full = (row_ptr, cols, native.transpose_pattern(row_ptr, cols, geometry))
+        self._geometry = layer_geometry(plan.program, node, 1)
 
     def _tensors(self) -> list[Tensor | None]:
         parameters, buffers = self._module._parameters, self._module._buffers
@@ -163,28 +156,24 @@ class BoundLayer(BoundModule):
         return [*own, buffers["row_ptr"], buffers["cols"]] if self._sparse else own
 
     def _bind(self) -> None:
-        row_ptr, cols, transposed = self._pattern()
-        index = native.index_parts(transposed, len(cols))
-        self._plan.bind_conv(
-            self._node,
-            ConvArrays(
-                row_ptr.data_ptr(), cols.data_ptr(), *index, self._parameter(0),
-                self._parameter(1),
-            ),
-        )  # fmt: skip
+        weight = self._parameter(0)
+        assert weight is not None, "a layer has a weight"
+        self._plan.bind_layer(self._node, LayerArrays(*self._pattern(), weight, self._parameter(1)))
 
-    def _pattern(self) -> tuple[Tensor, Tensor, Tensor]:
-        if not self._sparse:
-            return self._full
+    def _pattern(self) -> tuple[Array, Array, Array]:
+        """Rows, columns and the index by input."""
+        if not isinstance(self._module, SparseLayer):
+            weight = self._module._parameters["weight"]
+            assert weight is not None, "a layer has a weight"
+            full = shared_structures.full(tuple(weight.shape), self._geometry)
+            return full.pattern.row_ptr, full.pattern.cols, full.index()
+        layer = self._module
         row_ptr, cols, transposed = (
-            self._module._buffers[name] for name in ("row_ptr", "cols", "transposed")
+            _shared(t) for t in (layer.row_ptr, layer.cols, layer.transposed)
         )
-        assert row_ptr is not None
-        assert cols is not None
-        assert transposed is not None
-        if transposed.numel() == 0:  # where the layer itself computes densely
-            transposed = native.transpose_pattern(row_ptr, cols, self._geometry)
-            self._own_index = transposed
+        if not transposed.size:  # where the layer itself computes densely
+            pattern = Pattern(tuple(layer.weight_shape), row_ptr, cols)
+            transposed = Structure(pattern, self._geometry).index()
         return row_ptr, cols, transposed
 
 
@@ -207,7 +196,12 @@ class BoundNorm(BoundModule):
 
     def _bind(self) -> None:
         buffers = (self._module._buffers[name] for name in self._buffers)
-        addresses = [None if b is None else b.data_ptr() for b in buffers]
+        mean, variance, batches = (None if b is None else _shared(b) for b in buffers)
         self._plan.bind_norm(
-            self._node, NormArrays(self._parameter(0), self._parameter(1), *addresses)
+            self._node, self._parameter(0), self._parameter(1), (mean, variance, batches)
         )
+
+
+def _shared(tensor: Tensor) -> Array:
+    """A tensor's memory as an array."""
+    return tensor.detach().numpy()

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from sparsemodel.errors import PlanError, SparseModelError
-from sparsemodel.kernels.cpu import native
-from sparsemodel.kernels.cpu.plan_abi import Images, NativePlan, Sgd
-from sparsemodel.kernels.geometry import ConvGeometry
+from sparsemodel.kernels.cpu.plan_abi import Sgd
 from sparsemodel.layers.growth import counted_layers
-from sparsemodel.layers.linear_and_conv import SparseLayer, SparseLinear
 from sparsemodel.masks.adjust import Entries
 from sparsemodel.optim import SparseSGD
 from sparsemodel.plans.arrays import BoundLayer, BoundModule, BoundNorm
-from sparsemodel.plans.growth import Growth
-from sparsemodel.plans.rules import Operation, conv_geometry
+from sparsemodel.plans.program import traced_program
 from sparsemodel.plans.trace import trace_operations
+from sparsemodel.runtime.bound import BoundProgram, OperationSeconds
 
 Tensor = torch.Tensor
-
-_NATIVE_NAMES = {"max_pool": "maxpool", "avg_pool": "avgpool", "global_pool": "global_avgpool"}
-
-
-@dataclass(frozen=True)
-class OperationSeconds:
-    """What one operation took in the last run."""
-
-    name: str
-    kind: str
-    forward: float
-    backward: float
 
 
 class TrainingPlan:
@@ -91,31 +77,32 @@ class TrainingPlan:
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
         self._model = model
-        self._input_shape = tuple(input_shape)
-        self._batch_size = batch_size
-        self._operations = trace_operations(model, self._input_shape)
-        self._classes = self._operations[-1].shape[0]
-        self._pixels = _pixel_factors(self._input_shape, normalization)
         if activation_dtype not in {torch.float32, torch.bfloat16}:
             raise SparseModelError(
                 f"activation_dtype is torch.float32 or torch.bfloat16, got {activation_dtype}"
             )
-        self._plan = NativePlan(
-            batch_size, recompute=recompute, bfloat16=activation_dtype == torch.bfloat16
+        operations = trace_operations(model, tuple(input_shape))
+        self._plan = BoundProgram(
+            traced_program(model, operations),
+            batch_size=batch_size,
+            recompute=recompute,
+            bfloat16=activation_dtype == torch.bfloat16,
+            normalization=normalization,
         )
-        self._bound: list[BoundModule] = []
-        self._nodes: dict[nn.Module, int] = {}  # of sparse layers
-        for number, operation in enumerate(self._operations):
-            added = self._add(operation)
-            assert added == number, "each operation is one node"
+        kinds: dict[str, type[BoundModule]] = {"conv": BoundLayer, "norm": BoundNorm}
+        self._bound = [
+            kinds[operation.kind](self._plan, number, operation.module, operation.name)
+            for number, operation in enumerate(operations)
+            if operation.kind in kinds and operation.module is not None
+        ]
         self._refuse_ties()
         self._refresh()
-        self._plan.build(len(self._operations) - 1)
+        self._plan.build()
 
     @property
     def batch_size(self) -> int:
         """The largest batch."""
-        return self._batch_size
+        return self._plan.batch_size
 
     @property
     def arena_bytes(self) -> int:
@@ -142,17 +129,11 @@ class TrainingPlan:
             SparseModelError: images or labels of another shape, dtype or range; nothing has
                 changed then.
         """
-        images, labels = self._checked_batch(images, labels)
+        arrays = _array(images, "images"), _array(labels, "labels")
         sgd = None if optimizer is None else self._sgd(optimizer)
         for bound in self._bound:
             bound.refresh(optimizer)
-        result = self._plan.train(
-            len(images),
-            self._native(images),
-            labels.data_ptr(),
-            sgd=sgd,
-            threads=torch.get_num_threads(),
-        )
+        result = self._plan.train(*arrays, sgd=sgd, threads=torch.get_num_threads())
         for bound in self._bound:
             bound.hand_over()
         # Autograd cannot see writes through an address.
@@ -184,10 +165,14 @@ class TrainingPlan:
             MaskError: names that do not fit, a negative count, a gradient that is NaN.
             SparseModelError: images or labels of another shape, dtype or range.
         """
-        images, labels = self._checked_batch(images, labels)
-        growth = Growth(counted_layers(self._model, counts), self._nodes, counts)
+        arrays = _array(images, "images"), _array(labels, "labels")
+        counted_layers(self._model, counts)  # refuses names and counts that do not fit
         self._refresh()
-        return growth.take(self._plan, self._native(images), labels)
+        found = self._plan.growth(counts, *arrays, threads=torch.get_num_threads())
+        return {
+            name: (torch.from_numpy(indices), torch.from_numpy(top))
+            for name, (indices, top) in found.items()
+        }
 
     def evaluate(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
         """Mean loss and number correct by running statistics, of any number of samples.
@@ -196,80 +181,20 @@ class TrainingPlan:
             images: [N, *input_shape]; more than a batch go through in pieces.
             labels: [N], int64.
         """
-        images, labels = self._checked(images), _checked_labels(labels, len(images))
+        arrays = _array(images, "images"), _array(labels, "labels")
         self._refresh()
-        total, correct = 0.0, 0
-        pieces = zip(images.split(self._batch_size), labels.split(self._batch_size), strict=True)
-        for some, their_labels in pieces:
-            loss, right = self._plan.infer(
-                len(some),
-                self._native(some),
-                labels=their_labels.data_ptr(),
-                threads=torch.get_num_threads(),
-            )
-            total += loss * len(some)
-            correct += right
+        total, correct = self._plan.evaluate(*arrays, threads=torch.get_num_threads())
         return total / len(images), correct
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] by running statistics, of any number of samples [N, ...]."""
-        images = self._checked(images)
+        array = _array(images, "images")
         self._refresh()
-        logits = torch.empty(len(images), self._classes)
-        pieces = zip(images.split(self._batch_size), logits.split(self._batch_size), strict=True)
-        for some, result in pieces:
-            self._plan.infer(
-                len(some),
-                self._native(some),
-                logits=result.data_ptr(),
-                threads=torch.get_num_threads(),
-            )
-        return logits
+        return torch.from_numpy(self._plan.forward(array, threads=torch.get_num_threads()))
 
     def seconds(self) -> list[OperationSeconds]:
         """Time of each operation in the last run; the loss counts with the last one."""
-        forward, backward = self._plan.seconds()
-        return [
-            OperationSeconds(operation.name, operation.kind, float(f), float(b))
-            for operation, f, b in zip(self._operations, forward, backward, strict=True)
-        ]
-
-    def _add(self, operation: Operation) -> int:
-        """Add the node of an operation to the native plan; its number."""
-        if operation.kind == "conv":
-            return self._add_layer(operation)
-        if operation.kind == "norm":
-            return self._add_norm(operation)
-        if operation.kind == "input":
-            return self._plan.add("input", *_planes(operation.shape))
-        name = _NATIVE_NAMES.get(operation.kind, operation.kind)
-        arguments: list[object] = list(operation.inputs)
-        if operation.window is not None:
-            arguments.append(operation.window)
-        if operation.kind == "avg_pool":
-            arguments.append(operation.include_pad)
-        return self._plan.add(name, *arguments)
-
-    def _add_layer(self, operation: Operation) -> int:
-        module, (source,) = operation.module, operation.inputs
-        assert module is not None, "a layer is a module"
-        geometry = _geometry(operation)
-        size = _planes(self._operations[source].shape)[1:]
-        sizes = native.conv_sizes(self._batch_size, size, geometry.output_size(*size), geometry)
-        node = self._plan.add("conv", source, sizes)
-        self._bound.append(BoundLayer(self._plan, node, module, operation.name, geometry))
-        if isinstance(module, SparseLayer):
-            self._nodes[module] = node
-        return node
-
-    def _add_norm(self, operation: Operation) -> int:
-        module = operation.module
-        assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
-        source, residual = (*operation.inputs, -1)[:2]
-        momentum = -1.0 if module.momentum is None else module.momentum
-        node = self._plan.add("batchnorm", source, residual, operation.relu, module.eps, momentum)
-        self._bound.append(BoundNorm(self._plan, node, module, operation.name))
-        return node
+        return self._plan.seconds()
 
     def _refuse_ties(self) -> None:
         seen: dict[int, str] = {}
@@ -302,67 +227,12 @@ class TrainingPlan:
         for bound in self._bound:
             bound.refresh()
 
-    def _checked_batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        images, labels = self._checked(images), _checked_labels(labels, len(images))
-        if len(images) > self._batch_size:
-            raise SparseModelError(
-                f"the plan is for batches of at most {self._batch_size}, got {len(images)}"
-            )
-        return images, labels
 
-    def _checked(self, images: Tensor) -> Tensor:
-        allowed = (torch.float32,) if self._pixels is None else (torch.float32, torch.uint8)
-        shape = tuple(images.shape)
-        if shape[1:] != self._input_shape or len(shape) < 2 or shape[0] < 1:
-            raise SparseModelError(f"expected images [B, *{self._input_shape}], got {shape}")
-        if images.dtype not in allowed or images.device.type != "cpu":
-            names = " or ".join(str(dtype) for dtype in allowed)
-            raise SparseModelError(
-                f"expected images of {names} on the CPU, got {images.dtype} on {images.device} "
-                "(bytes need normalization=(mean, std))"
-            )
-        return images.contiguous()
-
-    def _native(self, images: Tensor) -> Images:
-        if images.dtype == torch.float32:
-            return Images.floats(images.data_ptr())
-        assert self._pixels is not None, "bytes are refused without"
-        scale, shift = self._pixels
-        return Images.bytes(images.data_ptr(), scale.data_ptr(), shift.data_ptr())
-
-
-def _checked_labels(labels: Tensor, count: int) -> Tensor:
-    if labels.shape != (count,) or labels.dtype != torch.int64 or labels.device.type != "cpu":
+def _array(tensor: Tensor, what: str) -> NDArray[Any]:
+    """A tensor's memory as an array, which the runs check."""
+    try:
+        return tensor.detach().numpy()
+    except (TypeError, RuntimeError) as error:  # another device, or a dtype that numpy lacks
         raise SparseModelError(
-            f"expected labels int64 [{count}] on the CPU, got {labels.dtype} of shape "
-            f"{tuple(labels.shape)} on {labels.device}"
-        )
-    return labels.contiguous()
-
-
-def _pixel_factors(
-    shape: tuple[int, ...], normalization: tuple[Sequence[float], Sequence[float]] | None
-) -> tuple[Tensor, Tensor] | None:
-    """scale and shift with (byte / 255 - mean) / std = scale * byte + shift."""
-    if normalization is None:
-        return None
-    mean, std = (torch.tensor(list(numbers), dtype=torch.float64) for numbers in normalization)
-    if mean.shape != (shape[0],) or std.shape != mean.shape or not bool((std > 0).all()):
-        raise SparseModelError(
-            f"normalization: expected mean and positive std of {shape[0]} channels, got "
-            f"{normalization}"
-        )
-    return (1 / (255 * std)).float(), (-mean / std).float()
-
-
-def _planes(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    channels, *size = shape
-    return (channels, size[0], size[1]) if size else (channels, 1, 1)
-
-
-def _geometry(operation: Operation) -> ConvGeometry:
-    module = operation.module
-    if isinstance(module, SparseLinear | nn.Linear):
-        return ConvGeometry(module.out_features, module.in_features, 1, 1)
-    assert module is not None
-    return conv_geometry(module, operation.name)  # type: ignore[arg-type]
+            f"expected {what} in memory of the CPU, got {tensor.dtype} on {tensor.device}"
+        ) from error

@@ -1,225 +1,895 @@
-"""Records and plain messages: round trips, large frames, and records that are not ours."""
+"""Records and plain messages: round trips, what a client holds, large frames, and hostile ones."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 from federation import tiny
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from fedprune.errors import ClientError
+from fedprune.exchange.aggregate import EntryMean, StateMean
 from fedprune.exchange.messages import (
+    DESCRIBE,
+    MODEL,
     ClientInfo,
-    MeasureReply,
-    MeasureRequest,
-    Pool,
-    ScoreReply,
-    ScoreRequest,
-    TrainReply,
-    TrainRequest,
+    Reply,
+    Request,
+    Resources,
+    client_info,
+    describe_reply,
+    number,
 )
 from fedprune.flower import wire
-from fedprune.methods.fedtiny.pool import candidate_pool
+from fedprune.flower.wire import Held, NeedsResync, ProgramText
+from fedprune.methods.base import RunState, train_request
+from fedprune.methods.fedtiny.pool import POOL, Pool, candidate_counts, candidate_pool, pool_request
+from fedprune.methods.fedtiny.selection import _check_scores, _check_statistics
 from fedprune.rounds.workspace import Workspace, open_workspace
 from prunelab.networks import float_state
+from sparsemodel.codec import encode_mask
 from sparsemodel.errors import CodecError
-from sparsemodel.masks.mask import Mask
+from sparsemodel.runtime.adjust import prune_and_grow
+from sparsemodel.runtime.pattern import Pattern, Patterns
+from sparsemodel.runtime.state import SparseState, Tensors
 
 NOTHING: frozenset[str] = frozenset()
+PROGRAM = ProgramText("a program", "0123456789abcdef0123")
+DTYPES = ("fp32", "fp16", "bf16", "int8")
+Shapes = dict[str, tuple[int, ...]]
+
+
+# --- a real model and its pool -----------------------------------------------------------------
+
+
+@cache
+def workspace() -> Workspace:
+    return open_workspace(tiny())
+
+
+@cache
+def the_pool() -> Pool:
+    work, model = workspace(), workspace().model()
+    values = float_state(model)
+    dense = SparseState({name: values[name].numpy() for name in work.shapes})
+    return candidate_pool(dense, candidate_counts(model, 0.2, num_candidates=2, seed=1))
 
 
 @pytest.fixture(name="work")
 def fixture_work() -> Workspace:
-    return open_workspace(tiny())
+    return workspace()
 
 
 @pytest.fixture(name="pool")
-def fixture_pool(work: Workspace) -> Pool:
-    model = work.model()
-    return Pool(float_state(model), candidate_pool(model, work.config.pruning, seed=1))
+def fixture_pool() -> Pool:
+    return the_pool()
 
 
-def masked(pool: Pool, mask: Mask) -> dict[str, torch.Tensor]:
-    return {n: v * mask[n] if n in mask else v for n, v in pool.weights.items()}
+def adjusted(state: SparseState) -> SparseState:
+    """The state after a few weights of its first layer have moved."""
+    assert state.patterns is not None
+    name, pattern = next(iter(state.patterns.items()))
+    free = np.setdiff1d(np.arange(pattern.num_weights), pattern.positions())[:3]
+    return prune_and_grow(state, {name: (free, np.ones(3, np.float32))}, {name: 3})
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def encode(
+    request: Request,
+    *,
+    held: frozenset[str] = NOTHING,
+    base: Patterns | None = None,
+    program: ProgramText = PROGRAM,
+    dtype: str = "fp32",
+) -> wire.Envelope:
+    return wire.encode_request(request, program=program, held=held, base=base, dtype=dtype)
 
 
-def encode(request: Any, *, held: frozenset[str] = NOTHING, base: Mask | None = None) -> RecordDict:
-    return wire.encode_request(request, held=held, base=base, dtype="fp32")
+def decode(record: RecordDict, held: Held, shapes: Shapes | None = None) -> Request:
+    return wire.receive(record, held).request(workspace().shapes if shapes is None else shapes)
+
+
+def frames(record: RecordDict) -> set[str]:
+    return set(wire.read_record(record)[1])
+
+
+def same_tensors(a: Tensors, b: Tensors) -> bool:
+    """Names, order, shapes and bits."""
+    return list(a) == list(b) and all(
+        a[name].dtype == b[name].dtype == np.float32
+        and a[name].shape == b[name].shape
+        and a[name].tobytes() == b[name].tobytes()
+        for name in a
+    )
+
+
+def same(a: SparseState, b: SparseState) -> bool:
+    return a.patterns == b.patterns and same_tensors(a.values, b.values)
+
+
+# --- round trips -------------------------------------------------------------------------------
+
+TEXT = st.text(max_size=6)
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT,
+    lambda some: st.lists(some, max_size=3) | st.dictionaries(TEXT, some, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def model_shapes(draw: st.DrawFn) -> Shapes:
+    name = st.text(st.characters(exclude_categories=["Cs"]))
+    names = draw(st.lists(name, min_size=1, max_size=4, unique=True))
+    shape = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
+    return {name: draw(shape) for name in names}
+
+
+def arrays(draw: st.DrawFn, size: int) -> np.ndarray:
+    """Any float32 values, NaN and infinities among them."""
+    bits = np.random.default_rng(draw(st.integers(0, 2**32))).integers(0, 2**32, size)
+    return bits.astype(np.uint32).view(np.float32)
+
+
+@st.composite
+def states(draw: st.DrawFn, shapes: Shapes) -> SparseState:
+    pruned = draw(st.sets(st.sampled_from(list(shapes))))
+    patterns, values = {}, {}
+    for name, shape in shapes.items():
+        count = int(np.prod(shape))
+        if name in pruned:
+            kept = sorted(draw(st.sets(st.integers(0, count - 1))))
+            patterns[name] = Pattern.from_positions(shape, np.array(kept, np.int64))
+            values[name] = arrays(draw, len(kept))
+        else:
+            values[name] = arrays(draw, count).reshape(shape)
+    return SparseState(values, Patterns(patterns) if patterns else None)
+
+
+@st.composite
+def tensors(draw: st.DrawFn, shapes: Shapes) -> Tensors:
+    names = draw(st.lists(st.sampled_from(list(shapes)), unique=True))
+    return {name: arrays(draw, int(np.prod(shapes[name]))).reshape(shapes[name]) for name in names}
+
+
+@st.composite
+def requests(draw: st.DrawFn, shapes: Shapes) -> Request:
+    named = draw(st.dictionaries(TEXT, states(shapes), max_size=3))
+    return Request(
+        action=draw(TEXT),
+        round_index=draw(st.integers(0, 2**53 - 1)),
+        fields=draw(st.dictionaries(TEXT, JSON, max_size=3)),
+        states=named,
+        tensors=draw(st.dictionaries(TEXT, tensors(shapes), max_size=3)),
+        hold=frozenset(draw(st.sets(st.sampled_from([*named, "another"])))),
+        report_resources=draw(st.booleans()),
+    )
+
+
+@st.composite
+def replies(draw: st.DrawFn, request: Request, shapes: Shapes) -> Reply:
+    """An answer that may bring every state of the request, and entries at its pruned places."""
+    returned = {
+        name: SparseState(
+            {n: arrays(draw, value.size).reshape(value.shape) for n, value in state.values.items()},
+            state.patterns,
+        )
+        for name, state in request.states.items()
+        if draw(st.booleans())
+    }
+    entries: dict[str, Any] = {}
+    for name, state in request.states.items():
+        for layer, pattern in (state.patterns or {}).items():
+            free = np.setdiff1d(np.arange(pattern.num_weights), pattern.positions())
+            chosen = draw(st.sets(st.sampled_from(free.tolist()))) if len(free) else set()
+            if chosen:
+                some = np.array(sorted(chosen), np.int64)
+                entries.setdefault(name, {})[layer] = some, arrays(draw, len(some))
+    count = st.integers(0, 2**53 - 1)
+    return Reply(
+        num_examples=draw(count),
+        fields=draw(st.dictionaries(TEXT, JSON, max_size=3)),
+        states=returned,
+        entries=entries,
+        tensors=draw(st.dictionaries(TEXT, tensors(shapes), max_size=3)),
+        resources=draw(st.none() | st.builds(Resources, count, count)),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_request_comes_back_as_it_was(data: st.DataObject) -> None:
+    shapes = data.draw(model_shapes())
+    request = data.draw(requests(shapes))
+    envelope, held = encode(request), Held()
+    received = wire.receive(envelope.record, held)
+    assert received.program_text() == b"a program"
+    assert received.action == request.action
+    back = received.request(shapes)
+    assert (back.action, back.round_index) == (request.action, request.round_index)
+    assert (back.fields, back.report_resources) == (request.fields, request.report_resources)
+    assert list(back.states) == list(request.states)
+    assert all(same(back.states[name], state) for name, state in request.states.items())
+    assert list(back.tensors) == list(request.tensors)
+    assert all(same_tensors(back.tensors[name], some) for name, some in request.tensors.items())
+    assert set(held.items) == envelope.held
+    assert envelope.size == wire.record_bytes(envelope.record)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_reply_comes_back_as_it_was(data: st.DataObject) -> None:
+    shapes = data.draw(model_shapes())
+    request = data.draw(requests(shapes))
+    reply = data.draw(replies(request, shapes))
+    record = wire.encode_reply(reply, request, dtype="fp32")
+    assert not wire.wants_resync(record)
+    back = wire.decode_reply(record, request, shapes=shapes)
+    assert (back.num_examples, back.fields) == (reply.num_examples, reply.fields)
+    assert back.resources == reply.resources
+    assert list(back.states) == list(reply.states)
+    assert all(same(back.states[name], state) for name, state in reply.states.items())
+    assert list(back.tensors) == list(reply.tensors)
+    assert all(same_tensors(back.tensors[name], some) for name, some in reply.tensors.items())
+    assert list(back.entries) == list(reply.entries)
+    for name, some in reply.entries.items():
+        assert list(back.entries[name]) == list(some)
+        for layer, (indices, values) in some.items():
+            assert back.entries[name][layer][0].tolist() == indices.tolist()
+            assert back.entries[name][layer][1].tobytes() == values.tobytes()
 
 
 def test_train_request_with_the_whole_mask(work: Workspace, pool: Pool) -> None:
-    mask = pool.masks[0]
-    name = next(iter(mask))
-    request = TrainRequest(3, masked(pool, mask), mask, growth={name: 5}, report_resources=True)
-    record = encode(request)
-    decoded = wire.decode_train_request(record, shapes=work.shapes, masks=[])
-    assert same(decoded.weights, request.weights)
-    assert (decoded.mask, decoded.growth) == (mask, {name: 5})
-    assert (decoded.round_index, decoded.report_resources) == (3, True)
-    assert wire.mask_frame_bytes(record) > 0
-
-
-def test_mask_travels_once_and_then_as_a_difference(work: Workspace, pool: Pool) -> None:
-    old, new = pool.masks[:2]
-    request = TrainRequest(0, masked(pool, new), new)
-    whole = encode(request)
-    difference = encode(request, held=frozenset([old.digest()]), base=old)
-    values_only = encode(request, held=frozenset([new.digest()]))
-    sizes = [wire.mask_frame_bytes(record) for record in (whole, difference, values_only)]
-    assert sizes[0] > sizes[1] > sizes[2] == 0
-    for record, held in ((whole, []), (difference, [old]), (values_only, [new])):
-        decoded = wire.decode_train_request(record, shapes=work.shapes, masks=held)
-        assert decoded.mask == new
-        assert same(decoded.weights, request.weights)
-
-
-def test_missing_or_older_mask_asks_for_a_resync(work: Workspace, pool: Pool) -> None:
-    old, new = pool.masks[:2]
-    request = TrainRequest(0, masked(pool, new), new)
-    values_only = encode(request, held=frozenset([new.digest()]))
-    difference = encode(request, held=frozenset([old.digest()]), base=old)
-    for record, held in (
-        (values_only, []),
-        (values_only, [old]),
-        (difference, []),
-        (difference, [new]),
-    ):
-        with pytest.raises(wire.NeedsResync):
-            wire.decode_train_request(record, shapes=work.shapes, masks=held)
+    state = pool.candidate(0)
+    assert state.patterns is not None
+    names = list(state.patterns)
+    wanted = {names[2]: 5, names[0]: 1}
+    request = train_request(RunState(3, state), fields={"mu": 0.5}, growth=wanted)
+    envelope, held = encode(replace(request, report_resources=True)), Held()
+    decoded = decode(envelope.record, held)
+    assert same(decoded.states[MODEL], state)
+    assert decoded.fields == {"mu": 0.5, "grow": [[2, 5], [0, 1]]}
+    assert (decoded.action, decoded.round_index, decoded.report_resources) == ("train", 3, True)
+    assert envelope.mask_size == len(encode_mask(state.patterns))
 
 
 def test_train_reply_carries_active_values_only(work: Workspace, pool: Pool) -> None:
-    mask = pool.masks[0]
-    name = next(iter(mask))
-    request = TrainRequest(0, masked(pool, mask), mask, growth={name: 2})
-    entries = {name: (mask.pruned(name)[:2], torch.tensor([0.5, -2.0]))}
-    reply = TrainReply(17, 0.25, {}, entries, state_bytes=9, peak_rss_bytes=10)
-    record = wire.encode_train_reply(reply, weights=request.weights, mask=mask, dtype="fp32")
-    decoded = wire.decode_reply(record, request, shapes=work.shapes, batch_norms=work.batch_norms)
-    assert isinstance(decoded, TrainReply)
-    assert (decoded.num_examples, decoded.loss) == (17, 0.25)
-    assert (decoded.state_bytes, decoded.peak_rss_bytes) == (9, 10)
-    for key, pattern in mask.items():
-        assert torch.equal(decoded.values[key], request.weights[key][pattern])
-    assert torch.equal(decoded.growth[name][0], entries[name][0])
-    assert torch.equal(decoded.growth[name][1], entries[name][1])
+    state = pool.candidate(0)
+    assert state.patterns is not None
+    name, pattern = next(iter(state.patterns.items()))
+    request = train_request(RunState(0, state), growth={name: 2})
+    pruned = np.setdiff1d(np.arange(pattern.num_weights), pattern.positions())[:2]
+    entries = {MODEL: {name: (pruned, np.array([0.5, -2.0], np.float32))}}
+    reply = Reply(17, {"loss": 0.25}, {MODEL: state}, entries, resources=Resources(9, 10))
+    record = wire.encode_reply(reply, request, dtype="fp32")
+    decoded = wire.decode_reply(record, request, shapes=work.shapes)
+    request.check(decoded)
+    assert (decoded.num_examples, decoded.fields["loss"]) == (17, 0.25)
+    assert decoded.resources == Resources(9, 10)
+    assert same(decoded.states[MODEL], state)
+    assert decoded.entries[MODEL][name][0].tolist() == pruned.tolist()
+    assert decoded.entries[MODEL][name][1].tolist() == [0.5, -2.0]
+    active = sum(value.nbytes for value in state.values.values())
+    assert wire.record_bytes(record) < active + 1000
 
 
-def test_more_growth_entries_than_asked_for_are_refused(work: Workspace, pool: Pool) -> None:
-    """A dense gradient that calls itself a top-K, or one of another layer."""
-    mask = pool.masks[0]
-    name, other = list(mask)[:2]
-    weights = masked(pool, mask)
-    request = TrainRequest(0, weights, mask, growth={name: 2})
-    every = mask.pruned(name)
-    for entries in (
-        {name: (every, torch.ones(len(every)))},
-        {other: (mask.pruned(other)[:1], torch.ones(1))},
-    ):
-        reply = TrainReply(1, 0.0, {}, entries)
-        record = wire.encode_train_reply(reply, weights=weights, mask=mask, dtype="fp32")
-        with pytest.raises(ClientError, match="not asked for, or too many"):
-            wire.decode_reply(record, request, shapes=work.shapes, batch_norms=work.batch_norms)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_travel_in_the_run_s_type_and_tensors_exactly(
+    dtype: str, work: Workspace, pool: Pool
+) -> None:
+    state = pool.candidate(0)
+    statistics = {name: np.full(shape, 1 / 3, np.float32) for name, shape in work.shapes.items()}
+    request = Request("ask", states={MODEL: state}, tensors={"0": statistics})
+    back = decode(encode(request, dtype=dtype).record, Held())
+    reply = Reply(1, states={MODEL: state}, tensors={"0": statistics})
+    returned = wire.decode_reply(
+        wire.encode_reply(reply, request, dtype=dtype), request, shapes=work.shapes
+    )
+    bounds = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8, "int8": 1 / 127}
+    for message in (back, returned):
+        assert same_tensors(message.tensors["0"], statistics)
+        for name, value in state.values.items():
+            largest = float(abs(value).max(initial=0))
+            error = abs(message.states[MODEL].values[name] - value).max(initial=0)
+            assert error <= bounds[dtype] * largest
 
 
 def test_selection_messages_round_trip(work: Workspace, pool: Pool) -> None:
-    names = [name for pair in work.batch_norms for name in pair]
-    statistics = [{n: torch.rand(work.shapes[n]) for n in names} for _ in pool.masks]
-    record = encode(ScoreRequest(pool, statistics))
-    digest, decoded = wire.decode_pool(record, shapes=work.shapes)
-    assert digest == wire.pool_digest(pool)
-    assert decoded is not None
-    assert decoded.masks == pool.masks
-    assert same(decoded.weights, pool.weights)
-    shapes = {name: work.shapes[name] for name in names}
-    received = wire.decode_statistics(record, shapes=shapes)
-    assert all(map(same, received, statistics))
-    # A client that holds the pool is sent statistics only.
-    light = encode(ScoreRequest(pool, statistics), held=frozenset([digest]))
-    assert wire.decode_pool(light, shapes=work.shapes) == (digest, None)
-    assert wire.record_bytes(light) < wire.record_bytes(record)
+    names = [name for name in work.shapes if "running" in name]
+    random = np.random.default_rng(0)
+    statistics = {
+        str(number): {n: random.random(work.shapes[n], np.float32) for n in names}
+        for number in range(2)
+    }
+    first, held = encode(pool_request(pool, "measure")), Held()
+    decoded = decode(first.record, held)
+    assert same(decoded.states[POOL], pool.union)
+    assert decoded.fields["counts"] == [list(each.values()) for each in pool.counts]
+    # A client that holds the pool is sent statistics only, whose names travel once.
+    request = pool_request(pool, "score", tensors=statistics, check=_check_scores(2))
+    light = encode(request, held=first.held)
+    assert frames(light.record) == {"t0", "t1"}
+    again = decode(light.record, held)
+    assert same(again.states[POOL], pool.union)
+    assert all(same_tensors(again.tensors[c], statistics[c]) for c in statistics)
+    header, _ = wire.read_record(light.record)
+    assert header["k"] == [names]
 
-    answer = wire.encode_reply(MeasureReply(5, statistics))
     measured = wire.decode_reply(
-        answer, MeasureRequest(pool), shapes=work.shapes, batch_norms=work.batch_norms
+        wire.encode_reply(Reply(5, tensors=statistics), decoded, dtype="int8"),
+        decoded,
+        shapes=work.shapes,
     )
-    assert isinstance(measured, MeasureReply)
-    assert all(map(same, measured.statistics, statistics))
-    score = ScoreReply(5, [1.5, 2.5], [3, 4])
-    request = ScoreRequest(pool, statistics)
-    decoded_score = wire.decode_reply(
-        wire.encode_reply(score), request, shapes=work.shapes, batch_norms=work.batch_norms
+    _check_statistics(pool, names)(measured)
+    assert all(same_tensors(measured.tensors[c], statistics[c]) for c in statistics)
+    score = Reply(5, {"losses": [1.5, 2.5], "correct": [3, 4]})
+    back = wire.decode_reply(
+        wire.encode_reply(score, request, dtype="int8"), request, shapes=work.shapes
     )
-    assert decoded_score == score
+    request.check(back)
+    assert back == score
+
+
+def test_client_info_round_trip() -> None:
+    info = ClientInfo(client=3, num_train=10, num_dev=1, label_histogram=[5, 0, 6])
+    request = Request(DESCRIBE)
+    record = wire.encode_reply(describe_reply(info), request, dtype="int8")
+    assert client_info(wire.decode_reply(record, request, shapes={})) == info
 
 
 def test_large_frames_travel_as_arrays() -> None:
     large, small = bytes(wire.ARRAY_THRESHOLD), b"small"
     record = wire.build_record({"r": 1}, {"w": large, "m": small})
     assert list(record.array_records["a"]) == ["w"]
-    assert wire.read_record(record) == {"r": 1, "w": large, "m": small}
+    assert wire.read_record(record) == ({"r": 1}, {"w": large, "m": small})
     assert len(large) < wire.record_bytes(record) < len(large) + 1500
-    parts = wire.record_parts(record)
-    assert wire.read_record(wire.join_parts(*parts)) == wire.read_record(record)
 
 
-def test_client_info_round_trip() -> None:
-    info = ClientInfo(client=3, num_train=10, num_dev=1, label_histogram=[5, 0, 6])
-    assert wire.decode_client_info(wire.encode_reply(info)) == info
+def test_skip_and_resync_are_told_apart() -> None:
+    request = Request("train")
+    assert wire.wants_resync(wire.resync_record())
+    skip = wire.skip_record("too \ud800 few")
+    assert not wire.wants_resync(skip)
+    for record, words in ((skip, "too .* few"), (wire.resync_record(), "field 'n'")):
+        with pytest.raises(ClientError, match=words):
+            wire.decode_reply(record, request, shapes={})
+
+
+# --- what a client holds -----------------------------------------------------------------------
+
+
+def test_what_a_client_holds_is_not_sent_again(work: Workspace, pool: Pool) -> None:
+    program, state, held = ProgramText.of(work.program), pool.candidate(0), Held()
+    assert state.patterns is not None
+    request = Request("train", states={MODEL: state})
+    first = encode(request, program=program)
+    assert frames(first.record) == {"p", "m0", "w0"}
+    decode(first.record, held)
+    assert set(held.items) == first.held
+    assert first.held == {wire.program_token(program.digest), wire.mask_token(state.patterns)}
+
+    changed = state.replace({name: value + 1 for name, value in state.values.items()})
+    second = encode(Request("train", states={MODEL: changed}), program=program, held=first.held)
+    assert frames(second.record) == {"w0"}
+    assert second.mask_size == 0
+    received = wire.receive(second.record, held)
+    assert received.program_text().decode() == program.text
+    assert same(received.request(work.shapes).states[MODEL], changed)
+
+    # A network without a program sends none, and a dense model no mask.
+    dense = Request("train", states={MODEL: SparseState(state.dense())})
+    third = encode(dense, program=ProgramText(), held=first.held)
+    assert (frames(third.record), third.held) == ({"w0"}, NOTHING)
+    received = wire.receive(third.record, held)
+    assert (received.program, held.items) == ("", {})
+    assert same(received.request(work.shapes).states[MODEL], dense.states[MODEL])
+
+
+def test_values_on_hold_are_not_sent_again(pool: Pool) -> None:
+    state, held = pool.candidate(0), Held()
+    request = Request("measure", states={"pool": state}, hold=frozenset(["pool"]))
+    first = encode(request)
+    decode(first.record, held)
+    second = encode(replace(request, action="score"), held=first.held)
+    assert frames(second.record) == set()
+    assert same(decode(second.record, held).states["pool"], state)
+    # A request that does not name them ends the hold, on both sides.
+    third = encode(Request("train", states={MODEL: state}), held=second.held)
+    assert frames(third.record) == {"w0"}
+    decode(third.record, held)
+    assert (
+        {token[:2] for token in held.items} == {token[:2] for token in third.held} == {"p:", "m:"}
+    )
+    with pytest.raises(NeedsResync):
+        wire.receive(second.record, held)
+    # Other values are other values, however they are named.
+    other = state.replace({name: value * 2 for name, value in state.values.items()})
+    fourth = encode(replace(request, states={"pool": other}), held=first.held)
+    assert frames(fourth.record) == {"w0"}
+    assert same(decode(fourth.record, held).states["pool"], other)
+
+
+def test_mask_travels_once_and_then_as_a_difference(pool: Pool) -> None:
+    old, new = pool.candidate(0), adjusted(pool.candidate(0))
+    assert old.patterns is not None
+    assert new.patterns is not None
+    before = encode(Request("train", states={MODEL: old}))
+    request = Request("train", states={MODEL: new})
+    whole = encode(request)
+    difference = encode(request, held=before.held, base=old.patterns)
+    values_only = encode(request, held=whole.held, base=old.patterns)
+    sizes = [envelope.mask_size for envelope in (whole, difference, values_only)]
+    assert sizes[0] > sizes[1] > sizes[2] == 0
+    assert [frames(e.record) for e in (whole, difference, values_only)] == [
+        {"p", "m0", "w0"},
+        {"d0", "w0"},
+        {"w0"},
+    ]
+    for envelope, earlier in ((whole, None), (difference, before), (values_only, whole)):
+        held = Held()
+        if earlier is not None:
+            wire.receive(earlier.record, held)
+        assert same(decode(envelope.record, held).states[MODEL], new)
+        assert set(held.items) == envelope.held == whole.held
+    # The base is no use to a client that does not hold it.
+    other = encode(Request("train", states={MODEL: pool.candidate(1)}))
+    assert frames(encode(request, held=other.held, base=old.patterns).record) == {"m0", "w0"}
+
+
+def test_whoever_lacks_what_a_message_names_asks_for_a_resync(pool: Pool) -> None:
+    old, new = pool.candidate(0), adjusted(pool.candidate(0))
+    assert old.patterns is not None
+    first = encode(Request("train", states={MODEL: old}))
+    hold = frozenset([MODEL])
+    request = Request("train", states={MODEL: new}, hold=hold)
+    whole = encode(request)
+    # Decoded masks may be shared with clients that hold more: they do not count.
+    shared = Held()
+    for envelope in (first, whole):
+        wire.receive(envelope.record, shared)
+    messages = {
+        "values alone": encode(request, held=whole.held - {wire.values_token(_values(new))}),
+        "nothing": encode(request, held=whole.held),
+        "a difference": encode(request, held=first.held, base=old.patterns),
+        "no program": encode(Request("other"), held=whole.held),
+    }
+    holders = {
+        "nobody": {},
+        "one without values": {t: d for t, d in shared.items.items() if t[:2] != "v:"},
+        "one without masks": {t: d for t, d in shared.items.items() if t[:2] != "m:"},
+        "one without a program": {t: d for t, d in shared.items.items() if t[:2] != "p:"},
+    }
+    lacking = {
+        (what, who)
+        for what, envelope in messages.items()
+        for who, items in holders.items()
+        if _asks_for_resync(envelope.record, Held(dict(items), dict(shared.decoded)))
+    }
+    assert lacking == {
+        *((what, "nobody") for what in messages),
+        *((what, "one without a program") for what in messages),
+        *((what, "one without masks") for what in messages if what != "no program"),
+        ("nothing", "one without values"),
+        ("a difference", "one without values"),  # whose mask is the new one already
+    }
+
+
+def _values(state: SparseState) -> bytes:
+    record = encode(Request("any", states={MODEL: state})).record
+    return wire.read_record(record)[1]["w0"]
+
+
+def _asks_for_resync(record: RecordDict, held: Held) -> bool:
+    before = dict(held.items)
+    try:
+        decode(record, held)
+    except NeedsResync:
+        assert held.items == before
+        return True
+    return False
+
+
+def test_values_of_another_mask_than_the_named_one_ask_for_a_resync(pool: Pool) -> None:
+    """A frame whose mask is not that of the header: server and client have lost each other."""
+    one, other = (encode(Request("train", states={MODEL: pool.candidate(c)})) for c in (0, 1))
+    (header, ours), (_, theirs) = (wire.read_record(e.record) for e in (one, other))
+    with pytest.raises(NeedsResync):
+        decode(wire.build_record(header, {**ours, "w0": theirs["w0"]}), Held())
+    with pytest.raises(CodecError, match="not the one that the message names"):
+        decode(wire.build_record(header, {**ours, "m0": theirs["m0"]}), Held())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_both_sides_know_what_the_client_holds(data: st.DataObject) -> None:
+    """Whatever is asked, in whatever order, and whenever the client forgets: what it decodes is
+    what was sent, and it is sent again exactly where it asks for it.
+    """
+    shapes = data.draw(model_shapes())
+    some = data.draw(st.lists(states(shapes), min_size=1, max_size=3))
+    client, believed = Held(), NOTHING
+    base: Patterns | None = None
+    for step in range(data.draw(st.integers(1, 6))):
+        names = data.draw(st.lists(st.sampled_from("ab"), unique=True))
+        chosen = {name: data.draw(st.sampled_from(some)) for name in names}
+        hold = frozenset(data.draw(st.sets(st.sampled_from("ab"))))
+        request = Request("any", step, states=chosen, hold=hold)
+        forgets = data.draw(st.integers(0, 3)) == 0
+        if forgets:
+            client = Held({}, client.decoded)
+        envelope = encode(request, held=believed, base=base)
+        lacks = forgets and bool(envelope.held & believed or _named_bases(envelope.record))
+        try:
+            back = decode(envelope.record, client, shapes)
+            assert not lacks
+        except NeedsResync:
+            assert lacks
+            envelope = encode(request, held=NOTHING, base=base)
+            back = decode(envelope.record, client, shapes)
+        believed = envelope.held
+        assert set(client.items) == believed
+        assert all(same(back.states[name], state) for name, state in chosen.items())
+        base = next((s.patterns for s in chosen.values() if s.patterns is not None), base)
+
+
+def _named_bases(record: RecordDict) -> list[str]:
+    header, _ = wire.read_record(record)
+    return [entry["b"] for entry in header.get("s", []) if "b" in entry]
+
+
+# --- records that are not ours, or damaged -----------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "fields",
+    "header",
     [
         {},
-        {"id": -1, "n": 1, "v": 1, "h": [1]},
-        {"id": "0", "n": 1, "v": 1, "h": [1]},
-        {"id": 0, "n": 1.5, "v": 1, "h": [1]},
-        {"id": True, "n": 1, "v": 1, "h": [1]},
-        {"id": 0, "n": 1, "v": 1, "h": [1.5]},
+        {"n": 1, "f": {"client": -1, "dev": 1, "labels": [1]}},
+        {"n": 1, "f": {"client": "0", "dev": 1, "labels": [1]}},
+        {"n": 1.5, "f": {"client": 0, "dev": 1, "labels": [1]}},
+        {"n": -1, "f": {"client": 0, "dev": 1, "labels": [1]}},
+        {"n": 2**53, "f": {"client": 0, "dev": 1, "labels": [1]}},
+        {"n": 1, "f": {"client": True, "dev": 1, "labels": [1]}},
+        {"n": 1, "f": {"client": 0, "dev": None, "labels": [1]}},
+        {"n": 1, "f": {"client": 0, "dev": 1, "labels": [1.5]}},
+        {"n": 1, "f": {"client": 0, "dev": 1, "labels": {"0": 1}}},
+        {"n": 1, "f": [0, 1]},
     ],
 )
-def test_fields_of_the_wrong_kind_are_refused(fields: dict[str, Any]) -> None:
+def test_fields_of_the_wrong_kind_are_refused(header: dict[str, Any]) -> None:
+    record = wire.build_record(header, {})
     with pytest.raises(ClientError):
-        wire.decode_client_info(RecordDict({"c": ConfigRecord(fields)}))
+        client_info(wire.decode_reply(record, Request(DESCRIBE), shapes={}))
 
 
 def test_arrays_of_another_kind_are_refused() -> None:
     array = Array(dtype="float32", shape=(1,), stype="numpy.ndarray", data=b"abcd")
-    record = RecordDict({"c": ConfigRecord({}), "a": ArrayRecord({"w": array})})
+    record = RecordDict({"c": ConfigRecord({"h": "{}"}), "a": ArrayRecord({"w": array})})
     with pytest.raises(ClientError, match="stype"):
         wire.read_record(record)
 
 
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (RecordDict({}), "message without 'c'"),
+        (RecordDict({"c": ArrayRecord({})}), "message without 'c'"),
+        (RecordDict({"c": ConfigRecord({})}), "header: expected text, got None"),
+        (RecordDict({"c": ConfigRecord({"h": b"{}"})}), "header: expected text"),
+        (RecordDict({"c": ConfigRecord({"h": 1})}), "header: expected text"),
+        (RecordDict({"c": ConfigRecord({"h": "{}", "w0": "text"})}), "frame 'w0': expected bytes"),
+        (RecordDict({"c": ConfigRecord({"h": "{}", "w0": [1, 2]})}), "frame 'w0': expected bytes"),
+    ],
+)
+def test_records_of_another_layout_are_refused(record: RecordDict, words: str) -> None:
+    with pytest.raises(ClientError, match=words):
+        wire.read_record(record)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[1]", "expected an object"),
+        ("null", "expected an object"),
+        ('{"n": NaN}', "NaN is no number"),
+        ('{"n": -Infinity}', "-Infinity is no number"),
+        ('{"f": {"loss": [Infinity]}}', "Infinity is no number"),
+        ('{"f": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON"),
+        ('{"f": ' + '{"a":' * 100_000 + "1" + "}" * 100_001, "not JSON"),
+        ('{"n": ' + "9" * 100_000 + "}", "not JSON"),
+        ('"' + "x" * wire.MAX_HEADER_BYTES + '"', "header: expected text"),
+    ],
+    ids=str,
+)
+def test_headers_that_are_no_headers_are_refused(text: str, words: str) -> None:
+    with pytest.raises(ClientError, match=words):
+        wire.read_record(RecordDict({"c": ConfigRecord({"h": text})}))
+
+
+@pytest.mark.parametrize("depth", [*range(900, 1000, 3), 10_000])
+def test_deep_fields_are_refused_or_told_apart_at_any_depth(depth: int) -> None:
+    """Just below the depth that JSON's reader takes, whoever prints them has to cope."""
+    deep = "[" * depth + "]" * depth
+    for text in (
+        f'{{"n": {deep}}}',
+        f'{{"n": 1, "f": {{"loss": {deep}, "client": {deep}}}}}',
+        f'{{"n": 1, "s": {deep}, "e": {deep}, "t": {deep}, "k": {deep}, "u": {deep}}}',
+    ):
+        record = RecordDict({"c": ConfigRecord({"h": text})})
+        assert _outcome(lambda r=record: _loss(r)) == "ClientError"  # type: ignore[misc]
+
+
+def _loss(record: RecordDict) -> float:
+    return number(wire.decode_reply(record, Request(DESCRIBE), shapes={}).fields, "loss")
+
+
+@pytest.mark.parametrize("text", ["1e999", "-1e999", "9" * 400, "-" + "9" * 4000])
+def test_numbers_beyond_those_of_floats_are_refused(text: str) -> None:
+    """They would end the run when they are added up."""
+    record = RecordDict({"c": ConfigRecord({"h": f'{{"n": 1, "f": {{"loss": {text}}}}}'})})
+    reply = wire.decode_reply(record, Request("train"), shapes={})
+    with pytest.raises(ClientError, match="field 'loss': expected a finite number"):
+        number(reply.fields, "loss")
+
+
+def test_numbers_that_are_not_finite_do_not_leave_a_client() -> None:
+    """Training has diverged; Flower would report no more than that the client has failed."""
+    reply = Reply(1, {"loss": float("nan")})
+    with pytest.raises(ClientError, match="not finite"):
+        wire.encode_reply(reply, Request("train"), dtype="fp32")
+
+
 def test_losses_must_be_finite_and_as_many_as_candidates(work: Workspace, pool: Pool) -> None:
-    request = ScoreRequest(pool, [])
-    for losses, correct in (([1.0, float("nan")], [1, 1]), ([1.0], [1]), ([1.0, 2.0], [1])):
-        record = wire.encode_reply(ScoreReply(5, losses, correct))
+    request = pool_request(pool, "score", check=_check_scores(2))
+    for losses, correct in (
+        ("[1.0, 1e999]", "[1, 1]"),
+        ("[1.0]", "[1]"),
+        ("[1.0, 2.0]", "[1]"),
+        ("[1.0, 2.0]", "[1, 6]"),
+        ("[1.0, 2.0]", "[1, -1]"),
+        ('{"0": 1.0}', "[1, 1]"),
+    ):
+        text = f'{{"n": 5, "f": {{"losses": {losses}, "correct": {correct}}}}}'
+        record = RecordDict({"c": ConfigRecord({"h": text})})
         with pytest.raises(ClientError):
-            wire.decode_reply(record, request, shapes=work.shapes, batch_norms=work.batch_norms)
+            request.check(wire.decode_reply(record, request, shapes=work.shapes))
+
+
+def test_more_growth_entries_than_asked_for_are_refused(work: Workspace, pool: Pool) -> None:
+    """A dense gradient that calls itself a top-K, or one of another layer."""
+    state = pool.candidate(0)
+    assert state.patterns is not None
+    name, other = list(state.patterns)[:2]
+    request = train_request(RunState(0, state), growth={name: 2})
+    for layer, count in ((name, None), (other, 1)):
+        pattern = state.patterns[layer]
+        pruned = np.setdiff1d(np.arange(pattern.num_weights), pattern.positions())[:count]
+        entries = {MODEL: {layer: (pruned, np.ones(len(pruned), np.float32))}}
+        reply = Reply(1, {"loss": 0.0}, {MODEL: state}, entries)
+        record = wire.encode_reply(reply, request, dtype="fp32")
+        with pytest.raises(ClientError, match="not asked for, or too many"):
+            request.check(wire.decode_reply(record, request, shapes=work.shapes))
+
+
+def test_replies_of_another_mask_or_with_other_states_are_refused(
+    work: Workspace, pool: Pool
+) -> None:
+    state, other = pool.candidate(0), pool.candidate(1)
+    request = train_request(RunState(0, state))
+
+    def answer(reply: Reply) -> None:
+        record = wire.encode_reply(reply, request, dtype="fp32")
+        request.check(wire.decode_reply(record, request, shapes=work.shapes))
+
+    loss, statistics = {"loss": 1.0}, {"bn1.weight": state.values["bn1.weight"]}
+    answer(Reply(1, loss, {MODEL: state}))
+    for reply, error, words in (
+        (Reply(1, loss, {MODEL: other}), CodecError, "the frame was made with mask"),
+        (Reply(1, loss, {MODEL: SparseState(state.dense())}), CodecError, "zeros: no mask"),
+        (Reply(1, loss, {"other": state}), ClientError, "was not asked for; asked: .'model'"),
+        (Reply(1, loss), ClientError, "a reply to train holds the model"),
+        (Reply(1, loss, {MODEL: state}, tensors={"x": statistics}), ClientError, "no more"),
+        (Reply(1, {}, {MODEL: state}), ClientError, "field 'loss'"),
+        (Reply(0, loss, {MODEL: state}), ClientError, "stands for no sample"),
+    ):
+        with pytest.raises(error, match=words):
+            answer(reply)
+
+
+def test_entries_of_a_dense_state_are_refused(work: Workspace, pool: Pool) -> None:
+    state = pool.candidate(0)
+    sparse, dense = (Request("a", states={MODEL: s}) for s in (state, SparseState(state.dense())))
+    name = next(iter(state.patterns or {}))
+    entries = {MODEL: {name: (np.empty(0, np.int64), np.empty(0, np.float32))}}
+    record = wire.encode_reply(Reply(1, entries=entries), sparse, dtype="fp32")
+    with pytest.raises(ClientError, match="entries of 'model', which is dense"):
+        wire.decode_reply(record, dense, shapes=work.shapes)
+
+
+def test_names_that_are_not_the_model_s_are_refused(work: Workspace) -> None:
+    array = {"no such tensor": np.zeros(3, np.float32)}
+    record = wire.encode_reply(Reply(1, tensors={"x": array}), Request("a"), dtype="fp32")
+    with pytest.raises(ClientError, match=r"of the model's tensors, got \['no such tensor'\]"):
+        wire.decode_reply(record, Request("a"), shapes=work.shapes)
+    with pytest.raises(ClientError, match="names of the model's tensors"):
+        decode(encode(Request("a", tensors={"x": array})).record, Held())
 
 
 def test_damaged_frames_are_refused(work: Workspace, pool: Pool) -> None:
-    mask = pool.masks[0]
-    request = TrainRequest(0, masked(pool, mask), mask)
-    record = encode(request)
-    values = dict(record.config_records["c"])
-    frame = values["m"]
-    assert isinstance(frame, bytes)
-    for damaged in (
-        frame[:-1],
-        frame + b"\0",
-        b"",
-        frame[:20] + bytes([frame[20] ^ 1]) + frame[21:],
-    ):
-        values["m"] = damaged
-        with pytest.raises((ClientError, CodecError)):
-            wire.decode_train_request(
-                RecordDict({"c": ConfigRecord(values)}), shapes=work.shapes, masks=[]
-            )
+    record = encode(Request("train", states={MODEL: pool.candidate(0)})).record
+    header, parts = wire.read_record(record)
+    for key in ("m0", "w0"):
+        frame = parts[key]
+        for damaged in (
+            frame[:-1],
+            frame + b"\0",
+            b"",
+            frame[:20] + bytes([frame[20] ^ 1]) + frame[21:],
+        ):
+            with pytest.raises(CodecError):
+                decode(wire.build_record(header, {**parts, key: damaged}), Held())
+    with pytest.raises(ClientError, match="without its frame 'w0'"):
+        decode(wire.build_record(header, {"m0": parts["m0"], "p": parts["p"]}), Held())
+
+
+# Whatever stands in a header, or happens to frames: an answer that cannot be used is one of two
+# errors, which the server notes beside the client's number; any other would end the run.
+
+HOSTILE = JSON | st.sampled_from(
+    [10**400, -(10**400), 2**63, 2**53, -1, 0, 1, 1e308, 5e-324, True, MODEL, POOL, "0", "\ud800"]
+)
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inside: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        inside = list(value.items())
+    elif isinstance(value, list):
+        inside = list(enumerate(value))
+    return [path, *(p for key, item in inside for p in _paths(item, (*path, key)))]
+
+
+def _replaced(value: Any, path: tuple[Any, ...], by: Any) -> Any:
+    if not path:
+        return by
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = _replaced(value[path[0]], path[1:], by)
+    return copy
+
+
+@st.composite
+def hostile(draw: st.DrawFn, records: list[RecordDict]) -> RecordDict:
+    """One of the records with a few places of its header changed, and its frames muddled."""
+    header, parts = wire.read_record(draw(st.sampled_from(records)))
+    changed: Any = header
+    for _ in range(draw(st.integers(0, 2))):
+        changed = _replaced(changed, draw(st.sampled_from(_paths(changed))), draw(HOSTILE))
+    if isinstance(changed, dict):
+        key = st.sampled_from(["a", "e", "f", "k", "n", "p", "r", "s", "t", "u", "skip", "resync"])
+        changed = {**changed, **draw(st.dictionaries(key, HOSTILE, max_size=1))}
+    everything = [data for r in records for data in wire.read_record(r)[1].values()]
+    for name in sorted(parts):
+        what = draw(st.integers(0, 7))
+        if what == 0:
+            del parts[name]
+        elif what == 1:
+            parts[name] = draw(st.sampled_from(everything))
+        elif what == 2:
+            parts[name] = parts[name][: draw(st.integers(0, len(parts[name])))]
+    return RecordDict({"c": ConfigRecord({"h": json.dumps(changed), **parts})})
+
+
+@cache
+def _real_requests() -> tuple[list[RecordDict], dict[str, bytes]]:
+    pool = the_pool()
+    statistics = {str(c): {"bn1.weight": pool.union.values["bn1.weight"]} for c in range(2)}
+    old = pool.candidate(0)
+    first = encode(Request("train", states={MODEL: old}))
+    measure = encode(pool_request(pool, "measure"))
+    held = Held()
+    wire.receive(first.record, held)
+    return [
+        first.record,
+        measure.record,
+        encode(pool_request(pool, "score", tensors=statistics), held=measure.held).record,
+        encode(
+            Request("train", states={MODEL: adjusted(old)}), held=first.held, base=old.patterns
+        ).record,
+        encode(Request(DESCRIBE)).record,
+    ], held.items
+
+
+@cache
+def _real_replies() -> tuple[list[RecordDict], list[Request]]:
+    """Answers, and the questions that each of them may be taken for."""
+    pool = the_pool()
+    state = pool.candidate(0)
+    assert state.patterns is not None
+    name, pattern = next(iter(state.patterns.items()))
+    names = [n for n in pool.union.values if "running" in n]
+    statistics = {str(c): {n: pool.union.values[n] for n in names} for c in range(2)}
+    train = train_request(RunState(0, state), growth={name: 2})
+    measure = pool_request(pool, "measure", check=_check_statistics(pool, names))
+    score = pool_request(pool, "score", check=_check_scores(2))
+    free = np.setdiff1d(np.arange(pattern.num_weights), pattern.positions())[:2]
+    entries = {MODEL: {name: (free, np.ones(2, np.float32))}}
+    answers = [
+        (train, Reply(3, {"loss": 1.0}, {MODEL: state}, entries, resources=Resources(1, 2))),
+        (measure, Reply(3, tensors=statistics)),
+        (score, Reply(3, {"losses": [1.0, 2.0], "correct": [1, 2]})),
+        (Request(DESCRIBE), describe_reply(ClientInfo(0, 3, 1, [2, 2]))),
+    ]
+    records = [wire.encode_reply(reply, request, dtype="fp32") for request, reply in answers]
+    return [*records, wire.resync_record(), wire.skip_record("no")], [r for r, _ in answers]
+
+
+def _outcome(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except (ClientError, CodecError, NeedsResync) as error:
+        return type(error).__name__
+    return "taken"
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_a_client_survives_any_message(data: st.DataObject) -> None:
+    records, items = _real_requests()
+    record = data.draw(hostile(records))
+    held = Held(dict(items) if data.draw(st.booleans()) else {})
+
+    def work() -> None:
+        received = wire.receive(record, held)
+        if received.program:
+            received.program_text()
+        received.request(workspace().shapes)
+
+    assert _outcome(work)
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.data())
+def test_a_server_survives_any_answer(data: st.DataObject) -> None:
+    """Decoded, checked and folded into the sums of a round."""
+    records, asked = _real_replies()
+    record, request = data.draw(hostile(records)), data.draw(st.sampled_from(asked))
+
+    def work() -> None:
+        wire.wants_resync(record)
+        reply = wire.decode_reply(record, request, shapes=workspace().shapes)
+        if request.action == DESCRIBE:
+            client_info(reply)
+            return
+        request.check(reply)
+        if request.action == "train":
+            EntryMean().add(reply.entries.get(MODEL, {}), weight=reply.num_examples)
+            StateMean().add(reply.states[MODEL], weight=reply.num_examples)
+            float(reply.fields["loss"])
+        for tensors in reply.tensors.values():
+            StateMean().add(SparseState(tensors), weight=reply.num_examples)
+
+    assert _outcome(work) != NeedsResync.__name__
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text() | JSON.map(json.dumps))
+@example('{"s":[{"n":"model","m":"\\ud800"}]}')
+def test_any_text_for_a_header(text: str) -> None:
+    record = RecordDict({"c": ConfigRecord({"h": text})})
+    _, asked = _real_replies()
+    assert _outcome(lambda: decode(record, Held()))
+    for request in asked:
+        assert _outcome(lambda r=request: wire.decode_reply(record, r, shapes={}))  # type: ignore[misc]

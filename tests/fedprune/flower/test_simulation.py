@@ -1,20 +1,22 @@
-"""The engines' own edges; whole runs through them are in test_run.py and test_cli.py."""
+"""The simulation engine's own edges; whole runs through it are in test_cli.py."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
+import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from federation import digest, run_inline, tiny
-from fedprune.flower.engine import _federation, gpu_share, run_flower
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fedprune.errors import ConfigError
-from fedprune.flower import client
-from fedprune.rounds import run as runner
-from fedprune.rounds.folder import prepare, read_metrics
+from fedprune.config import RunConfig
+from fedprune.flower.launch import launch_values
+from fedprune.flower.simulation import _federation, _write_app, gpu_share, run_flower
+from fedprune.rounds.folder import prepare
 from prunelab.errors import RunError
 
 
@@ -68,31 +70,23 @@ def test_a_share_of_a_gpu_is_asked_for_on_cuda_alone(monkeypatch: pytest.MonkeyP
     assert on_cuda == f"{on_cpu} client-resources-num-gpus=0.1666"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-@pytest.mark.parametrize("engine", runner.ENGINES)
-def test_cuda_without_a_gpu_is_refused_before_anything_starts(engine: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="torch finds no CUDA device; use 'cpu'"):
-        runner.run(tiny(training__device="cuda"), tmp_path / "run", engine=engine)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_stopped_batched_run_resumes_to_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@settings(max_examples=50, deadline=None)
+@given(
+    dataset=st.text(st.characters(exclude_categories=["Cs"])),
+    rate=st.floats(0, exclude_min=True, allow_infinity=False),
+    density=st.floats(0, 1, exclude_min=True),
+)
+def test_the_app_that_is_submitted_has_the_run_s_configuration(
+    dataset: str, rate: float, density: float
 ) -> None:
-    config = tiny(training__execution="masked")
-    runner.run(config, tmp_path / "whole", engine="batched")
-    train, calls = client.train_in_cohorts, 0
-
-    def stopped(*arguments: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return train(*arguments, **named)
-
-    monkeypatch.setattr(client, "train_in_cohorts", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        runner.run(config, tmp_path / "stopped", engine="batched")
-    assert len(read_metrics(tmp_path / "stopped")) == 3  # the start and two rounds
-    runner.run(config, tmp_path / "stopped", engine="batched", resume=True)
-    assert digest(tmp_path / "stopped") == digest(tmp_path / "whole")
+    """Whatever stands in a path: quotes, control characters, letters beyond the first 65,536."""
+    config = tiny(data__dataset=dataset, training__lr=rate, method__density=density)
+    with tempfile.TemporaryDirectory() as temporary:
+        out, store = Path(temporary) / 'a "run"', Path(temporary) / "shares"
+        app = _write_app(Path(temporary) / "app", config, out, resume=True, store=store)
+        project = tomllib.loads((app / "pyproject.toml").read_text(encoding="utf-8"))
+    values = project["tool"]["flwr"]["app"]["config"]
+    launch = {key: values.pop(key) for key in list(values) if key.startswith("run.")}
+    assert launch == launch_values(out, resume=True, store=store)
+    assert RunConfig.parse(values) == config
+    assert project["tool"]["flwr"]["app"]["components"]["clientapp"] == "fedprune_app:client"
