@@ -29,6 +29,7 @@ InputShape = tuple[int, int, int]
 Network = str | Callable[..., nn.Module] | nn.Module
 """What `build_model` takes."""
 DEFAULT_WIDTH = 16
+GRANULARITIES = ("layer", "block", "entire")
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 

@@ -24,7 +24,7 @@ from sparsemodel.runtime.program import Program
 
 # Keys of the run config that say where to write, not what to compute.
 LAUNCH_SECTION = "run."
-STORE = f"{LAUNCH_SECTION}store"
+SETUP = f"{LAUNCH_SECTION}setup"
 _HELD = "held"
 
 app = ClientApp()
@@ -80,7 +80,7 @@ def open_request(record: RecordDict, context: Context) -> tuple[Request, Local]:
         config,
         client,
         private=str(context.node_config.get("data-path", "")),
-        store=str(context.run_config.get(STORE, "")),
+        setup=str(context.run_config.get(SETUP, "")),
     )
     held = _held(context)
     received = wire.receive(record, held)

@@ -18,7 +18,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedprune.config import RunConfig
 from fedprune.flower.launch import Progress, launch_values
-from fedprune.rounds.workspace import open_workspace
+from fedprune.rounds.folder import has_checkpoint
+from fedprune.rounds.setup import lay_out
 
 CLIENT_APP_RAISED = 2
 
@@ -121,31 +122,30 @@ def run_inline(
         batched: whether the clients of a round are trained together.
     """
     with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
-        store = Path(temporary) / "shares"
-        open_workspace(config).write_shares(store)
-        run_config = {**config.flower(), **launch_values(out, resume=resume, store=store)}
+        setup = Path(temporary) / "setup"
+        lay_out(config, setup, with_start=not has_checkpoint(out))
+        run_config = {**config.flower(), **launch_values(out, resume=resume, setup=setup)}
         _run_apps(config, run_config, progress, batched=batched)
 
 
 def _run_apps(
     config: RunConfig, run_config: dict[str, Any], progress: Progress, *, batched: bool
 ) -> None:
-    from fedprune.flower.batched import BatchedGrid  # noqa: PLC0415
     from fedprune.flower.client import app as client_app  # noqa: PLC0415
     from fedprune.flower.server import app as server_app  # noqa: PLC0415
 
     nodes = config.data.clients
-    grid = (
-        BatchedGrid(
+    grid = InlineGrid(client_app, run_config=run_config, num_nodes=nodes)
+    if batched:  # with torch, which a sparse run does without
+        from fedprune.flower.batched import BatchedGrid  # noqa: PLC0415
+
+        grid = BatchedGrid(
             client_app,
             run_config=run_config,
             num_nodes=nodes,
             size=config.cohort,
             measure=config.training.device == "cuda" and config.training.cohort == 0,
         )
-        if batched
-        else InlineGrid(client_app, run_config=run_config, num_nodes=nodes)
-    )
     context = Context(
         run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=run_config
     )

@@ -10,16 +10,16 @@ from typing import Any
 Progress = Callable[[], None]
 
 
-def launch_values(out: Path, *, resume: bool, store: Path) -> dict[str, Any]:
+def launch_values(out: Path, *, resume: bool, setup: Path) -> dict[str, Any]:
     """Keys of Flower's run config that say where, not what.
 
     Args:
         out: the run folder.
-        store: where the training samples lie, divided among the clients.
+        setup: the folder of what the run starts from (rounds/setup.py).
     """
     return {
         "run.out": str(out.resolve()),
         "run.resume": resume,
         "run.launcher-pid": os.getpid(),
-        "run.store": str(store.resolve()),
+        "run.setup": str(setup.resolve()),
     }

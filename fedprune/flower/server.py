@@ -17,12 +17,13 @@ from flwr.serverapp import Grid, ServerApp
 from fedprune.errors import ClientError
 from fedprune.exchange.messages import DESCRIBE, MODEL, ClientInfo, Reply, Request, client_info
 from fedprune.flower import wire
-from fedprune.flower.client import LAUNCH_SECTION, run_config
+from fedprune.flower.client import LAUNCH_SECTION, SETUP, run_config
+from fedprune.local.site import setup_folder
 from fedprune.reports.page import write_report
 from fedprune.rounds import folder as runfolder
 from fedprune.rounds.ledger import Traffic
 from fedprune.rounds.loop import run
-from fedprune.rounds.workspace import Workspace, open_workspace
+from fedprune.rounds.setup import Setup
 from prunelab.errors import RunError
 from sparsemodel.errors import SparseModelError
 from sparsemodel.runtime.pattern import Patterns
@@ -38,16 +39,16 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run or resume the run that the run config describes."""
     config = run_config(context)
-    workspace = open_workspace(config)
+    setup = Setup(config, setup_folder(config, str(context.run_config.get(SETUP, ""))))
     path = Path(str(context.run_config.get(f"{LAUNCH_SECTION}out") or f"runs/{context.run_id}"))
     resume = bool(context.run_config.get(f"{LAUNCH_SECTION}resume", False))
     launcher = int(context.run_config.get(f"{LAUNCH_SECTION}launcher-pid", 0))
     if not (launcher and path.exists()):  # otherwise the launcher has prepared it
         runfolder.prepare(path, config, resume=resume)
     with runfolder.open_run(path) as folder:
-        cohort = GridCohort(grid, workspace, launcher_pid=launcher)
+        cohort = GridCohort(grid, setup, launcher_pid=launcher)
         cohort.join()
-        run(workspace, cohort, folder)
+        run(setup, cohort, folder)
     if not launcher:  # nobody else writes the report and says where it is
         print(f"report: {write_report(path).resolve()}", flush=True)
 
@@ -59,16 +60,16 @@ class GridCohort:
     failed, silent or refused client into a line of `skipped` instead of an end of the run.
     """
 
-    def __init__(self, grid: Grid, workspace: Workspace, *, launcher_pid: int = 0) -> None:
+    def __init__(self, grid: Grid, setup: Setup, *, launcher_pid: int = 0) -> None:
         self._grid = grid
-        self._workspace = workspace
-        self._config = workspace.config
+        self._setup = setup
+        self._config = setup.config
         self._launcher_pid = launcher_pid
         self._nodes: dict[int, int] = {}
         self._held: dict[int, frozenset[str]] = {}
         self._last_mask: Patterns | None = None
         self._traffic = Traffic()
-        self._program = wire.ProgramText.of(workspace.program)
+        self._program = wire.ProgramText.of(setup.program)
         self.clients: dict[int, ClientInfo] = {}
 
     def join(self) -> None:
@@ -134,7 +135,7 @@ class GridCohort:
                     self._held[client] = frozenset()
                     pending[self._request(client, request, envelopes)] = client
                     continue
-                reply = wire.decode_reply(record, request, shapes=self._workspace.shapes)
+                reply = wire.decode_reply(record, request, shapes=self._setup.shapes)
                 request.check(reply)
             except (ClientError, SparseModelError) as error:
                 self._held[client] = frozenset()

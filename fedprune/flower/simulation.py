@@ -27,7 +27,8 @@ import tomli_w
 from fedprune.config import RunConfig
 from fedprune.flower import app as flower_app
 from fedprune.flower.launch import Progress, launch_values
-from fedprune.rounds.workspace import open_workspace
+from fedprune.rounds.folder import has_checkpoint
+from fedprune.rounds.setup import lay_out
 from prunelab.errors import RunError
 
 START_SECONDS = 180.0
@@ -56,9 +57,9 @@ def run_flower(config: RunConfig, out: Path, *, resume: bool, progress: Progress
     _require_simulation()
     with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
         home = Path(temporary)
-        store = home / "shares"
-        open_workspace(config).write_shares(store)
-        app = _write_app(home / "app", config, out, resume=resume, store=store)
+        setup = home / "setup"
+        lay_out(config, setup, with_start=not has_checkpoint(out))
+        app = _write_app(home / "app", config, out, resume=resume, setup=setup)
         ports = _free_ports(2)
         environment = _environment(home, commands=_commands(home))
         (home / "config.toml").write_text(
@@ -119,13 +120,13 @@ def gpu_share(parallel: int, *, num_gpus: int) -> float:
     return max(1, RAY_STEPS // on_each) / RAY_STEPS
 
 
-def _write_app(path: Path, config: RunConfig, out: Path, *, resume: bool, store: Path) -> Path:
+def _write_app(path: Path, config: RunConfig, out: Path, *, resume: bool, setup: Path) -> Path:
     """Copy the thin Flower app and give it this run's configuration."""
     source = Path(flower_app.__file__).parent
     path.mkdir(parents=True)
     shutil.copy(source / "fedprune_app.py", path)
     project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))
-    values = {**config.flower(), **launch_values(out, resume=resume, store=store)}
+    values = {**config.flower(), **launch_values(out, resume=resume, setup=setup)}
     project["tool"]["flwr"]["app"]["config"] = values
     (path / "pyproject.toml").write_text(tomli_w.dumps(project), encoding="utf-8")
     return path

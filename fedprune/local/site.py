@@ -5,13 +5,13 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from fedprune.exchange.messages import Request, Resources
 from fedprune.local.data import ClientData
@@ -26,6 +26,7 @@ from sparsemodel.storage.meter import peak_rss_bytes
 if TYPE_CHECKING:
     from fedprune.config import RunConfig
 
+TRAIN = "train"  # of what a run starts from: the training samples, divided
 SEED_DEV_SPLIT = 1  # the first part of a derived seed says what it is for
 
 
@@ -61,18 +62,17 @@ class Local:
         return Resources(model.held_bytes() + states + self.message_bytes, peak_rss_bytes())
 
 
-def open_data(config: RunConfig, client: int, *, private: str = "", store: str = "") -> ClientData:
+def open_data(config: RunConfig, client: int, *, private: str = "", setup: str = "") -> ClientData:
     """A client's samples.
 
     Args:
         private: a folder of the node's own: all its samples are this client's.
-        store: a folder where the run's data lie divided; without either it is made, once, by a
-            process of its own, since dividing takes libraries that a client does without.
+        setup: the folder of what the run starts from; without either it is laid out, once.
 
     Raises:
         DataError: no such folder, or data that cannot be read or divided.
     """
-    folder = Path(private or store) if private or store else _divided(config)
+    folder = Path(private) if private else setup_folder(config, setup) / TRAIN
     return open_client(folder, client, seed=stream_seed(SEED_DEV_SPLIT, config.seed, client))
 
 
@@ -92,27 +92,24 @@ def network_of(config: RunConfig, data: ClientData, program: Program | None) -> 
     return Network(None, build, torch_network.shapes)
 
 
-def _divided(config: RunConfig) -> Path:
-    """The run's data divided, in a folder for temporary files, made by a child process."""
-    values = config.flower()
-    name = sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-    folder = _own_folder() / name
-    if not folder.exists():
-        done = subprocess.run(
-            [sys.executable, "-m", "fedprune.rounds.divide", str(folder)],
-            input=json.dumps(values),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise DataError(done.stderr.strip().splitlines()[-1] if done.stderr else "no data")
+def setup_folder(config: RunConfig, setup: str) -> Path:
+    """The folder of what a run starts from; where nobody has laid it out, it is made, once."""
+    from fedprune.rounds.setup import NETWORK, lay_out  # noqa: PLC0415
+
+    if setup:
+        return Path(setup)
+    values = json.dumps(config.flower(), sort_keys=True)
+    folder = _own_folder() / sha256(values.encode()).hexdigest()[:16]
+    if not (folder / NETWORK).exists():
+        with FileLock(f"{folder}.lock"):
+            if not (folder / NETWORK).exists():
+                lay_out(config, folder, with_start=True)
     return folder
 
 
 def _own_folder() -> Path:
-    """A folder of this user's alone, for data that were divided here."""
-    folder = Path(tempfile.gettempdir()) / f"fedprune-shares-{getpass.getuser()}"
+    """A folder of this user's alone, for what was laid out here."""
+    folder = Path(tempfile.gettempdir()) / f"fedprune-setups-{getpass.getuser()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
         raise DataError(f"{folder} belongs to somebody else; set TMPDIR to another folder")

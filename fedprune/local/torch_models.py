@@ -10,7 +10,8 @@ step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional
 from fedprune.local.model import Correction, LocalModel, Score, Sgd, normalization
 from fedprune.settings import TrainingConfig
 from prunelab.data.tensors import PREPROCESSING
+from prunelab.runs.threads import computing
 from sparsemodel.errors import PlanError
 from sparsemodel.kernels.cpu import library as cpu
 from sparsemodel.layers.from_state import load_state_, sparse_model
@@ -72,6 +74,20 @@ def module_state(model: nn.Module, order: Iterable[str], patterns: Patterns | No
     return SparseState(values, patterns)
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _threaded(method: F) -> F:
+    """On the configured number of threads: the bits of a result depend on it."""
+
+    @wraps(method)
+    def computed(self: TorchModel, *arguments: Any, **keywords: Any) -> Any:
+        with computing(self._training.threads):
+            return method(self, *arguments, **keywords)
+
+    return cast(F, computed)
+
+
 class TorchModel:
     """What the three have in common: a module in training on a device, and how it is measured."""
 
@@ -99,6 +115,7 @@ class TorchModel:
         """The state now, under its patterns."""
         return module_state(self._module, self._order, self._patterns)
 
+    @_threaded
     def step(
         self, images: Array, labels: Array, *, sgd: Sgd, correction: Correction | None = None
     ) -> float:
@@ -112,6 +129,7 @@ class TorchModel:
         optimizer.step()
         return loss.item()
 
+    @_threaded
     def growth(self, counts: Mapping[str, int], images: Array, labels: Array) -> Entries:
         """The largest gradients at pruned weights on one mini-batch."""
         self._close()
@@ -119,6 +137,7 @@ class TorchModel:
         return {name: (at.numpy(), values.numpy()) for name, (at, values) in found.items()}
 
     @torch.no_grad()
+    @_threaded
     def evaluate(self, images: Array, labels: Array) -> Score:
         """Loss and hits by running statistics; the model is not changed."""
         self._module.eval()
@@ -133,6 +152,7 @@ class TorchModel:
         return Score(loss_sum, correct)
 
     @torch.no_grad()
+    @_threaded
     def statistics(self, images: Array) -> Tensors:
         """Mean and variance of the input of every batch norm over all images, in train mode."""
         sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
@@ -234,6 +254,7 @@ class DenseModel(TorchModel):
         super()._take(state)
         self._mask = None if state.patterns is None else Mask.from_csr(state.patterns)
 
+    @_threaded
     def step(
         self, images: Array, labels: Array, *, sgd: Sgd, correction: Correction | None = None
     ) -> float:
@@ -309,6 +330,7 @@ class SparseModules(TorchModel):
     A step is one call of a training plan where the network has one, else it goes module by module.
     """
 
+    @_threaded
     def step(
         self, images: Array, labels: Array, *, sgd: Sgd, correction: Correction | None = None
     ) -> float:
@@ -323,6 +345,7 @@ class SparseModules(TorchModel):
         optimizer.step()
         return loss
 
+    @_threaded
     def growth(self, counts: Mapping[str, int], images: Array, labels: Array) -> Entries:
         plan = self._plan_of(images)
         if plan is None or len(images) > plan.batch_size:

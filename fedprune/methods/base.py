@@ -56,26 +56,21 @@ class Start:
     """What the server half has to begin with.
 
     Attributes:
-        model: the dense model after brief pre-training on the server's few labelled samples;
-            every method starts from the same one. May be changed in place.
-        order: names of the model's float state, in the order in which states hold them.
+        state: gives the dense model after brief pre-training on the server's few labelled
+            samples; every method starts from the same one.
+        prunable: shapes of the parameters that may be pruned.
+        blocks: granularity -> those parameters in groups from the input to the output.
         ask: reaches the clients.
         rounds: of the whole run.
         seed: of the run.
     """
 
-    model: nn.Module
-    order: list[str]
+    state: Callable[[], SparseState]
+    prunable: Mapping[str, tuple[int, ...]]
+    blocks: Mapping[str, list[list[str]]]
     ask: Ask
     rounds: int
     seed: int
-
-    def state(self) -> SparseState:
-        """The dense model's state."""
-        from prunelab.networks import float_state  # noqa: PLC0415
-
-        values = float_state(self.model)
-        return SparseState({name: values[name].numpy() for name in self.order})
 
 
 class Builder(Protocol):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedprune.methods.base import Method, RunState, Start
+from sparsemodel.masks.distribution import uniform
 from sparsemodel.runtime.adjust import prune_to_largest
 
 
@@ -27,9 +28,5 @@ class Magnitude(Method):
     density: float = 0.05
 
     def start(self, server: Start) -> RunState:
-        from sparsemodel.masks.distribution import uniform  # noqa: PLC0415
-        from sparsemodel.masks.mask import prunable_parameters  # noqa: PLC0415
-
-        shapes = {name: tuple(p.shape) for name, p in prunable_parameters(server.model).items()}
-        counts = uniform(shapes, self.density)
+        counts = uniform(server.prunable, self.density)
         return RunState(round_index=0, model=prune_to_largest(server.state(), counts))

@@ -20,6 +20,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedprune.errors import ClientError
+from fedprune.exchange.aggregate import StateMean
 from fedprune.exchange.messages import MODEL, Reply, Request, count
 from fedprune.local.model import Sgd
 from fedprune.local.training import SEED_GROWTH, epoch_batches, require_samples, train
@@ -85,10 +86,8 @@ class SSFL(Method):
             yield f"batches: expected at least 1, got {self.batches}"
 
     def start(self, server: Start) -> RunState:
-        from fedprune.exchange.aggregate import StateMean  # noqa: PLC0415
-        from sparsemodel.masks.mask import prunable_parameters  # noqa: PLC0415
 
-        state, layers = server.state(), list(prunable_parameters(server.model))
+        state, layers = server.state(), list(server.prunable)
         request = Request(
             SALIENCY,
             fields={"layers": layers, "batches": self.batches},

@@ -34,8 +34,8 @@ from fedprune.rounds.folder import (
 from prunelab.errors import RunError
 from prunelab.pages.page import Figure, Folded, Page, Pair, Section, Table, Text, settings
 from prunelab.pages.units import NOTHING, format_bytes, known_number, percent, rounded
-from sparsemodel.masks.mask import Mask
-from sparsemodel.storage.checkpoint import load_sparse
+from sparsemodel.runtime.pattern import Patterns
+from sparsemodel.storage.state_file import load_state
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class _Run:
     skipped: list[tuple[str, Mapping[str, Any]]]
     summary: Mapping[str, Any]
     is_finished: bool
-    mask: Mask | None
+    mask: Patterns | None
 
 
 def write_report(folder: Path) -> Path:
@@ -75,14 +75,14 @@ def _read(folder: Path) -> _Run:
     # While a run goes on, its checkpoint stands in for the model that it has not yet left.
     models = [folder / name for name in (MODEL, CHECKPOINT) if (folder / name).is_file()]
     is_finished = (folder / SUMMARY).is_file()
-    stored = load_sparse(models[0]) if models else None
+    stored = load_state(models[0])[0] if models else None
     if is_finished:
         summary = read_summary(folder)
     else:
         summary = _summary_so_far(config, start, rounds)
         if stored is not None:
-            floats = [t for t in stored.state.values() if t.is_floating_point()]
-            summary["bytes_dense_round"] = 4 * sum(t.numel() for t in floats)
+            dense = sum(math.prod(shape) for shape in stored.shapes().values())
+            summary["bytes_dense_round"] = 4 * dense
     return _Run(
         config=config,
         start=start,
@@ -94,7 +94,7 @@ def _read(folder: Path) -> _Run:
         ],
         summary=summary,
         is_finished=is_finished,
-        mask=stored.mask if stored else None,
+        mask=stored.patterns if stored else None,
     )
 
 

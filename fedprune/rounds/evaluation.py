@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedprune.local.model import LocalModel, Score, open_model
-from fedprune.rounds.workspace import Workspace
+from fedprune.rounds.setup import Setup
 from sparsemodel.runtime.state import SparseState
 
 BATCH = 64  # of the runtime: enough for its kernels, little memory
@@ -14,8 +14,8 @@ BATCH = 64  # of the runtime: enough for its kernels, little memory
 class Evaluator:
     """Evaluates states of the run's network; the model is kept and only its values change."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
         self._model: LocalModel | None = None
         self._dense = False
 
@@ -23,10 +23,10 @@ class Evaluator:
         """Sums over the test samples."""
         dense = state.patterns is None
         if self._model is None or dense != self._dense:
-            training = replace(self._workspace.config.training, batch_size=BATCH - 1)
-            self._model = open_model(self._workspace.network, state, training)
+            training = replace(self._setup.config.training, batch_size=BATCH - 1)
+            self._model = open_model(self._setup.network, state, training)
             self._dense = dense
         else:
             self._model.load(state)
-        dataset = self._workspace.dataset
-        return self._model.evaluate(dataset.test_images.numpy(), dataset.test_labels.numpy())
+        test = self._setup.test
+        return self._model.evaluate(test.images, test.labels)

@@ -44,6 +44,7 @@ __all__ = [
     "check_same_run",
     "default_folder",
     "discard_unstarted",
+    "has_checkpoint",
     "open_run",
     "prepare",
     "read_metrics",
@@ -112,6 +113,11 @@ def prepare(path: Path, config: RunConfig, *, resume: bool) -> None:
     if not (path / CONFIG).exists():
         raise RunError(f"nothing to resume in {path}: it has no {CONFIG}")
     check_same_run(path, config)
+
+
+def has_checkpoint(path: Path) -> bool:
+    """Whether a run folder holds a completed start or round to continue from."""
+    return (path / CHECKPOINT).exists()
 
 
 def check_same_run(path: Path, config: RunConfig) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedprune.exchange.messages import Reply, Request
 from fedprune.local.training import growth_counts
-from fedprune.rounds.workspace import Workspace
+from fedprune.rounds.setup import Setup
 from sparsemodel.codec import mask_delta_entropy_bytes
 from sparsemodel.runtime.state import SparseState
 
@@ -62,30 +62,30 @@ class Totals:
             self.peak_rss_bytes = max(self.peak_rss_bytes, reply.resources.peak_rss_bytes)
 
     def count_training(
-        self, workspace: Workspace, request: Request, model: SparseState, num_examples: list[int]
+        self, setup: Setup, request: Request, model: SparseState, num_examples: list[int]
     ) -> None:
         """Operations of the clients' training, and what dense training would have taken."""
-        training = workspace.config.training
+        training = setup.config.training
         samples = sum(num_examples) * training.local_epochs
-        forward = forward_flops(workspace.layer_macs, model)
-        self.dense_flops += samples * 3 * 2 * sum(workspace.reference.layer_macs.values())
+        forward = forward_flops(setup.layer_macs, model)
+        self.dense_flops += samples * 3 * 2 * sum(setup.reference.layer_macs.values())
         self.train_flops += samples * 3 * forward
         grown = growth_counts(request)
         if grown:
             # One more mini-batch: forward and input gradient at the mask, and the whole weight
             # gradient of the block's layers.
-            once = 2 * forward + 2 * sum(workspace.layer_macs[name] for name in grown)
+            once = 2 * forward + 2 * sum(setup.layer_macs[name] for name in grown)
             self.train_flops += once * sum(min(n, training.batch_size) for n in num_examples)
 
     def count_passes(
-        self, workspace: Workspace, passes: Iterable[Mapping[str, int]], num_samples: int
+        self, setup: Setup, passes: Iterable[Mapping[str, int]], num_samples: int
     ) -> None:
         """Operations of forward passes over samples, each under its own layer counts."""
-        weights = {name: _numel(shape) for name, shape in workspace.shapes.items()}
+        weights = {name: _numel(shape) for name, shape in setup.shapes.items()}
         for counts in passes:
             macs = sum(
                 macs // weights[name] * counts.get(name, weights[name])
-                for name, macs in workspace.layer_macs.items()
+                for name, macs in setup.layer_macs.items()
             )
             self.train_flops += float(2 * macs * num_samples)
 

@@ -9,25 +9,20 @@ from typing import Protocol
 from fedprune.errors import ClientError
 from fedprune.exchange.aggregate import EntryMean, StateMean
 from fedprune.exchange.messages import MODEL, ClientInfo, Reply, Request
-from fedprune.local.training import round_sgd, train_epochs
 from fedprune.methods.base import RunState, Start
 from fedprune.rounds.evaluation import Evaluator
 from fedprune.rounds.folder import MODEL as MODEL_FILE
 from fedprune.rounds.folder import RunFolder
 from fedprune.rounds.ledger import Traffic, mask_change, skips
-from fedprune.rounds.workspace import (
-    SEED_PRETRAIN,
-    SEED_SAMPLING,
-    Workspace,
-    compute_device,
-)
+from fedprune.rounds.setup import Setup
 from prunelab.errors import RunError
-from prunelab.runs.seeds import rng, stream_seed
-from prunelab.runs.threads import computing
+from prunelab.runs.seeds import rng
 from prunelab.runs.version import __version__
 from sparsemodel.runtime.state import Entries, SparseState
 from sparsemodel.storage.meter import peak_rss_bytes
 from sparsemodel.storage.state_file import save_state
+
+SEED_SAMPLING = 5  # the first part of a derived seed says what it is for
 
 
 class Cohort(Protocol):
@@ -50,31 +45,29 @@ class Cohort(Protocol):
         ...
 
 
-def run(workspace: Workspace, cohort: Cohort, folder: RunFolder) -> RunState:
+def run(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
     """Run, or continue, until the last round; leaves model, metrics and summary in `folder`."""
-    training = workspace.config.training
-    with computing(training.threads):
-        evaluator = Evaluator(workspace)
-        # Where we stand: the last checkpoint, or the method's own start.
-        state = _resumed(workspace, folder) or start(workspace, cohort, folder)
-        while state.round_index < training.rounds:
-            state = play_round(workspace, cohort, folder, state, evaluator)
-            folder.save(state)
-        finish(workspace, folder, state)
+    evaluator = Evaluator(setup)
+    # Where we stand: the last checkpoint, or the method's own start.
+    state = _resumed(setup, folder) or start(setup, cohort, folder)
+    while state.round_index < setup.config.training.rounds:
+        state = play_round(setup, cohort, folder, state, evaluator)
+        folder.save(state)
+    finish(setup, folder, state)
     return state
 
 
 def play_round(
-    workspace: Workspace, cohort: Cohort, folder: RunFolder, state: RunState, evaluator: Evaluator
+    setup: Setup, cohort: Cohort, folder: RunFolder, state: RunState, evaluator: Evaluator
 ) -> RunState:
     """One round in five steps."""
-    config, totals = workspace.config, folder.totals
+    config, totals = setup.config, folder.totals
     # 1. The method asks a question, of clients drawn by the seed.
     last = state.round_index == config.training.rounds - 1
-    request = replace(workspace.method.request(state), report_resources=last)
-    chosen = sample_clients(workspace, sorted(cohort.clients), state.round_index)
+    request = replace(setup.method.request(state), report_resources=last)
+    chosen = sample_clients(setup, sorted(cohort.clients), state.round_index)
     # 2. Replies are folded into sums as they arrive; only the sums are kept.
-    fold = Fold(workspace)
+    fold = Fold(setup)
     for client, reply in cohort.ask(request, clients=chosen):
         try:
             fold.add(client, reply)
@@ -86,13 +79,13 @@ def play_round(
     if not fold.losses:
         raise _nobody(folder, state, traffic)
     # 3. The method makes the next state of what it got.
-    updated = workspace.method.update(state, mean=fold.mean(), growth=fold.growth())
+    updated = setup.method.update(state, mean=fold.mean(), growth=fold.growth())
     # 4. The new model is evaluated on test data, for the record only.
-    score, num_test = evaluator.evaluate(updated.model), len(workspace.dataset.test_labels)
+    score, num_test = evaluator.evaluate(updated.model), len(setup.test)
     totals.test_accuracy = score.num_correct / num_test
     # 5. The round is counted and written down.
     totals.count_round(traffic, request)
-    totals.count_training(workspace, request, state.model, fold.samples())
+    totals.count_training(setup, request, state.model, fold.samples())
     adjusted, entropy = mask_change(state.model, updated.model)
     folder.append(
         {
@@ -113,24 +106,23 @@ def play_round(
     return updated
 
 
-def start(workspace: Workspace, cohort: Cohort, folder: RunFolder) -> RunState:
-    """Pre-train, then let the method begin."""
+def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
+    """Let the method begin."""
 
     def ask(request: Request) -> Iterator[tuple[int, Reply]]:
         samples = sum(info.num_dev for info in cohort.clients.values())
-        folder.totals.count_passes(workspace, request.forward_passes, samples)
+        folder.totals.count_passes(setup, request.forward_passes, samples)
         yield from cohort.ask(request)
 
-    model = workspace.model()
     server = Start(
-        model=model,
-        order=list(workspace.shapes),
+        state=setup.start_state,
+        prunable=setup.prunable,
+        blocks=setup.blocks,
         ask=ask,
-        rounds=workspace.config.training.rounds,
-        seed=workspace.config.seed,
+        rounds=setup.config.training.rounds,
+        seed=setup.config.seed,
     )
-    pretrain(workspace, server)
-    state = workspace.method.start(server)
+    state = setup.method.start(server)
     traffic = cohort.take_traffic()
     folder.totals.count_start(traffic, len(cohort.clients))
     patterns = state.model.patterns
@@ -150,7 +142,7 @@ def start(workspace: Workspace, cohort: Cohort, folder: RunFolder) -> RunState:
             "layer_densities": None if patterns is None else patterns.densities(),
             "bytes_up": sum(traffic.up),
             "bytes_down": sum(traffic.down),
-            "no_program": workspace.no_program if patterns is not None else "",
+            "no_program": setup.no_program if patterns is not None else "",
             **skips(traffic),
             **state.notes,
         }
@@ -159,46 +151,19 @@ def start(workspace: Workspace, cohort: Cohort, folder: RunFolder) -> RunState:
     return state
 
 
-def pretrain(workspace: Workspace, server: Start) -> None:
-    """Train the dense model briefly on the server's few labelled samples, in place.
-
-    Every method starts from it.
-    """
-    from fedprune.local.torch_models import DenseModel  # noqa: PLC0415
-    from sparsemodel.layers.from_state import load_state_  # noqa: PLC0415
-
-    config, dataset = workspace.config, workspace.dataset
-    if not config.server.pretrain_epochs:
-        return
-    compute_device(config.training.device)
-    model = DenseModel(workspace.torch.empty_model, server.state(), config.training)
-    rows = workspace.server_indices
-    train_epochs(
-        model,
-        dataset.train_images.numpy()[rows],
-        dataset.train_labels.numpy()[rows],
-        sgd=round_sgd(config.training, 0),
-        epochs=config.server.pretrain_epochs,
-        batch_size=config.training.batch_size,
-        seed=stream_seed(SEED_PRETRAIN, config.seed),
-        augmented=config.data.augment,
-    )
-    load_state_(server.model, model.state())
-
-
-def finish(workspace: Workspace, folder: RunFolder, state: RunState) -> None:
+def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
     """Write the final model and the summary."""
-    config, totals, reference = workspace.config, folder.totals, workspace.reference
+    config, totals, reference = setup.config, folder.totals, setup.reference
     save_state(
         folder.path / MODEL_FILE,
         state.model,
         metadata={
-            "dataset": workspace.dataset.name,
+            "dataset": setup.test.name,
             "method": config.method.name,
             "model": config.model_name,
-            "width": str(workspace.width or ""),
-            "num_classes": str(workspace.dataset.num_classes),
-            "input_shape": "x".join(map(str, workspace.dataset.input_shape)),
+            "width": setup.width,
+            "num_classes": str(setup.test.num_classes),
+            "input_shape": "x".join(map(str, setup.test.input_shape)),
         },
     )
     folder.write_summary(
@@ -231,10 +196,10 @@ def finish(workspace: Workspace, folder: RunFolder, state: RunState) -> None:
 class Fold:
     """Running sums over the replies of a round."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        device = compute_device(workspace.config.training.device)
-        self._mean, self._growth = StateMean(device=device), EntryMean(device=device)
-        self._device = device
+    def __init__(self, setup: Setup) -> None:
+        device = setup.config.training.device
+        self._mean = StateMean(device=None if device == "cpu" else device)
+        self._growth = EntryMean()
         self.losses: dict[int, tuple[float, int]] = {}
 
     def add(self, client: int, reply: Reply) -> None:
@@ -244,7 +209,7 @@ class Fold:
             ClientError: a value is not finite or too large.
         """
         growth, weight = reply.entries.get(MODEL, {}), reply.num_examples
-        EntryMean(device=self._device).add(growth, weight=weight)  # tried alone first
+        EntryMean().add(growth, weight=weight)  # tried alone first
         self._mean.add(reply.states[MODEL], weight=weight)
         self._growth.add(growth, weight=weight)
         self.losses[client] = (float(reply.fields["loss"]), weight)
@@ -267,19 +232,19 @@ class Fold:
         return total / sum(self.samples())
 
 
-def sample_clients(workspace: Workspace, clients: list[int], round_index: int) -> list[int]:
+def sample_clients(setup: Setup, clients: list[int], round_index: int) -> list[int]:
     """The clients of one round: a seeded draw without replacement, ascending."""
-    config = workspace.config
+    config = setup.config
     order = rng(SEED_SAMPLING, config.seed, round_index).permutation(len(clients))
     return sorted(clients[i] for i in order[: config.clients_per_round].tolist())
 
 
-def _resumed(workspace: Workspace, folder: RunFolder) -> RunState | None:
+def _resumed(setup: Setup, folder: RunFolder) -> RunState | None:
     """The state of the last checkpoint, which keeps names sorted, in the order of messages."""
     state = folder.state
     if state is None:
         return None
-    return replace(state, model=state.model.ordered(workspace.shapes))
+    return replace(state, model=state.model.ordered(setup.shapes))
 
 
 def _nobody(folder: RunFolder, state: RunState, traffic: Traffic) -> RunError:

@@ -36,11 +36,7 @@ def run(
         ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
             what to do. A folder in which nothing was computed is removed again.
     """
-    from fedprune.given import is_given  # noqa: PLC0415
     from fedprune.rounds import folder as runfolder  # noqa: PLC0415
-    from fedprune.rounds.workspace import compute_device  # noqa: PLC0415
-    from prunelab.data.datasets import check_dataset  # noqa: PLC0415
-    from prunelab.networks import check_model  # noqa: PLC0415
 
     folder = Path(folder)
     if engine not in ENGINES:
@@ -50,11 +46,10 @@ def run(
             "the batched engine trains stacked dense weights; use --execution masked, or "
             "--engine inline for sparse execution"
         )
-    if not is_given(config.data.dataset):
-        check_dataset(config.data.dataset)
-    if not is_given(config.model_name):
-        check_model(config.model_name)
-    compute_device(config.training.device)
+    if config.training.device != "cpu":
+        from fedprune.rounds.workspace import compute_device  # noqa: PLC0415
+
+        compute_device(config.training.device)
     runfolder.prepare(folder, config, resume=resume)
     if not (folder / runfolder.SUMMARY).exists():
         # Flower takes seconds to import: not before all that can be refused has been.

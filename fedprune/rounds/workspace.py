@@ -1,11 +1,12 @@
-"""What the server derives of a run's configuration: data, shares, network, its start.
+"""What is derived of a run's configuration with torch: data, shares, network, its first weights.
 
-Everything here is a deterministic function of the configuration.
+Everything here is a deterministic function of the configuration; `Workspace.lay_out` leaves it
+where server and clients find it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,31 +17,28 @@ from torch import nn
 from fedprune.config import RunConfig
 from fedprune.errors import ConfigError
 from fedprune.given import given_dataset
-from fedprune.local.model import Network
 from fedprune.local.network import TorchNetwork
 from fedprune.local.partition import partition, split_server_set
 from fedprune.local.shares import write_shares
+from fedprune.local.torch_models import DenseModel
+from fedprune.local.training import round_sgd, train_epochs
 from fedprune.methods.base import Method
+from fedprune.rounds.setup import NETWORK, START, TEST, TRAIN
 from prunelab.data.batches import Integers
 from prunelab.data.datasets import ImageSet, load_dataset
-from prunelab.networks import uninitialised
+from prunelab.data.store import write_store
+from prunelab.networks import GRANULARITIES, float_state, parameter_blocks, uninitialised
 from prunelab.runs.seeds import stream_seed
 from sparsemodel.errors import PlanError
+from sparsemodel.masks.mask import prunable_parameters
 from sparsemodel.plans.program import program_of
-from sparsemodel.runtime.program import Program
+from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.cost import layer_macs, model_bytes
+from sparsemodel.storage.files import write_atomically
+from sparsemodel.storage.state_file import save_state
 
 # The first part of a derived seed says what it is for, so that no two uses share a stream.
-SEED_SERVER_SET, SEED_PRETRAIN, SEED_SAMPLING = 0, 2, 5
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """What savings are measured against: the full dense network, counted."""
-
-    num_parameters: int
-    model_bytes: int
-    layer_macs: Mapping[str, int]
+SEED_SERVER_SET, SEED_PRETRAIN = 0, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,60 +69,79 @@ class Workspace:
         """Shapes of the float state, in the order in which states hold it."""
         return self.torch.shapes
 
-    @cached_property
-    def program(self) -> Program | None:
-        """The network as the runtime runs it; None where it has no program."""
-        return self._traced[0]
-
-    @property
-    def no_program(self) -> str:
-        """Why the network has no program; empty where it has one."""
-        return self._traced[1]
-
-    @cached_property
-    def layer_macs(self) -> Mapping[str, int]:
-        """Multiply-accumulates of each layer of the run's network for one sample, when dense."""
-        return layer_macs(self.torch.skeleton, self.dataset.input_shape)
-
-    @cached_property
-    def width(self) -> int | None:
-        """Channels of the first stage, where the network says so."""
-        return getattr(self.torch.skeleton, "width", None)
-
-    @cached_property
-    def reference(self) -> Reference:
-        """The full dense network's figures."""
-        with uninitialised():
-            model = self.torch.reference()
-        return Reference(
-            num_parameters=sum(p.numel() for p in model.parameters()),
-            model_bytes=model_bytes(model),
-            layer_macs=layer_macs(model, self.dataset.input_shape),
-        )
-
-    @cached_property
-    def network(self) -> Network:
-        """The network as a client of this process takes it."""
-        return Network(self.program, self.torch.empty_model, self.shapes)
-
-    def write_shares(self, folder: Path) -> None:
-        """Leave the training samples and every client's share where clients without torch look."""
-        dataset = self.dataset
+    def lay_out(self, folder: Path, *, with_start: bool) -> None:
+        """Leave a Setup in `folder`, which is made; its last file is there when all is."""
+        dataset, skeleton = self.dataset, self.torch.skeleton
+        folder.mkdir(parents=True, exist_ok=True)
         write_shares(
-            folder,
+            folder / TRAIN,
             dataset.train_images.numpy(),
             dataset.train_labels.numpy(),
             self.shares,
             num_classes=dataset.num_classes,
             name=dataset.name,
         )
+        write_store(
+            folder / TEST,
+            dataset.test_images.numpy(),
+            dataset.test_labels.numpy(),
+            num_classes=dataset.num_classes,
+            name=dataset.name,
+        )
+        if with_start:
+            save_state(folder / START, self.start_state(), metadata={})
+        program, reason = self._traced()
+        with uninitialised():
+            reference = self.torch.reference()
+        facts = {
+            "shapes": self.shapes,
+            "prunable": list(prunable_parameters(skeleton)),
+            "blocks": {
+                granularity: parameter_blocks(skeleton, granularity=granularity)
+                for granularity in GRANULARITIES
+            },
+            "program": program,
+            "no_program": reason,
+            "layer_macs": layer_macs(skeleton, dataset.input_shape),
+            "reference": {
+                "num_parameters": sum(p.numel() for p in reference.parameters()),
+                "model_bytes": model_bytes(reference),
+                "layer_macs": layer_macs(reference, dataset.input_shape),
+            },
+            "width": str(getattr(skeleton, "width", "")),
+        }
+        write_atomically(folder / NETWORK, json.dumps(facts).encode())
 
-    @cached_property
-    def _traced(self) -> tuple[Program | None, str]:
+    def start_state(self) -> SparseState:
+        """The dense model after brief training on the server's few labelled samples.
+
+        Every method starts from it.
+        """
+        config, dataset = self.config, self.dataset
+        compute_device(config.training.device)
+        values = float_state(self.model())
+        state = SparseState({name: values[name].numpy() for name in self.shapes})
+        if not config.server.pretrain_epochs:
+            return state
+        model = DenseModel(self.torch.empty_model, state, config.training)
+        train_epochs(
+            model,
+            dataset.train_images.numpy()[self.server_indices],
+            dataset.train_labels.numpy()[self.server_indices],
+            sgd=round_sgd(config.training, 0),
+            epochs=config.server.pretrain_epochs,
+            batch_size=config.training.batch_size,
+            seed=stream_seed(SEED_PRETRAIN, config.seed),
+            augmented=config.data.augment,
+        )
+        return model.state()
+
+    def _traced(self) -> tuple[str, str]:
+        """The network's program, or why it has none."""
         try:
-            return program_of(self.torch.skeleton, self.dataset.input_shape), ""
+            return program_of(self.torch.skeleton, self.dataset.input_shape).text(), ""
         except PlanError as error:
-            return None, str(error)
+            return "", str(error)
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -76,7 +77,8 @@ def prune(
     count = _function("distribution", distribution, DISTRIBUTIONS)
     scores = _scores(score, model, chosen, data=data, loss=loss, generator=generator)
     shapes = {name: tuple(scores[name].shape) for name in chosen}
-    offered = {"shapes": shapes, "scores": scores, "density": density, "generator": generator}
+    noise = np.random.default_rng(seed)
+    offered = {"shapes": shapes, "scores": scores, "density": density, "generator": noise}
     counts = count(**_asked(count, offered))
     return mask_from_scores(scores, counts)
 

@@ -1,4 +1,4 @@
-"""Whole states in sparse files (`storage.format`): what `model.state_dict()` has, and a mask."""
+"""Whole states in sparse files (`storage.header`): what `model.state_dict()` has, and a mask."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sparsemodel.errors import CheckpointError
 from sparsemodel.masks.mask import Mask
 from sparsemodel.storage.format import (
     VALUE_DTYPES,
-    check_metadata,
     layer_tensors,
     read_file,
     take_layer,
     write_file,
 )
+from sparsemodel.storage.header import check_metadata
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,26 @@
-"""Sparse states on disk: the files of `storage.format`, without a dense weight or mask."""
+"""Sparse states on disk: the files of `storage.header`, without torch or a dense weight."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
+import safetensors
+import safetensors.numpy
 
 from sparsemodel.errors import CheckpointError
-from sparsemodel.runtime.pattern import Pattern, Patterns
-from sparsemodel.runtime.state import SparseState
-from sparsemodel.storage.format import read_file, take_layer, write_file
+from sparsemodel.runtime.pattern import Pattern, Patterns, Shape
+from sparsemodel.runtime.state import Array, SparseState
+from sparsemodel.storage.header import (
+    damaged,
+    header_metadata,
+    read_bytes,
+    read_header,
+    write_bytes,
+)
 
 
 def save_state(
@@ -25,37 +33,70 @@ def save_state(
             be written.
     """
     path = Path(path)
-    tensors: dict[str, torch.Tensor] = {}
+    arrays: dict[str, Array] = {}
     for name, value in state.values.items():
         pattern = state.pattern(name)
         parts = {name: value}
         if pattern is not None:
-            parts = {
-                f"{name}.values": value,
-                f"{name}.mask": np.concatenate([*pattern.bitmap()]),
-            }
-        taken = parts.keys() & tensors.keys()
+            bits = np.concatenate([*pattern.bitmap()])
+            parts = {f"{name}.values": value, f"{name}.mask": bits}
+        taken = parts.keys() & arrays.keys()
         if taken:
             raise CheckpointError(f"{path}: the state already has tensors named {sorted(taken)}")
-        tensors |= {key: torch.from_numpy(np.ascontiguousarray(v)) for key, v in parts.items()}
-    write_file(path, tensors, {} if state.patterns is None else state.patterns.shapes(), metadata)
+        arrays |= {key: np.ascontiguousarray(part) for key, part in parts.items()}
+    layers = {} if state.patterns is None else state.patterns.shapes()
+    beside = header_metadata(path, layers, metadata)
+    write_bytes(path, safetensors.numpy.save(arrays, metadata=beside))
 
 
 def load_state(path: str | os.PathLike[str]) -> tuple[SparseState, dict[str, str]]:
     """Read a file that `save_state` or `save_sparse` wrote: the state, and the caller's strings.
 
     Raises:
-        CheckpointError: as `load_sparse`; or a tensor that is not float32.
+        CheckpointError: the file is missing, truncated or damaged, of another kind or version, or
+            holds a tensor that is not float32.
     """
     path = Path(path)
-    tensors, layers, metadata = read_file(path)
+    data = read_bytes(path)
+    try:
+        arrays = safetensors.numpy.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise damaged(path, f"it is no whole safetensors file of float32 ({error})") from error
+    layers, metadata = read_header(path, data)
     patterns: dict[str, Pattern] = {}
     for name, shape in layers:
-        values, active = take_layer(path, name, shape, tensors)
-        tensors[name] = values
-        patterns[name] = Pattern.from_positions(shape, np.flatnonzero(active.numpy()))
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32:
-            raise CheckpointError(f"{path}: {name!r} is {tensor.dtype}, expected float32")
-    arrays = {name: tensor.numpy() for name, tensor in sorted(tensors.items())}
-    return SparseState(arrays, Patterns(patterns) if patterns else None), metadata
+        if name in arrays:
+            raise damaged(path, f"it holds {name!r} twice")
+        arrays[name], patterns[name] = _take_layer(path, name, shape, arrays)
+    for name, array in arrays.items():
+        if array.dtype != np.float32:
+            raise CheckpointError(f"{path}: {name!r} is {array.dtype}, expected float32")
+    values = dict(sorted(arrays.items()))
+    return SparseState(values, Patterns(patterns) if patterns else None), metadata
+
+
+def _take_layer(
+    path: Path, name: str, shape: Shape, arrays: dict[str, Array]
+) -> tuple[Array, Pattern]:
+    """Take a masked layer's two arrays out; its values and its pattern."""
+    missing = [key for key in (f"{name}.values", f"{name}.mask") if key not in arrays]
+    if missing:
+        raise damaged(path, f"it lacks the tensors {missing}")
+    values, packed = arrays.pop(f"{name}.values"), arrays.pop(f"{name}.mask")
+    numel = math.prod(shape)
+    num_bytes = -(-numel // 8)
+    if packed.dtype != np.uint8 or packed.shape != (num_bytes,):
+        raise damaged(
+            path,
+            f"the mask of {name!r} has shape {packed.shape} and dtype {packed.dtype}, "
+            f"expected {num_bytes} bytes for shape {shape}",
+        )
+    positions = np.flatnonzero(np.unpackbits(packed))
+    if len(positions) and positions[-1] >= numel:
+        raise damaged(path, f"the mask of {name!r} has bits past its {numel} weights")
+    if values.shape != positions.shape:
+        raise damaged(
+            path,
+            f"the values of {name!r} have shape {values.shape}, expected {len(positions)} values",
+        )
+    return values, Pattern.from_positions(shape, positions)

@@ -49,9 +49,9 @@ def run_inline(
     """Run the real ServerApp over an in-process grid; `clients` may misbehave."""
     prepare(out, config, resume=resume)
     with tempfile.TemporaryDirectory() as temporary:
-        store = Path(temporary) / "shares"
-        open_workspace(config).write_shares(store)
-        values = {**config.flower(), **launch_values(out, resume=resume, store=store)}
+        setup = Path(temporary) / "setup"
+        open_workspace(config).lay_out(setup, with_start=True)
+        values = {**config.flower(), **launch_values(out, resume=resume, setup=setup)}
         grid = InlineGrid(
             clients or client.app,  # type: ignore[arg-type]
             run_config=values,

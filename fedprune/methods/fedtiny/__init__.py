@@ -71,10 +71,8 @@ class FedTiny(Method):
         return self.pool_size or min(self.pool_limit, wanted)
 
     def start(self, server: Start) -> RunState:
-        from prunelab.networks import parameter_blocks  # noqa: PLC0415
-
         counts = candidate_counts(
-            server.model, self.density, num_candidates=self.num_candidates, seed=server.seed
+            server.prunable, self.density, num_candidates=self.num_candidates, seed=server.seed
         )
         pool = candidate_pool(server.state(), counts)
         winner, statistics, account = select_candidate(
@@ -84,7 +82,7 @@ class FedTiny(Method):
             round_index=0,
             model=pool.candidate(winner).replace(statistics),
             memory={
-                "blocks": parameter_blocks(server.model, granularity=self.granularity),
+                "blocks": server.blocks[self.granularity],
                 "adjustments": 0,
                 "until": self.adjust_until or max(1, round(0.6 * server.rounds)),
             },

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fedprune.errors import ClientError
 from fedprune.exchange.messages import Request
+from prunelab.runs.seeds import rng
+from sparsemodel.masks.distribution import noise_uniform
 from sparsemodel.runtime.adjust import prune_to_largest, select_largest
 from sparsemodel.runtime.state import SparseState
-
-if TYPE_CHECKING:
-    from torch import nn
 
 POOL = "pool"
 
@@ -38,20 +36,15 @@ class Pool:
 
 
 def candidate_counts(
-    model: nn.Module, density: float, *, num_candidates: int, seed: int
+    shapes: Mapping[str, tuple[int, ...]], density: float, *, num_candidates: int, seed: int
 ) -> list[dict[str, int]]:
     """How many weights each candidate keeps of each prunable layer.
 
     Layer densities are d_l = d (1 + U(-.5, .5)), redrawn until the whole is within 2 % of d.
     Candidate c depends on `seed` and c alone, so that a larger pool contains every smaller one.
     """
-    from prunelab.runs.seeds import generator  # noqa: PLC0415
-    from sparsemodel.masks.distribution import noise_uniform  # noqa: PLC0415
-    from sparsemodel.masks.mask import prunable_parameters  # noqa: PLC0415
-
-    shapes = {name: tuple(p.shape) for name, p in prunable_parameters(model).items()}
     return [
-        noise_uniform(shapes, density, generator=generator(seed, candidate))
+        noise_uniform(shapes, density, generator=rng(seed, candidate))
         for candidate in range(num_candidates)
     ]
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedprune.errors import ClientError
+from fedprune.exchange.aggregate import StateMean
 from fedprune.exchange.messages import Reply, Request, counts, numbers
 from fedprune.local.model import LocalModel
 from fedprune.methods.fedtiny.pool import Pool, pool_request, received_pool
@@ -141,8 +142,6 @@ def pool_statistics(replies: Iterable[Reply], num_candidates: int) -> list[Tenso
     Raises:
         RunError: no client measured anything.
     """
-    from fedprune.exchange.aggregate import StateMean  # noqa: PLC0415
-
     means = [StateMean() for _ in range(num_candidates)]
     for reply in replies:
         for number, mean in enumerate(means):
@@ -160,8 +159,6 @@ def _check_statistics(pool: Pool, names: Sequence[str]) -> Any:
     wanted = {str(number) for number in range(len(pool.counts))}
 
     def check(reply: Reply) -> None:
-        from fedprune.exchange.aggregate import StateMean  # noqa: PLC0415
-
         if set(reply.tensors) != wanted:
             raise ClientError("expected statistics of every candidate")
         for tensors in reply.tensors.values():

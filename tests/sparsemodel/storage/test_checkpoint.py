@@ -19,7 +19,7 @@ from torch import nn
 from sparsemodel.errors import CheckpointError
 from sparsemodel.masks.mask import Mask
 from sparsemodel.storage.checkpoint import load_sparse, save_sparse
-from sparsemodel.storage.format import METADATA_KEY
+from sparsemodel.storage.header import METADATA_KEY
 
 Header = dict[str, Any]
 

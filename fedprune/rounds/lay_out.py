@@ -1,7 +1,4 @@
-"""`python -m fedprune.rounds.divide FOLDER < CONFIG.json`: divide a run's data among its clients.
-
-Clients without torch start it where nobody has divided the data for them.
-"""
+"""`python -m fedprune.rounds.lay_out FOLDER [--start] < CONFIG.json`: see rounds/setup.py."""
 
 from __future__ import annotations
 
@@ -15,10 +12,11 @@ from fedprune.rounds.workspace import open_workspace
 
 
 def main() -> None:
-    """Write the store; one line of an error that a user can mend."""
+    """Lay out; one line of an error that a user can mend."""
+    folder, with_start = Path(sys.argv[1]), "--start" in sys.argv[2:]
     try:
         config = RunConfig.parse(json.load(sys.stdin))
-        open_workspace(config).write_shares(Path(sys.argv[1]))
+        open_workspace(config).lay_out(folder, with_start=with_start)
     except USER_ERRORS as error:
         raise SystemExit(str(error)) from None
 

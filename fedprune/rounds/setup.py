@@ -1,0 +1,168 @@
+"""What a run starts from, in a folder: samples divided, the network described, the first weights.
+
+Server and clients read it with numpy alone; whoever lays it out (workspace.py) needs torch, and
+may be a process of its own, whose memory is then given back.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedprune.config import RunConfig
+from fedprune.local.model import Network
+from fedprune.local.site import TRAIN
+from fedprune.methods.base import Method
+from prunelab.data.store import ImageStore, open_store
+from prunelab.errors import RunError
+from sparsemodel.runtime.program import Program
+from sparsemodel.runtime.state import SparseState
+from sparsemodel.storage.state_file import load_state
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["NETWORK", "START", "TEST", "TRAIN", "Reference", "Setup", "lay_out"]
+
+TEST = "test"  # an image store, as TRAIN, which has the clients' shares
+NETWORK, START = "network.json", "start.safetensors"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What savings are measured against: the full dense network, counted.
+
+    Attributes:
+        num_parameters: trained numbers.
+        model_bytes: of its float state.
+        layer_macs: multiply-accumulates of each layer for one sample.
+    """
+
+    num_parameters: int
+    model_bytes: int
+    layer_macs: Mapping[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A run's parts as its server sees them.
+
+    Attributes:
+        config: of the run.
+        folder: where they lie.
+    """
+
+    config: RunConfig
+    folder: Path
+
+    @property
+    def method(self) -> Method:
+        """The run's method."""
+        return self.config.method
+
+    @cached_property
+    def test(self) -> ImageStore:
+        """The server's test samples."""
+        return open_store(self.folder / TEST)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the float state, in the order in which states hold it."""
+        return {name: tuple(shape) for name, shape in self._facts["shapes"].items()}
+
+    @cached_property
+    def prunable(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters that may be pruned."""
+        return {name: self.shapes[name] for name in self._facts["prunable"]}
+
+    @property
+    def blocks(self) -> Mapping[str, list[list[str]]]:
+        """Granularity -> prunable parameters in groups from the input to the output."""
+        blocks: dict[str, list[list[str]]] = self._facts["blocks"]
+        return blocks
+
+    @cached_property
+    def program(self) -> Program | None:
+        """The network as the runtime runs it; None where it has no program."""
+        text = self._facts["program"]
+        return Program.parse(text) if text else None
+
+    @property
+    def no_program(self) -> str:
+        """Why the network has no program; empty where it has one."""
+        return str(self._facts["no_program"])
+
+    @property
+    def layer_macs(self) -> Mapping[str, int]:
+        """Multiply-accumulates of each layer of the run's network for one sample, when dense."""
+        macs: dict[str, int] = self._facts["layer_macs"]
+        return macs
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The full dense network's figures."""
+        return Reference(**self._facts["reference"])
+
+    @property
+    def width(self) -> str:
+        """Channels of the first stage, where the network says so, else empty."""
+        return str(self._facts["width"])
+
+    @cached_property
+    def network(self) -> Network:
+        """The network for models of this process."""
+
+        def build() -> nn.Module:
+            from fedprune.local.network import TorchNetwork  # noqa: PLC0415
+
+            test = self.test
+            return TorchNetwork(self.config, test.num_classes, test.input_shape).empty_model()
+
+        return Network(self.program, build, self.shapes)
+
+    def start_state(self) -> SparseState:
+        """The dense model that every method starts from.
+
+        Raises:
+            CheckpointError: it was not laid out, or is damaged.
+        """
+        state, _ = load_state(self.folder / START)
+        return state.ordered(self.shapes)
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads((self.folder / NETWORK).read_text(encoding="utf-8"))
+        return facts
+
+
+def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
+    """Lay out what a run starts from, in this process if it has torch already, else in a child.
+
+    Args:
+        folder: is made.
+        with_start: whether the first weights are needed; a run that is continued has its own.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError: a name is unknown, or the data do not allow
+            it.
+    """
+    if "torch" in sys.modules:
+        from fedprune.rounds.workspace import open_workspace  # noqa: PLC0415
+
+        open_workspace(config).lay_out(folder, with_start=with_start)
+        return
+    done = subprocess.run(
+        [sys.executable, "-m", "fedprune.rounds.lay_out", str(folder), *["--start"] * with_start],
+        input=json.dumps(config.flower()),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RunError(done.stderr.strip().splitlines()[-1] if done.stderr else "no set-up")
