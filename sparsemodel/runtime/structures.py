@@ -92,10 +92,13 @@ class Structures:
             if structure is None:
                 pattern = Pattern.full(shape) if pattern is None else pattern
                 structure = self._used[key] = Structure(pattern, geometry)
+            known = key in self._recent
             self._recent[key] = structure
             self._recent.move_to_end(key)
-            while self.kept_bytes() > self._kept_bytes:
-                self._recent.popitem(last=False)
+            # An index may be made later: what is kept is looked at when something joins it.
+            excess = 0 if known else self.kept_bytes() - self._kept_bytes
+            while excess > 0:
+                excess -= self._recent.popitem(last=False)[1].nbytes()
             return structure
 
 
