@@ -74,6 +74,11 @@ def module_state(model: nn.Module, order: Iterable[str], patterns: Patterns | No
     return SparseState(values, patterns)
 
 
+def _tensor(array: Array) -> torch.Tensor:
+    """A tensor of an array, which may be a memory map: torch knows none that is read-only."""
+    return torch.from_numpy(array if array.flags.writeable else np.array(array))
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -145,7 +150,7 @@ class TorchModel:
         for start in range(0, len(labels), EVALUATION_BATCH):
             part = slice(start, start + EVALUATION_BATCH)
             logits = self._module(self._inputs(images[part])).float().cpu()
-            target = torch.from_numpy(labels[part])
+            target = _tensor(labels[part])
             loss_sum += float(functional.cross_entropy(logits, target, reduction="sum").double())
             correct += int((logits.argmax(1) == target).sum())
         self._module.train()
@@ -239,11 +244,10 @@ class TorchModel:
         }
 
     def _inputs(self, images: Array) -> torch.Tensor:
-        prepared = PREPROCESSING.apply(np.asarray(images))
-        return torch.from_numpy(prepared).to(self._device)
+        return _tensor(PREPROCESSING.apply(images)).to(self._device)
 
     def _loss(self, images: Array, labels: Array) -> Callable[[nn.Module], torch.Tensor]:
-        inputs, target = self._inputs(images), torch.from_numpy(labels).to(self._device)
+        inputs, target = self._inputs(images), _tensor(labels).to(self._device)
         return lambda model: functional.cross_entropy(model(inputs), target)
 
 
@@ -337,7 +341,7 @@ class SparseModules(TorchModel):
         plan, optimizer = self._plan_of(images), self._optimizer_of(sgd)
         if plan is None:
             return super().step(images, labels, sgd=sgd, correction=correction)
-        batch = torch.from_numpy(images), torch.from_numpy(labels)
+        batch = _tensor(images), _tensor(labels)
         if correction is None:
             return plan.step(*batch, optimizer=optimizer)[0]
         loss, _ = plan.step(*batch)
@@ -350,7 +354,7 @@ class SparseModules(TorchModel):
         plan = self._plan_of(images)
         if plan is None or len(images) > plan.batch_size:
             return super().growth(counts, images, labels)
-        batch = torch.from_numpy(images), torch.from_numpy(labels)
+        batch = _tensor(images), _tensor(labels)
         found = plan.topk_pruned_gradients(counts, *batch)
         return {name: (at.numpy(), values.numpy()) for name, (at, values) in found.items()}
 

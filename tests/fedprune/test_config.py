@@ -127,7 +127,7 @@ def test_flower_app_lists_every_key_with_its_default() -> None:
     project = Path(fedprune.__file__).parent / "flower" / "app" / "pyproject.toml"
     tables = tomllib.loads(project.read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
     launch = {f"run.{key}" for key in tables.pop("run")}
-    assert launch | {"run.launcher-pid"} == set(launch_values(Path(), resume=True, store=Path()))
+    assert launch | {"run.launcher-pid"} == set(launch_values(Path(), resume=True, setup=Path()))
     flat = {"seed": tables.pop("seed")}
     flat |= {f"{name}.{key}": value for name, part in tables.items() for key, value in part.items()}
     assert RunConfig.parse(flat) == RunConfig()

@@ -82,11 +82,11 @@ def test_the_app_that_is_submitted_has_the_run_s_configuration(
     """Whatever stands in a path: quotes, control characters, letters beyond the first 65,536."""
     config = tiny(data__dataset=dataset, training__lr=rate, method__density=density)
     with tempfile.TemporaryDirectory() as temporary:
-        out, store = Path(temporary) / 'a "run"', Path(temporary) / "shares"
-        app = _write_app(Path(temporary) / "app", config, out, resume=True, store=store)
+        out, setup = Path(temporary) / 'a "run"', Path(temporary) / "setup"
+        app = _write_app(Path(temporary) / "app", config, out, resume=True, setup=setup)
         project = tomllib.loads((app / "pyproject.toml").read_text(encoding="utf-8"))
     values = project["tool"]["flwr"]["app"]["config"]
     launch = {key: values.pop(key) for key in list(values) if key.startswith("run.")}
-    assert launch == launch_values(out, resume=True, store=store)
+    assert launch == launch_values(out, resume=True, setup=setup)
     assert RunConfig.parse(values) == config
     assert project["tool"]["flwr"]["app"]["components"]["clientapp"] == "fedprune_app:client"

@@ -37,6 +37,8 @@ from fedprune.rounds.workspace import Workspace, open_workspace
 from prunelab.networks import float_state
 from sparsemodel.codec import encode_mask
 from sparsemodel.errors import CodecError
+from sparsemodel.masks.mask import prunable_parameters
+from sparsemodel.plans.program import program_of
 from sparsemodel.runtime.adjust import prune_and_grow
 from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.state import SparseState, Tensors
@@ -57,10 +59,10 @@ def workspace() -> Workspace:
 
 @cache
 def the_pool() -> Pool:
-    work, model = workspace(), workspace().model()
-    values = float_state(model)
-    dense = SparseState({name: values[name].numpy() for name in work.shapes})
-    return candidate_pool(dense, candidate_counts(model, 0.2, num_candidates=2, seed=1))
+    values = float_state(workspace().model())
+    dense = SparseState({name: values[name].numpy() for name in workspace().shapes})
+    shapes = {name: tuple(p.shape) for name, p in prunable_parameters(workspace().model()).items()}
+    return candidate_pool(dense, candidate_counts(shapes, 0.2, num_candidates=2, seed=1))
 
 
 @pytest.fixture(name="work")
@@ -370,7 +372,11 @@ def test_skip_and_resync_are_told_apart() -> None:
 
 
 def test_what_a_client_holds_is_not_sent_again(work: Workspace, pool: Pool) -> None:
-    program, state, held = ProgramText.of(work.program), pool.candidate(0), Held()
+    program, state, held = (
+        ProgramText.of(program_of(work.torch.skeleton, work.dataset.input_shape)),
+        pool.candidate(0),
+        Held(),
+    )
     assert state.patterns is not None
     request = Request("train", states={MODEL: state})
     first = encode(request, program=program)
