@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -18,13 +18,10 @@ from sparsemodel.kernels.cpu.library import PoolGeometry
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.layers.linear_and_conv import SparseConv2d, SparseLinear
 from sparsemodel.layers.norm_and_pool import FUSED
+from sparsemodel.runtime.pattern import Shape
+from sparsemodel.runtime.program import Kind
+from sparsemodel.runtime.program_shapes import MAX_WINDOW
 
-Kind = Literal[
-    "input", "conv", "norm", "relu", "add", "max_pool", "avg_pool", "global_pool", "flatten"
-]
-Shape = tuple[int, ...]
-
-MAX_WINDOW = 256  # places of a pooling window
 _PLANES = {(2, 3), (3, 2), (-2, -1), (-1, -2)}
 # Options of pooling, and the one value of each that plans know.
 _PLAIN_POOL: dict[str, tuple[Any, ...]] = {

@@ -9,7 +9,8 @@ from torch import fx, nn
 
 from sparsemodel.errors import PlanError, SparseModelError
 from sparsemodel.layers.tracing import has_hooks, is_leaf, trace_forward
-from sparsemodel.plans.rules import Operation, Shape, Translator, module_title
+from sparsemodel.plans.rules import Operation, Translator, module_title
+from sparsemodel.runtime.pattern import Shape
 
 
 def trace_operations(model: nn.Module, input_shape: Shape) -> list[Operation]:

@@ -237,7 +237,10 @@ class Trainer:
         return named
 
     def arena_bytes(self) -> int:
-        """Bytes that the arena of a full training batch takes, known before it is made."""
+        """Bytes that the arena of a full training batch takes, known before it is made.
+
+        Gradients and the index by input are made, as for a step.
+        """
         return self._plan(training=True).arena_bytes()
 
     def held_bytes(self) -> dict[str, int]:
