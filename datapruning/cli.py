@@ -47,7 +47,7 @@ def _how_to_go_on(arguments: Sequence[str]) -> str:
 
 
 Dataset = Annotated[str, typer.Argument(help="A data set's name, or a folder of parquet.")]
-Model = Annotated[str, typer.Option(help="resnet8, resnet20, resnet18, vgg11_bn.")]
+Model = Annotated[str, typer.Option(help="A network's name, or module:function.")]
 Seed = Annotated[int, typer.Option(help="Decides every random choice.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(help="Of torch; the bits of a result depend on it.")]

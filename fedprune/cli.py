@@ -35,7 +35,7 @@ def main() -> None:
 
 Method = Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)}.")]
 Dataset = Annotated[str | None, typer.Option(help="A data set's name, or a folder of parquet.")]
-Model = Annotated[str | None, typer.Option(help="resnet8, resnet20, resnet18, vgg11_bn.")]
+Model = Annotated[str | None, typer.Option(help="A network's name, or module:function.")]
 Density = Annotated[float | None, typer.Option(help="Share of prunable weights kept, 0 to 1.")]
 Clients = Annotated[int | None, typer.Option(help="Number of clients.")]
 Alpha = Annotated[float | None, typer.Option(help="Dirichlet concentration of the label split.")]

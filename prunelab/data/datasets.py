@@ -75,9 +75,8 @@ def load_dataset(
     """A data set by name, or a folder of parquet files; cached for the process.
 
     Args:
-        name: digits, fashion-mnist, cifar10, cifar100, svhn, or a folder whose parquet files
-            are called train* and test* (or validation*) with columns img or image, label,
-            and optionally client.
+        name: one of DATASETS, or a folder whose parquet files are called train* and test* (or
+            validation*) with columns img or image, label, and optionally client.
         num_train, num_test: keep a stratified subset of so many; only those are decoded.
         seed: decides the subsets.
 
