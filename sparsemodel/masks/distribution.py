@@ -130,6 +130,7 @@ def global_ranking(scores: Mapping[str, torch.Tensor], density: float) -> dict[s
         DensityError: a density outside (0, 1], or too low for one weight in every layer.
         MaskError: scores that are NaN.
 
+    >>> import torch
     >>> global_ranking({"a": torch.tensor([9.0, 8.0, 7.0]), "b": torch.tensor([1.0])}, 0.75)
     {'a': 2, 'b': 1}
     """
