@@ -31,8 +31,8 @@ _PRELOADED = [
     "fedprune.rounds.run",
 ]
 
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(_PRELOADED)
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(_PRELOADED)
 
 
 P, R = ParamSpec("P"), TypeVar("R")
@@ -40,7 +40,7 @@ P, R = ParamSpec("P"), TypeVar("R")
 
 def in_a_process(function: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
     """What a function of a module returns, or raises, in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=_forks) as pool:
+    with ProcessPoolExecutor(1, mp_context=FORKS) as pool:
         return pool.submit(function, *arguments, **named).result()
 
 
@@ -51,7 +51,7 @@ class Command:
         self._arguments = [name, *arguments]
         self._folder = Path(tempfile.mkdtemp(prefix="command-"))
         environment = {**os.environ, "COLUMNS": "200"}
-        self._process = _forks.Process(
+        self._process = FORKS.Process(
             target=_main, args=(self._arguments, cwd, environment, self._folder)
         )
         self._process.start()
