@@ -1,10 +1,9 @@
-"""How the tests share a machine: one thread a worker, costly things made once, Ray alone."""
+"""How the tests share a machine: one thread a worker, slow files first, Ray alone."""
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,6 @@ if _WORKER is not None:
     # torch is imported, and handed down to the processes that tests start.
     for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(_name, "1")
-
-Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.hookimpl(trylast=True)
@@ -35,26 +32,6 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base if _WORKER is None else base.parent) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
-
-
-@pytest.fixture(scope="session")
-def once(shared_folder: Path) -> Once:
-    """`once(name, make)`: the folder `name`, filled by make(folder) by the first who asks.
-
-    Other workers wait for it. Tests only read it.
-    """
-
-    def made(name: str, make: Callable[[Path], object]) -> Path:
-        folder, complete = shared_folder / name, shared_folder / f"{name}.complete"
-        with FileLock(shared_folder / f"{name}.lock"):
-            if not complete.exists():
-                shutil.rmtree(folder, ignore_errors=True)  # of a worker that died
-                folder.mkdir()
-                make(folder)
-                complete.touch()
-        return folder
-
-    return made
 
 
 @pytest.fixture(autouse=True)

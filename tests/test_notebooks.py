@@ -54,6 +54,7 @@ def test_stored_without_outputs(name: str) -> None:
     assert metadata["kernelspec"]["name"] == "python3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 def test_runs_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
     executed, temporary, work = tmp_path / name, tmp_path / "temporary", tmp_path / "work"

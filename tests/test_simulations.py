@@ -71,6 +71,7 @@ def test_tables_by_hand() -> None:
     assert "| 0.1 | magnitude | +2.0 ± 1.7 | 3 of 3 |" in differences({**ours, **theirs})
 
 
+@pytest.mark.slow
 def test_a_grid_is_resumable_cell_by_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first time in a process of its own; the second, where nothing is left, in a fork."""
     grid = [Cell("magnitude", 0.2, 0), Cell("fedavg", 1.0, 0)]
