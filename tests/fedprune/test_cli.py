@@ -101,6 +101,8 @@ def test_failure_inside_flower_is_reported_with_its_reason(tmp_path: Path) -> No
         (["run", "--engine", "inline", "--density", "0.00001"], "lowest"),
         (["run", "--set", "training.rouns=3"], "did you mean 'training.rounds'"),
         (["run", "--set", "training"], "section.key=value"),
+        (["run", "--set", "method.densty=0.1"], "did you mean 'method.density'"),
+        (["run", "--set", "method.settings={"], "method.settings: expected a JSON object"),
         (["run", "--config", "none.toml"], "no config file at none.toml"),
         (["run", "--resume", "--out", "nothing"], "nothing to resume"),
         (["run", "--device", "tpu"], "cpu, cuda"),
@@ -123,6 +125,33 @@ def test_debug_shows_the_trace(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+def test_a_density_for_a_dense_method_is_a_note_not_an_error(tmp_path: Path) -> None:
+    settings = [f"{key}={value}" for key, value in TINY.items() if not key.startswith("method.")]
+    done = fedprune(
+        *("run", "--engine", "inline", "--method", "fedavg", "--density", "0.1", "--rounds", "1"),
+        *(part for setting in settings for part in ("--set", setting)),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        "note: --density has no effect: this method trains the dense network"
+    ]
+    summary = read_summary(tmp_path / "runs" / "digits-fedavg-d1-s7")
+    assert (summary["density_target"], summary["density"]) == (1.0, 1.0)
+
+
+def test_settings_of_another_method_are_refused_with_a_hint(tmp_path: Path) -> None:
+    for arguments, message in (
+        (("magnitude", "method.pool_size=2"), "'method.pool_size' of method 'magnitude'"),
+        (("fedprox", "method.nu=1"), "of method 'fedprox'; did you mean 'method.mu'"),
+        (("fedavg", "method.density=0.1"), "'method.density' of method 'fedavg'"),
+    ):
+        done = fedprune("run", "--method", arguments[0], "--set", arguments[1], cwd=tmp_path)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_config_file_and_options_over_it(tmp_path: Path) -> None:
