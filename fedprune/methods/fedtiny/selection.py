@@ -149,7 +149,7 @@ def pool_statistics(replies: Iterable[Reply], num_candidates: int) -> list[Tenso
     if means[0].num_replies == 0:
         raise RunError(
             "candidate selection: no client could measure batch-norm statistics; "
-            "give clients more samples (fewer clients) or use method 'magnitude'"
+            "give clients more samples (fewer clients), or use a method that selects nothing"
         )
     return [mean.result().values for mean in means]
 
