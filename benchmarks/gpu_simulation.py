@@ -35,15 +35,17 @@ from benchmarks.rows import Row, add_arguments, show
 from benchmarks.timing import use_threads
 from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS
-from fedprune.local.training import EVALUATION_BATCH, compute_device
+from fedprune.local.data import client_data
+from fedprune.local.site import SEED_DEV_SPLIT
+from fedprune.local.torch_models import EVALUATION_BATCH
 from fedprune.rounds.folder import METRICS
 from fedprune.rounds.run import ENGINES, run
-from fedprune.rounds.workspace import Workspace, open_workspace
+from fedprune.rounds.workspace import Workspace, compute_device, open_workspace
 from prunelab.data.batches import batches
 from prunelab.data.tensors import prepare
 from prunelab.networks import build_model
 from prunelab.pages.console import listed
-from prunelab.runs.seeds import rng
+from prunelab.runs.seeds import rng, stream_seed
 
 BENCH = "gpu_simulation"
 POLL_SECONDS = 0.01
@@ -107,7 +109,16 @@ def plain_rounds(work: Workspace) -> Seconds:
         seed=config.seed,
         width=config.model.width or None,
     ).to(device)
-    parts = [work.client(client) for client in range(config.data.clients)]
+    parts = [
+        client_data(
+            dataset.train_images.numpy(),
+            dataset.train_labels.numpy(),
+            share,
+            num_classes=dataset.num_classes,
+            seed=stream_seed(SEED_DEV_SPLIT, config.seed, client),
+        )
+        for client, share in enumerate(work.shares)
+    ]
     clients = [
         (torch.from_numpy(p.train_images).to(device), torch.from_numpy(p.train_labels).to(device))
         for p in parts

@@ -15,12 +15,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
+import numpy as np
 from flwr.app import ArrayRecord, RecordDict
 from torch import nn
 
-from fedprune.exchange.messages import TrainRequest
-from fedprune.flower.wire import encode_request, record_bytes
+from fedprune.exchange.messages import MODEL, Request
+from fedprune.flower.wire import ProgramText, encode_request, record_bytes
 from prunelab.networks import build_model, float_state
 from sparsemodel.codec import (
     encode_mask,
@@ -28,11 +28,14 @@ from sparsemodel.codec import (
     mask_delta_entropy_bytes,
     mask_entropy_bytes,
 )
-from sparsemodel.masks.adjust import prune_and_grow
-from sparsemodel.masks.criteria import magnitude
 from sparsemodel.masks.distribution import uniform
-from sparsemodel.masks.mask import Mask, mask_from_scores, prunable_parameters
+from sparsemodel.masks.mask import prunable_parameters
+from sparsemodel.plans.program import program_of
+from sparsemodel.runtime.adjust import prune_and_grow, prune_to_largest
+from sparsemodel.runtime.pattern import Patterns
+from sparsemodel.runtime.state import SparseState
 
+INPUT = (3, 32, 32)
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2)
 MODELS = ("resnet8", "resnet20", "resnet18", "vgg11_bn")
 SHARE_MOVED = 0.3  # FedTiny's largest step: alpha
@@ -41,16 +44,15 @@ SHARE_MOVED = 0.3  # FedTiny's largest step: alpha
 def rows(models: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """One row a model, density and kind of message."""
     for name in models:
-        model = build_model(name, num_classes=10, input_shape=(3, 32, 32), seed=0)
+        model = build_model(name, num_classes=10, input_shape=INPUT, seed=0)
         dense = record_bytes(RecordDict({"arrays": ArrayRecord(model.state_dict())}))
         prunable = sum(p.numel() for p in prunable_parameters(model).values())
         other = sum(v.numel() for v in float_state(model).values()) - prunable
+        program = ProgramText.of(program_of(model, INPUT))
         for density in DENSITIES:
-            mask = layerwise_mask(model, density)
-            mask.apply(model)
-            held = frozenset([mask.digest()])
-            request = TrainRequest(round_index=0, weights=float_state(model), mask=mask)
-            steady = record_bytes(encode_request(request, held=held, base=None, dtype="fp32"))
+            state = pruned(model, density)
+            assert state.patterns is not None
+            steady = steady_round(state, program)
             yield row(
                 f"{name}, steady round",
                 density,
@@ -66,15 +68,15 @@ def rows(models: tuple[str, ...]) -> Iterator[dict[str, Any]]:
                 peer=limit,
                 peer_name="1.05 d dense + unpruned",
             )
-            entropy = mask_entropy_bytes(mask.csr())
+            entropy = mask_entropy_bytes(state.patterns)
             yield row(
                 f"{name}, mask",
                 density,
-                ours=len(encode_mask(mask.csr())),
+                ours=len(encode_mask(state.patterns)),
                 peer=entropy,
                 peer_name="entropy",
             )
-            old, new = mask.csr(), adjusted(mask).csr()
+            old, new = state.patterns, adjusted(state.patterns)
             delta = len(encode_mask_delta(old, new))
             bound = mask_delta_entropy_bytes(old, new)
             yield row(f"{name}, mask change", density, ours=delta, peer=bound, peer_name="entropy")
@@ -93,24 +95,34 @@ def row(case: str, density: float, *, ours: float, peer: float, peer_name: str) 
     }
 
 
-def layerwise_mask(model: nn.Module, density: float) -> Mask:
-    """Layer-wise magnitude mask."""
-    parameters = prunable_parameters(model)
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    return mask_from_scores(magnitude(model, list(parameters)), uniform(shapes, density))
+def steady_round(state: SparseState, program: ProgramText) -> int:
+    """Bytes of the second message of a run, to a client that holds the program and the mask."""
+    request = Request("train", states={MODEL: state})
+    first = encode_request(request, program=program, held=frozenset(), base=None, dtype="fp32")
+    again = encode_request(request, program=program, held=first.held, base=None, dtype="fp32")
+    return again.size
 
 
-def adjusted(mask: Mask) -> Mask:
+def pruned(model: nn.Module, density: float) -> SparseState:
+    """The model's state under a layer-wise magnitude mask."""
+    values = {name: value.numpy() for name, value in float_state(model).items()}
+    shapes = {name: tuple(p.shape) for name, p in prunable_parameters(model).items()}
+    return prune_to_largest(SparseState(values), uniform(shapes, density))
+
+
+def adjusted(patterns: Patterns) -> Patterns:
     """The mask after one prune-and-grow step of every layer, with random scores."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {n: torch.rand(shape, generator=generator) + 1 for n, shape in mask.shapes().items()}
-    counts, candidates = {}, {}
-    for name, active in mask.counts().items():
-        pruned = mask.pruned(name)
-        counts[name] = min(math.floor(SHARE_MOVED * active), len(pruned))
-        chosen = torch.randperm(len(pruned), generator=generator)[: counts[name]]
-        candidates[name] = (pruned[chosen].sort().values, torch.ones(counts[name]))
-    return prune_and_grow(mask, weights, candidates, counts)
+    random = np.random.default_rng(0)
+    values, counts, candidates = {}, {}, {}
+    for name, pattern in patterns.items():
+        free = np.setdiff1d(np.arange(pattern.num_weights), pattern.positions())
+        values[name] = 1 + random.random(pattern.num_active, np.float32)
+        counts[name] = min(math.floor(SHARE_MOVED * pattern.num_active), len(free))
+        chosen = np.sort(random.choice(free, counts[name], replace=False))
+        candidates[name] = (chosen, np.ones(counts[name], np.float32))
+    after = prune_and_grow(SparseState(values, patterns), candidates, counts).patterns
+    assert after is not None
+    return after
 
 
 def main() -> None:
