@@ -331,7 +331,8 @@ class MaskedModel(TorchModel):
 class SparseModules(TorchModel):
     """Weights, gradients and momentum as long as the active weights; kernels skip the others.
 
-    A step is one call of a training plan where the network has one, else it goes module by module.
+    All is done by a training plan where the network has one, with the bits of the runtime, else
+    module by module.
     """
 
     @_threaded
@@ -358,16 +359,31 @@ class SparseModules(TorchModel):
         found = plan.topk_pruned_gradients(counts, *batch)
         return {name: (at.numpy(), values.numpy()) for name, (at, values) in found.items()}
 
+    def evaluate(self, images: Array, labels: Array) -> Score:
+        plan = self._plan_of(images)
+        if plan is None:
+            return super().evaluate(images, labels)
+        loss, correct = plan.evaluate(torch.from_numpy(images), torch.from_numpy(labels))
+        return Score(loss * len(labels), correct)
+
+    def statistics(self, images: Array) -> Tensors:
+        plan = self._plan_of(images)
+        if plan is None:
+            return super().statistics(images)
+        found = plan.batch_norm_statistics(torch.from_numpy(images))
+        return {name: values.numpy() for name, values in found.items()}
+
     def state(self) -> SparseState:
         own = dict(self._module.named_parameters()) | dict(self._module.named_buffers())
-        arrays = {name: own[self._own_name(name)].detach().numpy().copy() for name in self._order}
+        tensors = {name: own[self._own_name(name)].detach() for name in self._order}
+        arrays = {name: tensor.to("cpu", copy=True).numpy() for name, tensor in tensors.items()}
         return SparseState(arrays, self._patterns)
 
     def _take(self, state: SparseState) -> None:
         """Made anew for other patterns, on no memory but theirs."""
-        self._model = sparse_model(skeleton(self._build), state)
+        self._model = sparse_model(skeleton(self._build), state).to(self._device)
         self._plan: TrainingPlan | None = None
-        self._without_plan = cpu.library() is None
+        self._without_plan = self._device.type != "cpu" or cpu.library() is None
 
     def _plan_of(self, images: Array) -> TrainingPlan | None:
         """The native plan, made when it is first needed; None where the network has none."""

@@ -192,6 +192,20 @@ class TrainingPlan:
         self._refresh()
         return torch.from_numpy(self._plan.forward(array, threads=torch.get_num_threads()))
 
+    def batch_norm_statistics(self, images: Tensor) -> dict[str, Tensor]:
+        """What the running statistics of each batch norm stand for, exactly, over all images.
+
+        As `runtime.trainer.Trainer.batch_norm_statistics`: in training mode, of any number of
+        samples [N, ...]; the model stays as it is.
+
+        Returns:
+            Names of running means and variances -> [channels].
+        """
+        array = _array(images, "images")
+        self._refresh()
+        found = self._plan.statistics(array, threads=torch.get_num_threads())
+        return {name: torch.from_numpy(values) for name, values in found.items()}
+
     def seconds(self) -> list[OperationSeconds]:
         """Time of each operation in the last run; the loss counts with the last one."""
         return self._plan.seconds()

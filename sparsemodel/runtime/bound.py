@@ -273,9 +273,7 @@ class BoundProgram:
             )
         return logits
 
-    def statistics(
-        self, images: Array, *, threads: int = 1
-    ) -> dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    def statistics(self, images: Array, *, threads: int = 1) -> dict[str, NDArray[np.float32]]:
         """Mean and population variance of what each batch norm sees in training mode.
 
         Batches of the plan's size, each normalised by its own statistics, are pooled by their
@@ -286,7 +284,8 @@ class BoundProgram:
             threads: how many to use.
 
         Returns:
-            Number of a norm -> mean and variance [channels] over all samples and positions.
+            Names of running means and variances -> float32 [channels], over all samples and
+            positions; nothing of a norm that keeps none.
 
         Raises:
             SparseModelError: wrong images, or a batch in which a norm has one value a channel.
@@ -305,7 +304,14 @@ class BoundProgram:
             counts = self._plan.statistics(len(some), self._native(some), asked, threads=threads)
             for own, count in zip(pooled.values(), counts, strict=True):
                 own.add(count)
-        return {number: own.result() for number, own in pooled.items()}
+        named: dict[str, NDArray[np.float32]] = {}
+        for number, own in pooled.items():
+            node = self.program.nodes[number]
+            if node.mean is not None and node.variance is not None:
+                mean, variance = own.result()
+                named[node.mean] = mean.astype(np.float32)
+                named[node.variance] = variance.astype(np.float32)
+        return named
 
     def seconds(self) -> list[OperationSeconds]:
         """Time of each operation in the last run; the loss counts with the last one."""

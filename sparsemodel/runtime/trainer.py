@@ -227,14 +227,7 @@ class Trainer:
             SparseModelError: wrong images, or a batch in which a norm has one value a channel and
                 so no variance.
         """
-        named: dict[str, NDArray[np.float32]] = {}
-        found = self._plan().statistics(images, threads=self._threads)
-        for number, (mean, variance) in found.items():
-            node = self._program.nodes[number]
-            if node.mean is not None and node.variance is not None:
-                named[node.mean] = mean.astype(np.float32)
-                named[node.variance] = variance.astype(np.float32)
-        return named
+        return self._plan().statistics(images, threads=self._threads)
 
     def arena_bytes(self) -> int:
         """Bytes that the arena of a full training batch takes, known before it is made.
