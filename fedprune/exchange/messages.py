@@ -77,6 +77,18 @@ class Request:
     check: Callable[[Reply], None] = lambda reply: None
     forward_passes: Sequence[Mapping[str, int]] = ()
 
+    def state(self, name: str) -> SparseState:
+        """One of its states.
+
+        Raises:
+            ClientError: it has no such state.
+        """
+        if name not in self.states:
+            raise ClientError(
+                f"{self.action!r} came without its {name!r}; it has {list(self.states)}"
+            )
+        return self.states[name]
+
 
 @dataclass(frozen=True)
 class ClientInfo:

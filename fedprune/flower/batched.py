@@ -150,7 +150,7 @@ def _train_jobs(jobs: Sequence[Job], *, size: int, measure: bool) -> tuple[list[
 def _member(request: Request, local: Local) -> Member:
     counts = growth_counts(request)
     return Member(
-        state=request.states[MODEL],
+        state=request.state(MODEL),
         images=local.data.train_images,
         labels=local.data.train_labels,
         seed=local.seed(SEED_ROUND, request.round_index),

@@ -40,7 +40,7 @@ def train(request: Request, local: Local, *, correction: Correction | None = Non
     """
     require_samples(len(local.data.train_labels))
     training = local.config.training
-    model = local.open(request.states[MODEL])
+    model = local.open(request.state(MODEL))
     loss = train_epochs(
         model,
         local.data.train_images,
@@ -125,7 +125,7 @@ def growth_counts(request: Request) -> Mapping[str, int]:
     Raises:
         ClientError: it does not say so in the form of `methods.base.train_request`.
     """
-    patterns = request.states[MODEL].patterns
+    patterns = request.state(MODEL).patterns
     order = [] if patterns is None else list(patterns)
     wanted: dict[str, int] = {}
     for entry in request.fields.get("grow", ()):

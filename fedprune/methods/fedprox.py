@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def train_near(request: Request, local: Local) -> Reply:
     """The client half: local training with the proximal term."""
     mu = number(request.fields, "mu")
-    anchor = {name: value.copy() for name, value in request.states[MODEL].values.items()}
+    anchor = {name: value.copy() for name, value in request.state(MODEL).values.items()}
 
     def pull(values: Tensors, gradients: Tensors) -> None:
         for name in gradients:

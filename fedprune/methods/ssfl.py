@@ -38,7 +38,7 @@ SALIENCY = "saliency"
 def saliency(request: Request, local: Local) -> Reply:
     """The client half: |w ⊙ mean gradient| of the layers asked for, over a few mini-batches."""
     data, wanted = local.data, request.fields.get("layers")
-    start = request.states[MODEL]
+    start = request.state(MODEL)
     if not isinstance(wanted, list) or not all(name in start.values for name in wanted):
         raise ClientError("field 'layers': expected names of the model's tensors")
     require_samples(len(data.train_labels))

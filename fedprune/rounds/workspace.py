@@ -27,7 +27,13 @@ from fedprune.rounds.setup import NETWORK, START, TEST, TRAIN
 from prunelab.data.batches import Integers
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.data.store import write_store
-from prunelab.networks import GRANULARITIES, float_state, parameter_blocks, uninitialised
+from prunelab.networks import (
+    GRANULARITIES,
+    check_model,
+    float_state,
+    parameter_blocks,
+    uninitialised,
+)
 from prunelab.runs.seeds import stream_seed
 from sparsemodel.errors import PlanError
 from sparsemodel.masks.mask import prunable_parameters
@@ -151,6 +157,7 @@ def open_workspace(config: RunConfig) -> Workspace:
     Raises:
         ConfigError, DataError, ModelError: a name is unknown, or the data do not allow it.
     """
+    check_model(config.model_name)
     data = config.data
     dataset = given_dataset(data.dataset) or load_dataset(
         data.dataset,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedprune.errors import ClientError
-from fedprune.exchange.messages import Request
+from fedprune.exchange.messages import Request, counts
 from prunelab.runs.seeds import rng
 from sparsemodel.masks.distribution import noise_uniform
 from sparsemodel.runtime.adjust import prune_to_largest, select_largest
@@ -49,10 +49,14 @@ def candidate_counts(
     ]
 
 
-def candidate_pool(dense: SparseState, counts: Sequence[Mapping[str, int]]) -> Pool:
-    """The pool of magnitude masks of a dense model; of equal weights the earlier is kept."""
-    largest = {name: max(each[name] for each in counts) for name in counts[0]}
-    return Pool(prune_to_largest(dense, largest), counts)
+def candidate_pool(dense: SparseState, kept: Sequence[Mapping[str, int]]) -> Pool:
+    """The pool of magnitude masks of a dense model; of equal weights the earlier is kept.
+
+    Args:
+        kept: for each candidate: layer -> how many weights.
+    """
+    largest = {name: max(each[name] for each in kept) for name in kept[0]}
+    return Pool(prune_to_largest(dense, largest), kept)
 
 
 def pool_request(pool: Pool, action: str, **rest: object) -> Request:
@@ -74,17 +78,15 @@ def received_pool(request: Request) -> Pool:
     Raises:
         ClientError: the request's counts do not fit its state.
     """
-    union = request.states[POOL]
+    union = request.state(POOL)
     held = {} if union.patterns is None else union.patterns.counts()
-    counts = request.fields.get("counts")
-    if not isinstance(counts, list) or not counts or not held:
+    candidates = request.fields.get("counts")
+    if not isinstance(candidates, list) or not candidates or not held:
         raise ClientError("a pool without candidates")
-    for each in counts:
-        if not isinstance(each, list) or len(each) != len(held):
-            raise ClientError("a candidate's counts do not name every layer")
-        if not all(
-            isinstance(count, int) and 0 <= count <= most
-            for count, most in zip(each, held.values(), strict=True)
-        ):
+    kept = []
+    for each in candidates:
+        wanted = dict(zip(held, counts({"counts": each}, "counts", len(held)), strict=True))
+        if any(wanted[name] > most for name, most in held.items()):
             raise ClientError("a candidate keeps more weights than the pool holds")
-    return Pool(union, [dict(zip(held, each, strict=True)) for each in counts])
+        kept.append(wanted)
+    return Pool(union, kept)
