@@ -32,11 +32,12 @@ from fedprune.methods.fedtiny.pool import (
 )
 from fedprune.methods.fedtiny.progressive import adjust, is_adjustment_round
 from fedprune.methods.fedtiny.selection import measure, pool_statistics, score, select_candidate
+from fedprune.rounds.setup import NETWORK, Setup
 from fedprune.rounds.workspace import Workspace, open_workspace
 from fedprune.settings import TrainingConfig
 from prunelab.data.tensors import prepare
 from prunelab.errors import RunError
-from prunelab.networks import float_state, parameter_blocks
+from prunelab.networks import GRANULARITIES, float_state, parameter_blocks
 from sparsemodel.errors import PlanError
 from sparsemodel.masks.mask import Mask, mask_from_scores, prunable_parameters
 from sparsemodel.plans.program import program_of
@@ -72,8 +73,18 @@ def nobody(request: Request) -> Iterator[tuple[int, Reply]]:
 
 def beginning(work: Workspace, ask: Any = nobody) -> Start:
     """What a method's server half has to begin with, without pre-training."""
-    config = work.config
-    return Start(work.model(), list(work.shapes), ask, config.training.rounds, config.seed)
+    config, model = work.config, work.model()
+    values = float_state(model)
+    state = SparseState({name: values[name].numpy() for name in work.shapes})
+    blocks = {kind: parameter_blocks(model, granularity=kind) for kind in GRANULARITIES}
+    return Start(
+        lambda: state, shapes_of(model), blocks, ask, config.training.rounds, config.seed
+    )  # fmt: skip
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of the parameters that may be pruned."""
+    return {name: tuple(p.shape) for name, p in prunable_parameters(model).items()}
 
 
 def state_under(work: Workspace, counts: dict[str, int]) -> SparseState:
@@ -85,7 +96,7 @@ def fedtiny_state(config: RunConfig) -> tuple[FedTiny, RunState]:
     """As after candidate selection, without asking anybody."""
     work, method = open_workspace(config), fedtiny(config)
     model = work.model()
-    (counts,) = candidate_counts(model, method.density, num_candidates=1, seed=0)
+    (counts,) = candidate_counts(shapes_of(model), method.density, num_candidates=1, seed=0)
     memory = {
         "blocks": parameter_blocks(model, granularity=method.granularity),
         "adjustments": 0,
@@ -117,7 +128,7 @@ def test_pool_candidates_differ_and_meet_the_density() -> None:
     work = open_workspace(small())
     model = work.model()
     dense = beginning(work).state()
-    counts = candidate_counts(model, 0.2, num_candidates=4, seed=3)
+    counts = candidate_counts(shapes_of(model), 0.2, num_candidates=4, seed=3)
     pool = candidate_pool(dense, counts)
     candidates = [pool.candidate(number) for number in range(4)]
     masks = [state.patterns for state in candidates]
@@ -131,7 +142,7 @@ def test_pool_candidates_differ_and_meet_the_density() -> None:
             at = pattern.positions()
             assert weight[at].min() >= weight[pruned(pattern)].max()
             assert np.array_equal(state.values[name], dense.values[name].reshape(-1)[at])
-    longer = candidate_counts(model, 0.2, num_candidates=6, seed=3)
+    longer = candidate_counts(shapes_of(model), 0.2, num_candidates=6, seed=3)
     assert longer[:4] == counts
 
 
@@ -144,7 +155,7 @@ def test_pool_gives_exactly_the_masks_of_the_scores() -> None:
     coarse = dense.replace({n: np.round(dense.values[n] * 8) / 8 for n in prunable})  # of eighths
     scores = {n: torch.from_numpy(np.abs(coarse.values[n])) for n in prunable}
     assert all(len(score.unique()) < score.numel() / 2 for score in scores.values())
-    counts = candidate_counts(model, 0.2, num_candidates=5, seed=3)
+    counts = candidate_counts(shapes_of(model), 0.2, num_candidates=5, seed=3)
     pool = candidate_pool(coarse, counts)
     assert pool.union.patterns is not None
     largest = {n: max(each[n] for each in counts) for n in prunable}
@@ -249,7 +260,7 @@ def test_pooled_statistics_are_those_of_the_union(sparse: bool) -> None:
 @pytest.mark.parametrize("execution", ["sparse", "masked", "dense"])
 def test_measuring_leaves_the_model_as_it_was(execution: str, tmp_path: Path) -> None:
     work = open_workspace(small(training__execution=execution))
-    counts = candidate_counts(work.model(), 0.2, num_candidates=1, seed=0)[0]
+    counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=1, seed=0)[0]
     state = state_under(work, counts)
     place = clients(work, tmp_path)[0]
     model = place.open(state)
@@ -265,11 +276,12 @@ def test_measuring_leaves_the_model_as_it_was(execution: str, tmp_path: Path) ->
 
 def clients(work: Workspace, folder: Path) -> list[Local]:
     """Every client's place in this process."""
-    if not folder.joinpath("store").exists():
-        work.write_shares(folder / "store")
+    if not (folder / NETWORK).exists():
+        work.lay_out(folder, with_start=False)
     config = work.config
+    network = Setup(config, folder).network
     return [
-        Local(n, open_data(config, n, store=str(folder / "store")), config, work.network)
+        Local(n, open_data(config, n, setup=str(folder)), config, network)
         for n in range(config.data.clients)
     ]
 
@@ -290,7 +302,7 @@ def local_ask(work: Workspace, folder: Path) -> tuple[list[str], Any]:
 
 def test_selection_takes_the_smallest_weighted_loss_and_its_statistics(tmp_path: Path) -> None:
     work = open_workspace(small())
-    counts = candidate_counts(work.model(), 0.2, num_candidates=3, seed=1)
+    counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=3, seed=1)
     pool = candidate_pool(beginning(work).state(), counts)
     asked, ask = local_ask(work, tmp_path)
     winner, statistics, account = select_candidate(pool, ask, adaptive=True)
@@ -328,7 +340,7 @@ def test_the_winner_becomes_the_model_with_its_statistics(tmp_path: Path) -> Non
     selection = state.notes["selection"]
     assert selection["adaptive"]
     assert selection["clients"] == [0, 1, 2, 3]
-    counts = candidate_counts(server.model, 0.2, num_candidates=3, seed=server.seed)
+    counts = candidate_counts(server.prunable, 0.2, num_candidates=3, seed=server.seed)
     pool = candidate_pool(server.state(), counts)
     expected = pool.candidate(selection["winner"])
     assert state.model.patterns == expected.patterns
@@ -339,7 +351,7 @@ def test_the_winner_becomes_the_model_with_its_statistics(tmp_path: Path) -> Non
 
 def test_vanilla_selection_does_not_adapt(tmp_path: Path) -> None:
     work = open_workspace(small())
-    counts = candidate_counts(work.model(), 0.2, num_candidates=2, seed=1)
+    counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=2, seed=1)
     pool = candidate_pool(beginning(work).state(), counts)
     asked, ask = local_ask(work, tmp_path)
     _, statistics, account = select_candidate(pool, ask, adaptive=False)
@@ -351,7 +363,7 @@ def test_vanilla_selection_does_not_adapt(tmp_path: Path) -> None:
 def test_clients_measure_and_score_on_their_development_split(tmp_path: Path) -> None:
     """The same answers whatever they have to train on; none without a development sample."""
     work = open_workspace(small())
-    counts = candidate_counts(work.model(), 0.2, num_candidates=2, seed=1)
+    counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=2, seed=1)
     pool = candidate_pool(beginning(work).state(), counts)
     place = clients(work, tmp_path)[0]
     data = place.data
@@ -380,7 +392,7 @@ def test_selection_without_an_answer_is_an_error() -> None:
     with pytest.raises(RunError, match="fewer clients"):
         pool_statistics([], 2)
     work = open_workspace(small())
-    counts = candidate_counts(work.model(), 0.2, num_candidates=2, seed=1)
+    counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=2, seed=1)
     pool = Pool(candidate_pool(beginning(work).state(), counts).union, counts)
     with pytest.raises(RunError, match="no client could evaluate"):
         select_candidate(pool, nobody, adaptive=False)
@@ -559,7 +571,7 @@ def test_small_dense_is_as_large_as_the_sparse_model_allows(density: float) -> N
 def test_magnitude_keeps_the_largest_weights_of_each_layer() -> None:
     work = open_workspace(small(method__name="magnitude"))
     server = beginning(work)
-    scores = {n: p.detach().abs() for n, p in prunable_parameters(server.model).items()}
+    scores = {n: p.detach().abs() for n, p in prunable_parameters(work.model()).items()}
     patterns = work.method.start(server).model.patterns
     assert patterns is not None
     assert patterns == mask_from_scores(scores, patterns.counts()).csr()
@@ -596,7 +608,7 @@ def test_contract_of_every_method(name: str, tmp_path: Path) -> None:
     else:
         assert after.model.patterns is not None
         assert isinstance(Mask.from_csr(after.model.patterns), Mask)
-        assert set(after.model.patterns) == set(prunable_parameters(server.model))
+        assert set(after.model.patterns) == set(server.prunable)
         assert after.model.patterns.density == pytest.approx(0.2, rel=0.02)
 
 

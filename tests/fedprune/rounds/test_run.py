@@ -25,6 +25,7 @@ from fedprune.methods import METHODS
 from fedprune.rounds import workspace
 from fedprune.rounds.evaluation import Evaluator
 from fedprune.rounds.folder import CHECKPOINT, METRICS, SUMMARY, read_metrics, read_summary
+from fedprune.rounds.setup import Setup
 from fedprune.rounds.workspace import open_workspace
 from prunelab.data.batches import Integers
 from prunelab.data.datasets import load_dataset
@@ -118,7 +119,9 @@ def test_metrics_hold_a_line_a_round_and_sum_to_the_summary(finished: Path) -> N
     assert not skipped(finished)
 
 
-def test_final_model_is_sparse_and_has_the_reported_accuracy(finished: Path) -> None:
+def test_final_model_is_sparse_and_has_the_reported_accuracy(
+    finished: Path, tmp_path: Path
+) -> None:
     state = model_of(finished / "model.safetensors")
     work = open_workspace(tiny())
     model = work.model()
@@ -131,7 +134,9 @@ def test_final_model_is_sparse_and_has_the_reported_accuracy(finished: Path) -> 
         found = model(prepare(work.dataset.test_images)).argmax(1)
     accuracy = read_summary(finished)["test_accuracy"]
     assert int((found == work.dataset.test_labels).sum()) / 60 == accuracy
-    assert Evaluator(work).evaluate(state).num_correct / 60 == accuracy
+    work.lay_out(tmp_path / "setup", with_start=False)
+    setup = Setup(tiny(), tmp_path / "setup")
+    assert Evaluator(setup).evaluate(state).num_correct / 60 == accuracy
 
 
 def test_same_seed_same_bits_other_seed_other_bits(finished: Path, tmp_path: Path) -> None:
@@ -171,10 +176,10 @@ def test_server_set_comes_from_the_training_side_and_no_client_has_it(tmp_path: 
     shares = [set(share.tolist()) for share in work.shares]
     assert set.union(*shares) | server == set(range(300))
     assert sum(map(len, shares)) + len(server) == 300
-    work.write_shares(tmp_path / "store")
+    work.lay_out(tmp_path, with_start=False)
     everything = work.dataset.train_images.numpy()
     for number, share in enumerate(shares):
-        data = open_data(work.config, number, store=str(tmp_path / "store"))
+        data = open_data(work.config, number, setup=str(tmp_path))
         assert len(data.dev_labels) >= 1
         assert len(data.train_labels) + len(data.dev_labels) == len(share)
         own = sorted(image.tobytes() for image in [*data.train_images, *data.dev_images])
