@@ -363,14 +363,14 @@ class SparseModules(TorchModel):
         plan = self._plan_of(images)
         if plan is None:
             return super().evaluate(images, labels)
-        loss, correct = plan.evaluate(torch.from_numpy(images), torch.from_numpy(labels))
+        loss, correct = plan.evaluate(_tensor(images), _tensor(labels))
         return Score(loss * len(labels), correct)
 
     def statistics(self, images: Array) -> Tensors:
         plan = self._plan_of(images)
         if plan is None:
             return super().statistics(images)
-        found = plan.batch_norm_statistics(torch.from_numpy(images))
+        found = plan.batch_norm_statistics(_tensor(images))
         return {name: values.numpy() for name, values in found.items()}
 
     def state(self) -> SparseState:
