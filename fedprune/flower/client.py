@@ -19,6 +19,7 @@ from fedprune.exchange.messages import DESCRIBE, ClientInfo, Reply, Request, des
 from fedprune.flower import wire
 from fedprune.local.model import Network
 from fedprune.local.site import Local, network_of, open_data
+from sparsemodel.runtime.memory import give_back
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.program import Program
 
@@ -57,6 +58,8 @@ def guarded(work: Callable[[], T]) -> T | RecordDict:
         return wire.resync_record()
     except USER_ERRORS as error:
         return wire.skip_record(str(error))
+    finally:
+        give_back()  # a process may serve many messages, and clients
 
 
 def _answer(record: RecordDict, context: Context) -> RecordDict:

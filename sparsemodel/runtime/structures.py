@@ -57,9 +57,11 @@ class Structure:
 
 
 class Structures:
-    """Structures in use, and of those used last as many as fit into some bytes.
+    """Structures in use, and those of the mask used last, as many as fit into some bytes.
 
     Whoever asks for the structure of an equal pattern in the same geometry gets the same one.
+    The clients of one process mostly train one mask after the other, and a client that looks at
+    many masks should not hold them all.
 
     Args:
         kept_bytes: of structures that are held although nobody else does.
@@ -69,12 +71,17 @@ class Structures:
         self._kept_bytes = kept_bytes
         self._used: weakref.WeakValueDictionary[Key, Structure] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[Key, Structure] = OrderedDict()
+        self._mask = ""  # digest of the mask used last
         self._lock = threading.Lock()
 
     def masked(self, patterns: Patterns, name: str, geometry: cpu.Geometry) -> Structure:
         """The structure of a layer in patterns that `check_pattern` has seen."""
-        key = (patterns.digest(), name, _key(geometry))
-        return self._shared(key, patterns[name], geometry)
+        digest = patterns.digest()
+        with self._lock:
+            if digest != self._mask:
+                self._recent.clear()
+                self._mask = digest
+        return self._shared((digest, name, _key(geometry)), patterns[name], geometry)
 
     def full(self, shape: Shape, geometry: cpu.Geometry) -> Structure:
         """The structure of a layer that keeps every weight."""

@@ -61,18 +61,29 @@ def test_equal_patterns_share_a_structure_while_it_is_used() -> None:
 
 
 def test_those_used_last_are_kept() -> None:
-    """Three fit; when a fourth joins, the index that the second has got by then counts too."""
-    size = sum(patterns(seed)["a"].nbytes() for seed in (0, 1, 2))
-    index = Structure(patterns(1)["a"], GEOMETRY).index().nbytes
-    structures = Structures(kept_bytes=size + index - 1)
-    for seed in (0, 1, 2):
-        structures.masked(patterns(seed), "a", GEOMETRY)
-    assert structures.kept_bytes() == size
-    structures.masked(patterns(1), "a", GEOMETRY).index()
-    structures.masked(patterns(3), "a", GEOMETRY)
+    """Three layers fit; when a fourth joins, the index that the second has by then counts too."""
+    layers = Patterns({name: patterns(seed)["a"] for seed, name in enumerate("abcd")})
+    size = {name: pattern.nbytes() for name, pattern in layers.items()}
+    index = Structure(layers["b"], GEOMETRY).index().nbytes
+    limit = size["a"] + size["b"] + size["c"] + index - 1
+    structures = Structures(kept_bytes=limit)
+    for name in "abc":
+        structures.masked(layers, name, GEOMETRY)
+    assert structures.kept_bytes() == limit - index + 1
+    structures.masked(layers, "b", GEOMETRY).index()
+    structures.masked(layers, "d", GEOMETRY)
     gc.collect()
-    kept = [patterns(seed)["a"].nbytes() for seed in (2, 1, 3)]
-    while sum(kept) + index > size + index - 1:
+    kept = [size[name] for name in "cbd"]
+    while sum(kept) + index > limit:
         kept.pop(0)
     assert structures.kept_bytes() == sum(kept) + index
-    assert structures.masked(patterns(1), "a", GEOMETRY).index_bytes() == index
+    assert structures.masked(layers, "b", GEOMETRY).index_bytes() == index
+
+
+def test_those_of_the_mask_used_last_are_kept() -> None:
+    structures = Structures()
+    structures.masked(patterns(0), "a", GEOMETRY).index()
+    structures.masked(patterns(1), "a", GEOMETRY)
+    gc.collect()
+    assert structures.kept_bytes() == patterns(1)["a"].nbytes()
+    assert structures.masked(patterns(0), "a", GEOMETRY).index_bytes() == 0
