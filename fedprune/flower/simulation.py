@@ -59,21 +59,21 @@ def run_flower(config: RunConfig, out: Path, *, resume: bool, progress: Progress
         home = Path(temporary)
         setup = home / "setup"
         lay_out(config, setup, with_start=not has_checkpoint(out))
-        app = _write_app(home / "app", config, out, resume=resume, setup=setup)
-        ports = _free_ports(2)
-        environment = _environment(home, commands=_commands(home))
+        app = write_app(home / "app", config, out, resume=resume, setup=setup)
+        port = free_port()
+        environment = private_environment(home, commands=commands(home))
         (home / "config.toml").write_text(
             '[superlink]\ndefault = "private"\n\n'
-            f'[superlink.private]\naddress = "127.0.0.1:{ports[0]}"\ninsecure = true\n'
+            f'[superlink.private]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )
-        with _superlink(home, ports, environment):
+        with superlink(home, port, environment, "--simulation"):
             _follow(
                 ["run", str(app), "private", "--stream", *_federation(config)],
                 environment,
                 home,
                 progress,
             )
-            listing = _flwr(["list", "private", "--format", "json"], environment, home)
+            listing = flwr(["list", "private", "--format", "json"], environment, home)
             status = str(json.loads(listing)["runs"][0]["status"])
         if status != "finished:completed":
             raise RunError(_failure(home, status))
@@ -120,11 +120,12 @@ def gpu_share(parallel: int, *, num_gpus: int) -> float:
     return max(1, RAY_STEPS // on_each) / RAY_STEPS
 
 
-def _write_app(path: Path, config: RunConfig, out: Path, *, resume: bool, setup: Path) -> Path:
+def write_app(path: Path, config: RunConfig, out: Path, *, resume: bool, setup: Path) -> Path:
     """Copy the thin Flower app and give it this run's configuration."""
     source = Path(flower_app.__file__).parent
     path.mkdir(parents=True)
-    shutil.copy(source / "fedprune_app.py", path)
+    for module in source.glob("fedprune_*.py"):
+        shutil.copy(module, path)
     project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))
     values = {**config.flower(), **launch_values(out, resume=resume, setup=setup)}
     project["tool"]["flwr"]["app"]["config"] = values
@@ -132,7 +133,7 @@ def _write_app(path: Path, config: RunConfig, out: Path, *, resume: bool, setup:
     return path
 
 
-def _commands(home: Path) -> Path:
+def commands(home: Path) -> Path:
     """The folder of this interpreter's commands, under a path without white space.
 
     Ray starts its workers through a shell and does not quote the interpreter's path. Where that
@@ -161,7 +162,7 @@ def _commands(home: Path) -> Path:
     return commands
 
 
-def _environment(home: Path, *, commands: Path) -> dict[str, str]:
+def private_environment(home: Path, *, commands: Path) -> dict[str, str]:
     """A private Flower home; quiet, offline, and this interpreter's commands first."""
     own = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     direct = ",".join(filter(None, [own, "127.0.0.1", "localhost"]))
@@ -179,21 +180,19 @@ def _environment(home: Path, *, commands: Path) -> dict[str, str]:
     }
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return int(unused.getsockname()[1])
 
 
 @contextlib.contextmanager
-def _superlink(home: Path, ports: list[int], environment: dict[str, str]) -> Iterator[None]:
-    """A private SuperLink in simulation mode, for as long as the context lasts."""
+def superlink(home: Path, port: int, environment: dict[str, str], *flags: str) -> Iterator[None]:
+    """A private SuperLink, for as long as the context lasts; `flags` are further ones of its."""
     command = [sys.executable, "-c", END_WITH_PARENT]
-    command += ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
-    command += ["--control-api-address", f"127.0.0.1:{ports[1]}"]
-    command += ["--host", "127.0.0.1", "--port", str(ports[0])]
+    command += ["flower-superlink", "--insecure", "--isolation", "subprocess", *flags]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     with (home / SUPERLINK_LOG).open("w") as log:
         process = subprocess.Popen(
             command,
@@ -204,7 +203,7 @@ def _superlink(home: Path, ports: list[int], environment: dict[str, str]) -> Ite
         )
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not _is_healthy(ports[0]):
+        while not _is_healthy(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RunError(f"Flower's SuperLink did not start:\n{_tail(home / SUPERLINK_LOG)}")
             time.sleep(0.1)
@@ -229,7 +228,12 @@ def _is_healthy(port: int) -> bool:
         return False
 
 
-def _flwr(arguments: list[str], environment: dict[str, str], home: Path) -> str:
+def flwr(arguments: list[str], environment: dict[str, str], home: Path) -> str:
+    """What one of Flower's own commands prints.
+
+    Raises:
+        RunError: it failed.
+    """
     done = subprocess.run(
         ["flwr", *arguments],
         env=environment,

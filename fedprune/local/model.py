@@ -146,6 +146,7 @@ class RuntimeModel:
         return loss
 
     def growth(self, counts: Mapping[str, int], images: Array, labels: Array) -> Entries:
+        self._trainer.release()  # training's gradients and arena: growth has an arena of its own
         return self._trainer.growth(counts, images, labels)
 
     def statistics(self, images: Array) -> Tensors:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedprune.config import RunConfig
 from fedprune.flower.launch import launch_values
-from fedprune.flower.simulation import _federation, _write_app, gpu_share, run_flower
+from fedprune.flower.simulation import _federation, gpu_share, run_flower, write_app
 from fedprune.rounds.folder import prepare
 from prunelab.errors import RunError
 
@@ -83,10 +83,10 @@ def test_the_app_that_is_submitted_has_the_run_s_configuration(
     config = tiny(data__dataset=dataset, training__lr=rate, method__density=density)
     with tempfile.TemporaryDirectory() as temporary:
         out, setup = Path(temporary) / 'a "run"', Path(temporary) / "setup"
-        app = _write_app(Path(temporary) / "app", config, out, resume=True, setup=setup)
+        app = write_app(Path(temporary) / "app", config, out, resume=True, setup=setup)
         project = tomllib.loads((app / "pyproject.toml").read_text(encoding="utf-8"))
     values = project["tool"]["flwr"]["app"]["config"]
     launch = {key: values.pop(key) for key in list(values) if key.startswith("run.")}
     assert launch == launch_values(out, resume=True, setup=setup)
     assert RunConfig.parse(values) == config
-    assert project["tool"]["flwr"]["app"]["components"]["clientapp"] == "fedprune_app:client"
+    assert project["tool"]["flwr"]["app"]["components"]["clientapp"] == "fedprune_client:app"
