@@ -41,12 +41,17 @@ def saliency(request: Request, local: Local) -> Reply:
     start = request.state(MODEL)
     if not isinstance(wanted, list) or not all(name in start.values for name in wanted):
         raise ClientError("field 'layers': expected names of the model's tensors")
+    batches = count(request.fields, "batches")
+    if batches < 1:
+        raise ClientError("field 'batches': expected at least 1, got 0")
     require_samples(len(data.train_labels))
     model = local.open(start)
     sums = {name: 0.0 * start.values[name] for name in wanted}
     samples = 0
 
     def collect(_: Tensors, gradients: Tensors) -> None:
+        if not sums.keys() <= gradients.keys():
+            raise ClientError("field 'layers': expected names of what is trained")
         for name in sums:
             sums[name] += len(labels) * gradients[name]
 
@@ -58,7 +63,7 @@ def saliency(request: Request, local: Local) -> Reply:
         seed=local.seed(SEED_GROWTH, 0),
         augmented=False,
     )
-    for _, images, labels in islice(source, count(request.fields, "batches")):
+    for _, images, labels in islice(source, batches):
         model.step(images, labels, sgd=Sgd(0.0, 0.0, 0.0), correction=collect)
         samples += len(labels)
     scores = {name: abs(total * start.values[name] / samples) for name, total in sums.items()}
@@ -86,7 +91,6 @@ class SSFL(Method):
             yield f"batches: expected at least 1, got {self.batches}"
 
     def start(self, server: Start) -> RunState:
-
         state, layers = server.state(), list(server.prunable)
         request = Request(
             SALIENCY,
@@ -99,13 +103,17 @@ class SSFL(Method):
             mean.add(SparseState(reply.tensors[SALIENCY]), weight=reply.num_examples)
         if mean.num_replies == 0:
             raise RunError("ssfl: no client could measure saliency; give clients more samples")
-        return RunState(0, carry(state, _largest_of_all(mean.result().values, self.density)))
+        found = mean.result().values
+        scores = {name: found[name] for name in layers}  # whoever answered first
+        return RunState(0, carry(state, _largest_of_all(scores, self.density)))
 
 
 def _check(layers: list[str]) -> Any:
     def check(reply: Reply) -> None:
         if set(reply.tensors) != {SALIENCY} or set(reply.tensors[SALIENCY]) != set(layers):
             raise ClientError("expected the saliency of every prunable layer")
+        # Refused here, where one client's answer is left out, and not in the mean.
+        StateMean().add(SparseState(reply.tensors[SALIENCY]), weight=reply.num_examples)
 
     return check
 
