@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.layers.linear_and_conv import Execution, SparseConv2d, SparseLayer, SparseLinear
-from sparsemodel.layers.sparsify import exchange
+from sparsemodel.layers.sparsify import exchange, sparse_layer_of
 from sparsemodel.runtime.state import SparseState
 
 
@@ -72,14 +72,10 @@ def _layer(
     values = torch.from_numpy(state.values[name].copy())
     offsets = state.values.get(f"{name.removesuffix('weight')}bias")
     bias = None if offsets is None else torch.from_numpy(offsets.copy())
-    if type(layer) is nn.Linear:
-        return SparseLinear.from_csr(layer, csr, values, bias, execution=execution)
-    if type(layer) is nn.Conv2d:
-        return SparseConv2d.from_csr(layer, csr, values, bias, execution=execution)
-    raise SparseModelError(
-        f"{name!r} belongs to a {type(layer).__name__}, which has no sparse form (nn.Linear and "
-        "nn.Conv2d have); leave it out of the mask"
-    )
+    try:
+        return sparse_layer_of(layer, csr, values, bias, execution=execution)
+    except SparseModelError as error:
+        raise type(error)(f"{name!r}: {error}") from error
 
 
 def _fill(prefix: str, module: nn.Module, state: SparseState) -> None:

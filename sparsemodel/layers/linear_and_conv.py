@@ -79,21 +79,12 @@ class SparseLinear(SparseLayer):
 
     @classmethod
     def from_dense(
-        cls,
-        layer: nn.Linear,
-        mask: torch.Tensor,
-        *,
-        execution: Execution = "auto",
-        values: torch.Tensor | None = None,
+        cls, layer: nn.Linear, mask: torch.Tensor, *, execution: Execution = "auto"
     ) -> Self:
-        """The sparse form of `layer` under `mask`; weights outside the mask are dropped.
-
-        Args:
-            values: the active weights [nnz], where they are not the layer's own.
-        """
+        """The sparse form of `layer` under `mask`; weights outside the mask are dropped."""
         _check_shape(mask, tuple(layer.weight.shape))
         geometry = ConvGeometry(layer.out_features, layer.in_features, 1, 1)
-        return _sparse(cls, layer, geometry, mask, execution, values)
+        return _sparse(cls, layer, geometry, mask, execution)
 
     @classmethod
     def from_csr(
@@ -204,23 +195,15 @@ class SparseConv2d(SparseLayer):
 
     @classmethod
     def from_dense(
-        cls,
-        layer: nn.Conv2d,
-        mask: torch.Tensor,
-        *,
-        execution: Execution = "auto",
-        values: torch.Tensor | None = None,
+        cls, layer: nn.Conv2d, mask: torch.Tensor, *, execution: Execution = "auto"
     ) -> Self:
         """The sparse form of `layer` under `mask`; weights outside the mask are dropped.
-
-        Args:
-            values: the active weights [nnz], where they are not the layer's own.
 
         Raises:
             SparseModelError: padding that is not zeros, or uneven ("same" with an even window).
         """
         _check_shape(mask, tuple(layer.weight.shape))
-        return _sparse(cls, layer, _geometry_of(layer), mask, execution, values)
+        return _sparse(cls, layer, _geometry_of(layer), mask, execution)
 
     @classmethod
     def from_csr(
@@ -284,24 +267,16 @@ _Sparse = TypeVar("_Sparse", bound=SparseLayer)
 _Dense = TypeVar("_Dense", nn.Linear, nn.Conv2d)
 
 
-def _sparse(  # noqa: PLR0917 - a part of the two from_dense
+def _sparse(
     kind: type[_Sparse],
     layer: nn.Linear | nn.Conv2d,
     geometry: ConvGeometry,
     mask: torch.Tensor,
     execution: Execution,
-    values: torch.Tensor | None,
 ) -> _Sparse:
-    """A layer of class `kind` with the active weights of a plain one, or with other values.
-
-    Draws no random numbers.
-    """
+    """A layer of class `kind` with the active weights of a plain one; draws no random numbers."""
     weight, bias = layer.weight.detach(), layer.bias
-    if values is None:
-        values = weight[mask.to(weight.device)]
-    else:
-        values = values.to(weight.dtype)
-        values = values if weight.is_meta else values.to(weight.device)
+    values = weight[mask.to(weight.device)]
     offsets = None if bias is None else bias.detach().clone()
     return _made(kind, layer, geometry, _csr(mask, values), values, offsets, execution)
 

@@ -98,23 +98,39 @@ def mask_of(model: nn.Module) -> Mask:
 
 
 def sparse_layer(
-    layer: nn.Module,
-    pattern: torch.Tensor,
-    *,
-    execution: Execution,
-    values: torch.Tensor | None = None,
+    layer: nn.Module, pattern: torch.Tensor, *, execution: Execution
 ) -> SparseLinear | SparseConv2d:
-    """The sparse form of a plain layer under a pattern of its weight.
-
-    Args:
-        values: the active weights [nnz], where they are not the layer's own.
-    """
+    """The sparse form of a plain layer under a pattern of its weight."""
     match layer:
         case nn.Linear():
-            return SparseLinear.from_dense(layer, pattern, execution=execution, values=values)
+            return SparseLinear.from_dense(layer, pattern, execution=execution)
         case nn.Conv2d():
-            return SparseConv2d.from_dense(layer, pattern, execution=execution, values=values)
-    raise SparseModelError(f"no sparse form of {type(layer).__name__}; only Linear and Conv2d")
+            return SparseConv2d.from_dense(layer, pattern, execution=execution)
+    raise _no_sparse_form(layer)
+
+
+def sparse_layer_of(
+    layer: nn.Module,
+    csr: tuple[torch.Tensor, torch.Tensor],
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    execution: Execution,
+) -> SparseLinear | SparseConv2d:
+    """A sparse layer in the place of a plain one, of which no weight is read."""
+    match layer:
+        case nn.Linear():
+            return SparseLinear.from_csr(layer, csr, values, bias, execution=execution)
+        case nn.Conv2d():
+            return SparseConv2d.from_csr(layer, csr, values, bias, execution=execution)
+    raise _no_sparse_form(layer)
+
+
+def _no_sparse_form(layer: nn.Module) -> SparseModelError:
+    return SparseModelError(
+        f"a {type(layer).__name__} has no sparse form (nn.Linear and nn.Conv2d have); leave it out "
+        "of the mask"
+    )
 
 
 def exchange(model: nn.Module, new: Mapping[int, nn.Module], *, fuse: bool) -> nn.Module:

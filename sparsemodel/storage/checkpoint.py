@@ -11,6 +11,7 @@ import torch
 
 from sparsemodel.errors import CheckpointError
 from sparsemodel.masks.mask import Mask
+from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.storage.format import (
     VALUE_DTYPES,
     layer_tensors,
@@ -58,7 +59,7 @@ def save_sparse(
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in model_state.items()
     }
-    for name, pattern in () if mask is None else mask.items():
+    for name, pattern in () if mask is None else mask.csr().items():
         if name not in tensors:
             raise CheckpointError(f"{path}: the state has no tensor {name!r} that the mask names")
         parts = _compress(path, name, tensors.pop(name), pattern)
@@ -80,28 +81,29 @@ def load_sparse(path: str | os.PathLike[str]) -> SparseCheckpoint:
     """
     path = Path(path)
     tensors, layers, metadata = read_file(path)
-    patterns: dict[str, torch.Tensor] = {}
+    patterns: dict[str, Pattern] = {}
     for name, shape in layers:
         values, patterns[name] = take_layer(path, name, shape, tensors)
         weight = torch.zeros(shape, dtype=values.dtype)
-        weight[patterns[name]] = values
+        weight.view(-1)[torch.from_numpy(patterns[name].positions())] = values
         tensors[name] = weight
-    mask = Mask(patterns) if patterns else None
+    mask = Mask.from_csr(Patterns(patterns)) if patterns else None
     return SparseCheckpoint(state=dict(sorted(tensors.items())), mask=mask, metadata=metadata)
 
 
 def _compress(
-    path: Path, name: str, weight: torch.Tensor, pattern: torch.Tensor
+    path: Path, name: str, weight: torch.Tensor, pattern: Pattern
 ) -> dict[str, torch.Tensor]:
     """The two tensors that stand for a masked one."""
-    if weight.shape != pattern.shape or weight.dtype not in VALUE_DTYPES:
+    if tuple(weight.shape) != pattern.shape or weight.dtype not in VALUE_DTYPES:
         raise CheckpointError(
             f"{path}: {name!r} has shape {tuple(weight.shape)} and dtype {weight.dtype}; its mask "
-            f"expects floating point of shape {tuple(pattern.shape)}"
+            f"expects floating point of shape {pattern.shape}"
         )
-    if weight[~pattern].count_nonzero():
+    values = weight.view(-1)[torch.from_numpy(pattern.positions())]
+    if weight.count_nonzero() > values.count_nonzero():
         raise CheckpointError(
             f"{path}: pruned weights of {name!r} are not zero and would be lost; "
             "call mask.apply(model) before saving"
         )
-    return layer_tensors(name, weight[pattern], pattern)
+    return layer_tensors(name, values, pattern)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 
+from sparsemodel.runtime.pattern import Pattern, Shape
 from sparsemodel.storage.header import (
     damaged,
     header_metadata,
+    packed_bits,
     read_bytes,
     read_header,
+    stored_pattern,
     write_bytes,
 )
 
@@ -59,17 +60,14 @@ def read_file(
     return tensors, layers, metadata
 
 
-def layer_tensors(
-    name: str, values: torch.Tensor, pattern: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def layer_tensors(name: str, values: torch.Tensor, pattern: Pattern) -> dict[str, torch.Tensor]:
     """The two tensors that a file holds of a masked layer."""
-    bits = np.packbits(pattern.numpy().reshape(-1))
-    return {f"{name}.values": values, f"{name}.mask": torch.from_numpy(bits)}
+    return {f"{name}.values": values, f"{name}.mask": torch.from_numpy(packed_bits(pattern))}
 
 
 def take_layer(
-    path: Path, name: str, shape: tuple[int, ...], tensors: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+    path: Path, name: str, shape: Shape, tensors: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, Pattern]:
     """Take a masked layer's two tensors out of `tensors`; return its values and its pattern.
 
     Raises:
@@ -79,23 +77,11 @@ def take_layer(
     if missing:
         raise damaged(path, f"it lacks the tensors {missing}")
     values, packed = tensors.pop(f"{name}.values"), tensors.pop(f"{name}.mask")
-    numel = math.prod(shape)
-    num_bytes = -(-numel // 8)
-    if packed.dtype != torch.uint8 or packed.shape != (num_bytes,):
-        raise damaged(
-            path,
-            f"the mask of {name!r} has shape {tuple(packed.shape)} and dtype {packed.dtype}, "
-            f"expected {num_bytes} bytes for shape {shape}",
-        )
-    bits = np.unpackbits(packed.numpy())
-    if bits[numel:].any():
-        raise damaged(path, f"the mask of {name!r} has bits past its {numel} weights")
-    pattern = torch.from_numpy(bits[:numel].astype(np.bool_)).reshape(shape)
-    num_active = int(pattern.sum())
-    if values.dtype not in VALUE_DTYPES or values.shape != (num_active,):
+    pattern = stored_pattern(path, name, shape, packed.numpy())
+    if values.dtype not in VALUE_DTYPES or values.shape != (pattern.num_active,):
         raise damaged(
             path,
             f"the values of {name!r} have shape {tuple(values.shape)} and dtype {values.dtype}, "
-            f"expected {num_active} floating-point values",
+            f"expected {pattern.num_active} floating-point values",
         )
     return values, pattern

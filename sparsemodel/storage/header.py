@@ -10,11 +10,16 @@ the mask's order) or null without a mask, and "metadata", the caller's own strin
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sparsemodel.errors import CheckpointError
+from sparsemodel.runtime.pattern import Pattern, Shape
 from sparsemodel.storage.files import write_atomically
 
 FORMAT = "sparse-checkpoint"
@@ -98,6 +103,31 @@ def read_header(
             "update the package or save the model again"
         )
     return _read_layers(path, header.get("layers")), _read_strings(path, header.get("metadata"))
+
+
+def packed_bits(pattern: Pattern) -> NDArray[np.uint8]:
+    """A pattern as a file holds it."""
+    return np.concatenate([*pattern.bitmap()])
+
+
+def stored_pattern(path: Path, name: str, shape: Shape, packed: NDArray[Any]) -> Pattern:
+    """The pattern of a layer of which the file holds `packed`.
+
+    Raises:
+        CheckpointError: it has another length or type, or bits past the layer's weights.
+    """
+    numel = math.prod(shape)
+    num_bytes = -(-numel // 8)
+    if packed.dtype != np.uint8 or packed.shape != (num_bytes,):
+        raise damaged(
+            path,
+            f"the mask of {name!r} has shape {packed.shape} and dtype {packed.dtype}, "
+            f"expected {num_bytes} bytes for shape {shape}",
+        )
+    positions = np.flatnonzero(np.unpackbits(packed))
+    if len(positions) and positions[-1] >= numel:
+        raise damaged(path, f"the mask of {name!r} has bits past its {numel} weights")
+    return Pattern.from_positions(shape, positions)
 
 
 def _read_layers(path: Path, layers: Any) -> list[tuple[str, tuple[int, ...]]]:

@@ -13,8 +13,9 @@ from torch import nn
 
 from sparsemodel.errors import CheckpointError
 from sparsemodel.layers.linear_and_conv import Execution, SparseLayer
-from sparsemodel.layers.sparsify import exchange, sparse_layer, sparse_layers
+from sparsemodel.layers.sparsify import exchange, sparse_layer_of, sparse_layers
 from sparsemodel.masks.mask import Mask
+from sparsemodel.runtime.pattern import Pattern
 from sparsemodel.storage.checkpoint import SparseCheckpoint, load_sparse, save_sparse
 from sparsemodel.storage.format import layer_tensors, read_file, take_layer, write_file
 
@@ -58,7 +59,9 @@ def save(
         if name not in left_out
     }
     for name, layer in layers.items():
-        parts = layer_tensors(name, layer.values.detach().cpu(), layer.mask().cpu())
+        csr = (part.cpu().numpy() for part in (layer.row_ptr, layer.cols))
+        pattern = Pattern(tuple(layer.weight_shape), *csr)
+        parts = layer_tensors(name, layer.values.detach().cpu(), pattern)
         taken = sorted(parts.keys() & tensors.keys())
         if taken:
             raise CheckpointError(f"{path}: the state already has tensors named {taken}")
@@ -114,17 +117,29 @@ def load(
         layer = _layer(path, model, name, shape)
         new[id(layer)] = _with_values(layer, pattern, values, execution)
     loaded = exchange(model, new, fuse=fuse) if layers else copy.deepcopy(model)
-    expected = loaded.state_dict().keys() - _sparse_keys(dict(sparse_layers(loaded)))
-    masked = {name for name, _ in layers}
-    differing = sorted(expected ^ tensors.keys() | sparse_layers(loaded).keys() ^ masked)
-    if differing:
-        raise CheckpointError(f"{path}: file and model differ in {differing}; is it another model?")
+    _check_names(path, loaded, tensors, {name for name, _ in layers})
     on_meta = any(tensor.is_meta for tensor in loaded.state_dict().values())
     try:
         loaded.load_state_dict(tensors, strict=False, assign=on_meta)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: made for another model ({error})") from error
+    for module in loaded.modules():  # counters that the file does not hold
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[key] = torch.zeros_like(buffer, device="cpu")
     return loaded
+
+
+def _check_names(
+    path: Path, loaded: nn.Module, tensors: Mapping[str, torch.Tensor], masked: set[str]
+) -> None:
+    """Refuse a file with other names than the model's; integer counters may be missing in it."""
+    layers = sparse_layers(loaded)
+    own = {n: t for n, t in loaded.state_dict().items() if n not in _sparse_keys(layers)}
+    missing = {name for name, t in own.items() if t.is_floating_point()} - tensors.keys()
+    differing = sorted(missing | tensors.keys() - own.keys() | layers.keys() ^ masked)
+    if differing:
+        raise CheckpointError(f"{path}: file and model differ in {differing}; is it another model?")
 
 
 def _layer(path: Path, model: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Module:
@@ -145,16 +160,25 @@ def _layer(path: Path, model: nn.Module, name: str, shape: tuple[int, ...]) -> n
 
 
 def _with_values(
-    layer: nn.Module, pattern: torch.Tensor, values: torch.Tensor, execution: Execution
+    layer: nn.Module, pattern: Pattern, values: torch.Tensor, execution: Execution
 ) -> SparseLayer:
-    """A sparse layer like `layer`, with this pattern and these values."""
-    if not isinstance(layer, SparseLayer):
-        return sparse_layer(layer, pattern, execution=execution, values=values)
-    sparse = copy.deepcopy(layer)
-    sparse.move_pattern(torch.nonzero(pattern.reshape(-1)).reshape(-1))
-    with torch.no_grad():
-        sparse.values.copy_(values)
-    return sparse
+    """A sparse layer like `layer`, with this pattern and these values; its bias comes later."""
+    if isinstance(layer, SparseLayer):
+        sparse = copy.deepcopy(layer)
+        sparse.move_pattern(torch.from_numpy(pattern.positions()))
+        with torch.no_grad():
+            sparse.values.copy_(values)
+        return sparse
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor), "checked above"
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    csr = (
+        torch.from_numpy(pattern.row_ptr).to(device),
+        torch.from_numpy(pattern.cols).to(device),
+    )
+    values = values.to(device, weight.dtype)
+    bias = None if layer.bias is None else values.new_empty(len(weight))
+    return sparse_layer_of(layer, csr, values, bias, execution=execution)
 
 
 def _sparse_keys(layers: Mapping[str, SparseLayer]) -> set[str]:

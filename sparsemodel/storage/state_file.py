@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +16,10 @@ from sparsemodel.runtime.state import Array, SparseState
 from sparsemodel.storage.header import (
     damaged,
     header_metadata,
+    packed_bits,
     read_bytes,
     read_header,
+    stored_pattern,
     write_bytes,
 )
 
@@ -38,8 +39,7 @@ def save_state(
         pattern = state.pattern(name)
         parts = {name: value}
         if pattern is not None:
-            bits = np.concatenate([*pattern.bitmap()])
-            parts = {f"{name}.values": value, f"{name}.mask": bits}
+            parts = {f"{name}.values": value, f"{name}.mask": packed_bits(pattern)}
         taken = parts.keys() & arrays.keys()
         if taken:
             raise CheckpointError(f"{path}: the state already has tensors named {sorted(taken)}")
@@ -83,20 +83,11 @@ def _take_layer(
     if missing:
         raise damaged(path, f"it lacks the tensors {missing}")
     values, packed = arrays.pop(f"{name}.values"), arrays.pop(f"{name}.mask")
-    numel = math.prod(shape)
-    num_bytes = -(-numel // 8)
-    if packed.dtype != np.uint8 or packed.shape != (num_bytes,):
+    pattern = stored_pattern(path, name, shape, packed)
+    if values.shape != (pattern.num_active,):
         raise damaged(
             path,
-            f"the mask of {name!r} has shape {packed.shape} and dtype {packed.dtype}, "
-            f"expected {num_bytes} bytes for shape {shape}",
+            f"the values of {name!r} have shape {values.shape}, expected {pattern.num_active} "
+            "values",
         )
-    positions = np.flatnonzero(np.unpackbits(packed))
-    if len(positions) and positions[-1] >= numel:
-        raise damaged(path, f"the mask of {name!r} has bits past its {numel} weights")
-    if values.shape != positions.shape:
-        raise damaged(
-            path,
-            f"the values of {name!r} have shape {values.shape}, expected {len(positions)} values",
-        )
-    return values, Pattern.from_positions(shape, positions)
+    return values, pattern

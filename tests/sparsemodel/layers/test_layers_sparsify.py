@@ -394,6 +394,18 @@ def test_a_model_on_meta_is_filled(tmp_path: Path) -> None:
     assert torch.equal(loaded.eval()(x), sparse.eval()(x))
 
 
+def test_files_without_counters_are_read(tmp_path: Path) -> None:
+    """As those of sparse states: a model keeps its own, one on "meta" starts at zero."""
+    model, mask = build(Residual)
+    floats = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+    save_sparse(tmp_path / "state", floats, mask, metadata={})
+    model.bn1.num_batches_tracked.fill_(3)
+    assert_same_state(densify(load(tmp_path / "state", model)), model)
+    with torch.device("meta"):
+        empty = Residual()
+    assert int(load(tmp_path / "state", empty).bn1.num_batches_tracked) == 0
+
+
 def test_files_without_a_mask_give_plain_models(tmp_path: Path) -> None:
     model, mask = build(Residual)
     save(model, tmp_path / "plain")
