@@ -367,15 +367,6 @@ def _stage_of(model: nn.Module, name: str, *, last: int | None) -> int | None:
     return None
 
 
-def batch_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """(running mean, running variance) names of every batch norm, in state order."""
-    return [
-        (f"{name}.running_mean", f"{name}.running_var")
-        for name, module in model.named_modules()
-        if isinstance(module, BatchNorm) and module.track_running_stats
-    ]
-
-
 def float_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the floating-point entries of the state: what clients and server exchange.
 

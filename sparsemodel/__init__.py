@@ -19,7 +19,7 @@ from sparsemodel._lazy import lazy
 
 if TYPE_CHECKING:
     from sparsemodel.layers.linear_and_conv import SparseConv2d, SparseLinear
-    from sparsemodel.layers.sparsify import densify, sparsify
+    from sparsemodel.layers.sparsify import densify, mask_of, sparsify
     from sparsemodel.masks.mask import Mask
     from sparsemodel.masks.prune import prune
     from sparsemodel.optim import SparseAdam, SparseSGD
@@ -34,7 +34,7 @@ else:
         __name__,
         {
             "sparsemodel.layers.linear_and_conv": "SparseConv2d SparseLinear",
-            "sparsemodel.layers.sparsify": "densify sparsify",
+            "sparsemodel.layers.sparsify": "densify mask_of sparsify",
             "sparsemodel.masks.mask": "Mask",
             "sparsemodel.masks.prune": "prune",
             "sparsemodel.optim": "SparseAdam SparseSGD",
@@ -59,6 +59,7 @@ __all__ = [
     "TrainingPlan",
     "densify",
     "load",
+    "mask_of",
     "program_of",
     "prune",
     "save",

@@ -253,6 +253,24 @@ def test_models_by_name_function_and_object(
             datapruning.train(data, model=wrong, training=once)
 
 
+def test_fresh_samples_in_each_epoch(net: nn.Module) -> None:
+    """Of the 40 kept 10 an epoch, every one of them once in four epochs."""
+    seen: list[torch.Tensor] = []
+
+    class Watch:
+        def on_batch(self, epoch: int, rows: torch.Tensor, *_: torch.Tensor) -> None:
+            seen.append(rows)
+
+        def on_epoch(self, epoch: int, model: nn.Module) -> None:
+            pass
+
+    kept = datapruning.score(digits(), model=net, method="loss").select(keep=40)
+    four = datapruning.TrainingConfig(epochs=4, batch_size=10, lr=0.01)
+    datapruning.train(kept.of(digits()), model=net, fresh=0.25, training=four, callbacks=[Watch()])
+    assert [len(rows) for rows in seen] == [10] * 4
+    assert torch.cat(seen).sort().values.tolist() == kept.ids.tolist()
+
+
 def test_a_sparse_student_stays_sparse(net: nn.Module) -> None:
     sparse = sparsemodel.sparsify(net, sparsemodel.prune(net, density=0.2))
     student = datapruning.train(digits(), model=sparse, training=TRAINING)

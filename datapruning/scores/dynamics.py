@@ -12,24 +12,9 @@ from torch import Tensor
 from datapruning.errors import ScoreError
 from datapruning.scores.recorder import Recorder
 
-__all__ = ["Recorder", "aum", "dual", "dyn_unc", "el2n_at", "forgetting", "tdds"]
+__all__ = ["Recorder", "aum", "dual", "dyn_unc", "forgetting", "tdds"]
 
 MARGINS = ("logit", "probability")
-
-
-def el2n_at(recorder: Recorder, epoch: int) -> Tensor:
-    """‖softmax(f(x)) − onehot(y)‖₂ of the forward pass that trained in one epoch, in [0, √2].
-
-    High is hard. Batch norm is in train mode there, and images may have been augmented;
-    `scores.error.el2n` on a checkpoint is free of both.
-    Source: Paul et al., Deep Learning on a Data Diet (NeurIPS 2021), section 2; the paper
-    takes an early epoch and the mean over ten runs.
-
-    Raises:
-        ScoreError: the epoch was not recorded in full.
-    """
-    (values,), rows = _trace(recorder, "el2n", first=epoch, num_epochs=1)
-    return _placed(recorder, rows, values)
 
 
 def forgetting(recorder: Recorder) -> Tensor:

@@ -186,45 +186,6 @@ def inverse_hvp(
     return product.named(found)
 
 
-def tracin(
-    task: Task,
-    models: Sequence[nn.Module],
-    samples: Samples,
-    *,
-    target: Samples | None = None,
-    learning_rates: Sequence[float] | None = None,
-    parameters: Sequence[str] | None = None,
-    chunk: int = BATCH,
-) -> Tensor:
-    """Σ_k η_k ⟨∇ℓ_i(θ_k), v(θ_k)⟩ over checkpoints; v is the target's mean gradient.
-
-    To first order, what training on a sample took off the target's loss. Needs no Hessian, and
-    works with sparse models.
-    Source: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent
-    (NeurIPS 2020), equation of TracInCP.
-
-    Args:
-        models: checkpoints of one training run, in eval mode.
-        target: a held-out split of the training side; None: the samples themselves.
-        learning_rates: η of each checkpoint; None: 1.
-
-    Returns:
-        float64 [N] on the CPU; high means keep.
-
-    Raises:
-        ScoreError: no checkpoint, or another number of learning rates; as `gradient.grand`.
-    """
-    rates = [1.0] * len(models) if learning_rates is None else list(learning_rates)
-    if not models or len(rates) != len(models):
-        raise ScoreError(f"got {len(models)} checkpoints and {len(rates)} learning rates")
-    scores = torch.zeros(len(samples), dtype=torch.float64)
-    for model, rate in zip(models, rates, strict=True):
-        about = samples if target is None else target
-        v = mean_gradient(task, model, about, parameters=parameters, chunk=chunk)
-        scores += rate * _all_products(task, model, samples, v, chunk)
-    return scores
-
-
 def _all_products(
     task: Task, model: nn.Module, samples: Samples, direction: Direction, chunk: int
 ) -> Tensor:

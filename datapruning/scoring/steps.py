@@ -260,7 +260,14 @@ def direction(solver: Any) -> Callable[..., Any]:
 
 
 def gradients(whole: Whole, *, parameters: str) -> Any:
-    """Prepares the mean gradient at each checkpoint."""
+    """Prepares the mean gradient v at each checkpoint, for Σ_k ⟨∇ℓ_i(θ_k), v(θ_k)⟩.
+
+    To first order, what training on a sample took off the mean loss. Needs no Hessian, and works
+    with sparse models.
+    Source: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent
+    (NeurIPS 2020), equation of TracInCP.
+    Departs from it: checkpoints count alike, where the paper weighs each with its learning rate.
+    """
     from datapruning.scores.influence import mean_gradient  # noqa: PLC0415
 
     assert whole.models is not None

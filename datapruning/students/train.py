@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from datapruning.errors import SubsetWarning
 from datapruning.selection.kept import KeptSamples
+from datapruning.selection.select import fresh_random
 from datapruning.students.distill import (
     TEMPERATURE,
     AlphaChoice,
@@ -31,7 +33,7 @@ from prunelab.errors import RunError
 from prunelab.networks import Network, build_model
 from prunelab.runs.seeds import stream_seed
 from prunelab.training import loop
-from prunelab.training.loop import Callback, Objective, TrainingConfig, evaluating
+from prunelab.training.loop import Callback, Objective, Rows, TrainingConfig, evaluating
 from prunelab.training.task import Classification, ImageClassification, Task
 from sparsemodel.storage.files import write_atomically
 
@@ -48,6 +50,7 @@ def train(
     teacher: nn.Module | None = None,
     alpha: float | str = AUTO,
     temperature: float = TEMPERATURE,
+    fresh: float | int | None = None,
     task: Task | None = None,
     training: TrainingConfig | None = None,
     seed: int = 0,
@@ -66,6 +69,8 @@ def train(
         alpha: weight of the teacher in [0, 1], or "auto": of five the best on a held-out fifth of
             the samples, for which five models are trained.
         temperature: of the distillation.
+        fresh: train each epoch on a new random part of the samples, a share or a number of them
+            (`fresh_random`): the control that scores have to beat.
         task: None: image classification.
         training: None: TrainingConfig().
         seed: decides start, order and augmentation; equal seeds give equal bits.
@@ -113,7 +118,8 @@ def train(
     with nullcontext() if teacher is None else evaluating(teacher):
         loop.train(
             student, samples, task,
-            config=config, seed=training_seed(seed), rows=rows, objective=objective,
+            config=config, seed=training_seed(seed), objective=objective,
+            rows=rows if fresh is None else _fresh(fresh, rows, len(samples), seed),
             callbacks=callbacks, device=device,
         )  # fmt: skip
     return student.eval()
@@ -211,6 +217,13 @@ def warn_of_absent_classes(labels: Tensor, rows: Tensor | None, num_classes: int
             SubsetWarning,
             stacklevel=3,
         )
+
+
+def _fresh(keep: float | int, rows: Tensor | None, num_samples: int, seed: int) -> Rows:
+    """For each epoch other ones of the rows."""
+    among = torch.arange(num_samples) if rows is None else rows
+    places = fresh_random(len(among), keep=keep, seed=seed)
+    return lambda epoch: among[places(epoch)]
 
 
 def _training_side(data: Any) -> tuple[Samples, Tensor | None, int | None]:

@@ -23,8 +23,8 @@ def change_mask(
 ) -> None:
     """Put a sparsified model under another mask, in place.
 
-    Weights active before and after keep their value, those that are new are zero (as
-    `adjust.carry_weights` does for masked dense models). Gradients of the values are dropped.
+    Weights active before and after keep their value, those that are new are zero. Gradients of the
+    values are dropped.
 
     Args:
         model: sparsified; its layers in `mask` change, others stay.
@@ -61,8 +61,8 @@ def prune_and_grow(
 ) -> None:
     """Exchange the smallest active weights for the candidates of largest gradient, in place.
 
-    The rule is that of `adjust.prune_and_grow` on masked dense models, and so are masks and
-    weights afterwards; here memory and time grow with active weights and candidates alone.
+    The rule is that of `runtime.adjust.prune_and_grow` on states, and so are patterns and weights
+    afterwards.
 
     Args:
         model: sparsified.

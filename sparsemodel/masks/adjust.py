@@ -120,73 +120,6 @@ def topk_pruned_gradients(
     return {name: buffer.entries() for name, buffer in buffers.items()}
 
 
-def prune_and_grow(
-    mask: Mask,
-    weights: Mapping[str, torch.Tensor],
-    candidates: Mapping[str, Entries],
-    counts: Mapping[str, int],
-) -> Mask:
-    """Exchange the smallest active weights for the pruned weights of largest gradient.
-
-    In each layer of `counts`, g = min(count, non-zero candidates, active weights) coordinates
-    of largest |gradient| are grown and the g active weights of smallest magnitude are pruned,
-    so its number of active weights stays. Ties go to the lower index on both sides. A weight
-    that is grown here cannot be pruned in the same call.
-    Source: Huang et al. (ICDCS 2023), progressive pruning.
-
-    Args:
-        mask: the mask in force.
-        weights: name -> dense weights of the layer, at least for the names in `candidates`.
-        candidates: name -> (flat indices, gradients), for names in `counts`; a layer without any
-            stays as it is.
-        counts: name -> how many weights to exchange at most.
-
-    Raises:
-        MaskError: names or shapes that do not fit; candidates that are active, repeated, out of
-            range or NaN; weights that are NaN.
-    """
-    _check_layers(mask, counts)
-    if not candidates.keys() <= counts.keys():
-        raise MaskError(f"candidates for {sorted(candidates)} but counts for {sorted(counts)}")
-    patterns = {}
-    for name in candidates:
-        if name not in weights:
-            raise MaskError(f"no weights of {name!r}; got {list(weights)}")
-        pattern = _pattern(mask, name, weights[name]).reshape(-1).clone()
-        grown = grown_positions(
-            name, len(pattern), pattern.__getitem__, candidates[name], counts[name]
-        )
-        active = mask.active(name)
-        magnitudes = weights[name].detach().cpu().reshape(-1)[active].abs()
-        if torch.isnan(magnitudes).any():
-            raise MaskError(f"weights of {name!r} hold NaN; has training diverged?")
-        grown = grown[: len(active)]
-        pattern[active[torch.argsort(magnitudes, stable=True)[: len(grown)]]] = False
-        pattern[grown] = True
-        patterns[name] = pattern.reshape(mask[name].shape)
-    return mask.replace(patterns)
-
-
-def carry_weights(
-    weights: Mapping[str, torch.Tensor], *, old: Mask, new: Mask
-) -> dict[str, torch.Tensor]:
-    """The weights after a change of mask: those active before and after stay, others are zero.
-
-    Grown weights start at zero whatever `weights` holds there. Tensors that the masks do not
-    name are passed on as they are, not copied.
-
-    Raises:
-        MaskError: masks of different layers, or weights of another shape.
-    """
-    _check_same_layers(old, new)
-    carried = dict(weights)
-    for name in old:
-        if name in weights:
-            kept = _pattern(old, name, weights[name]) & new[name]
-            carried[name] = weights[name].masked_fill(~kept.to(weights[name].device), 0.0)
-    return carried
-
-
 def _consumer(
     name: str, pattern: torch.Tensor, buffer: TopKBuffer, tile: int
 ) -> Callable[[torch.Tensor], None]:
@@ -256,11 +189,6 @@ def _check_layers(mask: Mask, counts: Mapping[str, int]) -> None:
             raise MaskError(f"no layer {name!r} in this mask; it has {list(mask)}")
         if count < 0:
             raise MaskError(f"{name!r}: expected a count >= 0, got {count}")
-
-
-def _check_same_layers(old: Mask, new: Mask) -> None:
-    if old.shapes() != new.shapes():
-        raise MaskError(f"the masks differ in layers: {old.shapes()} and {new.shapes()}")
 
 
 def _pattern(mask: Mask, name: str, weight: torch.Tensor) -> torch.Tensor:

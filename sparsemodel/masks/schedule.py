@@ -11,29 +11,6 @@ from collections.abc import Mapping
 from sparsemodel.errors import SparseModelError
 
 
-def constant(step: int, *, value: float) -> float:
-    """`value` at every step."""
-    return value
-
-
-def cubic(step: int, *, initial: float, final: float, start: int, end: int) -> float:
-    """From `initial` at `start` to `final` at `end`: fast at first, then ever slower.
-
-    final + (initial − final) (1 − (step − start) / (end − start))³, constant before and after.
-    Source: Zhu and Gupta, To prune, or not to prune (2017), equation 1, for densities.
-
-    Raises:
-        SparseModelError: `end` is not after `start`.
-
-    >>> [cubic(step, initial=1.0, final=0.5, start=0, end=2) for step in (0, 1, 2, 3)]
-    [1.0, 0.5625, 0.5, 0.5]
-    """
-    if end <= start:
-        raise SparseModelError(f"the end must come after the start {start}, got {end}")
-    progress = min(max((step - start) / (end - start), 0.0), 1.0)
-    return final + (initial - final) * (1.0 - progress) ** 3
-
-
 def cosine(step: float, *, value: float, end: float) -> float:
     """From `value` at step 0 down half a cosine to 0 at `end`, and 0 after it.
 

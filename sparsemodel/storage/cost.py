@@ -50,44 +50,6 @@ def layer_macs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]
     return dict(macs)
 
 
-def forward_flops(
-    model: nn.Module, input_shape: tuple[int, ...], *, mask: Mask | None = None
-) -> int:
-    """Floating-point operations of a forward pass for one sample.
-
-    Two for each multiply-accumulate of convolutions and linear layers, times the density of the
-    layer where the mask names it. Biases, normalisation and activations are left out.
-
-    Raises:
-        MaskError: the mask names something other than a layer's weight, or has another shape.
-    """
-    macs = layer_macs(model, input_shape)
-    if mask is None:
-        return 2 * sum(macs.values())
-    _check_fits(model, mask)
-    counts = mask.counts()
-    for name in mask:
-        if name not in macs:
-            raise MaskError(f"{name!r} is no convolution or linear weight; those are {list(macs)}")
-        # Exact: every weight is used equally often, so numel divides the dense count.
-        macs[name] = macs[name] // mask[name].numel() * counts[name]
-    return 2 * sum(macs.values())
-
-
-def training_flops(
-    model: nn.Module, input_shape: tuple[int, ...], *, mask: Mask | None = None
-) -> int:
-    """Floating-point operations of a forward and a backward pass for one sample.
-
-    Three times `forward_flops`: the backward pass computes two products of the same size, for
-    the inputs and for the weights, here those of the active weights alone.
-
-    Raises:
-        MaskError: as `forward_flops`.
-    """
-    return 3 * forward_flops(model, input_shape, mask=mask)
-
-
 def model_bytes(model: nn.Module, *, mask: Mask | None = None) -> int:
     """Bytes of the model's values in float32: active weights, other parameters, statistics.
 

@@ -13,7 +13,6 @@ from prunelab.errors import ModelError
 from prunelab.networks import (
     ADJUSTABLE_WIDTH,
     MODELS,
-    batch_norm_pairs,
     build_model,
     check_model,
     float_state,
@@ -76,8 +75,8 @@ def test_resnet18_has_the_known_numbers_of_weights_and_batch_norm_channels() -> 
     model = build_model("resnet18", num_classes=10, input_shape=CIFAR, seed=0)
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert sum(m.weight.numel() for m in layers) == 11_164_352
-    state = float_state(model)
-    assert sum(state[mean].numel() for mean, _ in batch_norm_pairs(model)) == 4_800
+    means = (v for name, v in float_state(model).items() if name.endswith("running_mean"))
+    assert sum(v.numel() for v in means) == 4_800
     assert num_parameters(model) == 11_164_352 + 2 * 4_800 + 10
     assert build_model("resnet18", num_classes=2, input_shape=(1, 8, 8), seed=0, width=64)
 
@@ -286,17 +285,6 @@ def test_blocks_of_other_networks_are_their_children(
 
 
 # --- state ---------------------------------------------------------------------------------------
-
-
-def test_batch_norm_pairs_name_all_statistics_in_state_order(model: nn.Module) -> None:
-    pairs = batch_norm_pairs(model)
-    flat = [name for pair in pairs for name in pair]
-    assert flat == [name for name in model.state_dict() if "running_" in name]
-    assert all(m.endswith("mean") and v.endswith("var") for m, v in pairs)
-
-
-def test_batch_norms_without_statistics_have_no_pair() -> None:
-    assert batch_norm_pairs(nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False))) == []
 
 
 def test_float_state_is_a_copy_without_counters() -> None:

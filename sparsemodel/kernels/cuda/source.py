@@ -40,11 +40,6 @@ _TYPES: dict[str, type[Any]] = {
 }
 
 
-def families() -> list[str]:
-    """Names of the kernel files."""
-    return sorted(path.stem for path in FOLDER.glob("*.cu"))
-
-
 @functools.cache
 def source(family: str) -> str:
     """The text of a kernel file, each header once, where it is first included."""

@@ -18,7 +18,6 @@ from datapruning.scores.dynamics import (
     aum,
     dual,
     dyn_unc,
-    el2n_at,
     forgetting,
     tdds,
 )
@@ -124,16 +123,6 @@ def test_tdds_windows_move_and_later_ones_count_more() -> None:
     found = tdds(recorder, window=3, decay=0.9)
     assert found[0].item() == pytest.approx(0.9 * 0.01 * jump_up / math.sqrt(2), rel=1e-5)
     assert found[1].item() == pytest.approx(0.9 * jump_down / math.sqrt(2), rel=1e-5)
-
-
-def test_el2n_at_by_hand() -> None:
-    """p = (.7, .3), label 0: ‖(−.3, .3)‖ = .3 √2, of the epoch asked for alone."""
-    recorder = recorded([[0.2, 0.7]])
-    assert el2n_at(recorder, 1).item() == pytest.approx(0.3 * math.sqrt(2), abs=1e-6)
-    assert el2n_at(recorder, 0).item() == pytest.approx(0.8 * math.sqrt(2), abs=1e-6)
-    for epoch in (-1, 2):
-        with pytest.raises(ScoreError, match="2 were recorded in full"):
-            el2n_at(recorder, epoch)
 
 
 @settings(max_examples=25, deadline=None)

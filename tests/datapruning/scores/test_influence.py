@@ -20,7 +20,6 @@ from datapruning.scores.influence import (
     influence_of,
     inverse_hvp,
     mean_gradient,
-    tracin,
 )
 from datapruning.selection.agreement import spearman
 from prunelab.data.datasets import load_dataset
@@ -184,7 +183,8 @@ def test_products_of_a_network_do_not_depend_on_the_chunk() -> None:
         products.append(sum((g * v[n]).sum() for n, g in zip(names, parts, strict=True)))
     expected = torch.stack(products).double()
     for chunk in (1, 4, 5):
-        scores = tracin(task, [model], samples, parameters=names, chunk=chunk)
+        parts = torch.arange(5).split(chunk)
+        scores = torch.cat([influence_of(task, model, samples.batch(rows), v) for rows in parts])
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
     hvp = influence(task, model, samples, parameters=["fc.weight"], damping=0.1, chunk=4)
     exact = influence(
@@ -193,20 +193,11 @@ def test_products_of_a_network_do_not_depend_on_the_chunk() -> None:
     torch.testing.assert_close(hvp, exact, rtol=1e-3, atol=1e-5)
 
 
-def test_tracin_adds_up_checkpoints_with_their_rates() -> None:
-    model, _ = retrained()
-    early = fitted(torch.linspace(0, 2, COUNT))
-    alone = [tracin(TASK, [m], TRAINING, target=HELD_OUT) for m in (early, model)]
-    both = tracin(TASK, [early, model], TRAINING, target=HELD_OUT, learning_rates=[0.5, 0.25])
-    torch.testing.assert_close(both, 0.5 * alone[0] + 0.25 * alone[1])
-    with pytest.raises(ScoreError, match="2 checkpoints and 1 learning rates"):
-        tracin(TASK, [early, model], TRAINING, learning_rates=[0.5])
-
-
-def test_tracin_sign_is_that_of_a_training_step() -> None:
+def test_products_are_what_a_training_step_takes_off_the_loss() -> None:
     """A small step on sample i lowers the held-out loss by η times its score."""
     model, rate = fitted(torch.linspace(0, 2, COUNT)), 1e-5
-    scores, before = tracin(TASK, [model], TRAINING, target=HELD_OUT), target_loss(model)
+    v, before = mean_gradient(TASK, model, HELD_OUT), target_loss(model)
+    scores = influence_of(TASK, model, TRAINING.batch(torch.arange(COUNT)), v)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     for row in range(0, COUNT, 10):
         loss = TASK.loss(model, TRAINING.batch(torch.tensor([row]))).sum()

@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
+import dense_adjust
 import pytest
 import torch
 from little_networks import Block, Residual, backward, images, masked, pooled, random_mask
@@ -287,8 +288,8 @@ def test_prune_and_grow_equals_the_masked_dense_way(adam: bool) -> None:
         assert torch.equal(found[name][0], expected[name][0])
         torch.testing.assert_close(found[name][1], expected[name][1], rtol=1e-3, atol=1e-6)
     weights = {name: dense.get_parameter(name).detach() for name in mask}
-    new = adjust.prune_and_grow(mask, weights, expected, counts)
-    carried = adjust.carry_weights(weights, old=mask, new=new)
+    new = dense_adjust.prune_and_grow(mask, weights, expected, counts)
+    carried = dense_adjust.carry_weights(weights, old=mask, new=new)
     before = {
         name: {k: v.clone() for k, v in optimizer.state[layer.values].items()}
         for name, layer in layers_of(sparse).items()
@@ -344,7 +345,7 @@ def test_change_mask_carries_weights_and_torchs_own_optimiser() -> None:
     new = random_mask(model, density=0.3, seed=9)
     change_mask(sparse, new, optimizer=optimizer)
     weights = {name: dense.get_parameter(name).detach() for name in mask}
-    carried = adjust.carry_weights(weights, old=mask, new=new)
+    carried = dense_adjust.carry_weights(weights, old=mask, new=new)
     assert mask_of(sparse) == new
     for name, layer in layers_of(sparse).items():
         assert torch.equal(layer.weight, carried[name])

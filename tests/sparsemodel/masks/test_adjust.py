@@ -1,4 +1,4 @@
-"""Streaming top-K, gradients at pruned weights, prune-and-grow."""
+"""Streaming top-K, gradients at pruned weights."""
 
 import copy
 import gc
@@ -11,12 +11,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from sparsemodel.errors import MaskError
-from sparsemodel.masks.adjust import (
-    TopKBuffer,
-    carry_weights,
-    prune_and_grow,
-    topk_pruned_gradients,
-)
+from sparsemodel.masks.adjust import TopKBuffer, topk_pruned_gradients
 from sparsemodel.masks.mask import Mask
 from sparsemodel.optim import MaskedSGD
 
@@ -191,106 +186,3 @@ def test_pruned_gradients_refuse_what_does_not_fit() -> None:
         topk_pruned_gradients(model, mask, {"0.weight": 1}, loss, tile=0)
     with pytest.raises(MaskError, match="NaN"):
         topk_pruned_gradients(model, mask, {"0.weight": 1}, lambda m: loss(m) * float("nan"))
-
-
-def one_layer(active: list[int], size: int) -> Mask:
-    pattern = torch.zeros(size, dtype=torch.bool)
-    pattern[active] = True
-    return Mask({"a": pattern})
-
-
-def test_prune_and_grow_by_hand() -> None:
-    """Active 0-3 with |w| 4, 1, 1, 3; candidates 5: -9, 6: 2, 7: 0, exchange up to 3.
-
-    Index 7 has no gradient, so two are exchanged: 5 and 6 grow, 1 and 2 (the smallest) go.
-    """
-    mask = one_layer([0, 1, 2, 3], 8)
-    weights = {"a": torch.tensor([4.0, -1.0, 1.0, 3.0, 0.0, 0.0, 0.0, 0.0])}
-    candidates = {"a": (torch.tensor([5, 6, 7]), torch.tensor([-9.0, 2.0, 0.0]))}
-    new = prune_and_grow(mask, weights, candidates, {"a": 3})
-    assert new.active("a").tolist() == [0, 3, 5, 6]
-    assert (new["a"] & ~mask["a"]).nonzero()[:, 0].tolist() == [5, 6]
-    assert (mask["a"] & ~new["a"]).nonzero()[:, 0].tolist() == [1, 2]
-    carried = carry_weights(weights, old=mask, new=new)["a"]
-    assert carried.tolist() == [4.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0]
-    assert weights["a"][1] == -1.0
-
-
-def test_ties_go_to_the_lower_index_on_both_sides() -> None:
-    mask = one_layer([0, 1, 2], 6)
-    candidates = {"a": (torch.tensor([5, 3, 4]), torch.tensor([1.0, -1.0, 1.0]))}
-    new = prune_and_grow(mask, {"a": torch.ones(6)}, candidates, {"a": 1})
-    assert new.active("a").tolist() == [1, 2, 3]
-
-
-def test_a_layer_without_candidates_stays() -> None:
-    mask = one_layer([0, 1], 4)
-    assert prune_and_grow(mask, {"a": torch.ones(4)}, {}, {"a": 1}) == mask
-
-
-def test_grown_weights_start_at_zero_whatever_was_there() -> None:
-    old, new = one_layer([0], 3), one_layer([2], 3)
-    other = torch.ones(2)
-    carried = carry_weights({"a": torch.full((3,), 7.0), "b": other}, old=old, new=new)
-    assert carried["a"].tolist() == [0.0, 0.0, 0.0]
-    assert carried["b"] is other
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 20), st.integers(0, 20), st.integers(0, 2**31), st.data())
-def test_prune_and_grow_equals_a_plain_loop(
-    size: int, count: int, seed: int, data: st.DataObject
-) -> None:
-    active = data.draw(st.sets(st.integers(0, size - 1)))
-    pruned = sorted(set(range(size)) - active)
-    indices = data.draw(st.permutations(pruned))
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randint(-3, 4, (size,), generator=generator).float()
-    values = torch.randint(-3, 4, (len(indices),), generator=generator).float()
-    mask = one_layer(sorted(active), size)
-
-    new = prune_and_grow(
-        mask,
-        {"a": weight},
-        {"a": (torch.tensor(indices, dtype=torch.int64), values)},
-        {"a": count},
-    )
-
-    offers = [(-abs(v), i) for i, v in zip(indices, values.tolist(), strict=True) if v != 0]
-    num = min(count, len(offers), len(active))
-    grown = {i for _, i in sorted(offers)[:num]}
-    gone = {i for _, i in sorted((abs(float(weight[i])), i) for i in active)[:num]}
-    assert set(new.active("a").tolist()) == (active - gone) | grown
-    assert new.num_active == mask.num_active
-
-
-@pytest.mark.parametrize(
-    ("indices", "values", "message"),
-    [
-        ([0], [1.0], "active weights"),
-        ([4], [1.0], r"must be in \[0, 4\)"),
-        ([-1], [1.0], r"must be in \[0, 4\)"),
-        ([2, 2], [1.0, 1.0], "twice"),
-        ([2], [float("nan")], "NaN"),
-        ([2, 3], [1.0], "one shape"),
-    ],
-)
-def test_bad_candidates_are_refused(indices: list[int], values: list[float], message: str) -> None:
-    candidates = {"a": (torch.tensor(indices), torch.tensor(values))}
-    with pytest.raises(MaskError, match=message):
-        prune_and_grow(one_layer([0, 1], 4), {"a": torch.ones(4)}, candidates, {"a": 1})
-
-
-def test_bad_weights_counts_and_masks_are_refused() -> None:
-    mask = one_layer([0, 1], 4)
-    candidates = {"a": (torch.tensor([2]), torch.tensor([1.0]))}
-    with pytest.raises(MaskError, match="hold NaN"):
-        prune_and_grow(mask, {"a": torch.full((4,), float("nan"))}, candidates, {"a": 1})
-    with pytest.raises(MaskError, match="no weights"):
-        prune_and_grow(mask, {}, candidates, {"a": 1})
-    with pytest.raises(MaskError, match="its weight"):
-        prune_and_grow(mask, {"a": torch.ones(5)}, candidates, {"a": 1})
-    with pytest.raises(MaskError, match="counts for"):
-        prune_and_grow(mask, {"a": torch.ones(4)}, candidates, {})
-    with pytest.raises(MaskError, match="differ in layers"):
-        carry_weights({}, old=mask, new=one_layer([0], 5))

@@ -8,17 +8,8 @@ from sparsemodel.errors import SparseModelError
 from sparsemodel.masks.schedule import (
     adjustment_counts,
     block_of_adjustment,
-    constant,
     cosine,
-    cubic,
 )
-
-
-def test_cubic_at_points_worked_by_hand() -> None:
-    """From 1 at step 10 to 0.2 at 30; half way (1 − 1/2)³ = 1/8 of the distance 0.8 is left."""
-    expected = {0: 1.0, 10: 1.0, 20: 0.2 + 0.1, 30: 0.2, 99: 0.2}
-    for step, value in expected.items():
-        assert cubic(step, initial=1.0, final=0.2, start=10, end=30) == pytest.approx(value)
 
 
 def test_cosine_at_points_worked_by_hand() -> None:
@@ -34,10 +25,6 @@ def test_cosine_stepped_by_rounds_decays_to_nothing() -> None:
     rates = [cosine(r, value=0.3, end=100) for r in range(0, 100, 10)]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 0.01
-
-
-def test_constant_is_constant() -> None:
-    assert [constant(step, value=0.7) for step in (0, 5)] == [0.7, 0.7]
 
 
 def test_adjustment_counts_by_hand() -> None:
@@ -68,8 +55,6 @@ def test_every_block_is_visited_though_the_interval_shares_a_divisor(num_blocks:
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(SparseModelError, match="after the start"):
-        cubic(0, initial=1.0, final=0.1, start=5, end=5)
     with pytest.raises(SparseModelError, match="end >= 1"):
         cosine(0, value=0.3, end=0)
     with pytest.raises(SparseModelError, match=r"\[0, 1\]"):
