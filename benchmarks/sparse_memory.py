@@ -35,7 +35,7 @@ from benchmarks.timing import use_threads
 from prunelab.networks import build_model
 from sparsemodel.layers.growth import topk_pruned_gradients
 from sparsemodel.layers.sparsify import sparsify
-from sparsemodel.masks.adjust import Entries
+from sparsemodel.masks.adjust import TensorEntries
 from sparsemodel.optim import SparseSGD
 from sparsemodel.plans.plan import TrainingPlan
 from sparsemodel.storage.meter import state_bytes, storage_bytes
@@ -55,7 +55,7 @@ OURS = (*PLANS, "modules")
 SHARE_MOVED = 0.15  # of a layer's active weights: the mean of FedTiny's adjustments
 MIB = 2**20
 
-Growth = Callable[[Mapping[str, int]], Mapping[str, Entries]]
+Growth = Callable[[Mapping[str, int]], Mapping[str, TensorEntries]]
 
 
 @dataclass(frozen=True)

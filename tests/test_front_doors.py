@@ -210,7 +210,7 @@ def test_objects_stand_where_names_do(net: nn.Module) -> None:
     both = datapruning.score(data, model=net, method=[mine, "el2n"])
     assert torch.equal(both["mine"].scores, both["el2n"].scores)
 
-    def first(pool: Any, count: int, generator: torch.Generator) -> torch.Tensor:
+    def first(scored: Any, count: int, generator: torch.Generator) -> torch.Tensor:
         return torch.arange(count)
 
     assert table.select(keep=3, policy=first).ids.tolist() == [0, 1, 2]

@@ -92,14 +92,14 @@ def outcomes(
         build: seed -> a model, fresh for each subset.
         held_out: rows of the training side that no model trains on, to measure influence on.
     """
-    pool = torch.arange(len(samples))
+    seen = torch.arange(len(samples))
     if held_out is not None:
-        pool = pool[~torch.isin(pool, held_out)]
-    drawn = subsets(len(pool), num_models=num_models, seed=seed, share=share)
+        seen = seen[~torch.isin(seen, held_out)]
+    drawn = subsets(len(seen), num_models=num_models, seed=seed, share=share)
     for number, part in enumerate(drawn):
         own_seed = stream_seed(seed, _MODEL, number)
         model = build(own_seed)
-        rows = pool[part]
+        rows = seen[part]
         train(model, samples, task, config=config, seed=own_seed, rows=rows, device=device)
         logits, labels = predict(model, samples, task)
         in_subset = torch.zeros(len(samples), dtype=torch.bool)

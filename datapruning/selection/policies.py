@@ -1,9 +1,9 @@
 """Ways to choose a given number of samples by their scores; `select` is the public door.
 
-A policy takes a pool, a count and a generator and returns int64 [count] positions in the pool,
-none of them twice, or raises SelectionError: it never returns fewer. Equal scores are put in an
-order that the generator draws first, so a seed decides them, and a larger count of a ranking
-policy contains a smaller one.
+A policy takes scored samples, a count and a generator and returns int64 [count] positions among
+them, none of them twice, or raises SelectionError: it never returns fewer. Equal scores are put
+in an order that the generator draws first, so a seed decides them, and a larger count of a
+ranking policy contains a smaller one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from datapruning.errors import SelectionError
 
 
 @dataclass(frozen=True, eq=False)
-class Pool:
+class Scored:
     """Samples to choose from.
 
     Attributes:
@@ -34,49 +34,49 @@ class Pool:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def take(self, index: Tensor) -> Pool:
-        """The pool of some positions."""
+    def take(self, index: Tensor) -> Scored:
+        """Those at some positions."""
         confidence = None if self.confidence is None else self.confidence[index]
-        return Pool(self.scores[index], confidence)
+        return Scored(self.scores[index], confidence)
 
 
 Policy = Callable[..., Tensor]
-"""(pool, count, generator, **options) -> int64 [count]."""
+"""(scored, count, generator, **options) -> int64 [count]."""
 
 
-def hardest(pool: Pool, count: int, generator: torch.Generator) -> Tensor:
+def hardest(scored: Scored, count: int, generator: torch.Generator) -> Tensor:
     """The highest scores."""
-    return _ranked(-pool.scores, generator)[:count]
+    return _ranked(-scored.scores, generator)[:count]
 
 
-def easiest(pool: Pool, count: int, generator: torch.Generator) -> Tensor:
+def easiest(scored: Scored, count: int, generator: torch.Generator) -> Tensor:
     """The lowest scores."""
-    return _ranked(pool.scores, generator)[:count]
+    return _ranked(scored.scores, generator)[:count]
 
 
-def moderate(pool: Pool, count: int, generator: torch.Generator) -> Tensor:
+def moderate(scored: Scored, count: int, generator: torch.Generator) -> Tensor:
     """The scores nearest to the median (of an even number: the mean of the middle two).
 
     Source: Xia et al., Moderate Coreset (ICLR 2023).
     Departs from it: they take the distance to the class centre as the score, and a median for
     each class; here the score is any, and `groups=labels` gives a median for each class.
     """
-    ordered, half = pool.scores.sort().values, (len(pool) - 1) / 2
+    ordered, half = scored.scores.sort().values, (len(scored) - 1) / 2
     median = (ordered[math.floor(half)] + ordered[math.ceil(half)]) / 2
-    return _ranked((pool.scores - median).abs(), generator)[:count]
+    return _ranked((scored.scores - median).abs(), generator)[:count]
 
 
-def beta_cut(pool: Pool, count: int, generator: torch.Generator, *, cut: float = 0.1) -> Tensor:
+def beta_cut(scored: Scored, count: int, generator: torch.Generator, *, cut: float = 0.1) -> Tensor:
     """The highest scores once the ⌊cut · N⌋ highest of all are dropped as likely mislabelled.
 
     Source: Zheng et al., Coverage-centric Coreset Selection (ICLR 2023), the cutoff β alone.
     """
-    left = _without_hardest(pool, count, generator, cut=cut)
+    left = _without_hardest(scored, count, generator, cut=cut)
     return left[:count]
 
 
 def coverage(
-    pool: Pool,
+    scored: Scored,
     count: int,
     generator: torch.Generator,
     *,
@@ -103,9 +103,9 @@ def coverage(
     """
     if num_groups < 1:
         raise SelectionError(f"num_groups must be at least 1, got {num_groups}")
-    left = _without_hardest(pool, count, generator, cut=cut)
+    left = _without_hardest(scored, count, generator, cut=cut)
     left = left[torch.randperm(len(left), generator=generator)]
-    group = _equal_width_groups(pool.scores[left], num_groups)
+    group = _equal_width_groups(scored.scores[left], num_groups)
     budgets = group_budgets(torch.bincount(group, minlength=num_groups), count)
     # Positions within their group, in the shuffled order: the first of each are its choice.
     by_group = torch.argsort(group, stable=True)
@@ -116,7 +116,7 @@ def coverage(
 
 
 def ccs(
-    pool: Pool,
+    scored: Scored,
     count: int,
     generator: torch.Generator,
     *,
@@ -134,13 +134,13 @@ def ccs(
     Departs from it: β by this rule of thumb instead of a search.
     """
     if cut is None:
-        removed = 1 - count / len(pool)
+        removed = 1 - count / len(scored)
         cut = 0.3 * min(1.0, max(0.0, (removed - 0.5) / 0.4))
-    return coverage(pool, count, generator, cut=cut, num_groups=num_groups)
+    return coverage(scored, count, generator, cut=cut, num_groups=num_groups)
 
 
 def dual_beta(
-    pool: Pool,
+    scored: Scored,
     count: int,
     generator: torch.Generator,
     *,
@@ -157,33 +157,35 @@ def dual_beta(
     Source: Cho et al., Lightweight Dataset Pruning without Full Training via Example Difficulty
     and Prediction Uncertainty (ICML 2025), Beta sampling, C = 15 and c = 4 as for CIFAR-100.
     """
-    if pool.confidence is None:
+    if scored.confidence is None:
         raise SelectionError(
             "dual-beta needs the mean probability of each sample's label in training: "
             "select(..., confidence=...)"
         )
     if sharpness <= 0 or power <= 0:
         raise SelectionError(f"sharpness and power must be positive, got {sharpness} and {power}")
-    if (pool.scores < 0).any():
+    if (scored.scores < 0).any():
         raise SelectionError("dual-beta draws with weights: it needs scores of at least 0")
-    mean = float(pool.confidence[torch.topk(pool.scores, min(10, len(pool))).indices].mean())
-    b = sharpness * (1 - mean) * (1 - (1 - count / len(pool)) ** power)
+    mean = float(scored.confidence[torch.topk(scored.scores, min(10, len(scored))).indices].mean())
+    b = sharpness * (1 - mean) * (1 - (1 - count / len(scored)) ** power)
     a = sharpness - b
-    confidence = pool.confidence.clamp(1e-6, 1 - 1e-6)
-    log_weight = pool.scores.log() + (a - 1) * confidence.log() + (b - 1) * torch.log1p(-confidence)
+    confidence = scored.confidence.clamp(1e-6, 1 - 1e-6)
+    log_weight = (
+        scored.scores.log() + (a - 1) * confidence.log() + (b - 1) * torch.log1p(-confidence)
+    )
     drawable = int((log_weight > -math.inf).sum())
     if drawable < count:
         raise SelectionError(
             f"dual-beta can draw {drawable} samples of positive score; asked for {count}"
         )
     # The largest of log w + Gumbel noise are a draw without replacement with weights w.
-    uniform = torch.rand(len(pool), generator=generator, dtype=torch.float64)
+    uniform = torch.rand(len(scored), generator=generator, dtype=torch.float64)
     return torch.topk(log_weight - (-uniform.log()).log(), count).indices
 
 
-def random(pool: Pool, count: int, generator: torch.Generator) -> Tensor:
+def random(scored: Scored, count: int, generator: torch.Generator) -> Tensor:
     """A uniform choice, whatever the scores: hard to beat below a third of the data."""
-    return torch.randperm(len(pool), generator=generator)[:count]
+    return torch.randperm(len(scored), generator=generator)[:count]
 
 
 POLICIES: dict[str, Policy] = {
@@ -218,17 +220,19 @@ def _ranked(keys: Tensor, generator: torch.Generator) -> Tensor:
     return order[torch.argsort(keys[order], stable=True)]
 
 
-def _without_hardest(pool: Pool, count: int, generator: torch.Generator, *, cut: float) -> Tensor:
+def _without_hardest(
+    scored: Scored, count: int, generator: torch.Generator, *, cut: float
+) -> Tensor:
     """Positions by falling score, the ⌊cut · N⌋ hardest left out."""
     if not 0 <= cut < 1:
         raise SelectionError(f"cut must be a share in [0, 1), got {cut}")
-    dropped = math.floor(cut * len(pool) + 1e-9)
-    if len(pool) - dropped < count:
+    dropped = math.floor(cut * len(scored) + 1e-9)
+    if len(scored) - dropped < count:
         raise SelectionError(
             f"{count} samples are asked for, but dropping the hardest {100 * cut:g} % of "
-            f"{len(pool)} leaves {len(pool) - dropped}; lower `cut` or keep fewer"
+            f"{len(scored)} leaves {len(scored) - dropped}; lower `cut` or keep fewer"
         )
-    return hardest(pool, len(pool), generator)[dropped:]
+    return hardest(scored, len(scored), generator)[dropped:]
 
 
 def _equal_width_groups(scores: Tensor, num_groups: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from datapruning.errors import SelectionError
-from datapruning.selection.policies import POLICIES, Policy, Pool, easiest, hardest, random
+from datapruning.selection.policies import POLICIES, Policy, Scored, easiest, hardest, random
 from datapruning.selection.table import ScoreTable, Subset
 from prunelab.runs.seeds import generator
 
@@ -80,12 +80,12 @@ def select(
     function, notes = _resolved(policy, options, count=count, labels=labels)
     if function is not random:
         _check_scores(table, count)
-    pool = Pool(table.scores[order].double().cpu(), _column("confidence", confidence, order))
+    scored = Scored(table.scores[order].double().cpu(), _column("confidence", confidence, order))
     plan = _Plan(
         _with_options(policy_name, function, options), class_floor if class_balanced else None
     )
     groups = _column("groups", groups, order)
-    kept = _in_groups(plan, pool, labels, count, groups=groups, seed=seed)
+    kept = _in_groups(plan, scored, labels, count, groups=groups, seed=seed)
     if groups is not None:
         notes += _absent("group", groups, kept)
     if labels is not None:
@@ -218,16 +218,16 @@ class _Plan:
 
 def _in_groups(
     plan: _Plan,
-    pool: Pool,
+    scored: Scored,
     labels: Tensor | None,
     count: int,
     *,
     groups: Tensor | None,
     seed: int,
 ) -> Tensor:
-    """Positions in the pool, chosen group by group where there are groups."""
+    """Positions among the samples, chosen group by group where there are groups."""
     if groups is None:
-        return _with_floors(plan, pool, labels, count, seed=(seed,))
+        return _with_floors(plan, scored, labels, count, seed=(seed,))
     names, member_of = groups.unique(return_inverse=True)
     kept = []
     for group, share in enumerate(_shares(torch.bincount(member_of), count).tolist()):
@@ -235,44 +235,44 @@ def _in_groups(
             members = torch.nonzero(member_of == group).flatten()
             own = None if labels is None else labels[members]
             chosen = _with_floors(
-                plan, pool.take(members), own, share, seed=(seed, int(names[group]))
+                plan, scored.take(members), own, share, seed=(seed, int(names[group]))
             )
             kept.append(members[chosen])
     return torch.cat(kept)
 
 
 def _with_floors(
-    plan: _Plan, pool: Pool, labels: Tensor | None, count: int, *, seed: tuple[int, ...]
+    plan: _Plan, scored: Scored, labels: Tensor | None, count: int, *, seed: tuple[int, ...]
 ) -> Tensor:
     """Choose so that no class falls short of its floor.
 
     Classes that do are given their floor and taken out, until the others do without.
     """
     if plan.floor is None or labels is None:
-        return _choice(plan.policy, pool, count, (*seed, 0))
+        return _choice(plan.policy, scored, count, (*seed, 0))
     classes, sizes = labels.unique(return_counts=True)
     floors = {
-        int(c): math.floor(plan.floor * count * int(size) / len(pool) + 1e-9)
+        int(c): math.floor(plan.floor * count * int(size) / len(scored) + 1e-9)
         for c, size in zip(classes, sizes, strict=True)
     }
-    free, kept = torch.arange(len(pool)), []
+    free, kept = torch.arange(len(scored)), []
     for stage in range(len(floors) + 1):
-        chosen = free[_choice(plan.policy, pool.take(free), count, (*seed, stage))]
+        chosen = free[_choice(plan.policy, scored.take(free), count, (*seed, stage))]
         short = [c for c, least in floors.items() if int((labels[chosen] == c).sum()) < least]
         if not short:
             break
         for c in short:
             own = torch.nonzero(labels == c).flatten()
             least = floors.pop(c)
-            kept.append(own[_choice(plan.policy, pool.take(own), least, (*seed, stage, c))])
+            kept.append(own[_choice(plan.policy, scored.take(own), least, (*seed, stage, c))])
             count -= least
             free = free[labels[free] != c]
     return torch.cat([*kept, chosen])
 
 
-def _choice(policy: Policy, pool: Pool, count: int, seed: tuple[int, ...]) -> Tensor:
+def _choice(policy: Policy, scored: Scored, count: int, seed: tuple[int, ...]) -> Tensor:
     """What a policy chooses, checked: a policy of the user's own may be wrong."""
-    chosen: Tensor = policy(pool, count, generator(*seed))
+    chosen: Tensor = policy(scored, count, generator(*seed))
     if len(chosen) != count or len(chosen.unique()) != count:
         raise SelectionError(
             f"the policy returned {len(chosen)} samples, {len(chosen.unique())} of them "

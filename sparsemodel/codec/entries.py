@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
-from numpy.typing import NDArray
 
 from sparsemodel.codec.bits import decode_subset, encode_subset
 from sparsemodel.codec.dtypes import count_value_bytes, encode_values, read_values
@@ -15,11 +12,10 @@ from sparsemodel.codec.states import check_mask_digest, mask_digest
 from sparsemodel.errors import CodecError
 from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.positions import absent_at, find
+from sparsemodel.runtime.state import Entries, LayerEntries
 
-LayerEntries = tuple[NDArray[np.int64], NDArray[np.float32]]
 
-
-def encode_entries(entries: Mapping[str, LayerEntries], *, patterns: Patterns) -> bytes:
+def encode_entries(entries: Entries, *, patterns: Patterns) -> bytes:
     """Values at some of the pruned weights of some layers as a frame.
 
     Positions travel as ranks among the layer's pruned weights, values as float32, bit exact. See

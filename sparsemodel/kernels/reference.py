@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from sparsemodel.kernels.csr import flat_positions
 from sparsemodel.kernels.geometry import ConvGeometry
-from sparsemodel.masks.adjust import Entries, TopKBuffer
+from sparsemodel.masks.adjust import TensorEntries, TopKBuffer
 
 # A gradient tile of top-K growth holds about this many coordinates.
 TILE_COORDINATES = 1 << 18
@@ -97,7 +97,7 @@ def conv2d_backward(
 
 def linear_topk_grad(
     x: torch.Tensor, dy: torch.Tensor, row_ptr: torch.Tensor, cols: torch.Tensor, k: int
-) -> Entries:
+) -> TensorEntries:
     """The k weight gradients of `linear` of largest magnitude outside the mask.
 
     Output features are taken a tile at a time, so no dense gradient is made. Of equal magnitudes
@@ -121,7 +121,7 @@ def conv2d_topk_grad(
     cols: torch.Tensor,
     geometry: ConvGeometry,
     k: int,
-) -> Entries:
+) -> TensorEntries:
     """As `linear_topk_grad`, for `conv2d`."""
     buffer = TopKBuffer(k)
     in_width = geometry.in_channels // geometry.groups

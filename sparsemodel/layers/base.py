@@ -22,7 +22,7 @@ from sparsemodel.kernels.csr import (
 )
 from sparsemodel.kernels.functional import SparseIndex
 from sparsemodel.kernels.geometry import ConvGeometry
-from sparsemodel.masks.adjust import Entries
+from sparsemodel.masks.adjust import TensorEntries
 from sparsemodel.masks.structure import check_structure
 
 Execution = Literal["auto", "sparse", "dense", "blocks", "2:4"]
@@ -155,7 +155,7 @@ class SparseLayer(nn.Module):
         self.values.data = carry_values(self.values.data, source)
         return source
 
-    def topk_grad(self, x: torch.Tensor, dy: torch.Tensor, k: int) -> Entries:
+    def topk_grad(self, x: torch.Tensor, dy: torch.Tensor, k: int) -> TensorEntries:
         """The k weight gradients of largest magnitude at pruned places, without the dense one.
 
         Args:

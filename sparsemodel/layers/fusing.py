@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from sparsemodel.errors import SparseModelError
-from sparsemodel.kernels import pool
+from sparsemodel.kernels import pooling
 from sparsemodel.layers.norm_and_pool import FusedBatchNorm2d
 from sparsemodel.layers.tracing import has_hooks, is_leaf, trace_forward
 
@@ -18,9 +18,9 @@ _RELUS = {torch.relu, torch.relu_, functional.relu, functional.relu_, "relu", "r
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE = {operator.iadd, torch.relu_, functional.relu_}
 _POOLS = {
-    functional.max_pool2d: pool.max_pool2d,
-    functional.avg_pool2d: pool.avg_pool2d,
-    functional.adaptive_avg_pool2d: pool.adaptive_avg_pool2d,
+    functional.max_pool2d: pooling.max_pool2d,
+    functional.avg_pool2d: pooling.avg_pool2d,
+    functional.adaptive_avg_pool2d: pooling.adaptive_avg_pool2d,
 }
 _MARK = "fused_by_sparsemodel"
 

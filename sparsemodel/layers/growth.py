@@ -12,7 +12,7 @@ from sparsemodel.errors import MaskError
 from sparsemodel.kernels.csr import carry_values
 from sparsemodel.layers.linear_and_conv import SparseLayer
 from sparsemodel.layers.sparsify import sparse_layers
-from sparsemodel.masks.adjust import Entries, grown_positions
+from sparsemodel.masks.adjust import TensorEntries, grown_positions
 from sparsemodel.masks.mask import Mask
 from sparsemodel.masks.probe import Loss, differentiable, scalar_loss
 from sparsemodel.masks.structure import check_structure
@@ -54,7 +54,7 @@ def change_mask(
 
 def prune_and_grow(
     model: nn.Module,
-    candidates: Mapping[str, Entries],
+    candidates: Mapping[str, TensorEntries],
     counts: Mapping[str, int],
     *,
     optimizer: torch.optim.Optimizer | None = None,
@@ -87,7 +87,7 @@ def prune_and_grow(
 
 def topk_pruned_gradients(
     model: nn.Module, counts: Mapping[str, int], loss: Loss
-) -> dict[str, Entries]:
+) -> dict[str, TensorEntries]:
     """The largest gradients, by magnitude, at the pruned weights of a sparsified model.
 
     As `adjust.topk_pruned_gradients` on the masked dense model, but no dense gradient is made:
@@ -128,7 +128,7 @@ def topk_pruned_gradients(
 
 
 def _watcher(
-    name: str, layer: SparseLayer, count: int, found: dict[str, Entries], seen: set[str]
+    name: str, layer: SparseLayer, count: int, found: dict[str, TensorEntries], seen: set[str]
 ) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
     """A forward hook that takes the layer's largest gradients when its output's gradient comes."""
 
@@ -150,7 +150,9 @@ def _watcher(
     return watch
 
 
-def _exchanged(name: str, layer: SparseLayer, candidates: Entries, count: int) -> torch.Tensor:
+def _exchanged(
+    name: str, layer: SparseLayer, candidates: TensorEntries, count: int
+) -> torch.Tensor:
     """The layer's active positions after pruning and growing: int64, ascending."""
     active = layer.active_positions().cpu()
 

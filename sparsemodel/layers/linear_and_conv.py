@@ -18,7 +18,7 @@ from sparsemodel.kernels.functional import (
 from sparsemodel.kernels.geometry import ConvGeometry, is_batch_innermost, is_features_first
 from sparsemodel.layers.base import EXECUTIONS, STRUCTURED, Execution, SparseLayer
 from sparsemodel.layers.tensor_cores import structured_linear
-from sparsemodel.masks.adjust import Entries
+from sparsemodel.masks.adjust import TensorEntries
 
 __all__ = ["EXECUTIONS", "Execution", "SparseConv2d", "SparseLayer", "SparseLinear"]
 
@@ -129,7 +129,7 @@ class SparseLinear(SparseLayer):
             x, self.values, self.bias, self._index(dense), self._geometry, dense=dense
         )
 
-    def topk_grad(self, x: torch.Tensor, dy: torch.Tensor, k: int) -> Entries:
+    def topk_grad(self, x: torch.Tensor, dy: torch.Tensor, k: int) -> TensorEntries:
         return linear_topk_grad(x.to(dy.dtype), dy, self._index(False), self._geometry, k)
 
     def _dense(self, x: torch.Tensor) -> bool:
@@ -251,7 +251,7 @@ class SparseConv2d(SparseLayer):
             x, self.values, self.bias, self._index(dense), self._geometry, dense=dense
         )
 
-    def topk_grad(self, x: torch.Tensor, dy: torch.Tensor, k: int) -> Entries:
+    def topk_grad(self, x: torch.Tensor, dy: torch.Tensor, k: int) -> TensorEntries:
         x = x.to(dy.dtype)  # under autocast they may differ
         if x.dim() == 3:
             x, dy = x.unsqueeze(0), dy.unsqueeze(0)

@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsemodel.kernels.batch_norm import batch_norm_infer, batch_norm_train
 from sparsemodel.kernels.cpu import native
-from sparsemodel.kernels.pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from sparsemodel.kernels.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 
 Tensor = torch.Tensor
 

@@ -12,7 +12,8 @@ from sparsemodel.errors import MaskError
 from sparsemodel.masks.mask import Mask
 from sparsemodel.masks.probe import Loss, differentiable, scalar_loss
 
-Entries = tuple[torch.Tensor, torch.Tensor]
+TensorEntries = tuple[torch.Tensor, torch.Tensor]
+"""Single weights of a layer: flat positions (int64) and values (float32), both [k]."""
 
 
 class TopKBuffer:
@@ -72,7 +73,7 @@ class TopKBuffer:
         order = by_index[by_magnitude[: self._k]]
         self._indices, self._values = indices[order], values[order]
 
-    def entries(self) -> Entries:
+    def entries(self) -> TensorEntries:
         """The entries kept: indices (int64, ascending) and values (float32), on the CPU."""
         order = torch.argsort(self._indices)
         return self._indices[order].cpu(), self._values[order].cpu()
@@ -80,7 +81,7 @@ class TopKBuffer:
 
 def topk_pruned_gradients(
     model: nn.Module, mask: Mask, counts: Mapping[str, int], loss: Loss, *, tile: int = 65536
-) -> dict[str, Entries]:
+) -> dict[str, TensorEntries]:
     """The largest gradients, by magnitude, at the pruned weights of some layers.
 
     Only the layers in `counts` are differentiated, and each layer's dense gradient is read tile
@@ -145,7 +146,7 @@ def grown_positions(
     name: str,
     numel: int,
     active: Callable[[torch.Tensor], torch.Tensor],
-    candidates: Entries,
+    candidates: TensorEntries,
     count: int,
 ) -> torch.Tensor:
     """Flat indices of the `count` best candidates that are not zero, best first.

@@ -12,7 +12,7 @@ from torch import nn
 from sparsemodel.errors import PlanError, SparseModelError
 from sparsemodel.kernels.cpu.plan_abi import Sgd
 from sparsemodel.layers.growth import counted_layers
-from sparsemodel.masks.adjust import Entries
+from sparsemodel.masks.adjust import TensorEntries
 from sparsemodel.optim import SparseSGD
 from sparsemodel.plans.arrays import BoundLayer, BoundModule, BoundNorm
 from sparsemodel.plans.program import traced_program
@@ -144,7 +144,7 @@ class TrainingPlan:
 
     def topk_pruned_gradients(
         self, counts: Mapping[str, int], images: Tensor, labels: Tensor
-    ) -> dict[str, Entries]:
+    ) -> dict[str, TensorEntries]:
         """The largest gradients, by magnitude, at pruned weights, of a batch in training mode.
 
         As `grow.topk_pruned_gradients` of the mean cross-entropy, without its memory: what is

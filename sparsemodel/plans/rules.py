@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from sparsemodel.errors import PlanError
-from sparsemodel.kernels import pool
+from sparsemodel.kernels import pooling
 from sparsemodel.kernels.cpu.library import PoolGeometry
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.layers.linear_and_conv import SparseConv2d, SparseLinear
@@ -401,9 +401,9 @@ _RULES: dict[_Rule, tuple[Any, ...]] = {
     Translator.call_add: (operator.add, operator.iadd, torch.add, "add", "add_"),
     Translator.call_flatten: (torch.flatten, "flatten"),
     Translator.call_reshape: (torch.reshape, "reshape", "view"),
-    Translator.call_max_pool: (functional.max_pool2d, torch.max_pool2d, pool.max_pool2d),
-    Translator.call_avg_pool: (functional.avg_pool2d, pool.avg_pool2d),
-    Translator.call_adaptive_pool: (functional.adaptive_avg_pool2d, pool.adaptive_avg_pool2d),
+    Translator.call_max_pool: (functional.max_pool2d, torch.max_pool2d, pooling.max_pool2d),
+    Translator.call_avg_pool: (functional.avg_pool2d, pooling.avg_pool2d),
+    Translator.call_adaptive_pool: (functional.adaptive_avg_pool2d, pooling.adaptive_avg_pool2d),
     Translator.call_mean: (torch.mean, "mean"),
     Translator.call_size: ("size", getattr),
     Translator.call_getitem: (operator.getitem,),

@@ -12,7 +12,7 @@ from sparsemodel.errors import PlanError
 from sparsemodel.kernels.cpu import library as cpu
 from sparsemodel.layers.growth import topk_pruned_gradients
 from sparsemodel.layers.sparsify import sparse_layers
-from sparsemodel.masks.adjust import Entries
+from sparsemodel.masks.adjust import TensorEntries
 from sparsemodel.optim import SparseSGD
 from sparsemodel.plans.plan import TrainingPlan
 
@@ -85,7 +85,7 @@ class Stepper:
 
     def growth(
         self, counts: Mapping[str, int], images: Tensor, labels: Tensor
-    ) -> dict[str, Entries]:
+    ) -> dict[str, TensorEntries]:
         """The largest gradients at pruned weights (`layers.growth.topk_pruned_gradients`)."""
         plan = self.plan(images.shape[1:])
         if plan is not None and len(images) <= plan.batch_size:

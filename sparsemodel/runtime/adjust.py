@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 from sparsemodel.errors import DensityError, MaskError
 from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.positions import find
-from sparsemodel.runtime.state import Array, SparseState
-
-Entries = tuple[NDArray[np.int64], NDArray[np.float32]]
+from sparsemodel.runtime.state import Array, Entries, LayerEntries, SparseState
 
 
 def prune_and_grow(
-    state: SparseState, candidates: Mapping[str, Entries], counts: Mapping[str, int]
+    state: SparseState, candidates: Entries, counts: Mapping[str, int]
 ) -> SparseState:
     """Exchange the smallest active weights for the pruned weights of largest gradient.
 
@@ -165,7 +163,7 @@ def largest(scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.bool_]:
 
 
 def _checked(
-    name: str, pattern: Pattern, positions: NDArray[np.int64], entries: Entries
+    name: str, pattern: Pattern, positions: NDArray[np.int64], entries: LayerEntries
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Flat indices of the candidates that are not zero, ascending, and their magnitudes."""
     indices, gradients = entries

@@ -25,8 +25,8 @@ from sparsemodel.runtime.arrays import Array
 from sparsemodel.runtime.program import Node, Program
 from sparsemodel.runtime.program_shapes import planes
 from sparsemodel.runtime.program_text import MAX_SIZE
+from sparsemodel.runtime.state import LayerEntries
 
-Entries = tuple[NDArray[np.int64], NDArray[np.float32]]
 Normalization = tuple[Sequence[float], Sequence[float]]
 
 _NATIVE_NAMES = {"max_pool": "maxpool", "avg_pool": "avgpool", "global_pool": "global_avgpool"}
@@ -213,7 +213,7 @@ class BoundProgram:
 
     def growth(
         self, counts: Mapping[str, int], images: Array, labels: Array, *, threads: int = 1
-    ) -> dict[str, Entries]:
+    ) -> dict[str, LayerEntries]:
         """The largest gradients of the mean loss at pruned weights, of a batch in training mode.
 
         Args:
@@ -230,7 +230,7 @@ class BoundProgram:
             SparseModelError: as in `train`.
         """
         images, labels = self._checked_batch(images, labels)
-        found: dict[str, Entries] = {}
+        found: dict[str, LayerEntries] = {}
         asked: dict[str, TopK] = {}
         for name, count in counts.items():
             node, pruned = self._pruned.get(name, (-1, 0))

@@ -14,8 +14,10 @@ from sparsemodel.runtime.pattern import Pattern, Patterns, Shape
 Array = NDArray[Any]
 Tensors = Mapping[str, Array]
 """Name -> float32 array, each tensor whole."""
-Entries = Mapping[str, tuple[NDArray[np.int64], NDArray[np.float32]]]
-"""Layer -> (flat positions, ascending; values), both [k]: single weights of a layer."""
+LayerEntries = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""Single weights of a layer: flat positions, ascending, and values, both [k]."""
+Entries = Mapping[str, LayerEntries]
+"""Single weights of some layers, by the layer's name."""
 
 
 @dataclass(frozen=True, eq=False)

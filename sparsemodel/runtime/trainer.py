@@ -13,7 +13,6 @@ from sparsemodel.kernels.cpu.plan_abi import Sgd
 from sparsemodel.runtime.arrays import Array, NamedArrays
 from sparsemodel.runtime.bound import (
     BoundProgram,
-    Entries,
     LayerArrays,
     Normalization,
     OperationSeconds,
@@ -22,7 +21,7 @@ from sparsemodel.runtime.bound import (
 )
 from sparsemodel.runtime.pattern import Patterns, Shape
 from sparsemodel.runtime.program import Program
-from sparsemodel.runtime.state import SparseState
+from sparsemodel.runtime.state import LayerEntries, SparseState
 from sparsemodel.runtime.structures import (
     Structure,
     check_pattern,
@@ -176,7 +175,7 @@ class Trainer:
 
     def growth(
         self, counts: Mapping[str, int], images: Array, labels: NDArray[np.int64]
-    ) -> dict[str, Entries]:
+    ) -> dict[str, LayerEntries]:
         """The largest gradients, by magnitude, at pruned weights, of a batch in training mode.
 
         Args:

@@ -5,7 +5,7 @@
 
 #include "conv.h"
 #include "direct.h"
-#include "pool.h"
+#include "workers.h"
 
 namespace spc {
 namespace {

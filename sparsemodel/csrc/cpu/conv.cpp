@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "direct.h"
-#include "pool.h"
+#include "workers.h"
 
 namespace spc {
 

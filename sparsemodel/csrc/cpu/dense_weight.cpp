@@ -5,7 +5,7 @@
 #include "blocks.h"
 #include "guard.h"
 #include "kernels.h"
-#include "pool.h"
+#include "workers.h"
 
 namespace spc {
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "pool.h"
+#include "workers.h"
 
 namespace spc {
 namespace {

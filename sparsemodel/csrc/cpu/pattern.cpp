@@ -5,7 +5,7 @@
 
 #include "conv.h"
 #include "errors.h"
-#include "pool.h"
+#include "workers.h"
 
 namespace spc {
 namespace {

@@ -2,7 +2,7 @@
 #include <cstring>
 
 #include "plan.h"
-#include "pool.h"
+#include "workers.h"
 
 namespace spc {
 namespace {

@@ -2,7 +2,7 @@
 #include <cmath>
 
 #include "plan.h"
-#include "pool.h"
+#include "workers.h"
 
 namespace spc {
 

@@ -5,7 +5,7 @@
 
 #include "kernels.h"
 #include "plan.h"
-#include "pool.h"
+#include "workers.h"
 
 namespace spc {
 namespace {

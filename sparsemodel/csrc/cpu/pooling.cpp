@@ -4,7 +4,7 @@
 
 #include "guard.h"
 #include "kernels.h"
-#include "pool.h"
+#include "workers.h"
 
 namespace spc {
 namespace {

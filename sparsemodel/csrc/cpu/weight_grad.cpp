@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "conv.h"
-#include "pool.h"
+#include "workers.h"
 
 namespace spc {
 namespace {

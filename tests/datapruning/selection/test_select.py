@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from datapruning.errors import SelectionError
-from datapruning.selection.policies import POLICIES, Pool, group_budgets
+from datapruning.selection.policies import POLICIES, Scored, group_budgets
 from datapruning.selection.select import fresh_random, select
 from datapruning.selection.table import ScoreTable
 
@@ -309,13 +309,13 @@ def test_auto_says_what_it_took() -> None:
 
 
 def test_a_policy_of_ones_own_is_checked() -> None:
-    def every_other(pool: Pool, count: int, _: torch.Generator) -> Tensor:
+    def every_other(scored: Scored, count: int, _: torch.Generator) -> Tensor:
         return torch.arange(0, 2 * count, 2)
 
     subset = select(table(list(range(10))), keep=3, policy=every_other)
     assert (subset.ids.tolist(), subset.policy) == ([0, 2, 4], "every_other")
 
-    def short(pool: Pool, count: int, _: torch.Generator) -> Tensor:
+    def short(scored: Scored, count: int, _: torch.Generator) -> Tensor:
         return torch.zeros(count, dtype=torch.int64)
 
     with pytest.raises(

@@ -12,7 +12,7 @@ from torch.nn import functional
 from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.layers import growth as grow
 from sparsemodel.layers.sparsify import sparse_layers, sparsify
-from sparsemodel.masks.adjust import Entries
+from sparsemodel.masks.adjust import TensorEntries
 from sparsemodel.masks.mask import Mask
 from sparsemodel.optim import SparseSGD
 from sparsemodel.plans.plan import TrainingPlan
@@ -43,7 +43,7 @@ def dense_gradients(
 
 
 def assert_largest(
-    found: dict[str, Entries],
+    found: dict[str, TensorEntries],
     gradients: dict[str, torch.Tensor],
     mask: Mask,
     counts: dict[str, int],

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from sparsemodel.errors import DensityError, MaskError
 from sparsemodel.masks.mask import Mask
-from sparsemodel.runtime.adjust import Entries, carry, largest, prune_and_grow, select_largest
+from sparsemodel.runtime.adjust import carry, largest, prune_and_grow, select_largest
 from sparsemodel.runtime.pattern import Pattern, Patterns
-from sparsemodel.runtime.state import SparseState
+from sparsemodel.runtime.state import LayerEntries, SparseState
 
 BIAS = np.ones(2, dtype=np.float32)
 
@@ -32,7 +32,7 @@ def active_of(state: SparseState) -> dict[int, float]:
     return dict(zip(positions, state.values["a"].tolist(), strict=True))
 
 
-def entries(indices: list[int], values: list[float]) -> Entries:
+def entries(indices: list[int], values: list[float]) -> LayerEntries:
     return np.array(indices, dtype=np.int64), np.array(values, dtype=np.float32)
 
 

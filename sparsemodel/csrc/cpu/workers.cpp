@@ -1,4 +1,4 @@
-#include "pool.h"
+#include "workers.h"
 
 #include <dlfcn.h>
 #include <pthread.h>
