@@ -29,7 +29,10 @@ def test_imports_go_one_way() -> None:
         ("fedprune", "torch flwr ray datasets sklearn torchvision matplotlib"),
         ("fedprune.config", "torch flwr ray datasets sklearn torchvision matplotlib"),
         ("fedprune.cli", "torch flwr ray datasets sklearn torchvision matplotlib"),
-        ("fedprune.rounds.loop", "flwr ray datasets sklearn torchvision matplotlib"),
+        ("fedprune.methods", "torch flwr ray datasets sklearn torchvision matplotlib"),
+        ("fedprune.rounds.loop", "torch flwr ray datasets sklearn torchvision matplotlib"),
+        ("fedprune.flower.client", "torch ray datasets sklearn torchvision matplotlib"),
+        ("fedprune.flower.server", "torch ray datasets sklearn torchvision matplotlib"),
     ],
 )
 def test_import_is_light(module: str, heavy: str) -> None:

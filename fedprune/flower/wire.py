@@ -434,7 +434,7 @@ def encode_reply(reply: Reply, request: Request, *, dtype: str) -> RecordDict:
     if reply.fields:
         header["f"] = dict(reply.fields)
     if reply.resources is not None:
-        header["u"] = [reply.resources.state_bytes, reply.resources.peak_rss_bytes]
+        header["u"] = _resources_text(reply.resources)
     return build_record(header, frames)
 
 
@@ -478,18 +478,29 @@ def decode_reply(record: RecordDict, request: Request, *, shapes: Shapes) -> Rep
         if patterns is None:
             raise ClientError(f"entries of {name!r}, which is dense")
         entries[name] = decode_entries(_frame(frames, f"e{place}"), patterns=patterns)
-    resources = None
-    if "u" in header:
-        held = dict(enumerate(_field(header, "u", list)))
-        resources = Resources(*(_count({"u": held.get(place)}, "u") for place in range(2)))
     return Reply(
         num_examples=_count(header, "n"),
         fields=_field(header, "f", dict, {}),
         states=states,
         entries=entries,
         tensors=_decode_tensors(header, frames, shapes),
-        resources=resources,
+        resources=_resources(_field(header, "u", str)) if "u" in header else None,
     )
+
+
+# As wide whatever they say, so that the bytes of a run do not depend on what a machine held.
+_RESOURCE_DIGITS = 14
+
+
+def _resources_text(resources: Resources) -> str:
+    held = (resources.state_bytes, resources.peak_rss_bytes)
+    return "".join(f"{size:0{_RESOURCE_DIGITS}x}" for size in held)
+
+
+def _resources(text: str) -> Resources:
+    if len(text) != 2 * _RESOURCE_DIGITS or not set(text) <= set("0123456789abcdef"):
+        raise ClientError(f"field 'u': expected two numbers of fixed width, got {text!r:.60}")
+    return Resources(int(text[:_RESOURCE_DIGITS], 16), int(text[_RESOURCE_DIGITS:], 16))
 
 
 def _asked(request: Request, name: str) -> SparseState:

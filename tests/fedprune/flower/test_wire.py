@@ -651,6 +651,25 @@ def test_numbers_beyond_those_of_floats_are_refused(text: str) -> None:
         number(reply.fields, "loss")
 
 
+def test_what_a_client_holds_is_said_in_as_many_bytes_whatever_it_is() -> None:
+    """Otherwise the bytes of a run would differ from one engine, or machine, to another."""
+    request, sizes = Request("train"), set()
+    for held in (Resources(0, 9), Resources(999_999_999, 10**9), Resources(2**53, 2**53)):
+        record = wire.encode_reply(Reply(1, resources=held), request, dtype="fp32")
+        assert wire.decode_reply(record, request, shapes={}).resources == held
+        sizes.add(wire.record_bytes(record))
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0" * 27, "0" * 29, "-" + "0" * 27, " " * 28, "0_0" * 9 + "0"]
+)
+def test_a_damaged_account_of_memory_is_refused(text: str) -> None:
+    record = wire.build_record({"n": 1, "u": text}, {})
+    with pytest.raises(ClientError, match="two numbers of fixed width"):
+        wire.decode_reply(record, Request("train"), shapes={})
+
+
 def test_numbers_that_are_not_finite_do_not_leave_a_client() -> None:
     """Training has diverged; Flower would report no more than that the client has failed."""
     reply = Reply(1, {"loss": float("nan")})
