@@ -56,10 +56,10 @@ class Local:
         """A seed of this client in this run for one use."""
         return stream_seed(stream, self.config.seed, *parts, self.client)
 
-    def resources(self, model: LocalModel, request: Request) -> Resources:
+    def resources(self, model_bytes: int, request: Request) -> Resources:
         """What this process holds: of the model, of the question's states, and of messages."""
         states = sum(sum(v.nbytes for v in s.values.values()) for s in request.states.values())
-        return Resources(model.held_bytes() + states + self.message_bytes, peak_rss_bytes())
+        return Resources(model_bytes + states + self.message_bytes, peak_rss_bytes())
 
 
 def open_data(config: RunConfig, client: int, *, private: str = "", setup: str = "") -> ClientData:

@@ -52,7 +52,7 @@ def train(request: Request, local: Local, *, correction: Correction | None = Non
         augmented=local.config.data.augment,
         correction=correction,
     )
-    state = model.state()
+    state, held = model.state(), model.held_bytes()  # before growth, which frees gradients
     entries = {}
     if counts := growth_counts(request):
         rows = growth_rows(local, request.round_index)
@@ -63,7 +63,7 @@ def train(request: Request, local: Local, *, correction: Correction | None = Non
         fields={"loss": loss},
         states={MODEL: state},
         entries=entries,
-        resources=local.resources(model, request) if request.report_resources else None,
+        resources=local.resources(held, request) if request.report_resources else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -175,6 +176,18 @@ def test_the_answer_says_what_was_held_when_asked() -> None:
     assert held.peak_rss_bytes > 2**20
 
 
+def test_the_answer_says_what_training_held_whatever_follows() -> None:
+    """Growth frees the gradients; the account is that of the training before it."""
+    state = state_of(narrow(), random_mask(0.5))
+    held = []
+    for growth in ({}, {"fc.weight": 5}):
+        request = dataclasses.replace(asked(state, **growth), report_resources=True)
+        reply = answer(20, request=request)
+        assert reply.resources is not None
+        held.append(reply.resources.state_bytes)
+    assert held[0] == held[1]
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_samples_are_refused(count: int) -> None:
     with pytest.raises(ClientError, match="at least 2"):
@@ -241,7 +254,10 @@ def test_executions_hold_what_they_say() -> None:
     """12 bytes a weight when dense; masked: weights whole, the rest by density, 4 for an index;
     sparse: 12 + 12 for indices, all by density. Stem, norms and biases are dense in all."""
     mask = random_mask(0.1)
-    held = {kind: executed(kind, mask)[0].held_bytes() for kind in ("dense", "masked", "sparse")}
+    held = {
+        kind: trained(mask=mask, execution=kind)[0].held_bytes()
+        for kind in ("dense", "masked", "sparse")
+    }
     parameters = sum(p.numel() for p in narrow().parameters())
     rest = parameters - mask.num_weights
     assert held["dense"] == 12 * parameters
