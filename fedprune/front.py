@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedprune.config import RunConfig
+from fedprune.config import RunConfig, read_toml
 from fedprune.errors import ConfigError
-from fedprune.given import is_given, name_dataset, name_model
+from fedprune.given import continue_as, is_given, name_dataset, name_model
+from fedprune.methods import is_given as is_given_method
 from fedprune.methods import method_name
 from fedprune.methods.base import Method
 
@@ -108,7 +109,7 @@ def run(
         ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
             what to do. A folder in which nothing was computed is removed again.
     """
-    from fedprune.rounds.folder import default_folder  # noqa: PLC0415
+    from fedprune.rounds.folder import CONFIG, default_folder  # noqa: PLC0415
     from fedprune.rounds.run import run as run_config  # noqa: PLC0415
 
     values: dict[str, Any] = dict(config.flat()) if config is not None else {}
@@ -119,18 +120,29 @@ def run(
             values |= {f"method.{key}": value for key, value in method.settings().items()}
     named = {
         "model.name": None if model is None else name_model(model),
-        "data.dataset": None if data is None else name_dataset(data, seed=seed or 0),
         "training.rounds": rounds,
         "data.clients": clients,
         "seed": seed,
     }
     values |= {key: value for key, value in named.items() if value is not None}
     made = RunConfig.parse({**values, **(settings or {})})
-    if engine == "flower" and (is_given(made.model_name) or is_given(made.data.dataset)):
+    if data is not None:
+        dataset = name_dataset(data, seed=made.seed)
+        made = replace(made, data=replace(made.data, dataset=dataset))
+    if is_given(made.data.dataset) and (made.data.num_train or made.data.num_test):
         raise ConfigError(
-            "the flower engine runs in other processes, which do not have this network or data "
-            "set: give a name, module:function or a folder, or use engine='inline'"
+            "data.num_train and data.num_test are for data sets by name; cut these data yourself"
+        )
+    known_here = is_given(made.model_name) or is_given(made.data.dataset)
+    if engine == "flower" and (known_here or is_given_method(method_name(made.method))):
+        raise ConfigError(
+            "the flower engine runs in other processes, which do not have this network, data set "
+            "or method: give a name, module:function, module:Class or a folder, or use "
+            "engine='inline'"
         )
     path = Path(folder) if folder is not None else default_folder(made, resume=resume)
+    if resume and (path / CONFIG).exists():
+        stored = str(read_toml(path / CONFIG).get("model.name", ""))
+        made = replace(made, model=replace(made.model, name=continue_as(made.model.name, stored)))
     summary = run_config(made, path, engine=engine, resume=resume, progress=progress)
     return Result(path, summary)

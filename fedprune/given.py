@@ -1,7 +1,9 @@
 """Networks and data sets that a caller of this process has given, by the names they got.
 
 A configuration holds names alone. Functions that can be imported keep "module:function", which
-works everywhere; other objects are known in this process only.
+works everywhere; other objects are known in this process only. Networks and data are named by
+their content, so that a run can be continued with equal ones; other functions by what they are
+called.
 """
 
 from __future__ import annotations
@@ -30,7 +32,21 @@ def name_model(model: str | nn.Module | Callable[..., nn.Module]) -> str:
     path = getattr(model, "__qualname__", type(model).__qualname__)
     if getattr(sys.modules.get(module), path, None) is model and module != "__main__":
         return f"{module}:{path}"
-    return _enter(_models, path, model)
+    name = f"{path}@{_content(model)}" if hasattr(model, "state_dict") else path
+    if type(_models.get(name)) is type(model) and name != path:
+        _models[name] = model  # the other may have been trained since
+    return _enter(_models, name, model)
+
+
+def continue_as(name: str, stored: str) -> str:
+    """The name of a given function in a run that is continued, where it is called `stored`.
+
+    The same function, defined again, is another object, and would have a number of its own.
+    """
+    if name not in _models or stored.partition("#")[0] != name.partition("#")[0]:
+        return name
+    _models[stored] = _models[name]
+    return stored
 
 
 def given_model(name: str) -> Any:
@@ -52,7 +68,11 @@ def name_dataset(data: Any, *, seed: int = 0) -> str:
     if isinstance(data, str | Path):
         return str(data)
     found = _image_set(data, seed)
-    return _enter(_datasets, f"{found.name}@{found.fingerprint}", found)
+    name = f"{found.name}@{found.fingerprint}"
+    for known, other in _datasets.items():
+        if known.partition("#")[0] == name and _are_same(found, other):
+            return known
+    return _enter(_datasets, name, found)
 
 
 def given_dataset(name: str) -> ImageSet | None:
@@ -75,6 +95,23 @@ def _enter(table: dict[str, Any], name: str, value: Any) -> str:
     return free
 
 
+def _are_same(one: ImageSet, other: ImageSet) -> bool:
+    """Whether two data sets of one fingerprint are the same in the rest, too."""
+    groups = [None if s.train_groups is None else s.train_groups.tolist() for s in (one, other)]
+    return one.num_classes == other.num_classes and groups[0] == groups[1]
+
+
+def _content(model: Any) -> str:
+    """16 hexadecimal digits of a network's modules and weights."""
+    import hashlib  # noqa: PLC0415
+
+    from prunelab.data.datasets import fingerprint  # noqa: PLC0415
+
+    sha = hashlib.sha256(repr(model).encode())
+    sha.update(fingerprint(*model.state_dict().values()).encode())
+    return sha.hexdigest()[:16]
+
+
 def _image_set(data: Any, seed: int) -> ImageSet:
     import numpy as np  # noqa: PLC0415
     import torch  # noqa: PLC0415
@@ -91,7 +128,10 @@ def _image_set(data: Any, seed: int) -> ImageSet:
     def side(part: Any) -> tuple[torch.Tensor, torch.Tensor]:
         samples = as_samples(part)
         if not isinstance(samples, ImageSamples) or samples.images.dim() != 4:
-            raise DataError("clients train on images [N, C, H, W] with a label each")
+            raise DataError(
+                "clients train on images [N, C, H, W], [N, H, W, C] or [N, H, W] with a label each;"
+                " give vectors [N, D] as images [N, 1, 1, D]"
+            )
         return samples.images, samples.labels
 
     if isinstance(data, Mapping):
@@ -110,12 +150,29 @@ def _image_set(data: Any, seed: int) -> ImageSet:
         chosen = torch.from_numpy(held)
         train_side = images[~chosen], labels[~chosen]
         test_side = images[chosen], labels[chosen]
+    (train_images, train_labels), (test_images, test_labels) = train_side, test_side
+    kinds = [f"{side.dtype} {tuple(side.shape[1:])}" for side in (train_images, test_images)]
+    if kinds[0] != kinds[1]:
+        raise DataError(
+            f"training images are {kinds[0]}, test images {kinds[1]}; give both sides alike"
+        )
+    num_classes = 1 + int(train_labels.max())
+    if int(test_labels.max()) >= num_classes:
+        raise DataError(
+            f"test label {int(test_labels.max())} lies outside 0 ... {num_classes - 1}, the "
+            "training side's classes"
+        )
+    if num_classes > len(train_labels):
+        raise DataError(
+            f"the labels reach {num_classes - 1}, and {len(train_labels)} training samples cannot "
+            "have so many classes; number the classes 0, 1, 2 and so on"
+        )
     return ImageSet(
         name="given",
         train_images=train_side[0],
         train_labels=train_side[1],
         test_images=test_side[0],
         test_labels=test_side[1],
-        num_classes=1 + int(max(train_side[1].max(), test_side[1].max())),
+        num_classes=num_classes,
         fingerprint=fingerprint(*train_side, *test_side),
     )

@@ -9,13 +9,10 @@ Convolutional residual networks after He et al., Deep Residual Learning for Imag
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from torch import nn
 from torch.nn import functional, init
 
 from prunelab.errors import ModelError
+from prunelab.runs.imported import imported
 from sparsemodel.masks.mask import prunable_parameters
 
 InputShape = tuple[int, int, int]
@@ -243,20 +241,10 @@ def _named(
 
 def _imported(name: str) -> Callable[..., Any]:
     """The function that "module:function" names."""
-    module, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, ValueError) as error:
-        raise ModelError(
-            f"model {name!r}: cannot import {module!r} ({error}); it is looked for in {here} and "
-            "among what is installed"
-        ) from error
-    except AttributeError:
-        raise ModelError(f"model {name!r}: {module!r} has no {attribute!r}") from None
-    finally:
-        sys.path.remove(here)
+        found = imported(name)
+    except ImportError as error:
+        raise ModelError(f"model {name!r}: {error}") from error
     if not callable(found):
         raise ModelError(f"model {name!r} is a {type(found).__name__}, expected a function")
     function: Callable[..., Any] = found
@@ -405,9 +393,11 @@ def narrow_width(name: str, *, num_classes: int, input_shape: InputShape, max_by
     Raises:
         ModelError: the model's width is fixed, or even width 1 needs more.
     """
-    check_model(name)
     if name not in ADJUSTABLE_WIDTH:
-        raise ModelError(f"{name} has a fixed width; use one of {', '.join(ADJUSTABLE_WIDTH)}")
+        raise ModelError(
+            f"a narrower network is asked for, and {name} has a fixed width; use one of "
+            f"{', '.join(ADJUSTABLE_WIDTH)}"
+        )
 
     def size(width: int) -> int:
         with torch.device("meta"):  # shapes alone: the dense net may be far larger

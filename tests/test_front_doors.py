@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import datapruning
+import fedprune
 import sparsemodel
 from datapruning.scores.error import el2n
 from datapruning.scoring.methods import METHODS
@@ -128,6 +130,28 @@ def test_datapruning(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(hardest.tolist()) == kept.ids.tolist()
     assert datapruning.evaluate(student, digits()).accuracy > 0.5
     assert not student.training
+
+
+def test_fedprune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's lines on a torch data set, but for few rounds of two clients."""
+    monkeypatch.chdir(tmp_path)
+    plain = fedprune.run
+
+    def short(**arguments: Any) -> fedprune.Result:
+        assert arguments.pop("rounds") == 20
+        method = dataclasses.replace(arguments.pop("method"), density=0.2)  # of a tiny network
+        return plain(**arguments, method=method, rounds=2, clients=2)
+
+    monkeypatch.setattr(fedprune, "run", short)
+    names: dict[str, Any] = {"make_net": make_net, "dataset": Pictures()}
+    exec(readme_lines("fedprune"), names)
+    result = names["result"]
+    assert isinstance(result.model[3], sparsemodel.SparseConv2d)
+    assert result.model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert result.summary["rounds"] == 2
+    assert result.report.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert [line["round"] for line in result.metrics if "round" in line] == [1, 2]
+    assert result.state.patterns.density == pytest.approx(0.2, rel=0.05)
 
 
 DRESSES: dict[str, Callable[[], Any]] = {
@@ -301,7 +325,7 @@ def test_data_that_are_none_are_named(data: Any, message: str) -> None:
         as_samples(data)
 
 
-@pytest.mark.parametrize("package", ["sparsemodel", "datapruning"])
+@pytest.mark.parametrize("package", ["sparsemodel", "datapruning", "fedprune"])
 def test_names_are_shown_and_imported_when_used(package: str) -> None:
     code = (
         f"import sys, {package} as p\n"

@@ -168,6 +168,10 @@ def private_environment(home: Path, *, commands: Path) -> dict[str, str]:
     direct = ",".join(filter(None, [own, "127.0.0.1", "localhost"]))
     return {
         **os.environ,
+        # What the user names as "module:function" lies in the folder that the run is started in.
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+        ),
         # The processes of a run talk to each other past any proxy of the user's.
         "no_proxy": direct,
         "NO_PROXY": direct,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from operator import attrgetter
-
 from fedprune.errors import ConfigError
 from fedprune.methods.base import Method
 from fedprune.methods.fedprox import FedProx
@@ -12,6 +9,7 @@ from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSe
 from fedprune.methods.magnitude import Magnitude
 from fedprune.methods.small_dense import SmallDense
 from fedprune.methods.ssfl import SSFL
+from prunelab.runs.imported import imported
 
 _ALL: tuple[type[Method], ...] = (
     Method,
@@ -40,25 +38,57 @@ def method_class(name: str) -> type[Method]:
         return METHODS[name]
     if name in _given:
         return _given[name]
-    module, colon, path = name.partition(":")
-    found: object = None
-    if colon:
-        try:
-            found = attrgetter(path)(import_module(module))
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"method {name!r} cannot be imported: {error}") from None
-    if not (isinstance(found, type) and issubclass(found, Method)):
+    if ":" not in name:
         raise ConfigError(
             f"unknown method {name!r}; known methods: {', '.join(METHODS)}; or give module:Class"
         )
-    return found
+    try:
+        found = imported(name)
+    except ImportError as error:
+        raise ConfigError(f"method {name!r} cannot be imported: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ConfigError(f"method {name!r} is no class derived from fedprune.Method")
+    return _checked(found)
+
+
+def is_given(name: str) -> bool:
+    """Whether the class of that name is known in this process alone."""
+    module, _, path = name.partition(":")
+    return name in _given and (module == "__main__" or "<locals>" in path)
 
 
 def method_name(method: Method) -> str:
-    """The name by which `method_class` finds a method's class, in this process at least."""
-    kind = type(method)
+    """The name by which `method_class` finds a method's class, in this process at least.
+
+    Raises:
+        ConfigError: it is no method.
+    """
+    if not isinstance(method, Method):
+        what = (
+            f"the class {method.__name__}: call it" if isinstance(method, type) else f"{method!r}"
+        )
+        raise ConfigError(
+            "method: expected a name, or an object such as fedprune.FedTiny(density=0.05); "
+            f"got {what}"
+        )
+    kind = _checked(type(method))
     if METHODS.get(kind.name) is kind:
         return kind.name
     name = f"{kind.__module__}:{kind.__qualname__}"
     _given[name] = kind
     return name
+
+
+def _checked(kind: type[Method]) -> type[Method]:
+    """A method's class, once it is known that its settings are fields and its name its own."""
+    if "__dataclass_params__" not in vars(kind):
+        raise ConfigError(
+            f"method {kind.__qualname__}: its settings are no fields yet; write "
+            "@dataclass(frozen=True) above the class"
+        )
+    if METHODS.get(kind.name, kind) is not kind:
+        raise ConfigError(
+            f"method {kind.__qualname__} is called {kind.name!r}, as one that there is; give it "
+            'a name: ClassVar[str] = "..." of its own'
+        )
+    return kind

@@ -240,10 +240,19 @@ def sample_clients(setup: Setup, clients: list[int], round_index: int) -> list[i
 
 
 def _resumed(setup: Setup, folder: RunFolder) -> RunState | None:
-    """The state of the last checkpoint, which keeps names sorted, in the order of messages."""
+    """The state of the last checkpoint, which keeps names sorted, in the order of messages.
+
+    Raises:
+        RunError: it is of another network.
+    """
     state = folder.state
     if state is None:
         return None
+    if state.model.shapes() != setup.shapes:
+        raise RunError(
+            f"the checkpoint in {folder.path} is of another network than {setup.config.model_name}:"
+            " continue with the network that the run began with, or use another folder"
+        )
     return replace(state, model=state.model.ordered(setup.shapes))
 
 

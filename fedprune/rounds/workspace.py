@@ -10,13 +10,14 @@ import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from fedprune.config import RunConfig
 from fedprune.errors import ConfigError
-from fedprune.given import given_dataset
+from fedprune.given import given_dataset, given_model
 from fedprune.local.network import TorchNetwork
 from fedprune.local.partition import partition, split_server_set
 from fedprune.local.shares import write_shares
@@ -27,6 +28,7 @@ from fedprune.rounds.setup import NETWORK, START, TEST, TRAIN
 from prunelab.data.batches import Integers
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.data.store import write_store
+from prunelab.errors import ModelError
 from prunelab.networks import (
     GRANULARITIES,
     check_model,
@@ -37,6 +39,7 @@ from prunelab.networks import (
 from prunelab.runs.seeds import stream_seed
 from sparsemodel.errors import PlanError
 from sparsemodel.masks.mask import prunable_parameters
+from sparsemodel.masks.probe import probing
 from sparsemodel.plans.program import program_of
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.cost import layer_macs, model_bytes
@@ -76,8 +79,13 @@ class Workspace:
         return self.torch.shapes
 
     def lay_out(self, folder: Path, *, with_start: bool) -> None:
-        """Leave a Setup in `folder`, which is made; its last file is there when all is."""
+        """Leave a Setup in `folder`, which is made; its last file is there when all is.
+
+        Raises:
+            ModelError: the network does not fit the data.
+        """
         dataset, skeleton = self.dataset, self.torch.skeleton
+        check_fits(skeleton, dataset)
         folder.mkdir(parents=True, exist_ok=True)
         write_shares(
             folder / TRAIN,
@@ -150,16 +158,22 @@ class Workspace:
             return "", str(error)
 
 
-@lru_cache(maxsize=1)
 def open_workspace(config: RunConfig) -> Workspace:
     """Load the data and work out every part; cached for the process.
 
     Raises:
         ConfigError, DataError, ModelError: a name is unknown, or the data do not allow it.
     """
-    check_model(config.model_name)
+    # What was given is part of the key: a function that was defined again keeps its name.
+    return _opened(config, given_model(config.model_name), given_dataset(config.data.dataset))
+
+
+@lru_cache(maxsize=1)
+def _opened(config: RunConfig, model: Any, given: ImageSet | None) -> Workspace:
+    if isinstance(model, str):
+        check_model(model)
     data = config.data
-    dataset = given_dataset(data.dataset) or load_dataset(
+    dataset = given or load_dataset(
         data.dataset,
         num_train=data.num_train or None,
         num_test=data.num_test or None,
@@ -187,6 +201,26 @@ def open_workspace(config: RunConfig) -> Workspace:
         server_indices=server,
         shares=[rest[share] for share in shares],
     )
+
+
+def check_fits(model: nn.Module, dataset: ImageSet) -> None:
+    """Raise ModelError unless a network takes these images and tells these classes apart."""
+    size = (2, *dataset.input_shape)
+    what = f"the network does not fit images {list(size)}"
+    with probing(model), torch.no_grad():
+        model.eval()
+        try:
+            logits = model(torch.zeros(size))
+        except Exception as error:  # whatever the network's own code raises
+            raise ModelError(f"{what}: {type(error).__name__}: {error}") from error
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != 2:
+        raise ModelError(f"{what}: it gives {shape}, expected logits [2, classes]")
+    if logits.shape[1] < dataset.num_classes:
+        raise ModelError(
+            f"the network gives {logits.shape[1]} logits, and the data have {dataset.num_classes} "
+            "classes; a function that builds it may ask for num_classes"
+        )
 
 
 def compute_device(name: str) -> torch.device:

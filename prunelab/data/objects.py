@@ -154,6 +154,7 @@ def _of_arrays(images: Tensor, labels: Tensor) -> ImageSamples:
             f"labels are {labels.dtype} of shape {tuple(labels.shape)}, expected whole numbers [N]:"
             " the class of each sample, from 0 on"
         )
+    labels = labels.long()  # torch cannot compare unsigned labels
     if len(images) != len(labels) or not len(labels):
         raise DataError(
             f"{len(images)} images but {len(labels)} labels; expected one of each a sample"
@@ -180,7 +181,7 @@ def _of_arrays(images: Tensor, labels: Tensor) -> ImageSamples:
             f"images have shape {tuple(images.shape)}; expected [N, C, H, W], [N, H, W, C], "
             "[N, H, W] or vectors [N, D]"
         )
-    return ImageSamples(images, labels.long())
+    return ImageSamples(images, labels)
 
 
 def _tensor(value: Any) -> Tensor:

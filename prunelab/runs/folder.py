@@ -37,10 +37,11 @@ def prepare(path: Path, config: str) -> None:
         RunError: the folder is in use or cannot be written; nothing is changed then.
     """
     if path.exists() and not path.is_dir():
-        raise RunError(f"{path} is a file; give a folder with --out")
+        raise RunError(f"{path} is a file; give a folder")
     if (path / CONFIG).exists():
         raise RunError(
-            f"{path} already holds a run; continue it with --resume or use another --out"
+            f"{path} already holds a run; continue it with --resume or use another --out "
+            "(in Python: resume=True, or another folder)"
         )
     if path.exists() and any(path.iterdir()):
         raise RunError(f"{path} is not empty and holds no run; give an empty or new folder")
