@@ -50,6 +50,7 @@ EXAMPLES = {
     "a federated method": Example(
         "method",
         (
+            "tests/fedprune/methods/test_methods.py::test_contract_of_every_method[server-step]",
             "tests/fedprune/test_config.py::test_every_method_has_a_target_density",
             "tests/fedprune/test_config.py::test_the_settings_of_a_method_are_one_key_of_flower",
         ),

@@ -134,7 +134,10 @@ def test_a_method_of_a_script(tmp_path: Path) -> None:
         ({"method": "math:pi"}, "'math:pi' is no class derived from fedprune.Method"),
         ({"method": Plain()}, r"write @dataclass\(frozen=True\) above the class"),
         ({"method": Nameless()}, "is called 'fedavg', as one that there is"),
-        ({"method": "small-dense"}, "narrower network is asked for, and .*network has a fixed width"),
+        (
+            {"method": "small-dense"},
+            "narrower network is asked for, and .*network has a fixed width",
+        ),
         ({"model": 3}, "expected a name, a function or a network, got int"),
         ({"model": nn.Linear}, "may ask for num_classes, input_shape, seed"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(9, 3))}, "does not fit images"),

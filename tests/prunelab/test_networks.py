@@ -343,8 +343,8 @@ def test_narrow_width_refuses_what_cannot_be() -> None:
         narrow_width("resnet8", num_classes=10, input_shape=(1, 8, 8), max_bytes=1763)
     with pytest.raises(ModelError, match="fixed width; use one of resnet8, resnet20"):
         narrow_width("resnet18", num_classes=10, input_shape=CIFAR, max_bytes=10**9)
-    with pytest.raises(ModelError, match="known models"):
-        narrow_width("resnet9", num_classes=10, input_shape=CIFAR, max_bytes=10**9)
+    with pytest.raises(ModelError, match="a narrower network is asked for, and mine has a fixed"):
+        narrow_width("mine", num_classes=10, input_shape=CIFAR, max_bytes=10**9)
 
 
 def test_narrow_width_draws_nothing_and_holds_no_large_model() -> None:
