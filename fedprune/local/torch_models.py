@@ -30,6 +30,7 @@ from sparsemodel.masks import adjust
 from sparsemodel.masks.mask import Mask
 from sparsemodel.optim import MaskedSGD, SparseSGD
 from sparsemodel.plans.plan import TrainingPlan
+from sparsemodel.runtime.bound import statistics_batches
 from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.state import Array, Entries, SparseState, Tensors
 from sparsemodel.storage.meter import state_bytes
@@ -179,8 +180,9 @@ class TorchModel:
                 norm.register_forward_pre_hook(lambda _, inputs, name=name: record(name, inputs))
             )
         try:
-            for start in range(0, len(images), EVALUATION_BATCH):
-                self._module(self._inputs(images[start : start + EVALUATION_BATCH]))
+            # The batches of the runtime: each is normalised by its own statistics.
+            for part in statistics_batches(len(images), self._training.batch_size + 1):
+                self._module(self._inputs(images[part]))
         finally:
             for handle in handles:
                 handle.remove()

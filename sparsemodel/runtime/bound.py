@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +59,21 @@ class OperationSeconds:
     kind: str
     forward: float
     backward: float
+
+
+def statistics_batches(num_samples: int, batch_size: int) -> Iterator[slice]:
+    """Slices of at most `batch_size` samples; none of a single one, where that can be.
+
+    A batch norm over single values has no variance.
+
+    >>> [(part.start, part.stop) for part in statistics_batches(9, 4)]
+    [(0, 4), (4, 7), (7, 9)]
+    """
+    starts = list(range(0, num_samples, batch_size))
+    if len(starts) > 1 and num_samples - starts[-1] == 1 and batch_size > 2:
+        starts[-1] -= 1
+    for start, stop in pairwise([*starts, num_samples]):
+        yield slice(start, stop)
 
 
 class BoundProgram:
@@ -276,7 +292,7 @@ class BoundProgram:
     def statistics(self, images: Array, *, threads: int = 1) -> dict[str, NDArray[np.float32]]:
         """Mean and population variance of what each batch norm sees in training mode.
 
-        Batches of the plan's size, each normalised by its own statistics, are pooled by their
+        Batches (`statistics_batches`), each normalised by its own statistics, are pooled by their
         counts (Chan, Golub and LeVeque, 1979).
 
         Args:
@@ -296,7 +312,8 @@ class BoundProgram:
             for number, node in enumerate(self.program.nodes)
             if node.kind == "norm"
         }
-        for _, some in self._batches(images if pooled else images[:0]):
+        for part in statistics_batches(len(images) if pooled else 0, self.batch_size):
+            some = np.ascontiguousarray(images[part])
             asked = [
                 Moments(own.mean.ctypes.data, own.variance.ctypes.data, 0, number)
                 for number, own in pooled.items()
