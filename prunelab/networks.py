@@ -367,26 +367,6 @@ def float_state(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-@torch.no_grad()
-def load_float_state_(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Copy `state` into the model.
-
-    Raises:
-        ModelError: names or shapes are not those of the model; nothing is changed then.
-    """
-    own = {name: v for name, v in model.state_dict().items() if v.is_floating_point()}
-    if own.keys() != state.keys():
-        odd = sorted(own.keys() ^ state.keys())
-        raise ModelError(f"state does not fit {type(model).__name__}: names differ in {odd[:5]}")
-    for name, value in own.items():
-        if state[name].shape != value.shape:
-            raise ModelError(
-                f"{name!r}: expected shape {tuple(value.shape)}, got {tuple(state[name].shape)}"
-            )
-    for name, value in own.items():
-        value.copy_(state[name])
-
-
 def narrow_width(name: str, *, num_classes: int, input_shape: InputShape, max_bytes: int) -> int:
     """The largest width whose fp32 state (parameters, batch-norm statistics) fits `max_bytes`.
 

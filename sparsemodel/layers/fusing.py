@@ -12,6 +12,7 @@ from torch.nn import functional
 from sparsemodel.errors import SparseModelError
 from sparsemodel.kernels import pooling
 from sparsemodel.layers.norm_and_pool import FusedBatchNorm2d
+from sparsemodel.layers.norm_fusion import Fusion, find_fusions
 from sparsemodel.layers.tracing import has_hooks, is_leaf, trace_forward
 
 _RELUS = {torch.relu, torch.relu_, functional.relu, functional.relu_, "relu", "relu_"}
@@ -77,45 +78,27 @@ def _trace(model: nn.Module) -> fx.Graph | None:
 
 def _rewrite(model: nn.Module, graph: fx.Graph) -> int:
     """Fuse what can be fused; how many places were."""
-    modules = dict(model.named_modules())
     places = 0
-    for node in list(graph.nodes):
+    for node in graph.nodes:
         if node.op == "call_function" and node.target in _POOLS:
             node.target = _POOLS[node.target]
             places += 1
-        elif _is_relu(node, modules):
-            places += _fuse_relu(node, modules)
-    for node in list(graph.nodes):
-        norm = _norm_of_addition(node, modules)
-        if norm is not None:
-            _replace(node, norm, addition=node, relu=False)
-            places += 1
-    return places
+    fusions = find_fusions(graph.nodes, _View(dict(model.named_modules())))
+    for fusion in fusions:
+        _replace(fusion)
+    return places + len(fusions)
 
 
-def _fuse_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Fuse what ends in the ReLU `node`, if that is a batch norm or an addition to one."""
-    before = node.args[0] if node.args else None
-    if not isinstance(before, fx.Node) or len(before.users) != 1:
-        return False
-    if _is_norm(before, modules):
-        _replace(node, before, addition=None, relu=True)
-        return True
-    norm = _norm_of_addition(before, modules)
-    if norm is None:
-        return False
-    _replace(node, norm, addition=before, relu=True)
-    return True
-
-
-def _replace(last: fx.Node, norm: fx.Node, *, addition: fx.Node | None, relu: bool) -> None:
-    """Put one call of the batch norm in the place of `last`; drop norm, addition and ReLU."""
+def _replace(fusion: Fusion[fx.Node]) -> None:
+    """Put one call of the batch norm in the place of what ends the fusion; drop the rest."""
+    norm, addition, last = fusion.norm, fusion.addition, fusion.last
     residual = None
     if addition is not None:
         left, right = addition.args
         residual = right if left is norm else left
     with last.graph.inserting_before(last):
-        fused = last.graph.call_module(str(norm.target), (norm.args[0], residual, relu))
+        arguments = (norm.args[0], residual, fusion.relu is not None)
+        fused = last.graph.call_module(str(norm.target), arguments)
     last.replace_all_uses_with(fused)
     last.graph.erase_node(last)
     if addition is not None and addition is not last:
@@ -123,32 +106,43 @@ def _replace(last: fx.Node, norm: fx.Node, *, addition: fx.Node | None, relu: bo
     norm.graph.erase_node(norm)
 
 
-def _norm_of_addition(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """The batch norm that a plain addition of two tensors can be fused into, if there is one."""
-    known = node.op in {"call_function", "call_method"} and node.target in _ADDITIONS
-    if not known or node.kwargs or len(node.args) != 2 or node.args[0] is node.args[1]:
-        return None
-    if not all(isinstance(argument, fx.Node) for argument in node.args):
-        return None
-    # `residual += norm` also changes the residual for others; `norm += residual` is seen by none.
-    candidates = node.args[:1] if _changes(node) else node.args
-    return next((n for n in candidates if isinstance(n, fx.Node) and _is_norm(n, modules)), None)
+class _View:
+    """A traced graph, as `find_fusions` looks at it."""
 
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self._modules = modules
 
-def _is_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether `node` is a batch norm that may be computed later, where its one user stands."""
-    if node.op != "call_module" or type(modules[str(node.target)]) is not FusedBatchNorm2d:
-        return False
-    if len(node.args) != 1 or node.kwargs or len(node.users) != 1:
-        return False
-    source = node.args[0]
-    return isinstance(source, fx.Node) and not any(_changes(n, modules) for n in source.users)
+    def is_norm(self, node: fx.Node) -> bool:
+        if node.op != "call_module":
+            return False
+        if type(self._modules[str(node.target)]) is not FusedBatchNorm2d:
+            return False
+        if len(node.args) != 1 or node.kwargs or len(node.users) != 1:
+            return False
+        source = node.args[0]
+        return isinstance(source, fx.Node) and not any(
+            _changes(user, self._modules) for user in source.users
+        )
 
+    def summands(self, node: fx.Node) -> list[fx.Node]:
+        known = node.op in {"call_function", "call_method"} and node.target in _ADDITIONS
+        if not known or node.kwargs or len(node.args) != 2 or node.args[0] is node.args[1]:
+            return []
+        both = [argument for argument in node.args if isinstance(argument, fx.Node)]
+        if len(both) != 2:
+            return []
+        # `residual += norm` also changes the residual for others; `norm += residual` is seen by
+        # none.
+        return both[:1] if _changes(node) else both
 
-def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return type(modules[str(node.target)]) is nn.ReLU
-    return node.op in {"call_function", "call_method"} and node.target in _RELUS
+    def before_relu(self, node: fx.Node) -> fx.Node | None:
+        before = node.args[0] if node.args else None
+        if not isinstance(before, fx.Node) or len(before.users) != 1:
+            return None
+        if node.op == "call_module":
+            return before if type(self._modules[str(node.target)]) is nn.ReLU else None
+        known = node.op in {"call_function", "call_method"} and node.target in _RELUS
+        return before if known else None
 
 
 def _changes(node: fx.Node, modules: dict[str, nn.Module] | None = None) -> bool:

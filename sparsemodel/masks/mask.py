@@ -44,11 +44,6 @@ class Mask(Mapping[str, torch.Tensor]):
         }
         self._csr: Patterns | None = None
 
-    @classmethod
-    def dense(cls, parameters: Mapping[str, torch.Tensor]) -> Mask:
-        """The mask that keeps every weight of `parameters` (name -> tensor)."""
-        return cls({name: torch.ones(p.shape, dtype=torch.bool) for name, p in parameters.items()})
-
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._patterns[name]
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import fx, nn
 
 from sparsemodel.errors import PlanError, SparseModelError
+from sparsemodel.layers.norm_fusion import find_fusions
 from sparsemodel.layers.tracing import has_hooks, is_leaf, trace_forward
 from sparsemodel.plans.rules import Operation, Translator, module_title
 from sparsemodel.runtime.pattern import Shape
@@ -76,24 +77,35 @@ def _renumbered(operations: list[Operation], order: list[int]) -> list[Operation
 
 def _fused(operations: list[Operation]) -> list[Operation]:
     """Batch norm, an addition to it and the ReLU of that as one operation."""
-    operations = list(operations)
-    users = Counter(i for operation in operations for i in set(operation.inputs))
+    fused = list(operations)
     gone = set()
+    for fusion in find_fusions(range(len(operations)), _View(operations)):
+        norm, inputs = operations[fusion.norm], operations[fusion.norm].inputs
+        if fusion.addition is not None:
+            inputs += tuple(i for i in operations[fusion.addition].inputs if i != fusion.norm)
+        fused[fusion.last] = replace(norm, inputs=inputs, relu=fusion.relu is not None)
+        gone |= {n for n in (fusion.norm, fusion.addition, fusion.relu) if n is not None}
+        gone -= {fusion.last}
+    return _renumbered(fused, [n for n in range(len(fused)) if n not in gone])
 
-    def plain_norm(number: int) -> bool:
-        norm = operations[number]
-        return norm.kind == "norm" and not norm.relu and users[number] == 1
 
-    for number, operation in enumerate(operations):
-        inputs = operation.inputs
-        if operation.kind == "add" and inputs[0] != inputs[1]:
-            norms = [i for i in inputs if plain_norm(i) and len(operations[i].inputs) == 1]
-            if norms:
-                norm = operations[norms[0]]
-                residual = inputs[1] if inputs[0] == norms[0] else inputs[0]
-                operations[number] = replace(norm, inputs=(norm.inputs[0], residual))
-                gone.add(norms[0])
-        elif operation.kind == "relu" and plain_norm(inputs[0]):
-            operations[number] = replace(operations[inputs[0]], relu=True)
-            gone.add(inputs[0])
-    return _renumbered(operations, [n for n in range(len(operations)) if n not in gone])
+class _View:
+    """A list of operations, as `find_fusions` looks at it."""
+
+    def __init__(self, operations: list[Operation]) -> None:
+        self._operations = operations
+        self._users = Counter(i for operation in operations for i in set(operation.inputs))
+
+    def is_norm(self, number: int) -> bool:
+        return self._operations[number].kind == "norm" and self._users[number] == 1
+
+    def summands(self, number: int) -> tuple[int, ...]:
+        inputs = self._operations[number].inputs
+        is_sum = self._operations[number].kind == "add" and inputs[0] != inputs[1]
+        return inputs if is_sum else ()
+
+    def before_relu(self, number: int) -> int | None:
+        operation = self._operations[number]
+        if operation.kind != "relu" or self._users[operation.inputs[0]] != 1:
+            return None
+        return operation.inputs[0]

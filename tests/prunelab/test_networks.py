@@ -16,7 +16,6 @@ from prunelab.networks import (
     build_model,
     check_model,
     float_state,
-    load_float_state_,
     narrow_width,
     parameter_blocks,
 )
@@ -297,30 +296,6 @@ def test_float_state_is_a_copy_without_counters() -> None:
         value.fill_(9)
         assert not value.requires_grad
     assert not any((value == 9).all() for value in float_state(model).values())
-
-
-def test_a_loaded_state_is_the_state_bit_by_bit() -> None:
-    source, target = small(0), small(1)
-    source(torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)))  # moves statistics
-    load_float_state_(target, float_state(source))
-    expected = float_state(source)
-    assert all(torch.equal(v, expected[n]) for n, v in float_state(target).items())
-    assert target.state_dict()["bn1.num_batches_tracked"] == 0
-
-
-def test_a_state_that_does_not_fit_changes_nothing() -> None:
-    model = small()
-    before = float_state(model)
-    other = {name: value + 1 for name, value in before.items()}
-    missing = {name: value for name, value in other.items() if name != "fc.bias"}
-    with pytest.raises(ModelError, match=r"fc\.bias"):
-        load_float_state_(model, missing)
-    with pytest.raises(ModelError, match="extra"):
-        load_float_state_(model, {**other, "extra": torch.zeros(1)})
-    # Of one element, so that copying would broadcast it.
-    with pytest.raises(ModelError, match=r"'fc\.bias': expected shape \(3,\), got \(1,\)"):
-        load_float_state_(model, {**other, "fc.bias": torch.zeros(1)})
-    assert all(torch.equal(v, before[n]) for n, v in float_state(model).items())
 
 
 # --- equal bytes ---------------------------------------------------------------------------------

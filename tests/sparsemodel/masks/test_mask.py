@@ -84,11 +84,6 @@ def test_apply_refuses_a_model_that_does_not_fit() -> None:
         Mask({"weight": torch.ones(3, dtype=torch.bool)}).apply(nn.Linear(2, 2))
 
 
-def test_dense_mask_keeps_everything() -> None:
-    layer = nn.Linear(3, 2)
-    assert Mask.dense({"weight": layer.weight}).density == 1.0
-
-
 def test_prunable_parameters_leave_out_stem_biases_and_normalisation() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2)
