@@ -26,7 +26,7 @@ from fedprune.rounds import workspace
 from fedprune.rounds.evaluation import Evaluator
 from fedprune.rounds.folder import CHECKPOINT, METRICS, SUMMARY, read_metrics, read_summary
 from fedprune.rounds.setup import Setup
-from fedprune.rounds.workspace import open_workspace
+from fedprune.rounds.workspace import _opened, open_workspace
 from prunelab.data.batches import Integers
 from prunelab.data.datasets import load_dataset
 from prunelab.data.tensors import prepare
@@ -163,7 +163,7 @@ def test_test_data_decide_nothing(
     try:
         out = run_inline(tiny(), tmp_path / "poisoned")
     finally:
-        open_workspace.cache_clear()
+        _opened.cache_clear()
         load_dataset.cache_clear()
     assert digest(out) == digest(finished)
     assert read_summary(out)["test_accuracy"] != read_summary(finished)["test_accuracy"]
@@ -584,9 +584,9 @@ def test_client_with_one_sample_or_one_class(tmp_path: Path, monkeypatch: Any) -
         return [rest[:1], zeros, rest[1:100], rest[100:]]
 
     monkeypatch.setattr(workspace, "partition", skewed)
-    open_workspace.cache_clear()
+    _opened.cache_clear()
     out = run_inline(tiny(training__rounds=2), tmp_path / "run")
-    open_workspace.cache_clear()
+    _opened.cache_clear()
     reasons = skipped(out)
     assert {who for who, _ in reasons} == {0}
     assert any("at least 2" in text for _, text in reasons)
