@@ -32,7 +32,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.rows import Row, add_arguments, show
-from benchmarks.timing import use_threads
+from benchmarks.timing import Clock, use_threads
 from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS
 from fedprune.local.data import client_data
@@ -98,7 +98,7 @@ def engine_rounds(config: RunConfig, way: Way) -> Seconds:
     return [after - before for before, after in zip(watch.times, watch.times[1:], strict=False)]
 
 
-def plain_rounds(work: Workspace) -> Seconds:
+def plain_rounds(work: Workspace, *, clock: Clock = time.perf_counter) -> Seconds:
     """Seconds of each round of dense federated averaging, written down in plain torch."""
     config, dataset = work.config, work.dataset
     training, device = config.training, torch.device(config.training.device)
@@ -129,7 +129,7 @@ def plain_rounds(work: Workspace) -> Seconds:
     order, seconds = rng(config.seed), []
     start = {name: value.clone() for name, value in model.state_dict().items()}
     for _ in range(training.rounds):
-        began = time.perf_counter()
+        began = clock()
         mean = {name: torch.zeros_like(value).float() for name, value in start.items()}
         for images, labels in clients:
             model.load_state_dict(start)
@@ -139,7 +139,7 @@ def plain_rounds(work: Workspace) -> Seconds:
         start = {name: value.to(start[name].dtype) for name, value in mean.items()}
         model.load_state_dict(start)
         _accuracy(model, test_images, test_labels)  # waits for the device
-        seconds.append(time.perf_counter() - began)
+        seconds.append(clock() - began)
     return seconds
 
 

@@ -1,0 +1,88 @@
+"""Flower's deployment on this machine, for a benchmark: one SuperLink, one SuperNode, real
+`flwr-clientapp` processes, which leave what the kernel says of their memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedprune.config import RunConfig
+from fedprune.flower import simulation
+from prunelab.errors import RunError
+
+RUN_SECONDS = 600
+# Flower's command, which notes its high-water mark when it ends.
+CLIENTAPP = """#!{python}
+import atexit, pathlib, re, sys
+def note():
+    peak = re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]
+    with open({notes!r}, "a") as file:
+        file.write("%d\\n" % (1024 * int(peak)))
+atexit.register(note)
+from flwr.supernode.cli import flwr_clientapp
+sys.exit(flwr_clientapp())
+"""
+
+
+def clientapp_peaks(config: RunConfig, setup: Path, home: Path) -> list[int]:
+    """Run a configuration of one client; bytes at the peak of each process that answered.
+
+    Args:
+        config: of a run with one client.
+        setup: the folder of what the run starts from.
+        home: an empty folder for everything that is written.
+
+    Raises:
+        RunError: Flower did not complete the run; says why.
+    """
+    notes, own = home / "peaks.txt", home / "own"
+    own.mkdir(parents=True)
+    clientapp = own / "flwr-clientapp"
+    clientapp.write_text(CLIENTAPP.format(python=sys.executable, notes=str(notes)))
+    clientapp.chmod(0o755)
+    app = simulation.write_app(home / "app", config, home / "run", resume=False, setup=setup)
+    environment = simulation.private_environment(home, commands=simulation.commands(home))
+    environment["PATH"] = os.pathsep.join([str(own), environment["PATH"]])
+    port = simulation.free_port()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:{port}"\n'
+        "insecure = true\n"
+    )
+    with (
+        simulation.superlink(home, port, environment, "--disable-runtime-dependency-installation"),
+        _supernode(home, port, environment),
+    ):
+        simulation.flwr(["run", str(app), "own"], environment, home)
+        status, deadline = "", time.monotonic() + RUN_SECONDS
+        while not status.startswith("finished") and time.monotonic() < deadline:
+            time.sleep(1)
+            listing = simulation.flwr(["list", "own", "--format", "json"], environment, home)
+            status = str(json.loads(listing)["runs"][0]["status"])
+    if status != "finished:completed":
+        raise RunError(f"Flower reports {status or 'nothing'}; see {home}")
+    return [int(line) for line in notes.read_text().splitlines()]
+
+
+@contextmanager
+def _supernode(home: Path, port: int, environment: dict[str, str]) -> Iterator[None]:
+    """A node of one client, for as long as the context lasts."""
+    command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
+    command += ["--port", str(simulation.free_port()), "--node-config", "partition-id=0"]
+    command = [sys.executable, "-c", simulation.END_WITH_PARENT, *command]
+    with (home / "supernode.log").open("w") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)
