@@ -16,7 +16,17 @@ import pytest
 import torch
 from processes import in_a_process
 
-from benchmarks import choice_fit, sparse_layers, sparse_memory, sparse_step, timing
+from benchmarks import (
+    choice_fit,
+    client_memory,
+    round_process,
+    sparse_layers,
+    sparse_memory,
+    sparse_step,
+    timing,
+)
+from benchmarks import round as whole_rounds
+from benchmarks.gpu_simulation import write_images
 from benchmarks.rows import Row, add_arguments, show
 from sparsemodel.kernels.choice import TRAINING, Costs, dense_cost, sparse_cost, work_of
 from sparsemodel.kernels.cpu import library as cpu
@@ -226,6 +236,45 @@ def test_sparse_memory_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         assert state.ratio > 2
     kept, halved = (found[f"activations, {way}"].ours for way in ways[:2])
     assert halved < 0.6 * kept
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_client_memory_rows() -> None:
+    rows = checked(
+        list(
+            client_memory.rows("resnet8", [0.1], executions=["runtime"], samples=40, deployed=False)
+        )
+    )
+    found = {r.case.partition(",")[0].removeprefix("resnet8 b16 "): r for r in rows}
+    phases = ["measure", "score", "train", "train with growth"]
+    assert list(found) == ["join", *phases, "all", "start"]
+    for phase in phases:
+        assert found[phase].ours < 150
+        assert found[phase].peer > 400  # torch's import alone
+    assert found["all"].ours == max(found[phase].ours for phase in ("join", *phases))
+    assert {r.unit for r in rows} == {"MiB", "ms"}
+
+
+@needs_kernels
+def test_round_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sides run in fresh processes with torch there, where their memory means nothing."""
+
+    def measured(side: str, values: Any, *, processor_time: bool) -> dict[str, Any]:
+        assert processor_time
+        own = {"ours": round_process.ours, "plain": round_process.plain}[side]
+        found = in_a_process(own, values, time.perf_counter)
+        return {**found, "peak": 1, "children": 2}
+
+    monkeypatch.setattr(whole_rounds, "measured", measured)
+    write_images(tmp_path, num_train=130, num_test=20)
+    values = whole_rounds.settings(tmp_path, quick=True)
+    rows = checked(list(whole_rounds.rows(values, [0.1], repeats=1, processor_time=True)))
+    found = {r.case.removeprefix("resnet8 2 clients").strip(" ,"): r for r in rows}
+    assert {"magnitude", "fedavg", "start, fedtiny", "peak, magnitude"} <= found.keys()
+    sent = found["start bytes, fedtiny"]
+    assert sent.peer < sent.ours < 3 * sent.peer  # places travel beside the values
+    assert found["peak, magnitude"].ours * 2 == found["peak laying out, magnitude"].ours
 
 
 @pytest.mark.parametrize("benchmark", [sparse_layers, sparse_step, sparse_memory])
