@@ -91,6 +91,7 @@ class Trainer:
         self._values = self._gradients = self._momentum = NamedArrays({})
         self._indexed = False
         self._bound: BoundProgram | None = None  # to the arrays above; None until a run needs it
+        self._stale = False  # bound to arrays of patterns before
         BoundProgram(program, **self._options)  # refuses now what a run would refuse
         self.load(state)
 
@@ -116,9 +117,10 @@ class Trainer:
             self._structures = _structures(self._program, patterns)
             self._patterns = patterns
             self._values = NamedArrays(shapes)
+            if self._gradients:  # which parameters have them is settled when a plan is built
+                self._bound = None
             self._gradients = self._momentum = NamedArrays({})
-            self._indexed = False
-            self._bound = None
+            self._indexed, self._stale = False, True
         for name, array in self._values.items():
             array[...] = state.values[name]
 
@@ -261,7 +263,7 @@ class Trainer:
         self, *, index: bool = False, training: bool = False, momentum: bool = False
     ) -> BoundProgram:
         """The native plan, bound to what a run needs."""
-        stale = self._bound is None
+        stale, self._stale = self._stale, False
         if training and not self._gradients:
             # Which parameters have gradients is settled when a plan is built.
             self._gradients = self._parameters_alike()
