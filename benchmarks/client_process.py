@@ -6,6 +6,7 @@ It reads pickled (message, context) from its standard input, lets the ClientApp 
 
 from __future__ import annotations
 
+import copyreg
 import pickle
 import re
 import sys
@@ -42,6 +43,13 @@ def resident(field: str) -> int:
     found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
     assert found is not None, "Linux lists it"
     return 1024 * int(found[1])
+
+
+def _pickled(view: memoryview) -> tuple[type, tuple[bytes]]:
+    return memoryview, (bytes(view),)
+
+
+copyreg.pickle(memoryview, _pickled)  # Flower cuts large arrays into views
 
 
 def main() -> None:
