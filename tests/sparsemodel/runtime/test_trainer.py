@@ -346,6 +346,30 @@ def test_loading_under_other_patterns_is_a_new_trainer() -> None:
         assert not np.isin(indices, changed.patterns[name].positions()).any()
 
 
+def test_candidates_are_bound_to_one_plan_and_give_what_new_trainers_give() -> None:
+    """Forward passes of one mask after the other, then a step and growth: the arena stays."""
+    program, state = described("resnet8")
+    trainer = Trainer(program, state, batch_size=8)
+    images, labels = samples(8)
+    trainer.evaluate(images, labels)
+    arena = trainer.held_bytes()["arena"]
+    for candidate in (other_state(state, 6), other_state(state, 7), state):
+        trainer.load(candidate)
+        assert trainer.held_bytes()["arena"] == arena
+        fresh = Trainer(program, candidate, batch_size=8)
+        assert trainer.evaluate(images, labels) == fresh.evaluate(images, labels)
+        statistics = trainer.batch_norm_statistics(images)
+        for name, array in fresh.batch_norm_statistics(images).items():
+            assert np.array_equal(array, statistics[name])
+        arena = trainer.held_bytes()["arena"]
+    counts = dict.fromkeys(state.patterns or (), 4)
+    grown, expected = (one.growth(counts, images, labels) for one in (trainer, fresh))
+    for name, (indices, gradients) in expected.items():
+        assert np.array_equal(grown[name][0], indices)
+        assert np.array_equal(grown[name][1], gradients)
+    assert trainer.step(images, labels, **SGD) == fresh.step(images, labels, **SGD)
+
+
 def test_a_state_is_a_copy() -> None:
     program, state = described("resnet8")
     trainer = Trainer(program, state, batch_size=8)
