@@ -19,7 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    no_object_id_recompute,
+)
 
 from fedprune.errors import ClientError
 from fedprune.exchange.messages import Fields, Reply, Request, Resources
@@ -104,7 +107,8 @@ def read_record(record: RecordDict) -> tuple[dict[str, Any], Frames]:
 
 def record_bytes(record: RecordDict) -> int:
     """Bytes of the record as Flower's transport sends it: all its objects, headers included."""
-    return sum(len(part.deflate()) for part in get_all_nested_objects(record).values())
+    with no_object_id_recompute():  # a hash of all content, which would be made twice
+        return sum(len(part.deflate()) for part in get_all_nested_objects(record).values())
 
 
 def _read_header(text: object) -> dict[str, Any]:
