@@ -6,17 +6,17 @@ is active. Parameters that a mask does not name are dense (never pruned).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import nn
 
 from sparsemodel.errors import DensityError, MaskError
-from sparsemodel.runtime.pattern import Pattern, Patterns
+from sparsemodel.runtime.pattern import Pattern, Patterns, PatternSet
 
 
-class Mask(Mapping[str, torch.Tensor]):
+class Mask(PatternSet[torch.Tensor]):
     """An immutable set of boolean patterns, one for each prunable parameter, in a fixed order.
 
     Args:
@@ -31,54 +31,18 @@ class Mask(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, patterns: Mapping[str, torch.Tensor]) -> None:
-        if not patterns:
-            raise MaskError("a mask needs at least one parameter; got none")
         for name, pattern in patterns.items():
             if pattern.dtype != torch.bool:
                 raise MaskError(f"mask of {name!r}: expected a bool tensor, got {pattern.dtype}")
             if pattern.numel() == 0:
                 raise MaskError(f"mask of {name!r}: the pattern has no elements")
-        self._patterns = {
-            name: pattern.detach().to("cpu", copy=True).contiguous()
-            for name, pattern in patterns.items()
-        }
-        self._csr: Patterns | None = None
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._patterns[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._patterns)
-
-    def __len__(self) -> int:
-        return len(self._patterns)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mask) and self.digest() == other.digest()
-
-    def __hash__(self) -> int:
-        return hash(self.digest())
-
-    def __repr__(self) -> str:
-        return (
-            f"Mask({len(self)} layers, {self.num_active:,} of {self.num_weights:,} active, "
-            f"density {self.density:.4g}, digest {self.digest()[:8]})"
+        super().__init__(
+            {
+                name: pattern.detach().to("cpu", copy=True).contiguous()
+                for name, pattern in patterns.items()
+            }
         )
-
-    @property
-    def num_active(self) -> int:
-        """Number of active weights."""
-        return sum(int(pattern.sum()) for pattern in self._patterns.values())
-
-    @property
-    def num_weights(self) -> int:
-        """Number of weights, active or pruned."""
-        return sum(pattern.numel() for pattern in self._patterns.values())
-
-    @property
-    def density(self) -> float:
-        """Active weights over all weights, in [0, 1]."""
-        return self.num_active / self.num_weights
+        self._csr: Patterns | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape, in the mask's order."""
@@ -87,10 +51,6 @@ class Mask(Mapping[str, torch.Tensor]):
     def counts(self) -> dict[str, int]:
         """Name -> number of active weights, in the mask's order."""
         return {name: int(pattern.sum()) for name, pattern in self._patterns.items()}
-
-    def densities(self) -> dict[str, float]:
-        """Name -> density of that layer, in the mask's order."""
-        return {name: float(p.sum()) / p.numel() for name, p in self._patterns.items()}
 
     def active(self, name: str) -> torch.Tensor:
         """Flat indices of the active weights of a layer: int64, ascending, shape [num_active]."""

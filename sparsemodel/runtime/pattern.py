@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,20 +108,33 @@ class Pattern:
         return f"Pattern({self.shape}, {self.num_active:,} of {self.num_weights:,} active)"
 
 
-class Patterns(Mapping[str, Pattern]):
-    """The patterns of a model's prunable parameters by name, in a fixed order: a mask's content.
+P = TypeVar("P")
 
-    Raises:
-        MaskError: there is none.
-    """
 
-    def __init__(self, patterns: Mapping[str, Pattern]) -> None:
+class PatternSet(Mapping[str, P]):
+    """What a mask is in every form: one pattern a name, in a fixed order, compared by digest."""
+
+    def __init__(self, patterns: Mapping[str, P]) -> None:
         if not patterns:
             raise MaskError("a mask needs at least one parameter; got none")
         self._patterns = dict(patterns)
-        self._digest: str | None = None
 
-    def __getitem__(self, name: str) -> Pattern:
+    @abstractmethod
+    def shapes(self) -> dict[str, Shape]:
+        """Name -> shape, in order."""
+
+    @abstractmethod
+    def counts(self) -> dict[str, int]:
+        """Name -> number of active weights, in order."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """32 hexadecimal digits: a hash of names, shapes and bits.
+
+        Two masks are equal exactly when their digests are (up to a 128-bit hash collision).
+        """
+
+    def __getitem__(self, name: str) -> P:
         return self._patterns[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -130,31 +144,49 @@ class Patterns(Mapping[str, Pattern]):
         return len(self._patterns)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Patterns) and self.digest() == other.digest()
+        return isinstance(other, type(self)) and self.digest() == other.digest()
 
     def __hash__(self) -> int:
         return hash(self.digest())
 
     def __repr__(self) -> str:
         return (
-            f"Patterns({len(self)} layers, {self.num_active:,} of {self.num_weights:,} active, "
+            f"{type(self).__name__}({len(self)} layers, "
+            f"{self.num_active:,} of {self.num_weights:,} active, "
             f"density {self.density:.4g}, digest {self.digest()[:8]})"
         )
 
     @property
     def num_active(self) -> int:
         """Number of active weights."""
-        return sum(pattern.num_active for pattern in self._patterns.values())
+        return sum(self.counts().values())
 
     @property
     def num_weights(self) -> int:
         """Number of weights, active or pruned."""
-        return sum(pattern.num_weights for pattern in self._patterns.values())
+        return sum(math.prod(shape) for shape in self.shapes().values())
 
     @property
     def density(self) -> float:
         """Active weights over all weights, in [0, 1]."""
         return self.num_active / self.num_weights
+
+    def densities(self) -> dict[str, float]:
+        """Name -> density of that layer, in order."""
+        shapes = self.shapes()
+        return {name: count / math.prod(shapes[name]) for name, count in self.counts().items()}
+
+
+class Patterns(PatternSet[Pattern]):
+    """The patterns of a model's prunable parameters by name, in a fixed order: a mask's content.
+
+    Raises:
+        MaskError: there is none.
+    """
+
+    def __init__(self, patterns: Mapping[str, Pattern]) -> None:
+        super().__init__(patterns)
+        self._digest: str | None = None
 
     def shapes(self) -> dict[str, Shape]:
         """Name -> shape, in order."""
@@ -163,10 +195,6 @@ class Patterns(Mapping[str, Pattern]):
     def counts(self) -> dict[str, int]:
         """Name -> number of active weights, in order."""
         return {name: pattern.num_active for name, pattern in self._patterns.items()}
-
-    def densities(self) -> dict[str, float]:
-        """Name -> density of that layer, in order."""
-        return {name: p.num_active / p.num_weights for name, p in self._patterns.items()}
 
     def nbytes(self) -> int:
         """Bytes of all arrays."""
