@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copyreg
 import pickle
-import re
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from benchmarks.process_memory import reset_high_water, resident
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,6 @@ class Measured:
     import_seconds: float
     first_step_seconds: float
     torch: bool
-
-
-def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (the high-water mark) of this process in bytes."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    assert found is not None, "Linux lists it"
-    return 1024 * int(found[1])
 
 
 def _pickled(view: memoryview) -> tuple[type, tuple[bytes]]:
@@ -99,7 +92,7 @@ def main() -> None:
         pickle.dump((reply, context.state, measured), sys.stdout.buffer)
         sys.stdout.buffer.flush()
         del message, context, reply
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        reset_high_water()
 
 
 if __name__ == "__main__":

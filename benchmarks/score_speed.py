@@ -21,13 +21,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.process_memory import reset_high_water, resident
 from benchmarks.rows import Row, add_arguments, add_timing_arguments, show
 from benchmarks.timing import Clock, clock, interleaved, use_threads
 from datapruning.scores.error import el2n
@@ -268,16 +268,10 @@ def _print_peak(way: str, name: str, size: int) -> None:
     }
     calls[way](subject(name, 2))  # what the libraries load when they first run
     of = subject(name, size)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    reset_high_water()
+    before = resident("VmRSS")
     calls[way](of)
-    print((_resident("VmHWM") - before) / 2**20)
-
-
-def _resident(line: str) -> int:
-    """VmRSS (now) or VmHWM (the high-water mark) of this process in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition(f"{line}:")[2].split()[0])
+    print((resident("VmHWM") - before) / 2**20)
 
 
 def main() -> None:

@@ -17,18 +17,17 @@ import ctypes
 import gc
 import json
 import math
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.process_memory import reset_high_water, resident
 from benchmarks.rows import Row, add_arguments, show
 from benchmarks.sparse_step import INPUT_SHAPE, LEARNING_RATE, MOMENTUM, batch_of, random_mask
 from benchmarks.timing import use_threads
@@ -114,21 +113,21 @@ def measured(
 def measure(way: str, model_name: str, batch: int, density: float) -> dict[str, int]:
     """Bytes by kind of one variant, in this process, which should be fresh."""
     _warm_up(way, model_name)
-    base = _resident("VmRSS")
+    base = resident("VmRSS")
     prepared = _prepared(way, model_name, batch, density)
     _trim()
-    _reset_high_water()
-    at_rest = _resident("VmRSS") - base
+    reset_high_water()
+    at_rest = resident("VmRSS") - base
     for _ in range(STEPS):
         prepared.step()
-    numbers = {"peak": _resident("VmHWM") - base, "at rest before": at_rest}
+    numbers = {"peak": resident("VmHWM") - base, "at rest before": at_rest}
     numbers |= state_bytes(prepared.model, prepared.optimizer)
     numbers["activations"] = prepared.activations()
     topk = 0
     if prepared.growth is not None:
         topk = _topk_bytes(prepared.model, prepared.growth)
         numbers["top-K"] = topk
-        numbers["peak with top-K"] = _resident("VmHWM") - base
+        numbers["peak with top-K"] = resident("VmHWM") - base
     kinds = ("weights", "gradients", "optimizer", "indices")
     numbers["state"] = sum(numbers[kind] for kind in kinds) + topk
     return numbers
@@ -220,17 +219,6 @@ def _trim() -> None:
     """Give free memory back to the system, so that what is used next is seen."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-
-
-def _resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (the high-water mark) of this process in bytes."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    assert found is not None, "Linux lists it"
-    return 1024 * int(found[1])
-
-
-def _reset_high_water() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def main() -> None:
