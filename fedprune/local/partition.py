@@ -6,16 +6,13 @@ split come from it, never from test data.
 
 from __future__ import annotations
 
-import io
-import warnings
-from contextlib import redirect_stderr
-from typing import Any
-
 import numpy as np
 
 from fedprune.settings import PARTITIONS
 from prunelab.data.batches import Integers
 from prunelab.errors import DataError
+
+DRAWS = 10  # of a dirichlet partition, before it is refused
 
 
 def split_server_set(labels: Integers, *, per_class: int, seed: int) -> tuple[Integers, Integers]:
@@ -50,7 +47,7 @@ def partition(
     groups: Integers | None = None,
     seed: int,
 ) -> list[Integers]:
-    """Divide samples among clients with flwr-datasets' partitioners.
+    """Divide samples among clients, as flwr-datasets' partitioners do.
 
     Args:
         labels: int64 [N].
@@ -74,15 +71,15 @@ def partition(
             f"cannot divide {len(labels)} training samples among {num_clients} clients; "
             "use at least one client, and no more than there are samples"
         )
-    # The partitioners cut each class in the order of the rows, so the order is drawn first:
-    # neighbours in a file are often alike.
+    # Classes are cut in the order of the rows, so the order is drawn first: neighbours in a file
+    # are often alike.
     random = np.random.default_rng(seed)
     order = random.permutation(len(labels))
     values = labels[order]
     if scheme == "iid":
-        shares = _iid(values, num_clients)
+        shares = np.array_split(np.arange(len(values)), num_clients)
     elif scheme == "dirichlet":
-        shares = _dirichlet(values, num_clients, alpha, seed)
+        shares = _dirichlet(values, num_clients, alpha, np.random.default_rng(seed))
     elif scheme == "pathological":
         shares = _pathological(values, num_clients, classes_per_client, random)
     else:
@@ -92,33 +89,27 @@ def partition(
     return [np.sort(order[share]) for share in shares]
 
 
-def _iid(labels: Integers, num_clients: int) -> list[Integers]:
-    from flwr_datasets.partitioner import IidPartitioner  # noqa: PLC0415
-
-    return _divide(labels, IidPartitioner(num_partitions=num_clients), num_clients)
-
-
-def _dirichlet(labels: Integers, num_clients: int, alpha: float, seed: int) -> list[Integers]:
-    from flwr_datasets.partitioner import DirichletPartitioner  # noqa: PLC0415
-
+def _dirichlet(
+    labels: Integers, num_clients: int, alpha: float, random: np.random.Generator
+) -> list[Integers]:
+    """Each class cut by shares drawn for it, drawn anew until nobody has too little."""
     # One for development and two to train with: fewer, and the client can never take part.
     smallest = min(3, len(labels) // num_clients)
-    try:
-        divider = DirichletPartitioner(
-            num_partitions=num_clients,
-            partition_by="key",
-            alpha=float(alpha),
-            min_partition_size=smallest,
-            self_balancing=False,
-            seed=seed,
-        )
-        return _divide(labels, divider, num_clients)
-    except ValueError as error:
-        raise DataError(
-            f"dirichlet partition of {len(labels)} samples among {num_clients} clients with "
-            f"alpha {alpha}: no draw gives every client {smallest} samples; use a larger alpha "
-            f"or fewer clients ({str(error)[:100]})"
-        ) from None
+    classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    for _ in range(DRAWS):
+        parts = [
+            np.split(rows, (np.cumsum(drawn) * len(rows)).astype(np.int64)[:-1])
+            for rows in classes
+            for drawn in [random.dirichlet(np.full(num_clients, alpha))]
+        ]
+        shares = [np.concatenate(own) for own in zip(*parts, strict=True)]
+        if min(map(len, shares)) >= smallest:
+            return shares
+    raise DataError(
+        f"dirichlet partition of {len(labels)} samples among {num_clients} clients with "
+        f"alpha {alpha}: no draw gives every client {smallest} samples; use a larger alpha "
+        "or fewer clients"
+    )
 
 
 def _pathological(
@@ -126,11 +117,8 @@ def _pathological(
 ) -> list[Integers]:
     """Parts of one class each, dealt to the clients in turn.
 
-    Asking the partitioner for single-class parts, `per_client` of them a client, reaches every
-    class with as few clients as possible; its own assignments leave classes, and so samples, out.
+    With `per_client` parts a client every class is reached with as few clients as possible.
     """
-    from flwr_datasets.partitioner import PathologicalPartitioner  # noqa: PLC0415
-
     classes, sizes = np.unique(labels, return_counts=True)
     num_parts = num_clients * per_client
     if not 1 <= per_client <= len(classes) <= num_parts:
@@ -148,14 +136,9 @@ def _pathological(
             f"pathological partition: class {classes[first]} has {sizes[first]} samples for "
             f"{wanted[first]} clients; use fewer clients or classes_per_client"
         )
-    divider = PathologicalPartitioner(
-        num_partitions=num_parts,
-        partition_by="key",
-        num_classes_per_partition=1,
-        class_assignment_mode="deterministic",
-        shuffle=False,
-    )
-    parts = _divide(codes[np.searchsorted(classes, labels)], divider, num_parts)
+    parts: list[Integers] = [labels] * num_parts
+    for label, code, count in zip(classes, codes, wanted, strict=True):
+        parts[code :: len(classes)] = np.array_split(np.flatnonzero(labels == label), count)
     starts = range(0, num_parts, per_client)
     return [np.concatenate(parts[start : start + per_client]) for start in starts]
 
@@ -164,24 +147,10 @@ def _natural(
     groups: Integers | None, order: Integers, num_clients: int, random: np.random.Generator
 ) -> list[Integers]:
     """As many groups as clients, by an even dealing of the natural ones."""
-    from flwr_datasets.partitioner import NaturalIdPartitioner  # noqa: PLC0415
-
     if groups is None:
         raise DataError("a natural partition needs a column 'client' in the data")
     found, group = np.unique(groups[order], return_inverse=True)
     if len(found) < num_clients:
         raise DataError(f"{num_clients} clients but only {len(found)} natural groups")
     owner = random.permutation(np.arange(len(found)) % num_clients)
-    return _divide(owner[group], NaturalIdPartitioner(partition_by="key"), num_clients)
-
-
-def _divide(keys: Integers, divider: Any, num_parts: int) -> list[Integers]:
-    """Row numbers of each part that a flwr-datasets partitioner makes of rows with `keys`."""
-    import datasets  # noqa: PLC0415
-
-    # It warns at every draw that is repeated, and shows bars: noise before a run.
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        divider.dataset = datasets.Dataset.from_dict({"row": np.arange(len(keys)), "key": keys})
-        parts = [divider.load_partition(part) for part in range(num_parts)]
-        return [part.with_format("numpy")[:]["row"].astype(np.int64) for part in parts]
+    return [np.flatnonzero(owner[group] == client) for client in range(num_clients)]

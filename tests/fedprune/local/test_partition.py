@@ -6,6 +6,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from flwr_datasets.partitioner import (
+    DirichletPartitioner,
+    IidPartitioner,
+    NaturalIdPartitioner,
+    Partitioner,
+    PathologicalPartitioner,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,6 +80,55 @@ def test_a_partition_is_decided_by_its_seed_alone_and_is_silent(
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert datasets.utils.are_progress_bars_disabled() == bars
     assert capfd.readouterr() == ("", "")
+
+
+def divided_by_flower(keys: Integers, divider: Partitioner, num_parts: int) -> list[list[int]]:
+    """Rows of each part that a partitioner of flwr-datasets makes of rows with these keys."""
+    divider.dataset = datasets.Dataset.from_dict({"row": np.arange(len(keys)), "key": keys})
+    return [sorted(divider.load_partition(part)["row"]) for part in range(num_parts)]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    clients=st.integers(3, 9),
+    seed=st.integers(0, 2**62),
+    alpha=st.floats(0.3, 9.0),
+    extra=st.integers(0, 70),
+)
+def test_shares_are_those_of_flwr_datasets(
+    clients: int, seed: int, alpha: float, extra: int
+) -> None:
+    """On rows in the order that the seed draws first, from which ours are dealt."""
+    labels = np.random.default_rng(extra).integers(0, 5, 200 + extra)
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(labels))
+
+    def rows(shares: list[list[int]]) -> list[list[int]]:
+        """Places in that order of each share."""
+        place = np.argsort(order)
+        return [sorted(place[share].tolist()) for share in shares]
+
+    def ours(scheme: str) -> list[list[int]]:
+        return rows(divide(labels, clients, scheme, seed=seed, alpha=alpha))
+
+    keys = labels[order]
+    assert ours("iid") == divided_by_flower(keys, IidPartitioner(clients), clients)
+    dirichlet = DirichletPartitioner(clients, "key", alpha, min_partition_size=3, seed=seed)
+    assert ours("dirichlet") == divided_by_flower(keys, dirichlet, clients)
+    codes = random.permutation(5)
+    parts = divided_by_flower(
+        codes[keys],
+        PathologicalPartitioner(2 * clients, "key", 1, "deterministic", shuffle=False),
+        2 * clients,
+    )
+    pairs = [sorted(parts[n] + parts[n + 1]) for n in range(0, 2 * clients, 2)]
+    assert ours("pathological") == pairs
+    groups = np.arange(len(labels)) % clients
+    owner = np.random.default_rng(seed)
+    owner.permutation(len(labels))
+    keys = owner.permutation(clients)[groups[order]]
+    natural = divided_by_flower(keys, NaturalIdPartitioner("key"), clients)
+    assert rows(divide(labels, clients, "natural", seed=seed, groups=groups)) == natural
 
 
 def test_iid_shares_are_even_and_mixed() -> None:
