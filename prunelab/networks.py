@@ -13,6 +13,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ from sparsemodel.masks.mask import prunable_parameters
 InputShape = tuple[int, int, int]
 Network = str | Callable[..., nn.Module] | nn.Module
 """What `build_model` takes."""
-DEFAULT_WIDTH = 16
 GRANULARITIES = ("layer", "block", "entire")
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -40,38 +40,45 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = nn.Sequential()
+        self.downsample = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut.append(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
-            self.shortcut.append(nn.BatchNorm2d(out_channels))
+            self.downsample.append(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
+            self.downsample.append(nn.BatchNorm2d(out_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, in, H, W] -> [N, out, H/stride, W/stride]."""
         y = functional.relu(self.bn1(self.conv1(x)))
-        return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        return functional.relu(self.bn2(self.conv2(y)) + self.downsample(x))
 
 
-class CifarResNet(nn.Module):
-    """Three stages of basic blocks of width w, 2w, 4w, for images from 8×8 up.
+class ResNet(nn.Module):
+    """A 3×3 stem of width w, stages of basic blocks of width w, 2w, 4w, ..., a linear classifier.
 
     Shortcuts that change shape are 1×1 convolutions (option B of the paper), so that every
-    layer can be pruned. Depth is 6 · blocks + 2.
+    layer can be pruned. Parameters have torchvision's names.
     """
 
-    def __init__(self, blocks: int, *, width: int, in_channels: int, num_classes: int) -> None:
+    # Not torchvision's class: importing that takes a second, most of it for a compiler.
+
+    def __init__(
+        self, stages: int, blocks: int, *, width: int, in_channels: int, num_classes: int
+    ) -> None:
         super().__init__()
         self.width = width
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = _stage(width, width, blocks, stride=1)
-        self.layer2 = _stage(width, 2 * width, blocks, stride=2)
-        self.layer3 = _stage(2 * width, 4 * width, blocks, stride=2)
-        self.fc = nn.Linear(4 * width, num_classes)
+        channels = [width, *(width * 2**stage for stage in range(stages))]
+        self._stages = [f"layer{stage + 1}" for stage in range(stages)]
+        for name, (before, after) in zip(self._stages, pairwise(channels), strict=True):
+            stride = 1 if before == after else 2
+            self.add_module(name, _stage(before, after, blocks, stride=stride))
+        self.fc = nn.Linear(channels[-1], num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, C, H, W] -> logits [N, num_classes]."""
         x = functional.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        for name in self._stages:
+            x = getattr(self, name)(x)
         logits: torch.Tensor = self.fc(functional.adaptive_avg_pool2d(x, 1).flatten(1))
         return logits
 
@@ -83,27 +90,22 @@ def _stage(in_channels: int, out_channels: int, blocks: int, *, stride: int) -> 
 
 
 def _cifar_resnet(blocks: int) -> Callable[[int, InputShape, int | None], nn.Module]:
+    """Three stages, for images from 8×8 up; the depth is 6 · blocks + 2."""
+
     def build(num_classes: int, input_shape: InputShape, width: int | None) -> nn.Module:
-        return CifarResNet(
-            blocks,
-            width=DEFAULT_WIDTH if width is None else width,
-            in_channels=input_shape[0],
-            num_classes=num_classes,
+        return ResNet(
+            3, blocks, width=width or 16, in_channels=input_shape[0], num_classes=num_classes
         )
 
     return build
 
 
 def _resnet18(num_classes: int, input_shape: InputShape, width: int | None) -> nn.Module:
-    """torchvision's resnet18 with a 3×3 stem of stride 1 and no max pool."""
-    from torchvision.models import resnet18  # noqa: PLC0415
-
-    _refuse_width("resnet18", width)
-    model: nn.Module = resnet18(num_classes=num_classes)
-    stem = nn.Conv2d(input_shape[0], 64, 3, 1, 1, bias=False)
-    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-    model.conv1 = stem
-    model.maxpool = nn.Identity()
+    """Four stages of two blocks, of torchvision's start values."""
+    model = ResNet(4, 2, width=width or 64, in_channels=input_shape[0], num_classes=num_classes)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return model
 
 
@@ -147,7 +149,7 @@ MODELS: dict[str, Callable[[int, InputShape, int | None], nn.Module]] = {
     "resnet18": _resnet18,
     "vgg11_bn": _vgg11_bn,
 }
-ADJUSTABLE_WIDTH = ("resnet8", "resnet20")
+ADJUSTABLE_WIDTH = ("resnet8", "resnet20", "resnet18")
 
 
 def check_model(name: str) -> None:

@@ -198,6 +198,8 @@ class TorchModel:
 
     def held_bytes(self) -> int:
         """Bytes held now for weights, gradients, momentum and patterns."""
+        if isinstance(self._optimizer, MaskedSGD):
+            return sum(self._optimizer.state_bytes().values())
         held = state_bytes(self._module, self._optimizer)
         return sum(held[kind] for kind in ("weights", "gradients", "optimizer", "indices"))
 
@@ -290,8 +292,9 @@ class DenseModel(TorchModel):
             else:
                 gradient.copy_(changed)
 
-    def _new_optimizer(self, sgd: Sgd) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self._module.parameters(), **sgd._asdict())
+    def _new_optimizer(self, sgd: Sgd) -> MaskedSGD:
+        # torch.optim.SGD computes the same, and imports a compiler for a second.
+        return MaskedSGD(self._module, None, **sgd._asdict())
 
     def _largest(self, counts: Mapping[str, int], loss: Any) -> Mapping[str, Any]:
         assert self._mask is not None
@@ -305,11 +308,6 @@ class MaskedModel(TorchModel):
         super()._take(state)
         assert state.patterns is not None
         self._mask = Mask.from_csr(state.patterns)
-
-    def held_bytes(self) -> int:
-        if self._optimizer is None:
-            return super().held_bytes()
-        return sum(self._optimizer.state_bytes().values())
 
     def _new_optimizer(self, sgd: Sgd) -> MaskedSGD:
         return MaskedSGD(self._module, self._mask, **sgd._asdict())

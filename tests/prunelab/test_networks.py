@@ -77,7 +77,24 @@ def test_resnet18_has_the_known_numbers_of_weights_and_batch_norm_channels() -> 
     means = (v for name, v in float_state(model).items() if name.endswith("running_mean"))
     assert sum(v.numel() for v in means) == 4_800
     assert num_parameters(model) == 11_164_352 + 2 * 4_800 + 10
-    assert build_model("resnet18", num_classes=2, input_shape=(1, 8, 8), seed=0, width=64)
+
+
+def test_resnet18_is_torchvisions_but_for_its_stem() -> None:
+    """The same state, names and logits; start values of the same spread."""
+    from torchvision.models import resnet18  # noqa: PLC0415
+
+    reference = resnet18(num_classes=7)
+    reference.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    reference.maxpool = nn.Identity()
+    model = build_model("resnet18", num_classes=7, input_shape=CIFAR, seed=0)
+    for name, value in reference.state_dict().items():
+        if value.dim() == 4 and name != "conv1.weight":
+            own = model.get_parameter(name)
+            assert own.std().item() == pytest.approx(value.std().item(), rel=0.05)
+    reference.load_state_dict(model.state_dict())
+    images = torch.randn(3, *CIFAR, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(images), reference(images))  # batch statistics
+    torch.testing.assert_close(model.eval()(images), reference.eval()(images))
 
 
 def test_resnet18_keeps_the_resolution_up_to_its_second_stage() -> None:
@@ -172,7 +189,7 @@ def test_resnet_computes_what_the_paper_says() -> None:
         y = bn(conv(x, f"{stage}.conv1", stride), f"{stage}.bn1").clamp(min=0)
         y = bn(conv(y, f"{stage}.conv2"), f"{stage}.bn2")
         if stride == 2:
-            x = bn(conv(x, f"{stage}.shortcut.0", 2), f"{stage}.shortcut.1")
+            x = bn(conv(x, f"{stage}.downsample.0", 2), f"{stage}.downsample.1")
         x = (y + x).clamp(min=0)
     logits = x.mean((2, 3)) @ state["fc.weight"].T + state["fc.bias"]
     torch.testing.assert_close(model(images), logits)
@@ -182,7 +199,6 @@ def test_resnet_computes_what_the_paper_says() -> None:
     ("name", "change", "words"),
     [
         ("resnet9", {}, "resnet8, resnet20, resnet18, vgg11_bn"),
-        ("resnet18", {"width": 32}, "fixed width"),
         ("vgg11_bn", {"width": 16}, "fixed width"),
         ("vgg11_bn", {"input_shape": (3, 32, 31)}, "32×31"),
         ("resnet8", {"width": 0}, "width must be at least 1, got 0"),
@@ -317,7 +333,7 @@ def test_narrow_width_refuses_what_cannot_be() -> None:
     with pytest.raises(ModelError, match="takes 1764 bytes; allowed are 1763"):
         narrow_width("resnet8", num_classes=10, input_shape=(1, 8, 8), max_bytes=1763)
     with pytest.raises(ModelError, match="fixed width; use one of resnet8, resnet20"):
-        narrow_width("resnet18", num_classes=10, input_shape=CIFAR, max_bytes=10**9)
+        narrow_width("vgg11_bn", num_classes=10, input_shape=CIFAR, max_bytes=10**9)
     with pytest.raises(ModelError, match="a narrower network is asked for, and mine has a fixed"):
         narrow_width("mine", num_classes=10, input_shape=CIFAR, max_bytes=10**9)
 
