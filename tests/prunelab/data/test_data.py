@@ -212,7 +212,7 @@ def test_pictures_that_are_not_alike_are_refused(folder: Path) -> None:
         ([0, 3], "test label 3 of row 1 lies outside 0 ... 2"),
         ([-1, 0], "test label -1 of row 0"),
         ([0.0, 1.0], "whole numbers, got float64"),
-        (["a", "b"], "whole numbers, got object"),
+        (["a", "b"], "whole numbers, got <U1"),
         ([0, None], "column 'label' has 1 empty cells"),
     ],
 )
