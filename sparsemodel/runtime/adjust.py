@@ -112,8 +112,7 @@ def select_largest(state: SparseState, counts: Mapping[str, int]) -> SparseState
         magnitudes = _magnitudes(name, weights)
         if count < len(weights):
             kept = largest(magnitudes, count)
-            changed[name] = Pattern.from_positions(pattern.shape, pattern.positions()[kept])
-            values[name] = weights[kept]
+            changed[name], values[name] = pattern.subset(kept), weights[kept]
     return SparseState({**state.values, **values}, patterns.replace(changed))
 
 

@@ -79,6 +79,21 @@ class Pattern:
         starts = np.arange(len(self.row_ptr) - 1, dtype=np.int64) * self.row_length
         return np.repeat(starts, np.diff(self.row_ptr)) + self.cols
 
+    def subset(self, kept: NDArray[np.bool_]) -> Pattern:
+        """The pattern of some of its active weights.
+
+        Args:
+            kept: [nnz], in their order.
+
+        >>> Pattern((2, 3), np.int32([0, 2, 3]), np.int32([0, 2, 1])).subset(
+        ...     np.array([False, True, True])
+        ... ).positions()
+        array([2, 4])
+        """
+        ends = np.zeros(len(kept) + 1, dtype=np.int32)
+        np.cumsum(kept, out=ends[1:])
+        return Pattern(self.shape, ends[self.row_ptr], self.cols[kept])
+
     def bitmap(self) -> Iterator[NDArray[np.uint8]]:
         """A bit for each weight, first weight highest, packed a chunk at a time."""
         positions, total = self.positions(), self.num_weights
@@ -112,7 +127,7 @@ P = TypeVar("P")
 
 
 class PatternSet(Mapping[str, P]):
-    """What a mask is in every form: one pattern a name, in a fixed order, compared by digest."""
+    """What a mask is in every form: one pattern a name, in a fixed order."""
 
     def __init__(self, patterns: Mapping[str, P]) -> None:
         if not patterns:
@@ -187,6 +202,17 @@ class Patterns(PatternSet[Pattern]):
     def __init__(self, patterns: Mapping[str, Pattern]) -> None:
         super().__init__(patterns)
         self._digest: str | None = None
+        self._key: bytes | None = None
+
+    def __eq__(self, other: object) -> bool:
+        """By the patterns themselves, which is quicker than to make a digest."""
+        return self is other or (
+            isinstance(other, Patterns)
+            and list(self) == list(other)
+            and all(pattern == other[name] for name, pattern in self.items())
+        )
+
+    __hash__ = PatternSet.__hash__
 
     def shapes(self) -> dict[str, Shape]:
         """Name -> shape, in order."""
@@ -226,6 +252,17 @@ class Patterns(PatternSet[Pattern]):
                     sha.update(chunk.data)
             self._digest = sha.hexdigest()[: 2 * DIGEST_BYTES]
         return self._digest
+
+    def key(self) -> bytes:
+        """What equal patterns share, as a digest, but quicker made; good in this process alone."""
+        if self._key is None:
+            sha = hashlib.sha256()
+            for name, pattern in self._patterns.items():
+                sha.update(f"{len(name.encode())}:{name}:{pattern.shape}:".encode())
+                sha.update(pattern.row_ptr.data)
+                sha.update(pattern.cols.data)
+            self._key = sha.digest()
+        return self._key
 
 
 def _rows(shape: Shape) -> tuple[int, int]:

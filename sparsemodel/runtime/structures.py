@@ -71,17 +71,17 @@ class Structures:
         self._kept_bytes = kept_bytes
         self._used: weakref.WeakValueDictionary[Key, Structure] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[Key, Structure] = OrderedDict()
-        self._mask = ""  # digest of the mask used last
+        self._mask = b""  # key of the mask used last
         self._lock = threading.Lock()
 
     def masked(self, patterns: Patterns, name: str, geometry: cpu.Geometry) -> Structure:
         """The structure of a layer in patterns that `check_pattern` has seen."""
-        digest = patterns.digest()
+        mask = patterns.key()
         with self._lock:
-            if digest != self._mask:
+            if mask != self._mask:
                 self._recent.clear()
-                self._mask = digest
-        return self._shared((digest, name, _key(geometry)), patterns[name], geometry)
+                self._mask = mask
+        return self._shared((mask, name, _key(geometry)), patterns[name], geometry)
 
     def full(self, shape: Shape, geometry: cpu.Geometry) -> Structure:
         """The structure of a layer that keeps every weight."""
