@@ -21,9 +21,10 @@ from datapruning.scoring.jobs import Progress, Recipe, whole
 from datapruning.scoring.methods import METHODS, Method, Score, checked_options, named_methods
 from datapruning.scoring.parts import Parts, open_parts
 from datapruning.selection.table import ScoreTable
+from prunelab.data.checked import warn_of_gaps
 from prunelab.data.datasets import fingerprint, load_dataset
 from prunelab.data.objects import as_samples
-from prunelab.data.samples import ImageSamples, Samples
+from prunelab.data.samples import ImageSamples, Samples, TokenSamples
 from prunelab.errors import RunError
 from prunelab.networks import Network, check_model
 from prunelab.runs.folder import locked
@@ -166,7 +167,10 @@ def _check_dense(
 def _samples(data: Any) -> tuple[Samples, str, str]:
     """Samples, the data set's name, and what to load it by ("" for samples of the caller's)."""
     if not isinstance(data, str | Path):
-        return as_samples(data), type(data).__name__, ""
+        samples = as_samples(data)
+        if isinstance(samples, ImageSamples):
+            warn_of_gaps(samples.labels)
+        return samples, type(data).__name__, ""
     dataset = load_dataset(str(data))
     is_folder = Path(data).is_dir() and dataset.name != str(data)
     return ImageSamples.of(dataset), dataset.name, str(Path(data).resolve() if is_folder else data)
@@ -332,6 +336,9 @@ def _computed(
             else:
                 seen = whole(recipe, name, observed=observed.get(name))
                 scores[name] = finish(seen, **options)
+            if isinstance(recipe.samples, TokenSamples) and recipe.methods[name].runs:
+                # Whatever a model says of a text without targets, it is no score.
+                scores[name] = scores[name].where(recipe.samples.num_targets > 0, torch.nan)
     return scores, seconds + time.process_time() - started
 
 

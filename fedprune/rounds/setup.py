@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from fedprune.local.model import Network
 from fedprune.local.site import TRAIN
 from fedprune.methods.base import Method
 from prunelab.data.store import ImageStore, open_store
-from prunelab.errors import RunError
+from prunelab.errors import DataWarning, RunError
 from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.state_file import load_state
@@ -166,3 +167,5 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
     )
     if done.returncode:
         raise RunError(done.stderr.strip().splitlines()[-1] if done.stderr else "no set-up")
+    for text in json.loads(done.stdout.splitlines()[-1]):
+        warnings.warn(text, DataWarning, stacklevel=2)

@@ -25,7 +25,9 @@ from fedprune.local.torch_models import DenseModel
 from fedprune.local.training import round_sgd, train_epochs
 from fedprune.methods.base import Method
 from fedprune.rounds.setup import NETWORK, START, TEST, TRAIN
+from fedprune.settings import DataConfig
 from prunelab.data.batches import Integers
+from prunelab.data.checked import note
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.data.store import write_store
 from prunelab.errors import ModelError
@@ -186,6 +188,8 @@ def _opened(config: RunConfig, model: Any, given: ImageSet | None) -> Workspace:
         seed=stream_seed(SEED_SERVER_SET, config.seed),
     )
     groups = dataset.train_groups
+    if groups is not None:
+        note_groups(len(groups.unique()), data)
     shares = partition(
         labels[rest],
         num_clients=data.clients,
@@ -201,6 +205,21 @@ def _opened(config: RunConfig, model: Any, given: ImageSet | None) -> Workspace:
         server_indices=server,
         shares=[rest[share] for share in shares],
     )
+
+
+def note_groups(num_groups: int, data: DataConfig) -> None:
+    """Say where the data's own clients are not the run's."""
+    if data.partition != "natural":
+        note(
+            f"the data say whose each sample is ({num_groups} natural clients), but are divided "
+            f"among {data.clients} by data.partition = {data.partition!r}; set it to 'natural' to "
+            "go by them"
+        )
+    elif data.clients < num_groups:
+        note(
+            f"{num_groups} natural clients are dealt to data.clients = {data.clients}, several to "
+            f"each; set it to {num_groups} to keep them apart"
+        )
 
 
 def check_fits(model: nn.Module, dataset: ImageSet) -> None:

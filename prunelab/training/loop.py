@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunelab.data.batches import batches
 from prunelab.data.objects import as_samples
-from prunelab.data.samples import Augmentable, Samples
+from prunelab.data.samples import Augmentable, Samples, check_targets
 from prunelab.errors import RunError, check_settings
 from prunelab.runs.seeds import rng, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
@@ -188,6 +188,7 @@ def train(
         checkpoint: written after each epoch; if the file is there, the run goes on from it.
 
     Raises:
+        DataError: a text without targets, from which nothing can be learned.
         RunError: rows that are not in the data, a loss that is not finite, settings that the
             task or the samples cannot follow, or a checkpoint of another run.
     """
@@ -209,6 +210,7 @@ def train(
     while not _finished(progress, config):
         epoch = len(progress.losses)
         chosen = _epoch_rows(rows, epoch, len(samples))
+        check_targets(samples, chosen)
         with seeded(stream_seed(seed, _DROPOUT, epoch), device):
             _train_epoch(
                 model, samples, stepper, optimizer, progress,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prunelab.data.samples import NO_LOSS
 from prunelab.errors import ModelError
 from sparsemodel.layers.linear_and_conv import SparseLinear
 
@@ -103,16 +104,17 @@ class CausalLM(Task):
     """A causal language model of transformers; batches are dicts of TokenSamples.
 
     The loss of a sample is the mean cross-entropy of its target tokens (those whose target is
-    not −100), each predicted from the tokens before it.
+    not −100), each predicted from the tokens before it; NaN where it has none.
     """
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         logits = model(**_inputs(batch)).logits[:, :-1]
         targets = batch["labels"][:, 1:]
         losses = functional.cross_entropy(
-            logits.transpose(1, 2).float(), targets, ignore_index=-100, reduction="none"
+            logits.transpose(1, 2).float(), targets, ignore_index=NO_LOSS, reduction="none"
         )
-        return losses.sum(1) / (targets != -100).sum(1).clamp(min=1)
+        counts = (targets != NO_LOSS).sum(1)
+        return (losses.sum(1) / counts.clamp(min=1)).where(counts > 0, torch.nan)
 
     def embedding(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return _mean_hidden_state(model, batch)

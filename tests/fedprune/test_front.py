@@ -160,7 +160,7 @@ def test_a_method_of_a_script(tmp_path: Path) -> None:
         ),
         (
             {"data": {"train": (IMAGES, LABELS % 2), "test": (IMAGES, LABELS)}},
-            r"test label 2 lies outside 0 ... 1",
+            r"test label 2 of row 2 lies outside 0 ... 1",
         ),
         ({"settings": {"data.num_train": 20}}, "cut these data yourself"),
         ({"settings": {"trainin.lr": 1}}, "did you mean 'training.lr'"),
