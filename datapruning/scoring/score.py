@@ -24,7 +24,7 @@ from datapruning.selection.table import ScoreTable
 from prunelab.data.checked import warn_of_gaps
 from prunelab.data.datasets import fingerprint, load_dataset
 from prunelab.data.objects import as_samples
-from prunelab.data.samples import ImageSamples, Samples, TokenSamples
+from prunelab.data.samples import ImageSamples, Samples
 from prunelab.errors import RunError
 from prunelab.networks import Network, check_model
 from prunelab.runs.folder import locked
@@ -336,9 +336,6 @@ def _computed(
             else:
                 seen = whole(recipe, name, observed=observed.get(name))
                 scores[name] = finish(seen, **options)
-            if isinstance(recipe.samples, TokenSamples) and recipe.methods[name].runs:
-                # Whatever a model says of a text without targets, it is no score.
-                scores[name] = scores[name].where(recipe.samples.num_targets > 0, torch.nan)
     return scores, seconds + time.process_time() - started
 
 
