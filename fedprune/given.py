@@ -32,7 +32,8 @@ def name_model(model: str | nn.Module | Callable[..., nn.Module]) -> str:
     path = getattr(model, "__qualname__", type(model).__qualname__)
     if getattr(sys.modules.get(module), path, None) is model and module != "__main__":
         return f"{module}:{path}"
-    name = f"{path}@{_content(model)}" if hasattr(model, "state_dict") else path
+    is_network = hasattr(model, "state_dict") and not isinstance(model, type)
+    name = f"{path}@{_content(model)}" if is_network else path
     if type(_models.get(name)) is type(model) and name != path:
         _models[name] = model  # the other may have been trained since
     return _enter(_models, name, model)

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from prunelab.runs.settings import differences
 from prunelab.runs.threads import computing
 from prunelab.runs.version import __version__
 from prunelab.training.loop import TrainingConfig
-from prunelab.training.task import Classification, ImageClassification, Task
+from prunelab.training.task import Classification, ImageClassification, Task, check_fits
 from sparsemodel.storage.files import write_atomically
 
 SHARD_SIZE = 4096
@@ -93,6 +93,7 @@ def score(
 
     Raises:
         ScoreError: an unknown method or option, or data that a method cannot score.
+        ModelError: a model that cannot be made, or that does not fit the data.
         RunError: parts or a table of other settings are in the way.
 
     Warns:
@@ -128,6 +129,7 @@ def score(
                 device=device, threads=threads, methods=methods, options=settings["methods"],
                 runs=runs, early=settings["early"], shard_size=shard_size,
             )  # fmt: skip
+            _check_model(recipe)
             scores, seconds = _computed(recipe, runner, progress)
             tables = {
                 name: _table(name, scores[name], recipe, settings, dataset=dataset, source=source)
@@ -255,6 +257,14 @@ def _check_fits(
             f"method {name!r} trains models of its own; give a model's name or a function "
             "seed -> model, not a trained model"
         )
+
+
+def _check_model(recipe: Recipe) -> None:
+    """Raise ModelError if the methods need a model and it does not fit the data."""
+    if any(method.runs for method in recipe.methods.values()):
+        is_made = isinstance(recipe.model, nn.Module)
+        model = recipe.model if is_made else replace(recipe, density=None).build(0)
+        check_fits(recipe.task, model, recipe.samples, num_classes=None)
 
 
 def _model_name(model: Network) -> str:

@@ -30,9 +30,9 @@ from prunelab.data.batches import Integers
 from prunelab.data.checked import note
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.data.store import write_store
-from prunelab.errors import ModelError
 from prunelab.networks import (
     GRANULARITIES,
+    check_fits,
     check_model,
     float_state,
     parameter_blocks,
@@ -41,7 +41,6 @@ from prunelab.networks import (
 from prunelab.runs.seeds import stream_seed
 from sparsemodel.errors import PlanError
 from sparsemodel.masks.mask import prunable_parameters
-from sparsemodel.masks.probe import probing
 from sparsemodel.plans.program import program_of
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.cost import layer_macs, model_bytes
@@ -87,7 +86,7 @@ class Workspace:
             ModelError: the network does not fit the data.
         """
         dataset, skeleton = self.dataset, self.torch.skeleton
-        check_fits(skeleton, dataset)
+        check_fits(skeleton, input_shape=dataset.input_shape, num_classes=dataset.num_classes)
         folder.mkdir(parents=True, exist_ok=True)
         write_shares(
             folder / TRAIN,
@@ -219,26 +218,6 @@ def note_groups(num_groups: int, data: DataConfig) -> None:
         note(
             f"{num_groups} natural clients are dealt to data.clients = {data.clients}, several to "
             f"each; set it to {num_groups} to keep them apart"
-        )
-
-
-def check_fits(model: nn.Module, dataset: ImageSet) -> None:
-    """Raise ModelError unless a network takes these images and tells these classes apart."""
-    size = (2, *dataset.input_shape)
-    what = f"the network does not fit images {list(size)}"
-    with probing(model), torch.no_grad():
-        model.eval()
-        try:
-            logits = model(torch.zeros(size))
-        except Exception as error:  # whatever the network's own code raises
-            raise ModelError(f"{what}: {type(error).__name__}: {error}") from error
-    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != 2:
-        raise ModelError(f"{what}: it gives {shape}, expected logits [2, classes]")
-    if logits.shape[1] < dataset.num_classes:
-        raise ModelError(
-            f"the network gives {logits.shape[1]} logits, and the data have {dataset.num_classes} "
-            "classes; a function that builds it may ask for num_classes"
         )
 
 

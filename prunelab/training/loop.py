@@ -21,7 +21,13 @@ from prunelab.errors import RunError, check_settings
 from prunelab.runs.seeds import rng, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
 from prunelab.training.steps import OPTIMIZERS, Loss, Objective, Stepper, is_planned, make_optimizer
-from prunelab.training.task import Classification, ImageClassification, Task, to_device
+from prunelab.training.task import (
+    Classification,
+    ImageClassification,
+    Task,
+    check_fits,
+    to_device,
+)
 from sparsemodel.masks.schedule import cosine
 from sparsemodel.plans import stepper as planned_steps
 
@@ -238,10 +244,12 @@ def evaluate(
         task: None: image classification.
 
     Raises:
+        ModelError: the model does not take such images, or has no logit for one of the labels.
         RunError: no rows, or rows that are not in the data.
     """
     samples, task = as_samples(data), task or ImageClassification()
     chosen = _epoch_rows(rows, 0, len(samples))
+    check_fits(task, model, samples, num_classes=None)
     add = _evaluator(model, task)
     loss_sum, correct = 0.0, 0
     device = next(model.parameters()).device

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunelab.data.samples import NO_LOSS
+from prunelab import networks
+from prunelab.data.samples import NO_LOSS, ImageSamples, Samples
 from prunelab.errors import ModelError
 from sparsemodel.layers.linear_and_conv import SparseLinear
 
@@ -64,7 +65,7 @@ class ImageClassification(Classification):
         self.layer = layer
 
     def logits(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        logits: Tensor = model(batch[0])
+        logits: Tensor = model(networks.fitted(model, batch[0]))
         return logits
 
     def labels(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -79,7 +80,7 @@ class ImageClassification(Classification):
         name, of_input = self.layer, False
         if name is None:
             name, of_input = _last_linear(model), True
-        seen = _seen(model, name, batch[0], of_input=of_input)
+        seen = _seen(model, name, networks.fitted(model, batch[0]), of_input=of_input)
         return seen.flatten(2).mean(2) if seen.dim() > 2 else seen
 
 
@@ -118,6 +119,21 @@ class CausalLM(Task):
 
     def embedding(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return _mean_hidden_state(model, batch)
+
+
+def check_fits(task: Task, model: nn.Module, samples: Samples, *, num_classes: int | None) -> None:
+    """Raise ModelError unless an image network fits its samples; of other tasks nothing is known.
+
+    Args:
+        num_classes: of the whole data set; None: as many as the samples' labels reach.
+    """
+    is_image = getattr(type(task), "logits", None) is ImageClassification.logits
+    if is_image and isinstance(samples, ImageSamples):
+        networks.check_fits(
+            model,
+            input_shape=tuple(samples.images.shape[1:]),
+            num_classes=num_classes or int(samples.labels.max()) + 1,
+        )
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
