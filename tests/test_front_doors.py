@@ -323,6 +323,10 @@ def test_a_sparse_student_stays_sparse(net: nn.Module) -> None:
         ([("a", 1)], "the image of sample 0 is a str"),
         ([], "no samples"),
         (7, "data is a int"),
+        (torch.zeros(3, 1, 8, 8), r"data is a Tensor; expected \(images, labels\)"),
+        (np.array(3), "data is a ndarray"),
+        ("nowhere", "unknown data set 'nowhere'"),
+        (b"nowhere", "data is a bytes"),
     ],
 )
 def test_data_that_are_none_are_named(data: Any, message: str) -> None:

@@ -260,11 +260,13 @@ def _check_fits(
 
 
 def _check_model(recipe: Recipe) -> None:
-    """Raise ModelError if the methods need a model and it does not fit the data."""
-    if any(method.runs for method in recipe.methods.values()):
-        is_made = isinstance(recipe.model, nn.Module)
-        model = recipe.model if is_made else replace(recipe, density=None).build(0)
-        check_fits(recipe.task, model, recipe.samples, num_classes=None)
+    """Raise ModelError if the model does not fit the data; of those to be made, the first is."""
+    model = recipe.model
+    if not isinstance(model, nn.Module):
+        if not recipe.all_runs:
+            return
+        model = replace(recipe, density=None).build(recipe.run_seed(recipe.all_runs[0]))
+    check_fits(recipe.task, model, recipe.samples, num_classes=None)
 
 
 def _model_name(model: Network) -> str:

@@ -207,11 +207,7 @@ def array_of(values: Any, what: str, where: str = "") -> Array:
         DataError: no numbers, rows of different shapes, or masked places.
     """
     if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = values.to_dense() if values.layout != torch.strided else values
-        numpy_has_it = values.dtype in (torch.float16, torch.float32, torch.float64)
-        values = values.float() if values.is_floating_point() and not numpy_has_it else values
-        values = values.numpy()
+        values = _numpy_of(values, f"{_in(where)}{what}")
     if np.ma.is_masked(values):
         raise DataError(f"{_in(where)}{what} have masked places; leave those samples out")
     try:
@@ -233,11 +229,25 @@ def array_of(values: Any, what: str, where: str = "") -> Array:
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:
         array = array.astype(np.float64)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return array if array.flags.writeable else array.copy()  # torch warns of what is read-only
+    # torch takes no negative strides, and warns of what is read-only.
+    return array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()
+
+
+def _numpy_of(tensor: Tensor, what: str) -> Array:
+    try:
+        tensor = tensor.detach().cpu()
+        tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
+        numpy_has_it = tensor.dtype in (torch.float16, torch.float32, torch.float64)
+        tensor = tensor.float() if tensor.is_floating_point() and not numpy_has_it else tensor
+        array: Array = tensor.numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise DataError(f"{what} are a tensor that numpy cannot read ({error})") from None
+    return array
 
 
 def _is_one_hot(array: Array) -> bool:
-    return bool(((array == 0) | (array == 1)).all() and (array.sum(1) == 1).all())
+    zeros_and_ones = array.size > 0 and bool(((array == 0) | (array == 1)).all())
+    return zeros_and_ones and bool((array.sum(1) == 1).all())
 
 
 def _finite(array: Array, where: str) -> Array:

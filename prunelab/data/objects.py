@@ -57,7 +57,8 @@ def as_samples(data: Any) -> Samples:
         raise DataError(
             f"data is a mapping of {names}; give one of them, such as the training side"
         )
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    is_listed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if is_listed and not isinstance(data, str | bytes) and not is_array(data):
         return samples_of_items(data)
     raise DataError(
         f"data is a {type(data).__name__}; expected (images, labels), a torch data set of (image, "

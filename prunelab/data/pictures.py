@@ -16,15 +16,16 @@ GROUND = 128
 """The gray that lies under transparent parts: white and black drawings both stand out on it."""
 
 _TURNED = "pictures were turned upright, as their EXIF orientation says"
+_COLOURED = "pictures are gray among coloured ones, and were taken as RGB"
 _OPAQUE = f"pictures have transparent parts, which were laid on gray ({GROUND})"
 
 
 def decoded(pictures: Iterable[tuple[str, Any]], *, where: str) -> Array:
     """Pictures of one shape, uint8 [N, C, H, W].
 
-    Gray ones (with or without transparency) have one channel, all others are RGB. The EXIF
-    orientation is applied, transparent parts are laid on GROUND, of an animation the first picture
-    is taken.
+    Gray ones (with or without transparency) have one channel, all others are RGB; gray ones among
+    others become RGB. The EXIF orientation is applied, transparent parts are laid on GROUND, and of
+    an animation the first picture is taken.
 
     Args:
         pictures: the place of each, such as "row 3", and the bytes of a file or a picture of
@@ -38,14 +39,16 @@ def decoded(pictures: Iterable[tuple[str, Any]], *, where: str) -> Array:
     arrays: list[Array] = []
     for place, picture in pictures:
         array = pixels(picture, place=place, seen=seen)
-        if arrays and array.shape != arrays[0].shape:
+        if arrays and array.shape[1:] != arrays[0].shape[1:]:
             raise DataError(
                 f"the picture of {place} has shape {array.shape}, the first {arrays[0].shape}; "
-                "all must be alike: convert them to one size and mode"
+                "all must be alike: bring them to one size"
             )
         arrays.append(array)
+    channels = max(map(len, arrays))
+    seen[_COLOURED] = sum(len(array) < channels for array in arrays)
     say_seen(seen, where)
-    return np.stack(arrays)
+    return np.stack([np.broadcast_to(array, (channels, *array.shape[1:])) for array in arrays])
 
 
 def pixels(picture: Any, *, place: str, seen: Counter[str]) -> Array:
@@ -80,7 +83,7 @@ def pixels(picture: Any, *, place: str, seen: Counter[str]) -> Array:
 
 def say_seen(seen: Counter[str], where: str) -> None:
     """A line for each thing that was done to pictures."""
-    for what, count in seen.items():
+    for what, count in (+seen).items():
         note(f"{where}: {count} {what}")
 
 

@@ -200,12 +200,12 @@ def checked_ids(ids: Any, num_samples: int) -> Tensor:
     """Ids as int64 [N], by default the row numbers; raise DataError unless each sample has one."""
     if ids is None:
         return torch.arange(num_samples)
-    ids = whole_numbers(ids, "ids")
-    if ids.shape != (num_samples,):
+    own = whole_numbers(ids, "ids")
+    if own.shape != (num_samples,):
         raise DataError(
-            f"ids have shape {tuple(ids.shape)}; expected one for each of {num_samples} samples"
+            f"ids have shape {tuple(own.shape)}; expected one for each of {num_samples} samples"
         )
-    unique, counts = ids.unique(return_counts=True)
-    if len(unique) != len(ids):
+    unique, counts = own.unique(return_counts=True)
+    if len(unique) != len(own):
         raise DataError(f"sample id {int(unique[counts > 1][0])} occurs more than once")
-    return ids
+    return own

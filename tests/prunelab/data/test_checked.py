@@ -52,7 +52,9 @@ def quiet(call: Any, *values: Any) -> Any:
         CLASSES.astype(np.uint64),
         CLASSES.astype(object),
         CLASSES[::-1][::-1],
+        CLASSES[::-1].copy()[::-1],
         CLASSES[:, None],
+        CLASSES[:, None][:, ::-1],
         torch.from_numpy(CLASSES)[:, None].short(),
         torch.from_numpy(CLASSES).to(torch.uint16),
         np.broadcast_to(np.array(2), (4,)) - [2, 1, 0, 1],
@@ -95,6 +97,7 @@ def test_truth_values_are_two_classes() -> None:
         (np.array([1j]), "labels are complex128"),
         (np.ma.masked_equal([0, 1], 1), "labels have masked places"),
         ([], "no samples"),
+        (np.zeros((0, 0), bool), r"labels are bool of shape \[0, 0\]"),
         (None, "labels are object"),
     ],
 )
@@ -163,6 +166,7 @@ def test_classes_are_counted_by_the_training_side() -> None:
         np.asfortranarray(BYTES),
         BYTES[::-1][::-1],
         np.broadcast_to(BYTES, BYTES.shape),
+        BYTES[:, None][:, ::-1],
     ],
 )
 def test_gray_images_have_one_channel(images: Any) -> None:
@@ -218,6 +222,7 @@ def test_floats_that_look_like_bytes_are_mentioned() -> None:
         ([BYTES[0], BYTES[0, :3]], "images are not all of one shape"),
         (np.ma.masked_less(BYTES, 9), "images have masked places"),
         (["a.png"], "images are texts, such as 'a.png'"),
+        (torch.empty(2, 3, device="meta"), "images are a tensor that numpy cannot read"),
     ],
 )
 def test_images_that_are_none(images: Any, words: str) -> None:

@@ -152,6 +152,15 @@ def test_more_than_eight_bits_are_refused(mode: str) -> None:
         as_samples([(picture, 0)])
 
 
+def test_gray_pictures_among_coloured_ones_become_rgb() -> None:
+    gray = file_of(Image.fromarray(COLOURS[..., 0]))
+    with pytest.warns(DataWarning, match="here: 2 pictures are gray among coloured ones"):
+        found = decode(gray, png(1), gray)
+    assert np.array_equal(found[[0, 2]], np.stack([np.stack([COLOURS[..., 0]] * 3)] * 2))
+    assert np.array_equal(found[1], decode(png(1))[0])
+    assert silently(lambda: decode(gray, gray)).shape == (2, 1, 6, 5)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 @pytest.mark.filterwarnings("ignore")
