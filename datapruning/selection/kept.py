@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ class _Items(Dataset[Any]):
 
 def _has_items(dataset: Any) -> bool:
     """Whether it is a data set with items of its own, of torch or Hugging Face."""
-    if is_samples(dataset) or isinstance(dataset, str | Path | ImageSet | dict):
+    if is_samples(dataset) or isinstance(dataset, str | Path | ImageSet | Mapping):
         return False
     if is_pair(dataset):
         return False

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from prunelab.data.checked import Array, array_of, checked_label
+from prunelab.data.checked import Array, array_of, checked_label, checked_labels
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.data.pictures import pixels, say_seen
 from prunelab.data.samples import ImageSamples, Samples
@@ -29,8 +29,9 @@ def as_samples(data: Any) -> Samples:
     Args:
         data: `Samples` (returned as they are); the name of a data set or a folder of parquet
             files (its training side); an `ImageSet` (its training side); a pair (images, labels)
-            of arrays, tensors or lists; a torch data set of (image, label); or a Hugging Face
-            data set with an image and a label column. Images are arrays, tensors or pictures.
+            of arrays, tensors or lists, or a mapping of them by name; a torch data set of (image,
+            label); or a Hugging Face data set with an image and a label column. Images are arrays,
+            tensors or pictures.
 
     Raises:
         DataError: something else, or samples that are not of one shape, not finite, without a
@@ -53,10 +54,13 @@ def as_samples(data: Any) -> Samples:
             return ImageSamples(images, labels)
         return samples_of_items(_Pairs(images, labels))
     if isinstance(data, Mapping):
-        names = ", ".join(map(repr, data))
-        raise DataError(
-            f"data is a mapping of {names}; give one of them, such as the training side"
-        )
+        names = _names(data)
+        if names is None:
+            raise DataError(
+                f"data is a mapping of {', '.join(map(repr, data))}; give one of them, such as the "
+                "training side"
+            )
+        return as_samples(tuple(data[name] for name in names))
     is_listed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     if is_listed and not isinstance(data, str | bytes) and not is_array(data):
         return samples_of_items(data)
@@ -91,17 +95,18 @@ def is_pair(data: Any) -> bool:
 class _Pairs:
     """Lists of pictures and of labels as a data set."""
 
-    def __init__(self, images: Sequence[Any], labels: Sequence[Any]) -> None:
-        if len(images) != len(labels):
+    def __init__(self, images: Sequence[Any], labels: Any) -> None:
+        self._images, self._labels = images, checked_labels(labels).tolist()
+        if len(images) != len(self._labels):
             raise DataError(
-                f"{len(images)} images but {len(labels)} labels; expected one of each a sample"
+                f"{len(images)} images but {len(self._labels)} labels; expected one of each a "
+                "sample"
             )
-        self._images, self._labels = images, labels
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, row: int) -> tuple[Any, Any]:
+    def __getitem__(self, row: int) -> tuple[Any, int]:
         return self._images[row], self._labels[row]
 
 
@@ -113,11 +118,8 @@ def item_of(item: Any, row: int) -> tuple[Any, int]:
             that is no class (see `checked_label`).
     """
     if isinstance(item, Mapping):
-        names = [
-            next((name for name in known if name in item), None)
-            for known in (IMAGE_NAMES, LABEL_NAMES)
-        ]
-        if None in names:
+        names = _names(item)
+        if names is None:
             raise DataError(
                 f"sample {row} has {', '.join(map(repr, item))}; expected an image "
                 f"({', '.join(IMAGE_NAMES)}) and a label ({', '.join(LABEL_NAMES)}): rename the "
@@ -134,6 +136,13 @@ def item_of(item: Any, row: int) -> tuple[Any, int]:
     return image, checked_label(label, row)
 
 
+def _names(item: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What the image and the label are called."""
+    image = next((name for name in IMAGE_NAMES if name in item), None)
+    label = next((name for name in LABEL_NAMES if name in item), None)
+    return None if image is None or label is None else (image, label)
+
+
 def samples_of_items(data: Any) -> ImageSamples:
     """Samples of a data set with items, each read once.
 
@@ -144,7 +153,7 @@ def samples_of_items(data: Any) -> ImageSamples:
         raise DataError("data holds no samples")
     images, labels, seen = [], [], Counter[str]()
     for row in range(len(data)):
-        image, label = item_of(data[row], row)
+        image, label = item_of(_item(data, row), row)
         images.append(_picture(image, row, seen))
         labels.append(label)
         first = images[0]
@@ -163,6 +172,16 @@ def samples_of_items(data: Any) -> ImageSamples:
         )
     say_seen(seen, "data")
     return ImageSamples(np.stack(images), labels)
+
+
+def _item(data: Any, row: int) -> Any:
+    try:
+        return data[row]
+    except (KeyError, NotImplementedError) as error:  # such as a table of pandas
+        raise DataError(
+            f"sample {row} of a {type(data).__name__} cannot be read by its number "
+            f"({type(error).__name__}: {error}); give (images, labels) or a list of them"
+        ) from error
 
 
 def _picture(image: Any, row: int, seen: Counter[str]) -> Array:

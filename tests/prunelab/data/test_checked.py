@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from prunelab.data.checked import (
     MOST_CLASSES,
@@ -235,6 +236,7 @@ def test_images_that_are_none(images: Any, words: str) -> None:
 DRESSES: dict[str, Any] = {
     "arrays": (BYTES, CLASSES),
     "tensors": (GRAY, torch.from_numpy(CLASSES)),
+    "mapping": {"image": BYTES, "label": CLASSES},
     "array and list": (BYTES, CLASSES.tolist()),
     "lists of arrays": (list(BYTES), CLASSES.tolist()),
     "pictures and list": ([Image.fromarray(one) for one in BYTES], CLASSES.tolist()),
@@ -252,6 +254,32 @@ def test_the_same_samples_in_any_dress(dress: str) -> None:
     assert samples.fingerprint == plain.fingerprint
     assert samples.labels is not None
     assert samples.labels.tolist() == CLASSES.tolist()
+
+
+def test_lists_of_other_lengths_and_labels_that_are_none() -> None:
+    pictures = [Image.fromarray(one) for one in BYTES]
+    for labels, words in (
+        ([0, 1], "4 images but 2 labels"),
+        (np.array(1), r"labels are int64 of shape \[\]"),
+        (np.ones(4), "labels are float64"),
+    ):
+        with pytest.raises(DataError, match=words):
+            as_samples((pictures, labels))
+
+
+def test_what_cannot_be_read_by_row_is_said_to_be_that() -> None:
+    pandas = pytest.importorskip("pandas")
+
+    class Stream(IterableDataset[Any]):
+        def __len__(self) -> int:
+            return 3
+
+        def __iter__(self) -> Iterator[Any]:
+            yield BYTES[0], 0
+
+    for data in (pandas.DataFrame({"image": list(BYTES), "label": CLASSES}), Stream()):
+        with pytest.raises(DataError, match=r"sample 0 of a .* cannot be read by its number"):
+            as_samples(data)
 
 
 def test_two_items_are_no_pair_of_arrays() -> None:
