@@ -18,14 +18,7 @@ from fedprune.config import METHOD_NAME, RunConfig, own_settings, parse_assignme
 from fedprune.errors import USER_ERRORS
 from fedprune.methods import DEFAULT_METHOD, METHODS
 from prunelab.errors import RunError
-from prunelab.pages.console import (
-    console,
-    errors,
-    escaped,
-    listed,
-    run_command,
-    warnings_shown,
-)
+from prunelab.pages.console import console, errors, escaped, listed, run_command
 
 cli = typer.Typer(
     help="Federated pruning on Flower: tiny models trained across fleets of small devices.",
@@ -243,8 +236,7 @@ def _execute(
 
     was_complete = resume and (folder / runfolder.SUMMARY).exists()
     progress = _progress(folder, config, quiet=quiet)
-    with warnings_shown():
-        summary = runner.run(config, folder, engine=engine, resume=resume, progress=progress)
+    summary = runner.run(config, folder, engine=engine, resume=resume, progress=progress)
     if was_complete:
         console.print(f"already complete: {escaped(folder)}", highlight=False, soft_wrap=True)
     if not quiet:

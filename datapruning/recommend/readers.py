@@ -136,6 +136,10 @@ def _from_columns(name: str, table: Table, *, titles: Path | None) -> tuple[Hist
             wrong.append(f"row {place + 1}: {when!r}")
         else:
             rows.append((moment, place, user, item))
+    report.count(
+        "rows have a line break inside quotes, which a quote too few looks like",
+        [f"line {line}" for line in getattr(table, "long_rows", ())],
+    )
     report.count("rows have no user or no item and are skipped", missing)
     report.count("rows have a time that is no number or date and are skipped", wrong)
     if not rows:

@@ -36,11 +36,14 @@ class Table:
     Attributes:
         column_names: in the order of the file.
         values: reads a column.
+        long_rows: last lines of rows with a line break inside quotes, which a quote too few makes
+            as well.
     """
 
     path: Path
     column_names: Sequence[str]
     values: Callable[[str], Sequence[Any]]
+    long_rows: Sequence[int] = ()
 
     def __getitem__(self, name: str) -> Sequence[Any]:
         if list(self.column_names).count(name) > 1:
@@ -120,13 +123,15 @@ def _delimited(path: Path) -> Table:
             f"{path} needs a first line with the names of its columns, such as user, item, time; "
             f"got {first[:60]!r}"
         )
-    body = []
+    body, long_rows = [], []
     for line, row in rows:
         if len(row) != len(header):
             raise DataError(f"{path}, line {line}: {len(row)} values for {len(header)} columns")
         body.append(row)
+        if any("\n" in field or "\r" in field for field in row):
+            long_rows.append(line)
     place = {name: number for number, name in enumerate(header)}
-    return Table(path, header, lambda name: [row[place[name]] for row in body])
+    return Table(path, header, lambda name: [row[place[name]] for row in body], long_rows)
 
 
 def _rows_of_tabs(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -264,6 +264,16 @@ def test_tables_without_a_usable_row(
         read(str(path), titles=names if titles else None)
 
 
+def test_rows_that_quotes_may_have_swallowed_are_counted(tmp_path: Path) -> None:
+    """A quote that opens in line 2 and closes in line 4 is good CSV, and perhaps not meant."""
+    path = tmp_path / "t.csv"
+    path.write_text('user,item,time,title\n1,1,1,"7 inch\n1,2,2,x\n1,3,3,12"\n1,4,4,y\n')
+    _, report = read(str(path))
+    assert report.interactions == 2
+    words = "1 rows have a line break inside quotes, which a quote too few looks like, the first: l"
+    assert any(note.startswith(words + "ine 4") for note in report.notes)
+
+
 def test_a_list_is_no_id(tmp_path: Path) -> None:
     rows = [("a", [1, 2], 1), ("b", [3], 2)]
     with pytest.raises(DataError, match="t: item of row 1 is a list; expected a name or a number"):
