@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 
 MOST_CHANNELS = 4
 MOST_CLASSES = 1 << 16  # a label beyond, and beyond the number of samples, is no class
-_LOOKED_AT = 64  # images in which a doubtful range is looked for
+_LOOKED_AT = 64  # images whose range is looked at
 
 
 def checked(images: Any, labels: Any, *, where: str = "") -> tuple[Tensor, Tensor]:
@@ -251,7 +251,7 @@ def _is_one_hot(array: Array) -> bool:
 
 
 def _finite(array: Array, where: str) -> Array:
-    """Floats as float32, once all are finite and no bytes in disguise go unmentioned."""
+    """Floats as float32, once all are finite; those that look like pixels are mentioned."""
     with np.errstate(over="ignore"):
         array = array.astype(np.float32, copy=False)
     good = np.isfinite(array.reshape(len(array), -1)).all(1)
@@ -260,10 +260,10 @@ def _finite(array: Array, where: str) -> Array:
             f"{_in(where)}sample {np.flatnonzero(~good)[0]} holds values that are not finite; "
             "leave it out or mend it"
         )
-    some = array[:_LOOKED_AT]
-    if some.min() >= 0 and 1 < some.max() <= 255 and (some == np.floor(some)).all():
+    low, high = float(array[:_LOOKED_AT].min()), float(array[:_LOOKED_AT].max())
+    if array.ndim > 2 and 0 <= low < high <= 255:
         note(
-            f"{_in(where)}images are floats with whole values up to {some.max():g}, and are fed "
-            "to the network as they are; give uint8 to have them normalised as bytes are"
+            f"{_in(where)}images are floats from {low:g} to {high:g}, and are fed to the network "
+            "as they are; give uint8 to have them normalised as bytes are"
         )
     return array

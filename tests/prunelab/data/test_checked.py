@@ -181,7 +181,7 @@ def test_gray_images_have_one_channel(images: Any) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_channels_last_are_moved_to_the_front(dtype: Any, channels: int) -> None:
     """16×16 images of so many channels, never 16 channels of 16 times so many."""
-    last = (np.random.default_rng(1).random((2, 16, 16, channels)) * 9).astype(dtype)
+    last = (np.random.default_rng(1).random((2, 16, 16, channels)) * 999).astype(dtype)
     with pytest.warns(DataWarning, match=r"have channels last; they were moved to the front"):
         found = checked_images(last)
     assert found.shape == (2, channels, 16, 16)
@@ -191,7 +191,7 @@ def test_channels_last_are_moved_to_the_front(dtype: Any, channels: int) -> None
 
 
 def test_floats_are_fed_as_they_are() -> None:
-    halves = torch.rand(3, 1, 4, 4, requires_grad=True).to(torch.bfloat16)
+    halves = torch.randn(3, 1, 4, 4, requires_grad=True).to(torch.bfloat16)
     found = quiet(checked_images, halves)
     assert found.dtype == torch.float32
     assert not found.requires_grad
@@ -200,11 +200,14 @@ def test_floats_are_fed_as_they_are() -> None:
     assert torch.equal(samples.batch(torch.arange(3))[0], found)
 
 
-def test_floats_that_look_like_bytes_are_mentioned() -> None:
-    with pytest.warns(DataWarning, match="floats with whole values up to 255, and are fed"):
-        checked_images(np.array([[0.0, 255.0]]))
-    for plain in ([[0.0, 1.0]], [[-1.0, 9.0]], [[0.5, 9.0]]):
-        quiet(checked_images, np.array(plain))
+def test_floats_that_look_like_pixels_are_mentioned() -> None:
+    """Images without a negative value, up to 1 or 255, have not been normalised."""
+    for high in (1.0, 255.0):
+        with pytest.warns(DataWarning, match=f"floats from 0 to {high:g}, and are fed to the netw"):
+            checked_images(np.array([[[0.0, high]]]))
+    for plain in ([[-1.0, 9.0]], [[0.0, 256.0]], [[0.0, 0.0]]):
+        quiet(checked_images, np.array([plain]))
+    quiet(checked_images, np.array([[0.0, 1.0]]))  # vectors are no pixels
 
 
 @pytest.mark.parametrize(
