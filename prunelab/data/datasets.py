@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunelab.data.checked import Array, checked, checked_labels, count_classes
+from prunelab.data.checked import Array, checked, checked_labels, count_classes, whole_numbers
 from prunelab.data.parquet import read_side
 from prunelab.data.pictures import decoded
 from prunelab.errors import DataError
@@ -73,12 +73,14 @@ class ImageSet:
             raise DataError(f"{self.name}: label {largest} lies outside 0 ... {num_classes - 1}")
         object.__setattr__(self, "num_classes", num_classes)
         object.__setattr__(self, "fingerprint", self.fingerprint or fingerprint(*found.values()))
-        groups = self.train_groups
-        if groups is not None and len(groups) != len(self.train_labels):
-            raise DataError(
-                f"{self.name}: {len(groups)} natural clients for {len(self.train_labels)} training "
-                "samples; expected one each"
-            )
+        if self.train_groups is not None:
+            groups = whole_numbers(self.train_groups, f"{self.name}: natural clients")
+            if groups.shape != self.train_labels.shape:
+                raise DataError(
+                    f"{self.name}: {len(groups)} natural clients for {len(self.train_labels)} "
+                    "training samples; expected one each"
+                )
+            object.__setattr__(self, "train_groups", groups)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -112,8 +114,8 @@ def load_dataset(
     """A data set by name, or a folder of parquet files; cached for the process.
 
     Args:
-        name: one of DATASETS, or a folder whose parquet files are called train* and test* (or
-            validation*) with columns img or image, label, and optionally client.
+        name: one of DATASETS, or a folder of parquet files (see `parquet.side_files`) of the sides
+            train and test (or validation) with columns img or image, label, and optionally client.
         num_train, num_test: keep a stratified subset of so many; only those are decoded.
         seed: decides the subsets.
 

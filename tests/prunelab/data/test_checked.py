@@ -296,12 +296,20 @@ def test_a_set_of_both_sides_is_checked_and_counted() -> None:
     found = ImageSet("own", BYTES, labels, BYTES[:2], labels[:2])  # type: ignore[arg-type]
     assert (found.num_classes, found.input_shape, len(found.fingerprint)) == (3, (1, 6, 5), 16)
     assert found.train_labels.dtype == torch.int64
+    groups = np.array([7, 7, 10**9, 0], np.int32)
+    assert (
+        ImageSet(  # type: ignore[arg-type]
+            "own", BYTES, labels, BYTES[:2], labels[:2], train_groups=groups
+        ).train_groups.tolist()
+        == [7, 7, 10**9, 0]
+    )
     for changed, words in (
         ({"test_images": BYTES[:2, :3]}, r"test images torch.uint8 \(1, 3, 5\)"),
         ({"test_labels": [0, 3]}, "own: test label 3 of row 1 lies outside 0 ... 2"),
         ({"test_labels": [0]}, "own, test side: 2 images but 1 labels"),
         ({"num_classes": 2}, "own: label 2 lies outside 0 ... 1"),
-        ({"train_groups": torch.zeros(3)}, "3 natural clients for 4 training samples"),
+        ({"train_groups": [0, 1, 2]}, "own: 3 natural clients for 4 training samples"),
+        ({"train_groups": torch.zeros(4)}, "own: natural clients are float32; expected whole"),
         ({"train_images": BYTES.reshape(4, -1)}, r"give vectors \[N, D\] as images"),
     ):
         given: dict[str, Any] = {
