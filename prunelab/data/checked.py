@@ -262,8 +262,9 @@ def _finite(array: Array, where: str) -> Array:
         )
     low, high = float(array[:_LOOKED_AT].min()), float(array[:_LOOKED_AT].max())
     if array.ndim > 2 and 0 <= low < high <= 255:
+        # Of no place and in the same words each time, so that Python shows it once.
         note(
-            f"{_in(where)}images are floats from {low:g} to {high:g}, and are fed to the network "
-            "as they are; give uint8 to have them normalised as bytes are"
+            "images are floats between 0 and 255, and are fed to the network as they are; give "
+            "uint8 to have them normalised as bytes are"
         )
     return array
