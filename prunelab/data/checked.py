@@ -214,7 +214,7 @@ def array_of(values: Any, what: str, where: str = "") -> Array:
         array = np.asarray(values)
         if array.dtype.kind == "O":  # such as a column of pandas
             array = np.array(array.tolist())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RuntimeError):  # the last of odd tensors of torch's
         raise DataError(
             f"{_in(where)}{what} are not all of one shape; bring them to one (pictures with "
             "torchvision.transforms.Resize, for instance)"

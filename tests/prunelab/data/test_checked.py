@@ -94,6 +94,7 @@ def test_truth_values_are_two_classes() -> None:
         ([b"cat"], "labels are texts, such as b'cat'"),
         ([0, None], "labels are object"),
         ([[0], [1, 2]], "labels are not all of one shape"),
+        ([torch.empty(2, device="meta")], "labels are not all of one shape"),
         (np.array(["2024-01-01"], "M8[D]"), "labels are datetime64"),
         (np.array([1j]), "labels are complex128"),
         (np.ma.masked_equal([0, 1], 1), "labels have masked places"),
