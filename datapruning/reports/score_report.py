@@ -45,7 +45,6 @@ from prunelab.runs.version import __version__
 KEEP = 0.5
 PICTURES = 10
 MOST_CLASSES = 20
-LARGEST_SHOWN = 1e300  # a chart adds to both ends of its axis
 
 
 def report_path(table: Path) -> Path:
@@ -168,8 +167,6 @@ def _histogram(table: ScoreTable, kept: Subset | None, *, is_example: bool) -> S
     known = table.scores.isfinite()
     if not bool(known.any()):
         return Section(title, [Text("No score is finite.")])
-    if float(table.scores[known].abs().max()) > LARGEST_SHOWN:
-        return Section(title, [Text(f"A score lies beyond ±{LARGEST_SHOWN:g}, too far to draw.")])
     inside = None
     if kept is not None:
         inside = table.scores[known & torch.isin(table.ids, kept.ids)].tolist()
