@@ -73,17 +73,21 @@ def read_side(folder: Path, names: Sequence[str]) -> Pictures:
 def side_files(folder: Path, names: Sequence[str]) -> list[Path]:
     """The files of the first of these sides that a folder has, in order.
 
-    They are called NAME.parquet or numbered (NAME-00000-of-00002.parquet, NAME_1.parquet), and
-    lie in one folder, the nearest to the top; a single file whose name begins with NAME serves,
-    too. Hidden folders and files (. and _) are passed over. What is not read is named in a
-    warning.
+    They are called NAME.parquet or numbered (NAME-00000-of-00002.parquet, NAME_1.parquet;
+    0000.parquet in a folder NAME), and lie in one folder, the nearest to the top; a single file
+    whose name begins with NAME serves, too. Hidden folders and files (. and _) are passed over.
+    What is not read is named in a warning.
 
     Raises:
         DataError: no such files, several that could be meant, or one of several missing.
     """
     everything = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
     for name in names:
-        called = [path for path in everything if path.name.startswith(name)]
+        called = [
+            path
+            for path in everything
+            if path.name.startswith(name) or (path.parent != folder and path.parent.name == name)
+        ]
         shown = [p for p in called if not any(x[0] in "._" for x in p.relative_to(folder).parts)]
         if not shown:
             continue

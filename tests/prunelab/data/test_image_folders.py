@@ -210,12 +210,15 @@ def found(folder: Path, *sides: str) -> list[str]:
         ["train0.parquet", "train1.parquet"],
         ["train-part-0.parquet", "train-part-1.parquet"],
         ["data/train.parquet"],
+        ["default/train/0000.parquet", "default/train/0001.parquet"],
+        ["train/part-0.parquet", "train/part-1.parquet"],
+        ["train/train.parquet"],
         ["training.parquet"],
     ],
 )
 def test_files_of_a_side(tmp_path: Path, names: list[str]) -> None:
-    touch(tmp_path, *names, "test.parquet", "README.md", "train.csv")
-    assert silently(lambda: found(tmp_path)) == names
+    folder = touch(tmp_path / "train", *names, "test.parquet", "README.md", "train.csv")
+    assert silently(lambda: found(folder)) == names
 
 
 @pytest.mark.parametrize(
