@@ -31,7 +31,7 @@ COLUMNS: Mapping[str, Sequence[str]] = {
 
 _LARGEST_ID = 2**63 - 1
 _NUMBER = re.compile(r"-?[0-9]{1,19}")
-_WHOLE = re.compile(r"(-?[0-9]+)\.0*")
+_WHOLE = re.compile(r"(-?[0-9]{1,19})\.0*")
 
 
 def read(source: str, *, titles: Path | None = None) -> tuple[Histories, ReadReport]:
@@ -308,7 +308,7 @@ def _ids(values: Iterable[Any], what: str) -> list[str | None]:
         else:
             text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
             whole = _WHOLE.fullmatch(text.strip())
-            text = whole[1] if whole else text.strip()
+            text = str(int(whole[1])) if whole else text.strip()
             names.append(None if text in ("nan", "NaN") else text)
     return names
 

@@ -57,19 +57,21 @@ def pixels(picture: Any, *, place: str, seen: Counter[str]) -> Array:
     Raises:
         DataError: as `decoded`.
     """
-    from PIL import Image  # noqa: PLC0415
+    from PIL import Image, UnidentifiedImageError  # noqa: PLC0415
 
     if not isinstance(picture, Image.Image):
         if not isinstance(picture, bytes):
             raise DataError(
                 f"{place} holds a {type(picture).__name__}, expected the bytes of a picture's "
-                "file; write them into the column"
+                "file (paths are not followed); write them into the column"
             )
         try:
             with Image.open(io.BytesIO(picture)) as opened:
                 return pixels(opened, place=place, seen=seen)
         except DataError:
             raise
+        except UnidentifiedImageError:
+            raise DataError(f"{place} is not a picture of a kind that Pillow knows") from None
         except Exception as error:  # whatever Pillow's readers raise on damaged files
             raise DataError(f"{place} is not a picture ({error})") from None
     if picture.mode.startswith(("I", "F")):

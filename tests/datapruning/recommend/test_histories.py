@@ -207,6 +207,8 @@ def test_spaces_around_an_id_do_not_count(tmp_path: Path) -> None:
         (["-4", "7"], [-4, 7]),
         (["7", "07"], [0, 1]),
         (["9" * 5000, "7"], [0, 1]),
+        (["9" * 5000 + ".0", "7"], [0, 1]),
+        (["-0.0", "7.0"], [0, 7]),
     ],
 )
 def test_ids_of_users(tmp_path: Path, users: list[object], ids: list[int]) -> None:

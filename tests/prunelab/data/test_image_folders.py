@@ -328,7 +328,7 @@ def test_files_without_rows_are_passed_over(tmp_path: Path) -> None:
         ),
         ({"img": [None], "label": [0]}, r"train_1\.parquet: row 0 holds a NoneType"),
         ({"img": [{"path": "a"}], "label": [0]}, r"row 0 holds a NoneType, expected the bytes"),
-        ({"img": [b"?"], "label": [0]}, r"train_1\.parquet: row 0 is not a picture"),
+        ({"img": [b"?"], "label": [0]}, r"train_1\.parquet: row 0 is not a picture of a kind"),
         ({"img": [b""], "label": [0], "client": ["a"]}, r"train_0\.parquet has no column 'client'"),
     ],
 )
