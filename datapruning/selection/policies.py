@@ -61,9 +61,7 @@ def moderate(scored: Scored, count: int, generator: torch.Generator) -> Tensor:
     Departs from it: they take the distance to the class centre as the score, and a median for
     each class; here the score is any, and `groups=labels` gives a median for each class.
     """
-    ordered, half = scored.scores.sort().values, (len(scored) - 1) / 2
-    median = (ordered[math.floor(half)] + ordered[math.ceil(half)]) / 2
-    return _ranked((scored.scores - median).abs(), generator)[:count]
+    return _ranked(_from_the_median(scored.scores), generator)[:count]
 
 
 def beta_cut(scored: Scored, count: int, generator: torch.Generator, *, cut: float = 0.1) -> Tensor:
@@ -201,6 +199,27 @@ POLICIES: dict[str, Policy] = {
 """Name -> policy; `select` takes "auto" besides, and any function of this form."""
 
 
+def drawn_among_equals(policy: Policy, scored: Scored, chosen: Tensor) -> int:
+    """How many of the chosen samples a ranking could not tell from one that was not chosen.
+
+    Equal scores at the edge of what is kept are put in order by the generator: as many of the
+    chosen samples might have been others. 0 for policies that draw whatever the scores, and for
+    functions of the user's own.
+
+    By hand: the three hardest of 9, 5, 5, 5, 1 are the 9 and two of the three fives: 2.
+
+    >>> scored = Scored(torch.tensor([9.0, 5.0, 5.0, 5.0, 1.0]))
+    >>> drawn_among_equals(hardest, scored, torch.tensor([0, 2, 3]))
+    2
+    """
+    if policy not in (hardest, easiest, moderate, beta_cut):
+        return 0
+    keys = _from_the_median(scored.scores) if policy is moderate else scored.scores
+    left = torch.ones(len(scored), dtype=torch.bool)
+    left[chosen] = False
+    return int(torch.isin(keys[chosen], keys[left]).sum())
+
+
 def group_budgets(sizes: Tensor, count: int) -> Tensor:
     """How many each group gives by the rule of `coverage`, int64 of the shape of `sizes`.
 
@@ -218,6 +237,13 @@ def _ranked(keys: Tensor, generator: torch.Generator) -> Tensor:
     """Positions by rising key, equal keys in an order drawn by the generator."""
     order = torch.randperm(len(keys), generator=generator)
     return order[torch.argsort(keys[order], stable=True)]
+
+
+def _from_the_median(scores: Tensor) -> Tensor:
+    """Distance of each score to the median, float64 [N]."""
+    ordered, half = scores.sort().values, (len(scores) - 1) / 2
+    median = (ordered[math.floor(half)] + ordered[math.ceil(half)]) / 2
+    return (scores - median).abs()
 
 
 def _without_hardest(
