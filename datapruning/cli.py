@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,8 @@ from prunelab.pages.console import (
     progress_bar,
     run_command,
     say,
+    show_table,
+    version_of,
     warnings_shown,
 )
 from sparsemodel.errors import SparseModelError
@@ -33,6 +35,11 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cli.add_typer(recommend, name="recommend")
+
+
+@cli.callback()
+def options(version: Annotated[bool, version_of("datapruning")] = False) -> None:
+    """Options of the command itself."""
 
 
 def main() -> None:
@@ -113,7 +120,7 @@ def score(  # noqa: PLR0917 - the command's options
             shard_size=shard_size, progress=progress,
         )  # fmt: skip
     paths = table_paths(out, names)
-    table = Table("method", "samples", "lowest", "median", "highest", "file")
+    rows = []
     for name, scores in tables.items():
         known = scores.scores[scores.scores.isfinite()]
         values = (
@@ -121,8 +128,10 @@ def score(  # noqa: PLR0917 - the command's options
             if len(known)
             else ["–"] * 3
         )
-        table.add_row(name, f"{len(scores):,}", *values, str(paths[name]))
-    console.print(table)
+        rows.append([name, f"{len(scores):,}", *values])
+    show_table(["method", "samples", "lowest", "median", "highest"], rows)
+    for name in names:
+        say(f"{name}: {paths[name]}")
     for name in names:
         found = proxy_check(paths[name])
         if found is not None:
@@ -139,7 +148,7 @@ def score(  # noqa: PLR0917 - the command's options
 def select(  # noqa: PLR0917 - the command's options
     scores: Annotated[Path, typer.Argument(help="What `datapruning score` wrote.")],
     keep: Annotated[
-        float, typer.Option(help="Fraction in (0, 1], or a number of samples above 1.")
+        str, typer.Option(help="A share with a dot or a % (0.5, 50%), or a number of samples.")
     ],
     out: Annotated[Path, typer.Option(help="Parquet file for the kept ids.")] = Path(
         "kept.parquet"
@@ -157,6 +166,7 @@ def select(  # noqa: PLR0917 - the command's options
 ) -> None:
     """Choose exactly so many samples of a table of scores."""
     from datapruning.reports.score_report import class_counts, report_path, write_score_report  # noqa: PLC0415
+    from datapruning.selection.select import parsed_keep  # noqa: PLC0415
     from datapruning.selection.select import select as run_select  # noqa: PLC0415
     from datapruning.selection.table import ScoreTable, Subset  # noqa: PLC0415
 
@@ -170,16 +180,16 @@ def select(  # noqa: PLR0917 - the command's options
                 f"{out} is there and holds no subset; name another --out"
             ) from None
     subset = run_select(
-        table, keep=_count(keep), policy=policy, seed=seed, class_balanced=balance,
+        table, keep=parsed_keep(keep), policy=policy, seed=seed, class_balanced=balance,
         **_assignments(settings),
     )  # fmt: skip
     subset.write(out)
     if table.labels is not None:
-        rows = Table("class", "samples", "kept", "share")
+        rows = []
         for label, (before, after) in enumerate(zip(*class_counts(table, subset), strict=True)):
             share = f"{100 * after / before:.1f} %" if before else "–"
-            rows.add_row(str(label), f"{before:,}", f"{after:,}", share)
-        console.print(rows)
+            rows.append([str(label), f"{before:,}", f"{after:,}", share])
+        show_table(["class", "samples", "kept", "share"], rows)
     for note in subset.provenance.get("notes", []):
         errors.print(f"[yellow]note:[/yellow] {escaped(note)}", soft_wrap=True, highlight=False)
     say(f"kept: {len(subset):,} of {len(table):,} samples ({subset.policy}) -> {out}")
@@ -239,10 +249,8 @@ def train(  # noqa: PLR0917 - the command's options
     with warnings_shown():
         summary = runner.run(settings, folder, resume=resume, progress=say)
     target = write_run_report(folder)
-    table = Table(show_header=False, title="result")
-    for fact in run_facts(summary):
-        table.add_row(fact.label, fact.line)
-    console.print(table)
+    rows = [[fact.label, fact.line] for fact in run_facts(summary)]
+    show_table(["", ""], rows, title="result")
     say(f"model:  {folder / 'model.safetensors'}")
     say(f"report: {target}")
 
@@ -269,7 +277,7 @@ def compare(  # noqa: PLR0917 - the command's options
     debug: Debug = False,
 ) -> None:
     """Compare tables of scores; or, with --methods, accuracies after training on what they keep."""
-    keeps = [_fraction(part) for part in listed(keep)]
+    keeps = [_share(part) for part in listed(keep)]
     if methods is not None:
         _compare_training(
             dataset, listed(methods), keeps=keeps, seeds=[_whole(s) for s in listed(seeds)],
@@ -308,15 +316,29 @@ def report(
 
 
 @cli.command()
-def methods() -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+) -> None:
     """List the methods, what each trains, and its options."""
-    from datapruning.scoring.methods import METHODS  # noqa: PLC0415
+    from datapruning.scoring.methods import METHODS, check_method  # noqa: PLC0415
 
-    table = Table("method", "models", "what", "options", "source")
-    for name, method in METHODS.items():
-        options = ", ".join(f"{k}={v}" for k, v in method.options.items())
-        table.add_row(name, str(method.runs or "–"), method.summary, options, method.source)
+    if name is not None:
+        method = check_method(name)
+        say(f"{name}: {method.summary}")
+        say(f"source: {method.source}")
+        say(f"models trained: {method.runs or 'none'}")
+        say(f"options: {_listed_options(method.options)}")
+        return
+    table = Table("method", "models", "what a score is", box=None, padding=(0, 2, 0, 0))
+    for key, method in METHODS.items():
+        known = f" Options: {_listed_options(method.options)}." if method.options else ""
+        table.add_row(key, str(method.runs or "–"), escaped(method.summary + known))
     console.print(table)
+    say("datapruning methods NAME shows one with its source")
+
+
+def _listed_options(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={json.dumps(value)}" for key, value in options.items()) or "none"
 
 
 def _compare_tables(paths: Sequence[Path], keeps: Sequence[float], *, as_json: bool) -> None:
@@ -326,13 +348,13 @@ def _compare_tables(paths: Sequence[Path], keeps: Sequence[float], *, as_json: b
     from datapruning.selection.table import ScoreTable  # noqa: PLC0415
 
     loaded = [(path, ScoreTable.read(path)) for path in paths]
-    table = Table("a", "b", "Spearman", *(f"both keep, at {100 * k:g} %" for k in keeps))
-    records = []
+    header = ["a", "b", "Spearman", *(f"both keep, at {100 * k:g} %" for k in keeps)]
+    rows, records = [], []
     for (path_a, a), (path_b, b) in combinations(loaded, 2):
         found = agreement(a, b, keeps=keeps)
         shares = [f"{100 * share:.1f} %" for share in found.overlap.values()]
         names = [f"{t.method} ({path})" for t, path in ((a, path_a), (b, path_b))]
-        table.add_row(*names, f"{found.spearman:.3f}", *shares)
+        rows.append([*names, f"{found.spearman:.3f}", *shares])
         overlap = {f"{keep:g}": share for keep, share in found.overlap.items()}
         records.append(
             {"a": str(path_a), "b": str(path_b), "spearman": found.spearman, "overlap": overlap}
@@ -340,7 +362,7 @@ def _compare_tables(paths: Sequence[Path], keeps: Sequence[float], *, as_json: b
     if as_json:
         print(json.dumps(records))
     else:
-        console.print(table)
+        show_table(header, rows)
 
 
 def _compare_training(
@@ -375,10 +397,7 @@ def _compare_training(
     for budget in BUDGETS:
         header, rows = result_table(results, budget=budget)
         say(f"test accuracy, %, at equal {budget}:")
-        table = Table(*header)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        show_table(header, rows)
 
 
 def _assignments(entries: Sequence[str] | None) -> dict[str, Any]:
@@ -400,20 +419,12 @@ def _check_suffix(path: Path) -> None:
         raise ScoreError(f"--out {path}: expected the name of a parquet file, such as s.parquet")
 
 
-def _count(keep: float) -> float | int:
-    """1 and below is a fraction, a whole number above it a count."""
-    if keep <= 1 or keep != int(keep):
-        return keep
-    return int(keep)
+def _share(text: str) -> float:
+    from datapruning.selection.select import parsed_keep  # noqa: PLC0415
 
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise SelectionError(f"--keep {text!r}: expected a fraction in (0, 1)") from None
-    if not 0 < value < 1:
-        raise SelectionError(f"--keep {text}: expected a fraction in (0, 1)")
+    value = parsed_keep(text)
+    if not isinstance(value, float) or not 0 < value < 1:
+        raise SelectionError(f"--keep {text}: expected a share between 0 and 1, as 0.3 or 30%")
     return value
 
 

@@ -203,6 +203,12 @@ def own_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in others}
 
 
+def for_method(values: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """`values` for another method, less the settings of a method that this one does not have."""
+    own = _flat_method(method_class(name or DEFAULT_METHOD)())
+    return {key: value for key, value in values.items() if key in own or key[:7] != "method."}
+
+
 def _flat_sections(seed: int, sections: Mapping[str, type[Any]]) -> dict[str, Scalar]:
     return {
         "seed": seed,

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from datapruning.errors import SelectionError
 from prunelab.errors import RunError
-from prunelab.pages.console import console, say
+from prunelab.pages.console import say, show_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,13 +83,13 @@ def score(  # noqa: PLR0917 - the command's options
     overall.write(out / "scores.parquet")
     for name in overall.provenance["equal"]:
         say(f"note: all scores of {name} are equal and rank nothing")
-    table = Table("score", "lowest", "median", "highest", "seconds")
+    rows = []
     for kind in (influence, effort, overall):
         values = (kind.scores.min(), kind.scores.median(), kind.scores.max())
         seconds = kind.provenance.get("seconds")
         shown = "–" if seconds is None else f"{seconds:.0f}"
-        table.add_row(kind.method, *[f"{float(v):.4g}" for v in values], shown)
-    console.print(table)
+        rows.append([kind.method, *[f"{float(v):.4g}" for v in values], shown])
+    show_table(["score", "lowest", "median", "highest", "seconds"], rows)
     say(f"scores of {len(overall):,} samples: {out / 'scores.parquet'}")
     if model.startswith("scratch:"):
         say(f"the model that knows the titles: {out / 'base'} (fine-tune with --model this)")
@@ -100,7 +98,9 @@ def score(  # noqa: PLR0917 - the command's options
 @app.command()
 def select(  # noqa: PLR0917 - the command's options
     scores: Annotated[Path, typer.Argument(help="What `recommend score` wrote.")],
-    keep: Annotated[float, typer.Option(help="Number of samples, or below 1 a fraction.")] = 1024,
+    keep: Annotated[
+        str, typer.Option(help="A number of samples, or a share with a dot or a % (0.5, 50%).")
+    ] = "1024",
     out: Annotated[Path, typer.Option(help="Parquet file for the kept ids.")] = Path(
         "kept.parquet"
     ),
@@ -110,13 +110,11 @@ def select(  # noqa: PLR0917 - the command's options
 ) -> None:
     """Choose exactly so many samples, covering the range of scores."""
     from datapruning.recommend.overall import select_covering  # noqa: PLC0415
+    from datapruning.selection.select import parsed_keep  # noqa: PLC0415
     from datapruning.selection.table import ScoreTable  # noqa: PLC0415
 
     table = ScoreTable.read(scores)
-    if keep >= 1 and not keep.is_integer():
-        raise SelectionError(f"--keep {keep:g}: expected a share below 1, or a whole number")
-    count = keep if keep < 1 else int(keep)
-    subset = select_covering(table, keep=count, seed=seed, num_groups=groups, cut=cut)
+    subset = select_covering(table, keep=parsed_keep(keep), seed=seed, num_groups=groups, cut=cut)
     subset.write(out)
     say(f"kept: {len(subset):,} of {len(table):,} samples -> {out}")
 
@@ -208,16 +206,16 @@ def evaluate(  # noqa: PLR0917 - the command's options
     if as_json:
         print(json.dumps({name: float(values.mean()) for name, values in found.items()}))
         return
-    console.print(_metrics_table(found))
+    show_table(["metric", "mean", "±"], _metrics_rows(found))
     say(f"{len(question):,} users, {histories.num_items:,} items, ± the standard error")
 
 
-def _metrics_table(found: Mapping[str, Tensor]) -> Table:
-    table = Table("metric", "mean", "±")
+def _metrics_rows(found: Mapping[str, Tensor]) -> list[list[str]]:
+    rows = []
     for name, values in found.items():
         error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
-        table.add_row(name, f"{float(values.mean()):.4f}", f"{error:.4f}")
-    return table
+        rows.append([name, f"{float(values.mean()):.4f}", f"{error:.4f}"])
+    return rows
 
 
 def _read(data: str, titles: Path | None, *, quiet: bool = False) -> Histories:

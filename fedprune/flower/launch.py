@@ -3,11 +3,54 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedprune.config import RunConfig
+from prunelab.errors import RunError
+
 Progress = Callable[[], None]
+Say = Callable[[str], None]
+SETTING_UP = "setting up: samples, network, first weights"
+
+
+def joining(config: RunConfig) -> str:
+    """What the clients and the method do before the first round, in a line."""
+    return f"starting: {config.data.clients} clients join, {config.method.name} begins"
+
+
+def told_nothing(text: str) -> None:
+    """For callers that show no lines."""
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for what a run needs while it goes, removed in the end.
+
+    Raises:
+        RunError: TMPDIR, or whatever stands for it, cannot be written to. Python would take
+            another folder without a word; other programs of a run would not.
+    """
+    chosen = next(filter(None, map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))), None)
+    try:
+        if chosen is not None:
+            tempfile.TemporaryFile(dir=chosen).close()
+        folder = tempfile.TemporaryDirectory(prefix="fedprune-")
+    except OSError as error:
+        raise RunError(
+            f"temporary files cannot be written to {chosen or 'any of the usual folders'} "
+            f"({error.strerror}); set TMPDIR to a folder that can be written to"
+        ) from None
+    with folder as name:
+        yield Path(name)
+
+
+def failure_file(setup: Path) -> Path:
+    """Where the server leaves the reason why a run failed, for the command that started it."""
+    return setup.with_name("failure.txt")
 
 
 def launch_values(out: Path, *, resume: bool, setup: Path) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedprune.errors import ClientError
+from fedprune.errors import USER_ERRORS, ClientError
 from fedprune.exchange.messages import DESCRIBE, MODEL, ClientInfo, Reply, Request, client_info
 from fedprune.flower import wire
 from fedprune.flower.client import LAUNCH_SECTION, SETUP, run_config
+from fedprune.flower.launch import failure_file
 from fedprune.local.site import setup_folder
 from fedprune.reports.page import write_report
 from fedprune.rounds import folder as runfolder
@@ -45,10 +46,15 @@ def main(grid: Grid, context: Context) -> None:
     launcher = int(context.run_config.get(f"{LAUNCH_SECTION}launcher-pid", 0))
     if not (launcher and path.exists()):  # otherwise the launcher has prepared it
         runfolder.prepare(path, config, resume=resume)
-    with runfolder.open_run(path) as folder:
-        cohort = GridCohort(grid, setup, launcher_pid=launcher)
-        cohort.join()
-        run(setup, cohort, folder)
+    try:
+        with runfolder.open_run(path) as folder:
+            cohort = GridCohort(grid, setup, launcher_pid=launcher)
+            cohort.join()
+            run(setup, cohort, folder)
+    except USER_ERRORS as error:
+        if launcher:  # which may be another process, and sees no more than a log
+            failure_file(setup.folder).write_text(str(error), encoding="utf-8")
+        raise
     if not launcher:  # nobody else writes the report and says where it is
         print(f"report: {write_report(path).resolve()}", flush=True)
 
@@ -71,6 +77,7 @@ class GridCohort:
         self._traffic = Traffic()
         self._program = wire.ProgramText.of(setup.program)
         self.clients: dict[int, ClientInfo] = {}
+        self.stacked = bool(getattr(grid, "stacked", False))
 
     def join(self) -> None:
         """Wait for the nodes and learn which client each of them is.

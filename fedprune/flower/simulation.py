@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import tomllib
 import urllib.request
@@ -26,12 +25,22 @@ import tomli_w
 
 from fedprune.config import RunConfig
 from fedprune.flower import app as flower_app
-from fedprune.flower.launch import Progress, launch_values
+from fedprune.flower.launch import (
+    SETTING_UP,
+    Progress,
+    Say,
+    failure_file,
+    joining,
+    launch_values,
+    temporary_folder,
+    told_nothing,
+)
 from fedprune.rounds.folder import has_checkpoint
 from fedprune.rounds.setup import lay_out
 from prunelab.errors import RunError
 
 START_SECONDS = 180.0
+LOOPBACK_SECONDS = 5.0
 RAY_STEPS = 10_000  # of which Ray's smallest share of a GPU is one
 LOG, SUPERLINK_LOG = "run.log", "superlink.log"
 
@@ -45,28 +54,33 @@ os.execvp(sys.argv[1], sys.argv[1:])
 """
 
 
-def run_flower(config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> None:
+def run_flower(
+    config: RunConfig, out: Path, *, resume: bool, progress: Progress, say: Say = told_nothing
+) -> None:
     """Run through `flwr run` on Flower's simulation engine; the folder must have been prepared.
 
     Args:
         progress: called a few times a second while the run goes on.
+        say: is told what is being done before the first round.
 
     Raises:
         RunError: the simulation engine cannot be used, or the run failed; says why.
     """
     _require_simulation()
-    with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
-        home = Path(temporary)
+    port = free_port()
+    with temporary_folder() as home:
         setup = home / "setup"
+        say(SETTING_UP)
         lay_out(config, setup, with_start=not has_checkpoint(out))
+        say("starting Flower's SuperLink and simulation, which takes some seconds")
         app = write_app(home / "app", config, out, resume=resume, setup=setup)
-        port = free_port()
         environment = private_environment(home, commands=commands(home))
         (home / "config.toml").write_text(
             '[superlink]\ndefault = "private"\n\n'
             f'[superlink.private]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )
         with superlink(home, port, environment, "--simulation"):
+            say(joining(config))
             _follow(
                 ["run", str(app), "private", "--stream", *_federation(config)],
                 environment,
@@ -76,7 +90,7 @@ def run_flower(config: RunConfig, out: Path, *, resume: bool, progress: Progress
             listing = flwr(["list", "private", "--format", "json"], environment, home)
             status = str(json.loads(listing)["runs"][0]["status"])
         if status != "finished:completed":
-            raise RunError(_failure(home, status))
+            raise _failure(home, status, failure_file(setup))
 
 
 def _require_simulation() -> None:
@@ -185,10 +199,23 @@ def private_environment(home: Path, *, commands: Path) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return int(unused.getsockname()[1])
+    """A port of this machine that nobody listens on now.
+
+    Raises:
+        RunError: the loopback interface, over which the processes of a run talk, is down.
+    """
+    try:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            unused.listen()
+            address = unused.getsockname()
+            socket.create_connection(address, timeout=LOOPBACK_SECONDS).close()
+            return int(address[1])
+    except OSError as error:
+        raise RunError(
+            f"the processes of a Flower run talk over 127.0.0.1, which does not answer ({error}); "
+            "bring the loopback interface up (ip link set lo up), or use --engine inline"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -209,7 +236,7 @@ def superlink(home: Path, port: int, environment: dict[str, str], *flags: str) -
         deadline = time.monotonic() + START_SECONDS
         while not _is_healthy(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RunError(f"Flower's SuperLink did not start:\n{_tail(home / SUPERLINK_LOG)}")
+                raise _trouble("Flower's SuperLink did not start", home / SUPERLINK_LOG)
             time.sleep(0.1)
         yield
     finally:
@@ -270,15 +297,27 @@ def _follow(
             process.wait()
     progress()
     if process.returncode != 0:
-        raise RunError(f"flwr run failed:\n{_tail(home / LOG)}")
+        raise _trouble("flwr run failed", home / LOG)
 
 
-def _failure(home: Path, status: str) -> str:
-    """The reason of a failed run: the last error of the log, in one line."""
-    lines = _tail(home / LOG, 200).splitlines()
-    errors = [line.strip() for line in lines if "Error: " in line]
-    reason = errors[-1] if errors else "\n".join(lines[-15:])
-    return f"Flower reports {status}: {reason}"
+def _failure(home: Path, status: str, told: Path) -> RunError:
+    """Why a run failed: what the server says, else the last error of Flower's log."""
+    if told.exists():
+        return RunError(told.read_text(encoding="utf-8"))
+    return _trouble(f"Flower reports {status}", home / LOG)
+
+
+def _trouble(what: str, log: Path) -> RunError:
+    """One line of what is wrong and what to do; --debug shows the end of the log as its cause."""
+    text = _tail(log, 200)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["its log is empty"]
+    errors = [line for line in lines if "Error" in line]
+    trouble = RunError(
+        f"{what}: {(errors or lines)[-1]} (--debug shows more of the log; --engine inline runs "
+        "the same without Flower's processes)"
+    )
+    trouble.__cause__ = RuntimeError(text)
+    return trouble
 
 
 def _tail(log: Path, lines: int = 20) -> str:

@@ -18,7 +18,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedprune.local.model import Correction, LocalModel, Score, Sgd, normalization
+from fedprune.local.model import (
+    Correction,
+    LocalModel,
+    Score,
+    Sgd,
+    execution_of,
+    normalization,
+)
 from fedprune.settings import TrainingConfig
 from prunelab.data.tensors import PREPROCESSING
 from prunelab.runs.threads import computing
@@ -43,12 +50,7 @@ def open_torch_model(
     build: Callable[[], nn.Module], state: SparseState, training: TrainingConfig
 ) -> LocalModel:
     """A model that holds `state`, computed by torch as the configuration says."""
-    if state.patterns is None:
-        return DenseModel(build, state, training)
-    execution = training.execution
-    if execution == "auto":
-        native = training.device == "cpu" and cpu.library() is not None
-        execution = "sparse" if native else "masked"
+    execution = execution_of(training, pruned=state.patterns is not None)
     kind = {"sparse": SparseModules, "masked": MaskedModel, "dense": DenseModel}[execution]
     return kind(build, state, training)
 

@@ -87,7 +87,9 @@ class WidthRule(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """Dense federated averaging; other methods override what they change.
+    """Dense federated averaging, which prunes nothing.
+
+    Other methods override what they change.
 
     Raises:
         ConfigError: a setting is out of its range; one message with every problem.
@@ -109,6 +111,10 @@ class Method:
     def settings(self) -> dict[str, Any]:
         """Name -> value of each setting, in order."""
         return dataclasses.asdict(self)
+
+    def used(self, rounds: int) -> dict[str, Any]:
+        """The settings as a run of so many rounds uses them: nothing is left to be worked out."""
+        return self.settings()
 
     def problems(self) -> Iterable[str]:
         """Every reason why these settings cannot be used, each beginning with a setting's name."""

@@ -9,6 +9,7 @@ from typing import Protocol
 from fedprune.errors import ClientError
 from fedprune.exchange.aggregate import EntryMean, StateMean
 from fedprune.exchange.messages import MODEL, ClientInfo, Reply, Request
+from fedprune.local.model import execution_of
 from fedprune.methods.base import RunState, Start
 from fedprune.rounds.evaluation import Evaluator
 from fedprune.rounds.folder import MODEL as MODEL_FILE
@@ -26,9 +27,15 @@ SEED_SAMPLING = 5  # the first part of a derived seed says what it is for
 
 
 class Cohort(Protocol):
-    """The clients, as the loop sees them; flower/server.py makes one out of Flower's Grid."""
+    """The clients, as the loop sees them; flower/server.py makes one out of Flower's Grid.
+
+    Attributes:
+        clients: by number.
+        stacked: whether the clients of a round are trained together, on masked dense weights.
+    """
 
     clients: dict[int, ClientInfo]
+    stacked: bool
 
     def ask(
         self, request: Request, *, clients: list[int] | None = None
@@ -126,6 +133,9 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
     traffic = cohort.take_traffic()
     folder.totals.count_start(traffic, len(cohort.clients))
     patterns = state.model.patterns
+    execution = execution_of(setup.config.training, pruned=patterns is not None)
+    if cohort.stacked and patterns is not None:
+        execution = "masked"
     folder.append(
         {
             "event": "start",
@@ -143,6 +153,7 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
             "bytes_up": sum(traffic.up),
             "bytes_down": sum(traffic.down),
             "no_program": setup.no_program if patterns is not None else "",
+            "execution": execution,
             **skips(traffic),
             **state.notes,
         }

@@ -32,6 +32,7 @@ __all__ = ["NETWORK", "START", "TEST", "TRAIN", "Reference", "Setup", "lay_out"]
 
 TEST = "test"  # an image store, as TRAIN, which has the clients' shares
 NETWORK, START = "network.json", "start.safetensors"
+REFUSED = 3  # exit status of the child whose last line is what a user can mend, as JSON
 
 
 @dataclass(frozen=True)
@@ -164,5 +165,8 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
         text=True,
         check=False,
     )
+    if done.returncode == REFUSED:
+        raise RunError(json.loads(done.stdout.splitlines()[-1]))
     if done.returncode:
-        raise RunError(done.stderr.strip().splitlines()[-1] if done.stderr else "no set-up")
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise RunError(f"setting up failed: {last[0]}") from RuntimeError(done.stderr)

@@ -28,7 +28,7 @@ from fedprune.rounds.setup import NETWORK, START, TEST, TRAIN
 from prunelab.data.batches import Integers
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.data.store import write_store
-from prunelab.errors import ModelError
+from prunelab.errors import ModelError, RunError
 from prunelab.networks import (
     GRANULARITIES,
     check_model,
@@ -83,7 +83,17 @@ class Workspace:
 
         Raises:
             ModelError: the network does not fit the data.
+            RunError: the folder cannot be written, for want of space perhaps.
         """
+        try:
+            self._lay_out(folder, with_start=with_start)
+        except OSError as error:
+            raise RunError(
+                f"cannot write {error.filename or folder} ({error.strerror}); set TMPDIR to a "
+                "folder with more room"
+            ) from None
+
+    def _lay_out(self, folder: Path, *, with_start: bool) -> None:
         dataset, skeleton = self.dataset, self.torch.skeleton
         check_fits(skeleton, dataset)
         folder.mkdir(parents=True, exist_ok=True)

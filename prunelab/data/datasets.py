@@ -5,10 +5,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from prunelab.errors import DataError
 Array = np.ndarray[Any, Any]
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DIGITS_TEST_SHARE = 0.2
+FASHION = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +37,7 @@ class ImageSet:
         train_labels, test_labels: int64 [N], 0 ... num_classes - 1.
         fingerprint: 16 hexadecimal digits that name the data.
         train_groups: natural client of each training sample, int64 [N], where there is one.
+        class_names: of the classes 0, 1, ..., where the data name them.
     """
 
     name: str
@@ -42,6 +48,7 @@ class ImageSet:
     num_classes: int
     fingerprint: str
     train_groups: torch.Tensor | None = None
+    class_names: tuple[str, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -57,6 +64,7 @@ class _Source:
     labels: Array
     images: Callable[[Array], torch.Tensor]
     groups: Array | None = None
+    class_names: tuple[str, ...] = ()
 
 
 def check_dataset(name: str) -> None:
@@ -108,6 +116,7 @@ def load_dataset(
         num_classes=num_classes,
         fingerprint=fingerprint(train_images, train_labels, test_images, test_labels),
         train_groups=None if train.groups is None else torch.from_numpy(train.groups[train_index]),
+        class_names=train.class_names,
     )
 
 
@@ -158,7 +167,8 @@ def _fashion_mnist() -> tuple[_Source, _Source]:
                 f"fashion-mnist is not in {folder} and cannot be downloaded ({error}); install "
                 "Debian's dataset-fashion-mnist, or set FEDPRUNE_DATA to torchvision's folder"
             ) from None
-    return _idx_side(folder, "train"), _idx_side(folder, "t10k")
+    train, test = _idx_side(folder, "train"), _idx_side(folder, "t10k")
+    return replace(train, class_names=FASHION), test
 
 
 def _idx_side(folder: Path, prefix: str) -> _Source:
@@ -248,7 +258,16 @@ def _table_side(table: Any, image: str, where: str) -> _Source:
             [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells], index, where
         )
 
-    return _Source(np.array(table["label"].to_pylist()), images, groups)
+    return _Source(np.array(table["label"].to_pylist()), images, groups, _class_names(table))
+
+
+def _class_names(table: Any) -> tuple[str, ...]:
+    """Names of the classes that Hugging Face's libraries leave in a table's metadata."""
+    try:
+        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+        return tuple(map(str, features["label"]["names"]))
+    except (KeyError, TypeError, ValueError):
+        return ()
 
 
 def _columns(dataset: Any, image: str, label: str) -> _Source:
@@ -261,7 +280,8 @@ def _columns(dataset: Any, image: str, label: str) -> _Source:
         data = [cell["bytes"] or Path(cell["path"]).read_bytes() for cell in cells]
         return _decoded(data, index, "the hub's data set")
 
-    return _Source(dataset.with_format("numpy")[label][:], images)
+    names = getattr(dataset.features[label], "names", ())
+    return _Source(dataset.with_format("numpy")[label][:], images, class_names=tuple(names))
 
 
 def _decoded(encoded: list[Any], index: Array, where: str) -> torch.Tensor:

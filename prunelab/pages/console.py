@@ -9,13 +9,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
 
 from prunelab.errors import PrunelabWarning
+from prunelab.runs.version import __version__
 
 console = Console()
 errors = Console(stderr=True)
 INTERRUPTED = 130
+FRAME = 3  # what a column of a table takes beside its cells
 
 
 def run_command(
@@ -46,14 +50,52 @@ def run_command(
         raise
 
 
+def version_of(command: str) -> Any:
+    """The option --version of a command: prints name and version, and ends."""
+
+    def show(asked: bool) -> None:
+        if asked:
+            print(f"{command} {__version__}")
+            raise typer.Exit
+
+    return typer.Option("--version", callback=show, is_eager=True, help="Show the version.")
+
+
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
+    """A table whose cells stay whole.
+
+    Where the window is too narrow for all columns, those that do not fit follow below, beside the
+    first column again.
+    """
+    columns = list(zip(header, *rows, strict=True))
+    widths = [
+        max(*map(cell_len, name.split() or [""]), *map(cell_len, cells)) for name, *cells in columns
+    ]
+    room = 0
+    parts: list[list[int]] = []
+    for place in range(1, len(columns)):
+        if not parts or room < widths[place] + FRAME:
+            parts.append([0])
+            room = console.width - widths[0] - FRAME - 1
+        parts[-1].append(place)
+        room -= widths[place] + FRAME
+    for part in parts or [[0]]:
+        table = Table(title=title or None, show_header=any(header))
+        for place in part:
+            table.add_column(escaped(header[place]), width=widths[place], overflow="fold")
+        for row in rows:
+            table.add_row(*(escaped(row[place]) for place in part))
+        console.print(table)
+
+
 def listed(text: str) -> list[str]:
     """Names with commas between them."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def say(text: str) -> None:
+def say(text: str, *, to: Console = console) -> None:
     """One line of plain text."""
-    console.print(escaped(text), highlight=False, soft_wrap=True)
+    to.print(escaped(text), highlight=False, soft_wrap=True)
 
 
 def escaped(value: object) -> str:
@@ -62,7 +104,7 @@ def escaped(value: object) -> str:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Any]:
+def progress_bar(console: Console = console) -> Iterator[Any]:
     """A bar for what is under way; on a file or a pipe, a line for each stage."""
     from rich.progress import (  # noqa: PLC0415
         BarColumn,
@@ -82,7 +124,7 @@ def progress_bar() -> Iterator[Any]:
                     bar.update(task, visible=False)
                 tasks[what] = bar.add_task(what, total=total)
                 if not console.is_terminal:
-                    say(f"{what} ...")
+                    say(f"{what} ...", to=console)
             bar.update(tasks[what], completed=done)
 
         yield show

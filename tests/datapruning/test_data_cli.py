@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 import tomllib
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ import torch
 from processes import Command
 
 from datapruning.cli import main
+from datapruning.scoring.methods import METHODS
 from datapruning.selection.table import ScoreTable, Subset
 from prunelab.data.datasets import load_dataset
 from prunelab.data.samples import ImageSamples
@@ -28,12 +31,12 @@ DATAPRUNING = Path(sys.executable).parent / "datapruning"
 FEW = ["--epochs", "2", "--batch-size", "128"]
 
 
-def datapruning(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def datapruning(*arguments: str, cwd: Path, columns: int = 200) -> subprocess.CompletedProcess[str]:
     """The command's own entry point with its arguments, in this process: imports take seconds."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(cwd)
-        patch.setenv("COLUMNS", "200")
+        patch.setenv("COLUMNS", str(columns))
         patch.setattr(sys, "argv", ["datapruning", *arguments])
         try:
             main()
@@ -84,7 +87,7 @@ def test_pages_load_nothing_and_hold_pictures(folder: Path) -> None:
         assert "<script" not in text
         assert 'src="http' not in text
         assert "default-src 'none'" in text
-    assert (folder / "kept half.html").read_text().count("data:image/png") == 20
+    assert (folder / "kept half.html").read_text().count("data:image/png") == 200
 
 
 def test_selection_is_made_again_but_nothing_else_is_overwritten(
@@ -100,6 +103,57 @@ def test_selection_is_made_again_but_nothing_else_is_overwritten(
     assert done.returncode == 1
     assert "holds no subset" in done.stderr
     assert len(ScoreTable.read(tmp_path / "s.parquet")) == 1437
+
+
+def test_keep_one_is_one_sample_and_a_share_has_a_dot_or_percent(
+    folder: Path, tmp_path: Path
+) -> None:
+    scores = str(folder / "my scores-el2n.parquet")
+    for keep, count in (("1", 1), ("1.0", 1437), ("100%", 1437), ("20%", 287), ("3", 3)):
+        done = datapruning("select", scores, "--keep", keep, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"kept: {count:,} of 1,437 samples" in done.stdout
+        assert len(Subset.read(tmp_path / "kept.parquet")) == count
+
+
+def test_what_chance_decided_is_said(folder: Path, tmp_path: Path) -> None:
+    table = ScoreTable.read(folder / "my scores-el2n.parquet")
+    ties = replace(table, scores=(table.scores > table.scores.median()).double())
+    ties.write(tmp_path / "ties.parquet")
+    done = datapruning("select", "ties.parquet", "--keep", "100", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("note: 100 of the 100 kept samples were drawn by chance")
+    assert Subset.read(tmp_path / "kept.parquet").provenance["drawn"] == 100
+    done = datapruning("select", "ties.parquet", "--keep", "718", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_score_that_is_no_number_is_refused_with_the_ids(folder: Path, tmp_path: Path) -> None:
+    table = ScoreTable.read(folder / "my scores-el2n.parquet")
+    table.scores[[3, 77]] = torch.nan
+    table.write(tmp_path / "nan.parquet")
+    done = datapruning("select", "nan.parquet", "--keep", "0.5", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "2 of 1437 scores are NaN or infinite, the first of ids 3, 77;" in done.stderr
+
+
+def test_version_methods_and_the_module(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "datapruning", "--version"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert re.fullmatch(r"datapruning \d\S*\n", done.stdout)
+    done = datapruning("methods", cwd=tmp_path, columns=80)
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 80
+    assert all(any(line.startswith(f"{name} ") for line in lines) for name in METHODS)
+    assert "Options: window=10, epochs=30." in " ".join(done.stdout.split())
+    done = datapruning("methods", "dual", cwd=tmp_path)
+    assert "source: Cho et al." in done.stdout
+    assert "options: window=10, epochs=30" in done.stdout
+    done = datapruning("methods", "magic", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 
 def test_balance_keeps_every_class(folder: Path, tmp_path: Path) -> None:
@@ -278,7 +332,7 @@ def test_compare_trainings_once(tmp_path: Path) -> None:
         (["train", "digits", "--lr", "-1"], "lr must be positive"),
         (["compare", "{scores}"], "two or more files"),
         (["compare", "--methods", "el2n,magic"], "unknown method 'magic'"),
-        (["compare", "{scores}", "{scores}", "--keep", "2"], "a fraction in (0, 1)"),
+        (["compare", "{scores}", "{scores}", "--keep", "2"], "a share between 0 and 1"),
         (["report", "nowhere"], "nowhere: no such file"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 from federation import TINY, digest, run_inline, tiny
 from processes import Command
 
+from fedprune.config import read_toml
+from fedprune.methods import METHODS
 from fedprune.rounds.folder import CHECKPOINT, SUMMARY, read_metrics, read_summary
 from sparsemodel.storage.checkpoint import load_sparse
 
@@ -120,6 +123,59 @@ def test_one_clear_line_and_exit_status(arguments: list[str], message: str, tmp_
     assert not list(tmp_path.rglob(CHECKPOINT))
 
 
+def test_version_methods_and_the_module(tmp_path: Path) -> None:
+    for name in ("fedprune", "-m fedprune"):
+        command = [FEDPRUNE] if name == "fedprune" else [sys.executable, "-m", "fedprune"]
+        done = subprocess.run(
+            [*command, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert re.fullmatch(r"fedprune \d\S*\n", done.stdout)
+    done = Command("fedprune", "methods", cwd=tmp_path, columns=80).ended()
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(any(line.startswith(f"{name} ") for line in lines) for name in METHODS)
+    words = " ".join(done.stdout.split())
+    assert "density=1.0, mu=0.01" in words
+    assert all(kind.__doc__ and "(density" not in kind.__doc__ for kind in METHODS.values())
+
+
+def test_a_run_is_never_silent_and_no_line_is_wider_than_80_columns(tmp_path: Path) -> None:
+    """Before the first round it says what is being done."""
+    arguments = ["run", "--engine", "inline", *OPTIONS, "--out", "r"]
+    done = Command("fedprune", *arguments, cwd=tmp_path, columns=80).ended()
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:5] == [
+        "fedtiny on digits, resnet8, 4 clients, 4 rounds",
+        "folder: r",
+        "setting up: samples, network, first weights",
+        "starting: 4 clients join, fedtiny begins",
+        lines[4],
+    ]
+    assert re.fullmatch(r"4 clients, density 0\.\d+, candidate [12] of 2 won", lines[4])
+    assert max(map(len, lines)) <= 80
+    done = fedprune("run", "--resume", "--out", "r", cwd=tmp_path)
+    assert done.stdout.startswith("already complete: r\n")
+
+
+def test_a_config_file_of_another_method_may_be_used(finished: Path, tmp_path: Path) -> None:
+    """The page of a run says so: its own settings, less what the dense method does not know."""
+    done = fedprune(
+        *("run", "--config", str(finished / "config.toml"), "--method", "fedavg"),
+        *("--rounds", "1", "--engine", "inline", "--out", "dense"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (read_toml(folder / "config.toml") for folder in (tmp_path / "dense", finished))
+    changed = {key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key)}
+    assert {key for key in changed if not key.startswith("method.")} == {"training.rounds"}
+    typo = tmp_path / "typo.toml"
+    typo.write_text('[method]\nname = "fedavg"\ndensty = 1\n')
+    done = fedprune("run", "--config", str(typo), cwd=tmp_path)
+    assert "'method.densty' of method 'fedavg'" in done.stderr
+
+
 def test_debug_shows_the_trace(tmp_path: Path) -> None:
     command = [FEDPRUNE, "run", "--method", "magic", "--debug"]  # as it is installed
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -170,16 +226,20 @@ def test_compare_prints_one_table_and_reuses_finished_runs(tmp_path: Path) -> No
     done = fedprune(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "±" in done.stdout
+    assert "1/4 runs/compare/fedavg-s0 ..." in done.stdout
     again = fedprune(*arguments, "--json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    summaries = json.loads(again.stdout.splitlines()[-1])
+    summaries = json.loads(again.stdout)
     assert [(s["method"], s["seed"]) for s in summaries] == [
         ("fedavg", 0),
         ("fedavg", 1),
         ("magnitude", 0),
         ("magnitude", 1),
     ]
-    assert again.stdout.count("already complete") == 4
+    assert again.stderr.count("already complete") == 4
+    # Dense runs came first, so that the others' pages have something to compare with.
+    page = (tmp_path / "runs/compare/magnitude-s1/report.html").read_text(encoding="utf-8")
+    assert "is in the folder fedavg-s1" in page
 
 
 def test_inspect_and_report(finished: Path) -> None:

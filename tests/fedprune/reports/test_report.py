@@ -14,7 +14,7 @@ import matplotlib as mpl
 import pytest
 import torch
 
-from fedprune.config import RunConfig
+from fedprune.config import RunConfig, own_settings
 from fedprune.reports.charts import candidate_chart, label_chart
 from fedprune.reports.page import write_report
 from fedprune.reports.results import comparison_table, summary_rows
@@ -134,7 +134,7 @@ def make_run(
     Layer l has 4 + l active weights of 40 in the end and 4 at the start.
     """
     folder.mkdir(parents=True)
-    config = RunConfig.parse({**SETTINGS, **(settings or {})})
+    config = RunConfig.parse(own_settings({**SETTINGS, **(settings or {})}))
     (folder / "config.toml").write_text(config.toml(), encoding="utf-8")
     names = [f"layer{number}.conv.weight" for number in range(num_layers)]
     clients = [
@@ -211,6 +211,7 @@ def test_page_shows_the_numbers_of_the_run(tmp_path: Path) -> None:
         *("2 min 05 s", ""),
     ]
     assert page.headings[1:] == [
+        "Was pruning worth it?",
         "Accuracy by round",
         "Bytes by round",
         "Which candidate won, and why",
@@ -229,6 +230,95 @@ def test_page_shows_the_numbers_of_the_run(tmp_path: Path) -> None:
     assert "0.1 → 0.125" in page.texts  # the second layer: 4 of 40, then 5 of 40
     assert "layer1.conv" in page.texts
     assert "9.8.7" in page.text
+
+
+def dense_beside(folder: Path, **changes: Any) -> Path:
+    """A finished dense run of the same settings beside a run."""
+    values: dict[str, Any] = {
+        **summary(method="fedavg", density_target=1.0, density=1.0, test_accuracy=0.9),
+        "bytes_up": 14_700_000, "bytes_down": 4_700_000, "train_flops_ratio": 1.0,
+        "bytes_up_steady_round": 314_000, "bytes_down_steady_round": 314_000,
+        "state_bytes": 730_000, "seconds": 500.0, **changes,
+    }  # fmt: skip
+    settings = {"method.name": "fedavg", "federation.timeout": 5.0}
+    return make_run(folder, settings=settings, finished=values, is_dense=True)
+
+
+def test_the_dense_run_beside_it_answers_whether_pruning_was_worth_it(tmp_path: Path) -> None:
+    """By hand: 87.654 − 90 = −2.35 points; (1.47 + 4.01) / 19.4 = 28.2 %; 365/730 = 50 %."""
+    folder = make_run(tmp_path / "tiny", finished=summary())
+    dense_beside(tmp_path / "whole")
+    page = read(folder)
+    assert page.headings[1] == "Was pruning worth it?"
+    assert (
+        "At density 0.05087 the network classifies 87.65 % of the test data, the dense one 90.00 % "
+        "(2.35 points less). It sent 28.2 % of the dense run's bytes, took 7.08 % of its training "
+        "FLOPs, and a client held 50 % of its training state."
+    ) in page.text
+    assert ["", "fedtiny", "dense (fedavg)", "difference"] in page.rows
+    assert ["test accuracy", "87.65 %", "90.00 %", "2.35 points less"] in page.rows
+    assert ["upload / client / round", "21.9 kB", "314 kB", "6.97 % of dense"] in page.rows
+    assert ["upload, whole run", "1.47 MB", "14.7 MB", "10 % of dense"] in page.rows
+    assert ["training FLOPs, of dense", "7.08 %", "100.00 %", "7.08 % of dense"] in page.rows
+    assert ["time", "2 min 05 s", "8 min 20 s", "25 % of dense"] in page.rows
+    assert "is in the folder whole" in page.text
+    assert "fedprune run --config" not in page.text
+    assert "Was pruning worth it?" not in read(tmp_path / "whole").headings
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        None,
+        {"settings": {"method.name": "fedavg", "seed": 8}},
+        {"settings": {"method.name": "fedavg", "training.rounds": 4}},
+        {"settings": {"method.name": "magnitude"}},
+        {"settings": {"method.name": "fedavg"}, "finished": None},
+    ],
+)
+def test_without_such_a_run_the_page_says_how_to_get_it(
+    other: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """Other seeds, settings and methods, and runs that are not finished, are no baseline."""
+    folder = make_run(tmp_path / "my run", finished=summary())
+    if other is not None:
+        make_run(tmp_path / "other", **{"finished": summary(method="fedavg"), **other})
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.toml").write_text("= 3")
+    (tmp_path / "damaged" / "summary.json").write_text("{")
+    page = read(folder)
+    assert (
+        "fedprune run --config 'my run'/config.toml --method fedavg --engine inline "
+        "--out 'my run-dense' fedprune report 'my run'"
+    ) in page.text
+
+
+def test_a_run_of_objects_is_told_how_to_get_it_in_python(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", finished=summary(dataset="given@0123"))
+    assert 'The same call of fedprune.run with method="fedavg"' in read(folder).text
+
+
+def test_settings_are_shown_as_they_were_used(tmp_path: Path) -> None:
+    """What the file leaves to be worked out: max(1, round(.1/.03)) = 3 candidates, .6 · 20."""
+    settings = {"method.density": 0.03, "training.rounds": 20, "data.clients": 6}
+    folder = make_run(
+        tmp_path / "run", settings=settings, finished=summary(), start={"execution": "masked"}
+    )
+    stored = {row[0]: row[1] for row in read(folder).rows if len(row) == 2}
+    assert {key: stored[key] for key in (
+        "pool_size", "adjust_until", "granularity", "execution", "clients_per_round", "num_train",
+        "num_test", "alpha", "classes_per_client", "cohort", "width",
+    )} == {
+        "pool_size": "3", "adjust_until": "12", "granularity": "block", "execution": "masked",
+        "clients_per_round": "6", "num_train": "all", "num_test": "all", "alpha": "0.5",
+        "classes_per_client": "not used", "cohort": "at most 4 (batched engine)",
+        "width": "the network's own",
+    }  # fmt: skip
+    assert ["name", "resnet8"] in read(folder).rows
+    fixed = {"method.name": "fedtiny-fixed", "data.partition": "iid", "data.num_train": 90}
+    rows = read(make_run(tmp_path / "fixed", settings=fixed, finished=summary())).rows
+    assert all([key, "not used"] in rows for key in ("adjust_every", "adjust_until", "alpha"))
+    assert ["num_train", "90"] in rows
 
 
 def test_winner_is_marked_and_explained(tmp_path: Path) -> None:
@@ -297,6 +387,7 @@ def test_page_is_self_contained_and_named_for_screen_readers(tmp_path: Path) -> 
     assert used <= set(names)
     labels = [v for tag, name, v in page.attributes if (tag, name) == ("svg", "aria-label")]
     assert page.tags.count("svg") == len(labels) == 5
+    assert "Full colour: 60 % of a client's samples" in page.text  # 60 of 100, of client 0
     assert all(labels)
     # Every colour of a chart is a variable of the page, which knows light and dark.
     assert not re.search(r"(fill|stroke): #", page.source)
