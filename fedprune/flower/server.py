@@ -6,6 +6,7 @@ cannot resume, so the loop is ours (rounds/loop.py) and only messages are Flower
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -53,7 +54,8 @@ def main(grid: Grid, context: Context) -> None:
             run(setup, cohort, folder)
     except USER_ERRORS as error:
         if launcher:  # which may be another process, and sees no more than a log
-            failure_file(setup.folder).write_text(str(error), encoding="utf-8")
+            with contextlib.suppress(OSError):
+                failure_file(setup.folder).write_text(str(error), encoding="utf-8")
         raise
     if not launcher:  # nobody else writes the report and says where it is
         print(f"report: {write_report(path).resolve()}", flush=True)

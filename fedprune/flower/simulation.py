@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import urllib.request
@@ -42,6 +44,9 @@ from prunelab.errors import RunError
 START_SECONDS = 180.0
 LOOPBACK_SECONDS = 5.0
 RAY_STEPS = 10_000  # of which Ray's smallest share of a GPU is one
+# A socket's path has 107 letters; what Ray puts behind TMPDIR takes 68.
+RAY_FOLDER = 107 - len("/ray/session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store")
+ERROR = re.compile(r"[\w.]*(Error|Exception): ")  # a line of a traceback that names an error
 LOG, SUPERLINK_LOG = "run.log", "superlink.log"
 
 # Runs the command given after it so that it is ended when its parent dies, however that dies
@@ -66,7 +71,7 @@ def run_flower(
     Raises:
         RunError: the simulation engine cannot be used, or the run failed; says why.
     """
-    _require_simulation()
+    _check_simulation(config)
     port = free_port()
     with temporary_folder() as home:
         setup = home / "setup"
@@ -93,13 +98,26 @@ def run_flower(
             raise _failure(home, status, failure_file(setup))
 
 
-def _require_simulation() -> None:
+def _check_simulation(config: RunConfig) -> None:
+    """Refuse what Ray would refuse half a minute later, in words that name no setting."""
     try:
         import ray  # noqa: F401, PLC0415
     except ImportError:
         raise RunError(
             "the flower engine needs Ray: pip install 'fedprune[sim]', or use --engine inline"
         ) from None
+    threads, processors = config.training.threads, os.cpu_count() or 1
+    if threads > processors:
+        raise RunError(
+            f"training.threads is {threads} and this machine has {processors} processors, so that "
+            f"Ray can start no client; use --set training.threads={processors}, or --engine inline"
+        )
+    folder = tempfile.gettempdir()
+    if sys.platform == "linux" and len(folder) > RAY_FOLDER:
+        raise RunError(
+            f"Ray's sockets have no room in TMPDIR, {folder}: {len(folder)} letters, at most "
+            f"{RAY_FOLDER}; set TMPDIR to a shorter path, or use --engine inline"
+        )
 
 
 def _federation(config: RunConfig) -> list[str]:
@@ -309,12 +327,14 @@ def _failure(home: Path, status: str, told: Path) -> RunError:
 
 def _trouble(what: str, log: Path) -> RunError:
     """One line of what is wrong and what to do; --debug shows the end of the log as its cause."""
-    text = _tail(log, 200)
+    text = _tail(log, 2000)
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["its log is empty"]
-    errors = [line for line in lines if "Error" in line]
+    # The first of a chain of errors is the cause; the others say that something went wrong.
+    errors = [line for line in lines if ERROR.match(line)]
+    reason = errors[0] if errors else lines[-1]
     trouble = RunError(
-        f"{what}: {(errors or lines)[-1]} (--debug shows more of the log; --engine inline runs "
-        "the same without Flower's processes)"
+        f"{what}: {reason} (--debug shows more of the log; --engine inline runs the same without "
+        "Flower's processes)"
     )
     trouble.__cause__ = RuntimeError(text)
     return trouble

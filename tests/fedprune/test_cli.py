@@ -85,10 +85,34 @@ def test_flower_engine_gives_the_bits_of_inline(finished: Path, tmp_path: Path) 
 
 @pytest.mark.ray
 def test_failure_inside_flower_is_reported_with_its_reason(tmp_path: Path) -> None:
-    """`flwr run` itself exits 0 when the app raises; the command must not."""
-    done = fedprune("run", "--dataset", "no such set", "--clients", "2", "--out", "r", cwd=tmp_path)
+    """`flwr run` itself exits 0 when the app raises; the command must not, and says what inline
+    says, with the cure."""
+    arguments = ["run", "--density", "0.00001", "--clients", "2", "--out", "r"]
+    done = fedprune(*arguments, "--engine", "flower", cwd=tmp_path)
     assert done.returncode == 1
-    assert "unknown data set 'no such set'" in done.stderr
+    assert "the lowest density possible for this model is 0.00" in done.stderr
+    assert not (tmp_path / "r").exists()
+    assert done.stderr == fedprune(*arguments, "--engine", "inline", cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--dataset", "no such set"), "unknown data set 'no such set'; known: digits"),
+        (("--model", "nowhere:net"), "cannot import 'nowhere'"),
+        (("--model", "gpt"), "known models: resnet8"),
+        (("--clients", "5000"), "5000 clients"),
+        (("--set", "data.num_train=99999"), "asked for 99999 samples; there are 1437"),
+    ],
+)
+def test_names_and_data_are_checked_before_flower_starts(
+    option: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    done = fedprune("run", "--engine", "flower", *option, "--out", "r", cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "starting Flower" not in done.stdout
     assert not (tmp_path / "r").exists()
 
 
