@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.config import RunConfig, read_toml
+from fedprune.local.model import execution_of
 from fedprune.reports.baseline import Dense, dense_run_beside, verdict
 from fedprune.reports.charts import (
     accuracy_chart,
@@ -180,7 +181,8 @@ def _used(run: _Run) -> dict[str, Any]:
         "data.classes_per_client": data.classes_per_client
         if data.partition == "pathological"
         else NOT_USED,
-        "training.execution": run.start.get("execution", config.training.execution),
+        "training.execution": run.start.get("execution")
+        or execution_of(config.training, pruned=bool(run.start.get("layer_densities"))),
         "training.cohort": f"at most {config.cohort} (batched engine)",
         "federation.clients_per_round": config.clients_per_round,
     }
