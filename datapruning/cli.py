@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from datapruning.errors import ScoreError, SelectionError
 from datapruning.recommend.cli import app as recommend
 from prunelab.errors import PrunelabError, RunError
 from prunelab.pages.console import (
-    console,
     errors,
     escaped,
     listed,
     progress_bar,
     run_command,
     say,
+    show_list,
     show_table,
     version_of,
     warnings_shown,
@@ -136,10 +135,7 @@ def score(  # noqa: PLR0917 - the command's options
         found = proxy_check(paths[name])
         if found is not None:
             share = "" if found[1] is None else f", {100 * found[1]:.0f} % of its processor time"
-            console.print(
-                f"{name}: Spearman {found[0].spearman:.3f} with the dense model's scores{share}",
-                highlight=False,
-            )
+            say(f"{name}: Spearman {found[0].spearman:.3f} with the dense model's scores{share}")
     target = write_score_report(list(paths.values()), report_path(out))
     say(f"report: {target}")
 
@@ -329,11 +325,11 @@ def methods(
         say(f"models trained: {method.runs or 'none'}")
         say(f"options: {_listed_options(method.options)}")
         return
-    table = Table("method", "models", "what a score is", box=None, padding=(0, 2, 0, 0))
+    rows = []
     for key, method in METHODS.items():
         known = f" Options: {_listed_options(method.options)}." if method.options else ""
-        table.add_row(key, str(method.runs or "–"), escaped(method.summary + known))
-    console.print(table)
+        rows.append([key, str(method.runs or "–"), method.summary + known])
+    show_list(["method", "models", "what a score is"], rows)
     say("datapruning methods NAME shows one with its source")
 
 

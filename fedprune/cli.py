@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from fedprune.config import (
     METHOD_NAME,
@@ -34,6 +33,7 @@ from prunelab.pages.console import (
     progress_bar,
     run_command,
     say,
+    show_list,
     show_table,
     version_of,
 )
@@ -206,11 +206,11 @@ def report(folder: Path, debug: Debug = False) -> None:
 @cli.command()
 def methods() -> None:
     """List the methods and their settings."""
-    table = Table("method", "what it is", "settings", box=None, padding=(0, 2, 0, 0))
+    rows = []
     for name, kind in METHODS.items():
         settings = (f"{key}={value}" for key, value in kind().settings().items())
-        table.add_row(name, escaped(_first_sentence(kind)), escaped(", ".join(settings)))
-    console.print(table)
+        rows.append([name, _first_sentence(kind), ", ".join(settings)])
+    show_list(["method", "what it is", "settings"], rows)
     say("--set method.NAME=VALUE changes a setting; --method also takes module:Class")
 
 

@@ -12,6 +12,7 @@ from prunelab.pages import plots
 from prunelab.pages.plots import ACCENT, GRID, HALF, INK, MUTED, SECOND, WHOLE
 
 BINS = 40
+LARGEST = 1e150  # the sizes of a chart's axes would not be finite much above
 EMPTY = 0.7  # where a logarithmic scale shows 0
 FEW_METHODS = 9
 
@@ -29,14 +30,17 @@ def histogram_chart(
     logarithmic, drawn as an outline, where one bin holds more than half of all samples.
 
     Args:
-        scores: of all samples, finite.
+        scores: of all samples, between ±`LARGEST`.
         kept: of the kept ones, or None.
         label: what a screen reader says; this and every other chart has one.
     """
     import numpy as np  # noqa: PLC0415
 
     low, high = min(scores), max(scores)
-    width = (high - low) / BINS or 1.0
+    span, largest = high - low, max(abs(low), abs(high))
+    if span <= max(1e-12 * largest, 1e-290):  # as good as equal: bins would have no width
+        span = max(largest, 1.0)
+    width = span / BINS
     edges = [low + width * k for k in range(BINS + 1)]
     counts, _ = np.histogram(scores, bins=edges)
     with plots.figure(HALF, 2.4 if kept is None else 3.1) as figure:

@@ -7,6 +7,7 @@ script. It is made from the tables (and the data set) alone.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -17,10 +18,16 @@ import torch
 from torch import Tensor
 
 from datapruning.errors import ScoreError, SelectionError
-from datapruning.reports.charts import FEW_METHODS, balance_chart, histogram_chart, matrix_chart
+from datapruning.reports.charts import (
+    FEW_METHODS,
+    LARGEST,
+    balance_chart,
+    histogram_chart,
+    matrix_chart,
+)
 from datapruning.scoring.methods import METHODS
 from datapruning.scoring.score import dense_path, times_path
-from datapruning.selection.agreement import Agreement, agreement
+from datapruning.selection.agreement import KEEPS, Agreement, agreement, common_scores
 from datapruning.selection.select import select
 from datapruning.selection.table import ScoreTable, Subset
 from prunelab.data.datasets import load_dataset
@@ -239,6 +246,8 @@ def _histogram(shown: _Shown) -> Section:
     known = table.scores.isfinite()
     if not bool(known.any()):
         return Section(title, [Text("No score is finite.")])
+    if float(table.scores[known].abs().max()) > LARGEST:
+        return Section(title, [Text(f"No chart: scores beyond ±{LARGEST:g} have no scale.")])
     inside = None
     if kept is not None:
         inside = table.scores[known & torch.isin(table.ids, kept.ids)].tolist()
@@ -293,12 +302,13 @@ def _agreement(tables: Sequence[ScoreTable]) -> Section | None:
     matrix = [[1.0] * len(tables) for _ in tables]
     rows = []
     for i, j in combinations(range(len(tables)), 2):
-        found = agreement(tables[i], tables[j])
-        matrix[i][j] = matrix[j][i] = found.spearman
-        shares = [percent(share) for share in found.overlap.values()]
-        rows.append([f"{names[i]}, {names[j]}", rounded(found.spearman, ".3f"), *shares])
-    keeps = list(found.overlap)
-    header = ["methods", "Spearman", *(f"both keep, at {100 * k:.0f} %" for k in keeps)]
+        rank, shares = math.nan, [NOTHING] * len(KEEPS)
+        if len(common_scores(tables[i], tables[j])[0]):
+            found = agreement(tables[i], tables[j])
+            rank, shares = found.spearman, [percent(share) for share in found.overlap.values()]
+        matrix[i][j] = matrix[j][i] = rank
+        rows.append([f"{names[i]}, {names[j]}", rounded(rank, ".3f"), *shares])
+    header = ["methods", "Spearman", *(f"both keep, at {100 * k:.0f} %" for k in KEEPS)]
     chart = matrix_chart(names, matrix, label="Agreement: rank correlations of the methods")
     table = Table(header, rows, scrolls="Agreement of methods")
     note = "Spearman's rank correlation. Unrelated scores share as much as the kept fraction."

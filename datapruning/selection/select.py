@@ -185,7 +185,8 @@ def _count(keep: float | int, num_samples: int) -> int:
     if isinstance(keep, float):
         if not 0 < keep <= 1:
             raise SelectionError(
-                f"keep = {keep} is no share in (0, 1]; give an int for a number of samples"
+                f"keep = {keep} is no share in (0, 1]; a number of samples is whole, without a dot "
+                "(in Python an int)"
             )
         count = math.floor(keep * num_samples + 0.5)
         if count == 0:

@@ -21,6 +21,7 @@ import tomllib
 import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 import tomli_w
@@ -100,12 +101,10 @@ def run_flower(
 
 def _check_simulation(config: RunConfig) -> None:
     """Refuse what Ray would refuse half a minute later, in words that name no setting."""
-    try:
-        import ray  # noqa: F401, PLC0415
-    except ImportError:
+    if find_spec("ray") is None:
         raise RunError(
             "the flower engine needs Ray: pip install 'fedprune[sim]', or use --engine inline"
-        ) from None
+        )
     threads, processors = config.training.threads, os.cpu_count() or 1
     if threads > processors:
         raise RunError(
@@ -207,6 +206,7 @@ def private_environment(home: Path, *, commands: Path) -> dict[str, str]:
         # The processes of a run talk to each other past any proxy of the user's.
         "no_proxy": direct,
         "NO_PROXY": direct,
+        "TMPDIR": str(home.parent),  # the user's may be relative, to another folder
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",

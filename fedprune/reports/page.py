@@ -126,9 +126,17 @@ def _summary_so_far(
         "density_target": config.method.target_density if start.get("layer_densities") else None,
         "density": latest.get("density"),
         "test_accuracy": latest.get("test_accuracy"),
-        "bytes_up": sum(line["bytes_up"] for line in lines) if lines else None,
-        "bytes_down": sum(line["bytes_down"] for line in lines) if lines else None,
+        "bytes_up": _sum(line.get("bytes_up") for line in lines),
+        "bytes_down": _sum(line.get("bytes_down") for line in lines),
     }
+
+
+def _sum(values: Iterable[Any]) -> float | None:
+    """None where nothing is known, or not all of it."""
+    known = [known_number(value) for value in values]
+    return (
+        sum(value for value in known if value is not None) if known and None not in known else None
+    )
 
 
 def _page(run: _Run) -> Page:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,9 @@ def run_command(
         expected: errors that a user can mend.
         go_on: what to do after an interruption, from the command's arguments.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a letter that the terminal lacks ends no run
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
@@ -86,6 +90,16 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: s
         for row in rows:
             table.add_row(*(escaped(row[place]) for place in part))
         console.print(table)
+
+
+def show_list(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table without lines, whose texts are wrapped at words."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escaped, row))
+    console.print(table)
 
 
 def listed(text: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -154,6 +155,16 @@ def test_version_methods_and_the_module(tmp_path: Path) -> None:
     assert "options: window=10, epochs=30" in done.stdout
     done = datapruning("methods", "magic", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_a_terminal_without_a_letter_shows_another(tmp_path: Path) -> None:
+    """Minus signs, dashes and frames are no ASCII."""
+    done = subprocess.run(
+        [sys.executable, "-m", "datapruning", "methods"], cwd=tmp_path, capture_output=True,
+        text=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "softmax ? onehot" in done.stdout
 
 
 def test_balance_keeps_every_class(folder: Path, tmp_path: Path) -> None:

@@ -171,6 +171,31 @@ def test_tables_that_cannot_be_shown_in_full_are_shown_in_part(kind: str, tmp_pa
     assert ("No pictures" in text) == (kind in ("no labels", "no source", "gone"))
 
 
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [1.0, 1.0 + 2.0**-52],
+        [1e17, 1e17],
+        [1e308, -1e308],
+        [5e-324, 0.0],
+        [-torch.inf, -torch.inf],
+    ],
+    ids=["all but equal", "large", "as far apart as can be", "as near as can be", "infinite"],
+)
+def test_scores_at_the_ends_of_what_numbers_can_be(scores: list[float], tmp_path: Path) -> None:
+    values = torch.tensor([*scores * 718, scores[0]], dtype=torch.float64)
+    text = page_of(tmp_path, digits_table("mine", values))
+    assert "Scores by mine" in text
+    assert ("have no scale" in text) == (scores[0] == 1e308)
+
+
+def test_a_method_without_a_score_does_not_take_the_page_from_the_others(tmp_path: Path) -> None:
+    none = digits_table("tracin", torch.full((1437,), torch.nan))
+    text = page_of(tmp_path, digits_table("el2n"), none)
+    assert "<td>el2n, tracin</td><td>–</td><td>–</td><td>–</td><td>–</td><td>–</td>" in text
+    assert "Most and least kept by el2n" in text
+
+
 def test_other_data_are_refused(tmp_path: Path) -> None:
     first, second = digits_table("el2n"), digits_table("aum", fingerprint="f" * 16)
     with pytest.raises(ScoreError, match="different data"):

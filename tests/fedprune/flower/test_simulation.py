@@ -20,8 +20,15 @@ from hypothesis import strategies as st
 
 from fedprune.config import RunConfig
 from fedprune.flower.inline import run_inline as run_inline_engine
-from fedprune.flower.launch import launch_values
-from fedprune.flower.simulation import _federation, _trouble, gpu_share, run_flower, write_app
+from fedprune.flower.launch import launch_values, temporary_folder
+from fedprune.flower.simulation import (
+    _federation,
+    _trouble,
+    gpu_share,
+    private_environment,
+    run_flower,
+    write_app,
+)
 from fedprune.rounds.folder import prepare
 from prunelab.errors import RunError
 
@@ -139,6 +146,20 @@ def test_a_machine_that_cannot_run_flower_is_told_so_at_once(
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr
     assert not (tmp_path / "r").exists()
+
+
+def test_processes_of_a_run_agree_on_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative TMPDIR is another folder in each of theirs: Ray waited for itself, in vain."""
+    monkeypatch.setenv("TMPDIR", "tmp")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with temporary_folder() as home:
+        environment = private_environment(home, commands=tmp_path)
+    assert environment["TMPDIR"] == str(tmp_path / "tmp")
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_the_first_error_of_a_chain_is_the_reason(tmp_path: Path) -> None:

@@ -431,6 +431,13 @@ def test_unfinished_run_shows_what_there_is(tmp_path: Path) -> None:
     assert "Dense FedAvg would send 1.28 kB each way" in page.text
 
 
+def test_bytes_that_a_round_does_not_tell_are_no_sum(tmp_path: Path) -> None:
+    page = read(make_run(tmp_path / "run", last={"bytes_up": None}))
+    assert page.tiles[8] == "–"
+    assert page.tiles[9] == ""
+    assert page.tiles[10] == "272 kB"  # 2 + 3 · 90
+
+
 @pytest.mark.parametrize("num_lines", [0, 1])
 def test_run_that_has_just_begun(tmp_path: Path, num_lines: int) -> None:
     folder = make_run(tmp_path / "run")

@@ -34,6 +34,19 @@ def test_columns_that_do_not_fit_follow_below_beside_the_first() -> None:
     assert printed(80, header, rows).count("fedavg") == 1
 
 
+def test_texts_of_a_list_are_wrapped_and_not_cut() -> None:
+    file = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kit, "console", Console(file=file, width=30))
+        kit.show_list(
+            ["method", "settings"], [["a-long-name", "first=1, second=[2], long" + "g" * 40]]
+        )
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 30
+    assert "".join(line[13:].strip() for line in lines).endswith("g" * 40)
+    assert "second=[2]" in file.getvalue()
+
+
 @given(
     rows=st.lists(st.lists(CELLS, min_size=5, max_size=5), min_size=1, max_size=3),
     header=st.lists(CELLS, min_size=5, max_size=5),
