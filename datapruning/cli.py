@@ -344,13 +344,15 @@ def _compare_tables(paths: Sequence[Path], keeps: Sequence[float], *, as_json: b
     from datapruning.selection.table import ScoreTable  # noqa: PLC0415
 
     loaded = [(path, ScoreTable.read(path)) for path in paths]
-    header = ["a", "b", "Spearman", *(f"both keep, at {100 * k:g} %" for k in keeps)]
+    header = ["tables", "Spearman", *(f"both keep, at {100 * k:g} %" for k in keeps)]
+    # A method's name tells a table, where no other has the same.
+    same = len({table.method for _, table in loaded}) < len(loaded)
     rows, records = [], []
     for (path_a, a), (path_b, b) in combinations(loaded, 2):
         found = agreement(a, b, keeps=keeps)
         shares = [f"{100 * share:.1f} %" for share in found.overlap.values()]
-        names = [f"{t.method} ({path})" for t, path in ((a, path_a), (b, path_b))]
-        rows.append([*names, f"{found.spearman:.3f}", *shares])
+        names = [str(path) if same else t.method for t, path in ((a, path_a), (b, path_b))]
+        rows.append([", ".join(names), f"{found.spearman:.3f}", *shares])
         overlap = {f"{keep:g}": share for keep, share in found.overlap.items()}
         records.append(
             {"a": str(path_a), "b": str(path_b), "spearman": found.spearman, "overlap": overlap}

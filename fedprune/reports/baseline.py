@@ -44,10 +44,8 @@ def dense_run_beside(folder: Path, config: RunConfig) -> Dense | None:
         return None
     wanted = _but_method(config.flat())
     for path in sorted(folder.resolve().parent.glob(f"*/{CONFIG}")):
-        if not (path.parent / SUMMARY).is_file():
-            continue
         try:
-            theirs = read_toml(path)
+            theirs = read_toml(path) if (path.parent / SUMMARY).is_file() else {}
             if theirs.get(METHOD_NAME) == Method.name and _but_method(theirs) == wanted:
                 return Dense(path.parent.name, read_summary(path.parent))
         except (ConfigError, RunError, OSError):

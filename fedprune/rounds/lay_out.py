@@ -19,7 +19,7 @@ def main() -> None:
         config = RunConfig.parse(json.load(sys.stdin))
         open_workspace(config).lay_out(folder, with_start=with_start)
     except USER_ERRORS as error:
-        print(json.dumps(str(error)), flush=True)
+        print(f"\n{json.dumps(str(error))}", flush=True)
         raise SystemExit(REFUSED) from None
 
 

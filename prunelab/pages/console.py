@@ -69,12 +69,11 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: s
     """A table whose cells stay whole.
 
     Where the window is too narrow for all columns, those that do not fit follow below, beside the
-    first column again.
+    first column again. Only the first column is wrapped, at half the window.
     """
     columns = list(zip(header, *rows, strict=True))
-    widths = [
-        max(*map(cell_len, name.split() or [""]), *map(cell_len, cells)) for name, *cells in columns
-    ]
+    widths = [max(map(cell_len, [*name.split(), *cells]), default=0) for name, *cells in columns]
+    widths[0] = min(widths[0], console.width // 2)
     room = 0
     parts: list[list[int]] = []
     for place in range(1, len(columns)):
@@ -130,7 +129,14 @@ def progress_bar(console: Console = console) -> Iterator[Any]:
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     tasks: dict[str, Any] = {}
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    shown = Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with shown as bar:
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:

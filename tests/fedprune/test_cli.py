@@ -200,6 +200,30 @@ def test_a_config_file_of_another_method_may_be_used(finished: Path, tmp_path: P
     assert "'method.densty' of method 'fedavg'" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return 'no module'", "error: noisy:net returned a str"),
+        ("raise KeyError('weights')", "error: setting up failed: KeyError: 'weights'"),
+    ],
+)
+def test_what_fails_in_the_process_that_sets_up_is_one_line(
+    body: str, message: str, tmp_path: Path
+) -> None:
+    """A command that has no torch lets another process set up, whatever that one prints."""
+    (tmp_path / "noisy.py").write_text(
+        f"def net():\n    print('building ...', end='')\n    {body}\n", encoding="utf-8"
+    )
+    done = subprocess.run(
+        [FEDPRUNE, "run", "--engine", "inline", "--model", "noisy:net"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith(message.replace("noisy:net", "net"))
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("runs/*"))
+
+
 def test_debug_shows_the_trace(tmp_path: Path) -> None:
     command = [FEDPRUNE, "run", "--method", "magic", "--debug"]  # as it is installed
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -34,6 +34,13 @@ def test_columns_that_do_not_fit_follow_below_beside_the_first() -> None:
     assert printed(80, header, rows).count("fedavg") == 1
 
 
+def test_a_long_first_column_leaves_room_for_the_others() -> None:
+    lines = printed(60, ["file", "score"], [["a/long/path/" * 8, "0.135"]]).splitlines()
+    assert max(map(len, lines)) <= 60
+    assert sum("0.135" in line for line in lines) == 1
+    assert "".join(line[2:32] for line in lines if line[0] == "│") == "a/long/path/" * 8 + " " * 24
+
+
 def test_texts_of_a_list_are_wrapped_and_not_cut() -> None:
     file = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
@@ -48,9 +55,9 @@ def test_texts_of_a_list_are_wrapped_and_not_cut() -> None:
 
 
 @given(
-    rows=st.lists(st.lists(CELLS, min_size=5, max_size=5), min_size=1, max_size=3),
+    rows=st.lists(st.lists(CELLS, min_size=5, max_size=5), max_size=3),
     header=st.lists(CELLS, min_size=5, max_size=5),
-    width=st.integers(40, 120),
+    width=st.integers(60, 120),
 )
 def test_no_line_is_wider_than_the_window_and_no_cell_is_cut(
     rows: list[list[str]], header: list[str], width: int
