@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +14,8 @@ from rich.console import Console
 
 from prunelab.errors import PrunelabWarning
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)
+errors = Console(stderr=True, emoji=False)
 INTERRUPTED = 130
 
 
@@ -58,7 +59,13 @@ def say(text: str) -> None:
 
 def escaped(value: object) -> str:
     """Text in which rich sees no markup."""
-    return str(value).replace("[", r"\[")
+
+    # Not rich's own escape, which loses a backslash before a bracket that opens no tag.
+    def guarded(bracket: re.Match[str]) -> str:
+        opens_tag = bracket[2] is not None
+        return bracket[1] * (2 if opens_tag else 1) + r"\["
+
+    return re.sub(r"(\\*)\[(?=([a-z#/@][^[]*?])?)", guarded, str(value))
 
 
 @contextmanager
