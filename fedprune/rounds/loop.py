@@ -219,11 +219,9 @@ class Fold:
         Raises:
             ClientError: a value is not finite or too large.
         """
-        growth, weight = reply.entries.get(MODEL, {}), reply.num_examples
-        EntryMean().add(growth, weight=weight)  # tried alone first
-        self._mean.add(reply.states[MODEL], weight=weight)
-        self._growth.add(growth, weight=weight)
-        self.losses[client] = (float(reply.fields["loss"]), weight)
+        self._mean.add(reply.states[MODEL], weight=reply.weight)
+        self._growth.add(reply.entries.get(MODEL, {}), weight=reply.weight)
+        self.losses[client] = (float(reply.fields["loss"]), reply.num_examples)
 
     def mean(self) -> SparseState:
         """The clients' weighted mean."""

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedprune.config import RunConfig
+from fedprune.exchange.messages import ClientInfo
+from fedprune.local.data import label_histogram, num_development
 from fedprune.local.model import Network
+from fedprune.local.shares import share_of
 from fedprune.local.site import TRAIN
 from fedprune.methods.base import Method
 from prunelab.data.store import ImageStore, open_store
@@ -71,6 +74,16 @@ class Setup:
     def test(self) -> ImageStore:
         """The server's test samples."""
         return open_store(self.folder / TEST)
+
+    def shares(self) -> dict[int, ClientInfo]:
+        """What the run gave each client of the training samples."""
+        store, found = open_store(self.folder / TRAIN), {}
+        for client in range(self.config.data.clients):
+            share = share_of(store, client)
+            num_dev = num_development(len(share))
+            histogram = label_histogram(store.labels[share], store.num_classes)
+            found[client] = ClientInfo(client, len(share) - num_dev, num_dev, histogram)
+        return found
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

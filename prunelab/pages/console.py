@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +18,8 @@ from rich.table import Table
 from prunelab.errors import PrunelabWarning
 from prunelab.runs.version import __version__
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)
+errors = Console(stderr=True, emoji=False)
 INTERRUPTED = 130
 FRAME = 3  # what a column of a table takes beside its cells
 
@@ -113,7 +114,13 @@ def say(text: str, *, to: Console = console) -> None:
 
 def escaped(value: object) -> str:
     """Text in which rich sees no markup."""
-    return str(value).replace("[", r"\[")
+
+    # Not rich's own escape, which loses a backslash before a bracket that opens no tag.
+    def guarded(bracket: re.Match[str]) -> str:
+        opens_tag = bracket[2] is not None
+        return bracket[1] * (2 if opens_tag else 1) + r"\["
+
+    return re.sub(r"(\\*)\[(?=([a-z#/@][^[]*?])?)", guarded, str(value))
 
 
 @contextmanager

@@ -423,11 +423,11 @@ def _changed_frame(kind: str, frame: bytes, patterns: Patterns) -> bytes:
         ("shapes", "shape"),
         ("stale", "mask"),
         ("bits", "checksum"),
-        ("garbage", "message without"),
+        ("garbage", "expected records"),
         ("raises", "battery empty"),
         ("silent", "no answer"),
         ("no header", "not JSON"),
-        ("no weight", "no sample"),
+        ("no weight", "for 0 samples"),
         ("heavy", "expected 0 or more"),
         ("no loss", "loss"),
         ("loss of text", "loss"),
@@ -545,14 +545,14 @@ def _poison(header: dict[str, Any], frames: wire.Frames) -> None:
 @pytest.mark.parametrize(
     ("action", "spoil", "reason"),
     [
-        ("measure", lambda header, frames: header["t"].pop(), "every candidate"),
+        ("measure", lambda header, frames: header["t"].pop(), "expected tensors|does not name"),
         ("measure", lambda header, frames: header["k"][0].pop(), "shape"),
         ("measure", lambda header, frames: header["k"][0].append("fc.what"), "names"),
         ("measure", _poison, "NaN"),
         ("score", lambda header, frames: header["f"]["losses"].pop(), "list of 2"),
-        ("score", lambda header, frames: header["f"].pop("losses"), "list of 2"),
+        ("score", lambda header, frames: header["f"].pop("losses"), "expected fields"),
         ("score", lambda header, frames: header["f"].update(correct=[99, 99]), "more hits"),
-        ("score", lambda header, frames: header.update(n=0), "samples|no sample"),
+        ("score", lambda header, frames: header.update(n=0), "for 0 samples"),
     ],
 )
 def test_answers_of_candidate_selection_are_checked(
