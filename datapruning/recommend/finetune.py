@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from datapruning.recommend.effort import batches_of_tokens
-from prunelab.data.samples import TokenSamples
+from prunelab.data.samples import TokenSamples, check_targets
 from prunelab.errors import RunError, check_settings
 from prunelab.runs.seeds import generator, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
@@ -101,6 +101,7 @@ def finetune(
         rows: which samples; None: all.
 
     Raises:
+        DataError: a text without targets, from which nothing can be learned.
         RunError: no rows, nothing to train, a loss that is not finite, or a checkpoint of
             another run.
     """
@@ -108,6 +109,7 @@ def finetune(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained or len(rows) == 0:
         raise RunError("fine-tuning: no sample, or no parameter that requires a gradient")
+    check_targets(samples, rows)
     device = next(iter(trained.values())).device
     optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, weight_decay=config.weight_decay)
     total, result = config.num_steps(len(rows)), FinetuneResult()

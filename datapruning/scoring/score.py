@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from datapruning.scoring.jobs import Progress, Recipe, whole
 from datapruning.scoring.methods import METHODS, Method, Score, checked_options, named_methods
 from datapruning.scoring.parts import Parts, open_parts
 from datapruning.selection.table import ScoreTable
+from prunelab.data.checked import warn_of_gaps
 from prunelab.data.datasets import fingerprint, load_dataset
 from prunelab.data.objects import as_samples
 from prunelab.data.samples import ImageSamples, Samples
@@ -31,7 +32,7 @@ from prunelab.runs.settings import differences
 from prunelab.runs.threads import computing
 from prunelab.runs.version import __version__
 from prunelab.training.loop import TrainingConfig
-from prunelab.training.task import Classification, ImageClassification, Task
+from prunelab.training.task import Classification, ImageClassification, Task, check_fits
 from sparsemodel.storage.files import write_atomically
 
 SHARD_SIZE = 4096
@@ -92,6 +93,7 @@ def score(
 
     Raises:
         ScoreError: an unknown method or option, or data that a method cannot score.
+        ModelError: a model that cannot be made, or that does not fit the data.
         RunError: parts or a table of other settings are in the way.
 
     Warns:
@@ -127,6 +129,7 @@ def score(
                 device=device, threads=threads, methods=methods, options=settings["methods"],
                 runs=runs, early=settings["early"], shard_size=shard_size,
             )  # fmt: skip
+            _check_model(recipe)
             scores, seconds = _computed(recipe, runner, progress)
             tables = {
                 name: _table(name, scores[name], recipe, settings, dataset=dataset, source=source)
@@ -166,7 +169,10 @@ def _check_dense(
 def _samples(data: Any) -> tuple[Samples, str, str]:
     """Samples, the data set's name, and what to load it by ("" for samples of the caller's)."""
     if not isinstance(data, str | Path):
-        return as_samples(data), type(data).__name__, ""
+        samples = as_samples(data)
+        if isinstance(samples, ImageSamples):
+            warn_of_gaps(samples.labels)
+        return samples, type(data).__name__, ""
     dataset = load_dataset(str(data))
     is_folder = Path(data).is_dir() and dataset.name != str(data)
     return ImageSamples.of(dataset), dataset.name, str(Path(data).resolve() if is_folder else data)
@@ -251,6 +257,16 @@ def _check_fits(
             f"method {name!r} trains models of its own; give a model's name or a function "
             "seed -> model, not a trained model"
         )
+
+
+def _check_model(recipe: Recipe) -> None:
+    """Raise ModelError if the model does not fit the data; of those to be made, the first is."""
+    model = recipe.model
+    if not isinstance(model, nn.Module):
+        if not recipe.all_runs:
+            return
+        model = replace(recipe, density=None).build(recipe.run_seed(recipe.all_runs[0]))
+    check_fits(recipe.task, model, recipe.samples, num_classes=None)
 
 
 def _model_name(model: Network) -> str:

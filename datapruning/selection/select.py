@@ -205,6 +205,12 @@ def _check_scores(table: ScoreTable, count: int) -> None:
             f"{int(wrong.sum())} of {len(table)} scores are NaN or infinite, the first of ids "
             f"{names}; score these samples again or leave them out of the table"
         )
+    low, high = float(table.scores.min()), float(table.scores.max())
+    if not math.isfinite(high - low):
+        raise SelectionError(
+            f"scores run from {low:g} to {high:g}, and float64 has no such difference; divide "
+            "them by a number first"
+        )
     if count < len(table) and bool((table.scores == table.scores[0]).all()):
         raise SelectionError(
             f"all {len(table)} scores equal {float(table.scores[0]):g}: they rank nothing; "

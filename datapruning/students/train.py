@@ -34,7 +34,7 @@ from prunelab.networks import Network, build_model
 from prunelab.runs.seeds import stream_seed
 from prunelab.training import loop
 from prunelab.training.loop import Callback, Objective, Rows, TrainingConfig, evaluating
-from prunelab.training.task import Classification, ImageClassification, Task
+from prunelab.training.task import Classification, ImageClassification, Task, check_fits
 from sparsemodel.storage.files import write_atomically
 
 AUTO = "auto"
@@ -81,7 +81,7 @@ def train(
 
     Raises:
         DataError: data that cannot be read as samples.
-        ModelError: a model that cannot be made.
+        ModelError: a model that cannot be made, or that does not fit the data.
         RunError: settings out of range, or a training that diverges.
 
     Warns:
@@ -115,6 +115,7 @@ def train(
             say=progress or (lambda line: None),
         )  # fmt: skip
     student = build(model_seed(seed))
+    check_fits(task, student, samples, num_classes=num_classes)
     with nullcontext() if teacher is None else evaluating(teacher):
         loop.train(
             student, samples, task,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from fedprune.local.shares import share_of
 from fedprune.local.site import TRAIN
 from fedprune.methods.base import Method
 from prunelab.data.store import ImageStore, open_store
-from prunelab.errors import RunError
+from prunelab.errors import DataWarning, RunError
 from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.state_file import load_state
@@ -183,3 +184,5 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise RunError(f"setting up failed: {last[0]}") from RuntimeError(done.stderr)
+    for text in json.loads(done.stdout.splitlines()[-1]):
+        warnings.warn(text, DataWarning, stacklevel=2)

@@ -25,12 +25,15 @@ from fedprune.local.torch_models import DenseModel
 from fedprune.local.training import round_sgd, train_epochs
 from fedprune.methods.base import Method
 from fedprune.rounds.setup import NETWORK, START, TEST, TRAIN
+from fedprune.settings import DataConfig
 from prunelab.data.batches import Integers
+from prunelab.data.checked import note
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.data.store import write_store
-from prunelab.errors import ModelError, RunError
+from prunelab.errors import RunError
 from prunelab.networks import (
     GRANULARITIES,
+    check_fits,
     check_model,
     float_state,
     parameter_blocks,
@@ -39,7 +42,6 @@ from prunelab.networks import (
 from prunelab.runs.seeds import stream_seed
 from sparsemodel.errors import PlanError
 from sparsemodel.masks.mask import prunable_parameters
-from sparsemodel.masks.probe import probing
 from sparsemodel.plans.program import program_of
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.cost import layer_macs, model_bytes
@@ -95,7 +97,7 @@ class Workspace:
 
     def _lay_out(self, folder: Path, *, with_start: bool) -> None:
         dataset, skeleton = self.dataset, self.torch.skeleton
-        check_fits(skeleton, dataset)
+        check_fits(skeleton, input_shape=dataset.input_shape, num_classes=dataset.num_classes)
         folder.mkdir(parents=True, exist_ok=True)
         write_shares(
             folder / TRAIN,
@@ -196,6 +198,8 @@ def _opened(config: RunConfig, model: Any, given: ImageSet | None) -> Workspace:
         seed=stream_seed(SEED_SERVER_SET, config.seed),
     )
     groups = dataset.train_groups
+    if groups is not None:
+        note_groups(len(groups.unique()), data)
     shares = partition(
         labels[rest],
         num_clients=data.clients,
@@ -213,23 +217,18 @@ def _opened(config: RunConfig, model: Any, given: ImageSet | None) -> Workspace:
     )
 
 
-def check_fits(model: nn.Module, dataset: ImageSet) -> None:
-    """Raise ModelError unless a network takes these images and tells these classes apart."""
-    size = (2, *dataset.input_shape)
-    what = f"the network does not fit images {list(size)}"
-    with probing(model), torch.no_grad():
-        model.eval()
-        try:
-            logits = model(torch.zeros(size))
-        except Exception as error:  # whatever the network's own code raises
-            raise ModelError(f"{what}: {type(error).__name__}: {error}") from error
-    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != 2:
-        raise ModelError(f"{what}: it gives {shape}, expected logits [2, classes]")
-    if logits.shape[1] < dataset.num_classes:
-        raise ModelError(
-            f"the network gives {logits.shape[1]} logits, and the data have {dataset.num_classes} "
-            "classes; a function that builds it may ask for num_classes"
+def note_groups(num_groups: int, data: DataConfig) -> None:
+    """Say where the data's own clients are not the run's."""
+    if data.partition != "natural":
+        note(
+            f"the data say whose each sample is ({num_groups} natural clients), but are divided "
+            f"among {data.clients} by data.partition = {data.partition!r}; set it to 'natural' to "
+            "go by them"
+        )
+    elif data.clients < num_groups:
+        note(
+            f"{num_groups} natural clients are dealt to data.clients = {data.clients}, several to "
+            f"each; set it to {num_groups} to keep them apart"
         )
 
 

@@ -16,12 +16,18 @@ from torch import Tensor, nn
 
 from prunelab.data.batches import batches
 from prunelab.data.objects import as_samples
-from prunelab.data.samples import Augmentable, Samples
+from prunelab.data.samples import Augmentable, Samples, check_targets
 from prunelab.errors import RunError, check_settings
 from prunelab.runs.seeds import rng, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
 from prunelab.training.steps import OPTIMIZERS, Loss, Objective, Stepper, is_planned, make_optimizer
-from prunelab.training.task import Classification, ImageClassification, Task, to_device
+from prunelab.training.task import (
+    Classification,
+    ImageClassification,
+    Task,
+    check_fits,
+    to_device,
+)
 from sparsemodel.masks.schedule import cosine
 from sparsemodel.plans import stepper as planned_steps
 
@@ -188,6 +194,7 @@ def train(
         checkpoint: written after each epoch; if the file is there, the run goes on from it.
 
     Raises:
+        DataError: a text without targets, from which nothing can be learned.
         RunError: rows that are not in the data, a loss that is not finite, settings that the
             task or the samples cannot follow, or a checkpoint of another run.
     """
@@ -209,6 +216,7 @@ def train(
     while not _finished(progress, config):
         epoch = len(progress.losses)
         chosen = _epoch_rows(rows, epoch, len(samples))
+        check_targets(samples, chosen)
         with seeded(stream_seed(seed, _DROPOUT, epoch), device):
             _train_epoch(
                 model, samples, stepper, optimizer, progress,
@@ -236,10 +244,12 @@ def evaluate(
         task: None: image classification.
 
     Raises:
+        ModelError: the model does not take such images, or has no logit for one of the labels.
         RunError: no rows, or rows that are not in the data.
     """
     samples, task = as_samples(data), task or ImageClassification()
     chosen = _epoch_rows(rows, 0, len(samples))
+    check_fits(task, model, samples, num_classes=None)
     add = _evaluator(model, task)
     loss_sum, correct = 0.0, 0
     device = next(model.parameters()).device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
@@ -11,8 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from federation import TINY, digest, run_inline, tiny
+from PIL import Image
 from processes import Command
 
 from fedprune.config import read_toml
@@ -288,6 +293,29 @@ def test_compare_prints_one_table_and_reuses_finished_runs(tmp_path: Path) -> No
     # Dense runs came first, so that the others' pages have something to compare with.
     page = (tmp_path / "runs/compare/magnitude-s1/report.html").read_text(encoding="utf-8")
     assert "is in the folder fedavg-s1" in page
+
+
+def test_how_the_data_were_taken_is_said_by_the_command_and_its_child(tmp_path: Path) -> None:
+    """Laying out is a child's work where torch has not been imported; its warnings come along."""
+    random_bytes = np.random.default_rng(0)
+    for side, count in (("train", 60), ("test", 9)):
+        cells = []
+        for image in random_bytes.integers(0, 256, (count, 8, 8), dtype=np.uint8):
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "PNG")
+            cells.append(buffer.getvalue())
+        labels, clients = [n % 3 for n in range(count)], [n % 4 for n in range(count)]
+        table = pyarrow.table({"img": cells, "label": labels, "client": clients})
+        pyarrow.parquet.write_table(table, tmp_path / f"{side}.parquet")
+    (tmp_path / "train_old.parquet").write_bytes(b"")
+    options = ["--dataset", ".", "--rounds", "1", "--clients", "2", "--set", "server.per_class=1"]
+    command = [FEDPRUNE, "run", "--engine", "inline", "--method", "fedavg", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("warning:")]
+    assert len(lines) == 2
+    assert "the train side is train.parquet; not read: train_old.parquet" in lines[0]
+    assert "4 natural clients), but are divided among 2 by data.partition = 'dirichlet'" in lines[1]
 
 
 def test_inspect_and_report(finished: Path) -> None:

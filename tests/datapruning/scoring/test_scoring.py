@@ -275,6 +275,11 @@ def test_a_language_model_is_scored_without_classes() -> None:
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
             return type("Output", (), {"logits": self.head(self.embed(input_ids))})()
 
+    class Averaged(CausalLM):
+        def embedding(self, model: Any, batch: Any) -> Tensor:
+            vectors: Tensor = model.embed(batch["input_ids"]).mean(1)
+            return vectors
+
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 11, (12, 6), generator=random)
     texts = TokenSamples(ids, torch.ones_like(ids), ids)
@@ -286,6 +291,23 @@ def test_a_language_model_is_scored_without_classes() -> None:
     torch.testing.assert_close(table["loss"].scores, expected)
     with pytest.raises(ScoreError, match="for samples with classes"):
         score(texts, method="el2n", model=model, task=CausalLM())
+    # A text without targets has no loss, and cannot be selected by it; its influence is 0.
+    targets = ids.clone()
+    targets[3, 1:] = -100
+    some = TokenSamples(ids, torch.ones_like(ids), targets)
+    methods = ["loss", "grand", "semdedup", "influence-cg"]
+    with pytest.warns(ScoreWarning, match=r"1 of 12 scores are not finite \(ids 3\)"):
+        again = score(some, method=methods, model=model, task=Averaged())
+    for name in ("loss", "grand"):
+        rest = torch.arange(12) != 3
+        assert again[name].scores[3].isnan()
+        torch.testing.assert_close(again[name].scores[rest], table[name].scores[rest])
+        with pytest.raises(SelectionError, match="NaN or infinite, the first of ids 3"):
+            again[name].select(keep=3, policy="easiest")
+    assert bool(again["semdedup"].scores.isfinite().all())
+    influence = again["influence-cg"].scores
+    assert float(influence[3]) == 0
+    assert bool((influence[rest] != 0).all())
 
 
 @pytest.mark.parametrize(

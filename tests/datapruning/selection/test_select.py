@@ -136,6 +136,23 @@ def test_no_class_falls_below_its_floor(
         assert kept[name] >= math.floor(floor * count * size / len(scores) + 1e-9)
 
 
+@pytest.mark.parametrize("policy", [*POLICIES, "auto"])
+def test_scores_whose_range_is_no_number(policy: str) -> None:
+    """Refused before any policy takes a difference; as far apart as float64 has it they serve."""
+    wide = [4e307, -4e307, *map(float, range(38))]
+    confidence = torch.full((40,), 0.5, dtype=torch.float64)
+    options = {"policy": policy, "keep": 8, "confidence": confidence}
+    if policy == "dual-beta":
+        wide[1] = 0.0
+    assert len(select(table(wide, [0] * 40), **options)) == 8  # type: ignore[arg-type]
+    wide[:2] = [1e308, -1e308]
+    if policy == "random":
+        assert len(select(table(wide, [0] * 40), **options)) == 8  # type: ignore[arg-type]
+    else:
+        with pytest.raises(SelectionError, match=r"from -1e\+308 to 1e\+308, and float64 has no"):
+            select(table(wide, [0] * 40), **options)  # type: ignore[arg-type]
+
+
 def test_floors_by_hand() -> None:
     """Ten samples, five a class, six kept by score, all of the best in class 0.
 
