@@ -22,6 +22,7 @@ from sparsemodel.kernels.csr import (
 )
 from sparsemodel.kernels.functional import SparseIndex
 from sparsemodel.kernels.geometry import ConvGeometry
+from sparsemodel.layers.derived import DerivedWeight
 from sparsemodel.masks.adjust import TensorEntries
 from sparsemodel.masks.structure import check_structure
 
@@ -90,8 +91,12 @@ class SparseLayer(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight, zeros at pruned places; differentiable, made anew at each access."""
-        return reference.dense_weight(self.values, self.active_positions(), self._weight_shape)
+        """The dense weight, zeros at pruned places; differentiable, made anew at each access.
+
+        Writing into it raises SparseModelError, as what is written would be lost.
+        """
+        places = self.active_positions()
+        return DerivedWeight.of(reference.dense_weight(self.values, places, self._weight_shape))
 
     @property
     def weight_shape(self) -> torch.Size:

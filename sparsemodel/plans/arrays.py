@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sparsemodel.errors import PlanError
+from sparsemodel.layers.gate import has_hooks, module_title
 from sparsemodel.layers.linear_and_conv import SparseLayer
 from sparsemodel.optim import SparseSGD
 from sparsemodel.runtime.bound import BoundProgram, LayerArrays, ParameterArrays, layer_geometry
@@ -87,7 +88,8 @@ class BoundModule:
             self._momenta = [_momentum(optimizer, own.get(name)) for name in self._names]
         tensors = [*self._tensors(), *self._momenta]
         key = tuple(
-            None if t is None else (t.data_ptr(), t.shape, t.requires_grad) for t in tensors
+            None if t is None else (t.data_ptr(), t.shape, t.requires_grad, has_hooks(t))
+            for t in tensors
         )
         if key != self._key:
             for tensor in tensors:
@@ -96,6 +98,13 @@ class BoundModule:
             self._key = key
             # While aliases of the memory live, nothing else can get its address.
             self._held = [t.detach() for t in tensors if t is not None]
+
+    def check_mode(self, training: bool) -> None:
+        """Refuse a batch norm that is in another mode than the model.
+
+        Raises:
+            PlanError: it is.
+        """
 
     def hand_over(self) -> None:
         """Give each parameter its gradient."""
@@ -127,7 +136,7 @@ class BoundModule:
                 f"{self.title}: expected contiguous float32 parameters on the CPU, got "
                 f"{tensor.dtype} of strides {tensor.stride()} on {tensor.device}"
             )
-        if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        if has_hooks(tensor):
             raise PlanError(f"{self.title} has hooks on its gradients, which a plan would not call")
 
     def _parameter(self, index: int) -> ParameterArrays | None:
@@ -182,6 +191,13 @@ class BoundNorm(BoundModule):
 
     _names = ("weight", "bias")
     _buffers = ("running_mean", "running_var", "num_batches_tracked")
+
+    def check_mode(self, training: bool) -> None:
+        if self._module.training != training:
+            raise PlanError(
+                f"{module_title(self.title, self._module)} is in another mode than the model; a "
+                "plan trains all batch norms"
+            )
 
     def _statistics(self) -> list[Tensor]:
         own = self._module._buffers
