@@ -104,18 +104,25 @@ def check_copied(model: nn.Module) -> None:
 
     Raises:
         SparseModelError: hooks on a parameter, parameters that share memory without being one,
-            or a function on a module that keeps a module or parameter of the model to itself.
+            an attribute that is computed of other tensors, or a function on a module that keeps a
+            module or parameter of the model to itself.
     """
     _check_parameters(model, SparseModelError)
     kept = {id(module) for module in model.modules()}
     kept |= {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     for path, module in model.named_modules():
-        for key, function in _functions(module):
-            if any(id(_content(cell)) in kept for cell in function.__closure__ or ()):
+        title = module_title(path, module)
+        for key, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
                 raise SparseModelError(
-                    f"{module_title(path, module)} holds a function in {key!r} that keeps a part "
-                    "of the model to itself, so that a copy would still use the old one; make it a "
-                    "method"
+                    f"{title} holds {key!r}, which is computed of other tensors (as by weight_norm "
+                    "with hooks) and cannot be copied; make it a parameter or a buffer"
+                )
+        for key, function in _functions(module):
+            if any(_keeps(cell, kept) for cell in function.__closure__ or ()):
+                raise SparseModelError(
+                    f"{title} holds a function in {key!r} that keeps a part of the model, "
+                    "so that a copy would still use the old one; make it a method"
                 )
 
 
@@ -255,8 +262,10 @@ def _functions(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
         yield from ((key, each) for each in held if isinstance(each, FunctionType))
 
 
-def _content(cell: CellType) -> Any:
+def _keeps(cell: CellType, parts: set[int]) -> bool:
+    """Whether a variable of a function holds one of these objects, or a method of it."""
     try:
-        return cell.cell_contents
+        content = cell.cell_contents
     except ValueError:  # not filled yet
-        return None
+        return False
+    return id(content) in parts or id(getattr(content, "__self__", None)) in parts

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from sparsemodel.errors import SparseModelError
-from sparsemodel.layers.gate import extras, has_global_hooks, is_plain
+from sparsemodel.layers.gate import extras, has_global_hooks, is_plain, module_title
 from sparsemodel.layers.linear_and_conv import SparseLayer
 from sparsemodel.layers.norm_and_pool import FUSED
 
@@ -40,12 +40,24 @@ def trace_forward(model: nn.Module) -> fx.Graph:
             outside of its layers, or changes its own attributes.
     """
     with _TRACING:
-        graphs = [_traced(model, training) for training in (True, False)]
-    if str(graphs[0]) != str(graphs[1]):
+        graph, other = (_traced(model, training) for training in (True, False))
+    if str(graph) != str(other):
+        differing = next((n for n, o in zip(graph.nodes, other.nodes, strict=False)
+                          if n.format_node() != o.format_node()), None)  # fmt: skip
         raise SparseModelError(
             f"{type(model).__name__} computes something else in training than in evaluation"
+            f"{place_of(differing)}"
         )
-    return graphs[0]
+    return graph
+
+
+def place_of(node: fx.Node | None) -> str:
+    """In whose forward an operation stands, as a part of a message; "" in that of the model."""
+    stack = {} if node is None else node.meta.get("nn_module_stack", {})
+    if not stack:
+        return ""
+    path, kind = list(stack.values())[-1]
+    return f", in the {kind.__name__} {path!r}"
 
 
 def _traced(model: nn.Module, training: bool) -> fx.Graph:
@@ -58,7 +70,8 @@ def _traced(model: nn.Module, training: bool) -> fx.Graph:
             except MemoryError:
                 raise
             except Exception as error:  # whatever a model's own code raises on symbols
-                raise _untraceable(model, str(error)) from error
+                where = f"{error}{getattr(error, _PLACE, '')}"
+                raise _untraceable(model, where) from error
         if before == _random_states():
             return graph
     raise _untraceable(model, _DRAWS)
@@ -82,8 +95,8 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
-        self._seen = list({id(module): module for module in modules}.values())
-        watched = {id(module) for module in self._seen}
+        self._seen = [(module, type(module)) for module in {id(m): m for m in modules}.values()]
+        watched = {id(module) for module, _ in self._seen}
         self._places = [
             (parent, key, child)
             for parent in model.modules()
@@ -92,7 +105,7 @@ class Watch:
         ]
         self._settings = [
             (module, key, value)
-            for module in self._seen
+            for module, _ in self._seen
             for key, value in vars(module).items()
             if type(value) in _SETTINGS and key != "training" and not key.startswith("_")
         ]
@@ -101,9 +114,11 @@ class Watch:
         """What has changed since, in words; "" where nothing has."""
         if has_global_hooks():
             return "hooks for all modules were set"
-        for module in self._seen:
+        for module, kind in self._seen:
+            if type(module) is not kind:
+                return f"a {kind.__name__} became a {type(module).__name__}"
             if not is_plain(module):
-                return f"{extras(module)} were set on a {type(module).__name__}"
+                return f"{extras(module)} were set on a {kind.__name__}"
         for parent, key, child in self._places:
             if parent._modules.get(key) is not child:
                 return f"the module {key!r} was exchanged"
@@ -151,7 +166,13 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if threading.get_ident() != self._thread:  # another thread uses a model meanwhile
             return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            if not hasattr(error, _PLACE):  # the innermost one
+                path = (self.submodule_paths or {}).get(m, "")
+                setattr(error, _PLACE, f", in the {type(m).__name__} {path!r}")
+            raise
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
@@ -199,6 +220,7 @@ class _WithoutDraws(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_PLACE = "_place"  # an attribute of errors: in whose forward they were raised
 _DRAWS = "it draws random numbers outside its layers"
 _RANDOM = {
     *("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson"),
@@ -213,15 +235,16 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     Raises:
         SparseModelError: an attribute was changed.
     """
-    before = [(module, _contents(module)) for module in model.modules()]
-    changed: list[str] = []
+    before = [(path, module, _contents(module)) for path, module in model.named_modules()]
+    changed = ""
     try:
         yield
     finally:
-        for module, contents in before:
-            changed += _restore(module, contents)
+        for path, module, contents in before:
+            if keys := _restore(module, contents):
+                changed = f"{module_title(path, module)} changes its attributes {keys[:4]}"
     if changed:
-        raise _untraceable(model, f"it changes its attributes {changed[:4]}")
+        raise _untraceable(model, changed)
 
 
 def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -78,10 +78,13 @@ class BoundModule:
         pairs = zip(self._names, self._gradients, strict=True)
         return [(p, gradient) for name, gradient in pairs if (p := own.get(name)) is not None]
 
-    def refresh(self, optimizer: SparseSGD | None = None) -> None:
+    def refresh(self, optimizer: SparseSGD | None = None) -> bool:
         """Bind anew what has moved since the last call, after a mask change for instance.
 
         With an optimiser its momentum is bound too.
+
+        Returns:
+            Whether anything had moved.
         """
         if optimizer is not None:
             own = self._module._parameters
@@ -91,13 +94,15 @@ class BoundModule:
             None if t is None else (t.data_ptr(), t.shape, t.requires_grad, has_hooks(t))
             for t in tensors
         )
-        if key != self._key:
-            for tensor in tensors:
-                self._check(tensor)
-            self._bind()
-            self._key = key
-            # While aliases of the memory live, nothing else can get its address.
-            self._held = [t.detach() for t in tensors if t is not None]
+        if key == self._key:
+            return False
+        for tensor in tensors:
+            self._check(tensor)
+        self._bind()
+        self._key = key
+        # While aliases of the memory live, nothing else can get its address.
+        self._held = [t.detach() for t in tensors if t is not None]
+        return True
 
     def check_mode(self, training: bool) -> None:
         """Refuse a batch norm that is in another mode than the model.
@@ -133,11 +138,13 @@ class BoundModule:
         fits = tensor.dtype in {torch.float32, torch.int32, torch.int64}
         if not fits or tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise PlanError(
-                f"{self.title}: expected contiguous float32 parameters on the CPU, got "
+                f"{self.title!r}: expected contiguous float32 parameters on the CPU, got "
                 f"{tensor.dtype} of strides {tensor.stride()} on {tensor.device}"
             )
         if has_hooks(tensor):
-            raise PlanError(f"{self.title} has hooks on its gradients, which a plan would not call")
+            raise PlanError(
+                f"{self.title!r} has hooks on its gradients, which a plan would not call"
+            )
 
     def _parameter(self, index: int) -> ParameterArrays | None:
         parameter = self._module._parameters.get(self._names[index])

@@ -98,7 +98,7 @@ class TrainingPlan:
             for number, operation in enumerate(operations)
             if operation.kind in kinds and operation.module is not None
         ]
-        self._refuse_ties()
+        self._is_untied = False
         self._refresh()
         self._plan.build()
 
@@ -250,8 +250,11 @@ class TrainingPlan:
         """
         if change := self._watch.change():
             raise PlanError(f"{change} after the plan was made; make a new one")
-        for bound in self._bound:
-            bound.refresh(optimizer)
+        moved = [bound.refresh(optimizer) for bound in self._bound]
+        if any(moved) or not self._is_untied:
+            self._is_untied = False
+            self._refuse_ties()
+            self._is_untied = True
 
     def _refuse_mixed_modes(self) -> None:
         for bound in self._bound:

@@ -19,6 +19,7 @@ from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.layers.gate import module_title
 from sparsemodel.layers.linear_and_conv import SparseConv2d, SparseLinear, geometry_of, weight_shape
 from sparsemodel.layers.norm_and_pool import FUSED
+from sparsemodel.layers.tracing import place_of
 from sparsemodel.runtime.pattern import Shape
 from sparsemodel.runtime.program import Kind
 from sparsemodel.runtime.program_shapes import MAX_WINDOW
@@ -102,7 +103,11 @@ class Translator:
                 if not isinstance(result, int):
                     raise PlanError("expected a model that returns one tensor of logits")
                 return self._operations, result
-            self._values[node] = self._translate(node)
+            try:
+                self._values[node] = self._translate(node)
+            except PlanError as error:
+                place = "" if node.op == "call_module" else place_of(node)
+                raise PlanError(f"{error}{place}") from error
         raise AssertionError("a graph ends in its output")
 
     def _translate(self, node: fx.Node) -> Any:

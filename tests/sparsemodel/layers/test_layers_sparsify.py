@@ -439,7 +439,7 @@ def test_files_of_other_models_are_refused(tmp_path: Path) -> None:
     save(sparsify(model, mask), path)
     with pytest.raises(
         CheckpointError,
-        match="the model has no parameter 'stages.0.conv1.weight' .*; is it another",
+        match=r"the model has no parameter 'stages.0.conv1.weight' .*; is it another",
     ):
         load(path, pooled())
     with pytest.raises(CheckpointError, match=r"has shape .* is it another"):
