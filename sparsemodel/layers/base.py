@@ -173,6 +173,17 @@ class SparseLayer(nn.Module):
         """
         raise NotImplementedError
 
+    def _slow_forward(self, *_: Any, **__: Any) -> Any:
+        raise _no_export("torch.jit.trace")  # torch calls it in the place of forward while tracing
+
+    def __prepare_scriptable__(self) -> Self:
+        raise _no_export("torch.jit.script")
+
+    def _refuse_export(self) -> None:
+        # In strict mode torch goes through the layers as its compiler does, to plain operators.
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            raise _no_export("torch.export")
+
     def extra_repr(self) -> str:
         shape = "×".join(map(str, self._weight_shape))
         return (
@@ -281,3 +292,10 @@ class SparseLayer(nn.Module):
                     f"weights, here {len(self.cols)}); call change_mask(model, mask) first"
                 )
         super()._load_from_state_dict(state_dict, prefix, *rest, **keywords)
+
+
+def _no_export(what: str) -> SparseModelError:
+    return SparseModelError(
+        f"{what} knows no sparse layers; make the model dense first, sparsemodel.densify(model), "
+        "which computes the same, and export that"
+    )

@@ -32,22 +32,18 @@ class DerivedWeight(torch.Tensor):
     ) -> Any:
         named = kwargs or {}
         name = getattr(func, "__name__", "")
-        written = args[0] if args and _writes(name) else named.get("out")
-        if isinstance(written, cls):
+        written = args[:1] or tuple(named.values()) if _writes(name) else (named.get("out"),)
+        if any(isinstance(tensor, cls) for tensor in written):
             raise SparseModelError(
                 f"{name.strip('_') or 'this'}: the weight of a sparse layer is made of its values "
                 "at each access, so that what is written into it would be lost; write to "
                 "layer.values (in the order of weight[mask]), or densify the model first"
             )
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **named)
+            plain = (a.as_subclass(torch.Tensor) if isinstance(a, cls) else a for a in args)
+            result = func(*plain, **named)
             places = {a.untyped_storage().data_ptr() for a in args if isinstance(a, cls)}
             return _guarded(result, places)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Files and copies hold a plain tensor."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
 
 
 def _writes(name: str) -> bool:

@@ -119,6 +119,7 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[*, in] -> [*, out]."""
+        self._refuse_export()
         if torch.is_autocast_enabled(x.device.type):
             return _without_autocast(self, x)
         if self._execution in STRUCTURED:
@@ -241,6 +242,7 @@ class SparseConv2d(SparseLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, in, H, W] -> [B, out, OH, OW], or both without B."""
+        self._refuse_export()
         if torch.is_autocast_enabled(x.device.type):
             return _without_autocast(self, x)
         if x.dim() == 3:

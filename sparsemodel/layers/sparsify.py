@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from sparsemodel.layers.linear_and_conv import Execution, SparseConv2d, SparseLa
 from sparsemodel.layers.norm_and_pool import FUSED
 from sparsemodel.masks.mask import Mask
 
+_PRETRAINED = "save_pretrained"
 _PLAIN = {fused: plain for plain, fused in FUSED.items()}
 
 
@@ -75,6 +78,7 @@ def densify(model: nn.Module) -> nn.Module:
     dense: nn.Module = copy.deepcopy(model, new)
     for module in dense.modules():
         unfuse_forward(module)
+        module.__dict__.pop(_PRETRAINED, None)
         if type(module) in _PLAIN:
             module.__class__ = _PLAIN[type(module)]
     return dense
@@ -146,4 +150,16 @@ def exchange(model: nn.Module, new: Mapping[int, nn.Module], *, fuse: bool) -> n
             module.__class__ = FUSED[type(module)]
     if fuse:
         fuse_forward(sparse)
+    for module in sparse.modules():
+        if new and hasattr(module, _PRETRAINED):
+            module.__dict__[_PRETRAINED] = types.MethodType(_no_pretrained, module)
     return sparse
+
+
+def _no_pretrained(model: nn.Module, *_: Any, **__: Any) -> None:
+    """In the place of transformers' method, whose files know no sparse layers."""
+    raise SparseModelError(
+        f"from_pretrained would take a file of a sparse {type(model).__name__} for a dense one and "
+        "draw its weights anew; write it by sparsemodel.save(model, path), or "
+        "sparsemodel.densify(model).save_pretrained(path)"
+    )
