@@ -81,6 +81,25 @@ def _untraceable(model: nn.Module, why: str) -> SparseModelError:
     return SparseModelError(f"{type(model).__name__} cannot be traced: {why}")
 
 
+def first_called(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> nn.Module | None:
+    """The first module of a kind that a forward call reaches; None where none is, or not known.
+
+    The model is left as it was. What comes after that module need not be traceable.
+    """
+    with _TRACING, _mode(model, model.training):
+        before = [(module, _contents(module)) for module in model.modules()]
+        try:
+            _Tracer(wanted).trace(model)
+        except _Reached as reached:
+            return reached.module
+        except Exception:  # whatever a model's own code raises on symbols
+            return None
+        finally:
+            for module, contents in before:
+                _restore(module, contents)
+    return None
+
+
 def is_leaf(module: nn.Module, name: str = "") -> bool:
     """Whether a traced graph calls `module` as a whole."""
     return _Tracer().is_leaf_module(module, name)
@@ -128,6 +147,14 @@ class Watch:
         return ""
 
 
+class _Reached(BaseException):
+    """Ends a trace at a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
 class _Proxy(fx.Proxy):
     """Tells `x += y` from `x = x + y`: other names of x see the sum."""
 
@@ -139,8 +166,9 @@ class _Tracer(fx.Tracer):
     # Reads of buffers become nodes; otherwise what is done to them would be done while tracing.
     proxy_buffer_attributes = True
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: Callable[[nn.Module], bool] = lambda module: False) -> None:
         super().__init__()
+        self._wanted = wanted
         self._thread, self._context = threading.get_ident(), _context()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -166,6 +194,8 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if threading.get_ident() != self._thread:  # another thread uses a model meanwhile
             return forward(*args, **kwargs)
+        if self._wanted(m):
+            raise _Reached(m)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:
