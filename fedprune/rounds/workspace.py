@@ -7,11 +7,13 @@ where server and clients find it.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,7 +30,7 @@ from fedprune.rounds.setup import NETWORK, START, TEST, TRAIN
 from prunelab.data.batches import Integers
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.data.store import write_store
-from prunelab.errors import ModelError
+from prunelab.errors import ModelError, RunError
 from prunelab.networks import (
     GRANULARITIES,
     check_model,
@@ -41,6 +43,7 @@ from sparsemodel.errors import PlanError
 from sparsemodel.masks.mask import prunable_parameters
 from sparsemodel.masks.probe import probing
 from sparsemodel.plans.program import program_of
+from sparsemodel.runtime.fixed_sum import MAX_ABSOLUTE_VALUE
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.cost import layer_macs, model_bytes
 from sparsemodel.storage.files import write_atomically
@@ -130,6 +133,9 @@ class Workspace:
         """The dense model after brief training on the server's few labelled samples.
 
         Every method starts from it.
+
+        Raises:
+            RunError: the training diverged.
         """
         config, dataset = self.config, self.dataset
         compute_device(config.training.device)
@@ -138,7 +144,7 @@ class Workspace:
         if not config.server.pretrain_epochs:
             return state
         model = DenseModel(self.torch.empty_model, state, config.training)
-        train_epochs(
+        loss = train_epochs(
             model,
             dataset.train_images.numpy()[self.server_indices],
             dataset.train_labels.numpy()[self.server_indices],
@@ -148,7 +154,15 @@ class Workspace:
             seed=stream_seed(SEED_PRETRAIN, config.seed),
             augmented=config.data.augment,
         )
-        return model.state()
+        trained = model.state()
+        largest = max(float(np.abs(values).max(initial=0)) for values in trained.values.values())
+        if not (math.isfinite(loss) and largest < MAX_ABSOLUTE_VALUE):
+            raise RunError(
+                f"training on the server's samples has diverged (loss {loss:.3g}, largest weight "
+                f"{largest:.3g}) before the first round: training.lr={config.training.lr:g} is too "
+                "high; lower it"
+            )
+        return trained
 
     def _traced(self) -> tuple[str, str]:
         """The network's program, or why it has none."""
