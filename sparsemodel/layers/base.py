@@ -47,6 +47,8 @@ class SparseLayer(nn.Module):
 
     # What `execution` may be.
     executions: ClassVar[tuple[Execution, ...]] = EXECUTIONS
+    # Of the layer in whose place this one stands.
+    dense_class: type[nn.Module] | None = None
 
     values: nn.Parameter
     bias: nn.Parameter | None

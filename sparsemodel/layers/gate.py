@@ -40,7 +40,13 @@ _GLOBAL = (
     "_global_backward_pre_hooks",
     "_global_backward_hooks",
 )
-_REPLACEABLE: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
+# The last is nn.MultiheadAttention's own, which reads the weight behind forward's back: a sparse
+# layer has one to read.
+_REPLACEABLE: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Conv2d,
+    nn.modules.linear.NonDynamicallyQuantizableLinear,
+)
 
 
 def module_title(name: str, module: nn.Module) -> str:
@@ -159,7 +165,7 @@ def _obstacle(
 ) -> str:
     """Why a sparse layer would not compute the same; "" where it would."""
     name = f"{path}.{leaf}" if path else leaf
-    # Subclasses may read `weight` behind forward's back, as nn.MultiheadAttention does.
+    # Subclasses may compute anything.
     is_known = type(layer) in _REPLACEABLE or isinstance(layer, SparseLayer)
     if leaf != "weight" or not is_known:
         return (

@@ -295,6 +295,7 @@ def _made(  # noqa: PLR0917 - the constructor's order
     sparse = kind.__new__(kind)
     shape = tuple(layer.weight.shape)
     SparseLayer.__init__(sparse, geometry, shape, pattern, values, bias, execution)
+    sparse.dense_class = type(layer)
     sparse.values.requires_grad_(layer.weight.requires_grad)
     if layer.bias is not None and sparse.bias is not None:
         sparse.bias.requires_grad_(layer.bias.requires_grad)
@@ -315,6 +316,8 @@ def _filled(layer: _Dense, sparse: SparseLayer) -> _Dense:
     if sparse.bias is not None and layer.bias is not None:
         layer.bias.copy_(sparse.bias)
         layer.bias.requires_grad_(sparse.bias.requires_grad)
+    if sparse.dense_class is not None:
+        layer.__class__ = sparse.dense_class  # type: ignore[assignment]
     if next(iter(sparse._parameters)) == "bias":
         layer._parameters["weight"] = layer._parameters.pop("weight")
     return layer.train(sparse.training)

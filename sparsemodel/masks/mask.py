@@ -167,7 +167,8 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _has_weights(module: nn.Module) -> bool:
     """Whether a module multiplies what it is given by a matrix, or looks it up in one."""
-    if isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.Embedding | nn.RNNBase):
+    known = nn.modules.conv._ConvNd | nn.Linear | nn.Embedding | nn.RNNBase | nn.MultiheadAttention
+    if isinstance(module, known):
         return True
     weight = module._parameters.get("weight")
     return weight is not None and weight.dim() > 1 and not module._modules
@@ -175,10 +176,16 @@ def _has_weights(module: nn.Module) -> bool:
 
 def _stem(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
     """Of layers with weights the one that the input reaches first."""
-    from sparsemodel.layers.tracing import first_called  # noqa: PLC0415 - layers know masks
+    from sparsemodel.layers.tracing import first_called, is_leaf  # noqa: PLC0415 - they know masks
 
     known = {id(layer) for layer in layers}
-    reached = first_called(model, lambda module: id(module) in known)
+
+    def has_some(module: nn.Module) -> bool:
+        # torch's own modules are seen as wholes, of which nobody knows what comes first inside.
+        inside = module.modules() if is_leaf(module) else [module]
+        return any(id(part) in known for part in inside)
+
+    reached = first_called(model, has_some)
     convolutions = [m for m in layers if isinstance(m, nn.modules.conv._ConvNd)]
     return reached or (convolutions or layers)[0]
 

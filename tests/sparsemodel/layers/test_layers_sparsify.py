@@ -257,7 +257,6 @@ def test_what_has_no_sparse_form_is_refused() -> None:
     refused(nn.Sequential(nn.Linear(2, 2)), "0.bias", "belongs to a Linear")
     refused(nn.Sequential(nn.Linear(2, 2)), "1.weight", r"no parameter '1\.weight'", (2, 2))
     refused(nn.Sequential(nn.Linear(2, 2)), "0.weight", r"has shape \(2, 3\)", (2, 3))
-    refused(nn.MultiheadAttention(4, 2), "out_proj.weight", "belongs to a NonDynamically")
     tied = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5)})
     tied["head"].weight = tied["embed"].weight
     with pytest.raises(SparseModelError, match=r"'head\.weight' is tied to \['embed\.weight'\]"):
@@ -265,6 +264,28 @@ def test_what_has_no_sparse_form_is_refused() -> None:
     hooked = nn.Sequential(nn.Linear(2, 2))
     hooked[0].register_forward_hook(lambda *_: None)
     refused(hooked, "0.weight", r"has hooks \(forward hooks\); remove")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_reads_the_weight_of_its_sparse_projection(training: bool) -> None:
+    """It is never called; torch's fast path for evaluation reads those of the others too."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    mask = masked(layer)
+    assert "self_attn.out_proj.weight" in mask
+    sparse = sparsify(layer.train(training), mask)
+    x = torch.randn(3, 5, 8)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(sparse(x), layer(x), rtol=1e-5, atol=1e-6)
+    if training:
+        sparse(x).square().sum().backward()
+        layer(x).square().sum().backward()
+        for name, part in layers_of(sparse).items():
+            gradient = layer.get_parameter(name).grad
+            assert gradient is not None
+            torch.testing.assert_close(part.values.grad, gradient[mask[name]], rtol=1e-4, atol=1e-5)
+    back = densify(sparse)
+    assert [type(m) for m in back.modules()] == [type(m) for m in layer.modules()]
 
 
 def test_a_layer_used_twice_under_one_name_stays_one_layer() -> None:

@@ -133,6 +133,10 @@ def test_the_stem_is_what_the_input_reaches_first() -> None:
     assert list(prunable_parameters(first)) == ["2.weight"]
     transposed = nn.ConvTranspose2d(3, 4, 2), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
     assert wrapped(*transposed) == ["1.weight", "2.weight"]
+    attention = nn.TransformerEncoderLayer(4, 2, 8)  # whose input projection is no layer
+    names = ["0.self_attn.out_proj.weight", "0.linear1.weight", "0.linear2.weight", "1.weight"]
+    assert wrapped(attention, nn.Linear(4, 2)) == names
+    assert list(prunable_parameters(attention)) == [n.removeprefix("0.") for n in names[:3]]
     assert wrapped(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 2)) == ["1.weight", "2.weight"]
 
 
