@@ -18,6 +18,7 @@ from fedprune.methods.base import Method
 if TYPE_CHECKING:
     from torch import nn
 
+    from prunelab.data.batches import Preprocessing
     from sparsemodel.runtime.state import SparseState
 
 
@@ -56,8 +57,23 @@ class Result:
         return load_state(self.folder / MODEL)[0]
 
     @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """What the final model's input is made of: `model(tensor of preprocessing.apply(images))`.
+
+        Bytes become floats; images that are floats already pass as they are.
+        """
+        from fedprune.rounds.folder import MODEL  # noqa: PLC0415
+        from prunelab.data.batches import Preprocessing  # noqa: PLC0415
+        from sparsemodel.storage.state_file import load_state  # noqa: PLC0415
+
+        return Preprocessing.from_metadata(load_state(self.folder / MODEL)[1])
+
+    @cached_property
     def model(self) -> nn.Module:
-        """The final model in evaluation mode: of sparse layers where it was pruned, else dense."""
+        """The final model in evaluation mode: of sparse layers where it was pruned, else dense.
+
+        It takes images as `preprocessing` makes them.
+        """
         from fedprune.local.torch_models import skeleton  # noqa: PLC0415
         from fedprune.rounds.folder import CONFIG  # noqa: PLC0415
         from fedprune.rounds.workspace import open_workspace  # noqa: PLC0415

@@ -30,6 +30,7 @@ from datapruning.students.train import (
 )
 from prunelab.data.datasets import ImageSet, fingerprint, load_dataset
 from prunelab.data.samples import ImageSamples
+from prunelab.data.tensors import PREPROCESSING
 from prunelab.errors import RunError
 from prunelab.networks import build_model, check_model
 from prunelab.runs import folder as runfolder
@@ -248,6 +249,7 @@ def _run(
         "version": __version__,
     }
     metadata = {"dataset": data.name, "model": settings.model, "seed": str(settings.seed)}
+    metadata |= {"images": str(data.test_images.numpy().dtype), **PREPROCESSING.to_metadata()}
     save_sparse(folder / runfolder.MODEL, model.state_dict(), None, metadata=metadata)
     runfolder.write_summary(folder, summary)
     for name in (CHECKPOINT, LOGITS):

@@ -129,7 +129,10 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
         rounds=setup.config.training.rounds,
         seed=setup.config.seed,
     )
-    state = setup.method.start(server)
+    try:
+        state = setup.method.start(server)
+    except RunError as error:
+        raise RunError(f"{error}{_reasons(cohort.take_traffic())}") from error
     traffic = cohort.take_traffic()
     folder.totals.count_start(traffic, len(cohort.clients))
     patterns = state.model.patterns
@@ -175,6 +178,8 @@ def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
             "width": setup.width,
             "num_classes": str(setup.test.num_classes),
             "input_shape": "x".join(map(str, setup.test.input_shape)),
+            "images": str(setup.test.images.dtype),
+            **setup.test.preprocessing.to_metadata(),
         },
     )
     folder.write_summary(
@@ -267,11 +272,16 @@ def _resumed(setup: Setup, folder: RunFolder) -> RunState | None:
 
 def _nobody(folder: RunFolder, state: RunState, traffic: Traffic) -> RunError:
     folder.append({"event": "no-reply", "round": state.round_index + 1, **skips(traffic)})
-    reasons = "; ".join(f"client {s['client']}: {s['reason']}" for s in traffic.skipped[:3])
     return RunError(
-        f"round {state.round_index + 1}: no client gave a usable answer ({reasons}); "
+        f"round {state.round_index + 1}: no client gave a usable answer{_reasons(traffic)}; "
         "the last checkpoint is kept, --resume continues from it"
     )
+
+
+def _reasons(traffic: Traffic) -> str:
+    """Why clients were skipped, those of the first three, in parentheses."""
+    reasons = "; ".join(f"client {s['client']}: {s['reason']}" for s in traffic.skipped[:3])
+    return f" ({reasons})" if reasons else ""
 
 
 def _density(state: RunState) -> float:

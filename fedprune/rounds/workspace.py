@@ -7,11 +7,13 @@ where server and clients find it.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -43,6 +45,7 @@ from prunelab.runs.seeds import stream_seed
 from sparsemodel.errors import PlanError
 from sparsemodel.masks.mask import prunable_parameters
 from sparsemodel.plans.program import program_of
+from sparsemodel.runtime.fixed_sum import MAX_ABSOLUTE_VALUE
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.cost import layer_macs, model_bytes
 from sparsemodel.storage.files import write_atomically
@@ -142,6 +145,9 @@ class Workspace:
         """The dense model after brief training on the server's few labelled samples.
 
         Every method starts from it.
+
+        Raises:
+            RunError: the training diverged.
         """
         config, dataset = self.config, self.dataset
         compute_device(config.training.device)
@@ -150,7 +156,7 @@ class Workspace:
         if not config.server.pretrain_epochs:
             return state
         model = DenseModel(self.torch.empty_model, state, config.training)
-        train_epochs(
+        loss = train_epochs(
             model,
             dataset.train_images.numpy()[self.server_indices],
             dataset.train_labels.numpy()[self.server_indices],
@@ -160,7 +166,15 @@ class Workspace:
             seed=stream_seed(SEED_PRETRAIN, config.seed),
             augmented=config.data.augment,
         )
-        return model.state()
+        trained = model.state()
+        largest = max(float(np.abs(values).max(initial=0)) for values in trained.values.values())
+        if not (math.isfinite(loss) and largest < MAX_ABSOLUTE_VALUE):
+            raise RunError(
+                f"training on the server's samples has diverged (loss {loss:.3g}, largest weight "
+                f"{largest:.3g}) before the first round: training.lr={config.training.lr:g} is too "
+                "high; lower it"
+            )
+        return trained
 
     def _traced(self) -> tuple[str, str]:
         """The network's program, or why it has none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,8 @@ Images = NDArray[np.uint8] | NDArray[np.float32]
 """[N, C, H, W]; bytes as pictures have them, or floats that are fed as they are."""
 
 Integers = NDArray[np.int64]
+
+_KEY = "preprocessing"
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,33 @@ class Preprocessing:
                 f"preprocessing {values!r}: expected lists of numbers called mean and std"
             ) from None
         return cls(mean, std)
+
+    def to_metadata(self) -> dict[str, str]:
+        """As a model's file carries it beside its weights."""
+        return {_KEY: json.dumps(self.to_dict())}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Preprocessing:
+        """What a model's file says of its input.
+
+        Args:
+            metadata: as `sparsemodel.load(path).metadata` has it.
+
+        Raises:
+            DataError: the file says nothing of it, or something else.
+
+        >>> Preprocessing.from_metadata(Preprocessing().to_metadata())
+        Preprocessing(mean=(0.5,), std=(0.25,))
+        """
+        if _KEY not in metadata:
+            raise DataError(
+                f"the model's file has no {_KEY!r} among its metadata {sorted(metadata)}: it comes "
+                "from an earlier version or another program; use what its training used"
+            )
+        try:
+            return cls.from_dict(json.loads(metadata[_KEY]))
+        except ValueError as error:
+            raise DataError(f"{_KEY} {metadata[_KEY]!r:.80}: {error}") from None
 
 
 def batches(num_samples: int, *, batch_size: int, rng: np.random.Generator) -> Iterator[Integers]:
