@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from click.core import ParameterSource
 from rich.table import Table
 
 from datapruning.errors import ScoreError, SelectionError
@@ -188,6 +190,7 @@ def select(  # noqa: PLR0917 - the command's options
 
 @cli.command()
 def train(  # noqa: PLR0917 - the command's options
+    context: typer.Context,
     dataset: Dataset,
     subset: Annotated[
         Path | None, typer.Option(help="What `datapruning select` wrote; default: all samples.")
@@ -236,6 +239,13 @@ def train(  # noqa: PLR0917 - the command's options
         ),
     )  # fmt: skip
     folder = out or runner.default_folder(settings, resume=resume)
+    if resume:  # the folder knows its own settings; there is no need to repeat them
+        given = {
+            name: value
+            for name, value in {**asdict(settings), **asdict(settings.training)}.items()
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        }
+        settings = runner.RunSettings.read(folder).continued(given)
     with warnings_shown():
         summary = runner.run(settings, folder, resume=resume, progress=say)
     target = write_run_report(folder)
@@ -353,8 +363,6 @@ def _compare_training(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    from dataclasses import asdict  # noqa: PLC0415
-
     from datapruning.scoring.methods import check_method  # noqa: PLC0415
     from datapruning.students.comparison import BUDGETS, compare_training, result_table  # noqa: PLC0415
     from prunelab.data.datasets import load_dataset  # noqa: PLC0415

@@ -7,14 +7,21 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from fedprune.config import METHOD_NAME, RunConfig, own_settings, parse_assignments, read_toml
+from fedprune.config import (
+    METHOD_NAME,
+    RunConfig,
+    continued,
+    own_settings,
+    parse_assignments,
+    read_toml,
+)
 from fedprune.errors import USER_ERRORS
 from fedprune.methods import DEFAULT_METHOD, METHODS
 from prunelab.errors import RunError
@@ -96,19 +103,20 @@ def run(  # noqa: PLR0917 - the command's options
         "training.device": device,
         "training.execution": execution,
     }
-    options = {**parse_assignments(settings or []), **_given(given)}
-    if density is not None and not _takes_density(config, options):
-        errors.print("note: --density has no effect: this method trains the dense network")
-        del options["method.density"]
-    if resume and out is not None and not options and config is None:
-        # The folder knows its own settings; there is no need to repeat them.
-        run_config = RunConfig.read(_stored_config(out))
-    else:
-        run_config = _build_config(config, options)
     from fedprune.rounds.folder import default_folder  # noqa: PLC0415
 
-    folder = out or default_folder(run_config, resume=resume)
-    _execute(run_config, folder, engine=engine, resume=resume)
+    values = {
+        **(read_toml(config) if config else {}),
+        **parse_assignments(settings or []),
+        **_given(given),
+    }
+    folder = out or default_folder(_build_config(own_settings(values)), resume=resume)
+    if resume:  # the folder knows its own settings; there is no need to repeat them
+        values = continued(_stored(folder), values)
+    if density is not None and "method.density" not in own_settings(values):
+        errors.print("note: --density has no effect: this method trains the dense network")
+        del values["method.density"]
+    _execute(_build_config(values), folder, engine=engine, resume=resume)
 
 
 @cli.command()
@@ -148,12 +156,16 @@ def compare(  # noqa: PLR0917 - the command's options
         "training.device": device,
         "training.execution": execution,
     }
-    options = {**parse_assignments(settings or []), **_given(given)}
+    options = {
+        **(read_toml(config) if config else {}),
+        **parse_assignments(settings or []),
+        **_given(given),
+    }
     cells = []
     for method in listed(methods):
         for seed in listed(seeds):
             values = {**options, METHOD_NAME: method, "seed": seed}
-            cells.append(_build_config(config, values, shared=True))
+            cells.append(_build_config(own_settings(values)))
     summaries = []
     for number, cell in enumerate(cells, 1):
         folder = out / f"{cell.method.name}-s{cell.seed}"
@@ -297,7 +309,10 @@ def _progress(folder: Path, config: RunConfig, *, quiet: bool) -> Callable[[], N
             shown = 0
             if not quiet:
                 heading()
-        lines = read_metrics(folder)
+        try:
+            lines = read_metrics(folder)
+        except RunError:  # damaged; the run itself says so
+            return
         for line in lines[shown:]:
             if not quiet:
                 show(line)
@@ -322,27 +337,17 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _takes_density(path: Path | None, options: dict[str, Any]) -> bool:
-    """Whether the method that is meant has a density."""
-    values = {**(read_toml(path) if path else {}), **options}
-    return "method.density" in own_settings(values)
-
-
-def _build_config(path: Path | None, options: dict[str, Any], *, shared: bool = False) -> RunConfig:
-    """The configuration; settings `shared` by several methods are for those that know them."""
-    values = {**(read_toml(path) if path else {}), **options}
-    if shared:
-        values = own_settings(values)
+def _build_config(values: Mapping[str, Any]) -> RunConfig:
     dataset = values.get("data.dataset")
     if isinstance(dataset, str) and os.path.isdir(dataset):
         # Workers of the simulation run elsewhere; a relative path would not mean the same.
-        values["data.dataset"] = str(Path(dataset).resolve())
+        values = {**values, "data.dataset": str(Path(dataset).resolve())}
     return RunConfig.parse(values)
 
 
-def _stored_config(out: Path) -> Path:
-    from fedprune.rounds.folder import CONFIG  # noqa: PLC0415
+def _stored(out: Path) -> dict[str, Any]:
+    from fedprune.rounds.folder import CONFIG, stored_settings  # noqa: PLC0415
 
     if not (out / CONFIG).exists():
         raise RunError(f"nothing to resume in {out}: it has no {CONFIG}")
-    return out / CONFIG
+    return stored_settings(out)

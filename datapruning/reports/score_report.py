@@ -17,7 +17,7 @@ from torch import Tensor
 from datapruning.errors import ScoreError, SelectionError
 from datapruning.reports.charts import FEW_METHODS, balance_chart, histogram_chart, matrix_chart
 from datapruning.scoring.methods import METHODS
-from datapruning.scoring.score import dense_path, times_path
+from datapruning.scoring.score import dense_path, processor_seconds
 from datapruning.selection.agreement import Agreement, agreement
 from datapruning.selection.select import select
 from datapruning.selection.table import ScoreTable, Subset
@@ -84,7 +84,7 @@ def proxy_check(path: Path) -> tuple[Agreement, float | None] | None:
     if not dense_path(path).exists():
         return None
     found = agreement(ScoreTable.read(path), ScoreTable.read(dense_path(path)))
-    sparse, dense = _seconds(path), _seconds(dense_path(path))
+    sparse, dense = processor_seconds(path), processor_seconds(dense_path(path))
     return found, None if not sparse or not dense else sparse / dense
 
 
@@ -154,7 +154,7 @@ def _facts(table: ScoreTable, path: Path, kept: Subset | None, is_example: bool)
         Fact("model", table.model or "none"),
         Fact("median score", rounded(float(known.median())) if len(known) else NOTHING, spread),
         Fact("not finite", f"{len(table) - len(known):,}", "scores"),
-        Fact("processor time", format_seconds(_seconds(path)), "training and scoring"),
+        Fact("processor time", format_seconds(processor_seconds(path)), "training and scoring"),
     ]
     if kept is not None and not is_example:
         share = percent(len(kept) / len(table))
@@ -299,11 +299,3 @@ def _provenance(tables: Sequence[ScoreTable]) -> Section:
         settings({"seed": tables[0].seed, **shared}, top="scores"),
     ]
     return Section("Provenance", parts, wide=True)
-
-
-def _seconds(path: Path) -> float | None:
-    try:
-        value = json.loads(times_path(path).read_text(encoding="utf-8"))["processor_seconds"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return float(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from datapruning.scoring.engines import Engine, engine_of
 from datapruning.scoring.jobs import Progress, Recipe, whole
 from datapruning.scoring.methods import METHODS, Method, Score, checked_options, named_methods
 from datapruning.scoring.parts import Parts, open_parts
+from datapruning.scoring.steps import mean_confidence
 from datapruning.selection.table import ScoreTable
 from prunelab.data.datasets import fingerprint, load_dataset
 from prunelab.data.objects import as_samples
@@ -28,11 +28,13 @@ from prunelab.errors import RunError
 from prunelab.networks import Network, check_model
 from prunelab.runs.folder import locked
 from prunelab.runs.settings import differences
+from prunelab.runs.temporary import temporary_folder
 from prunelab.runs.threads import computing
 from prunelab.runs.version import __version__
 from prunelab.training.loop import TrainingConfig
 from prunelab.training.task import Classification, ImageClassification, Task
 from sparsemodel.storage.files import write_atomically
+from sparsemodel.storage.sealed import checksum, read_sealed_json, sealed_json
 
 SHARD_SIZE = 4096
 EARLY_SHARE = 0.1
@@ -153,6 +155,25 @@ def dense_path(path: Path) -> Path:
 def times_path(path: Path) -> Path:
     """Where a table's processor times stand: beside it, so that its own bytes repeat."""
     return path.with_name(f"{path.stem}.times.json")
+
+
+def processor_seconds(path: Path) -> float | None:
+    """The processor time that the scores of a table took; None where nobody noted it.
+
+    Raises:
+        ScoreError: the note is damaged, or of another table.
+    """
+    times = times_path(path)
+    try:
+        values = read_sealed_json(times, of=_times_of(path), error=ScoreError, cure="delete it")
+    except FileNotFoundError:
+        return None
+    return float(values["processor_seconds"])
+
+
+def _times_of(path: Path) -> str:
+    """A table's times belong to its bytes."""
+    return f"times of {checksum(path.read_bytes())}"
 
 
 def _check_dense(
@@ -297,7 +318,7 @@ def _of_method(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _parts_folder(out: Path | str | None, stack: ExitStack) -> Path:
     if out is None:
-        return Path(stack.enter_context(tempfile.TemporaryDirectory())) / "parts"
+        return stack.enter_context(temporary_folder()) / "parts"
     return Path(out).with_name(f"{Path(out).name}.parts")
 
 
@@ -344,7 +365,9 @@ def _table(
     dataset: str,
     source: str,
 ) -> ScoreTable:
-    scores = scores.double().cpu()
+    scores, confidence = scores.double().cpu(), None
+    if recipe.methods[name].records:
+        confidence = mean_confidence(whole(recipe, name).recorders, **settings["methods"][name])
     return ScoreTable(
         ids=recipe.samples.ids,
         scores=scores,
@@ -360,6 +383,7 @@ def _table(
             "notes": _notes(name, recipe.samples.ids, scores),
             "version": __version__,
         },
+        confidence=confidence,
     )
 
 
@@ -398,6 +422,6 @@ def _keep(
     for name, path in paths.items():
         tables[name].write(path)
         times = {"processor_seconds": seconds, "methods": list(tables)}
-        write_atomically(times_path(path), (json.dumps(times) + "\n").encode())
+        write_atomically(times_path(path), sealed_json(_times_of(path), times))
     if paths:
         parts.remove()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,13 @@ from datapruning.errors import ScoreError, SelectionError
 from datapruning.selection.kept import KeptSamples
 from datapruning.selection.policies import Policy
 from prunelab.data.samples import Samples
+from prunelab.errors import RunError
+from sparsemodel.storage.files import write_atomically
+from sparsemodel.storage.sealed import BLANK, CHECKSUM, is_whole, seal
 
 _META = b"datapruning"
+VERSION = 2  # 1: without a checksum
+_AGAIN = {"scores": "score the samples again", "subset": "select them again"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +36,7 @@ class ScoreTable:
         seed: decided every random choice.
         labels: int64 [N], or None.
         provenance: settings and versions, anything that JSON holds.
+        confidence: float64 [N], mean probability of the label in training, or None.
     """
 
     ids: Tensor
@@ -43,9 +48,16 @@ class ScoreTable:
     model: str = ""
     labels: Tensor | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    confidence: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_columns(ScoreError, self.ids, scores=self.scores, labels=self.labels)
+        _check_columns(
+            ScoreError,
+            self.ids,
+            scores=self.scores,
+            labels=self.labels,
+            confidence=self.confidence,
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,6 +85,8 @@ class ScoreTable:
         columns = {"id": self.ids, "score": self.scores}
         if self.labels is not None:
             columns["label"] = self.labels
+        if self.confidence is not None:
+            columns["confidence"] = self.confidence
         _write(path, "scores", columns, self._about())
 
     @classmethod
@@ -82,8 +96,11 @@ class ScoreTable:
         Raises:
             ScoreError: no such file, or not a table of scores.
         """
-        columns, about = _read(path, "scores", ScoreError, ("id", "score"))
-        return cls(columns["id"], columns["score"].double(), labels=columns.get("label"), **about)
+        columns, about = _read(path, "scores", ScoreError)
+        return cls(
+            columns["id"], columns["score"].double(),
+            labels=columns.get("label"), confidence=columns.get("confidence"), **about,
+        )  # fmt: skip
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -182,7 +199,7 @@ class Subset:
         Raises:
             SelectionError: no such file, or not a subset.
         """
-        columns, about = _read(path, "subset", SelectionError, ("id",))
+        columns, about = _read(path, "subset", SelectionError)
         return cls(columns["id"], labels=columns.get("label"), **about)
 
 
@@ -201,38 +218,47 @@ def _write(path: Path, kind: str, columns: dict[str, Tensor], about: dict[str, A
     import pyarrow.parquet  # noqa: PLC0415
 
     arrays = {name: column.detach().cpu().numpy() for name, column in columns.items()}
-    meta = json.dumps({"kind": kind, "version": 1, **about}, sort_keys=True)
+    meta = json.dumps({CHECKSUM: BLANK, "kind": kind, "version": VERSION, **about}, sort_keys=True)
     table = pyarrow.table(arrays).replace_schema_metadata({_META: meta.encode()})
+    file = pyarrow.BufferOutputStream()
+    # Arrow's own schema would hold the metadata once more, encoded, where no seal reaches it.
+    pyarrow.parquet.write_table(table, file, store_schema=False)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        pyarrow.parquet.write_table(table, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, seal(file.getvalue().to_pybytes()))
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _read(
-    path: Path, kind: str, error: type[ValueError], needed: tuple[str, ...]
+    path: Path, kind: str, error: type[ValueError]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import pyarrow  # noqa: PLC0415
     import pyarrow.parquet  # noqa: PLC0415
 
+    path = Path(path)
     try:
-        table = pyarrow.parquet.read_table(path)
+        data = path.read_bytes()
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None
-    except (OSError, pyarrow.ArrowInvalid) as reason:
-        raise error(f"{path} is not a readable parquet file ({reason})") from None
+    except OSError as reason:
+        raise error(f"{path}: cannot be read ({reason.strerror})") from None
+    if not is_whole(data):
+        raise error(
+            f"{path} is not a {kind} file of datapruning, or it is damaged: its checksum is "
+            f"missing or does not fit; {_AGAIN[kind]}"
+        )
+    table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
     about = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
-    if about.pop("kind", None) != kind or not set(needed) <= set(table.column_names):
+    if about.pop("kind", None) != kind:
         raise error(
             f"{path} is not a {kind} file of datapruning; it has columns "
             f"{', '.join(table.column_names)}"
         )
-    if about.pop("version") != 1:
-        raise error(f"{path} was written by a newer version; update fedprune to read it")
+    if about.pop("version") != VERSION:
+        raise error(f"{path} was written by another release; {_AGAIN[kind]}")
+    del about[CHECKSUM]
     columns = {
         name: torch.from_numpy(np.array(table[name].to_numpy())) for name in table.column_names
     }

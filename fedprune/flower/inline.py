@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import threading
 import traceback
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from fedprune.config import RunConfig
 from fedprune.flower.launch import Progress, launch_values
 from fedprune.rounds.folder import has_checkpoint
 from fedprune.rounds.setup import lay_out
+from prunelab.runs.temporary import temporary_folder
 
 CLIENT_APP_RAISED = 2
 
@@ -121,8 +121,8 @@ def run_inline(
         progress: called a few times a second, from a thread of its own.
         batched: whether the clients of a round are trained together.
     """
-    with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
-        setup = Path(temporary) / "setup"
+    with temporary_folder() as temporary:
+        setup = temporary / "setup"
         lay_out(config, setup, with_start=not has_checkpoint(out))
         run_config = {**config.flower(), **launch_values(out, resume=resume, setup=setup)}
         _run_apps(config, run_config, progress, batched=batched)

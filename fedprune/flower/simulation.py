@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import tomllib
 import urllib.request
@@ -30,19 +29,12 @@ from fedprune.flower.launch import Progress, launch_values
 from fedprune.rounds.folder import has_checkpoint
 from fedprune.rounds.setup import lay_out
 from prunelab.errors import RunError
+from prunelab.runs.children import ended_with_parent
+from prunelab.runs.temporary import temporary_folder
 
 START_SECONDS = 180.0
 RAY_STEPS = 10_000  # of which Ray's smallest share of a GPU is one
 LOG, SUPERLINK_LOG = "run.log", "superlink.log"
-
-# Runs the command given after it so that it is ended when its parent dies, however that dies
-# (Linux: prctl(PR_SET_PDEATHSIG, SIGTERM); elsewhere it just runs it).
-END_WITH_PARENT = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
 
 
 def run_flower(config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> None:
@@ -55,8 +47,7 @@ def run_flower(config: RunConfig, out: Path, *, resume: bool, progress: Progress
         RunError: the simulation engine cannot be used, or the run failed; says why.
     """
     _require_simulation()
-    with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
-        home = Path(temporary)
+    with temporary_folder() as home:
         setup = home / "setup"
         lay_out(config, setup, with_start=not has_checkpoint(out))
         app = write_app(home / "app", config, out, resume=resume, setup=setup)
@@ -194,12 +185,11 @@ def free_port() -> int:
 @contextlib.contextmanager
 def superlink(home: Path, port: int, environment: dict[str, str], *flags: str) -> Iterator[None]:
     """A private SuperLink, for as long as the context lasts; `flags` are further ones of its."""
-    command = [sys.executable, "-c", END_WITH_PARENT]
-    command += ["flower-superlink", "--insecure", "--isolation", "subprocess", *flags]
+    command = ["flower-superlink", "--insecure", "--isolation", "subprocess", *flags]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with (home / SUPERLINK_LOG).open("w") as log:
         process = subprocess.Popen(
-            command,
+            ended_with_parent(*command),
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -258,8 +248,9 @@ def _follow(
 ) -> None:
     """Submit the run and wait until its log stream ends."""
     with (home / LOG).open("w") as log:
+        command = ended_with_parent("flwr", *arguments)
         process = subprocess.Popen(
-            ["flwr", *arguments], env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=home
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=home
         )
         try:
             while process.poll() is None:

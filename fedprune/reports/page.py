@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedprune.config import RunConfig, read_toml
+from fedprune.config import RunConfig
 from fedprune.reports.charts import (
     accuracy_chart,
     candidate_chart,
@@ -22,20 +22,18 @@ from fedprune.reports.charts import (
 )
 from fedprune.reports.results import facts
 from fedprune.rounds.folder import (
-    CHECKPOINT,
-    CONFIG,
-    METRICS,
     MODEL,
     REPORT,
     SUMMARY,
+    read_checkpoint,
     read_metrics,
+    read_model,
     read_summary,
+    stored_config,
 )
-from prunelab.errors import RunError
 from prunelab.pages.page import Figure, Folded, Page, Pair, Section, Table, Text, settings
 from prunelab.pages.units import NOTHING, format_bytes, known_number, percent, rounded
 from sparsemodel.runtime.pattern import Patterns
-from sparsemodel.storage.state_file import load_state
 
 
 @dataclass(frozen=True)
@@ -55,27 +53,24 @@ def write_report(folder: Path) -> Path:
     """Write report.html of a run folder, finished or not, and return its path.
 
     Raises:
-        RunError: the folder holds no run, its metrics are damaged, or it cannot be written to.
-        ConfigError: its config.toml is damaged.
+        RunError: the folder holds no run, a file of it is damaged or of another run, or it cannot
+            be written to.
         CheckpointError: its model is damaged.
     """
     return _page(_read(folder)).write(folder / REPORT)
 
 
 def _read(folder: Path) -> _Run:
-    if not (folder / CONFIG).is_file():
-        raise RunError(f"no run in {folder}: it has no {CONFIG}; give the folder of a run")
-    config = RunConfig.parse(read_toml(folder / CONFIG))
-    try:
-        lines = read_metrics(folder)
-    except ValueError as error:
-        raise RunError(f"{folder / METRICS} is damaged: {error}") from None
+    config, lines = stored_config(folder), read_metrics(folder)
     start = next((line for line in lines if line.get("event") == "start"), {})
     rounds = [line for line in lines if "round" in line and "event" not in line]
     # While a run goes on, its checkpoint stands in for the model that it has not yet left.
-    models = [folder / name for name in (MODEL, CHECKPOINT) if (folder / name).is_file()]
+    checkpoint, stored = read_checkpoint(folder), None
+    if (folder / MODEL).is_file():
+        stored = read_model(folder)
+    elif checkpoint is not None:
+        stored = checkpoint.state.model
     is_finished = (folder / SUMMARY).is_file()
-    stored = load_state(models[0])[0] if models else None
     if is_finished:
         summary = read_summary(folder)
     else:
