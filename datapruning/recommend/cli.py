@@ -42,6 +42,7 @@ MaxTitles = Annotated[int, typer.Option(help="Titles of a history, the most rece
 Seed = Annotated[int, typer.Option(help="Decides every random choice.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Out = Annotated[Path, typer.Option(help="Folder for what is written.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 
 
 @app.command()
@@ -61,12 +62,14 @@ def score(  # noqa: PLR0917 - the command's options
     max_titles: MaxTitles = 10,
     seed: Seed = 0,
     device: Device = "cpu",
+    force: Force = False,
 ) -> None:
     """Score every sample by influence and effort; run again after an interruption to go on."""
     from datapruning.recommend import steps  # noqa: PLC0415
     from datapruning.recommend.histories import HistorySamples  # noqa: PLC0415
     from datapruning.recommend.overall import overall_table  # noqa: PLC0415
     from datapruning.recommend.surrogate import SurrogateConfig  # noqa: PLC0415
+    from datapruning.selection.table import write_once  # noqa: PLC0415
 
     histories = _read(data, titles)
     config = SurrogateConfig(epochs=epochs, patience=patience, negatives=negatives or None)
@@ -82,7 +85,7 @@ def score(  # noqa: PLR0917 - the command's options
         histories, samples, out, language_model=language, seed=seed, report=say
     )
     overall = overall_table(influence, effort, weight=weight)
-    overall.write(out / "scores.parquet")
+    write_once(overall, out / "scores.parquet", force=force)
     for name in overall.provenance["equal"]:
         say(f"note: all scores of {name} are equal and rank nothing")
     table = Table("score", "lowest", "median", "highest", "seconds")
@@ -107,17 +110,18 @@ def select(  # noqa: PLR0917 - the command's options
     groups: Annotated[int, typer.Option(help="Groups of equal width.")] = 50,
     cut: Annotated[float, typer.Option(help="Share of the highest scores dropped first.")] = 0.1,
     seed: Seed = 0,
+    force: Force = False,
 ) -> None:
     """Choose exactly so many samples, covering the range of scores."""
     from datapruning.recommend.overall import select_covering  # noqa: PLC0415
-    from datapruning.selection.table import ScoreTable  # noqa: PLC0415
+    from datapruning.selection.table import ScoreTable, write_once  # noqa: PLC0415
 
     table = ScoreTable.read(scores)
     if keep >= 1 and not keep.is_integer():
         raise SelectionError(f"--keep {keep:g}: expected a share below 1, or a whole number")
     count = keep if keep < 1 else int(keep)
     subset = select_covering(table, keep=count, seed=seed, num_groups=groups, cut=cut)
-    subset.write(out)
+    write_once(subset, out, force=force)
     say(f"kept: {len(subset):,} of {len(table):,} samples -> {out}")
 
 

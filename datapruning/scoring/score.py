@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from datapruning.scoring.jobs import Progress, Recipe, whole
 from datapruning.scoring.methods import METHODS, Method, Score, checked_options, named_methods
 from datapruning.scoring.parts import Parts, open_parts
 from datapruning.scoring.steps import mean_confidence
-from datapruning.selection.table import ScoreTable
+from datapruning.selection.table import OR_FORCE, ScoreTable
 from prunelab.data.datasets import fingerprint, load_dataset
 from prunelab.data.objects import as_samples
 from prunelab.data.samples import ImageSamples, Samples
@@ -58,6 +59,7 @@ def score(
     device: str = "cpu",
     threads: int = 1,
     shard_size: int = SHARD_SIZE,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> Any:
     """Score every sample of the training side; high means keep.
@@ -87,6 +89,8 @@ def score(
             `Engine`.
         threads: of torch, for each job; the bits depend on it.
         shard_size: samples of a part.
+        force: start anew and overwrite what is there, tables and parts; False: what is there is
+            gone on with, and refused where it is of other settings.
         progress: called with (what, done, total).
 
     Returns:
@@ -114,6 +118,8 @@ def score(
     )  # fmt: skip
     runner = engine_of(engine)
     paths = table_paths(out, names)
+    if force and out is not None:
+        _discard(Path(out), names)
     found = _finished(paths, settings)
     if len(found) == len(names):
         tables = found
@@ -140,7 +146,7 @@ def score(
         _check_dense(
             data, again, model=model, out=out, task=task, training=training, seed=seed, runs=runs,
             early=early, options=options, engine=engine, device=device, threads=threads,
-            shard_size=shard_size, progress=progress,
+            shard_size=shard_size, force=force, progress=progress,
         )  # fmt: skip
     return (
         tables if isinstance(method, Sequence) and not isinstance(method, str) else tables[names[0]]
@@ -155,6 +161,22 @@ def dense_path(path: Path) -> Path:
 def times_path(path: Path) -> Path:
     """Where a table's processor times stand: beside it, so that its own bytes repeat."""
     return path.with_name(f"{path.stem}.times.json")
+
+
+def _discard(out: Path, names: Sequence[str]) -> None:
+    """Remove what `score` left for these methods, finished or not, tables of dense models too.
+
+    Raises:
+        RunError: another process is at work on them.
+    """
+    for path in (out, dense_path(out)):
+        parts = _parts_of(path)
+        if parts.is_dir():
+            with locked(parts, wait=0):
+                shutil.rmtree(parts)
+        for table in table_paths(path, names).values():
+            table.unlink(missing_ok=True)
+            times_path(table).unlink(missing_ok=True)
 
 
 def processor_seconds(path: Path) -> float | None:
@@ -303,8 +325,7 @@ def _finished(paths: Mapping[str, Path], settings: Mapping[str, Any]) -> dict[st
             changed = differences(_of_method(settings, name), table.provenance.get("settings", {}))
             if changed:
                 raise RunError(
-                    f"{path} holds scores of other settings: {'; '.join(changed)}; delete it, or "
-                    "name another --out"
+                    f"{path} holds scores of other settings: {'; '.join(changed)}; {OR_FORCE}"
                 )
             found[name] = table
     return found
@@ -319,7 +340,11 @@ def _of_method(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _parts_folder(out: Path | str | None, stack: ExitStack) -> Path:
     if out is None:
         return stack.enter_context(temporary_folder()) / "parts"
-    return Path(out).with_name(f"{Path(out).name}.parts")
+    return _parts_of(Path(out))
+
+
+def _parts_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
 
 
 def _computed(

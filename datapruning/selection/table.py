@@ -20,6 +20,7 @@ from sparsemodel.storage.files import write_atomically
 from sparsemodel.storage.sealed import BLANK, CHECKSUM, is_whole, seal
 
 _META = b"datapruning"
+OR_FORCE = "name another --out, or overwrite it with --force"
 VERSION = 2  # 1: without a checksum
 _AGAIN = {"scores": "score the samples again", "subset": "select them again"}
 
@@ -82,12 +83,16 @@ class ScoreTable:
 
     def write(self, path: Path) -> None:
         """Write atomically: a reader finds the old file or the whole new one."""
+        _write(path, self.content())
+
+    def content(self) -> bytes:
+        """The file that `write` leaves: the same for equal tables."""
         columns = {"id": self.ids, "score": self.scores}
         if self.labels is not None:
             columns["label"] = self.labels
         if self.confidence is not None:
             columns["confidence"] = self.confidence
-        _write(path, "scores", columns, self._about())
+        return _content("scores", columns, self._about())
 
     @classmethod
     def read(cls, path: Path) -> ScoreTable:
@@ -177,6 +182,10 @@ class Subset:
 
     def write(self, path: Path) -> None:
         """Write atomically: a reader finds the old file or the whole new one."""
+        _write(path, self.content())
+
+    def content(self) -> bytes:
+        """The file that `write` leaves: the same for equal subsets."""
         about = {
             "num_samples": self.num_samples,
             "dataset": self.dataset,
@@ -190,7 +199,7 @@ class Subset:
         columns = {"id": self.ids}
         if self.labels is not None:
             columns["label"] = self.labels
-        _write(path, "subset", columns, about)
+        return _content("subset", columns, about)
 
     @classmethod
     def read(cls, path: Path) -> Subset:
@@ -203,6 +212,26 @@ class Subset:
         return cls(columns["id"], labels=columns.get("label"), **about)
 
 
+def write_once(table: ScoreTable | Subset, path: Path, *, force: bool = False) -> bool:
+    """Write a table or a subset where there is none yet.
+
+    Args:
+        force: overwrite whatever is there.
+
+    Returns:
+        False where exactly this one is there already; then nothing is written.
+
+    Raises:
+        RunError: something else is there.
+    """
+    if path.exists() and not force:
+        if path.is_file() and path.read_bytes() == table.content():
+            return False
+        raise RunError(f"{path} is there and holds something else; {OR_FORCE}")
+    table.write(path)
+    return True
+
+
 def _check_columns(error: type[ValueError], ids: Tensor, **columns: Tensor | None) -> None:
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise error(f"ids must be int64 of one dimension, got {ids.dtype} {tuple(ids.shape)}")
@@ -213,20 +242,25 @@ def _check_columns(error: type[ValueError], ids: Tensor, **columns: Tensor | Non
         raise error("an id occurs more than once")
 
 
-def _write(path: Path, kind: str, columns: dict[str, Tensor], about: dict[str, Any]) -> None:
+def _content(kind: str, columns: dict[str, Tensor], about: dict[str, Any]) -> bytes:
     import pyarrow  # noqa: PLC0415
     import pyarrow.parquet  # noqa: PLC0415
 
     arrays = {name: column.detach().cpu().numpy() for name, column in columns.items()}
     meta = json.dumps({CHECKSUM: BLANK, "kind": kind, "version": VERSION, **about}, sort_keys=True)
-    table = pyarrow.table(arrays).replace_schema_metadata({_META: meta.encode()})
-    file = pyarrow.BufferOutputStream()
-    # Arrow's own schema would hold the metadata once more, encoded, where no seal reaches it.
-    pyarrow.parquet.write_table(table, file, store_schema=False)
+    table, file = pyarrow.table(arrays), pyarrow.BufferOutputStream()
+    with pyarrow.parquet.ParquetWriter(file, table.schema) as writer:
+        writer.write_table(table)
+        # Not of Arrow's schema, which is stored encoded, where no seal could be put into it.
+        writer.add_key_value_metadata({_META: meta})
+    return seal(file.getvalue().to_pybytes())
+
+
+def _write(path: Path, content: bytes) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, seal(file.getvalue().to_pybytes()))
+        write_atomically(path, content)
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror})") from None
 
@@ -249,8 +283,8 @@ def _read(
             f"{path} is not a {kind} file of datapruning, or it is damaged: its checksum is "
             f"missing or does not fit; {_AGAIN[kind]}"
         )
-    table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
-    about = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
+    stored = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+    table, about = stored.read(), json.loads(stored.metadata.metadata.get(_META, b"{}"))
     if about.pop("kind", None) != kind:
         raise error(
             f"{path} is not a {kind} file of datapruning; it has columns "

@@ -155,6 +155,8 @@ def read_metrics(path: Path, *, size: int | None = None) -> list[dict[str, Any]]
     Raises:
         RunError: they are not what was written, or lines are missing at the end.
     """
+    if size is None and not (path / METRICS).exists() and not (path / SUMMARY).exists():
+        return []
     lines, _ = _metrics(path, size)
     if size is None and (path / SUMMARY).exists() and len(lines) != _summary(path)[_LINES]:
         raise RunError(f"{path / METRICS} is damaged: lines are missing at its end; {CURE}")

@@ -167,7 +167,13 @@ def test_a_foreign_or_damaged_part_is_refused(samples: ImageSamples, cut_off: Pa
     with pytest.raises(RunError, match="belongs to another run"):
         score(samples, method="el2n", model=small, out=cut_off, **SMALL)
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(RunError, match="not a readable checkpoint"):
+    with pytest.raises(RunError, match=r"shard-00000\.pt: damaged, .*delete it"):
+        score(samples, method="el2n", model=small, out=cut_off, **SMALL)
+    settings = json.loads((parts / "settings.json").read_text())
+    own = open_parts(parts, {k: v for k, v in settings.items() if k not in ("checksum", "of")})
+    own.save_shard(1, {"id": torch.arange(32), "el2n": torch.zeros(32)})
+    own.shard(1).rename(shard)
+    with pytest.raises(RunError, match=r"part is 'shard-00000\.pt', the checkpoint's 'shard-00001"):
         score(samples, method="el2n", model=small, out=cut_off, **SMALL)
     shard.unlink()
     score(samples, method="el2n", model=small, out=cut_off, **SMALL)

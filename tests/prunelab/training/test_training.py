@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from sparsemodel.kernels.cpu import library as cpu
 from sparsemodel.layers.sparsify import densify, mask_of, sparsify
 from sparsemodel.masks.mask import Mask
 from sparsemodel.plans.plan import TrainingPlan
+from sparsemodel.storage.sealed import BLANK, seal
 
 TASK = ImageClassification()
 
@@ -259,8 +262,19 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
             run(**changed)
     assert file.read_bytes() == before
     file.write_bytes(before[: len(before) // 2])
-    with pytest.raises(RunError, match=r"not a readable checkpoint .* delete it"):
+    with pytest.raises(RunError, match=r"checkpoint\.pt: damaged.* delete it to start anew"):
         run()
+
+
+def test_every_kind_of_checkpoint_belongs_to_one_run(tmp_path: Path) -> None:
+    """Another teacher, say, changes neither data nor settings."""
+    file, config = tmp_path / "checkpoint.pt", TrainingConfig(epochs=1, batch_size=8, lr=0.02)
+    for run in ("one", "other"):
+        with nullcontext() if run == "one" else pytest.raises(RunError, match="run is 'other'"):
+            train(
+                small_model(), image_samples(), TASK, config=config, seed=0, checkpoint=file,
+                run=run,
+            )  # fmt: skip
 
 
 def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
@@ -269,7 +283,9 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
             return print, ("run",)
 
     file = tmp_path / "checkpoint.pt"
-    torch.save({"version": 1, "signature": {}, "state": Hostile()}, file)
+    content = io.BytesIO()
+    torch.save({"version": 3, "signature": {}, "state": Hostile()}, content)
+    file.write_bytes(seal(f"checkpoint {BLANK}\n".encode() + content.getvalue()))
     with pytest.raises(RunError, match="not a readable checkpoint"):
         train(
             small_model(), image_samples(), TASK,
