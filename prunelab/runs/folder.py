@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -105,18 +106,18 @@ def locked(path: Path, *, wait: float = 20.0) -> Iterator[None]:
     Files that a killed process left half written are removed.
 
     Raises:
-        RunError: another process still works in it after `wait` seconds, or it is gone.
+        RunError: another process still works in it after `wait` seconds, or there is no folder.
     """
+    if not path.is_dir():  # the lock would make it
+        raise RunError(f"there is no folder {path}; another process may have removed it")
     lock = FileLock(path / LOCK)
     try:
         lock.acquire(timeout=wait, poll_interval=0.2)
     except Timeout:
         raise RunError(f"another process is running in {path}") from None
     except OSError as error:
-        raise RunError(f"cannot lock {path} ({error.strerror}); does the folder exist?") from None
+        raise RunError(f"cannot lock {path} ({error.strerror})") from None
     try:
-        if not (path / LOCK).exists():
-            raise RunError(f"{path} was removed by another process before its run began")
         for part in path.glob(PARTS):
             part.unlink(missing_ok=True)
         yield
@@ -188,7 +189,8 @@ def _refuse_used(path: Path) -> None:
             f"{path} already holds a run; continue it with --resume or use another --out "
             "(in Python: resume=True, or another folder)"
         )
-    if path.exists() and {entry.name for entry in path.iterdir()} - {LOCK}:
+    names = [entry.name for entry in path.iterdir()] if path.exists() else []
+    if any(name != LOCK and not fnmatch(name, PARTS) for name in names):
         raise RunError(f"{path} is not empty and holds no run; give an empty or new folder")
 
 

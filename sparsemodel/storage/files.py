@@ -6,7 +6,7 @@ import os
 import secrets
 from pathlib import Path
 
-PARTS = ".*.part"
+PARTS = f".*.{16 * '[0-9a-f]'}.part"
 """Names of files that were begun and, if nobody is at work, will never be finished."""
 
 

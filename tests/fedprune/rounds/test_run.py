@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS, ConfigError
 from fedprune.exchange.messages import DESCRIBE, MODEL, Reply, Request
 from fedprune.flower import client, wire
@@ -22,9 +24,18 @@ from fedprune.local import model as models
 from fedprune.local.site import open_data
 from fedprune.local.training import growth_counts
 from fedprune.methods import METHODS
+from fedprune.rounds import folder as folders
 from fedprune.rounds import workspace
 from fedprune.rounds.evaluation import Evaluator
-from fedprune.rounds.folder import CHECKPOINT, METRICS, SUMMARY, read_metrics, read_summary
+from fedprune.rounds.folder import (
+    CHECKPOINT,
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    read_metrics,
+    read_summary,
+)
+from fedprune.rounds.run import run
 from fedprune.rounds.setup import Setup
 from fedprune.rounds.workspace import _opened, open_workspace
 from prunelab.data.batches import Integers
@@ -32,6 +43,7 @@ from prunelab.data.datasets import load_dataset
 from prunelab.data.tensors import prepare
 from prunelab.errors import DataError, RunError
 from prunelab.networks import float_state
+from prunelab.runs.folder import locked
 from sparsemodel.codec import decode_entries, decode_state, encode_entries, encode_state
 from sparsemodel.errors import DensityError, SparseModelError
 from sparsemodel.layers.from_state import load_state_
@@ -638,6 +650,27 @@ def test_resume_continues_to_the_same_bits(stop: str, finished: Path, tmp_path: 
     assert digest(out) == digest(finished)
     expected = [line.get("test_accuracy") for line in read_metrics(finished)]
     assert [line.get("test_accuracy") for line in read_metrics(out)] == expected
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_who_does_not_hold_the_lock_discards_nothing(
+    resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second process waits for the first, in vain, and leaves it its folder."""
+    opened, prepared = folders.open_run.__wrapped__, folders.prepare  # type: ignore[attr-defined]
+    monkeypatch.setattr(opened, "__kwdefaults__", {"wait": 0.3})
+    with ExitStack() as stack:
+
+        def held_by_another(path: Path, config: RunConfig, *, resume: bool) -> None:
+            prepared(path, config, resume=resume)
+            stack.enter_context(locked(path))
+
+        if resume:
+            prepared(tmp_path / "run", tiny(), resume=False)
+        monkeypatch.setattr(folders, "prepare", held_by_another)
+        with pytest.raises(RunError, match="another process is running in"):
+            run(tiny(), tmp_path / "run", resume=resume)
+        assert (tmp_path / "run" / CONFIG).exists()
 
 
 def test_folder_that_cannot_be_used(finished: Path, tmp_path: Path) -> None:
