@@ -19,7 +19,7 @@ from prunelab.errors import RunError
 from sparsemodel.storage.files import write_atomically
 from sparsemodel.storage.sealed import BLANK, CHECKSUM, is_whole, seal
 
-_META = b"datapruning"
+_META, PARQUET = b"datapruning", "parquet"
 OR_FORCE = "name another --out, or overwrite it with --force"
 VERSION = 2  # 1: without a checksum
 _AGAIN = {"scores": "score the samples again", "subset": "select them again"}
@@ -253,7 +253,7 @@ def _content(kind: str, columns: dict[str, Tensor], about: dict[str, Any]) -> by
         writer.write_table(table)
         # Not of Arrow's schema, which is stored encoded, where no seal could be put into it.
         writer.add_key_value_metadata({_META: meta})
-    return seal(file.getvalue().to_pybytes())
+    return seal(file.getvalue().to_pybytes(), PARQUET)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -278,7 +278,7 @@ def _read(
         raise error(f"{path}: no such file") from None
     except OSError as reason:
         raise error(f"{path}: cannot be read ({reason.strerror})") from None
-    if not is_whole(data):
+    if not is_whole(data, PARQUET):
         raise error(
             f"{path} is not a {kind} file of datapruning, or it is damaged: its checksum is "
             f"missing or does not fit; {_AGAIN[kind]}"

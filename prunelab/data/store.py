@@ -351,10 +351,13 @@ def _about(path: Path) -> Iterator[None]:
 def _mapped(path: Path, expected: _Described, *, verify: bool) -> Array:
     """The file's array as a memory map, once it is known to be what the header says."""
     with path.open("rb") as file:
-        version = np.lib.format.read_magic(file)
-        if version != (1, 0):
-            raise DataError(f"version {version} of numpy's format, expected (1, 0)")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        try:
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise DataError(f"version {version} of numpy's format, expected (1, 0)")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        except Exception as error:  # whatever Python's own parser raises
+            raise DataError(f"cannot be read or is damaged ({error})") from None
         start = file.tell()
         if fortran or str(dtype) != expected.dtype or shape != expected.shape:
             raise DataError(

@@ -58,7 +58,7 @@ def prepare(path: Path, config: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
         with locked(path):
             _refuse_used(path)  # another process may have come first
-            write_atomically(path / CONFIG, seal(f"# {BLANK}\n{config}".encode()))
+            write_atomically(path / CONFIG, seal(f"# {BLANK}\n{config}".encode(), CONFIG))
     except OSError as error:
         raise RunError(f"cannot write to {path}: {error.strerror}") from None
 
@@ -196,7 +196,7 @@ def _refuse_used(path: Path) -> None:
 
 def _config(path: Path) -> bytes:
     try:
-        return read_sealed(path / CONFIG, error=RunError, cure=CURE)
+        return read_sealed(path / CONFIG, CONFIG, error=RunError, cure=CURE)
     except FileNotFoundError:
         raise RunError(f"no run in {path}: it has no {CONFIG}; give the folder of a run") from None
 
@@ -213,7 +213,7 @@ def _summary(path: Path) -> dict[str, Any]:
 
 
 def _sealed_line(line: Mapping[str, Any], *, after: str) -> bytes:
-    return seal((json.dumps({CHECKSUM: BLANK, **line}) + "\n").encode(), after=after)
+    return seal((json.dumps({CHECKSUM: BLANK, **line}) + "\n").encode(), after)
 
 
 def _metrics(path: Path, size: int | None = None) -> tuple[list[dict[str, Any]], str]:
@@ -225,12 +225,13 @@ def _metrics(path: Path, size: int | None = None) -> tuple[list[dict[str, Any]],
         data = b""
     except OSError as error:
         raise RunError(f"{file}: cannot be read ({error.strerror})") from None
-    if size is not None and len(data) < size:
-        raise RunError(f"{file} is damaged: {len(data):,} bytes, once {size:,}; {CURE}")
+    *complete, begun = data[:size].split(b"\n")
+    if size is not None and (len(data) < size or begun):
+        raise RunError(f"{file} is damaged: its first {size:,} bytes are no whole lines; {CURE}")
     last, lines = run_name(path), []
-    for number, text in enumerate(data[:size].split(b"\n")[:-1], start=1):
+    for number, text in enumerate(complete, start=1):
         line = text + b"\n"
-        if not is_whole(line, after=last):
+        if not is_whole(line, last):
             raise RunError(
                 f"{file} is damaged: line {number} is not what was written, or is of another "
                 f"run; {CURE}"

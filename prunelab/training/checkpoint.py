@@ -16,7 +16,8 @@ from sparsemodel.storage.sealed import BLANK, read_sealed, seal
 
 VERSION = 3  # 1: the order of samples was drawn by torch; 2: no checksum
 CURE = "delete it to start anew"
-_HEAD = f"checkpoint {BLANK}\n".encode()
+KIND = "checkpoint"
+_HEAD = f"{KIND} {BLANK}\n".encode()
 
 
 def save(path: Path, state: Mapping[str, Any], *, signature: Mapping[str, Any]) -> None:
@@ -32,7 +33,7 @@ def save(path: Path, state: Mapping[str, Any], *, signature: Mapping[str, Any]) 
     torch.save({"version": VERSION, "signature": dict(signature), "state": dict(state)}, buffer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, seal(_HEAD + buffer.getvalue()))
+        write_atomically(path, seal(_HEAD + buffer.getvalue(), KIND))
     except OSError as error:
         raise RunError(f"{path}: the checkpoint cannot be written ({error.strerror})") from None
 
@@ -46,7 +47,7 @@ def load(path: Path, *, signature: Mapping[str, Any]) -> dict[str, Any] | None:
         RunError: a damaged file, or one of a run with another signature.
     """
     try:
-        data = read_sealed(path, error=RunError, cure=CURE)
+        data = read_sealed(path, KIND, error=RunError, cure=CURE)
     except FileNotFoundError:
         return None
     try:

@@ -58,7 +58,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         CheckpointError: it cannot be written.
     """
     try:
-        write_atomically(path, seal(data))
+        write_atomically(path, seal(data, FORMAT))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
 
@@ -105,7 +105,7 @@ def read_header(
             f"{path}: format version {header.get('version')!r}, this release reads {VERSION}; "
             "update the package or save the model again"
         )
-    if not is_whole(data):
+    if not is_whole(data, FORMAT):
         raise damaged(path, "its checksum does not fit")
     return _read_layers(path, header.get("layers")), _read_strings(path, header.get("metadata"))
 

@@ -18,20 +18,21 @@ BLANK = MARK.decode() + "0" * DIGITS
 """What a text has before it is sealed."""
 
 CHECKSUM, OF = "checksum", "of"
+JSON = "json"
 
 
-def seal(data: bytes, *, after: str = "") -> bytes:
+def seal(data: bytes, kind: str) -> bytes:
     """The same with its checksum in the place of `BLANK`.
 
     Args:
-        after: what has to come before, such as the checksum of the line above.
+        kind: of file, or what comes before; no other is whole for those who ask for this one.
 
-    >>> seal(f"a {BLANK} b".encode())
+    >>> seal(f"a {BLANK} b".encode(), "")
     b'a sha256:95c4e27692628956b4931efecc58fe56 b'
     """
     start = data.index(BLANK.encode()) + len(MARK)
     assert start == data.index(MARK) + len(MARK), "another mark comes first"
-    return data[:start] + _digits(data, start, after) + data[start + DIGITS :]
+    return data[:start] + _digits(data, start, kind) + data[start + DIGITS :]
 
 
 def checksum(data: bytes) -> str:
@@ -40,13 +41,13 @@ def checksum(data: bytes) -> str:
     return data[start : start + DIGITS].decode("ascii", "replace") if start >= len(MARK) else ""
 
 
-def is_whole(data: bytes, *, after: str = "") -> bool:
+def is_whole(data: bytes, kind: str) -> bool:
     """Whether the bytes are those that `seal` made."""
     start = data.find(MARK) + len(MARK)
-    return start >= len(MARK) and data[start : start + DIGITS] == _digits(data, start, after)
+    return start >= len(MARK) and data[start : start + DIGITS] == _digits(data, start, kind)
 
 
-def read_sealed(path: Path, *, error: type[ValueError], cure: str) -> bytes:
+def read_sealed(path: Path, kind: str, *, error: type[ValueError], cure: str) -> bytes:
     """The bytes of a sealed file.
 
     Args:
@@ -62,7 +63,7 @@ def read_sealed(path: Path, *, error: type[ValueError], cure: str) -> bytes:
         raise FileNotFoundError(path) from None
     except OSError as reason:
         raise error(f"{path}: cannot be read ({reason.strerror})") from None
-    if not is_whole(data):
+    if not is_whole(data, kind):
         raise error(
             f"{path}: damaged, or changed since it was written: its checksum does not fit; {cure}"
         )
@@ -76,7 +77,8 @@ def sealed_json(of: str, values: Mapping[str, Any]) -> bytes:
         of: what kind of file it is, and what it belongs to.
     """
     assert not {CHECKSUM, OF} & values.keys()
-    return seal((json.dumps({CHECKSUM: BLANK, OF: of, **values}, indent=1) + "\n").encode())
+    text = json.dumps({CHECKSUM: BLANK, OF: of, **values}, indent=1) + "\n"
+    return seal(text.encode(), JSON)
 
 
 def read_sealed_json(path: Path, *, of: str, error: type[ValueError], cure: str) -> dict[str, Any]:
@@ -86,17 +88,17 @@ def read_sealed_json(path: Path, *, of: str, error: type[ValueError], cure: str)
         FileNotFoundError: there is no file.
         error: it is damaged, or belongs to something else.
     """
-    values: dict[str, Any] = json.loads(read_sealed(path, error=error, cure=cure))
-    found = values.pop(OF, None) if isinstance(values, dict) else None
+    values: dict[str, Any] = json.loads(read_sealed(path, JSON, error=error, cure=cure))
+    found = values.pop(OF)
     if found != of:
         raise error(f"{path}: expected {of!r}, found {found!r}; {cure}")
     del values[CHECKSUM]
     return values
 
 
-def _digits(data: bytes, start: int, after: str) -> bytes:
+def _digits(data: bytes, start: int, kind: str) -> bytes:
     """The checksum of data whose digits begin at `start`."""
-    sha, view = sha256(after.encode()), memoryview(data)
+    sha, view = sha256(kind.encode()), memoryview(data)
     for part in (view[:start], b"0" * DIGITS, view[start + DIGITS :]):
         sha.update(part)
     return sha.hexdigest()[:DIGITS].encode()

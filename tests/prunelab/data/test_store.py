@@ -208,7 +208,7 @@ def changed_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], 
         header = json.loads((folder / "store.json").read_text())
         change(header)
         text = json.dumps({**header, CHECKSUM: BLANK})
-        (folder / "store.json").write_bytes(seal(text.encode()))
+        (folder / "store.json").write_bytes(seal(text.encode(), "json"))
 
     return apply
 

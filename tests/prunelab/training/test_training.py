@@ -285,7 +285,7 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.pt"
     content = io.BytesIO()
     torch.save({"version": 3, "signature": {}, "state": Hostile()}, content)
-    file.write_bytes(seal(f"checkpoint {BLANK}\n".encode() + content.getvalue()))
+    file.write_bytes(seal(f"checkpoint {BLANK}\n".encode() + content.getvalue(), "checkpoint"))
     with pytest.raises(RunError, match="not a readable checkpoint"):
         train(
             small_model(), image_samples(), TASK,

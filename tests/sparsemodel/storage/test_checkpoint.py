@@ -19,7 +19,7 @@ from torch import nn
 from sparsemodel.errors import CheckpointError
 from sparsemodel.masks.mask import Mask
 from sparsemodel.storage.checkpoint import load_sparse, save_sparse
-from sparsemodel.storage.header import METADATA_KEY
+from sparsemodel.storage.header import FORMAT, METADATA_KEY
 from sparsemodel.storage.sealed import BLANK, CHECKSUM, seal
 from sparsemodel.storage.state_file import load_state
 
@@ -185,7 +185,9 @@ def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor], Header], Any]
     tensors = safetensors.torch.load(data)
     header[CHECKSUM] = BLANK
     change(tensors, header)
-    path.write_bytes(seal(safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(header)})))
+    path.write_bytes(
+        seal(safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(header)}), FORMAT)
+    )
 
 
 def set_layers(*layers: Any) -> Callable[[dict[str, torch.Tensor], Header], Any]:
