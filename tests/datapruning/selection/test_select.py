@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,6 +281,28 @@ def test_dual_beta_draws_with_the_weights_of_its_formula() -> None:
     for row, share in enumerate(shares):
         error = math.sqrt(share * (1 - share) / 4000)
         assert abs(draws[row] / 4000 - share) < 4 * error
+
+
+def test_a_table_s_own_confidence_is_taken_where_none_is_given(tmp_path: Path) -> None:
+    """In the order of its rows; it survives the file, and other policies do not look at it."""
+    confidence = torch.tensor([0.1, 0.9, 0.5, math.nan], dtype=torch.float64)
+    scores = replace(table([8.0, 1.0, 4.0, 2.0]), confidence=confidence)
+    scores.write(tmp_path / "s.parquet")
+    read = ScoreTable.read(tmp_path / "s.parquet")
+    assert read.confidence is not None
+    assert torch.equal(read.confidence, confidence) or bool(read.confidence[3].isnan())
+    assert select(read, keep=2).ids.tolist() == [0, 2]
+    with pytest.raises(SelectionError, match="outside"):
+        select(read, keep=2, policy="dual-beta")
+    known = torch.tensor([0.1, 0.9, 0.5, 0.4], dtype=torch.float64)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = replace(
+        scores, ids=scores.ids[order], scores=scores.scores[order], confidence=known[order]
+    )
+    for seed in range(5):
+        given = select(scores, keep=2, policy="dual-beta", seed=seed, confidence=known)
+        own = select(shuffled, keep=2, policy="dual-beta", seed=seed)
+        assert own.ids.tolist() == given.ids.tolist()
 
 
 def test_dual_beta_moves_from_uncertain_to_confident_samples() -> None:

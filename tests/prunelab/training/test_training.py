@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from datapruning.scoring.proxy import sparse_proxy
-from prunelab.data.batches import batches
+from prunelab.data.batches import batches, num_batches
 from prunelab.data.samples import ImageSamples, TokenSamples
 from prunelab.data.tensors import augmented, prepare
 from prunelab.errors import RunError
@@ -29,6 +29,7 @@ from prunelab.training.loop import (
     Evaluation,
     TrainingConfig,
     TrainingResult,
+    epoch_rates,
     evaluate,
     predict,
     train,
@@ -336,6 +337,21 @@ def test_the_learning_rate_is_half_a_cosine(limit: dict[str, int]) -> None:
     rates = [before - after for before, after in pairwise(weights)]
     expected = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
     assert rates == pytest.approx(expected, abs=1e-6)
+    means = [(rates[0] + rates[1]) / 2, (rates[2] + rates[3]) / 2]
+    config = TrainingConfig(batch_size=8, lr=1.0, **limit)
+    assert epoch_rates(config, 16) == pytest.approx(means, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 9, 16, 17, 25, 40])
+def test_mean_rates_count_the_batches_that_there_are(size: int) -> None:
+    """A last batch of one joins the one before; a last epoch may be cut short."""
+    count = len(list(batches(size, batch_size=8, rng=rng(0))))
+    assert num_batches(size, batch_size=8) == count
+    whole = epoch_rates(TrainingConfig(epochs=3, batch_size=8, lr=1.0), size)
+    steps = [(1 + math.cos(math.pi * step / (3 * count))) / 2 for step in range(3 * count)]
+    assert sum(whole) / 3 == pytest.approx(sum(steps) / len(steps))
+    cut = epoch_rates(TrainingConfig(steps=2 * count + 1, batch_size=8, lr=1.0), size)
+    assert len(cut) == (3 if count > 1 else 3 * count)
 
 
 def test_rows_by_epoch() -> None:
