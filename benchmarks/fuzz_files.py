@@ -87,6 +87,7 @@ def make_world(folder: Path, seed: int) -> None:
     make_recommender(folder / "recommend", seed)
 
 
+@functools.cache
 def config_of(seed: int) -> RunConfig:
     """A federated run of a second."""
     return RunConfig.parse(
@@ -341,6 +342,7 @@ KINDS = [
 NOTES = "notes.json"  # of a world: what those who read it know without its files
 
 
+@functools.cache
 def read_notes(world: Path) -> Any:
     return json.loads((world / NOTES).read_text())
 
@@ -541,6 +543,8 @@ def fuzz(
             for report in reports:
                 print(report, file=sys.stderr)
             crashes += reports
+            done = sum(counts.total() for counts in total.values())
+            print(f"{done:,} of {len(total) * damages:,} damages", file=sys.stderr)
     return total, crashes
 
 
