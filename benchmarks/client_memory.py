@@ -22,7 +22,6 @@ import argparse
 import pickle
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,6 +46,7 @@ from fedprune.rounds import folder as runfolder
 from fedprune.rounds.loop import run
 from fedprune.rounds.setup import Setup, lay_out
 from prunelab.data.store import open_store
+from prunelab.runs.temporary import temporary_folder
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.runtime.trainer import Trainer
 
@@ -143,7 +143,7 @@ def rows(
     deployed: bool = True,
 ) -> Iterator[Row]:
     """Rows of the executions' peaks in MiB, and of their starts in milliseconds."""
-    with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
+    with temporary_folder() as temporary:
         folder = Path(temporary)
         data = folder / "data"
         data.mkdir()
