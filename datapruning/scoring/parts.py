@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from prunelab.errors import RunError
+from prunelab.runs.folder import LOCK
 from prunelab.runs.settings import differences
 from prunelab.training import checkpoint
 from sparsemodel.storage.files import write_atomically
@@ -94,7 +95,7 @@ def open_parts(path: Path, settings: Mapping[str, Any]) -> Parts:
     stored = path / SETTINGS
     if stored.exists():
         _check_same(path, settings, _stored(path))
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+    elif path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {LOCK}):
         raise RunError(f"{path} is in the way: it holds no parts of a scoring run; move it")
     else:
         try:

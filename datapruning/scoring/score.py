@@ -120,27 +120,34 @@ def score(
     paths = table_paths(out, names)
     if force and out is not None:
         _discard(Path(out), names)
-    found = _finished(paths, settings)
-    if len(found) == len(names):
-        tables = found
-    else:
+    tables = _finished(paths, settings)
+    if len(tables) < len(names):
         with ExitStack() as stack:
             folder = _parts_folder(out, stack)
             parts = open_parts(folder, {**settings, "shard_size": shard_size})
-            stack.enter_context(locked(folder))
-            stack.enter_context(runner)
-            recipe = Recipe(
-                parts=parts, samples=samples, task=task, model=model,
-                training=training, seed=seed, density=density,
-                device=device, threads=threads, methods=methods, options=settings["methods"],
-                runs=runs, early=settings["early"], shard_size=shard_size,
-            )  # fmt: skip
-            scores, seconds = _computed(recipe, runner, progress)
-            tables = {
-                name: _table(name, scores[name], recipe, settings, dataset=dataset, source=source)
-                for name in names
-            }
-            _keep(tables, paths, seconds, parts)
+            try:
+                stack.enter_context(locked(folder))
+            except RunError:
+                # Who held the lock may have come to its end, and have taken the folder with it.
+                tables = _finished(paths, settings)
+                if len(tables) < len(names):
+                    raise
+            else:
+                stack.enter_context(runner)
+                recipe = Recipe(
+                    parts=parts, samples=samples, task=task, model=model,
+                    training=training, seed=seed, density=density,
+                    device=device, threads=threads, methods=methods, options=settings["methods"],
+                    runs=runs, early=settings["early"], shard_size=shard_size,
+                )  # fmt: skip
+                scores, seconds = _computed(recipe, runner, progress)
+                tables = {
+                    name: _table(
+                        name, scores[name], recipe, settings, dataset=dataset, source=source
+                    )
+                    for name in names
+                }
+                _keep(tables, paths, seconds, parts)
     if density is not None and check:
         again = [m if m.name else name for name, m in methods.items()]
         _check_dense(

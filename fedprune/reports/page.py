@@ -34,6 +34,7 @@ from fedprune.rounds.folder import (
 from prunelab.pages.page import Figure, Folded, Page, Pair, Section, Table, Text, settings
 from prunelab.pages.units import NOTHING, format_bytes, known_number, percent, rounded
 from sparsemodel.runtime.pattern import Patterns
+from sparsemodel.runtime.state import SparseState
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ def _read(folder: Path) -> _Run:
     start = next((line for line in lines if line.get("event") == "start"), {})
     rounds = [line for line in lines if "round" in line and "event" not in line]
     # While a run goes on, its checkpoint stands in for the model that it has not yet left.
-    checkpoint, stored = read_checkpoint(folder), None
-    if (folder / MODEL).is_file():
-        stored = read_model(folder)
-    elif checkpoint is not None:
-        stored = checkpoint.state.model
-    is_finished = (folder / SUMMARY).is_file()
+    if (folder / MODEL).exists():
+        stored: SparseState | None = read_model(folder)
+    else:
+        checkpoint = read_checkpoint(folder)
+        stored = None if checkpoint is None else checkpoint.state.model
+    is_finished = (folder / SUMMARY).exists()
     if is_finished:
         summary = read_summary(folder)
     else:

@@ -138,7 +138,8 @@ def prepare(path: Path, config: RunConfig, *, resume: bool) -> None:
     changed = differences(config.flat(), stored_config(path).flat(), free=FREE_ON_RESUME)
     if changed:
         raise RunError(f"{path} holds a run with other settings: {'; '.join(changed)}")
-    read_checkpoint(path)  # a damaged one is better told before the run is laid out
+    if not (path / SUMMARY).exists():
+        read_checkpoint(path)  # a damaged one is better told before the run is laid out
 
 
 def has_checkpoint(path: Path) -> bool:

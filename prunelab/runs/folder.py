@@ -129,10 +129,10 @@ def append_metrics(path: Path, line: Mapping[str, Any]) -> None:
     """Add one line to metrics.jsonl; it is on disk when this returns.
 
     Raises:
-        RunError: what is there already is damaged.
+        RunError: what is there already is damaged, or the file cannot be written.
     """
     _, last = _metrics(path)
-    with (path / METRICS).open("ab") as file:
+    with _writing(path / METRICS), (path / METRICS).open("ab") as file:
         file.write(_sealed_line(line, after=last))
         file.flush()
         os.fsync(file.fileno())
@@ -144,7 +144,8 @@ def write_metrics(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     for line in lines:
         written.append(_sealed_line(line, after=last))
         last = checksum(written[-1])
-    write_atomically(path / METRICS, b"".join(written))
+    with _writing(path / METRICS):
+        write_atomically(path / METRICS, b"".join(written))
 
 
 def read_metrics(path: Path, *, size: int | None = None) -> list[dict[str, Any]]:
@@ -167,7 +168,8 @@ def read_metrics(path: Path, *, size: int | None = None) -> list[dict[str, Any]]
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json; its presence means that the run is complete."""
     values = {**summary, _LINES: len(_metrics(path)[0])}
-    write_atomically(path / SUMMARY, sealed_json(_summary_of(path), values))
+    with _writing(path / SUMMARY):
+        write_atomically(path / SUMMARY, sealed_json(_summary_of(path), values))
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -179,6 +181,14 @@ def read_summary(path: Path) -> dict[str, Any]:
     summary = _summary(path)
     del summary[_LINES]
     return summary
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{file}: cannot be written ({error.strerror})") from None
 
 
 def _refuse_used(path: Path) -> None:

@@ -65,7 +65,8 @@ def read_sealed(path: Path, kind: str, *, error: type[ValueError], cure: str) ->
         raise error(f"{path}: cannot be read ({reason.strerror})") from None
     if not is_whole(data, kind):
         raise error(
-            f"{path}: damaged, or changed since it was written: its checksum does not fit; {cure}"
+            f"{path}: damaged, changed since it was written, or of another release: its checksum "
+            f"does not fit; {cure}"
         )
     return data
 

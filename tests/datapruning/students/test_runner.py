@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +219,54 @@ def test_any_settings_survive_their_file(values: dict[str, Any], training: dict[
     with tempfile.TemporaryDirectory() as folder:
         runfolder.prepare(Path(folder), settings.toml())
         assert RunSettings.read(Path(folder)) == settings
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_who_does_not_hold_the_lock_discards_nothing(
+    resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, folder = RunSettings(training=SHORT), tmp_path / "r"
+    monkeypatch.setattr(runfolder.locked.__wrapped__, "__kwdefaults__", {"wait": 0.3})  # type: ignore[attr-defined]
+    opened = runner._open
+    with ExitStack() as stack:
+
+        def held_by_another(*arguments: Any, **named: Any) -> None:
+            opened(*arguments, **named)
+            stack.enter_context(runfolder.locked(folder))
+
+        if resume:
+            opened(folder, settings, resume=False)
+        monkeypatch.setattr(runner, "_open", held_by_another)
+        with pytest.raises(RunError, match="another process is running in"):
+            run(settings, folder, resume=resume)
+        assert (folder / "config.toml").exists()
+
+
+def test_files_of_another_run_are_refused(few: str, teacher: Path, tmp_path: Path) -> None:
+    """Teacher, alpha and temperature leave no trace in data, seed or shapes."""
+    folders = {}
+    for temperature in (4.0, 2.0):
+        settings = RunSettings(
+            subset=few, teacher=str(teacher), temperature=temperature, training=SHORT
+        )
+        folders[temperature] = tmp_path / str(temperature)
+
+        def cutting(line: str) -> None:
+            if line.startswith("epoch   2"):
+                raise Cut
+
+        with pytest.raises(Cut):
+            run(settings, folders[temperature], progress=cutting)
+    for name, message in ((ALPHA_FILE, "found 'alpha of run"), (runner.CHECKPOINT, "run is '")):
+        own = (folders[2.0] / name).read_bytes()
+        shutil.copy(folders[4.0] / name, folders[2.0] / name)
+        with pytest.raises(RunError, match=message):
+            run(settings, folders[2.0], resume=True)
+        (folders[2.0] / name).write_bytes(own)
+    run(settings, folders[2.0], resume=True)
+    shutil.copy(teacher / runfolder.MODEL, folders[2.0] / runfolder.MODEL)
+    with pytest.raises(RunError, match=r"model\.safetensors belongs to another run"):
+        runner.load_model(folders[2.0])
 
 
 def test_folders_of_others_are_refused(tmp_path: Path) -> None:
