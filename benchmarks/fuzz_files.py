@@ -430,9 +430,10 @@ def zeros(data: bytes, chance: random.Random, _: Sound) -> bytes:
 
 
 def splice(data: bytes, chance: random.Random, sound: Sound) -> bytes:
-    """The beginning of this file and the end of the other run's."""
-    at = chance.randrange(len(data) + 1)
-    return data[:at] + sound.other[at:]
+    """The beginning of this file and the end of the other run's, or the other way round."""
+    at = chance.randrange(len(data))
+    first, second = chance.sample((data, sound.other), 2)
+    return first[:at] + second[at:]
 
 
 def swap(_: bytes, __: random.Random, sound: Sound) -> bytes:

@@ -21,7 +21,7 @@ from datapruning.recommend.prompts import TEMPLATES, Prompts, texts_of
 from datapruning.recommend.surrogate import SurrogateConfig, SurrogateResult, train_surrogate
 from datapruning.selection.table import ScoreTable
 from prunelab.errors import DataError, ModelError
-from sparsemodel.storage.files import write_atomically
+from prunelab.runs.folder import write_file
 from sparsemodel.storage.sealed import read_sealed_json, sealed_json
 
 TITLES = FinetuneConfig(epochs=4, batch_size=64, lr=2e-3)
@@ -114,7 +114,7 @@ class Language:
             "prompts": asdict(self.settings),
             "files": {name: _sha256(folder / name) for name in names if name != ABOUT},
         }
-        write_atomically(folder / ABOUT, sealed_json(ABOUT, about))
+        write_file(folder / ABOUT, sealed_json(ABOUT, about))
 
 
 def load_language(

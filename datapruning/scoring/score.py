@@ -27,14 +27,13 @@ from prunelab.data.objects import as_samples
 from prunelab.data.samples import ImageSamples, Samples
 from prunelab.errors import RunError
 from prunelab.networks import Network, check_model
-from prunelab.runs.folder import locked
+from prunelab.runs.folder import locked, write_file
 from prunelab.runs.settings import differences
 from prunelab.runs.temporary import temporary_folder
 from prunelab.runs.threads import computing
 from prunelab.runs.version import __version__
 from prunelab.training.loop import TrainingConfig
 from prunelab.training.task import Classification, ImageClassification, Task
-from sparsemodel.storage.files import write_atomically
 from sparsemodel.storage.sealed import checksum, read_sealed_json, sealed_json
 
 SHARD_SIZE = 4096
@@ -454,6 +453,6 @@ def _keep(
     for name, path in paths.items():
         tables[name].write(path)
         times = {"processor_seconds": seconds, "methods": list(tables)}
-        write_atomically(times_path(path), sealed_json(_times_of(path), times))
+        write_file(times_path(path), sealed_json(_times_of(path), times))
     if paths:
         parts.remove()

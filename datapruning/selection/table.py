@@ -16,7 +16,7 @@ from datapruning.selection.kept import KeptSamples
 from datapruning.selection.policies import Policy
 from prunelab.data.samples import Samples
 from prunelab.errors import RunError
-from sparsemodel.storage.files import write_atomically
+from prunelab.runs.folder import write_file
 from sparsemodel.storage.sealed import BLANK, CHECKSUM, is_whole, seal
 
 _META, PARQUET = b"datapruning", "parquet"
@@ -260,9 +260,9 @@ def _write(path: Path, content: bytes) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
     except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror})") from None
+        raise RunError(f"{path.parent}: cannot be made ({error.strerror})") from None
+    write_file(path, content)
 
 
 def _read(

@@ -23,11 +23,11 @@ from prunelab.data.samples import ImageSamples
 from prunelab.errors import RunError
 from prunelab.networks import build_model
 from prunelab.pages.units import mean_and_spread
+from prunelab.runs.folder import write_file
 from prunelab.runs.seeds import stream_seed
 from prunelab.runs.threads import computing
 from prunelab.training.loop import TrainingConfig, evaluate, train
 from prunelab.training.task import ImageClassification
-from sparsemodel.storage.files import write_atomically
 from sparsemodel.storage.sealed import read_sealed_json, sealed_json
 
 FULL = "all data"
@@ -184,7 +184,7 @@ def write_cell(path: Path, signature: str, result: Mapping[str, Any]) -> None:
     """Keep the result of a cell."""
     path.parent.mkdir(parents=True, exist_ok=True)
     values = {"settings": signature, "result": dict(result)}
-    write_atomically(path, sealed_json(f"cell {path.name}", values))
+    write_file(path, sealed_json(f"cell {path.name}", values))
 
 
 def _several(path: Path, methods: Sequence[str]) -> Path:

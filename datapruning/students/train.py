@@ -30,12 +30,11 @@ from prunelab.data.objects import as_samples
 from prunelab.data.samples import Samples, sizes
 from prunelab.errors import RunError
 from prunelab.networks import Network, build_model
-from prunelab.runs.folder import run_name
+from prunelab.runs.folder import run_name, write_file
 from prunelab.runs.seeds import stream_seed
 from prunelab.training import loop
 from prunelab.training.loop import Callback, Objective, Rows, TrainingConfig, evaluating
 from prunelab.training.task import Classification, ImageClassification, Task
-from sparsemodel.storage.files import write_atomically
 from sparsemodel.storage.sealed import read_sealed_json, sealed_json
 
 AUTO = "auto"
@@ -167,7 +166,7 @@ class Distillation:
             )  # fmt: skip
             if folder is not None:
                 content = sealed_json(_choice_of(folder), asdict(choice))
-                write_atomically(folder / ALPHA_FILE, content)
+                write_file(folder / ALPHA_FILE, content)
         say(f"alpha {choice.alpha:g}, chosen on {choice.num_held_out} held-out training samples")
         return choice, objective(choice.alpha)
 

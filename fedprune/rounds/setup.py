@@ -22,9 +22,9 @@ from fedprune.methods.base import Method
 from prunelab.data.store import ImageStore, open_store
 from prunelab.errors import RunError
 from prunelab.runs.children import ended_with_parent
+from prunelab.runs.folder import write_file
 from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import SparseState
-from sparsemodel.storage.files import write_atomically
 from sparsemodel.storage.sealed import read_sealed_json, sealed_json
 from sparsemodel.storage.state_file import load_state, save_state
 
@@ -154,7 +154,7 @@ class Setup:
 
 def write_facts(folder: Path, config: RunConfig, facts: Mapping[str, Any]) -> None:
     """Leave what is known of a run's network; the last file of a Setup."""
-    write_atomically(folder / NETWORK, sealed_json(_network_of(config), facts))
+    write_file(folder / NETWORK, sealed_json(_network_of(config), facts))
 
 
 def write_start(folder: Path, config: RunConfig, state: SparseState) -> None:

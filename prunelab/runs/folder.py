@@ -60,6 +60,7 @@ def prepare(path: Path, config: str) -> None:
             _refuse_used(path)  # another process may have come first
             write_atomically(path / CONFIG, seal(f"# {BLANK}\n{config}".encode(), CONFIG))
     except OSError as error:
+        discard_unstarted(path)
         raise RunError(f"cannot write to {path}: {error.strerror}") from None
 
 
@@ -144,8 +145,7 @@ def write_metrics(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     for line in lines:
         written.append(_sealed_line(line, after=last))
         last = checksum(written[-1])
-    with _writing(path / METRICS):
-        write_atomically(path / METRICS, b"".join(written))
+    write_file(path / METRICS, b"".join(written))
 
 
 def read_metrics(path: Path, *, size: int | None = None) -> list[dict[str, Any]]:
@@ -168,8 +168,7 @@ def read_metrics(path: Path, *, size: int | None = None) -> list[dict[str, Any]]
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json; its presence means that the run is complete."""
     values = {**summary, _LINES: len(_metrics(path)[0])}
-    with _writing(path / SUMMARY):
-        write_atomically(path / SUMMARY, sealed_json(_summary_of(path), values))
+    write_file(path / SUMMARY, sealed_json(_summary_of(path), values))
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -181,6 +180,16 @@ def read_summary(path: Path) -> dict[str, Any]:
     summary = _summary(path)
     del summary[_LINES]
     return summary
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace a file in one step; its folder must exist.
+
+    Raises:
+        RunError: it cannot be written; what was there stays.
+    """
+    with _writing(path):
+        write_atomically(path, content)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -225,10 +227,33 @@ def test_files_of_another_run_are_refused(run: Path, tmp_path: Path) -> None:
             read(run)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of file sizes are Linux's")
+def test_a_full_disk_is_a_clear_error_and_leaves_nothing_new(run: Path, tmp_path: Path) -> None:
+    """No file may grow beyond 20 bytes, as on a disk that is full."""
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    writes: dict[str, Callable[[], None]] = {
+        METRICS: lambda: append_metrics(run, {"round": 3}),
+        SUMMARY: lambda: write_summary(run, {"accuracy": 1.0}),
+        "another": lambda: prepare(tmp_path / "another", "seed = 123456789\n"),
+    }
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        for name, write in writes.items():
+            with pytest.raises(RunError, match=rf"{name}.*File too large"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert not (tmp_path / "another").exists()
+
+
 def test_a_configuration_that_was_changed_is_refused(run: Path) -> None:
     assert read_config(run).endswith("\nseed = 1\n")
     text = (run / CONFIG).read_text()
     for changed in (text.replace("1\n", "2\n"), text[:-9], text.partition("\n")[2], ""):
         (run / CONFIG).write_text(changed)
-        with pytest.raises(RunError, match=r"config\.toml: damaged, or changed since"):
+        with pytest.raises(RunError, match=r"config\.toml: damaged, changed since it was"):
             read_config(run)
