@@ -12,8 +12,7 @@ from fedprune.exchange.messages import MODEL, ClientInfo, Reply, Request
 from fedprune.local.model import execution_of
 from fedprune.methods.base import RunState, Start
 from fedprune.rounds.evaluation import Evaluator
-from fedprune.rounds.folder import MODEL as MODEL_FILE
-from fedprune.rounds.folder import RunFolder
+from fedprune.rounds.folder import RunFolder, save_model
 from fedprune.rounds.ledger import Traffic, mask_change, skips
 from fedprune.rounds.setup import Setup
 from prunelab.errors import RunError
@@ -21,7 +20,6 @@ from prunelab.runs.seeds import rng
 from prunelab.runs.version import __version__
 from sparsemodel.runtime.state import Entries, SparseState
 from sparsemodel.storage.meter import peak_rss_bytes
-from sparsemodel.storage.state_file import save_state
 
 SEED_SAMPLING = 5  # the first part of a derived seed says what it is for
 
@@ -168,8 +166,8 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
 def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
     """Write the final model and the summary."""
     config, totals, reference = setup.config, folder.totals, setup.reference
-    save_state(
-        folder.path / MODEL_FILE,
+    save_model(
+        folder.path,
         state.model,
         metadata={
             "dataset": setup.test.name,

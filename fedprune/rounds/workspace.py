@@ -6,7 +6,6 @@ where server and clients find it.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -26,7 +25,7 @@ from fedprune.local.shares import write_shares
 from fedprune.local.torch_models import DenseModel
 from fedprune.local.training import round_sgd, train_epochs
 from fedprune.methods.base import Method
-from fedprune.rounds.setup import NETWORK, START, TEST, TRAIN
+from fedprune.rounds.setup import TEST, TRAIN, write_facts, write_start
 from fedprune.settings import DataConfig
 from prunelab.data.batches import Integers
 from prunelab.data.checked import note
@@ -48,8 +47,6 @@ from sparsemodel.plans.program import program_of
 from sparsemodel.runtime.fixed_sum import MAX_ABSOLUTE_VALUE
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.cost import layer_macs, model_bytes
-from sparsemodel.storage.files import write_atomically
-from sparsemodel.storage.state_file import save_state
 
 # The first part of a derived seed says what it is for, so that no two uses share a stream.
 SEED_SERVER_SET, SEED_PRETRAIN = 0, 2
@@ -109,6 +106,7 @@ class Workspace:
             self.shares,
             num_classes=dataset.num_classes,
             name=dataset.name,
+            made_for=self.config.digest,
         )
         write_store(
             folder / TEST,
@@ -116,9 +114,10 @@ class Workspace:
             dataset.test_labels.numpy(),
             num_classes=dataset.num_classes,
             name=dataset.name,
+            made_for=self.config.digest,
         )
         if with_start:
-            save_state(folder / START, self.start_state(), metadata={})
+            write_start(folder, self.config, self.start_state())
         program, reason = self._traced()
         with uninitialised():
             reference = self.torch.reference()
@@ -139,7 +138,7 @@ class Workspace:
             },
             "width": str(getattr(skeleton, "width", "")),
         }
-        write_atomically(folder / NETWORK, json.dumps(facts).encode())
+        write_facts(folder, self.config, facts)
 
     def start_state(self) -> SparseState:
         """The dense model after brief training on the server's few labelled samples.

@@ -140,11 +140,19 @@ def batches(num_samples: int, *, batch_size: int, rng: np.random.Generator) -> I
     [4, 5]
     """
     order = rng.permutation(num_samples)
-    starts = list(range(0, num_samples, batch_size))
-    if len(starts) > 1 and num_samples - starts[-1] == 1:
-        starts.pop()
+    starts = [batch_size * i for i in range(num_batches(num_samples, batch_size=batch_size))]
     for start, end in pairwise([*starts, num_samples]):
         yield order[start:end]
+
+
+def num_batches(num_samples: int, *, batch_size: int) -> int:
+    """How many `batches` there are.
+
+    >>> num_batches(9, batch_size=4)
+    2
+    """
+    count = math.ceil(num_samples / batch_size)
+    return count - 1 if count > 1 and num_samples - (count - 1) * batch_size == 1 else count
 
 
 def augment(images: Images, *, rng: np.random.Generator) -> Images:
