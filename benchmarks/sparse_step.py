@@ -1,7 +1,7 @@
 """Whole training steps of sparse networks against dense torch.
 
     python -m benchmarks.sparse_step [--quick] [--json] [--plot FILE.png] [--threads N]
-        [--processor-time]
+        [--processor-time] [--models NAMES] [--batches SIZES]
 
 A step is forward pass, cross-entropy, backward pass and SGD with momentum on one mini-batch of
 3×32×32 images. Dense is the plain network, in the faster of NCHW and channels_last, with
@@ -36,7 +36,6 @@ BATCHES = (1, 16, 64)
 DENSITIES = (0.01, 0.05, 0.1)
 INPUT_SHAPE = (3, 32, 32)
 LEARNING_RATE, MOMENTUM = 0.001, 0.9
-ROUNDS, QUICK_ROUNDS = {1: 31, 16: 11, 64: 7}, {1: 7, 16: 3, 64: 3}
 TOLERANCE = 1e-3
 
 Step = Callable[[], float]
@@ -153,14 +152,20 @@ def main() -> None:
     add_arguments(parser, quick="resnet18 alone, fewer rounds")
     add_timing_arguments(parser)
     parser.add_argument("--models", default="", help=f"comma-separated, of {', '.join(MODELS)}")
+    parser.add_argument("--batches", default="", help="comma-separated sizes; default: 1,16,64")
     arguments = parser.parse_args()
     use_threads(arguments.threads)
     models = MODELS[:1] if arguments.quick else MODELS
     if arguments.models:
         models = tuple(arguments.models.split(","))
-    rounds = (QUICK_ROUNDS if arguments.quick else ROUNDS).__getitem__
+    batches = [int(size) for size in arguments.batches.split(",") if size] or BATCHES
+
+    def rounds(batch: int) -> int:
+        few, many = (3, 7) if arguments.quick else (7, 31)
+        return many if batch == 1 else 11 if batch <= 16 and not arguments.quick else few
+
     chosen = clock(processor_time=arguments.processor_time)
-    show(rows(models, BATCHES, DENSITIES, rounds=rounds, clock=chosen), arguments)
+    show(rows(models, batches, DENSITIES, rounds=rounds, clock=chosen), arguments)
 
 
 if __name__ == "__main__":

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from click.core import ParameterSource
 
 from datapruning.errors import ScoreError, SelectionError
 from datapruning.recommend.cli import app as recommend
 from prunelab.errors import PrunelabError, RunError
 from prunelab.pages.console import (
-    console,
     errors,
     escaped,
     listed,
     progress_bar,
     run_command,
     say,
+    show_list,
+    show_table,
+    version_of,
     warnings_shown,
 )
 from sparsemodel.errors import SparseModelError
@@ -35,6 +38,11 @@ cli = typer.Typer(
 cli.add_typer(recommend, name="recommend")
 
 
+@cli.callback()
+def options(version: Annotated[bool, version_of("datapruning")] = False) -> None:
+    """Options of the command itself."""
+
+
 def main() -> None:
     """Entry point."""
     run_command(cli, expected=(PrunelabError, SparseModelError), go_on=_how_to_go_on)
@@ -43,7 +51,8 @@ def main() -> None:
 def _how_to_go_on(arguments: Sequence[str]) -> str:
     if arguments[:1] == ["train"]:
         return "continue with the same command and --resume"
-    return f"what was finished is kept; go on with: datapruning {shlex.join(arguments)}"
+    again = shlex.join(argument for argument in arguments if argument != "--force")
+    return f"what was finished is kept; go on with: datapruning {again}"
 
 
 Dataset = Annotated[str, typer.Argument(help="A data set's name, or a folder of parquet.")]
@@ -60,6 +69,7 @@ Options = Annotated[
     list[str] | None,
     typer.Option("--set", help="An option of a method, as name=value; may be repeated."),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
 
 
@@ -92,6 +102,7 @@ def score(  # noqa: PLR0917 - the command's options
     threads: Threads = 1,
     shard_size: Annotated[int, typer.Option(help="Samples of a part.")] = 4096,
     settings: Options = None,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Score every training sample; run again after an interruption to go on."""
@@ -103,6 +114,9 @@ def score(  # noqa: PLR0917 - the command's options
 
     names = listed(method)
     _check_suffix(out)
+    paths, page = table_paths(out, names), report_path(out)
+    _check_page(page, has_tables=force or all(path.exists() for path in paths.values()))
+    is_new = force or not page.exists()
     with progress_bar() as progress, warnings_shown():
         tables = run_score(
             dataset, method=names, model=model, out=out,
@@ -110,10 +124,9 @@ def score(  # noqa: PLR0917 - the command's options
             training=TrainingConfig(epochs=epochs, batch_size=batch_size, lr=lr),
             seed=seed, density=density, check=check, runs=runs, early=early,
             options=_assignments(settings), engine=engine, device=device, threads=threads,
-            shard_size=shard_size, progress=progress,
+            shard_size=shard_size, force=force, progress=progress,
         )  # fmt: skip
-    paths = table_paths(out, names)
-    table = Table("method", "samples", "lowest", "median", "highest", "file")
+    rows = []
     for name, scores in tables.items():
         known = scores.scores[scores.scores.isfinite()]
         values = (
@@ -121,25 +134,25 @@ def score(  # noqa: PLR0917 - the command's options
             if len(known)
             else ["–"] * 3
         )
-        table.add_row(name, f"{len(scores):,}", *values, str(paths[name]))
-    console.print(table)
+        rows.append([name, f"{len(scores):,}", *values])
+    show_table(["method", "samples", "lowest", "median", "highest"], rows)
+    for name in names:
+        say(f"{name}: {paths[name]}")
     for name in names:
         found = proxy_check(paths[name])
         if found is not None:
             share = "" if found[1] is None else f", {100 * found[1]:.0f} % of its processor time"
-            console.print(
-                f"{name}: Spearman {found[0].spearman:.3f} with the dense model's scores{share}",
-                highlight=False,
-            )
-    target = write_score_report(list(paths.values()), report_path(out))
-    say(f"report: {target}")
+            say(f"{name}: Spearman {found[0].spearman:.3f} with the dense model's scores{share}")
+    if is_new:
+        write_score_report(list(paths.values()), page)
+    say(f"report: {page}")
 
 
 @cli.command()
 def select(  # noqa: PLR0917 - the command's options
     scores: Annotated[Path, typer.Argument(help="What `datapruning score` wrote.")],
     keep: Annotated[
-        float, typer.Option(help="Fraction in (0, 1], or a number of samples above 1.")
+        str, typer.Option(help="A share with a dot or a % (0.5, 50%), or a number of samples.")
     ],
     out: Annotated[Path, typer.Option(help="Parquet file for the kept ids.")] = Path(
         "kept.parquet"
@@ -153,41 +166,41 @@ def select(  # noqa: PLR0917 - the command's options
         list[str] | None,
         typer.Option("--set", help="An option of the policy, as name=value; may be repeated."),
     ] = None,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Choose exactly so many samples of a table of scores."""
     from datapruning.reports.score_report import class_counts, report_path, write_score_report  # noqa: PLC0415
+    from datapruning.selection.select import parsed_keep  # noqa: PLC0415
     from datapruning.selection.select import select as run_select  # noqa: PLC0415
-    from datapruning.selection.table import ScoreTable, Subset  # noqa: PLC0415
+    from datapruning.selection.table import ScoreTable, write_once  # noqa: PLC0415
 
     _check_suffix(out)
+    page = report_path(out)
+    _check_page(page, has_tables=force or out.exists())
     table = ScoreTable.read(scores)
-    if out.exists():
-        try:
-            Subset.read(out)  # a selection is made again in no time; anything else is not ours
-        except SelectionError:
-            raise SelectionError(
-                f"{out} is there and holds no subset; name another --out"
-            ) from None
     subset = run_select(
-        table, keep=_count(keep), policy=policy, seed=seed, class_balanced=balance,
+        table, keep=parsed_keep(keep), policy=policy, seed=seed, class_balanced=balance,
         **_assignments(settings),
     )  # fmt: skip
-    subset.write(out)
+    is_new = write_once(subset, out, force=force)
     if table.labels is not None:
-        rows = Table("class", "samples", "kept", "share")
+        rows = []
         for label, (before, after) in enumerate(zip(*class_counts(table, subset), strict=True)):
             share = f"{100 * after / before:.1f} %" if before else "–"
-            rows.add_row(str(label), f"{before:,}", f"{after:,}", share)
-        console.print(rows)
+            rows.append([str(label), f"{before:,}", f"{after:,}", share])
+        show_table(["class", "samples", "kept", "share"], rows)
     for note in subset.provenance.get("notes", []):
         errors.print(f"[yellow]note:[/yellow] {escaped(note)}", soft_wrap=True, highlight=False)
     say(f"kept: {len(subset):,} of {len(table):,} samples ({subset.policy}) -> {out}")
-    say(f"report: {write_score_report([scores], report_path(out), subset=subset)}")
+    if is_new or not page.exists():
+        write_score_report([scores], page, subset=subset)
+    say(f"report: {page}")
 
 
 @cli.command()
 def train(  # noqa: PLR0917 - the command's options
+    context: typer.Context,
     dataset: Dataset,
     subset: Annotated[
         Path | None, typer.Option(help="What `datapruning select` wrote; default: all samples.")
@@ -236,13 +249,18 @@ def train(  # noqa: PLR0917 - the command's options
         ),
     )  # fmt: skip
     folder = out or runner.default_folder(settings, resume=resume)
+    if resume:  # the folder knows its own settings; there is no need to repeat them
+        given = {
+            name: value
+            for name, value in {**asdict(settings), **asdict(settings.training)}.items()
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        }
+        settings = runner.RunSettings.read(folder).continued(given)
     with warnings_shown():
         summary = runner.run(settings, folder, resume=resume, progress=say)
     target = write_run_report(folder)
-    table = Table(show_header=False, title="result")
-    for fact in run_facts(summary):
-        table.add_row(fact.label, fact.line)
-    console.print(table)
+    rows = [[fact.label, fact.line] for fact in run_facts(summary)]
+    show_table(["", ""], rows, title="result")
     say(f"model:  {folder / 'model.safetensors'}")
     say(f"report: {target}")
 
@@ -269,7 +287,7 @@ def compare(  # noqa: PLR0917 - the command's options
     debug: Debug = False,
 ) -> None:
     """Compare tables of scores; or, with --methods, accuracies after training on what they keep."""
-    keeps = [_fraction(part) for part in listed(keep)]
+    keeps = [_share(part) for part in listed(keep)]
     if methods is not None:
         _compare_training(
             dataset, listed(methods), keeps=keeps, seeds=[_whole(s) for s in listed(seeds)],
@@ -308,15 +326,29 @@ def report(
 
 
 @cli.command()
-def methods() -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+) -> None:
     """List the methods, what each trains, and its options."""
-    from datapruning.scoring.methods import METHODS  # noqa: PLC0415
+    from datapruning.scoring.methods import METHODS, check_method  # noqa: PLC0415
 
-    table = Table("method", "models", "what", "options", "source")
-    for name, method in METHODS.items():
-        options = ", ".join(f"{k}={v}" for k, v in method.options.items())
-        table.add_row(name, str(method.runs or "–"), method.summary, options, method.source)
-    console.print(table)
+    if name is not None:
+        method = check_method(name)
+        say(f"{name}: {method.summary}")
+        say(f"source: {method.source}")
+        say(f"models trained: {method.runs or 'none'}")
+        say(f"options: {_listed_options(method.options)}")
+        return
+    rows = []
+    for key, method in METHODS.items():
+        known = f" Options: {_listed_options(method.options)}." if method.options else ""
+        rows.append([key, str(method.runs or "–"), method.summary + known])
+    show_list(["method", "models", "what a score is"], rows)
+    say("datapruning methods NAME shows one with its source")
+
+
+def _listed_options(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={json.dumps(value)}" for key, value in options.items()) or "none"
 
 
 def _compare_tables(paths: Sequence[Path], keeps: Sequence[float], *, as_json: bool) -> None:
@@ -326,13 +358,15 @@ def _compare_tables(paths: Sequence[Path], keeps: Sequence[float], *, as_json: b
     from datapruning.selection.table import ScoreTable  # noqa: PLC0415
 
     loaded = [(path, ScoreTable.read(path)) for path in paths]
-    table = Table("a", "b", "Spearman", *(f"both keep, at {100 * k:g} %" for k in keeps))
-    records = []
+    header = ["tables", "Spearman", *(f"both keep, at {100 * k:g} %" for k in keeps)]
+    # A method's name tells a table, where no other has the same.
+    same = len({table.method for _, table in loaded}) < len(loaded)
+    rows, records = [], []
     for (path_a, a), (path_b, b) in combinations(loaded, 2):
         found = agreement(a, b, keeps=keeps)
         shares = [f"{100 * share:.1f} %" for share in found.overlap.values()]
-        names = [f"{t.method} ({path})" for t, path in ((a, path_a), (b, path_b))]
-        table.add_row(*names, f"{found.spearman:.3f}", *shares)
+        names = [str(path) if same else t.method for t, path in ((a, path_a), (b, path_b))]
+        rows.append([", ".join(names), f"{found.spearman:.3f}", *shares])
         overlap = {f"{keep:g}": share for keep, share in found.overlap.items()}
         records.append(
             {"a": str(path_a), "b": str(path_b), "spearman": found.spearman, "overlap": overlap}
@@ -340,7 +374,7 @@ def _compare_tables(paths: Sequence[Path], keeps: Sequence[float], *, as_json: b
     if as_json:
         print(json.dumps(records))
     else:
-        console.print(table)
+        show_table(header, rows)
 
 
 def _compare_training(
@@ -353,8 +387,6 @@ def _compare_training(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    from dataclasses import asdict  # noqa: PLC0415
-
     from datapruning.scoring.methods import check_method  # noqa: PLC0415
     from datapruning.students.comparison import BUDGETS, compare_training, result_table  # noqa: PLC0415
     from prunelab.data.datasets import load_dataset  # noqa: PLC0415
@@ -375,10 +407,7 @@ def _compare_training(
     for budget in BUDGETS:
         header, rows = result_table(results, budget=budget)
         say(f"test accuracy, %, at equal {budget}:")
-        table = Table(*header)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        show_table(header, rows)
 
 
 def _assignments(entries: Sequence[str] | None) -> dict[str, Any]:
@@ -395,25 +424,25 @@ def _assignments(entries: Sequence[str] | None) -> dict[str, Any]:
     return values
 
 
+def _check_page(page: Path, *, has_tables: bool) -> None:
+    """Refuse a page that is there without what it would show: it is of something else."""
+    from datapruning.selection.table import OR_FORCE  # noqa: PLC0415
+
+    if page.exists() and not has_tables:
+        raise RunError(f"{page} is there and would be overwritten; {OR_FORCE}")
+
+
 def _check_suffix(path: Path) -> None:
     if path.suffix != ".parquet":
         raise ScoreError(f"--out {path}: expected the name of a parquet file, such as s.parquet")
 
 
-def _count(keep: float) -> float | int:
-    """1 and below is a fraction, a whole number above it a count."""
-    if keep <= 1 or keep != int(keep):
-        return keep
-    return int(keep)
+def _share(text: str) -> float:
+    from datapruning.selection.select import parsed_keep  # noqa: PLC0415
 
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise SelectionError(f"--keep {text!r}: expected a fraction in (0, 1)") from None
-    if not 0 < value < 1:
-        raise SelectionError(f"--keep {text}: expected a fraction in (0, 1)")
+    value = parsed_keep(text)
+    if not isinstance(value, float) or not 0 < value < 1:
+        raise SelectionError(f"--keep {text}: expected a share between 0 and 1, as 0.3 or 30%")
     return value
 
 

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-import itertools
+import inspect as python_inspect
 import json
 import math
 import os
-import statistics
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.console import Console
 
-from fedprune.config import METHOD_NAME, RunConfig, own_settings, parse_assignments, read_toml
+from fedprune.config import (
+    METHOD_NAME,
+    RunConfig,
+    continued,
+    for_method,
+    own_settings,
+    parse_assignments,
+    read_toml,
+)
 from fedprune.errors import USER_ERRORS
 from fedprune.methods import DEFAULT_METHOD, METHODS
+from fedprune.methods.base import Method as FederatedMethod
 from prunelab.errors import RunError
-from prunelab.pages.console import console, errors, escaped, listed, run_command
+from prunelab.pages.console import (
+    console,
+    errors,
+    escaped,
+    listed,
+    progress_bar,
+    run_command,
+    say,
+    show_list,
+    show_table,
+    version_of,
+)
 
 cli = typer.Typer(
     help="Federated pruning on Flower: tiny models trained across fleets of small devices.",
@@ -31,6 +50,11 @@ cli = typer.Typer(
 def main() -> None:
     """Entry point."""
     run_command(cli, expected=USER_ERRORS, go_on=lambda _: "continue with --resume")
+
+
+@cli.callback()
+def options(version: Annotated[bool, version_of("fedprune")] = False) -> None:
+    """Options of the command itself."""
 
 
 Method = Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)}.")]
@@ -96,19 +120,29 @@ def run(  # noqa: PLR0917 - the command's options
         "training.device": device,
         "training.execution": execution,
     }
-    options = {**parse_assignments(settings or []), **_given(given)}
-    if density is not None and not _takes_density(config, options):
-        errors.print("note: --density has no effect: this method trains the dense network")
-        del options["method.density"]
-    if resume and out is not None and not options and config is None:
-        # The folder knows its own settings; there is no need to repeat them.
-        run_config = RunConfig.read(_stored_config(out))
-    else:
-        run_config = _build_config(config, options)
-    from fedprune.rounds.folder import default_folder  # noqa: PLC0415
+    from fedprune.reports.progress import Watch  # noqa: PLC0415
+    from fedprune.reports.results import summary_rows  # noqa: PLC0415
+    from fedprune.rounds import folder as runfolder  # noqa: PLC0415
+    from fedprune.rounds import run as runner  # noqa: PLC0415
 
-    folder = out or default_folder(run_config, resume=resume)
-    _execute(run_config, folder, engine=engine, resume=resume)
+    values = _values(config, {**parse_assignments(settings or []), **_given(given)})
+    folder = out or runfolder.default_folder(_build_config(own_settings(values)), resume=resume)
+    if resume:  # the folder knows its own settings; there is no need to repeat them
+        values = continued(_stored(folder), values)
+    if density is not None and "method.density" not in own_settings(values):
+        errors.print("note: --density has no effect: this method trains the dense network")
+        del values["method.density"]
+    run_config = _build_config(values)
+    was_complete = resume and (folder / runfolder.SUMMARY).exists()
+    watch = Watch(folder, run_config)
+    summary = runner.run(
+        run_config, folder, engine=engine, resume=resume, progress=watch, say=_say_under(watch)
+    )
+    if was_complete:
+        say(f"already complete: {folder}")
+    show_table(["", ""], summary_rows(summary), title="result")
+    say(f"model:  {folder / runfolder.MODEL}")
+    say(f"report: {folder / runfolder.REPORT}")
 
 
 @cli.command()
@@ -135,7 +169,6 @@ def compare(  # noqa: PLR0917 - the command's options
 ) -> None:
     """Run several methods with several seeds and print one table; finished runs are reused."""
     from fedprune.reports.results import comparison_table  # noqa: PLC0415
-    from fedprune.rounds import folder as runfolder  # noqa: PLC0415
 
     given = {
         "data.dataset": dataset,
@@ -148,28 +181,21 @@ def compare(  # noqa: PLR0917 - the command's options
         "training.device": device,
         "training.execution": execution,
     }
-    options = {**parse_assignments(settings or []), **_given(given)}
+    options = {
+        **(read_toml(config) if config else {}),
+        **parse_assignments(settings or []),
+        **_given(given),
+    }
     cells = []
     for method in listed(methods):
         for seed in listed(seeds):
             values = {**options, METHOD_NAME: method, "seed": seed}
-            cells.append(_build_config(config, values, shared=True))
-    summaries = []
-    for number, cell in enumerate(cells, 1):
-        folder = out / f"{cell.method.name}-s{cell.seed}"
-        console.print(f"[bold]{number}/{len(cells)}[/bold] {folder}", highlight=False)
-        _execute(
-            cell, folder, engine=engine, resume=(folder / runfolder.CONFIG).exists(), quiet=True
-        )
-        summaries.append(runfolder.read_summary(folder))
+            cells.append(_build_config(own_settings(_values(config, values))))
+    summaries = _compared(cells, out, engine=engine, console=errors if as_json else console)
     if as_json:
         print(json.dumps(summaries))
         return
-    header, rows = comparison_table(summaries)
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    show_table(*comparison_table(summaries))
 
 
 @cli.command()
@@ -177,7 +203,18 @@ def report(folder: Path, debug: Debug = False) -> None:
     """Write report.html of a run folder again."""
     from fedprune.reports.page import write_report  # noqa: PLC0415
 
-    console.print(f"report: {write_report(folder)}", highlight=False, soft_wrap=True)
+    say(f"report: {write_report(folder)}")
+
+
+@cli.command()
+def methods() -> None:
+    """List the methods and their settings."""
+    rows = []
+    for name, kind in METHODS.items():
+        settings = (f"{key}={value}" for key, value in kind().settings().items())
+        rows.append([name, _first_sentence(kind), ", ".join(settings)])
+    show_list(["method", "what it is", "settings"], rows)
+    say("--set method.NAME=VALUE changes a setting; --method also takes module:Class")
 
 
 @cli.command()
@@ -193,7 +230,7 @@ def inspect(model: Path, debug: Debug = False) -> None:
 
     state, metadata = load_state(model)
     digest = hashlib.sha256(model.read_bytes()).hexdigest()
-    table = Table("tensor", "shape", "active", "density", "silent outputs")
+    rows = []
     silent = outputs = dense = 0
     for name, size in state.shapes().items():
         shape, pattern = "x".join(map(str, size)), state.pattern(name)
@@ -203,10 +240,10 @@ def inspect(model: Path, debug: Debug = False) -> None:
             silent, outputs = silent + zeros, outputs + size[0]
             density = f"{pattern.num_active / pattern.num_weights:.4f}"
             silence = f"{zeros} of {size[0]}"
-            table.add_row(name, shape, f"{pattern.num_active:,}", density, silence)
+            rows.append([name, shape, f"{pattern.num_active:,}", density, silence])
         else:
-            table.add_row(name, shape, f"{math.prod(size):,}", "dense")
-    console.print(table)
+            rows.append([name, shape, f"{math.prod(size):,}", "dense", ""])
+    show_table(["tensor", "shape", "active", "density", "silent outputs"], rows)
     for key, value in sorted(metadata.items()):
         console.print(f"{key}: {escaped(value)}", highlight=False)
     on_disk = format_bytes(model.stat().st_size)
@@ -226,123 +263,85 @@ def _silent_rows(row_ptr: Any, values: Any) -> int:
     return int((np.diff(nonzero[row_ptr]) == 0).sum())
 
 
-def _execute(
-    config: RunConfig, folder: Path, *, engine: str, resume: bool, quiet: bool = False
-) -> None:
-    """Run or resume one run, show its progress and where its results are."""
-    from fedprune.reports.results import summary_rows  # noqa: PLC0415
+def _first_sentence(kind: type[FederatedMethod]) -> str:
+    return (python_inspect.cleandoc(kind.__doc__ or "")).partition("\n")[0]
+
+
+def _say_under(watch: Any) -> Any:
+    """Lines of what is being done, under the run's heading."""
+    begun = False
+
+    def show(text: str) -> None:
+        nonlocal begun
+        if not begun:
+            watch.heading()
+        begun = True
+        say(text)
+
+    return show
+
+
+def _compared(
+    cells: list[RunConfig], out: Path, *, engine: str, console: Console
+) -> list[dict[str, Any]]:
+    """The summaries of all runs, in their order; progress goes to the console."""
+    from fedprune.reports.progress import Watch, is_round  # noqa: PLC0415
     from fedprune.rounds import folder as runfolder  # noqa: PLC0415
     from fedprune.rounds import run as runner  # noqa: PLC0415
+    from prunelab.pages.units import format_seconds, percent  # noqa: PLC0415
 
-    was_complete = resume and (folder / runfolder.SUMMARY).exists()
-    progress = _progress(folder, config, quiet=quiet)
-    summary = runner.run(config, folder, engine=engine, resume=resume, progress=progress)
-    if was_complete:
-        console.print(f"already complete: {escaped(folder)}", highlight=False, soft_wrap=True)
-    if not quiet:
-        table = Table(show_header=False, title="result")
-        for row in summary_rows(summary):
-            table.add_row(*row)
-        console.print(table)
-        for label, name in (("model: ", runfolder.MODEL), ("report:", runfolder.REPORT)):
-            console.print(f"{label} {escaped(folder / name)}", highlight=False, soft_wrap=True)
+    summaries: dict[int, dict[str, Any]] = {}
+    # Dense runs first: the pages of the others compare themselves with them.
+    order = sorted(range(len(cells)), key=lambda k: cells[k].method.name != FederatedMethod.name)
+    for number, place in enumerate(order, 1):
+        cell = cells[place]
+        folder = out / f"{cell.method.name}-s{cell.seed}"
+        what = f"{number}/{len(cells)} {folder}"
+        end = "already complete" if (folder / runfolder.SUMMARY).exists() else ""
+        with progress_bar(console) as bar:
 
+            def show(line: Mapping[str, Any], what: str = what, cell: RunConfig = cell) -> None:
+                bar(what, line["round"] if is_round(line) else 0, cell.training.rounds)
 
-def _progress(folder: Path, config: RunConfig, *, quiet: bool) -> Callable[[], None]:
-    """A function that prints every line of metrics.jsonl that has come since its last call."""
-    from fedprune.rounds.folder import read_metrics  # noqa: PLC0415
-    from prunelab.pages.units import format_bytes, format_seconds  # noqa: PLC0415
-
-    shown = -1  # nothing yet, not even the heading: the settings may still be refused
-    times: list[float] = []
-
-    def show(line: dict[str, Any]) -> None:
-        if line.get("event") == "start":
-            clients = line["clients"]
-            text = f"{len(clients)} clients, density {line['density']:.4g}"
-            if "selection" in line:
-                selection = line["selection"]
-                text += f", candidate {selection['winner'] + 1} of {len(selection['losses'])} won"
-            if line.get("no_program"):
-                text += f"; clients compute by torch modules: {line['no_program']}"
-        elif "round" in line and "event" not in line:
-            times.append(_clock())
-            recent = times[-6:]
-            left = ""
-            if len(recent) > 1:
-                each = statistics.mean(b - a for a, b in itertools.pairwise(recent))
-                left = f"  left {format_seconds(each * (config.training.rounds - line['round']))}"
-            text = (
-                f"round {line['round']:>3}/{config.training.rounds}"
-                f"  accuracy {100 * line['test_accuracy']:5.2f} %"
-                f"  density {line['density']:.4g}"
-                f"  up {format_bytes(line['bytes_up'])}"
-                f"  down {format_bytes(line['bytes_down'])}{left}"
-            )
-        else:
-            return
-        console.print(text, highlight=False, soft_wrap=True)
-
-    def heading() -> None:
-        console.print(
-            f"{config.method.name} on {escaped(config.data.dataset)}, {config.model_name}, "
-            f"{config.data.clients} clients, {config.training.rounds} rounds -> {escaped(folder)}",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-    def progress() -> None:
-        nonlocal shown
-        if shown < 0:
-            shown = 0
-            if not quiet:
-                heading()
-        lines = read_metrics(folder)
-        for line in lines[shown:]:
-            if not quiet:
-                show(line)
-            for skipped in line.get("skipped", []):
-                errors.print(
-                    f"[yellow]warning:[/yellow] round {line.get('round', 0)}: client "
-                    f"{skipped['client']} left out: {escaped(skipped['reason'])}",
-                    soft_wrap=True,
-                )
-        shown = len(lines)
-
-    return progress
-
-
-def _clock() -> float:
-    import time  # noqa: PLC0415
-
-    return time.monotonic()
+            show({})
+            summary = runner.run(
+                cell, folder, engine=engine, resume=(folder / runfolder.CONFIG).exists(),
+                progress=Watch(folder, cell, show=show),
+            )  # fmt: skip
+        end = end or format_seconds(summary["seconds"])
+        say(f"{what}: {percent(summary['test_accuracy'])}, {end}", to=console)
+        summaries[place] = summary
+    return [summaries[place] for place in range(len(cells))]
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _takes_density(path: Path | None, options: dict[str, Any]) -> bool:
-    """Whether the method that is meant has a density."""
-    values = {**(read_toml(path) if path else {}), **options}
-    return "method.density" in own_settings(values)
+def _values(path: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file, if there is one, and in their place those of `options`.
+
+    A file may be of a run of another method than the options name: what only that one knows is
+    left out.
+    """
+    values = read_toml(path) if path else {}
+    name = options.get(METHOD_NAME, values.get(METHOD_NAME))
+    if name != values.get(METHOD_NAME):
+        values = for_method(values, name)
+    return {**values, **options}
 
 
-def _build_config(path: Path | None, options: dict[str, Any], *, shared: bool = False) -> RunConfig:
-    """The configuration; settings `shared` by several methods are for those that know them."""
-    values = {**(read_toml(path) if path else {}), **options}
-    if shared:
-        values = own_settings(values)
+def _build_config(values: Mapping[str, Any]) -> RunConfig:
     dataset = values.get("data.dataset")
     if isinstance(dataset, str) and os.path.isdir(dataset):
         # Workers of the simulation run elsewhere; a relative path would not mean the same.
-        values["data.dataset"] = str(Path(dataset).resolve())
+        values = {**values, "data.dataset": str(Path(dataset).resolve())}
     return RunConfig.parse(values)
 
 
-def _stored_config(out: Path) -> Path:
-    from fedprune.rounds.folder import CONFIG  # noqa: PLC0415
+def _stored(out: Path) -> dict[str, Any]:
+    from fedprune.rounds.folder import CONFIG, stored_settings  # noqa: PLC0415
 
     if not (out / CONFIG).exists():
         raise RunError(f"nothing to resume in {out}: it has no {CONFIG}")
-    return out / CONFIG
+    return stored_settings(out)

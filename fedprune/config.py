@@ -13,6 +13,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,11 @@ class RunConfig:
         return tomli_w.dumps(tables)
 
     @property
+    def digest(self) -> str:
+        """32 hexadecimal digits that name these settings."""
+        return sha256(json.dumps(self.flat()).encode()).hexdigest()[:32]
+
+    @property
     def model_name(self) -> str:
         """The model's name, the data set's default where none was given."""
         return self.model.name or DEFAULT_MODELS.get(self.data.dataset, "resnet20")
@@ -163,11 +169,18 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing or is not TOML.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no config file at {path}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a TOML file: {error}") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """TOML of one table per section, as flat `section.key` names."""
+    tables = tomllib.loads(text)
     flat: dict[str, Any] = {}
     for name, value in tables.items():
         if isinstance(value, dict):
@@ -192,6 +205,21 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
     return values
 
 
+def continued(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that goes on, with what was given anew in their place.
+
+    What belongs to the stored method alone is left out where another is named.
+
+    >>> continued({"seed": 1, "training.lr": 0.2}, {"seed": 2})
+    {'seed': 2, 'training.lr': 0.2}
+    """
+    given = dict(given)
+    given = {**_packed_settings(given.pop(METHOD_SETTINGS, "")), **given}
+    if given.get(METHOD_NAME, stored.get(METHOD_NAME)) != stored.get(METHOD_NAME):
+        stored = {key: value for key, value in stored.items() if not key.startswith("method.")}
+    return {**stored, **given}
+
+
 def own_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` less settings that only methods other than the one named there have.
 
@@ -201,6 +229,12 @@ def own_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     own = _flat_method(method_class(name)())
     others = {key for method in METHODS.values() for key in _flat_method(method())} - own.keys()
     return {key: value for key, value in values.items() if key not in others}
+
+
+def for_method(values: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """`values` for another method, less the settings of a method that this one does not have."""
+    own = _flat_method(method_class(name or DEFAULT_METHOD)())
+    return {key: value for key, value in values.items() if key in own or key[:7] != "method."}
 
 
 def _flat_sections(seed: int, sections: Mapping[str, type[Any]]) -> dict[str, Scalar]:

@@ -76,11 +76,16 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class FederationConfig:
-    """Who takes part in a round. `clients_per_round` 0 asks everybody; `timeout` in seconds."""
+    """Who takes part in a round. `clients_per_round` 0 asks everybody; `timeout` in seconds.
+
+    `max_share` is how much of a round's weight one client may have whose samples the run did not
+    hand out: nobody but itself knows how many they are. 1 believes every number.
+    """
 
     clients_per_round: int = 0
     timeout: float = 600.0
     value_dtype: str = "fp32"
+    max_share: float = 0.5
 
 
 def problems(
@@ -123,6 +128,8 @@ def problems(
     for key, amount in not_negative.items():
         if not amount >= 0:
             yield f"{key}: expected 0 or more, got {amount}"
+    if not 0 < federation.max_share <= 1:
+        yield f"federation.max_share: expected 0 < max_share <= 1, got {federation.max_share}"
     if training.batch_size < 2:
         yield f"training.batch_size: batch norm needs at least 2, got {training.batch_size}"
     if not 0 <= training.momentum < 1:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
+
+settings.register_profile("long")  # --hypothesis-profile=long: a hundred times as many hostile runs
 
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -45,12 +45,24 @@ def in_a_process(function: Callable[P, R], *arguments: P.args, **named: P.kwargs
 
 
 class Command:
-    """A running command, such as `fedprune run`, begun in the folder `cwd`."""
+    """A running command, such as `fedprune run`, begun in the folder `cwd`.
 
-    def __init__(self, name: str, *arguments: str, cwd: Path) -> None:
+    Args:
+        columns: of the window that it believes to print to.
+        variables: of its environment, beside those of this process.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *arguments: str,
+        cwd: Path,
+        columns: int = 200,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self._arguments = [name, *arguments]
         self._folder = Path(tempfile.mkdtemp(prefix="command-"))
-        environment = {**os.environ, "COLUMNS": "200"}
+        environment = {**os.environ, "COLUMNS": str(columns), **(variables or {})}
         self._process = FORKS.Process(
             target=_main, args=(self._arguments, cwd, environment, self._folder)
         )

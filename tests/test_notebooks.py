@@ -1,37 +1,47 @@
-"""Every notebook runs from beginning to end, and is stored without its outputs."""
+"""Every notebook runs from beginning to end, and is stored with the outputs of its sources."""
 
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+
+from notebooks.execute import fewer_colours, sources_digest
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 # Notebook -> number of pictures that it must show, at least.
 PICTURES = {"01_tiny_federated_model.ipynb": 5, "02_prune_your_data.ipynb": 4}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-# Runs in an interpreter of its own: there the warnings of Jupyter's packages are no errors. The
-# kernel "python3" is written anew, since a user's own of that name may start another Python.
+MOST_BYTES = 250_000
+
+# Runs in an interpreter of its own: there the warnings of Jupyter's packages are no errors. What
+# runs is what stores the notebooks, and a cell more.
 RUNNER = """
 import sys
+from pathlib import Path
 import nbformat
-from ipykernel.kernelspec import write_kernel_spec
-from nbclient import NotebookClient
 
-source, target, kernel, folder = sys.argv[1:]
-write_kernel_spec(kernel)
+source, target, folder = map(Path, sys.argv[1:])
+sys.path.insert(0, str(source.parent))
+from execute import execute
+
 notebook = nbformat.read(source, as_version=4)
 nbformat.validate(notebook)
+for cell in notebook.cells:
+    if cell.cell_type == "code":
+        cell.outputs, cell.execution_count = [], None
 notebook.cells.append(nbformat.v4.new_code_cell("import sys; print(sys.executable)"))
-resources = {"metadata": {"path": folder}}
-NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+execute(notebook, folder)
 nbformat.write(notebook, target)
 """
 
@@ -46,29 +56,62 @@ def test_every_notebook_is_known_here() -> None:
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_stored_without_outputs(name: str) -> None:
-    for cell in code_cells(NOTEBOOKS / name):
-        assert cell["outputs"] == [], f"clear the outputs of {name}, cell {cell['id']}"
-        assert cell["execution_count"] is None, f"clear the outputs of {name}, cell {cell['id']}"
-    metadata = json.loads((NOTEBOOKS / name).read_text(encoding="utf-8"))["metadata"]
-    assert metadata["kernelspec"]["name"] == "python3"
+def test_stored_with_the_outputs_of_its_sources(name: str) -> None:
+    """GitHub shows what is stored, and runs nothing."""
+    notebook = json.loads((NOTEBOOKS / name).read_text(encoding="utf-8"))
+    cells = code_cells(NOTEBOOKS / name)
+    hint = f"run: python notebooks/execute.py {name}"
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), hint
+    assert notebook["metadata"]["executed_sources"] == sources_digest(notebook), hint
+    assert set(notebook["metadata"]) == {"executed_sources", "kernelspec", "language_info"}
+    assert notebook["metadata"]["language_info"] == {"name": "python"}  # and no version of it
+    assert all(cell["metadata"] == {} for cell in notebook["cells"])  # and no times
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert all(output.get("name") != "stderr" for output in outputs)
+    assert len(pictures_of(outputs)) >= PICTURES[name]
+    text = json.dumps(outputs)
+    assert not re.search(r"/(home|root|tmp|work|Users)/", text), "a path of this machine"
+    assert (NOTEBOOKS / name).stat().st_size <= MOST_BYTES
+
+
+def test_the_digest_tells_sources_from_outputs() -> None:
+    cell = {"cell_type": "code", "source": ["a\n", "b"], "outputs": [], "execution_count": None}
+    digest = sources_digest({"cells": [cell]})
+    ran = {**cell, "outputs": [{"text": "x"}], "execution_count": 3, "source": "a\nb"}
+    assert sources_digest({"cells": [ran]}) == digest
+    for changed in ({"source": "a\nc"}, {"cell_type": "markdown"}):
+        assert sources_digest({"cells": [{**cell, **changed}]}) != digest
+
+
+def test_pictures_lose_colours_and_no_more() -> None:
+    """A palette of 64 colours; where a picture was transparent it is white."""
+    picture = Image.new("RGBA", (200, 100), (0, 0, 0, 0))
+    for column in range(100):
+        for row in range(100):
+            picture.putpixel((column, row), (2 * column, 0, 2 * row, 255))
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    small = base64.b64decode(fewer_colours(base64.b64encode(file.getvalue()).decode()))
+    assert small.startswith(PNG_SIGNATURE)
+    with Image.open(io.BytesIO(small)) as read:
+        plain = read.convert("RGB")
+    assert plain.size == (200, 100)
+    assert len(plain.getcolors() or []) <= 64
+    assert plain.getpixel((150, 50)) == (255, 255, 255)
+    red, green, blue = plain.getpixel((50, 50))  # type: ignore[misc]
+    assert max(abs(red - 100), green, abs(blue - 100)) < 30
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 def test_runs_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
     executed, temporary, work = tmp_path / name, tmp_path / "temporary", tmp_path / "work"
-    kernel = tmp_path / "jupyter" / "kernels" / "python3"
     for folder in (temporary, work):
         folder.mkdir()
-    environment = {
-        **os.environ,
-        "JUPYTER_PATH": str(tmp_path / "jupyter"),  # is searched first
-        "TMPDIR": str(temporary),
-    }
+    environment = {**os.environ, "TMPDIR": str(temporary)}
     # An inherited backend would draw elsewhere than in the notebook.
     environment.pop("MPLBACKEND", None)
-    arguments = [NOTEBOOKS / name, executed, kernel, work]
+    arguments = [NOTEBOOKS / name, executed, work]
     done = subprocess.run(
         [sys.executable, "-c", RUNNER, *map(str, arguments)],
         env=environment,
@@ -83,7 +126,7 @@ def test_runs_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
     assert python["outputs"][0]["text"] == [f"{sys.executable}\n"]
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
-    pictures = [output["data"]["image/png"] for output in outputs if "image/png" in _data(output)]
+    pictures = pictures_of(outputs)
     assert len(pictures) >= PICTURES[name]
     for picture in pictures:
         assert base64.b64decode(picture).startswith(PNG_SIGNATURE)
@@ -91,6 +134,7 @@ def test_runs_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
     assert not list(temporary.glob("fedprune-*"))
 
 
-def _data(output: dict[str, Any]) -> dict[str, Any]:
-    data: dict[str, Any] = output.get("data", {})
-    return data
+def pictures_of(outputs: list[dict[str, Any]]) -> list[str]:
+    """The pictures among outputs, base64 of PNG."""
+    data: list[dict[str, str]] = [output.get("data", {}) for output in outputs]
+    return [found["image/png"] for found in data if "image/png" in found]

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from datapruning.errors import SelectionError
 from prunelab.errors import RunError
-from prunelab.pages.console import console, say
+from prunelab.pages.console import say, show_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +40,7 @@ MaxTitles = Annotated[int, typer.Option(help="Titles of a history, the most rece
 Seed = Annotated[int, typer.Option(help="Decides every random choice.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Out = Annotated[Path, typer.Option(help="Folder for what is written.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 
 
 @app.command()
@@ -61,12 +60,14 @@ def score(  # noqa: PLR0917 - the command's options
     max_titles: MaxTitles = 10,
     seed: Seed = 0,
     device: Device = "cpu",
+    force: Force = False,
 ) -> None:
     """Score every sample by influence and effort; run again after an interruption to go on."""
     from datapruning.recommend import steps  # noqa: PLC0415
     from datapruning.recommend.histories import HistorySamples  # noqa: PLC0415
     from datapruning.recommend.overall import overall_table  # noqa: PLC0415
     from datapruning.recommend.surrogate import SurrogateConfig  # noqa: PLC0415
+    from datapruning.selection.table import write_once  # noqa: PLC0415
 
     histories = _read(data, titles)
     config = SurrogateConfig(epochs=epochs, patience=patience, negatives=negatives or None)
@@ -82,16 +83,16 @@ def score(  # noqa: PLR0917 - the command's options
         histories, samples, out, language_model=language, seed=seed, report=say
     )
     overall = overall_table(influence, effort, weight=weight)
-    overall.write(out / "scores.parquet")
+    write_once(overall, out / "scores.parquet", force=force)
     for name in overall.provenance["equal"]:
         say(f"note: all scores of {name} are equal and rank nothing")
-    table = Table("score", "lowest", "median", "highest", "seconds")
+    rows = []
     for kind in (influence, effort, overall):
         values = (kind.scores.min(), kind.scores.median(), kind.scores.max())
         seconds = kind.provenance.get("seconds")
         shown = "–" if seconds is None else f"{seconds:.0f}"
-        table.add_row(kind.method, *[f"{float(v):.4g}" for v in values], shown)
-    console.print(table)
+        rows.append([kind.method, *[f"{float(v):.4g}" for v in values], shown])
+    show_table(["score", "lowest", "median", "highest", "seconds"], rows)
     say(f"scores of {len(overall):,} samples: {out / 'scores.parquet'}")
     if model.startswith("scratch:"):
         say(f"the model that knows the titles: {out / 'base'} (fine-tune with --model this)")
@@ -100,24 +101,25 @@ def score(  # noqa: PLR0917 - the command's options
 @app.command()
 def select(  # noqa: PLR0917 - the command's options
     scores: Annotated[Path, typer.Argument(help="What `recommend score` wrote.")],
-    keep: Annotated[float, typer.Option(help="Number of samples, or below 1 a fraction.")] = 1024,
+    keep: Annotated[
+        str, typer.Option(help="A number of samples, or a share with a dot or a % (0.5, 50%).")
+    ] = "1024",
     out: Annotated[Path, typer.Option(help="Parquet file for the kept ids.")] = Path(
         "kept.parquet"
     ),
     groups: Annotated[int, typer.Option(help="Groups of equal width.")] = 50,
     cut: Annotated[float, typer.Option(help="Share of the highest scores dropped first.")] = 0.1,
     seed: Seed = 0,
+    force: Force = False,
 ) -> None:
     """Choose exactly so many samples, covering the range of scores."""
     from datapruning.recommend.overall import select_covering  # noqa: PLC0415
-    from datapruning.selection.table import ScoreTable  # noqa: PLC0415
+    from datapruning.selection.select import parsed_keep  # noqa: PLC0415
+    from datapruning.selection.table import ScoreTable, write_once  # noqa: PLC0415
 
     table = ScoreTable.read(scores)
-    if keep >= 1 and not keep.is_integer():
-        raise SelectionError(f"--keep {keep:g}: expected a share below 1, or a whole number")
-    count = keep if keep < 1 else int(keep)
-    subset = select_covering(table, keep=count, seed=seed, num_groups=groups, cut=cut)
-    subset.write(out)
+    subset = select_covering(table, keep=parsed_keep(keep), seed=seed, num_groups=groups, cut=cut)
+    write_once(subset, out, force=force)
     say(f"kept: {len(subset):,} of {len(table):,} samples -> {out}")
 
 
@@ -208,16 +210,16 @@ def evaluate(  # noqa: PLR0917 - the command's options
     if as_json:
         print(json.dumps({name: float(values.mean()) for name, values in found.items()}))
         return
-    console.print(_metrics_table(found))
+    show_table(["metric", "mean", "±"], _metrics_rows(found))
     say(f"{len(question):,} users, {histories.num_items:,} items, ± the standard error")
 
 
-def _metrics_table(found: Mapping[str, Tensor]) -> Table:
-    table = Table("metric", "mean", "±")
+def _metrics_rows(found: Mapping[str, Tensor]) -> list[list[str]]:
+    rows = []
     for name, values in found.items():
         error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
-        table.add_row(name, f"{float(values.mean()):.4f}", f"{error:.4f}")
-    return table
+        rows.append([name, f"{float(values.mean()):.4f}", f"{error:.4f}"])
+    return rows
 
 
 def _read(data: str, titles: Path | None, *, quiet: bool = False) -> Histories:

@@ -12,6 +12,8 @@ from prunelab.pages import plots
 from prunelab.pages.plots import ACCENT, GRID, HALF, INK, MUTED, SECOND, WHOLE
 
 BINS = 40
+LARGEST = 1e150  # the sizes of a chart's axes would not be finite much above
+EMPTY = 0.7  # where a logarithmic scale shows 0
 FEW_METHODS = 9
 
 
@@ -20,34 +22,47 @@ def histogram_chart(
     kept: Sequence[float] | None,
     *,
     name: str,
-    kept_by: str,
     label: str,
 ) -> Markup:
-    """How scores are spread; those of kept samples in the accent colour.
+    """How scores are spread, and below it the share of each bin that is kept.
 
-    Where one bin holds more than half of all samples, counts are on a logarithmic scale.
+    Two plots and no bars over bars: on a logarithmic scale those would show no share. Counts are
+    logarithmic, drawn as an outline, where one bin holds more than half of all samples.
 
     Args:
-        scores: of all samples, finite.
+        scores: of all samples, between ±`LARGEST`.
         kept: of the kept ones, or None.
-        kept_by: what they were kept by, for the legend.
         label: what a screen reader says; this and every other chart has one.
     """
+    import numpy as np  # noqa: PLC0415
+
     low, high = min(scores), max(scores)
-    width = (high - low) / BINS or 1.0
+    span, largest = high - low, max(abs(low), abs(high))
+    if span <= max(1e-12 * largest, 1e-290):  # as good as equal: bins would have no width
+        span = max(largest, 1.0)
+    width = span / BINS
     edges = [low + width * k for k in range(BINS + 1)]
-    with plots.figure(HALF, 2.5) as figure:
-        axes = figure.add_subplot()
-        counts, _, _ = axes.hist(
-            scores, bins=edges, color=GRID, edgecolor=MUTED, linewidth=0.4, label="all"
-        )
-        if kept is not None:
-            axes.hist(kept, bins=edges, color=ACCENT, label=f"kept: {kept_by}")
-            plots.legend(axes)
+    counts, _ = np.histogram(scores, bins=edges)
+    with plots.figure(HALF, 2.4 if kept is None else 3.1) as figure:
+        if kept is None:
+            axes = bottom = figure.add_subplot()
+        else:
+            axes, bottom = figure.subplots(nrows=2, sharex=True, height_ratios=[3, 1.3])
+            shares = np.histogram(kept, bins=edges)[0] / np.maximum(counts, 1)
+            bottom.bar(edges[:-1], 100 * shares, width=width, align="edge", color=ACCENT)
+            bottom.set(ylabel="kept, %", ylim=(0, 104), yticks=(0, 50, 100))
+            bottom.grid(visible=False, axis="x")
         if max(counts) > len(scores) / 2:
+            axes.stairs(np.maximum(counts, EMPTY), edges, baseline=None, color=MUTED)
             axes.set_yscale("log")
+            axes.set_ylim(bottom=EMPTY)
             axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
-        axes.set(xlabel=f"score by {name} (high: keep)", ylabel="samples")
+            axes.yaxis.set_minor_formatter(lambda value, position: "")
+            axes.set_ylabel("samples (log)")
+        else:
+            axes.stairs(counts, edges, fill=True, color=MUTED)
+            axes.set_ylabel("samples")
+        bottom.set_xlabel(f"score by {name} (high: keep)")
         axes.grid(visible=False, axis="x")
         return plots.svg(figure, label)
 
@@ -91,7 +106,7 @@ def balance_chart(before: Sequence[int], after: Sequence[int], *, label: str) ->
         fair = [share * count for count in before]
         axes.plot(
             places, fair, linestyle="none", marker="_", markersize=13, color=SECOND,
-            label="an equal share of each class",
+            label="equal share",
         )  # fmt: skip
         axes.set(xlabel="class", ylabel="samples")
         plots.class_ticks(axes, len(before))

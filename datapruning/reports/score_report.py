@@ -7,7 +7,9 @@ script. It is made from the tables (and the data set) alone.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -15,10 +17,16 @@ import torch
 from torch import Tensor
 
 from datapruning.errors import ScoreError, SelectionError
-from datapruning.reports.charts import FEW_METHODS, balance_chart, histogram_chart, matrix_chart
+from datapruning.reports.charts import (
+    FEW_METHODS,
+    LARGEST,
+    balance_chart,
+    histogram_chart,
+    matrix_chart,
+)
 from datapruning.scoring.methods import METHODS
-from datapruning.scoring.score import dense_path, times_path
-from datapruning.selection.agreement import Agreement, agreement
+from datapruning.scoring.score import dense_path, noted_times, processor_seconds
+from datapruning.selection.agreement import KEEPS, Agreement, agreement, common_scores
 from datapruning.selection.select import select
 from datapruning.selection.table import ScoreTable, Subset
 from prunelab.data.datasets import load_dataset
@@ -31,19 +39,20 @@ from prunelab.pages.page import (
     GalleryRow,
     Page,
     Pair,
+    Picture,
     Section,
-    Strip,
     Table,
     Text,
     settings,
 )
-from prunelab.pages.pictures import extremes, strip
+from prunelab.pages.pictures import extremes, pictures
 from prunelab.pages.units import NOTHING, format_seconds, percent, rounded
 from prunelab.runs.settings import flattened
 from prunelab.runs.version import __version__
 
 KEEP = 0.5
 PICTURES = 10
+"""Samples of a class at either end; a page of several tables shows half as many of each."""
 MOST_CLASSES = 20
 
 
@@ -58,9 +67,8 @@ def write_score_report(
     """Write the report of one or more tables of the same data, and return its path.
 
     Args:
-        paths: parquet files; the first is shown in most detail. A sparse proxy's dense table and
-            times are found beside it.
-        subset: what was kept; None: the page shows what the hardest half would be.
+        paths: parquet files. A sparse proxy's dense table and times are found beside it.
+        subset: what was kept; None: the page shows what the hardest half by each table would be.
 
     Raises:
         ScoreError: not tables, or of different data.
@@ -84,7 +92,7 @@ def proxy_check(path: Path) -> tuple[Agreement, float | None] | None:
     if not dense_path(path).exists():
         return None
     found = agreement(ScoreTable.read(path), ScoreTable.read(dense_path(path)))
-    sparse, dense = _seconds(path), _seconds(dense_path(path))
+    sparse, dense = processor_seconds(path), processor_seconds(dense_path(path))
     return found, None if not sparse or not dense else sparse / dense
 
 
@@ -102,25 +110,48 @@ def class_counts(table: ScoreTable, kept: Subset) -> tuple[list[int], list[int]]
     return before, table.labels[inside].bincount(minlength=num_classes).tolist()
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """A table on the page, and the selection that is shown with it."""
+
+    path: Path
+    table: ScoreTable
+    kept: Subset | None
+    is_example: bool
+
+    @property
+    def how(self) -> str:
+        """By what the samples were kept, in words."""
+        if self.is_example or self.kept is None:
+            return f"the hardest {100 * KEEP:.0f} % by {self.table.method}"
+        return f"{self.kept.policy} by {self.kept.method}" if self.kept.method else self.kept.policy
+
+
 def _page(tables: Sequence[ScoreTable], paths: Sequence[Path], subset: Subset | None) -> Page:
     first = tables[0]
-    shown, is_example = _kept(first, subset)
+    shown = [
+        _Shown(path, table, *_kept(table, subset))
+        for path, table in zip(paths, tables, strict=True)
+    ]
     methods = ", ".join(table.method for table in tables)
     heading = f"{methods} on {first.dataset}" if len(tables) < 4 else f"Scores of {first.dataset}"
     notes = [note for table in tables for note in table.provenance.get("notes", [])]
+    # A selection is of all the tables, what would be kept is of each.
+    balances = shown if subset is None else shown[:1]
     return Page(
         product="datapruning",
         kind="scores",
         heading=heading,
         subtitle=f"{len(first):,} samples · seed {first.seed} · fingerprint {first.fingerprint}",
         banner=" ".join(notes),
-        facts=_facts(first, paths[0], shown, is_example),
+        facts=_facts(shown),
         sections=[
-            *(_histogram(table, shown, is_example=is_example) for table in tables),
-            _balance(first, shown, is_example=is_example),
+            _summaries(shown),
+            *map(_histogram, shown),
+            *map(_balance, balances),
             _agreement(tables),
-            _proxy(first, paths[0]),
-            _pictures(first),
+            *(_proxy(table, path) for path, table in zip(paths, tables, strict=True)),
+            *_galleries(tables),
             _provenance(tables),
         ],
         footer=f"Made by datapruning {__version__}. Only the training side was looked at; "
@@ -143,53 +174,108 @@ def _kept(table: ScoreTable, subset: Subset | None) -> tuple[Subset | None, bool
         return None, True
 
 
-def _facts(table: ScoreTable, path: Path, kept: Subset | None, is_example: bool) -> list[Fact]:
-    known = table.scores[table.scores.isfinite()]
-    spread = f"{rounded(float(known.min()))} – {rounded(float(known.max()))}" if len(known) else ""
-    density = table.provenance.get("settings", {}).get("density")
-    proxy = "" if density is None else f"sparse proxy, density {density:g}"
-    facts = [
-        Fact("samples", f"{len(table):,}", table.dataset),
-        Fact("method", table.method, proxy),
-        Fact("model", table.model or "none"),
-        Fact("median score", rounded(float(known.median())) if len(known) else NOTHING, spread),
-        Fact("not finite", f"{len(table) - len(known):,}", "scores"),
-        Fact("processor time", format_seconds(_seconds(path)), "training and scoring"),
-    ]
-    if kept is not None and not is_example:
+def _facts(shown: Sequence[_Shown]) -> list[Fact]:
+    first = shown[0]
+    table, kept = first.table, first.kept
+    facts = [Fact("samples", f"{len(table):,}", table.dataset)]
+    if len(shown) == 1:
+        median, spread, missing = _spread(table)
+        facts += [
+            Fact("method", table.method, _proxy_density(table)),
+            Fact("model", table.model or "none"),
+            Fact("median score", median, spread),
+            Fact("not finite", missing, "scores"),
+        ]
+    else:
+        facts.append(Fact("methods", str(len(shown))))
+    facts.append(Fact("processor time", _time(shown), "training and scoring"))
+    if kept is not None and not first.is_example:
         share = percent(len(kept) / len(table))
         facts.append(Fact("kept", f"{len(kept):,}", f"{share}, {kept.policy}"))
+        drawn = kept.provenance.get("drawn", 0)
+        facts.append(Fact("kept by chance", f"{drawn:,}", "drawn among equal scores"))
     return facts
 
 
-def _histogram(table: ScoreTable, kept: Subset | None, *, is_example: bool) -> Section:
+def _spread(table: ScoreTable) -> tuple[str, str, str]:
+    """Median, range, and the number of scores that are not finite."""
+    known = table.scores[table.scores.isfinite()]
+    missing = f"{len(table) - len(known):,}"
+    if not len(known):
+        return NOTHING, "", missing
+    spread = f"{rounded(float(known.min()))} – {rounded(float(known.max()))}"
+    return rounded(float(known.median())), spread, missing
+
+
+def _proxy_density(table: ScoreTable) -> str:
+    density = table.provenance.get("settings", {}).get("density")
+    return "" if density is None else f"sparse proxy, density {density:g}"
+
+
+def _time(shown: Sequence[_Shown]) -> str:
+    """Processor time; methods that were scored together share it."""
+    times = [noted_times(one.path) for one in shown]
+    known = {tuple(time["methods"]): float(time["processor_seconds"]) for time in times if time}
+    return format_seconds(sum(known.values())) if known and None not in times else NOTHING
+
+
+def _summaries(shown: Sequence[_Shown]) -> Section | None:
+    """A line for each of several tables."""
+    if len(shown) < 2:
+        return None
+    rows = []
+    for one in shown:
+        model = ", ".join(filter(None, [one.table.model or "none", _proxy_density(one.table)]))
+        drawn = NOTHING if one.kept is None else f"{one.kept.provenance.get('drawn', 0):,}"
+        rows.append([one.table.method, model, *_spread(one.table), drawn])
+    header = ["method", "model", "median", "range", "not finite", "kept by chance"]
+    kept = next((one.kept for one in shown if one.kept is not None), None)
+    note = (
+        f"Kept by chance: of the hardest {100 * KEEP:.0f} %, those drawn among equal scores."
+        if shown[0].is_example
+        else f"Kept by chance: of the {0 if kept is None else len(kept):,} kept samples, those "
+        "drawn among equal scores."
+    )
+    return Section("Methods", [Table(header, rows), Text(note, is_note=True)], wide=True)
+
+
+def _histogram(shown: _Shown) -> Section:
+    table, kept = shown.table, shown.kept
     title = f"Scores by {table.method}"
     known = table.scores.isfinite()
     if not bool(known.any()):
         return Section(title, [Text("No score is finite.")])
+    if float(table.scores[known].abs().max()) > LARGEST:
+        return Section(title, [Text(f"No chart: scores beyond ±{LARGEST:g} have no scale.")])
     inside = None
     if kept is not None:
         inside = table.scores[known & torch.isin(table.ids, kept.ids)].tolist()
     known_method = METHODS.get(table.method)
-    summary = "" if known_method is None else known_method.summary
-    how = kept and (f"{kept.policy} by {kept.method}" if kept.method else kept.policy)
+    note = "" if known_method is None else known_method.summary
+    if kept is not None:
+        note += f" Below: the share of the samples of a bin that is kept, {shown.how}."
+        if drawn := kept.provenance.get("drawn", 0):
+            note += (
+                f" {drawn:,} of the {len(kept):,} were drawn by chance: others that are not kept "
+                "have the same scores."
+            )
     chart = histogram_chart(
         table.scores[known].tolist(),
         inside,
         name=table.method,
-        kept_by=f"{how}, {100 * KEEP:.0f} %" if is_example else str(how),
         label=f"{title}: {int(known.sum())} samples",
     )
-    return Section(title, [Figure(chart, summary)])
+    return Section(title, [Figure(chart, note.strip())])
 
 
-def _balance(table: ScoreTable, kept: Subset | None, *, is_example: bool) -> Section | None:
+def _balance(shown: _Shown) -> Section | None:
+    table, kept = shown.table, shown.kept
     if table.labels is None or kept is None:
         return None
     before, after = class_counts(table, kept)
     what = (
-        f"What the hardest {100 * KEEP:.0f} % by {table.method} would be."
-        if is_example
+        f"What {shown.how} would be."
+        if shown.is_example
         else f"{len(kept):,} of {len(table):,} samples kept by {kept.policy}."
     )
     empty = [str(c) for c, (b, a) in enumerate(zip(before, after, strict=True)) if b and not a]
@@ -201,9 +287,11 @@ def _balance(table: ScoreTable, kept: Subset | None, *, is_example: bool) -> Sec
         f" Class {largest} keeps {percent(after[largest] / before[largest])} of its samples, "
         f"class {least} {percent(after[least] / before[least])}."
     )
-    chart = balance_chart(before, after, label=f"Class balance: {what}")
+    by = f" by {table.method}" if shown.is_example else ""
+    title = f"Class balance before and after{by}"
+    chart = balance_chart(before, after, label=f"{title}: {what}")
     is_wide = len(before) > MOST_CLASSES
-    return Section("Class balance before and after", [Figure(chart, what)], wide=is_wide)
+    return Section(title, [Figure(chart, what)], wide=is_wide)
 
 
 def _agreement(tables: Sequence[ScoreTable]) -> Section | None:
@@ -213,12 +301,13 @@ def _agreement(tables: Sequence[ScoreTable]) -> Section | None:
     matrix = [[1.0] * len(tables) for _ in tables]
     rows = []
     for i, j in combinations(range(len(tables)), 2):
-        found = agreement(tables[i], tables[j])
-        matrix[i][j] = matrix[j][i] = found.spearman
-        shares = [percent(share) for share in found.overlap.values()]
-        rows.append([f"{names[i]}, {names[j]}", rounded(found.spearman, ".3f"), *shares])
-    keeps = list(found.overlap)
-    header = ["methods", "Spearman", *(f"both keep, at {100 * k:.0f} %" for k in keeps)]
+        rank, shares = math.nan, [NOTHING] * len(KEEPS)
+        if len(common_scores(tables[i], tables[j])[0]):
+            found = agreement(tables[i], tables[j])
+            rank, shares = found.spearman, [percent(share) for share in found.overlap.values()]
+        matrix[i][j] = matrix[j][i] = rank
+        rows.append([f"{names[i]}, {names[j]}", rounded(rank, ".3f"), *shares])
+    header = ["methods", "Spearman", *(f"both keep, at {100 * k:.0f} %" for k in KEEPS)]
     chart = matrix_chart(names, matrix, label="Agreement: rank correlations of the methods")
     table = Table(header, rows, scrolls="Agreement of methods")
     note = "Spearman's rank correlation. Unrelated scores share as much as the kept fraction."
@@ -243,39 +332,56 @@ def _proxy(table: ScoreTable, path: Path) -> Section | None:
     return Section(title, [Table(["", ""], rows)])
 
 
-def _pictures(table: ScoreTable) -> Section:
-    samples = _samples(table)
-    if samples is None or table.labels is None:
+def _galleries(tables: Sequence[ScoreTable]) -> list[Section]:
+    """The most and the least kept samples of each class, by each table."""
+    samples, names = _samples(tables[0])
+    if samples is None or tables[0].labels is None:
         gone = "No pictures: the data set is not at hand, or is not the one that was scored."
-        return Section("Most and least kept", [Text(gone)], wide=True)
+        return [Section("Most and least kept", [Text(gone)], wide=True)]
+    count = PICTURES if len(tables) == 1 else PICTURES // 2
+    return [_gallery(table, samples.images, names, count=count) for table in tables]
+
+
+def _gallery(table: ScoreTable, images: Tensor, names: Sequence[str], *, count: int) -> Section:
+    assert table.labels is not None, "tables of the same data have the same labels"
     classes = table.labels.unique().tolist()
     rows = []
     for label in classes[:MOST_CLASSES]:
-        sides = extremes(table.scores, table.labels, label, count=PICTURES)
-        strips = [_strip_of(samples.images, side, table.scores) for side in sides]
-        rows.append(GalleryRow(str(label), strips))
-    gallery = Gallery(["class", "least kept (lowest first)", "most kept (highest first)"], rows)
-    cut = [Text(f"The first {MOST_CLASSES} of {len(classes)} classes.")]
-    parts = [*(cut if len(classes) > MOST_CLASSES else []), gallery]
-    return Section(f"Most and least kept by {table.method}", parts, wide=True)
+        named = f"{label} ({names[label]})" if label < len(names) else str(label)
+        groups = [
+            _pictures(table, images, side, named=named)
+            for side in extremes(table.scores, table.labels, label, count=count)
+        ]
+        rows.append(GalleryRow(f"class {named}", groups))
+    gallery = Gallery(["least kept, lowest first", "most kept, highest first"], rows)
+    what = "Below each picture stands the sample's id."
+    if len(classes) > MOST_CLASSES:
+        what += f" The first {MOST_CLASSES} of {len(classes)} classes."
+    title = f"Most and least kept by {table.method}"
+    return Section(title, [Text(what, is_note=True), gallery], wide=True)
 
 
-def _strip_of(images: Tensor, rows: Tensor, scores: Tensor) -> Strip:
-    listed = ", ".join(f"{score:.3g}" for score in scores[rows].tolist())
-    return strip(images[rows], note=f"scores {listed}")
+def _pictures(table: ScoreTable, images: Tensor, rows: Tensor, *, named: str) -> list[Picture]:
+    ids, scores = table.ids[rows].tolist(), table.scores[rows].tolist()
+    alts = [
+        f"sample {name}, class {named}, score {score:.3g}"
+        for name, score in zip(ids, scores, strict=True)
+    ]
+    return pictures(images[rows], list(map(str, ids)), alts)
 
 
-def _samples(table: ScoreTable) -> ImageSamples | None:
-    """The images that were scored, if they can be loaded and are the same."""
+def _samples(table: ScoreTable) -> tuple[ImageSamples | None, Sequence[str]]:
+    """The images that were scored, if they can be loaded and are the same; names of classes."""
     source = table.provenance.get("source")
     if not source:
-        return None
+        return None, ()
     try:
-        samples = ImageSamples.of(load_dataset(source))
+        dataset = load_dataset(source)
     except (PrunelabError, OSError):
-        return None
+        return None, ()
+    samples = ImageSamples.of(dataset)
     is_same = samples.fingerprint == table.fingerprint and torch.equal(samples.ids, table.ids)
-    return samples if is_same else None
+    return (samples if is_same else None), dataset.class_names
 
 
 def _provenance(tables: Sequence[ScoreTable]) -> Section:
@@ -288,22 +394,20 @@ def _provenance(tables: Sequence[ScoreTable]) -> Section:
             for key, value in values.items()
             if key.startswith("options.")
         ]
-        rows.append([table.method, table.model or NOTHING, ", ".join(options)])
+        method = METHODS.get(table.method)
+        trained = 0 if method is None else method.runs
+        models = str(values.get("runs") or trained) if trained > 1 else str(trained or NOTHING)
+        rows.append([table.method, table.model or "none", models, ", ".join(options) or "none"])
     own = ("method", "options", "seed")
     shared = {key: value for key, value in flat[0].items() if key.partition(".")[0] not in own}
+    # What was left to be worked out, as it was: no density is a dense network.
+    unset = {"density": "1 (dense)", "runs": "each method's own", "training.steps": "by epochs"}
+    shared |= {key: text for key, text in unset.items() if key in shared and shared[key] is None}
     parts = [
-        Table(["method", "model", "options"], rows),
+        Table(["method", "model", "models trained", "options"], rows),
         Text(
             f"Scored by datapruning {tables[0].provenance.get('version', NOTHING)}.", is_note=True
         ),
         settings({"seed": tables[0].seed, **shared}, top="scores"),
     ]
     return Section("Provenance", parts, wide=True)
-
-
-def _seconds(path: Path) -> float | None:
-    try:
-        value = json.loads(times_path(path).read_text(encoding="utf-8"))["processor_seconds"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return float(value)

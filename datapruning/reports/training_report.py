@@ -14,6 +14,7 @@ from prunelab.pages.page import Fact, Figure, Page, Section
 from prunelab.pages.page import settings as settings_part
 from prunelab.pages.units import NOTHING, format_bytes, format_seconds, percent, rounded
 from prunelab.runs import folder as runfolder
+from prunelab.runs.settings import flattened
 from prunelab.runs.version import __version__
 
 
@@ -57,7 +58,7 @@ def _page(settings: RunSettings, summary: Mapping[str, Any], lines: list[dict[st
     if not summary:
         banner = f"Run not finished: {len(lines)} epochs so far. Continue it with --resume."
     kept = f"{summary['num_kept']:,} samples" if summary else "training"
-    configuration = settings_part(asdict(settings), top="run")
+    configuration = settings_part(_used(settings, summary), top="run")
     return Page(
         product="datapruning",
         kind="training run",
@@ -75,6 +76,21 @@ def _page(settings: RunSettings, summary: Mapping[str, Any], lines: list[dict[st
         footer=f"Made by datapruning {__version__} from the files of this folder. Test data were "
         "read once, after training.",
     )
+
+
+def _used(settings: RunSettings, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting as it was used: what the file leaves to be worked out is worked out."""
+    values = flattened(asdict(settings))
+    values["subset"] = settings.subset or "none, all samples"
+    values["kept"] = settings.kept or "all"
+    values["teacher"] = settings.teacher or "none"
+    if not settings.teacher:
+        values |= dict.fromkeys(("alpha", "temperature"), "not used")
+    if summary:
+        values |= {f"training.{key}": summary[key] for key in ("epochs", "steps")}
+        if settings.teacher:
+            values["alpha"] = rounded(summary["alpha"])
+    return values
 
 
 def _curve(lines: list[dict[str, Any]]) -> Section | None:

@@ -46,18 +46,27 @@ def agreement(
         ScoreError: tables of different data or samples, without a single score in common, or a
             kept fraction outside (0, 1].
     """
-    x, y = _aligned(a, b)
-    known = ~(x.isnan() | y.isnan())
-    x, y = x[known], y[known]
+    x, y = common_scores(a, b)
     if not len(x):
-        raise ScoreError(f"none of {len(known)} samples has a score in both tables")
+        raise ScoreError(f"none of {len(a)} samples has a score in both tables")
     draw = torch.randperm(len(x), generator=generator(seed))
     return Agreement(
         num_samples=len(x),
-        num_missing=int((~known).sum()),
+        num_missing=len(a) - len(x),
         spearman=spearman(x, y),
         overlap={keep: _overlap(x[draw], y[draw], keep) for keep in keeps},
     )
+
+
+def common_scores(a: ScoreTable, b: ScoreTable) -> tuple[Tensor, Tensor]:
+    """The scores of the samples that have one in both tables, float64 [K] each, by rising id.
+
+    Raises:
+        ScoreError: tables of different data or samples.
+    """
+    x, y = _aligned(a, b)
+    known = ~(x.isnan() | y.isnan())
+    return x[known], y[known]
 
 
 def spearman(x: Tensor, y: Tensor) -> float:

@@ -61,9 +61,7 @@ def moderate(scored: Scored, count: int, generator: torch.Generator) -> Tensor:
     Departs from it: they take the distance to the class centre as the score, and a median for
     each class; here the score is any, and `groups=labels` gives a median for each class.
     """
-    ordered, half = scored.scores.sort().values, (len(scored) - 1) / 2
-    median = (ordered[math.floor(half)] + ordered[math.ceil(half)]) / 2
-    return _ranked((scored.scores - median).abs(), generator)[:count]
+    return _ranked(_from_the_median(scored.scores), generator)[:count]
 
 
 def beta_cut(scored: Scored, count: int, generator: torch.Generator, *, cut: float = 0.1) -> Tensor:
@@ -149,26 +147,29 @@ def dual_beta(
 ) -> Tensor:
     """Drawn without replacement with weights score · Beta(confidence; a, b).
 
-    b = C (1 − m) (1 − r^c) and a = C − b, where r is the share removed, C the sharpness, c the
-    power and m the mean confidence of the ten highest scores: around those samples where little
-    is removed, moving to the confidently learned ones as r → 1. Samples of score 0 are never
-    drawn; confidences are held inside (10⁻⁶, 1 − 10⁻⁶), where the density is finite.
+    b = C (1 − m) (1 − r^c) and a = C + 1 − b, where r is the share removed, C the sharpness, c
+    the power and m the mean confidence of the ten highest scores: around those samples where
+    little is removed, moving to the confidently learned ones as r → 1. Samples of score 0 are
+    never drawn; confidences are held inside (10⁻⁶, 1 − 10⁻⁶), where the density is finite.
 
     Source: Cho et al., Lightweight Dataset Pruning without Full Training via Example Difficulty
-    and Prediction Uncertainty (ICML 2025), Beta sampling, C = 15 and c = 4 as for CIFAR-100.
+    and Prediction Uncertainty (ICML 2025), Beta sampling as in the authors' program
+    (github.com/behaapyy/dual-pruning: a = 16 − b), C = 15 and c = 4 as for CIFAR-100.
     """
     if scored.confidence is None:
         raise SelectionError(
-            "dual-beta needs the mean probability of each sample's label in training: "
-            "select(..., confidence=...)"
+            "dual-beta needs the mean probability of each sample's label in training: score with "
+            "dual (or dyn-unc, aum, forgetting, tdds), whose table has it, or give confidence="
         )
+    if not bool(((scored.confidence >= 0) & (scored.confidence <= 1)).all()):
+        raise SelectionError("confidence holds values outside [0, 1], or NaN")
     if sharpness <= 0 or power <= 0:
         raise SelectionError(f"sharpness and power must be positive, got {sharpness} and {power}")
     if (scored.scores < 0).any():
         raise SelectionError("dual-beta draws with weights: it needs scores of at least 0")
     mean = float(scored.confidence[torch.topk(scored.scores, min(10, len(scored))).indices].mean())
     b = sharpness * (1 - mean) * (1 - (1 - count / len(scored)) ** power)
-    a = sharpness - b
+    a = sharpness + 1 - b
     confidence = scored.confidence.clamp(1e-6, 1 - 1e-6)
     log_weight = (
         scored.scores.log() + (a - 1) * confidence.log() + (b - 1) * torch.log1p(-confidence)
@@ -201,6 +202,27 @@ POLICIES: dict[str, Policy] = {
 """Name -> policy; `select` takes "auto" besides, and any function of this form."""
 
 
+def drawn_among_equals(policy: Policy, scored: Scored, chosen: Tensor) -> int:
+    """How many of the chosen samples a ranking could not tell from one that was not chosen.
+
+    Equal scores at the edge of what is kept are put in order by the generator: as many of the
+    chosen samples might have been others. 0 for policies that draw whatever the scores, and for
+    functions of the user's own.
+
+    By hand: the three hardest of 9, 5, 5, 5, 1 are the 9 and two of the three fives: 2.
+
+    >>> scored = Scored(torch.tensor([9.0, 5.0, 5.0, 5.0, 1.0]))
+    >>> drawn_among_equals(hardest, scored, torch.tensor([0, 2, 3]))
+    2
+    """
+    if policy not in (hardest, easiest, moderate, beta_cut):
+        return 0
+    keys = _from_the_median(scored.scores) if policy is moderate else scored.scores
+    left = torch.ones(len(scored), dtype=torch.bool)
+    left[chosen] = False
+    return int(torch.isin(keys[chosen], keys[left]).sum())
+
+
 def group_budgets(sizes: Tensor, count: int) -> Tensor:
     """How many each group gives by the rule of `coverage`, int64 of the shape of `sizes`.
 
@@ -218,6 +240,13 @@ def _ranked(keys: Tensor, generator: torch.Generator) -> Tensor:
     """Positions by rising key, equal keys in an order drawn by the generator."""
     order = torch.randperm(len(keys), generator=generator)
     return order[torch.argsort(keys[order], stable=True)]
+
+
+def _from_the_median(scores: Tensor) -> Tensor:
+    """Distance of each score to the median, float64 [N]."""
+    ordered, half = scores.sort().values, (len(scores) - 1) / 2
+    median = (ordered[math.floor(half)] + ordered[math.ceil(half)]) / 2
+    return (scores - median).abs()
 
 
 def _without_hardest(

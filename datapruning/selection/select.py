@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from datapruning.errors import SelectionError
-from datapruning.selection.policies import POLICIES, Policy, Scored, easiest, hardest, random
+from datapruning.selection.policies import (
+    POLICIES,
+    Policy,
+    Scored,
+    drawn_among_equals,
+    easiest,
+    hardest,
+    random,
+)
 from datapruning.selection.table import ScoreTable, Subset
 from prunelab.runs.seeds import generator
 
@@ -58,12 +66,14 @@ def select(
         class_floor: in [0, 1]; half the fair share is the rule of Sorscher et al.
         groups: int64 [N], such as clients: every group keeps the same fraction (to within one
             sample) and chooses among its own.
-        confidence: float [N] in the order of the table, for dual-beta.
+        confidence: float [N] in the order of the table, for dual-beta; None: the table's own.
         options: of the policy, such as cut=0.2.
 
     Returns:
-        A subset whose provenance has `options` and `notes`: sentences on what "auto" took and
-        on classes or groups without a kept sample.
+        A subset whose provenance has `options`; `drawn`, how many of the kept samples were drawn
+        among equal scores at the edge of what is kept (policies that rank); and `notes`:
+        sentences on what "auto" took, on what was drawn, and on classes or groups without a kept
+        sample.
 
     Raises:
         SelectionError: a count that cannot be met, scores that are not finite or all equal (for
@@ -80,12 +90,18 @@ def select(
     function, notes = _resolved(policy, options, count=count, labels=labels)
     if function is not random:
         _check_scores(table, count)
+    confidence = table.confidence if confidence is None else confidence
     scored = Scored(table.scores[order].double().cpu(), _column("confidence", confidence, order))
     plan = _Plan(
         _with_options(policy_name, function, options), class_floor if class_balanced else None
     )
     groups = _column("groups", groups, order)
-    kept = _in_groups(plan, scored, labels, count, groups=groups, seed=seed)
+    kept, drawn = _in_groups(plan, scored, labels, count, groups=groups, seed=seed)
+    if drawn:
+        notes.append(
+            f"{drawn} of the {count} kept samples were drawn by chance: others that are not kept "
+            "have the same scores"
+        )
     if groups is not None:
         notes += _absent("group", groups, kept)
     if labels is not None:
@@ -101,10 +117,31 @@ def select(
         policy=policy_name,
         seed=seed,
         method="" if function is random else table.method,
-        provenance={"keep": keep, "options": settings, "notes": notes},
+        provenance={"keep": keep, "options": settings, "drawn": drawn, "notes": notes},
         labels=None if labels is None else labels[kept],
         num_classes=None if labels is None else int(labels.max()) + 1,
     )
+
+
+def parsed_keep(text: str) -> float | int:
+    """What `select` is to keep, as people write it: a share has a dot or a %, a number has none.
+
+    Raises:
+        SelectionError: neither.
+
+    >>> parsed_keep("0.5"), parsed_keep("50%"), parsed_keep("1"), parsed_keep("1.0")
+    (0.5, 0.5, 1, 1.0)
+    """
+    text = text.strip()
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise SelectionError(
+            f"keep = {text!r}: expected a share with a dot or a % (0.5 or 50%), or a whole number "
+            "of samples (700)"
+        ) from None
 
 
 def fresh_random(num_samples: int, *, keep: float | int, seed: int) -> Callable[[int], Tensor]:
@@ -149,7 +186,8 @@ def _count(keep: float | int, num_samples: int) -> int:
     if isinstance(keep, float):
         if not 0 < keep <= 1:
             raise SelectionError(
-                f"keep = {keep} is no share in (0, 1]; give an int for a number of samples"
+                f"keep = {keep} is no share in (0, 1]; a number of samples is whole, without a dot "
+                "(in Python an int)"
             )
         count = math.floor(keep * num_samples + 0.5)
         if count == 0:
@@ -203,7 +241,7 @@ def _resolved(
     return (hardest if is_plentiful else easiest), [note]
 
 
-def _with_options(name: str, function: Policy, options: dict[str, Any]) -> Policy:
+def _with_options(name: str, function: Policy, options: dict[str, Any]) -> partial[Tensor]:
     known = list(inspect.signature(function).parameters)[3:]
     unknown = sorted(options.keys() - set(known))
     if unknown:
@@ -218,7 +256,7 @@ def _with_options(name: str, function: Policy, options: dict[str, Any]) -> Polic
 class _Plan:
     """A policy with its options, and the floor of classes where there is one."""
 
-    policy: Policy
+    policy: partial[Tensor]
     floor: float | None
 
 
@@ -230,26 +268,30 @@ def _in_groups(
     *,
     groups: Tensor | None,
     seed: int,
-) -> Tensor:
-    """Positions among the samples, chosen group by group where there are groups."""
+) -> tuple[Tensor, int]:
+    """Positions among the samples, chosen group by group where there are groups.
+
+    With them comes the number that was drawn among equal scores.
+    """
     if groups is None:
         return _with_floors(plan, scored, labels, count, seed=(seed,))
     names, member_of = groups.unique(return_inverse=True)
-    kept = []
+    kept, drawn = [], 0
     for group, share in enumerate(_shares(torch.bincount(member_of), count).tolist()):
         if share:
             members = torch.nonzero(member_of == group).flatten()
             own = None if labels is None else labels[members]
-            chosen = _with_floors(
+            chosen, by_chance = _with_floors(
                 plan, scored.take(members), own, share, seed=(seed, int(names[group]))
             )
             kept.append(members[chosen])
-    return torch.cat(kept)
+            drawn += by_chance
+    return torch.cat(kept), drawn
 
 
 def _with_floors(
     plan: _Plan, scored: Scored, labels: Tensor | None, count: int, *, seed: tuple[int, ...]
-) -> Tensor:
+) -> tuple[Tensor, int]:
     """Choose so that no class falls short of its floor.
 
     Classes that do are given their floor and taken out, until the others do without.
@@ -261,30 +303,38 @@ def _with_floors(
         int(c): math.floor(plan.floor * count * int(size) / len(scored) + 1e-9)
         for c, size in zip(classes, sizes, strict=True)
     }
-    free, kept = torch.arange(len(scored)), []
+    free, kept, drawn = torch.arange(len(scored)), [], 0
     for stage in range(len(floors) + 1):
-        chosen = free[_choice(plan.policy, scored.take(free), count, (*seed, stage))]
+        places, by_chance = _choice(plan.policy, scored.take(free), count, (*seed, stage))
+        chosen = free[places]
         short = [c for c, least in floors.items() if int((labels[chosen] == c).sum()) < least]
         if not short:
             break
         for c in short:
             own = torch.nonzero(labels == c).flatten()
             least = floors.pop(c)
-            kept.append(own[_choice(plan.policy, scored.take(own), least, (*seed, stage, c))])
+            places, own_chance = _choice(plan.policy, scored.take(own), least, (*seed, stage, c))
+            kept.append(own[places])
+            drawn += own_chance
             count -= least
             free = free[labels[free] != c]
-    return torch.cat([*kept, chosen])
+    return torch.cat([*kept, chosen]), drawn + by_chance
 
 
-def _choice(policy: Policy, scored: Scored, count: int, seed: tuple[int, ...]) -> Tensor:
-    """What a policy chooses, checked: a policy of the user's own may be wrong."""
+def _choice(
+    policy: partial[Tensor], scored: Scored, count: int, seed: tuple[int, ...]
+) -> tuple[Tensor, int]:
+    """What a policy chooses, checked: a policy of the user's own may be wrong.
+
+    With it comes the number that was drawn among equal scores.
+    """
     chosen: Tensor = policy(scored, count, generator(*seed))
     if len(chosen) != count or len(chosen.unique()) != count:
         raise SelectionError(
             f"the policy returned {len(chosen)} samples, {len(chosen.unique())} of them "
             f"different; asked for {count}"
         )
-    return chosen
+    return chosen, drawn_among_equals(policy.func, scored, chosen)
 
 
 def _shares(sizes: Tensor, count: int) -> Tensor:
@@ -312,8 +362,6 @@ def _column(what: str, values: Tensor | None, order: Tensor) -> Tensor | None:
         return None
     if values.shape != order.shape:
         raise SelectionError(f"{len(order)} samples but {what} of shape {tuple(values.shape)}")
-    if what == "confidence" and not bool(((values >= 0) & (values <= 1)).all()):
-        raise SelectionError("confidence holds values outside [0, 1], or NaN")
     values = values.cpu()[order]
     return values.double() if values.is_floating_point() else values
 

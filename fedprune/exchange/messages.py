@@ -7,7 +7,7 @@ Flower's records and back. Everything else only sees these.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,10 +34,12 @@ class Reply:
     """A client's answer.
 
     Attributes:
-        num_examples: the samples that it stands for; the weight of whatever is averaged.
+        num_examples: the samples that it stands for.
         states: states by name; one that the request has too is under the request's patterns.
         entries: for states of the request: single entries at pruned places.
         tensors: dictionaries of whole tensors of the model, by name.
+        weight: what it counts for in whatever is averaged; the server says (gate.py), and by
+            default it is `num_examples`. It does not travel.
     """
 
     num_examples: int
@@ -46,6 +48,27 @@ class Reply:
     entries: Mapping[str, Entries] = field(default_factory=dict)
     tensors: Mapping[str, Tensors] = field(default_factory=dict)
     resources: Resources | None = None
+    weight: int = -1
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            object.__setattr__(self, "weight", self.num_examples)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a reply holds; one that holds anything else is refused.
+
+    Attributes:
+        fields, states: their names; a state is under the request's patterns of that name.
+        tensors: name of each dictionary -> the tensors in it.
+        growth: layer -> how many entries at pruned places of the model at most.
+    """
+
+    fields: Collection[str] = ()
+    states: Collection[str] = ()
+    tensors: Mapping[str, Collection[str]] = field(default_factory=dict)
+    growth: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,7 +85,11 @@ class Request:
         hold: names of states whose values the clients keep until the next request, which then
             need not bring them again.
         report_resources: whether clients say what they hold.
-        check: refuses, with ClientError, a reply that does not answer it. It does not travel.
+        expected: what a reply holds. It does not travel.
+        on_dev: whether a reply stands for the development samples, not those for training. It
+            does not travel.
+        check: refuses, with ClientError, a reply whose fields do not answer it. It does not
+            travel.
         forward_passes: for the account of operations: of each pass over the development samples
             that the answer takes, layer -> active weights. It does not travel.
     """
@@ -74,6 +101,8 @@ class Request:
     tensors: Mapping[str, Tensors] = field(default_factory=dict)
     hold: frozenset[str] = frozenset()
     report_resources: bool = False
+    expected: Expected = Expected()
+    on_dev: bool = False
     check: Callable[[Reply], None] = lambda reply: None
     forward_passes: Sequence[Mapping[str, int]] = ()
 
@@ -99,6 +128,9 @@ class ClientInfo:
     num_dev: int
     label_histogram: list[int]
 
+
+MAX_LOSS = 2.0**40
+"""Mean cross-entropy beyond which a model is no candidate for anything; sums of it are finite."""
 
 DESCRIBE = "describe"
 """The question that every client answers, whatever the method: its ClientInfo."""
@@ -163,13 +195,28 @@ def counts(fields: Fields, key: str, length: int) -> list[int]:
     return [count({key: value}, key) for value in _listed(fields, key, length)]
 
 
-def numbers(fields: Fields, key: str, length: int) -> list[float]:
-    """A field that is a list of so many finite numbers.
+def loss(fields: Fields, key: str, samples: int = 1) -> float:
+    """A field that is a sum of cross-entropies: 0 or more, and no more than can be.
 
     Raises:
         ClientError: it is not.
     """
-    return [number({key: value}, key) for value in _listed(fields, key, length)]
+    value = number(fields, key)
+    if not 0 <= value <= MAX_LOSS * samples:
+        raise ClientError(
+            f"field {key!r}: expected a loss from 0 to {MAX_LOSS:.3g} a sample, got "
+            f"{value / max(samples, 1):.3g}: training has diverged"
+        )
+    return value
+
+
+def losses(fields: Fields, key: str, length: int, samples: int) -> list[float]:
+    """A field that is a list of so many sums of cross-entropies over so many samples.
+
+    Raises:
+        ClientError: it is not.
+    """
+    return [loss({key: value}, key, samples) for value in _listed(fields, key, length)]
 
 
 def _listed(fields: Fields, key: str, length: int) -> list[Any]:

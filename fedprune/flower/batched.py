@@ -41,6 +41,8 @@ class BatchedGrid(InlineGrid):
         measure: whether the first round measures how many fit, up to `size`.
     """
 
+    stacked = True
+
     def __init__(
         self,
         client_app: ClientApp,

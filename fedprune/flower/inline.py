@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import threading
 import traceback
 from collections.abc import Iterable, Iterator
@@ -17,9 +16,17 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedprune.config import RunConfig
-from fedprune.flower.launch import Progress, launch_values
+from fedprune.flower.launch import (
+    SETTING_UP,
+    Progress,
+    Say,
+    joining,
+    launch_values,
+    told_nothing,
+)
 from fedprune.rounds.folder import has_checkpoint
 from fedprune.rounds.setup import lay_out
+from prunelab.runs.temporary import temporary_folder
 
 CLIENT_APP_RAISED = 2
 
@@ -113,17 +120,29 @@ class InlineGrid(Grid):
 
 
 def run_inline(
-    config: RunConfig, out: Path, *, resume: bool, progress: Progress, batched: bool = False
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool,
+    progress: Progress,
+    batched: bool = False,
+    say: Say = told_nothing,
 ) -> None:
     """Run in this process, without Ray; the folder must have been prepared.
 
     Args:
         progress: called a few times a second, from a thread of its own.
         batched: whether the clients of a round are trained together.
+        say: is told what is being done before the first round.
+
+    Raises:
+        RunError: no folder for temporary files can be used, or the run failed; says why.
     """
-    with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
-        setup = Path(temporary) / "setup"
+    with temporary_folder() as temporary:
+        setup = temporary / "setup"
+        say(SETTING_UP)
         lay_out(config, setup, with_start=not has_checkpoint(out))
+        say(joining(config))
         run_config = {**config.flower(), **launch_values(out, resume=resume, setup=setup)}
         _run_apps(config, run_config, progress, batched=batched)
 

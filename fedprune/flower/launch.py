@@ -7,7 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedprune.config import RunConfig
+
 Progress = Callable[[], None]
+Say = Callable[[str], None]
+SETTING_UP = "setting up: samples, network, first weights"
+
+
+def joining(config: RunConfig) -> str:
+    """What the clients and the method do before the first round, in a line."""
+    return f"starting: {config.data.clients} clients join, {config.method.name} begins"
+
+
+def told_nothing(text: str) -> None:
+    """For callers that show no lines."""
+
+
+def failure_file(setup: Path) -> Path:
+    """Where the server leaves the reason why a run failed, for the command that started it."""
+    return setup.with_name("failure.txt")
 
 
 def launch_values(out: Path, *, resume: bool, setup: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ cannot resume, so the loop is ours (rounds/loop.py) and only messages are Flower
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -14,10 +15,12 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedprune.errors import ClientError
-from fedprune.exchange.messages import DESCRIBE, MODEL, ClientInfo, Reply, Request, client_info
+from fedprune.errors import USER_ERRORS, ClientError
+from fedprune.exchange.gate import Gate
+from fedprune.exchange.messages import DESCRIBE, MODEL, ClientInfo, Reply, Request
 from fedprune.flower import wire
 from fedprune.flower.client import LAUNCH_SECTION, SETUP, run_config
+from fedprune.flower.launch import failure_file
 from fedprune.local.site import setup_folder
 from fedprune.reports.page import write_report
 from fedprune.rounds import folder as runfolder
@@ -30,6 +33,7 @@ from sparsemodel.runtime.pattern import Patterns
 
 POLL_SECONDS = 0.02
 JOIN_SECONDS = 120.0
+MAX_REASON = 500
 TRAIN = "train"
 
 app = ServerApp()
@@ -45,10 +49,18 @@ def main(grid: Grid, context: Context) -> None:
     launcher = int(context.run_config.get(f"{LAUNCH_SECTION}launcher-pid", 0))
     if not (launcher and path.exists()):  # otherwise the launcher has prepared it
         runfolder.prepare(path, config, resume=resume)
-    with runfolder.open_run(path) as folder:
-        cohort = GridCohort(grid, setup, launcher_pid=launcher)
-        cohort.join()
-        run(setup, cohort, folder)
+    # Nodes that the command started have what it laid out; others may have a data-path.
+    own_data = SETUP not in context.run_config
+    try:
+        with runfolder.open_run(path) as folder:
+            cohort = GridCohort(grid, setup, own_data=own_data, launcher_pid=launcher)
+            cohort.join()
+            run(setup, cohort, folder)
+    except USER_ERRORS as error:
+        if launcher:  # which may be another process, and sees no more than a log
+            with contextlib.suppress(OSError):
+                failure_file(setup.folder).write_text(str(error), encoding="utf-8")
+        raise
     if not launcher:  # nobody else writes the report and says where it is
         print(f"report: {write_report(path).resolve()}", flush=True)
 
@@ -60,7 +72,9 @@ class GridCohort:
     failed, silent or refused client into a line of `skipped` instead of an end of the run.
     """
 
-    def __init__(self, grid: Grid, setup: Setup, *, launcher_pid: int = 0) -> None:
+    def __init__(
+        self, grid: Grid, setup: Setup, *, own_data: bool = False, launcher_pid: int = 0
+    ) -> None:
         self._grid = grid
         self._setup = setup
         self._config = setup.config
@@ -70,7 +84,15 @@ class GridCohort:
         self._last_mask: Patterns | None = None
         self._traffic = Traffic()
         self._program = wire.ProgramText.of(setup.program)
+        self._gate = Gate(
+            num_clients=setup.config.data.clients,
+            num_classes=setup.test.num_classes,
+            shares=setup.shares(),
+            own_data=own_data,
+            max_share=setup.config.federation.max_share,
+        )
         self.clients: dict[int, ClientInfo] = {}
+        self.stacked = bool(getattr(grid, "stacked", False))
 
     def join(self) -> None:
         """Wait for the nodes and learn which client each of them is.
@@ -88,24 +110,33 @@ class GridCohort:
         request = Request(DESCRIBE)
         record = self._encode(request, frozenset(), program=wire.ProgramText()).record
         pending = {self._send(node, record, DESCRIBE, "join"): node for node in nodes}
+        claims: dict[int, list[int]] = {}
         for node, message in self._replies(pending):
             try:
                 reply = wire.decode_reply(_content(message), request, shapes={})
-                info = client_info(reply)
+                info = self._gate.admit(reply)
             except (ClientError, SparseModelError) as error:
                 self.skip(-1, f"node {node}: {error}")
                 continue
-            if info.client in self.clients:
-                self.skip(info.client, f"node {node} says that it is client {info.client} as well")
-                continue
-            self.clients[info.client] = info
-            self._nodes[info.client] = node
+            claims.setdefault(info.client, []).append(node)
+            self.clients[info.client], self._nodes[info.client] = info, node
+        for client, own in claims.items():
+            if len(own) > 1:  # whom to believe, nothing says: neither
+                del self.clients[client], self._nodes[client]
+                self.skip(
+                    client,
+                    f"nodes {', '.join(map(str, sorted(own)))} all say that they are client "
+                    f"{client}; give each node a partition-id of its own",
+                )
         if not self.clients:
             raise RunError(f"none of {len(nodes)} nodes answered; {self._traffic.skipped[:3]}")
 
     def skip(self, client: int, reason: str) -> None:
         """Note that a client's answer could not be used."""
-        self._traffic.skipped.append({"client": client, "reason": reason.strip()[-500:]})
+        # Its words are shown on terminals and pages: one line, nothing that steers them.
+        shown = "".join(c if c.isprintable() else " " for c in reason)
+        shown = " ".join(shown.split())[-MAX_REASON:]
+        self._traffic.skipped.append({"client": client, "reason": shown or "no reason given"})
 
     def take_traffic(self) -> Traffic:
         """What was sent since the last call."""
@@ -122,7 +153,9 @@ class GridCohort:
         # Clients that hold the same are sent the same: it is encoded once.
         envelopes: dict[frozenset[str], wire.Envelope] = {}
         pending: dict[str, int] = {}
-        for client in sorted(self.clients) if clients is None else clients:
+        clients = sorted(self.clients) if clients is None else clients
+        weights = self._gate.weights(clients, dev=request.on_dev)
+        for client in clients:
             pending[self._request(client, request, envelopes)] = client
         after = next(iter(envelopes.values())).held if envelopes else frozenset()
         resynced: set[int] = set()
@@ -136,7 +169,7 @@ class GridCohort:
                     pending[self._request(client, request, envelopes)] = client
                     continue
                 reply = wire.decode_reply(record, request, shapes=self._setup.shapes)
-                request.check(reply)
+                reply = self._gate.check(client, reply, request, weights[client])
             except (ClientError, SparseModelError) as error:
                 self._held[client] = frozenset()
                 self.skip(client, str(error))
@@ -172,7 +205,9 @@ class GridCohort:
 
     def _send(self, node: int, record: RecordDict, action: str, group: str) -> str:
         kind = TRAIN if action == TRAIN else "query"
-        message = Message(record, node, kind, group_id=group)
+        # One that is fetched after the time for it is over would be answered to nobody.
+        ttl = self._config.federation.timeout
+        message = Message(record, node, kind, group_id=group, ttl=ttl)
         sent = list(self._grid.push_messages([message]))
         if not sent:
             raise RunError(f"Flower did not accept a message for node {node}")
@@ -191,7 +226,8 @@ class GridCohort:
                 # One id at a time: what is pulled is in memory.
                 for message in self._grid.pull_messages([message_id]):
                     arrived = True
-                    yield pending.pop(message_id), message
+                    if message_id in pending:  # the first answer counts
+                        yield pending.pop(message_id), message
             if not arrived:
                 time.sleep(POLL_SECONDS)
         for client in pending.values():
@@ -213,6 +249,6 @@ class GridCohort:
 
 def _content(message: Message) -> RecordDict:
     if message.has_error():
-        reason = (message.error.reason or f"error code {message.error.code}").strip()
-        raise ClientError(f"the client failed: {reason.splitlines()[-1]}")
+        lines = (message.error.reason or "").strip().splitlines() or [f"error {message.error.code}"]
+        raise ClientError(f"the client failed: {lines[-1]}")
     return message.content

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,53 +21,64 @@ import tomllib
 import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 import tomli_w
 
 from fedprune.config import RunConfig
 from fedprune.flower import app as flower_app
-from fedprune.flower.launch import Progress, launch_values
+from fedprune.flower.launch import (
+    SETTING_UP,
+    Progress,
+    Say,
+    failure_file,
+    joining,
+    launch_values,
+    told_nothing,
+)
 from fedprune.rounds.folder import has_checkpoint
 from fedprune.rounds.setup import lay_out
 from prunelab.errors import RunError
+from prunelab.runs.children import ended_with_parent
+from prunelab.runs.temporary import temporary_folder
 
 START_SECONDS = 180.0
+LOOPBACK_SECONDS = 5.0
 RAY_STEPS = 10_000  # of which Ray's smallest share of a GPU is one
+# A socket's path has 107 letters; what Ray puts behind TMPDIR takes 68.
+RAY_FOLDER = 107 - len("/ray/session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store")
+ERROR = re.compile(r"[\w.]*(Error|Exception): ")  # a line of a traceback that names an error
 LOG, SUPERLINK_LOG = "run.log", "superlink.log"
 
-# Runs the command given after it so that it is ended when its parent dies, however that dies
-# (Linux: prctl(PR_SET_PDEATHSIG, SIGTERM); elsewhere it just runs it).
-END_WITH_PARENT = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
 
-
-def run_flower(config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> None:
+def run_flower(
+    config: RunConfig, out: Path, *, resume: bool, progress: Progress, say: Say = told_nothing
+) -> None:
     """Run through `flwr run` on Flower's simulation engine; the folder must have been prepared.
 
     Args:
         progress: called a few times a second while the run goes on.
+        say: is told what is being done before the first round.
 
     Raises:
         RunError: the simulation engine cannot be used, or the run failed; says why.
     """
-    _require_simulation()
-    with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
-        home = Path(temporary)
+    _check_simulation(config)
+    port = free_port()
+    with temporary_folder() as home:
         setup = home / "setup"
+        say(SETTING_UP)
         lay_out(config, setup, with_start=not has_checkpoint(out))
+        say("starting Flower's SuperLink and simulation, which takes some seconds")
         app = write_app(home / "app", config, out, resume=resume, setup=setup)
-        port = free_port()
         environment = private_environment(home, commands=commands(home))
         (home / "config.toml").write_text(
             '[superlink]\ndefault = "private"\n\n'
             f'[superlink.private]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )
         with superlink(home, port, environment, "--simulation"):
+            say(joining(config))
             _follow(
                 ["run", str(app), "private", "--stream", *_federation(config)],
                 environment,
@@ -76,16 +88,27 @@ def run_flower(config: RunConfig, out: Path, *, resume: bool, progress: Progress
             listing = flwr(["list", "private", "--format", "json"], environment, home)
             status = str(json.loads(listing)["runs"][0]["status"])
         if status != "finished:completed":
-            raise RunError(_failure(home, status))
+            raise _failure(home, status, failure_file(setup))
 
 
-def _require_simulation() -> None:
-    try:
-        import ray  # noqa: F401, PLC0415
-    except ImportError:
+def _check_simulation(config: RunConfig) -> None:
+    """Refuse what Ray would refuse half a minute later, in words that name no setting."""
+    if find_spec("ray") is None:
         raise RunError(
             "the flower engine needs Ray: pip install 'fedprune[sim]', or use --engine inline"
-        ) from None
+        )
+    threads, processors = config.training.threads, os.cpu_count() or 1
+    if threads > processors:
+        raise RunError(
+            f"training.threads is {threads} and this machine has {processors} processors, so that "
+            f"Ray can start no client; use --set training.threads={processors}, or --engine inline"
+        )
+    folder = tempfile.gettempdir()
+    if sys.platform == "linux" and len(folder) > RAY_FOLDER:
+        raise RunError(
+            f"Ray's sockets have no room in TMPDIR, {folder}: {len(folder)} letters, at most "
+            f"{RAY_FOLDER}; set TMPDIR to a shorter path, or use --engine inline"
+        )
 
 
 def _federation(config: RunConfig) -> list[str]:
@@ -175,6 +198,7 @@ def private_environment(home: Path, *, commands: Path) -> dict[str, str]:
         # The processes of a run talk to each other past any proxy of the user's.
         "no_proxy": direct,
         "NO_PROXY": direct,
+        "TMPDIR": str(home.parent),  # the user's may be relative, to another folder
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -185,21 +209,33 @@ def private_environment(home: Path, *, commands: Path) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return int(unused.getsockname()[1])
+    """A port of this machine that nobody listens on now.
+
+    Raises:
+        RunError: the loopback interface, over which the processes of a run talk, is down.
+    """
+    try:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            unused.listen()
+            address = unused.getsockname()
+            socket.create_connection(address, timeout=LOOPBACK_SECONDS).close()
+            return int(address[1])
+    except OSError as error:
+        raise RunError(
+            f"the processes of a Flower run talk over 127.0.0.1, which does not answer ({error}); "
+            "bring the loopback interface up (ip link set lo up), or use --engine inline"
+        ) from None
 
 
 @contextlib.contextmanager
 def superlink(home: Path, port: int, environment: dict[str, str], *flags: str) -> Iterator[None]:
     """A private SuperLink, for as long as the context lasts; `flags` are further ones of its."""
-    command = [sys.executable, "-c", END_WITH_PARENT]
-    command += ["flower-superlink", "--insecure", "--isolation", "subprocess", *flags]
+    command = ["flower-superlink", "--insecure", "--isolation", "subprocess", *flags]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with (home / SUPERLINK_LOG).open("w") as log:
         process = subprocess.Popen(
-            command,
+            ended_with_parent(*command),
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -209,7 +245,7 @@ def superlink(home: Path, port: int, environment: dict[str, str], *flags: str) -
         deadline = time.monotonic() + START_SECONDS
         while not _is_healthy(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RunError(f"Flower's SuperLink did not start:\n{_tail(home / SUPERLINK_LOG)}")
+                raise _trouble("Flower's SuperLink did not start", home / SUPERLINK_LOG)
             time.sleep(0.1)
         yield
     finally:
@@ -258,8 +294,9 @@ def _follow(
 ) -> None:
     """Submit the run and wait until its log stream ends."""
     with (home / LOG).open("w") as log:
+        command = ended_with_parent("flwr", *arguments)
         process = subprocess.Popen(
-            ["flwr", *arguments], env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=home
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=home
         )
         try:
             while process.poll() is None:
@@ -270,15 +307,29 @@ def _follow(
             process.wait()
     progress()
     if process.returncode != 0:
-        raise RunError(f"flwr run failed:\n{_tail(home / LOG)}")
+        raise _trouble("flwr run failed", home / LOG)
 
 
-def _failure(home: Path, status: str) -> str:
-    """The reason of a failed run: the last error of the log, in one line."""
-    lines = _tail(home / LOG, 200).splitlines()
-    errors = [line.strip() for line in lines if "Error: " in line]
-    reason = errors[-1] if errors else "\n".join(lines[-15:])
-    return f"Flower reports {status}: {reason}"
+def _failure(home: Path, status: str, told: Path) -> RunError:
+    """Why a run failed: what the server says, else the last error of Flower's log."""
+    if told.exists():
+        return RunError(told.read_text(encoding="utf-8"))
+    return _trouble(f"Flower reports {status}", home / LOG)
+
+
+def _trouble(what: str, log: Path) -> RunError:
+    """One line of what is wrong and what to do; --debug shows the end of the log as its cause."""
+    text = _tail(log, 2000)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["its log is empty"]
+    # The first of a chain of errors is the cause; the others say that something went wrong.
+    errors = [line for line in lines if ERROR.match(line)]
+    reason = errors[0] if errors else lines[-1]
+    trouble = RunError(
+        f"{what}: {reason} (--debug shows more of the log; --engine inline runs the same without "
+        "Flower's processes)"
+    )
+    trouble.__cause__ = RuntimeError(text)
+    return trouble
 
 
 def _tail(log: Path, lines: int = 20) -> str:

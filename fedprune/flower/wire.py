@@ -24,7 +24,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 
-from fedprune.errors import ClientError
+from fedprune.errors import DIVERGED, ClientError
 from fedprune.exchange.messages import Fields, Reply, Request, Resources
 from sparsemodel.codec import (
     decode_entries,
@@ -69,7 +69,7 @@ def build_record(header: Mapping[str, Any], frames: Mapping[str, bytes]) -> Reco
     try:
         text = json.dumps(header, separators=(",", ":"), allow_nan=False)
     except ValueError:
-        raise ClientError("a number to be sent is not finite: training has diverged") from None
+        raise ClientError(f"a number to be sent is not finite: {DIVERGED}") from None
     small = {key: data for key, data in frames.items() if len(data) < ARRAY_THRESHOLD}
     record = RecordDict({_FIELDS: ConfigRecord({_HEADER: text, **small})})
     if len(small) < len(frames):
@@ -89,8 +89,9 @@ def read_record(record: RecordDict) -> tuple[dict[str, Any], Frames]:
     Raises:
         ClientError: the record does not have this project's layout.
     """
-    if _FIELDS not in record.config_records:
-        raise ClientError(f"message without {_FIELDS!r}; it has {list(record)}")
+    if _FIELDS not in record.config_records or not set(record) <= {_FIELDS, _FRAMES}:
+        held = f"{len(record)} records: {str(list(record)[:5])[:100]}"
+        raise ClientError(f"expected records {_FIELDS!r} and {_FRAMES!r}, got {held}")
     values = dict(record.config_records[_FIELDS])
     text = values.pop(_HEADER, None)
     frames: Frames = {}
@@ -470,6 +471,7 @@ def decode_reply(record: RecordDict, request: Request, *, shapes: Shapes) -> Rep
     header, frames = read_record(record)
     if "skip" in header:
         raise ClientError(str(header["skip"]))
+    _check_keys(header, frames)
     states = {
         name: decode_state(
             _frame(frames, f"w{place}"), shapes=shapes, patterns=_asked(request, name).patterns
@@ -490,6 +492,18 @@ def decode_reply(record: RecordDict, request: Request, *, shapes: Shapes) -> Rep
         tensors=_decode_tensors(header, frames, shapes),
         resources=_resources(_field(header, "u", str)) if "u" in header else None,
     )
+
+
+def _check_keys(header: Fields, frames: Frames) -> None:
+    """Whether a reply has the parts that it names and no others."""
+    if not set(header) <= set("nsetkfu"):
+        raise ClientError(f"unknown keys in the header: {str(sorted(header)[:9])[:100]}")
+    named = {
+        f"{kind}{place}" for kind, key in (("w", "s"), ("e", "e"), ("t", "t"))
+        for place in range(len(_field(header, key, list, [])))
+    }  # fmt: skip
+    if not set(frames) <= named:
+        raise ClientError(f"frames that it does not name: {sorted(set(frames) - named)[:5]!s}")
 
 
 # As wide whatever they say, so that the bytes of a run do not depend on what a machine held.

@@ -70,8 +70,13 @@ def split_development(
     is for training.
     """
     order = rng(seed).permutation(indices)
-    num_dev = min(max(1, round(dev_share * len(order))), len(order) - 1) if len(order) else 0
+    num_dev = num_development(len(order), dev_share=dev_share)
     return np.sort(order[num_dev:]), np.sort(order[:num_dev])
+
+
+def num_development(samples: int, *, dev_share: float = DEV_SHARE) -> int:
+    """How many of a client's samples are for development."""
+    return min(max(1, round(dev_share * samples)), samples - 1) if samples else 0
 
 
 def label_histogram(labels: Integers, num_classes: int) -> list[int]:

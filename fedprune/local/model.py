@@ -107,13 +107,22 @@ def open_model(network: Network, state: SparseState, training: TrainingConfig) -
     return open_torch_model(network.build, state, training)
 
 
+def execution_of(training: TrainingConfig, *, pruned: bool) -> str:
+    """How a model is computed here: "sparse", "masked" or "dense", "auto" resolved."""
+    if not pruned:
+        return "dense"
+    if training.execution != "auto":
+        return training.execution
+    return "sparse" if training.device == "cpu" and cpu.library() is not None else "masked"
+
+
 def uses_runtime(network: Network, state: SparseState, training: TrainingConfig) -> bool:
     """Whether the runtime computes this model, without torch."""
     return (
         network.program is not None
         and state.patterns is not None
         and training.device == "cpu"
-        and training.execution in {"auto", "sparse"}
+        and execution_of(training, pruned=True) == "sparse"
         and cpu.library() is not None
     )
 

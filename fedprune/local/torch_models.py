@@ -18,13 +18,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedprune.local.model import Correction, LocalModel, Score, Sgd, normalization
+from fedprune.local.model import (
+    Correction,
+    LocalModel,
+    Score,
+    Sgd,
+    execution_of,
+    normalization,
+)
 from fedprune.settings import TrainingConfig
 from prunelab.data.tensors import PREPROCESSING
 from prunelab.runs.threads import computing
 from sparsemodel.errors import PlanError
 from sparsemodel.kernels.cpu import library as cpu
-from sparsemodel.layers.from_state import load_state_, sparse_model
+from sparsemodel.layers.from_state import fixed_buffers, load_state_, sparse_model
 from sparsemodel.layers.growth import topk_pruned_gradients
 from sparsemodel.masks import adjust
 from sparsemodel.masks.mask import Mask
@@ -43,23 +50,19 @@ def open_torch_model(
     build: Callable[[], nn.Module], state: SparseState, training: TrainingConfig
 ) -> LocalModel:
     """A model that holds `state`, computed by torch as the configuration says."""
-    if state.patterns is None:
-        return DenseModel(build, state, training)
-    execution = training.execution
-    if execution == "auto":
-        native = training.device == "cpu" and cpu.library() is not None
-        execution = "sparse" if native else "masked"
+    execution = execution_of(training, pruned=state.patterns is not None)
     kind = {"sparse": SparseModules, "masked": MaskedModel, "dense": DenseModel}[execution]
     return kind(build, state, training)
 
 
 def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
-    """A network to look at, on no memory where its code allows that."""
+    """A network to fill with a state, on no memory where its code allows that."""
     try:
         with torch.device("meta"):
-            return build()
+            model = build()
     except Exception:  # whatever a network's own code raises without values
         return build()
+    return build() if fixed_buffers(model) else model
 
 
 def module_state(model: nn.Module, order: Iterable[str], patterns: Patterns | None) -> SparseState:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from fedprune.errors import ClientError, ConfigError
-from fedprune.exchange.messages import MODEL, Reply, Request, number
+from fedprune.errors import ConfigError
+from fedprune.exchange.messages import MODEL, Expected, Reply, Request, loss
 from fedprune.local.training import train
 from sparsemodel.runtime.state import Entries, SparseState
 
@@ -87,7 +87,9 @@ class WidthRule(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """Dense federated averaging; other methods override what they change.
+    """Dense federated averaging, which prunes nothing.
+
+    Other methods override what they change.
 
     Raises:
         ConfigError: a setting is out of its range; one message with every problem.
@@ -109,6 +111,10 @@ class Method:
     def settings(self) -> dict[str, Any]:
         """Name -> value of each setting, in order."""
         return dataclasses.asdict(self)
+
+    def used(self, rounds: int) -> dict[str, Any]:
+        """The settings as a run of so many rounds uses them: nothing is left to be worked out."""
+        return self.settings()
 
     def problems(self) -> Iterable[str]:
         """Every reason why these settings cannot be used, each beginning with a setting's name."""
@@ -162,14 +168,15 @@ def train_request(
         order = list(state.model.patterns)
         fields["grow"] = [[order.index(name), count] for name, count in wanted.items()]
 
-    def check(reply: Reply) -> None:
-        if set(reply.states) != {MODEL} or reply.tensors or not set(reply.entries) <= {MODEL}:
-            raise ClientError("a reply to train holds the model and its growth entries, no more")
-        number(reply.fields, "loss")
-        if reply.num_examples < 1:
-            raise ClientError("a reply that stands for no sample")
-        for name, (indices, _) in reply.entries.get(MODEL, {}).items():
-            if name not in wanted or len(indices) > wanted[name]:
-                raise ClientError(f"growth entries of {name!r} were not asked for, or too many")
+    return Request(
+        "train",
+        state.round_index,
+        fields,
+        states={MODEL: state.model},
+        expected=Expected(fields=["loss"], states=[MODEL], growth=wanted),
+        check=_check_loss,
+    )
 
-    return Request("train", state.round_index, fields, states={MODEL: state.model}, check=check)
+
+def _check_loss(reply: Reply) -> None:
+    loss(reply.fields, "loss")

@@ -38,7 +38,7 @@ def train_near(request: Request, local: Local) -> Reply:
 
 @dataclass(frozen=True)
 class FedProx(Magnitude):
-    """Federated averaging with a proximal term.
+    """Federated averaging with a proximal term that holds clients near the global model.
 
     Attributes:
         density: 1 trains the dense network.

@@ -17,7 +17,7 @@ from sparsemodel.runtime.adjust import prune_to_largest
 
 @dataclass(frozen=True)
 class Magnitude(Method):
-    """Server one-shot magnitude pruning with a fixed mask.
+    """A fixed mask of the largest weights, chosen once by the server.
 
     Attributes:
         density: share of the weights of every prunable layer that are kept.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SmallDense(Method):
-    """Federated averaging of a narrower dense network.
+    """Federated averaging of a narrower dense network of at most as many bytes.
 
     Attributes:
         density: of the sparse network whose bytes it may take.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedprune.errors import ClientError
 from fedprune.exchange.aggregate import StateMean
-from fedprune.exchange.messages import MODEL, Reply, Request, count
+from fedprune.exchange.messages import MODEL, Expected, Reply, Request, count
 from fedprune.local.model import Sgd
 from fedprune.local.training import SEED_GROWTH, epoch_batches, require_samples, train
 from fedprune.methods.base import Method, RunState, Start
@@ -96,26 +96,16 @@ class SSFL(Method):
             SALIENCY,
             fields={"layers": layers, "batches": self.batches},
             states={MODEL: state},
-            check=_check(layers),
+            expected=Expected(tensors={SALIENCY: layers}),
         )
         mean = StateMean()
         for _, reply in server.ask(request):
-            mean.add(SparseState(reply.tensors[SALIENCY]), weight=reply.num_examples)
+            mean.add(SparseState(reply.tensors[SALIENCY]), weight=reply.weight)
         if mean.num_replies == 0:
-            raise RunError("ssfl: no client could measure saliency; give clients more samples")
+            raise RunError("ssfl: no client could measure saliency")
         found = mean.result().values
         scores = {name: found[name] for name in layers}  # whoever answered first
         return RunState(0, carry(state, _largest_of_all(scores, self.density)))
-
-
-def _check(layers: list[str]) -> Any:
-    def check(reply: Reply) -> None:
-        if set(reply.tensors) != {SALIENCY} or set(reply.tensors[SALIENCY]) != set(layers):
-            raise ClientError("expected the saliency of every prunable layer")
-        # Refused here, where one client's answer is left out, and not in the mean.
-        StateMean().add(SparseState(reply.tensors[SALIENCY]), weight=reply.num_examples)
-
-    return check
 
 
 def _largest_of_all(scores: Tensors, density: float) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from prunelab.pages import plots
-from prunelab.pages.plots import ACCENT, GRID, HALF, INK, MUTED, SECOND, SURFACE, WHOLE
+from prunelab.pages.plots import ACCENT, GRID, HALF, INK, MUTED, SECOND, SURFACE
 
 SHADES = 10
 NAME_LENGTH = 44
@@ -27,7 +27,7 @@ def accuracy_chart(
         label: what a screen reader says; this and every other chart has one.
     """
     percent = {number: 100 * value for number, value in zip(rounds, accuracies, strict=True)}
-    with plots.figure(HALF, 2.9) as figure:
+    with plots.figure(HALF, 2.6) as figure:
         axes = figure.add_subplot()
         plots.lines(axes, rounds, [("", list(percent.values()))])
         if adjusted:
@@ -64,7 +64,7 @@ def traffic_chart(
         dense: bytes of the same clients' messages under dense federated averaging, each way.
         format_value: bytes -> text of a tick.
     """
-    with plots.figure(HALF, 2.9) as figure:
+    with plots.figure(HALF, 2.6) as figure:
         axes = figure.add_subplot()
         plots.lines(axes, rounds, [("up", up), ("down", down)])
         if dense:
@@ -98,7 +98,7 @@ def density_chart(
         after_label: what `after` is, for the legend.
     """
     known = [d for d in (*before, *after) if d]
-    with plots.figure(WHOLE, 0.85 + 0.21 * len(names)) as figure:
+    with plots.figure(HALF, 0.85 + 0.3 * len(names)) as figure:
         axes = figure.add_subplot()
         if known and max(known) > 20 * min(known):
             axes.set_xscale("log")
@@ -106,21 +106,18 @@ def density_chart(
             axes.set_xlim(0, 1.06 * max(known, default=1.0))
         places = range(len(names))
         for place, old, new in zip(places, before, after, strict=True):
+            axes.axhline(place, color=GRID, linewidth=0.8, zorder=0)
             if old is not None and new is not None:
                 axes.plot([old, new], [place, place], color=GRID, linewidth=3, zorder=1)
             texts = dict.fromkeys(f"{d:.3g}" for d in (old, new) if d is not None)
-            axes.text(
-                1.01,
-                place,
-                " → ".join(texts),
-                transform=axes.get_yaxis_transform(),
-                verticalalignment="center",
-                color=MUTED,
-                fontsize=8,
-            )
+            # Above its points: beside them, long names would leave the points no room.
+            above = {"transform": axes.get_yaxis_transform(), "fontsize": 8, "va": "center"}
+            axes.text(0, place - 0.45, _shortened(names[place]), color=INK, **above)
+            axes.text(1, place - 0.45, " → ".join(texts), color=MUTED, ha="right", **above)
         _dots(axes, before, marker_label="at the start", color=MUTED, size=7.5, filled=False)
         _dots(axes, after, marker_label=after_label, color=ACCENT, size=4.5, filled=True)
-        plots.named_rows(axes, [_shortened(name) for name in names])
+        plots.named_rows(axes, [""] * len(names))
+        axes.set_ylim(len(names) - 0.5, -0.8)
         axes.set_xlabel("density")
         axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
         axes.xaxis.set_minor_formatter(lambda value, position: "")
@@ -153,7 +150,7 @@ def candidate_chart(losses: Sequence[float], winner: int, *, label: str) -> Mark
                 fontweight="bold" if place == winner else "normal",
             )
         plots.named_rows(axes, [str(place + 1) for place in places])
-        axes.set_xlim(0, 1.35 * max(finite) or 1.0)
+        axes.set_xlim(0, 1.6 * max(finite) or 1.0)
         axes.set(xlabel="weighted loss (smaller is better)", ylabel="candidate")
         return plots.svg(figure, label)
 
@@ -168,27 +165,31 @@ def label_chart(clients: Sequence[int], counts: Sequence[Sequence[int]], *, labe
     from matplotlib.colors import to_rgba  # noqa: PLC0415
 
     num_classes = max(len(row) for row in counts)
-    largest = max((n / sum(row) for row in counts for n in row if n), default=1.0)
+    largest = largest_share(counts)
     row_height = 0.24 if len(clients) <= 30 else 0.11
-    with plots.figure(WHOLE, 0.95 + row_height * len(clients)) as figure:
+    with plots.figure(plots.class_width(num_classes), 0.95 + row_height * len(clients)) as figure:
         axes, bars = figure.subplots(ncols=2, sharey=True, width_ratios=[4, 1])
         for shade, patch in _shaded_cells(counts, full=largest):
             patch.set(facecolor=to_rgba(ACCENT, shade), edgecolor="none")
             axes.add_patch(patch)
         axes.set(xlim=(-0.5, num_classes - 0.5), ylim=(len(clients) - 0.5, -0.5))
-        legend = f"full colour: {100 * largest:.0f} % of a client's samples, fainter: fewer"
-        axes.set(xlabel=f"class ({legend})", ylabel="client")
+        axes.set(xlabel="class", ylabel="client")
         step = 1 if len(clients) <= 30 else 10
         axes.set_yticks(range(0, len(clients), step), [str(c) for c in clients[::step]])
         plots.class_ticks(axes, num_classes)
         bars.barh(range(len(clients)), [sum(row) for row in counts], height=0.7, color=ACCENT)
         bars.set_xlabel("samples")
-        bars.xaxis.get_major_locator().set_params(nbins=3, integer=True)
+        bars.xaxis.get_major_locator().set_params(nbins=2, integer=True)
         bars.grid(visible=False, axis="y")
         axes.grid(visible=False)
         for part in (axes, bars):
             part.tick_params(axis="y", length=0)
         return plots.svg(figure, label)
+
+
+def largest_share(counts: Sequence[Sequence[int]]) -> float:
+    """Of a client's samples that one class has: what the heat map shows in full colour."""
+    return max((n / sum(row) for row in counts for n in row if n), default=1.0)
 
 
 def _shaded_cells(counts: Sequence[Sequence[int]], *, full: float) -> Iterator[tuple[float, Any]]:

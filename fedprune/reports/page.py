@@ -1,7 +1,8 @@
 """The page report.html of a run folder.
 
 The page is one file: its styles and charts are inside, it loads nothing and runs no script.
-It is made from the run folder alone, so the same folder always gives the same bytes.
+It is made from the run folder, and from the dense run beside it where there is one, so that the
+same folders always give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,36 +13,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedprune.config import RunConfig, read_toml
+from fedprune.config import RunConfig
+from fedprune.local.model import execution_of
+from fedprune.reports.baseline import Dense, dense_run_beside, verdict
 from fedprune.reports.charts import (
     accuracy_chart,
     candidate_chart,
     density_chart,
     label_chart,
+    largest_share,
     traffic_chart,
 )
 from fedprune.reports.results import facts
 from fedprune.rounds.folder import (
-    CHECKPOINT,
-    CONFIG,
-    METRICS,
     MODEL,
     REPORT,
     SUMMARY,
+    read_checkpoint,
     read_metrics,
+    read_model,
     read_summary,
+    stored_config,
 )
-from prunelab.errors import RunError
 from prunelab.pages.page import Figure, Folded, Page, Pair, Section, Table, Text, settings
+from prunelab.pages.plots import MANY_CLASSES
 from prunelab.pages.units import NOTHING, format_bytes, known_number, percent, rounded
 from sparsemodel.runtime.pattern import Patterns
-from sparsemodel.storage.state_file import load_state
+from sparsemodel.runtime.state import SparseState
+
+NOT_USED = "not used"
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run folder holds; `summary` is None while the run is not finished."""
+    """What a run folder holds; of a run that is not finished, what there is so far."""
 
+    name: str
     config: RunConfig
     start: Mapping[str, Any]
     rounds: list[dict[str, Any]]
@@ -49,33 +56,34 @@ class _Run:
     summary: Mapping[str, Any]
     is_finished: bool
     mask: Patterns | None
+    width: str
+    dense: Dense | None
 
 
 def write_report(folder: Path) -> Path:
     """Write report.html of a run folder, finished or not, and return its path.
 
     Raises:
-        RunError: the folder holds no run, its metrics are damaged, or it cannot be written to.
-        ConfigError: its config.toml is damaged.
+        RunError: the folder holds no run, a file of it is damaged or of another run, or it cannot
+            be written to.
         CheckpointError: its model is damaged.
     """
     return _page(_read(folder)).write(folder / REPORT)
 
 
 def _read(folder: Path) -> _Run:
-    if not (folder / CONFIG).is_file():
-        raise RunError(f"no run in {folder}: it has no {CONFIG}; give the folder of a run")
-    config = RunConfig.parse(read_toml(folder / CONFIG))
-    try:
-        lines = read_metrics(folder)
-    except ValueError as error:
-        raise RunError(f"{folder / METRICS} is damaged: {error}") from None
+    config, lines = stored_config(folder), read_metrics(folder)
     start = next((line for line in lines if line.get("event") == "start"), {})
     rounds = [line for line in lines if "round" in line and "event" not in line]
     # While a run goes on, its checkpoint stands in for the model that it has not yet left.
-    models = [folder / name for name in (MODEL, CHECKPOINT) if (folder / name).is_file()]
+    stored: SparseState | None
+    metadata: Mapping[str, str] = {}
+    if (folder / MODEL).is_file():
+        stored, metadata = read_model(folder)
+    else:
+        checkpoint = read_checkpoint(folder)
+        stored = None if checkpoint is None else checkpoint.state.model
     is_finished = (folder / SUMMARY).is_file()
-    stored = load_state(models[0])[0] if models else None
     if is_finished:
         summary = read_summary(folder)
     else:
@@ -84,6 +92,7 @@ def _read(folder: Path) -> _Run:
             dense = sum(math.prod(shape) for shape in stored.shapes().values())
             summary["bytes_dense_round"] = 4 * dense
     return _Run(
+        name=folder.resolve().name,
         config=config,
         start=start,
         rounds=rounds,
@@ -95,6 +104,8 @@ def _read(folder: Path) -> _Run:
         summary=summary,
         is_finished=is_finished,
         mask=stored.patterns if stored else None,
+        width=metadata.get("width", ""),
+        dense=dense_run_beside(folder, config),
     )
 
 
@@ -113,9 +124,17 @@ def _summary_so_far(
         "density_target": config.method.target_density if start.get("layer_densities") else None,
         "density": latest.get("density"),
         "test_accuracy": latest.get("test_accuracy"),
-        "bytes_up": sum(line["bytes_up"] for line in lines) if lines else None,
-        "bytes_down": sum(line["bytes_down"] for line in lines) if lines else None,
+        "bytes_up": _sum(line.get("bytes_up") for line in lines),
+        "bytes_down": _sum(line.get("bytes_down") for line in lines),
     }
+
+
+def _sum(values: Iterable[Any]) -> float | None:
+    """None where nothing is known, or not all of it."""
+    known = [known_number(value) for value in values]
+    return (
+        sum(value for value in known if value is not None) if known and None not in known else None
+    )
 
 
 def _page(run: _Run) -> Page:
@@ -138,6 +157,7 @@ def _page(run: _Run) -> Page:
         note="Bytes of a client and round are those of a steady round, which moves values only, "
         "no mask. “Dense” is the same network sent and trained without pruning, in 32-bit floats.",
         sections=[
+            verdict(summary, run.dense, folder=run.name) if run.is_finished else None,
             _accuracy(run),
             _traffic(run),
             _selection(run),
@@ -145,11 +165,33 @@ def _page(run: _Run) -> Page:
             _clients(run),
             _skipped(run),
             _rounds(run),
-            Section("Configuration", [settings(config.flat(), top="run")], wide=True),
+            Section("Configuration", [settings(_used(run), top="run")], wide=True),
         ],
         footer=f"Made by fedprune{version} from the files of this folder. Test data were used for "
         "the record only.",
     )
+
+
+def _used(run: _Run) -> dict[str, Any]:
+    """Every setting as it was used: what the file leaves to be worked out is worked out."""
+    config, data = run.config, run.config.data
+    method = config.method.used(config.training.rounds)
+    return {
+        **config.flat(),
+        **{f"method.{key}": value for key, value in method.items()},
+        "model.name": config.model_name,
+        "model.width": run.width or config.model.width or "the network's own",
+        "data.num_train": data.num_train or "all",
+        "data.num_test": data.num_test or "all",
+        "data.alpha": data.alpha if data.partition == "dirichlet" else NOT_USED,
+        "data.classes_per_client": data.classes_per_client
+        if data.partition == "pathological"
+        else NOT_USED,
+        "training.execution": run.start.get("execution")
+        or execution_of(config.training, pruned=bool(run.start.get("layer_densities"))),
+        "training.cohort": f"at most {config.cohort} (batched engine)",
+        "federation.clients_per_round": config.clients_per_round,
+    }
 
 
 def _accuracy(run: _Run) -> Section:
@@ -262,7 +304,7 @@ def _densities(run: _Run) -> Section | None:
         label=label,
     )
     note = "Parameters that are not listed are never pruned."
-    return Section("Layer densities", [Figure(chart, note)], wide=True)
+    return Section("Layer densities", [Figure(chart, note)])
 
 
 def _clients(run: _Run) -> Section | None:
@@ -275,12 +317,15 @@ def _clients(run: _Run) -> Section | None:
         f"({min(sizes):,} to {max(sizes):,} each) and "
         f"{sum(entry['num_dev'] for entry in clients):,} development samples."
     )
-    chart = label_chart(
-        [entry["client"] for entry in clients],
-        [entry["labels"] for entry in clients],
-        label=f"Labels of the clients: {note}",
+    labels = [entry["labels"] for entry in clients]
+    note += (
+        f" Full colour: {100 * largest_share(labels):.0f} % of a client's samples; fainter: fewer."
     )
-    return Section("What the clients hold", [Figure(chart, note)], wide=True)
+    chart = label_chart(
+        [entry["client"] for entry in clients], labels, label=f"Labels of the clients: {note}"
+    )
+    is_wide = max(map(len, labels)) > MANY_CLASSES
+    return Section("What the clients hold", [Figure(chart, note)], wide=is_wide)
 
 
 def _skipped(run: _Run) -> Section | None:

@@ -20,6 +20,7 @@ def run(
     engine: str = "inline",
     resume: bool = False,
     progress: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Run or resume one run in `folder`, and leave the report beside it.
 
@@ -28,13 +29,14 @@ def run(
             together) or "flower" (Flower's simulation engine).
         resume: continue what the folder holds; a complete run is left as it is.
         progress: called a few times a second while metrics.jsonl grows.
+        say: is told in a line what is being done before the first round.
 
     Returns:
         The content of summary.json.
 
     Raises:
         ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
-            what to do. A folder in which nothing was computed is removed again.
+            what to do. A new folder in which nothing was computed is removed again.
     """
     from fedprune.rounds import folder as runfolder  # noqa: PLC0415
 
@@ -63,9 +65,10 @@ def run(
             "batched": partial(run_inline, batched=True),
         }
         try:
-            starts[engine](config, folder, resume=resume, progress=progress)
+            starts[engine](config, folder, resume=resume, progress=progress, say=say)
         except USER_ERRORS:
-            runfolder.discard_unstarted(folder)
+            if not resume:  # a run that was there before is not ours to remove
+                runfolder.discard_unstarted(folder)
             raise
         write_report(folder)
     return runfolder.read_summary(folder)

@@ -17,14 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedprune.config import RunConfig
+from fedprune.exchange.messages import ClientInfo
+from fedprune.local.data import label_histogram, num_development
 from fedprune.local.model import Network
+from fedprune.local.shares import share_of
 from fedprune.local.site import TRAIN
 from fedprune.methods.base import Method
 from prunelab.data.store import ImageStore, open_store
 from prunelab.errors import DataWarning, RunError
+from prunelab.runs.children import ended_with_parent
+from prunelab.runs.folder import write_file
 from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import SparseState
-from sparsemodel.storage.state_file import load_state
+from sparsemodel.storage.sealed import read_sealed_json, sealed_json
+from sparsemodel.storage.state_file import load_state, save_state
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +39,8 @@ __all__ = ["NETWORK", "START", "TEST", "TRAIN", "Reference", "Setup", "lay_out"]
 
 TEST = "test"  # an image store, as TRAIN, which has the clients' shares
 NETWORK, START = "network.json", "start.safetensors"
+REFUSED = 3  # exit status of the child whose last line is what a user can mend, as JSON
+CURE = "delete the folder, and it is laid out again"
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,17 @@ class Setup:
     @cached_property
     def test(self) -> ImageStore:
         """The server's test samples."""
-        return open_store(self.folder / TEST)
+        return open_store(self.folder / TEST, verify=True, made_for=self.config.digest)
+
+    def shares(self) -> dict[int, ClientInfo]:
+        """What the run gave each client of the training samples."""
+        store, found = open_store(self.folder / TRAIN, made_for=self.config.digest), {}
+        for client in range(self.config.data.clients):
+            share = share_of(store, client)
+            num_dev = num_development(len(share))
+            histogram = label_histogram(store.labels[share], store.num_classes)
+            found[client] = ClientInfo(client, len(share) - num_dev, num_dev, histogram)
+        return found
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -132,14 +150,35 @@ class Setup:
 
         Raises:
             CheckpointError: it was not laid out, or is damaged.
+            RunError: it is of another run.
         """
-        state, _ = load_state(self.folder / START)
+        file = self.folder / START
+        state, metadata = load_state(file)
+        if metadata.get("settings") != self.config.digest:
+            raise RunError(f"{file} was laid out for a run with other settings; {CURE}")
         return state.ordered(self.shapes)
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
-        facts: dict[str, Any] = json.loads((self.folder / NETWORK).read_text(encoding="utf-8"))
-        return facts
+        file, of = self.folder / NETWORK, _network_of(self.config)
+        try:
+            return read_sealed_json(file, of=of, error=RunError, cure=CURE)
+        except FileNotFoundError:
+            raise RunError(f"{file} is missing; {CURE}") from None
+
+
+def write_facts(folder: Path, config: RunConfig, facts: Mapping[str, Any]) -> None:
+    """Leave what is known of a run's network; the last file of a Setup."""
+    write_file(folder / NETWORK, sealed_json(_network_of(config), facts))
+
+
+def write_start(folder: Path, config: RunConfig, state: SparseState) -> None:
+    """Leave the weights that a run starts from."""
+    save_state(folder / START, state, metadata={"settings": config.digest})
+
+
+def _network_of(config: RunConfig) -> str:
+    return f"network of settings {config.digest}"
 
 
 def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
@@ -158,14 +197,18 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
 
         open_workspace(config).lay_out(folder, with_start=with_start)
         return
+    command = [sys.executable, "-m", "fedprune.rounds.lay_out", str(folder)]
     done = subprocess.run(
-        [sys.executable, "-m", "fedprune.rounds.lay_out", str(folder), *["--start"] * with_start],
+        ended_with_parent(*command, *["--start"] * with_start),
         input=json.dumps(config.flower()),
         capture_output=True,
         text=True,
         check=False,
     )
+    if done.returncode == REFUSED:
+        raise RunError(json.loads(done.stdout.splitlines()[-1]))
     if done.returncode:
-        raise RunError(done.stderr.strip().splitlines()[-1] if done.stderr else "no set-up")
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise RunError(f"setting up failed: {last[0]}") from RuntimeError(done.stderr)
     for text in json.loads(done.stdout.splitlines()[-1]):
         warnings.warn(text, DataWarning, stacklevel=2)

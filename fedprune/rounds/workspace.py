@@ -6,12 +6,13 @@ where server and clients find it.
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,12 +25,13 @@ from fedprune.local.shares import write_shares
 from fedprune.local.torch_models import DenseModel
 from fedprune.local.training import round_sgd, train_epochs
 from fedprune.methods.base import Method
-from fedprune.rounds.setup import NETWORK, START, TEST, TRAIN
+from fedprune.rounds.setup import TEST, TRAIN, write_facts, write_start
 from fedprune.settings import DataConfig
 from prunelab.data.batches import Integers
 from prunelab.data.checked import note
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.data.store import write_store
+from prunelab.errors import RunError
 from prunelab.networks import (
     GRANULARITIES,
     check_fits,
@@ -42,10 +44,9 @@ from prunelab.runs.seeds import stream_seed
 from sparsemodel.errors import PlanError
 from sparsemodel.masks.mask import prunable_parameters
 from sparsemodel.plans.program import program_of
+from sparsemodel.runtime.fixed_sum import MAX_ABSOLUTE_VALUE
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.cost import layer_macs, model_bytes
-from sparsemodel.storage.files import write_atomically
-from sparsemodel.storage.state_file import save_state
 
 # The first part of a derived seed says what it is for, so that no two uses share a stream.
 SEED_SERVER_SET, SEED_PRETRAIN = 0, 2
@@ -84,7 +85,17 @@ class Workspace:
 
         Raises:
             ModelError: the network does not fit the data.
+            RunError: the folder cannot be written, for want of space perhaps.
         """
+        try:
+            self._lay_out(folder, with_start=with_start)
+        except OSError as error:
+            raise RunError(
+                f"cannot write {error.filename or folder} ({error.strerror}); set TMPDIR to a "
+                "folder with more room"
+            ) from None
+
+    def _lay_out(self, folder: Path, *, with_start: bool) -> None:
         dataset, skeleton = self.dataset, self.torch.skeleton
         check_fits(skeleton, input_shape=dataset.input_shape, num_classes=dataset.num_classes)
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,6 +106,7 @@ class Workspace:
             self.shares,
             num_classes=dataset.num_classes,
             name=dataset.name,
+            made_for=self.config.digest,
         )
         write_store(
             folder / TEST,
@@ -102,9 +114,10 @@ class Workspace:
             dataset.test_labels.numpy(),
             num_classes=dataset.num_classes,
             name=dataset.name,
+            made_for=self.config.digest,
         )
         if with_start:
-            save_state(folder / START, self.start_state(), metadata={})
+            write_start(folder, self.config, self.start_state())
         program, reason = self._traced()
         with uninitialised():
             reference = self.torch.reference()
@@ -125,12 +138,15 @@ class Workspace:
             },
             "width": str(getattr(skeleton, "width", "")),
         }
-        write_atomically(folder / NETWORK, json.dumps(facts).encode())
+        write_facts(folder, self.config, facts)
 
     def start_state(self) -> SparseState:
         """The dense model after brief training on the server's few labelled samples.
 
         Every method starts from it.
+
+        Raises:
+            RunError: the training diverged.
         """
         config, dataset = self.config, self.dataset
         compute_device(config.training.device)
@@ -139,7 +155,7 @@ class Workspace:
         if not config.server.pretrain_epochs:
             return state
         model = DenseModel(self.torch.empty_model, state, config.training)
-        train_epochs(
+        loss = train_epochs(
             model,
             dataset.train_images.numpy()[self.server_indices],
             dataset.train_labels.numpy()[self.server_indices],
@@ -149,7 +165,15 @@ class Workspace:
             seed=stream_seed(SEED_PRETRAIN, config.seed),
             augmented=config.data.augment,
         )
-        return model.state()
+        trained = model.state()
+        largest = max(float(np.abs(values).max(initial=0)) for values in trained.values.values())
+        if not (math.isfinite(loss) and largest < MAX_ABSOLUTE_VALUE):
+            raise RunError(
+                f"training on the server's samples has diverged (loss {loss:.3g}, largest weight "
+                f"{largest:.3g}) before the first round: training.lr={config.training.lr:g} is too "
+                "high; lower it"
+            )
+        return trained
 
     def _traced(self) -> tuple[str, str]:
         """The network's program, or why it has none."""

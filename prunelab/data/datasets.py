@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from prunelab.errors import DataError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DIGITS_TEST_SHARE = 0.2
+FASHION = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +38,7 @@ class ImageSet:
         num_classes: 0: counted by the training labels (see `count_classes`).
         fingerprint: 16 hexadecimal digits that name the data; "": of their content.
         train_groups: natural client of each training sample, int64 [N], where there is one.
+        class_names: of the classes 0, 1, ..., where the data name them.
 
     Raises:
         DataError: what `checked` cannot take, sides that are not alike, labels that are no such
@@ -48,6 +53,7 @@ class ImageSet:
     num_classes: int = 0
     fingerprint: str = ""
     train_groups: torch.Tensor | None = None
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         found: dict[str, Any] = {}
@@ -96,6 +102,7 @@ class _Source:
     labels: Array
     images: Callable[[Array], torch.Tensor]
     groups: Array | None = None
+    class_names: tuple[str, ...] = ()
 
 
 def check_dataset(name: str) -> None:
@@ -142,6 +149,7 @@ def load_dataset(
         test_labels=labels[1][test_index],
         num_classes=num_classes,
         train_groups=None if train.groups is None else torch.from_numpy(train.groups[train_index]),
+        class_names=train.class_names,
     )
 
 
@@ -174,7 +182,8 @@ def _fashion_mnist() -> tuple[_Source, _Source]:
                 f"fashion-mnist is not in {folder} and cannot be downloaded ({error}); install "
                 "Debian's dataset-fashion-mnist, or set FEDPRUNE_DATA to torchvision's folder"
             ) from None
-    return _idx_side(folder, "train"), _idx_side(folder, "t10k")
+    train, test = _idx_side(folder, "train"), _idx_side(folder, "t10k")
+    return replace(train, class_names=FASHION), test
 
 
 def _idx_side(folder: Path, prefix: str) -> _Source:
@@ -224,7 +233,8 @@ def _parquet_folder(folder: Path) -> tuple[_Source, _Source]:
     # A validation file is the test side only where there is no test file.
     for names in (("train",), ("test", "validation")):
         side = read_side(folder, names)
-        sides.append(_Source(side.labels, _decoding(side.cells, str(folder)), side.groups))
+        images = _decoding(side.cells, str(folder))
+        sides.append(_Source(side.labels, images, side.groups, side.class_names))
     return sides[0], sides[1]
 
 
@@ -237,7 +247,11 @@ def _columns(dataset: Any, image: str, label: str) -> _Source:
         for row, cell in zip(index.tolist(), undecoded.select(index)[image], strict=True):
             yield f"row {row}", cell["bytes"] or Path(cell["path"]).read_bytes()
 
-    return _Source(dataset.with_format("numpy")[label][:], _decoding(cells, "the hub's data set"))
+    return _Source(
+        dataset.with_format("numpy")[label][:],
+        _decoding(cells, "the hub's data set"),
+        class_names=tuple(getattr(dataset.features[label], "names", ())),
+    )
 
 
 def _decoding(

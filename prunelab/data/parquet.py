@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,11 +32,13 @@ class Pictures:
         labels: int64 [N].
         cells: row numbers -> the place and the bytes of each picture.
         groups: natural client of each sample, int64 [N], where the files have the column.
+        class_names: of the classes 0, 1, ..., where the files name them.
     """
 
     labels: Array
     cells: Callable[[Array], Iterator[tuple[str, Any]]]
     groups: Array | None
+    class_names: tuple[str, ...]
 
 
 def read_side(folder: Path, names: Sequence[str]) -> Pictures:
@@ -67,7 +70,8 @@ def read_side(folder: Path, names: Sequence[str]) -> Pictures:
     groups = None
     if has_groups == {True}:
         groups = _groups([name for part in parts for name in part.groups or ()], files[0])
-    return Pictures(np.concatenate([part.labels for part in parts]), cells, groups)
+    labels = np.concatenate([part.labels for part in parts])
+    return Pictures(labels, cells, groups, parts[0].class_names)
 
 
 def side_files(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -148,6 +152,7 @@ class _Part:
     images: Any
     labels: Array
     groups: list[Any] | None
+    class_names: tuple[str, ...]
 
 
 def _read(path: Path) -> _Part:
@@ -176,7 +181,16 @@ def _read(path: Path) -> _Part:
     values = table[LABEL].to_pylist()
     labels = checked_labels(values, where=str(path)).numpy() if values else np.empty(0, np.int64)
     groups = table[CLIENT].to_pylist() if CLIENT in wanted else None
-    return _Part(path, table[image], labels, groups)
+    return _Part(path, table[image], labels, groups, _class_names(table))
+
+
+def _class_names(table: Any) -> tuple[str, ...]:
+    """Names of the classes that Hugging Face's libraries leave in a table's metadata."""
+    try:
+        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+        return tuple(map(str, features[LABEL]["names"]))
+    except (KeyError, TypeError, ValueError):
+        return ()
 
 
 def _bytes(cell: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -9,13 +11,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
 
 from prunelab.errors import PrunelabWarning
+from prunelab.runs.version import __version__
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)
+errors = Console(stderr=True, emoji=False)
 INTERRUPTED = 130
+FRAME = 3  # what a column of a table takes beside its cells
 
 
 def run_command(
@@ -30,6 +36,9 @@ def run_command(
         expected: errors that a user can mend.
         go_on: what to do after an interruption, from the command's arguments.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a letter that the terminal lacks ends no run
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
@@ -47,23 +56,76 @@ def run_command(
         raise
 
 
+def version_of(command: str) -> Any:
+    """The option --version of a command: prints name and version, and ends."""
+
+    def show(asked: bool) -> None:
+        if asked:
+            print(f"{command} {__version__}")
+            raise typer.Exit
+
+    return typer.Option("--version", callback=show, is_eager=True, help="Show the version.")
+
+
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
+    """A table whose cells stay whole.
+
+    Where the window is too narrow for all columns, those that do not fit follow below, beside the
+    first column again. Only the first column is wrapped, at half the window.
+    """
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(cell_len, [*name.split(), *cells]), default=0) for name, *cells in columns]
+    widths[0] = min(widths[0], console.width // 2)
+    room = 0
+    parts: list[list[int]] = []
+    for place in range(1, len(columns)):
+        if not parts or room < widths[place] + FRAME:
+            parts.append([0])
+            room = console.width - widths[0] - FRAME - 1
+        parts[-1].append(place)
+        room -= widths[place] + FRAME
+    for part in parts or [[0]]:
+        table = Table(title=title or None, show_header=any(header))
+        for place in part:
+            table.add_column(escaped(header[place]), width=widths[place], overflow="fold")
+        for row in rows:
+            table.add_row(*(escaped(row[place]) for place in part))
+        console.print(table)
+
+
+def show_list(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table without lines, whose texts are wrapped at words."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escaped, row))
+    console.print(table)
+
+
 def listed(text: str) -> list[str]:
     """Names with commas between them."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def say(text: str) -> None:
+def say(text: str, *, to: Console = console) -> None:
     """One line of plain text."""
-    console.print(escaped(text), highlight=False, soft_wrap=True)
+    to.print(escaped(text), highlight=False, soft_wrap=True)
 
 
 def escaped(value: object) -> str:
     """Text in which rich sees no markup."""
-    return str(value).replace("[", r"\[")
+
+    # Not rich's own escape, which loses a backslash before a bracket that opens no tag.
+    def guarded(bracket: re.Match[str]) -> str:
+        opens_tag = bracket[2] is not None
+        return bracket[1] * (2 if opens_tag else 1) + r"\["
+
+    return re.sub(r"(\\*)\[(?=([a-z#/@][^[]*?])?)", guarded, str(value))
 
 
 @contextmanager
-def progress_bar() -> Iterator[Any]:
+def progress_bar(console: Console = console) -> Iterator[Any]:
     """A bar for what is under way; on a file or a pipe, a line for each stage."""
     from rich.progress import (  # noqa: PLC0415
         BarColumn,
@@ -75,7 +137,14 @@ def progress_bar() -> Iterator[Any]:
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     tasks: dict[str, Any] = {}
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    shown = Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with shown as bar:
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
@@ -83,7 +152,7 @@ def progress_bar() -> Iterator[Any]:
                     bar.update(task, visible=False)
                 tasks[what] = bar.add_task(what, total=total)
                 if not console.is_terminal:
-                    say(f"{what} ...")
+                    say(f"{what} ...", to=console)
             bar.update(tasks[what], completed=done)
 
         yield show

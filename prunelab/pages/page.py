@@ -2,8 +2,8 @@
 
 A page is plain data: facts, and sections of parts. The templates beside this file show it. The
 file holds its styles, charts and pictures, loads nothing, runs no script, and follows the
-reader's light or dark mode. All text is escaped; markup is what `plots.svg` and `pictures.strip`
-draw, and nothing else. Equal pages give equal bytes.
+reader's light or dark mode. All text is escaped; markup is what `plots.svg` draws, and
+nothing else. Equal pages give equal bytes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Table(Part):
 
     Attributes:
         marked: which row stands out.
-        scrolls: a name for the table, which then has a height of its own.
+        scrolls: a name for the table, which then has a height of its own. Any table that is
+            wider than its card scrolls inside it.
     """
 
     kind = "table"
@@ -87,30 +88,37 @@ class Settings(Part):
 
 
 @dataclass(frozen=True)
-class Strip:
-    """Pictures in a row.
+class Command(Part):
+    """What to type, as it is."""
+
+    kind = "command"
+    text: str
+
+
+class Picture(NamedTuple):
+    """One picture.
 
     Attributes:
-        picture: a data: URL of all of them; "" where there are none.
-        alt: what it is, for those who do not see it.
-        note: shown when a pointer rests on it.
+        source: a data: URL.
+        caption: a word or two below it.
+        alt: all about it, for those who do not see it and where a pointer rests on it.
     """
 
-    picture: str
-    alt: str = ""
-    note: str = ""
+    source: str
+    caption: str
+    alt: str
 
 
 class GalleryRow(NamedTuple):
-    """A label and as many strips as the gallery has columns beside it."""
+    """A label and as many groups of pictures as the gallery has columns."""
 
     label: str
-    strips: Sequence[Strip]
+    groups: Sequence[Sequence[Picture]]
 
 
 @dataclass(frozen=True)
 class Gallery(Part):
-    """Strips of pictures in columns, a label before each row."""
+    """Pictures in columns, a label before each row; columns stand below each other on a phone."""
 
     kind = "gallery"
     header: Sequence[str]

@@ -1,49 +1,37 @@
-"""Pictures of samples for a report: strips of images as PNG inside the page."""
+"""Pictures of samples for a report, as PNG inside the page."""
 
 from __future__ import annotations
 
 import base64
 import io
-import math
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from prunelab.pages.page import Strip
+from prunelab.pages.page import Picture
 
-TARGET = 40
-GAP = 2
+LARGEST = 64
+"""Pixels of a side, at most: larger images are made smaller, or a page would hold megabytes."""
 
 
-def strip(images: Tensor, *, note: str = "") -> Strip:
-    """Images side by side, enlarged by a whole factor; an empty strip for none.
+def pictures(images: Tensor, captions: Sequence[str], alts: Sequence[str]) -> list[Picture]:
+    """A picture of each image.
 
     Args:
-        images: uint8 [N, C, H, W], or float of any range, scaled to its own; C of 1 or 3 (of
-            others the first channel is shown).
-        note: shown when a pointer rests on it.
+        images: uint8 [N, C, H, W], or float of any range, scaled to the range of all of them; C of
+            1 or 3 (of others the first channel is shown).
+        captions, alts: a text of each.
     """
-    from PIL import Image  # noqa: PLC0415
-
     if not len(images):
-        return Strip("")
+        return []
     pixels = _bytes(images)
     if pixels.shape[1] not in (1, 3):
         pixels = pixels[:, :1]
-    factor = max(1, math.ceil(TARGET / max(pixels.shape[-2:])))
-    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    # The gap is transparent: the page may be light or dark.
-    height, width = pixels.shape[-2:]
-    canvas = np.zeros((height, len(pixels) * (width + GAP) - GAP, 4), np.uint8)
-    for place, picture in enumerate(pixels.numpy()):
-        left = place * (width + GAP)
-        canvas[:, left : left + width, :3] = picture.transpose(1, 2, 0)
-        canvas[:, left : left + width, 3] = 255
-    file = io.BytesIO()
-    Image.fromarray(canvas).save(file, format="PNG", optimize=True)
-    data = base64.b64encode(file.getvalue()).decode()
-    return Strip(f"data:image/png;base64,{data}", alt=f"{len(pixels)} samples", note=note)
+    return [
+        Picture(_png(picture), caption, alt)
+        for picture, caption, alt in zip(pixels, captions, alts, strict=True)
+    ]
 
 
 def extremes(scores: Tensor, labels: Tensor, label: int, *, count: int) -> tuple[Tensor, Tensor]:
@@ -56,6 +44,18 @@ def extremes(scores: Tensor, labels: Tensor, label: int, *, count: int) -> tuple
     ordered = rows[torch.argsort(scores[rows], stable=True)]
     count = min(count, max(1, len(ordered) // 2)) if len(ordered) else 0
     return ordered[:count], ordered.flip(0)[:count]
+
+
+def _png(pixels: Tensor) -> str:
+    """A data: URL of uint8 [1 or 3, H, W]."""
+    from PIL import Image  # noqa: PLC0415
+
+    array = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    picture = Image.fromarray(array.contiguous().numpy())
+    picture.thumbnail((LARGEST, LARGEST))
+    file = io.BytesIO()
+    picture.save(file, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _bytes(images: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ VARIABLES = {
     SURFACE: "--surface",
 }
 # Inches. A half and a whole line of the page have the same scale, so text has one size.
-HALF, WHOLE = 5.2, 10.6
+HALF, WHOLE = 4.4, 9.2
+LEAST = 65
+"""Pixels of the page that an inch takes at least: below that, a chart scrolls inside its card."""
 MANY_CLASSES = 25
 MANY_POINTS = 40
 
@@ -78,7 +80,8 @@ def svg(figure: Any, label: str) -> Markup:
     text = text[text.index("<svg") :].replace("xlink:href", "href")
     view = re.search(r'viewBox="[^"]*"', text)
     assert view, "matplotlib gives every SVG a viewBox"
-    head = f'<svg {view[0]} role="img" aria-label="{escape(label)}">'
+    least = round(LEAST * figure.get_figwidth())
+    head = f'<svg {view[0]} style="min-width: {least}px" role="img" aria-label="{escape(label)}">'
     body = text[text.index(">") + 1 :]
     body = re.sub(r"<!--.*?-->|<style.*?</style>", "", body, flags=re.DOTALL)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))

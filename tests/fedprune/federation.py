@@ -44,15 +44,20 @@ def tiny(**changes: Any) -> RunConfig:
 
 
 def run_inline(
-    config: RunConfig, out: Path, *, clients: ClientApp | None = None, resume: bool = False
+    config: RunConfig,
+    out: Path,
+    *,
+    clients: ClientApp | None = None,
+    resume: bool = False,
+    grid: type[InlineGrid] = InlineGrid,
 ) -> Path:
-    """Run the real ServerApp over an in-process grid; `clients` may misbehave."""
+    """Run the real ServerApp over an in-process grid; `clients`, and the grid, may misbehave."""
     prepare(out, config, resume=resume)
     with tempfile.TemporaryDirectory() as temporary:
         setup = Path(temporary) / "setup"
         open_workspace(config).lay_out(setup, with_start=True)
         values = {**config.flower(), **launch_values(out, resume=resume, setup=setup)}
-        grid = InlineGrid(
+        nodes = grid(
             clients or client.app,  # type: ignore[arg-type]
             run_config=values,
             num_nodes=config.data.clients,
@@ -60,7 +65,7 @@ def run_inline(
         context = Context(
             run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=values
         )
-        server.app(grid, context)
+        server.app(nodes, context)
     return out
 
 

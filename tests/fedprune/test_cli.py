@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +24,16 @@ from federation import TINY, digest, run_inline, tiny
 from PIL import Image
 from processes import Command
 
-from fedprune.rounds.folder import CHECKPOINT, SUMMARY, read_metrics, read_summary
+from fedprune.config import read_toml
+from fedprune.methods import METHODS
+from fedprune.rounds.folder import (
+    CHECKPOINT,
+    CONFIG,
+    SUMMARY,
+    prepare,
+    read_metrics,
+    read_summary,
+)
 from sparsemodel.storage.checkpoint import load_sparse
 
 FEDPRUNE = str(Path(sys.executable).parent / "fedprune")
@@ -73,6 +87,97 @@ def test_kill_at_random_moments_then_resume_gives_the_same_bits(tmp_path: Path) 
     assert [line.get("round") for line in read_metrics(out)] == [None, *range(1, 41)]
 
 
+def test_a_second_resume_does_not_take_a_folder_from_a_running_run(tmp_path: Path) -> None:
+    """Before the first checkpoint, when the folder holds its configuration alone."""
+    first = Command(
+        *("fedprune", "run", "--engine", "inline", *OPTIONS, "--rounds", "1", "--out", "run"),
+        *("--set", "server.pretrain_epochs=60"),
+        cwd=tmp_path,
+    )
+    while not (tmp_path / "run" / CONFIG).exists():
+        assert first.is_running()
+        time.sleep(0.01)
+    # Whoever comes second is refused, by a setting of its own or because the first is at work.
+    for wrong in (["--seed", "8"], ["--clients", "5000"], ["--engine", "steam"]):
+        second = fedprune(
+            "run", "--engine", "inline", "--resume", "--out", "run", *wrong, cwd=tmp_path
+        )
+        assert second.returncode == 1, second.stdout
+        assert (tmp_path / "run" / CONFIG).exists()
+    assert first.ended().returncode == 0
+    assert read_summary(tmp_path / "run")["rounds"] == 1
+
+
+@pytest.mark.parametrize("engine", ["inline", "flower"])
+def test_a_resume_that_cannot_go_on_leaves_the_folder(engine: str, tmp_path: Path) -> None:
+    """The data cannot be read any more."""
+    prepare(tmp_path / "run", tiny(data__dataset="no such set"), resume=False)
+    done = fedprune("run", "--engine", engine, "--resume", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "unknown data set 'no such set'" in done.stderr
+    assert (tmp_path / "run" / CONFIG).exists()
+
+
+def test_resume_compares_what_was_given_and_no_default(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    command = ["run", "--engine", "inline", "--resume", "--out", "run"]
+    for given in ([], ["--rounds", "4"], ["--seed", "7", "--density", "0.2"]):
+        done = fedprune(*command, *given, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "already complete" in done.stdout
+    for given, difference in (
+        (["--rounds", "9"], "training.rounds was 4, now 9"),
+        (["--set", "training.lr=0.5"], "training.lr was 0.1, now 0.5"),
+        (["--method", "fedprox"], "method.name was 'fedtiny', now 'fedprox'"),
+        (["--set", 'method.settings={"pool_size": 3}'], "method.pool_size was 2, now 3"),
+    ):
+        done = fedprune(*command, *given, cwd=tmp_path)
+        assert done.returncode == 1
+        assert difference in done.stderr
+        assert ("; " in done.stderr) == (given[0] == "--method")
+        assert "data.clients" not in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.ray
+def test_kill_leaves_nothing_at_work_and_no_temporary_files(tmp_path: Path) -> None:
+    """kill -9 of the command in the middle of a run on Flower's engine, as a user installed it."""
+    place = Path(tempfile.mkdtemp(prefix="t"))  # short: Ray's sockets lie deep below it
+    marked = {**os.environ, "TMPDIR": str(place), "FEDPRUNE_TEST": str(tmp_path)}
+    command = [FEDPRUNE, "run", *OPTIONS, "--rounds", "500", "--out", "run"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=marked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while len(read_metrics(tmp_path / "run")) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 15
+    while at_work(f"FEDPRUNE_TEST={tmp_path}"):
+        assert time.monotonic() < deadline, at_work(f"FEDPRUNE_TEST={tmp_path}")
+        time.sleep(0.1)
+    for lock in place.glob("fedprune-*/.lock"):  # as if some time had passed
+        os.utime(lock, (0, 0))
+    done = subprocess.run(
+        [FEDPRUNE, "run", "--engine", "inline", "--dataset", "nope", "--out", "other"],
+        cwd=tmp_path, env=marked, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert not list(place.glob("fedprune-*"))
+    shutil.rmtree(place)
+
+
+def at_work(mark: str) -> list[str]:
+    """Command lines of the processes that have a setting in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in found if line]
+
+
 @pytest.mark.ray
 def test_flower_engine_gives_the_bits_of_inline(finished: Path, tmp_path: Path) -> None:
     """Through SuperLink, `flwr run` and Ray: same digest, same bytes, and nothing left running."""
@@ -87,10 +192,34 @@ def test_flower_engine_gives_the_bits_of_inline(finished: Path, tmp_path: Path) 
 
 @pytest.mark.ray
 def test_failure_inside_flower_is_reported_with_its_reason(tmp_path: Path) -> None:
-    """`flwr run` itself exits 0 when the app raises; the command must not."""
-    done = fedprune("run", "--dataset", "no such set", "--clients", "2", "--out", "r", cwd=tmp_path)
+    """`flwr run` itself exits 0 when the app raises; the command must not, and says what inline
+    says, with the cure."""
+    arguments = ["run", "--density", "0.00001", "--clients", "2", "--out", "r"]
+    done = fedprune(*arguments, "--engine", "flower", cwd=tmp_path)
     assert done.returncode == 1
-    assert "unknown data set 'no such set'" in done.stderr
+    assert "the lowest density possible for this model is 0.00" in done.stderr
+    assert not (tmp_path / "r").exists()
+    assert done.stderr == fedprune(*arguments, "--engine", "inline", cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--dataset", "no such set"), "unknown data set 'no such set'; known: digits"),
+        (("--model", "nowhere:net"), "cannot import 'nowhere'"),
+        (("--model", "gpt"), "known models: resnet8"),
+        (("--clients", "5000"), "5000 clients"),
+        (("--set", "data.num_train=99999"), "asked for 99999 samples; there are 1437"),
+    ],
+)
+def test_names_and_data_are_checked_before_flower_starts(
+    option: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    done = fedprune("run", "--engine", "flower", *option, "--out", "r", cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "starting Flower" not in done.stdout
     assert not (tmp_path / "r").exists()
 
 
@@ -123,6 +252,83 @@ def test_one_clear_line_and_exit_status(arguments: list[str], message: str, tmp_
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.rglob(CHECKPOINT))
+
+
+def test_version_methods_and_the_module(tmp_path: Path) -> None:
+    for name in ("fedprune", "-m fedprune"):
+        command = [FEDPRUNE] if name == "fedprune" else [sys.executable, "-m", "fedprune"]
+        done = subprocess.run(
+            [*command, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert re.fullmatch(r"fedprune \d\S*\n", done.stdout)
+    done = Command("fedprune", "methods", cwd=tmp_path, columns=80).ended()
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(any(line.startswith(f"{name} ") for line in lines) for name in METHODS)
+    words = " ".join(done.stdout.split())
+    assert "density=1.0, mu=0.01" in words
+    assert all(kind.__doc__ and "(density" not in kind.__doc__ for kind in METHODS.values())
+
+
+def test_a_run_is_never_silent_and_no_line_is_wider_than_80_columns(tmp_path: Path) -> None:
+    """Before the first round it says what is being done."""
+    arguments = ["run", "--engine", "inline", *OPTIONS, "--out", "r"]
+    done = Command("fedprune", *arguments, cwd=tmp_path, columns=80).ended()
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:5] == [
+        "fedtiny on digits, resnet8, 4 clients, 4 rounds",
+        "folder: r",
+        "setting up: samples, network, first weights",
+        "starting: 4 clients join, fedtiny begins",
+        lines[4],
+    ]
+    assert re.fullmatch(r"4 clients, density 0\.\d+, candidate [12] of 2 won", lines[4])
+    assert max(map(len, lines)) <= 80
+    done = fedprune("run", "--resume", "--out", "r", cwd=tmp_path)
+    assert done.stdout.startswith("already complete: r\n")
+
+
+def test_a_config_file_of_another_method_may_be_used(finished: Path, tmp_path: Path) -> None:
+    """The page of a run says so: its own settings, less what the dense method does not know."""
+    done = fedprune(
+        *("run", "--config", str(finished / "config.toml"), "--method", "fedavg"),
+        *("--rounds", "1", "--engine", "inline", "--out", "dense"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (read_toml(folder / "config.toml") for folder in (tmp_path / "dense", finished))
+    changed = {key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key)}
+    assert {key for key in changed if not key.startswith("method.")} == {"training.rounds"}
+    typo = tmp_path / "typo.toml"
+    typo.write_text('[method]\nname = "fedavg"\ndensty = 1\n')
+    done = fedprune("run", "--config", str(typo), cwd=tmp_path)
+    assert "'method.densty' of method 'fedavg'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return 'no module'", "error: noisy:net returned a str"),
+        ("raise KeyError('weights')", "error: setting up failed: KeyError: 'weights'"),
+    ],
+)
+def test_what_fails_in_the_process_that_sets_up_is_one_line(
+    body: str, message: str, tmp_path: Path
+) -> None:
+    """A command that has no torch lets another process set up, whatever that one prints."""
+    (tmp_path / "noisy.py").write_text(
+        f"def net():\n    print('building ...', end='')\n    {body}\n", encoding="utf-8"
+    )
+    done = subprocess.run(
+        [FEDPRUNE, "run", "--engine", "inline", "--model", "noisy:net"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith(message.replace("noisy:net", "net"))
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_debug_shows_the_trace(tmp_path: Path) -> None:
@@ -175,16 +381,20 @@ def test_compare_prints_one_table_and_reuses_finished_runs(tmp_path: Path) -> No
     done = fedprune(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "±" in done.stdout
+    assert "1/4 runs/compare/fedavg-s0 ..." in done.stdout
     again = fedprune(*arguments, "--json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    summaries = json.loads(again.stdout.splitlines()[-1])
+    summaries = json.loads(again.stdout)
     assert [(s["method"], s["seed"]) for s in summaries] == [
         ("fedavg", 0),
         ("fedavg", 1),
         ("magnitude", 0),
         ("magnitude", 1),
     ]
-    assert again.stdout.count("already complete") == 4
+    assert again.stderr.count("already complete") == 4
+    # Dense runs came first, so that the others' pages have something to compare with.
+    page = (tmp_path / "runs/compare/magnitude-s1/report.html").read_text(encoding="utf-8")
+    assert "is in the folder fedavg-s1" in page
 
 
 def test_how_the_data_were_taken_is_said_by_the_command_and_its_child(tmp_path: Path) -> None:

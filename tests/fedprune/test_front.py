@@ -282,6 +282,17 @@ def test_an_interrupted_run_goes_on_with_equal_objects(
         assert value.equal(whole.model.state_dict()[name])
 
 
+def test_a_run_that_goes_on_keeps_the_settings_that_are_not_given(tmp_path: Path) -> None:
+    """Defaults (20 rounds, 8 clients, fedtiny) are no wishes."""
+    first = run(tmp_path / "run", data="digits", model="resnet8", settings={"model.width": 4})
+    again = fedprune.run(folder=tmp_path / "run", resume=True)
+    assert again.summary == first.summary
+    rounds = first.summary["rounds"]
+    assert fedprune.run(folder=tmp_path / "run", rounds=rounds, resume=True).folder == first.folder
+    with pytest.raises(ValueError, match=rf"training.rounds was {rounds}, now {rounds + 1}$"):
+        fedprune.run(folder=tmp_path / "run", rounds=rounds + 1, resume=True)
+
+
 def test_networks_are_known_by_their_weights(tmp_path: Path) -> None:
     """A run with a network goes on with an equal one, and not with another."""
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fedprune.exchange.messages import Request
 from fedprune.local.training import train
@@ -24,7 +24,9 @@ GRANULARITIES = ("layer", "block", "entire")
 
 @dataclass(frozen=True)
 class FedTiny(Method):
-    """The complete method; the two ablations switch one part off.
+    """A coarse mask that clients choose from a pool and refine by their gradients.
+
+    The two ablations switch one part off.
 
     Attributes:
         density: share of prunable weights that are kept.
@@ -70,6 +72,21 @@ class FedTiny(Method):
         wanted = max(1, round(0.1 / self.density))
         return self.pool_size or min(self.pool_limit, wanted)
 
+    def last_adjustment(self, rounds: int) -> int:
+        """R_stop of a run of so many rounds."""
+        return self.adjust_until or max(1, round(0.6 * rounds))
+
+    def used(self, rounds: int) -> dict[str, Any]:
+        adjusting = {
+            "granularity": self.granularity,
+            "adjust_every": self.adjust_every,
+            "adjust_until": self.last_adjustment(rounds),
+            "adjust_rate": self.adjust_rate,
+        }
+        if not self.progressive_pruning:
+            adjusting = dict.fromkeys(adjusting, "not used")
+        return {**self.settings(), "pool_size": self.num_candidates, **adjusting}
+
     def start(self, server: Start) -> RunState:
         counts = candidate_counts(
             server.prunable, self.density, num_candidates=self.num_candidates, seed=server.seed
@@ -84,7 +101,7 @@ class FedTiny(Method):
             memory={
                 "blocks": server.blocks[self.granularity],
                 "adjustments": 0,
-                "until": self.adjust_until or max(1, round(0.6 * server.rounds)),
+                "until": self.last_adjustment(server.rounds),
             },
             notes={"selection": account},
         )

@@ -11,12 +11,12 @@ are those of the union of the clients' data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedprune.errors import ClientError
 from fedprune.exchange.aggregate import StateMean
-from fedprune.exchange.messages import Reply, Request, counts, numbers
+from fedprune.exchange.messages import Expected, Reply, Request, counts, losses
 from fedprune.local.model import LocalModel
 from fedprune.methods.fedtiny.pool import Pool, pool_request, received_pool
 from prunelab.errors import RunError
@@ -93,7 +93,8 @@ def select_candidate(
     size = len(pool.counts)
     names = [name for name in pool.union.values if name.endswith(STATISTICS)]
     if adaptive:
-        request = pool_request(pool, "measure", check=_check_statistics(pool, names))
+        expected = Expected(tensors={str(number): names for number in range(size)})
+        request = pool_request(pool, "measure", expected=expected)
         statistics = pool_statistics((reply for _, reply in ask(request)), size)
     else:
         statistics = [{name: pool.union.values[name] for name in names}] * size
@@ -103,25 +104,29 @@ def select_candidate(
         pool,
         "score",
         tensors={str(number): each for number, each in enumerate(statistics)},
+        expected=Expected(fields=["losses", "correct"]),
         check=_check_scores(size),
     )
     scores = dict(ask(request))
-    samples = sum(reply.num_examples for reply in scores.values())
-    if samples == 0:
+    if not scores:
         raise RunError("candidate selection: no client could evaluate the candidates")
     ordered = [scores[client] for client in sorted(scores)]
+    total = sum(reply.weight for reply in ordered)
+
+    counted = [reply.weight / reply.num_examples for reply in ordered]  # 1.0, unless capped
 
     def means(key: str) -> list[float]:
-        return [sum(reply.fields[key][c] for reply in ordered) / samples for c in range(size)]
+        pairs = list(zip(counted, ordered, strict=True))
+        return [sum(part * r.fields[key][c] for part, r in pairs) / total for c in range(size)]
 
-    losses = means("losses")
-    winner = min(range(size), key=lambda c: (losses[c], c))
+    mean_losses = means("losses")
+    winner = min(range(size), key=lambda c: (mean_losses[c], c))
     assert pool.union.patterns is not None
     weights = {name: p.num_weights for name, p in pool.union.patterns.items()}
     account = {
         "adaptive": adaptive,
         "winner": winner,
-        "losses": losses,
+        "losses": mean_losses,
         "accuracies": means("correct"),
         "densities": [
             {name: count / weights[name] for name, count in each.items()} for each in pool.counts
@@ -145,37 +150,18 @@ def pool_statistics(replies: Iterable[Reply], num_candidates: int) -> list[Tenso
     means = [StateMean() for _ in range(num_candidates)]
     for reply in replies:
         for number, mean in enumerate(means):
-            mean.add(SparseState(reply.tensors[str(number)]), weight=reply.num_examples)
+            mean.add(SparseState(reply.tensors[str(number)]), weight=reply.weight)
     if means[0].num_replies == 0:
         raise RunError(
-            "candidate selection: no client could measure batch-norm statistics; "
-            "give clients more samples (fewer clients), or use a method that selects nothing"
+            "candidate selection: no client could measure the candidates' batch-norm statistics"
         )
     return [mean.result().values for mean in means]
 
 
-def _check_statistics(pool: Pool, names: Sequence[str]) -> Any:
-    """A reply holds finite statistics of every candidate, each of every batch norm."""
-    wanted = {str(number) for number in range(len(pool.counts))}
-
-    def check(reply: Reply) -> None:
-        if set(reply.tensors) != wanted:
-            raise ClientError("expected statistics of every candidate")
-        for tensors in reply.tensors.values():
-            if set(tensors) != set(names):
-                raise ClientError("expected statistics of every batch norm, and no other tensors")
-            # Refused as a whole before any part is folded in.
-            StateMean().add(SparseState(tensors), weight=reply.num_examples)
-
-    return check
-
-
 def _check_scores(size: int) -> Any:
     def check(reply: Reply) -> None:
-        numbers(reply.fields, "losses", size)
+        losses(reply.fields, "losses", size, reply.num_examples)
         if any(hits > reply.num_examples for hits in counts(reply.fields, "correct", size)):
             raise ClientError("more hits than samples")
-        if reply.num_examples < 1:
-            raise ClientError("a reply that stands for no sample")
 
     return check

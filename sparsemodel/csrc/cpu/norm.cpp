@@ -33,26 +33,36 @@ struct Moments {
     double mean, variance;  // biased
 };
 
-Moments moments(const Kernels& kernel, const float* x, std::int64_t count) {
-    const double n = static_cast<double>(count);
-    const double mean = kernel.channel_sum(x, count) / n;
+Moments moments(const Kernels& kernel, const float* x, const Plane& plane) {
+    const double n = static_cast<double>(plane.samples());
+    const double mean = kernel.channel_sum(x, plane.count()) / n;
     const auto rounded = static_cast<float>(mean);
     const double shift = mean - static_cast<double>(rounded);
-    const double variance = kernel.channel_square(x, rounded, count) / n - shift * shift;
+    // Of the squares each zero has the mean's; where those are most of the sum, they are kept out.
+    const double center = rounded;
+    const double zeros = static_cast<double>(plane.zeros()) * center * center;
+    double squares = kernel.channel_square(x, rounded, plane.count()) - zeros;
+    if (zeros > 64.0 * squares) {
+        squares = 0.0;
+        for (std::int64_t row = 0; row < plane.rows; ++row)
+            squares += kernel.channel_square(x + row * plane.lanes, rounded, plane.batch);
+    }
+    const double variance = squares / n - shift * shift;
     return {mean, variance > 0.0 || std::isnan(variance) ? variance : 0.0};
 }
 
 }  // namespace
 
-std::int32_t batchnorm_train(std::int64_t channels, std::int64_t count, const float* x,
+std::int32_t batchnorm_train(std::int64_t channels, const Plane& plane, const float* x,
                              const float* residual, const float* gamma, const float* beta,
                              double eps, double momentum, float* running_mean, float* running_var,
                              std::int32_t relu, float* y, float* saved_mean, float* saved_invstd,
                              double* mean, double* variance, std::int32_t threads) {
     const char* where = "batchnorm_train";
+    const std::int64_t count = plane.count();
     if (int32_t code = check_norm(where, channels, count, eps, relu, threads)) return code;
     if (int32_t code = check_pointers(where, {x, y, saved_mean, saved_invstd})) return code;
-    if (count < 2)
+    if (plane.samples() < 2)
         return fail(SPC_BAD_GEOMETRY, "%s: one value per channel has no variance", where);
     if (!running_mean != !running_var)
         return fail(SPC_NULL_POINTER, "%s: only one of running_mean and running_var is null",
@@ -63,14 +73,14 @@ std::int32_t batchnorm_train(std::int64_t channels, std::int64_t count, const fl
         const Kernels& kernel = kernels();
         parallel(channels, norm_threads(channels, count, threads), [&](std::int64_t c) {
             const float* in = x + c * count;
-            const Moments m = moments(kernel, in, count);
+            const Moments m = moments(kernel, in, plane);
             if (mean) mean[c] = m.mean;
             if (variance) variance[c] = m.variance;
             const double invstd = 1.0 / std::sqrt(m.variance + eps);
             saved_mean[c] = static_cast<float>(m.mean);
             saved_invstd[c] = static_cast<float>(invstd);
             if (running_mean) {
-                const double n = static_cast<double>(count), keep = 1.0 - momentum;
+                const double n = static_cast<double>(plane.samples()), keep = 1.0 - momentum;
                 running_mean[c] = static_cast<float>(keep * running_mean[c] + momentum * m.mean);
                 running_var[c] = static_cast<float>(keep * running_var[c] +
                                                     momentum * m.variance * (n / (n - 1.0)));
@@ -87,6 +97,39 @@ std::int32_t batchnorm_train(std::int64_t channels, std::int64_t count, const fl
     });
 }
 
+std::int32_t batchnorm_backward(std::int64_t channels, const Plane& plane, const float* x,
+                                const float* y, const float* dy, const float* gamma,
+                                const float* saved_mean, const float* saved_invstd,
+                                std::int32_t relu, float* dx, float* dgamma, float* dbeta,
+                                float* dresidual, std::int32_t threads) {
+    const char* where = "batchnorm_backward";
+    const std::int64_t count = plane.count();
+    if (std::int32_t code = check_norm(where, channels, count, 0.0, relu, threads)) return code;
+    if (std::int32_t code = check_pointers(where, {x, dy, saved_mean, saved_invstd, dx})) return code;
+    if (relu && !y) return fail(SPC_NULL_POINTER, "%s: relu needs y", where);
+    if (dresidual == dx)
+        return fail(SPC_BAD_ARGUMENT, "%s: dx and dresidual are one array", where);
+    return guarded(where, [&] {
+        const Kernels& kernel = kernels();
+        parallel(channels, norm_threads(channels, count, threads), [&](std::int64_t c) {
+            const std::int64_t start = c * count;
+            const float* out = relu ? y + start : nullptr;
+            double sum = 0.0, product = 0.0;
+            kernel.channel_gradient_sums(x + start, out, dy + start, saved_mean[c], count, &sum,
+                                         &product);
+            const double invstd = saved_invstd[c], n = static_cast<double>(plane.samples());
+            if (dgamma) dgamma[c] = static_cast<float>(product * invstd);
+            if (dbeta) dbeta[c] = static_cast<float>(sum);
+            kernel.channel_gradient(x + start, out, dy + start, dx + start, at(dresidual, start),
+                                    saved_mean[c],
+                                    static_cast<float>(invstd * (gamma ? gamma[c] : 1.0f)),
+                                    static_cast<float>(sum / n),
+                                    static_cast<float>(product / n * invstd * invstd), count);
+        });
+        return SPC_OK;
+    });
+}
+
 }  // namespace spc
 
 using namespace spc;
@@ -97,7 +140,7 @@ extern "C" int32_t spc_batchnorm_train(int64_t channels, int64_t count, const fl
                                        float* running_mean, float* running_var, int32_t relu,
                                        float* y, float* saved_mean, float* saved_invstd,
                                        int32_t threads) {
-    return batchnorm_train(channels, count, x, residual, gamma, beta, eps, momentum, running_mean,
+    return batchnorm_train(channels, Plane{1, count, count}, x, residual, gamma, beta, eps, momentum, running_mean,
                            running_var, relu, y, saved_mean, saved_invstd, nullptr, nullptr,
                            threads);
 }
@@ -127,31 +170,8 @@ extern "C" int32_t spc_batchnorm_backward(int64_t channels, int64_t count, const
                                           const float* saved_mean, const float* saved_invstd,
                                           int32_t relu, float* dx, float* dgamma, float* dbeta,
                                           float* dresidual, int32_t threads) {
-    const char* where = "batchnorm_backward";
-    if (int32_t code = check_norm(where, channels, count, 0.0, relu, threads)) return code;
-    if (int32_t code = check_pointers(where, {x, dy, saved_mean, saved_invstd, dx})) return code;
-    if (relu && !y) return fail(SPC_NULL_POINTER, "%s: relu needs y", where);
-    if (dresidual == dx)
-        return fail(SPC_BAD_ARGUMENT, "%s: dx and dresidual are one array", where);
-    return guarded(where, [&] {
-        const Kernels& kernel = kernels();
-        parallel(channels, norm_threads(channels, count, threads), [&](int64_t c) {
-            const int64_t start = c * count;
-            const float* out = relu ? y + start : nullptr;
-            double sum = 0.0, product = 0.0;
-            kernel.channel_gradient_sums(x + start, out, dy + start, saved_mean[c], count, &sum,
-                                         &product);
-            const double invstd = saved_invstd[c], n = static_cast<double>(count);
-            if (dgamma) dgamma[c] = static_cast<float>(product * invstd);
-            if (dbeta) dbeta[c] = static_cast<float>(sum);
-            kernel.channel_gradient(x + start, out, dy + start, dx + start, at(dresidual, start),
-                                    saved_mean[c],
-                                    static_cast<float>(invstd * (gamma ? gamma[c] : 1.0f)),
-                                    static_cast<float>(sum / n),
-                                    static_cast<float>(product / n * invstd * invstd), count);
-        });
-        return SPC_OK;
-    });
+    return batchnorm_backward(channels, Plane{1, count, count}, x, y, dy, gamma, saved_mean,
+                              saved_invstd, relu, dx, dgamma, dbeta, dresidual, threads);
 }
 
 namespace {

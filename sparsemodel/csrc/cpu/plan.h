@@ -90,6 +90,15 @@ Program growth_program(const spc_plan& plan, const std::vector<char>& asked);
 // The forward pass in training mode as far as node `last`, nothing kept.
 Program statistics_program(const spc_plan& plan, int last);
 
+// Samples that a batch takes in memory. Rows that are no whole number of vectors begin inside of
+// cache lines, and kernels take up to twice the time on them; so a batch is padded with samples of
+// zeros where at most a third is added. Nothing reads what the padding holds but as zeros: layers
+// with an addend put them back (Runner::clear).
+std::int32_t lanes_of(std::int32_t batch);
+
+// Of the batch up to `batch` that takes the most.
+std::int32_t most_lanes(std::int32_t batch);
+
 // Gives buffers that are in use at the same time different places.
 void place_buffers(Program* program, std::int32_t batch);
 
@@ -116,24 +125,40 @@ std::int32_t run_program(spc_plan* plan, const Program& program, const Batch& ba
 std::int32_t sgd_step(spc_plan* plan, const spc_sgd& sgd, int threads);
 float* buffer_at(const spc_plan& plan, const Program& program, int buffer);
 
-// images [B, C, pixels] -> x [C, pixels, B].
-std::int32_t load_images(const spc_images& images, std::int64_t batch, std::int64_t channels,
-                         std::int64_t pixels, float* x, int threads);
+// images [B, C, pixels] -> x [C, pixels, lanes], zeros from B on.
+std::int32_t load_images(const spc_images& images, std::int64_t batch, std::int64_t lanes,
+                         std::int64_t channels, std::int64_t pixels, float* x, int threads);
+
+// A channel: rows of `lanes` values, of which the first `batch` are samples and the others zeros.
+struct Plane {
+    std::int64_t rows, lanes, batch;
+    std::int64_t count() const { return rows * lanes; }
+    std::int64_t samples() const { return rows * batch; }
+    std::int64_t zeros() const { return rows * (lanes - batch); }
+};
 
 // spc_batchnorm_train, and each channel's mean and population variance into arrays that are null
 // where they are not wanted.
-std::int32_t batchnorm_train(std::int64_t channels, std::int64_t count, const float* x,
+std::int32_t batchnorm_train(std::int64_t channels, const Plane& plane, const float* x,
                              const float* residual, const float* gamma, const float* beta,
                              double eps, double momentum, float* running_mean, float* running_var,
                              std::int32_t relu, float* y, float* saved_mean, float* saved_invstd,
                              double* mean, double* variance, std::int32_t threads);
 
+// spc_batchnorm_backward; dy is zero where x is no sample.
+std::int32_t batchnorm_backward(std::int64_t channels, const Plane& plane, const float* x,
+                                const float* y, const float* dy, const float* gamma,
+                                const float* saved_mean, const float* saved_invstd,
+                                std::int32_t relu, float* dx, float* dgamma, float* dbeta,
+                                float* dresidual, std::int32_t threads);
+
 // Between float32 and bfloat16, to the nearest, ties to even.
 void compress(const float* x, std::uint16_t* y, std::int64_t count, int threads);
 void expand(const std::uint16_t* x, float* y, std::int64_t count, int threads);
 
-// Mean cross-entropy of softmax(logits [classes, batch]); its gradient unless `dlogits` is null.
+// Mean cross-entropy of softmax(logits [classes, lanes]) over the first `batch` lanes; its
+// gradient, zeros in the others, unless `dlogits` is null.
 Score softmax_cross_entropy(const float* logits, const std::int64_t* labels, std::int64_t classes,
-                            std::int64_t batch, float* dlogits);
+                            std::int64_t batch, std::int64_t lanes, float* dlogits);
 
 }  // namespace spc

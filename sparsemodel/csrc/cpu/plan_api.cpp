@@ -306,8 +306,8 @@ extern "C" int32_t spc_plan_build(spc_plan* plan, int32_t output) {
         plan->no_rows.assign(static_cast<size_t>(rows) + 1, 0);
         plan->train = training_program(*plan);
         plan->infer = inference_program(*plan);
-        place_buffers(&plan->train, plan->batch);
-        place_buffers(&plan->infer, plan->batch);
+        place_buffers(&plan->train, most_lanes(plan->batch));
+        place_buffers(&plan->infer, most_lanes(plan->batch));
         plan->seconds.assign(2 * plan->nodes.size(), 0.0);
         plan->built = true;
         return SPC_OK;

@@ -158,7 +158,7 @@ extern "C" int32_t spc_plan_topk_grads(spc_plan* plan, int32_t batch, const spc_
         std::vector<char> asked;
         if (int32_t code = check_topk(where, plan, topk, num, &asked)) return code;
         Program program = growth_program(*plan, asked);
-        place_buffers(&program, plan->batch);
+        place_buffers(&program, most_lanes(plan->batch));
         plan->arena.reserve(program.bytes);
         Score score;
         return run_program(plan, program, run, &score);
@@ -184,8 +184,11 @@ extern "C" int32_t spc_plan_infer(spc_plan* plan, int32_t batch, const spc_image
         }
         if (!logits) return SPC_OK;
         const int64_t classes = plan->nodes[static_cast<size_t>(plan->output)].channels;
-        return spc_transpose(classes, batch, buffer_at(*plan, plan->infer, plan->infer.logits),
-                             logits, threads);
+        const float* z = buffer_at(*plan, plan->infer, plan->infer.logits);
+        const int64_t lanes = lanes_of(batch);
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t k = 0; k < classes; ++k) logits[b * classes + k] = z[k * lanes + b];
+        return SPC_OK;
     });
 }
 
@@ -202,7 +205,7 @@ extern "C" int32_t spc_plan_statistics(spc_plan* plan, int32_t batch, const spc_
         int last = 0;
         if (int32_t code = check_moments(where, plan, moments, num, &last)) return code;
         Program program = statistics_program(*plan, last);
-        place_buffers(&program, plan->batch);
+        place_buffers(&program, most_lanes(plan->batch));
         plan->arena.reserve(program.bytes);
         Score score;
         return run_program(plan, program, run, &score);

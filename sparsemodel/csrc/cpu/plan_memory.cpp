@@ -16,6 +16,18 @@ std::size_t bytes_of(const Buffer& b, std::int32_t batch) {
 
 }  // namespace
 
+std::int32_t lanes_of(std::int32_t batch) {
+    constexpr std::int32_t kVector = 16;  // floats of the widest registers, and of a cache line
+    const std::int32_t padded = (batch + kVector - 1) / kVector * kVector;
+    return padded - batch <= batch / 3 ? padded : batch;
+}
+
+std::int32_t most_lanes(std::int32_t batch) {
+    std::int32_t most = batch;
+    for (std::int32_t b = batch; b > 0 && b > batch - 16; --b) most = std::max(most, lanes_of(b));
+    return most;
+}
+
 // The largest first, each at the lowest place that is free during its whole life.
 void place_buffers(Program* program, std::int32_t batch) {
     std::vector<Buffer>& buffers = program->buffers;

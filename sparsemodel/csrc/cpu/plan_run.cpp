@@ -1,4 +1,5 @@
 // Running a program: one kernel call after the other, each timed.
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <utility>
@@ -31,16 +32,16 @@ class Runner {
 public:
     Runner(spc_plan* plan, const Program& program, const Batch& batch, Score* score)
         : plan_(plan), program_(program), batch_(batch), score_(score),
-          training_(&program == &plan->train) {}
+          lanes_(lanes_of(batch.size)), training_(&program == &plan->train) {}
 
     std::int32_t run(const Step& step) {
         const Node& n = plan_->nodes[static_cast<std::size_t>(step.node)];
-        const std::int64_t count = n.size() * batch_.size;
+        const std::int64_t count = n.size() * lanes_;
         const int threads = batch_.threads;
         float *x = at(step.x), *y = at(step.y), *dy = at(step.dy), *dx = at(step.dx);
         switch (step.action) {
             case Action::load:
-                return load_images(*batch_.images, batch_.size, n.channels, n.pixels(), y,
+                return load_images(*batch_.images, batch_.size, lanes_, n.channels, n.pixels(), y,
                                    threads);
             case Action::conv: return conv(n, x, y);
             case Action::norm_train: return norm_train(n, step);
@@ -73,15 +74,31 @@ private:
 
     spc_geometry geometry(const Node& n) const {
         spc_geometry g = n.conv;
-        g.batch = batch_.size;
+        g.batch = lanes_;
         return g;
+    }
+
+    Plane plane(const Node& n) const { return {n.pixels(), lanes_, batch_.size}; }
+
+    // Puts the zeros behind the samples back.
+    void clear(const Node& n, float* y) const {
+        if (lanes_ == batch_.size) return;
+        const std::int64_t pixels = n.pixels();
+        parallel(n.channels, worthwhile_threads(batch_.threads, static_cast<double>(n.size())),
+                 [&](std::int64_t c) {
+                     float* row = y + c * pixels * lanes_;
+                     for (std::int64_t p = 0; p < pixels; ++p, row += lanes_)
+                         std::fill(row + batch_.size, row + lanes_, 0.0f);
+                 });
     }
 
     std::int32_t conv(const Node& n, const float* x, float* y) const {
         const spc_geometry g = geometry(n);
         const spc_conv_arrays& a = n.conv_arrays;
-        return spc_conv_forward(&g, a.row_ptr, a.cols, a.weight.values, a.bias.values, x, y,
-                                batch_.threads);
+        const std::int32_t code = spc_conv_forward(&g, a.row_ptr, a.cols, a.weight.values,
+                                                   a.bias.values, x, y, batch_.threads);
+        if (a.bias.values) clear(n, y);
+        return code;
     }
 
     std::int32_t conv_grads(const Node& n, const float* x, const float* dy, float* dx) const {
@@ -135,35 +152,39 @@ private:
             variance = m.variance;
             m.count = n.pixels() * batch_.size;
         }
-        return batchnorm_train(n.channels, n.pixels() * batch_.size, at(step.x),
-                               at(step.residual), a.gamma.values, a.beta.values, n.eps, momentum,
-                               training_ ? a.running_mean : nullptr,
-                               training_ ? a.running_var : nullptr, n.relu, at(step.y), saved,
-                               saved + n.channels, mean, variance, batch_.threads);
+        const std::int32_t code = batchnorm_train(
+            n.channels, plane(n), at(step.x), at(step.residual), a.gamma.values, a.beta.values,
+            n.eps, momentum, training_ ? a.running_mean : nullptr,
+            training_ ? a.running_var : nullptr, n.relu, at(step.y), saved, saved + n.channels,
+            mean, variance, batch_.threads);
+        clear(n, at(step.y));
+        return code;
     }
 
     std::int32_t norm_infer(const Node& n, const Step& step) const {
         const spc_norm_arrays& a = n.norm_arrays;
-        return spc_batchnorm_infer(n.channels, n.pixels() * batch_.size, at(step.x),
-                                   at(step.residual), a.gamma.values, a.beta.values, n.eps,
-                                   a.running_mean, a.running_var, n.relu, at(step.y),
-                                   batch_.threads);
+        const std::int32_t code = spc_batchnorm_infer(
+            n.channels, plane(n).count(), at(step.x), at(step.residual), a.gamma.values,
+            a.beta.values, n.eps, a.running_mean, a.running_var, n.relu, at(step.y),
+            batch_.threads);
+        clear(n, at(step.y));
+        return code;
     }
 
     std::int32_t norm_grad(const Node& n, const Step& step) const {
         const spc_norm_arrays& a = n.norm_arrays;
         const float* saved = at(step.saved);
-        return spc_batchnorm_backward(n.channels, n.pixels() * batch_.size, at(step.x),
-                                      at(step.y), at(step.dy), a.gamma.values, saved,
-                                      saved + n.channels, n.relu, at(step.dx),
-                                      training_ ? a.gamma.gradient : nullptr,
-                                      training_ ? a.beta.gradient : nullptr, at(step.dresidual),
-                                      batch_.threads);
+        const std::int32_t code = batchnorm_backward(
+            n.channels, plane(n), at(step.x), at(step.y), at(step.dy), a.gamma.values, saved,
+            saved + n.channels, n.relu, at(step.dx), training_ ? a.gamma.gradient : nullptr,
+            training_ ? a.beta.gradient : nullptr, at(step.dresidual), batch_.threads);
+        clear(n, at(step.dx));
+        return code;
     }
 
     std::int32_t pool(const Node& n, const Step& step) const {
         spc_pool_geometry g = n.pool;
-        g.batch = batch_.size;
+        g.batch = lanes_;
         float *x = at(step.x), *y = at(step.y), *dy = at(step.dy), *dx = at(step.dx);
         auto* taps = reinterpret_cast<std::uint8_t*>(at(step.saved));
         const std::int64_t pixels = plan_->nodes[static_cast<std::size_t>(n.source)].pixels();
@@ -175,16 +196,16 @@ private:
             case Action::avg_pool_grad:
                 return spc_avgpool_backward(&g, n.include_pad, dy, dx, threads);
             case Action::global_pool:
-                return spc_global_avgpool_forward(n.channels, pixels, batch_.size, x, y, threads);
+                return spc_global_avgpool_forward(n.channels, pixels, lanes_, x, y, threads);
             default:
-                return spc_global_avgpool_backward(n.channels, pixels, batch_.size, dy, dx,
+                return spc_global_avgpool_backward(n.channels, pixels, lanes_, dy, dx,
                                                    threads);
         }
     }
 
     std::int32_t loss(const Node& n, const float* logits, float* dlogits) const {
         if (batch_.labels)
-            *score_ = softmax_cross_entropy(logits, batch_.labels, n.channels, batch_.size,
+            *score_ = softmax_cross_entropy(logits, batch_.labels, n.channels, batch_.size, lanes_,
                                             dlogits);
         return SPC_OK;
     }
@@ -193,6 +214,7 @@ private:
     const Program& program_;
     const Batch& batch_;
     Score* score_;
+    const std::int32_t lanes_;  // samples and zeros behind them
     const bool training_;  // whether parameters get gradients and running statistics move
 };
 

@@ -290,7 +290,7 @@ void test_forward_alone() {
 
 int main() {
     test_forward_alone();
-    for (int batch : {2, 7, 64})
+    for (int batch : {2, 7, 30, 64})
         for (int flags : {0, SPC_PLAN_RECOMPUTE + 0, SPC_PLAN_RECOMPUTE + SPC_PLAN_BFLOAT16})
             for (int threads : {1, 2}) test_network(batch, flags, threads);
     std::printf("%d failed\n", failures);

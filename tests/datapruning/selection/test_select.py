@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from datapruning.errors import SelectionError
-from datapruning.selection.policies import POLICIES, Scored, group_budgets
-from datapruning.selection.select import fresh_random, select
+from datapruning.selection.policies import POLICIES, Policy, Scored, group_budgets
+from datapruning.selection.select import fresh_random, parsed_keep, select
 from datapruning.selection.table import ScoreTable
 
 few = settings(max_examples=40)
@@ -187,6 +189,98 @@ def test_groups_keep_the_same_fraction(
             assert sorted((value[i] for i in chosen), reverse=True) == best
 
 
+# --- what chance decides -------------------------------------------------------------------------
+
+
+def first_ones(scored: Scored, count: int, generator: torch.Generator) -> Tensor:
+    """A policy of the user's own, of which nobody knows what ties are to it."""
+    return torch.arange(count)
+
+
+@pytest.mark.parametrize(
+    ("policy", "keep", "options", "drawn"),
+    [
+        ("hardest", 1, {}, 0),
+        ("hardest", 3, {}, 2),  # the 9 and two of the fives
+        ("hardest", 4, {}, 0),  # the 9 and every five
+        ("easiest", 2, {}, 0),
+        ("easiest", 3, {}, 1),  # 0, 1 and one five
+        ("moderate", 2, {}, 2),  # the median is 5
+        ("moderate", 3, {}, 0),
+        ("moderate", 4, {}, 1),  # the fives, and one of 1 and 9, both 4 away
+        ("beta-cut", 3, {"cut": 0.2}, 0),  # the 9 is dropped
+        ("beta-cut", 2, {"cut": 0.4}, 2),  # the 9 is dropped, and a five by chance
+        ("random", 3, {}, 0),
+        ("coverage", 3, {}, 0),
+        (first_ones, 3, {}, 0),
+    ],
+)
+def test_how_many_were_drawn_among_equals(
+    policy: str | Policy, keep: int, options: dict[str, float], drawn: int
+) -> None:
+    """Scores 0, 1, 5, 5, 5, 9."""
+    subset = select(table([0, 1, 5, 5, 5, 9]), keep=keep, policy=policy, **options)
+    assert subset.provenance["drawn"] == drawn
+    notes = [note for note in subset.provenance["notes"] if "drawn" in note]
+    assert notes == [
+        f"{drawn} of the {keep} kept samples were drawn by chance: others that are not kept have "
+        "the same scores"
+    ] * bool(drawn)
+
+
+def test_draws_are_counted_in_every_class_and_group() -> None:
+    """Four nines of class 0, four ones of class 1. Floors of ⌊.5 · 4 · 4/8⌋ = 1 give class 1 one
+    of its four by chance; three of the four nines fill up. Two groups keep one of two each.
+    """
+    scores = table([9] * 4 + [1] * 4, [0] * 4 + [1] * 4)
+    assert select(scores, keep=4).provenance["drawn"] == 0
+    assert select(scores, keep=4, class_balanced=True).provenance["drawn"] == 4
+    pairs = table([5, 5, 7, 7])
+    assert select(pairs, keep=2, groups=torch.tensor([0, 0, 1, 1])).provenance["drawn"] == 2
+
+
+def test_most_of_the_hardest_by_forgetting_are_drawn() -> None:
+    """63 of 1,437 samples were ever forgotten: of the hardest 719, 656 are any of the others."""
+    scores = table([1.0] * 63 + [0.0] * 1374)
+    assert select(scores, keep=719).provenance["drawn"] == 656
+
+
+@pytest.mark.parametrize("policy", RANKINGS)
+@few
+@given(problem=problems())
+def test_nothing_drawn_means_that_the_seed_decides_nothing(
+    policy: str, problem: tuple[ScoreTable, int, Tensor]
+) -> None:
+    """And all that is not drawn is kept whatever the seed."""
+    scores, count, _ = problem
+    options = {"cut": 0.0} if policy == "beta-cut" else {}
+    subsets = [select(scores, keep=count, policy=policy, seed=seed, **options) for seed in range(8)]
+    always = set.intersection(*(set(subset.ids.tolist()) for subset in subsets))
+    drawn = {subset.provenance["drawn"] for subset in subsets}
+    assert len(drawn) == 1
+    assert len(always) >= count - min(drawn)
+
+
+@pytest.mark.parametrize(
+    ("text", "keep"),
+    [
+        *(("0.5", 0.5), (".5", 0.5), ("1.0", 1.0), ("50%", 0.5), (" 50 % ", 0.5), ("100%", 1.0)),
+        *(("1", 1), ("700", 700), ("0", 0), ("-3", -3), ("2.5", 2.5)),
+    ],
+)
+def test_a_share_has_a_dot_or_a_percent_sign_and_a_number_has_none(
+    text: str, keep: float | int
+) -> None:
+    found = parsed_keep(text)
+    assert (found, type(found)) == (keep, type(keep))
+
+
+@pytest.mark.parametrize("text", ["", "half", "1e-1", "%", "1,000", "0.5.5", "50%%"])
+def test_anything_else_is_refused_with_both_forms(text: str) -> None:
+    with pytest.raises(SelectionError, match=r"0.5 or 50%.*samples \(700\)"):
+        parsed_keep(text)
+
+
 # --- each policy by hand -------------------------------------------------------------------------
 
 
@@ -276,24 +370,48 @@ def test_dual_beta_draws_with_the_weights_of_its_formula() -> None:
     """Three samples, one kept: shares of 4,000 draws against score · Beta density.
 
     N = 3, r = 2/3, all three are among the ten highest: m = (.2 + .5 + .9) / 3 = .5333,
-    b = 15 · .4667 · (1 − (2/3)⁴) = 5.617, a = 9.383. Densities are proportional to
-    μ^8.383 (1 − μ)^4.617: .2: 4.95e-7, .5: 1.222e-4, .9: 9.96e-6.
+    b = 15 · .4667 · (1 − (2/3)⁴) = 5.617, a = 16 − b = 10.383. Densities are proportional to
+    μ^9.383 (1 − μ)^4.617: .2: 9.89e-8, .5: 6.11e-5, .9: 8.97e-6; with the scores the shares are
+    .008, .624 and .368.
     """
     confidence = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
     scores = table([8.0, 1.0, 4.0])
     weights = [
-        8 * 0.2**8.383 * 0.8**4.617,
-        0.5**8.383 * 0.5**4.617,
-        4 * 0.9**8.383 * 0.1**4.617,
+        8 * 0.2**9.383 * 0.8**4.617,
+        0.5**9.383 * 0.5**4.617,
+        4 * 0.9**9.383 * 0.1**4.617,
     ]
+    shares = [weight / sum(weights) for weight in weights]
+    assert shares == pytest.approx([0.008, 0.624, 0.368], abs=5e-4)
     draws = Counter(
         int(select(scores, keep=1, policy="dual-beta", seed=s, confidence=confidence).ids)
         for s in range(4000)
     )
-    for row, weight in enumerate(weights):
-        share = weight / sum(weights)
+    for row, share in enumerate(shares):
         error = math.sqrt(share * (1 - share) / 4000)
         assert abs(draws[row] / 4000 - share) < 4 * error
+
+
+def test_a_table_s_own_confidence_is_taken_where_none_is_given(tmp_path: Path) -> None:
+    """In the order of its rows; it survives the file, and other policies do not look at it."""
+    confidence = torch.tensor([0.1, 0.9, 0.5, math.nan], dtype=torch.float64)
+    scores = replace(table([8.0, 1.0, 4.0, 2.0]), confidence=confidence)
+    scores.write(tmp_path / "s.parquet")
+    read = ScoreTable.read(tmp_path / "s.parquet")
+    assert read.confidence is not None
+    assert torch.equal(read.confidence, confidence) or bool(read.confidence[3].isnan())
+    assert select(read, keep=2).ids.tolist() == [0, 2]
+    with pytest.raises(SelectionError, match="outside"):
+        select(read, keep=2, policy="dual-beta")
+    known = torch.tensor([0.1, 0.9, 0.5, 0.4], dtype=torch.float64)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = replace(
+        scores, ids=scores.ids[order], scores=scores.scores[order], confidence=known[order]
+    )
+    for seed in range(5):
+        given = select(scores, keep=2, policy="dual-beta", seed=seed, confidence=known)
+        own = select(shuffled, keep=2, policy="dual-beta", seed=seed)
+        assert own.ids.tolist() == given.ids.tolist()
 
 
 def test_dual_beta_moves_from_uncertain_to_confident_samples() -> None:

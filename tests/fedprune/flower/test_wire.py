@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 from federation import tiny
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hostile import JSON, TEXT, hostile
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedprune.errors import ClientError
 from fedprune.exchange.aggregate import EntryMean, StateMean
+from fedprune.exchange.gate import check_parts
 from fedprune.exchange.messages import (
     DESCRIBE,
     MODEL,
     ClientInfo,
+    Expected,
     Reply,
     Request,
     Resources,
@@ -32,7 +35,7 @@ from fedprune.flower import wire
 from fedprune.flower.wire import Held, NeedsResync, ProgramText
 from fedprune.methods.base import RunState, train_request
 from fedprune.methods.fedtiny.pool import POOL, Pool, candidate_counts, candidate_pool, pool_request
-from fedprune.methods.fedtiny.selection import _check_scores, _check_statistics
+from fedprune.methods.fedtiny.selection import _check_scores
 from fedprune.rounds.workspace import Workspace, open_workspace
 from prunelab.networks import float_state
 from sparsemodel.codec import encode_mask
@@ -44,9 +47,21 @@ from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.state import SparseState, Tensors
 
 NOTHING: frozenset[str] = frozenset()
+SCORES = Expected(fields=["losses", "correct"])
 PROGRAM = ProgramText("a program", "0123456789abcdef0123")
 DTYPES = ("fp32", "fp16", "bf16", "int8")
 Shapes = dict[str, tuple[int, ...]]
+
+
+def _statistics(names: list[str]) -> Expected:
+    """Of two candidates."""
+    return Expected(tensors={"0": names, "1": names})
+
+
+def check(reply: Reply, request: Request) -> None:
+    """As the gate does, but for what it knows of the client."""
+    check_parts(reply, request)
+    request.check(reply)
 
 
 # --- a real model and its pool -----------------------------------------------------------------
@@ -117,17 +132,6 @@ def same(a: SparseState, b: SparseState) -> bool:
 
 
 # --- round trips -------------------------------------------------------------------------------
-
-TEXT = st.text(max_size=6)
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**70), 2**70)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | TEXT,
-    lambda some: st.lists(some, max_size=3) | st.dictionaries(TEXT, some, max_size=3),
-    max_leaves=6,
-)
 
 
 @st.composite
@@ -319,7 +323,9 @@ def test_selection_messages_round_trip(work: Workspace, pool: Pool) -> None:
     assert same(decoded.states[POOL], pool.union)
     assert decoded.fields["counts"] == [list(each.values()) for each in pool.counts]
     # A client that holds the pool is sent statistics only, whose names travel once.
-    request = pool_request(pool, "score", tensors=statistics, check=_check_scores(2))
+    request = pool_request(
+        pool, "score", tensors=statistics, expected=SCORES, check=_check_scores(2)
+    )
     light = encode(request, held=first.held)
     assert frames(light.record) == {"t0", "t1"}
     again = decode(light.record, held)
@@ -333,13 +339,13 @@ def test_selection_messages_round_trip(work: Workspace, pool: Pool) -> None:
         decoded,
         shapes=work.shapes,
     )
-    _check_statistics(pool, names)(measured)
+    check_parts(measured, pool_request(pool, "measure", expected=_statistics(names)))
     assert all(same_tensors(measured.tensors[c], statistics[c]) for c in statistics)
     score = Reply(5, {"losses": [1.5, 2.5], "correct": [3, 4]})
     back = wire.decode_reply(
         wire.encode_reply(score, request, dtype="int8"), request, shapes=work.shapes
     )
-    request.check(back)
+    check(back, request)
     assert back == score
 
 
@@ -363,7 +369,7 @@ def test_skip_and_resync_are_told_apart() -> None:
     assert wire.wants_resync(wire.resync_record())
     skip = wire.skip_record("too \ud800 few")
     assert not wire.wants_resync(skip)
-    for record, words in ((skip, "too .* few"), (wire.resync_record(), "field 'n'")):
+    for record, words in ((skip, "too .* few"), (wire.resync_record(), "unknown keys")):
         with pytest.raises(ClientError, match=words):
             wire.decode_reply(record, request, shapes={})
 
@@ -589,8 +595,8 @@ def test_arrays_of_another_kind_are_refused() -> None:
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        (RecordDict({}), "message without 'c'"),
-        (RecordDict({"c": ArrayRecord({})}), "message without 'c'"),
+        (RecordDict({}), "expected records 'c' and 'a'"),
+        (RecordDict({"c": ArrayRecord({})}), "expected records 'c' and 'a'"),
         (RecordDict({"c": ConfigRecord({})}), "header: expected text, got None"),
         (RecordDict({"c": ConfigRecord({"h": b"{}"})}), "header: expected text"),
         (RecordDict({"c": ConfigRecord({"h": 1})}), "header: expected text"),
@@ -678,7 +684,7 @@ def test_numbers_that_are_not_finite_do_not_leave_a_client() -> None:
 
 
 def test_losses_must_be_finite_and_as_many_as_candidates(work: Workspace, pool: Pool) -> None:
-    request = pool_request(pool, "score", check=_check_scores(2))
+    request = pool_request(pool, "score", expected=SCORES, check=_check_scores(2))
     for losses, correct in (
         ("[1.0, 1e999]", "[1, 1]"),
         ("[1.0]", "[1]"),
@@ -690,7 +696,7 @@ def test_losses_must_be_finite_and_as_many_as_candidates(work: Workspace, pool: 
         text = f'{{"n": 5, "f": {{"losses": {losses}, "correct": {correct}}}}}'
         record = RecordDict({"c": ConfigRecord({"h": text})})
         with pytest.raises(ClientError):
-            request.check(wire.decode_reply(record, request, shapes=work.shapes))
+            check(wire.decode_reply(record, request, shapes=work.shapes), request)
 
 
 def test_more_growth_entries_than_asked_for_are_refused(work: Workspace, pool: Pool) -> None:
@@ -706,7 +712,7 @@ def test_more_growth_entries_than_asked_for_are_refused(work: Workspace, pool: P
         reply = Reply(1, {"loss": 0.0}, {MODEL: state}, entries)
         record = wire.encode_reply(reply, request, dtype="fp32")
         with pytest.raises(ClientError, match="not asked for, or too many"):
-            request.check(wire.decode_reply(record, request, shapes=work.shapes))
+            check(wire.decode_reply(record, request, shapes=work.shapes), request)
 
 
 def test_replies_of_another_mask_or_with_other_states_are_refused(
@@ -717,7 +723,7 @@ def test_replies_of_another_mask_or_with_other_states_are_refused(
 
     def answer(reply: Reply) -> None:
         record = wire.encode_reply(reply, request, dtype="fp32")
-        request.check(wire.decode_reply(record, request, shapes=work.shapes))
+        check(wire.decode_reply(record, request, shapes=work.shapes), request)
 
     loss, statistics = {"loss": 1.0}, {"bn1.weight": state.values["bn1.weight"]}
     answer(Reply(1, loss, {MODEL: state}))
@@ -725,10 +731,13 @@ def test_replies_of_another_mask_or_with_other_states_are_refused(
         (Reply(1, loss, {MODEL: other}), CodecError, "the frame was made with mask"),
         (Reply(1, loss, {MODEL: SparseState(state.dense())}), CodecError, "zeros: no mask"),
         (Reply(1, loss, {"other": state}), ClientError, "was not asked for; asked: .'model'"),
-        (Reply(1, loss), ClientError, "a reply to train holds the model"),
-        (Reply(1, loss, {MODEL: state}, tensors={"x": statistics}), ClientError, "no more"),
-        (Reply(1, {}, {MODEL: state}), ClientError, "field 'loss'"),
-        (Reply(0, loss, {MODEL: state}), ClientError, "stands for no sample"),
+        (Reply(1, loss), ClientError, "expected states .'model'., got"),
+        (
+            Reply(1, loss, {MODEL: state}, tensors={"x": statistics}),
+            ClientError,
+            "expected tensors",
+        ),
+        (Reply(1, {}, {MODEL: state}), ClientError, "expected fields .'loss'."),
     ):
         with pytest.raises(error, match=words):
             answer(reply)
@@ -770,53 +779,6 @@ def test_damaged_frames_are_refused(work: Workspace, pool: Pool) -> None:
         decode(wire.build_record(header, {"m0": parts["m0"], "p": parts["p"]}), Held())
 
 
-# Whatever stands in a header, or happens to frames: an answer that cannot be used is one of two
-# errors, which the server notes beside the client's number; any other would end the run.
-
-HOSTILE = JSON | st.sampled_from(
-    [10**400, -(10**400), 2**63, 2**53, -1, 0, 1, 1e308, 5e-324, True, MODEL, POOL, "0", "\ud800"]
-)
-
-
-def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inside: list[tuple[Any, Any]] = []
-    if isinstance(value, dict):
-        inside = list(value.items())
-    elif isinstance(value, list):
-        inside = list(enumerate(value))
-    return [path, *(p for key, item in inside for p in _paths(item, (*path, key)))]
-
-
-def _replaced(value: Any, path: tuple[Any, ...], by: Any) -> Any:
-    if not path:
-        return by
-    copy = dict(value) if isinstance(value, dict) else list(value)
-    copy[path[0]] = _replaced(value[path[0]], path[1:], by)
-    return copy
-
-
-@st.composite
-def hostile(draw: st.DrawFn, records: list[RecordDict]) -> RecordDict:
-    """One of the records with a few places of its header changed, and its frames muddled."""
-    header, parts = wire.read_record(draw(st.sampled_from(records)))
-    changed: Any = header
-    for _ in range(draw(st.integers(0, 2))):
-        changed = _replaced(changed, draw(st.sampled_from(_paths(changed))), draw(HOSTILE))
-    if isinstance(changed, dict):
-        key = st.sampled_from(["a", "e", "f", "k", "n", "p", "r", "s", "t", "u", "skip", "resync"])
-        changed = {**changed, **draw(st.dictionaries(key, HOSTILE, max_size=1))}
-    everything = [data for r in records for data in wire.read_record(r)[1].values()]
-    for name in sorted(parts):
-        what = draw(st.integers(0, 7))
-        if what == 0:
-            del parts[name]
-        elif what == 1:
-            parts[name] = draw(st.sampled_from(everything))
-        elif what == 2:
-            parts[name] = parts[name][: draw(st.integers(0, len(parts[name])))]
-    return RecordDict({"c": ConfigRecord({"h": json.dumps(changed), **parts})})
-
-
 @cache
 def _real_requests() -> tuple[list[RecordDict], dict[str, bytes]]:
     pool = the_pool()
@@ -847,8 +809,8 @@ def _real_replies() -> tuple[list[RecordDict], list[Request]]:
     names = [n for n in pool.union.values if "running" in n]
     statistics = {str(c): {n: pool.union.values[n] for n in names} for c in range(2)}
     train = train_request(RunState(0, state), growth={name: 2})
-    measure = pool_request(pool, "measure", check=_check_statistics(pool, names))
-    score = pool_request(pool, "score", check=_check_scores(2))
+    measure = pool_request(pool, "measure", expected=_statistics(names))
+    score = pool_request(pool, "score", expected=SCORES, check=_check_scores(2))
     free = np.setdiff1d(np.arange(pattern.num_weights), pattern.positions())[:2]
     entries = {MODEL: {name: (free, np.ones(2, np.float32))}}
     answers = [
@@ -898,7 +860,7 @@ def test_a_server_survives_any_answer(data: st.DataObject) -> None:
         if request.action == DESCRIBE:
             client_info(reply)
             return
-        request.check(reply)
+        check(reply, request)
         if request.action == "train":
             EntryMean().add(reply.entries.get(MODEL, {}), weight=reply.num_examples)
             StateMean().add(reply.states[MODEL], weight=reply.num_examples)

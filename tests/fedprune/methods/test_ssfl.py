@@ -14,6 +14,7 @@ from flwr.app import Context, Message
 from torch import nn
 
 from fedprune.errors import ClientError, ConfigError
+from fedprune.exchange.gate import check_parts
 from fedprune.exchange.messages import MODEL, Reply, Request
 from fedprune.flower import client, wire
 from fedprune.local.site import Local, open_data
@@ -192,7 +193,7 @@ def test_answers_are_checked(change: str, setup: Setup) -> None:
                 scores["fc.weight"] = scores["fc.weight"] * np.nan
             tensors = {SALIENCY: scores} if change != "group" else {"scores": scores}
             with pytest.raises(ClientError):
-                request.check(Reply(5, tensors=tensors))
+                check_parts(Reply(5, tensors=tensors), request)
         yield from ()
 
     with pytest.raises(RunError):

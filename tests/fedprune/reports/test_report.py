@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pytest
-import torch
 
-from fedprune.config import RunConfig
+from fedprune.config import RunConfig, own_settings
+from fedprune.methods.base import RunState
 from fedprune.reports.charts import candidate_chart, label_chart
 from fedprune.reports.page import write_report
 from fedprune.reports.results import comparison_table, summary_rows
+from fedprune.rounds.folder import RunFolder, prepare, save_model
 from prunelab.errors import RunError
-from sparsemodel.masks.mask import Mask
-from sparsemodel.storage.checkpoint import save_sparse
+from prunelab.runs.folder import append_metrics, write_metrics, write_summary
+from sparsemodel.runtime.pattern import Pattern, Patterns
+from sparsemodel.runtime.state import SparseState
 
 SETTINGS = {"training.rounds": 3, "data.clients": 4, "method.density": 0.1}
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -133,9 +135,8 @@ def make_run(
 
     Layer l has 4 + l active weights of 40 in the end and 4 at the start.
     """
-    folder.mkdir(parents=True)
-    config = RunConfig.parse({**SETTINGS, **(settings or {})})
-    (folder / "config.toml").write_text(config.toml(), encoding="utf-8")
+    config = RunConfig.parse(own_settings({**SETTINGS, **(settings or {})}))
+    prepare(folder, config, resume=False)
     names = [f"layer{number}.conv.weight" for number in range(num_layers)]
     clients = [
         {"client": c, "num_train": 90 + c, "num_dev": 10, "labels": [40 + c, 0, 60]}
@@ -172,15 +173,22 @@ def make_run(
         )
     if last is not None:
         lines[-1].update(last)
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
-    patterns = {name: (torch.arange(40) < 4 + n) for n, name in enumerate(names)}
-    state = {name: pattern.float() for name, pattern in patterns.items()}
-    mask = None if is_dense else Mask(patterns)
-    model = "checkpoint.safetensors" if finished is None else "model.safetensors"
-    save_sparse(folder / model, state, mask, metadata={})
-    if finished is not None:
-        (folder / "summary.json").write_text(json.dumps(finished), encoding="utf-8")
+    write_metrics(folder, lines)
+    patterns = {
+        name: Pattern.from_positions((40,), np.arange(min(4 + n, 40)))
+        for n, name in enumerate(names)
+    }
+    state = SparseState(
+        {name: np.ones(pattern.num_active, np.float32) for name, pattern in patterns.items()},
+        Patterns(patterns),
+    )
+    if is_dense:
+        state = SparseState({name: np.ones(40, np.float32) for name in names})
+    if finished is None:
+        RunFolder(folder).save(RunState(num_rounds, state))
+    else:
+        save_model(folder, state, metadata={})
+        write_summary(folder, finished)
     return folder
 
 
@@ -211,6 +219,7 @@ def test_page_shows_the_numbers_of_the_run(tmp_path: Path) -> None:
         *("2 min 05 s", ""),
     ]
     assert page.headings[1:] == [
+        "Was pruning worth it?",
         "Accuracy by round",
         "Bytes by round",
         "Which candidate won, and why",
@@ -229,6 +238,95 @@ def test_page_shows_the_numbers_of_the_run(tmp_path: Path) -> None:
     assert "0.1 → 0.125" in page.texts  # the second layer: 4 of 40, then 5 of 40
     assert "layer1.conv" in page.texts
     assert "9.8.7" in page.text
+
+
+def dense_beside(folder: Path, **changes: Any) -> Path:
+    """A finished dense run of the same settings beside a run."""
+    values: dict[str, Any] = {
+        **summary(method="fedavg", density_target=1.0, density=1.0, test_accuracy=0.9),
+        "bytes_up": 14_700_000, "bytes_down": 4_700_000, "train_flops_ratio": 1.0,
+        "bytes_up_steady_round": 314_000, "bytes_down_steady_round": 314_000,
+        "state_bytes": 730_000, "seconds": 500.0, **changes,
+    }  # fmt: skip
+    settings = {"method.name": "fedavg", "federation.timeout": 5.0}
+    return make_run(folder, settings=settings, finished=values, is_dense=True)
+
+
+def test_the_dense_run_beside_it_answers_whether_pruning_was_worth_it(tmp_path: Path) -> None:
+    """By hand: 87.654 − 90 = −2.35 points; (1.47 + 4.01) / 19.4 = 28.2 %; 365/730 = 50 %."""
+    folder = make_run(tmp_path / "tiny", finished=summary())
+    dense_beside(tmp_path / "whole")
+    page = read(folder)
+    assert page.headings[1] == "Was pruning worth it?"
+    assert (
+        "At density 0.05087 the network classifies 87.65 % of the test data, the dense one 90.00 % "
+        "(2.35 points less). It sent 28.2 % of the dense run's bytes, took 7.08 % of its training "
+        "FLOPs, and a client held 50 % of its training state."
+    ) in page.text
+    assert ["", "fedtiny", "dense (fedavg)", "difference"] in page.rows
+    assert ["test accuracy", "87.65 %", "90.00 %", "2.35 points less"] in page.rows
+    assert ["upload / client / round", "21.9 kB", "314 kB", "6.97 % of dense"] in page.rows
+    assert ["upload, whole run", "1.47 MB", "14.7 MB", "10 % of dense"] in page.rows
+    assert ["training FLOPs, of dense", "7.08 %", "100.00 %", "7.08 % of dense"] in page.rows
+    assert ["time", "2 min 05 s", "8 min 20 s", "25 % of dense"] in page.rows
+    assert "is in the folder whole" in page.text
+    assert "fedprune run --config" not in page.text
+    assert "Was pruning worth it?" not in read(tmp_path / "whole").headings
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        None,
+        {"settings": {"method.name": "fedavg", "seed": 8}},
+        {"settings": {"method.name": "fedavg", "training.rounds": 4}},
+        {"settings": {"method.name": "magnitude"}},
+        {"settings": {"method.name": "fedavg"}, "finished": None},
+    ],
+)
+def test_without_such_a_run_the_page_says_how_to_get_it(
+    other: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """Other seeds, settings and methods, and runs that are not finished, are no baseline."""
+    folder = make_run(tmp_path / "my run", finished=summary())
+    if other is not None:
+        make_run(tmp_path / "other", **{"finished": summary(method="fedavg"), **other})
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.toml").write_text("= 3")
+    (tmp_path / "damaged" / "summary.json").write_text("{")
+    page = read(folder)
+    assert (
+        "fedprune run --config 'my run'/config.toml --method fedavg --engine inline "
+        "--out 'my run-dense' fedprune report 'my run'"
+    ) in page.text
+
+
+def test_a_run_of_objects_is_told_how_to_get_it_in_python(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", finished=summary(dataset="given@0123"))
+    assert 'The same call of fedprune.run with method="fedavg"' in read(folder).text
+
+
+def test_settings_are_shown_as_they_were_used(tmp_path: Path) -> None:
+    """What the file leaves to be worked out: max(1, round(.1/.03)) = 3 candidates, .6 · 20."""
+    settings = {"method.density": 0.03, "training.rounds": 20, "data.clients": 6}
+    folder = make_run(
+        tmp_path / "run", settings=settings, finished=summary(), start={"execution": "masked"}
+    )
+    stored = {row[0]: row[1] for row in read(folder).rows if len(row) == 2}
+    assert {key: stored[key] for key in (
+        "pool_size", "adjust_until", "granularity", "execution", "clients_per_round", "num_train",
+        "num_test", "alpha", "classes_per_client", "cohort", "width",
+    )} == {
+        "pool_size": "3", "adjust_until": "12", "granularity": "block", "execution": "masked",
+        "clients_per_round": "6", "num_train": "all", "num_test": "all", "alpha": "0.5",
+        "classes_per_client": "not used", "cohort": "at most 4 (batched engine)",
+        "width": "the network's own",
+    }  # fmt: skip
+    assert ["name", "resnet8"] in read(folder).rows
+    fixed = {"method.name": "fedtiny-fixed", "data.partition": "iid", "data.num_train": 90}
+    rows = read(make_run(tmp_path / "fixed", settings=fixed, finished=summary())).rows
+    assert all([key, "not used"] in rows for key in ("adjust_every", "adjust_until", "alpha"))
+    assert ["num_train", "90"] in rows
 
 
 def test_winner_is_marked_and_explained(tmp_path: Path) -> None:
@@ -297,6 +395,7 @@ def test_page_is_self_contained_and_named_for_screen_readers(tmp_path: Path) -> 
     assert used <= set(names)
     labels = [v for tag, name, v in page.attributes if (tag, name) == ("svg", "aria-label")]
     assert page.tags.count("svg") == len(labels) == 5
+    assert "Full colour: 60 % of a client's samples" in page.text  # 60 of 100, of client 0
     assert all(labels)
     # Every colour of a chart is a variable of the page, which knows light and dark.
     assert not re.search(r"(fill|stroke): #", page.source)
@@ -313,6 +412,7 @@ def test_same_folder_gives_same_bytes_whatever_the_user_set(tmp_path: Path) -> N
         assert mpl.rcParams["font.size"] == 30
         assert mpl.rcParams["backend"] == backend
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
         "config.toml",
         "metrics.jsonl",
         "model.safetensors",
@@ -340,6 +440,13 @@ def test_unfinished_run_shows_what_there_is(tmp_path: Path) -> None:
     assert "Dense FedAvg would send 1.28 kB each way" in page.text
 
 
+def test_bytes_that_a_round_does_not_tell_are_no_sum(tmp_path: Path) -> None:
+    page = read(make_run(tmp_path / "run", last={"bytes_up": None}))
+    assert page.tiles[8] == "–"
+    assert page.tiles[9] == ""
+    assert page.tiles[10] == "272 kB"  # 2 + 3 · 90
+
+
 @pytest.mark.parametrize("num_lines", [0, 1])
 def test_run_that_has_just_begun(tmp_path: Path, num_lines: int) -> None:
     folder = make_run(tmp_path / "run")
@@ -360,8 +467,7 @@ def test_round_without_a_usable_answer_is_listed(tmp_path: Path) -> None:
         "round": 2,
         "skipped": [{"client": 1, "reason": "timeout"}, {"client": -1, "reason": "node 5: away"}],
     }
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_metrics(folder, line)
     page = read(folder)
     assert "Run not finished: round 1 of 3." in page.text
     assert "Clients left out" in page.headings

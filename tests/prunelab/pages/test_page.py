@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from prunelab.errors import RunError
 from prunelab.pages.page import (
+    Command,
     Fact,
     Figure,
     Folded,
@@ -22,9 +23,9 @@ from prunelab.pages.page import (
     Page,
     Pair,
     Part,
+    Picture,
     Section,
     Settings,
-    Strip,
     Table,
     Text,
     settings,
@@ -66,7 +67,8 @@ def page_of(text: str, *, sections: list[Section | None] | None = None) -> Page:
         settings({text: text, "group": {"name": text}}, top=text),
         Pair(Figure(CHART), table),
         Folded(text, table),
-        Gallery([text, text], [GalleryRow(text, [Strip("data:,", text, text), Strip("")])]),
+        Command(text),
+        Gallery([text, text], [GalleryRow(text, [[Picture("data:,", text, text)], []])]),
     ]
     return Page(
         product=text,
@@ -104,12 +106,13 @@ def test_every_part_is_shown_and_no_other() -> None:
     source = page_of("x").html()
     assert source.startswith("<!DOCTYPE html>")
     kinds = {kind.kind for kind in Part.__subclasses__()}
-    shown = {"text", "figure", "table", "settings", "pair", "folded", "gallery"}
+    shown = {"text", "command", "figure", "table", "settings", "pair", "folded", "gallery"}
     assert kinds == shown
     for mark in ("<p>x", '<p class="note">x', "<figcaption>x", "<caption>x", 'class="winner"',
                  'class="settings"', 'class="pair"', "<summary>x", 'class="pictures"',
                  'role="region" aria-label="x"', '<section class="wide">', 'role="status"',
-                 '<img alt="x" src="data:,">', str(CHART)):  # fmt: skip
+                 '<img alt="x" title="x" src="data:,"><figcaption>x', "<pre>x",
+                 str(CHART)):  # fmt: skip
         assert mark in source, mark
     assert source.count("<section") == 2
     with pytest.raises(UndefinedError):

@@ -1,28 +1,54 @@
-"""Strips of pictures, and which pictures they hold."""
+"""Pictures of samples, and which samples they are of."""
 
 from __future__ import annotations
 
 import base64
 import io
 
+import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from prunelab.pages.pictures import extremes, strip
+from prunelab.pages.pictures import LARGEST, extremes, pictures
 
 
-def test_strip_holds_the_pictures_pixel_for_pixel() -> None:
-    """Two 8×8 pictures, five times as large (40), a gap of two: 82 wide; gap and its alpha 0."""
+def opened(source: str) -> Image.Image:
+    data = base64.b64decode(source.removeprefix("data:image/png;base64,"))
+    return Image.open(io.BytesIO(data))
+
+
+def test_a_picture_has_its_pixels_and_its_texts() -> None:
     images = torch.arange(2 * 64).reshape(2, 1, 8, 8).to(torch.uint8)
-    data = strip(images).picture.removeprefix("data:image/png;base64,")
-    with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
-        assert picture.size == (82, 40)
-        for number, left in ((0, 0), (1, 42)):
+    shown = pictures(images, ["7", "9"], ["sample 7", "sample 9"])
+    assert [(p.caption, p.alt) for p in shown] == [("7", "sample 7"), ("9", "sample 9")]
+    for number, picture in enumerate(shown):
+        with opened(picture.source) as image:
+            assert image.size == (8, 8)
             for row, column in ((0, 0), (3, 5), (7, 7)):
-                pixel = picture.getpixel((left + 5 * column + 2, 5 * row + 2))
-                assert pixel == (*[int(images[number, 0, row, column])] * 3, 255)
-        assert picture.getpixel((40, 20))[3] == 0
-    assert not strip(images[:0]).picture
+                assert image.getpixel((column, row)) == int(images[number, 0, row, column])
+    assert pictures(images[:0], [], []) == []
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (torch.tensor([0, 10, 20]).reshape(1, 3, 1, 1).to(torch.uint8), (0, 10, 20)),
+        (torch.tensor([5, 6, 7, 8]).reshape(1, 4, 1, 1).to(torch.uint8), 5),
+        (torch.tensor([[-1.0, 3.0]]).reshape(1, 1, 1, 2), 0),
+    ],
+)
+def test_colours_channels_and_ranges(images: Tensor, expected: object) -> None:
+    """Three channels are colours, of four the first is shown, floats fill their range."""
+    with opened(pictures(images, ["0"], [""])[0].source) as image:
+        assert image.getpixel((0, 0)) == expected
+
+
+def test_large_images_are_made_smaller() -> None:
+    """A page holds hundreds of them: 512×256 pixels become 64×32."""
+    images = torch.zeros(1, 3, 256, 512, dtype=torch.uint8)
+    with opened(pictures(images, ["0"], [""])[0].source) as image:
+        assert image.size == (LARGEST, LARGEST // 2)
 
 
 def test_extremes_by_hand() -> None:

@@ -1,0 +1,119 @@
+"""A run as the command shows it while it goes: lines that fit 80 columns, one a round."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from fedprune.config import RunConfig
+from fedprune.rounds.folder import read_metrics
+from prunelab.pages.console import console, errors, escaped, say
+from prunelab.pages.units import format_bytes, format_seconds
+
+RECENT = 6  # rounds whose mean time tells what is left
+
+
+class Watch:
+    """Shows what comes to a run's metrics.jsonl; every call looks for new lines.
+
+    Clients that were left out are warnings, however the rest is shown.
+
+    Args:
+        show: is given each new line; by default it is printed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        *,
+        show: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        self._folder, self._config = folder, config
+        self._show = show or self._print
+        self._num_shown = 0
+        self._times: list[float] = []
+
+    def heading(self) -> None:
+        """Say what runs, and where."""
+        config = self._config
+        say(
+            f"{config.method.name} on {Path(config.data.dataset).name}, {config.model_name}, "
+            f"{config.data.clients} clients, {config.training.rounds} rounds"
+        )
+        say(f"folder: {self._folder}")
+
+    def __call__(self) -> None:
+        fresh = read_metrics(self._folder)[self._num_shown :]
+        for line in fresh:
+            self._show(line)
+            for skipped in line.get("skipped", []):
+                errors.print(
+                    f"[yellow]warning:[/yellow] round {line.get('round', 0)}: client "
+                    f"{skipped['client']} left out: {escaped(skipped['reason'])}",
+                    soft_wrap=True,
+                )
+        if not self._num_shown:
+            self._times.clear()  # the rounds of a run that goes on were no time in coming
+        self._num_shown += len(fresh)
+
+    def _print(self, line: Mapping[str, Any]) -> None:
+        if line.get("event") == "start":
+            say(start_line(line))
+            if line.get("no_program"):
+                # Wrapped at words: the reason may be long.
+                console.print(
+                    escaped(f"clients compute by torch modules: {line['no_program']}"),
+                    highlight=False,
+                )
+        elif is_round(line):
+            say(round_line(line, rounds=self._config.training.rounds, left=self._left(line)))
+
+    def _left(self, line: Mapping[str, Any]) -> float | None:
+        """Seconds that the other rounds will take; None before that can be said."""
+        self._times = [*self._times[-RECENT + 1 :], time.monotonic()]
+        if len(self._times) < 2 or not self._num_shown:
+            return None
+        each = statistics.mean(after - before for before, after in pairwise(self._times))
+        return each * (self._config.training.rounds - int(line["round"]))
+
+
+def is_round(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is of a completed round."""
+    return "round" in line and "event" not in line
+
+
+def start_line(line: Mapping[str, Any]) -> str:
+    """The clients and what the method began with.
+
+    >>> start_line({"clients": [{}, {}], "density": 0.05})
+    '2 clients, density 0.05'
+    """
+    text = f"{len(line['clients'])} clients, density {line['density']:.4g}"
+    if "selection" in line:
+        selection = line["selection"]
+        text += f", candidate {selection['winner'] + 1} of {len(selection['losses'])} won"
+    return text
+
+
+def round_line(line: Mapping[str, Any], *, rounds: int, left: float | None) -> str:
+    """One round in one line.
+
+    Args:
+        line: of metrics.jsonl.
+        rounds: of the whole run.
+        left: seconds until its end, where that can be said.
+
+    >>> line = {"round": 2, "test_accuracy": 0.5, "bytes_up": 21_900, "bytes_down": 31_400}
+    >>> round_line(line, rounds=20, left=125)
+    'round   2/20  accuracy 50.00 %  up 21.9 kB  down 31.4 kB  left 2 min 05 s'
+    """
+    text = (
+        f"round {line['round']:>3}/{rounds}  accuracy {100 * line['test_accuracy']:5.2f} %"
+        f"  up {format_bytes(line['bytes_up'])}  down {format_bytes(line['bytes_down'])}"
+    )
+    return text if left is None else f"{text}  left {format_seconds(left)}"
