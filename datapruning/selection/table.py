@@ -14,8 +14,9 @@ from torch import Tensor
 from datapruning.errors import ScoreError, SelectionError
 from datapruning.selection.kept import KeptSamples
 from datapruning.selection.policies import Policy
-from prunelab.data.samples import Samples
-from prunelab.errors import RunError
+from prunelab.data.checked import array_of, checked_labels, whole_numbers
+from prunelab.data.samples import Samples, checked_ids
+from prunelab.errors import DataError, RunError
 from prunelab.runs.folder import write_file
 from sparsemodel.storage.sealed import BLANK, CHECKSUM, is_whole, seal
 
@@ -28,6 +29,8 @@ _AGAIN = {"scores": "score the samples again", "subset": "select them again"}
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
     """One score for each sample of a data set; high means keep.
+
+    Columns may be given as arrays or tensors of any type of number that fits.
 
     Attributes:
         ids: int64 [N], unique.
@@ -52,13 +55,7 @@ class ScoreTable:
     confidence: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_columns(
-            ScoreError,
-            self.ids,
-            scores=self.scores,
-            labels=self.labels,
-            confidence=self.confidence,
-        )
+        _settle(self, ScoreError, "scores", "confidence")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -143,7 +140,7 @@ class Subset:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
-        _check_columns(SelectionError, self.ids, labels=self.labels)
+        _settle(self, SelectionError)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -232,14 +229,26 @@ def write_once(table: ScoreTable | Subset, path: Path, *, force: bool = False) -
     return True
 
 
-def _check_columns(error: type[ValueError], ids: Tensor, **columns: Tensor | None) -> None:
-    if ids.dtype != torch.int64 or ids.dim() != 1:
-        raise error(f"ids must be int64 of one dimension, got {ids.dtype} {tuple(ids.shape)}")
-    for name, column in columns.items():
-        if column is not None and column.shape != ids.shape:
-            raise error(f"{len(ids)} ids but {name} of shape {tuple(column.shape)}")
-    if len(ids.unique()) != len(ids):
-        raise error("an id occurs more than once")
+def _settle(table: ScoreTable | Subset, error: type[ValueError], *numbers: str) -> None:
+    """Columns of any whole type, or for `numbers` any number, of torch or numpy, as tensors."""
+    try:
+        ids = whole_numbers(table.ids, "ids")
+        found = {"ids": checked_ids(ids, ids.numel())}
+        if table.labels is not None:
+            found["labels"] = checked_labels(table.labels)
+        for name in numbers:
+            if (values := getattr(table, name)) is not None:
+                array = array_of(values, name)
+                if array.dtype.kind == "c":
+                    raise DataError(f"{name} are {array.dtype}; expected real numbers")
+                found[name] = torch.from_numpy(array.astype(np.float64, copy=False))
+        for name, column in found.items():
+            if column.shape != ids.shape:
+                raise DataError(f"{len(ids)} ids but {name} of shape {tuple(column.shape)}")
+    except DataError as reason:
+        raise error(str(reason)) from None
+    for name, column in found.items():
+        object.__setattr__(table, name, column)
 
 
 def _content(kind: str, columns: dict[str, Tensor], about: dict[str, Any]) -> bytes:

@@ -143,8 +143,8 @@ def write_store(
     with _about(folder):
         described = {key: _Described.of(array) for key, array in content.items()}
         header = _Header(name, num_classes, preprocessing or Preprocessing(), described, made_for)
-        _check_labels(labels, num_classes)
-        if images.dtype == np.float32 and not np.isfinite(images).all():
+        _check_labels(content[LABELS], num_classes)
+        if content[IMAGES].dtype == np.float32 and not np.isfinite(content[IMAGES]).all():
             raise DataError("an image has values that are not finite")
     _put_in_place(folder, content, header)
     store = open_store(folder, verify=True)

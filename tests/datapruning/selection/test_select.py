@@ -7,14 +7,16 @@ from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from datapruning.errors import SelectionError
+from datapruning.errors import ScoreError, SelectionError
 from datapruning.selection.policies import POLICIES, Policy, Scored, group_budgets
 from datapruning.selection.select import fresh_random, parsed_keep, select
 from datapruning.selection.table import ScoreTable
@@ -153,6 +155,40 @@ def test_scores_whose_range_is_no_number(policy: str) -> None:
     else:
         with pytest.raises(SelectionError, match=r"from -1e\+308 to 1e\+308, and float64 has no"):
             select(table(wide, [0] * 40), **options)  # type: ignore[arg-type]
+
+
+def test_columns_of_any_type_are_the_same_table() -> None:
+    plain = table([1.0, 3.0, 2.0], [0, 1, 0])
+    about: tuple[Any, ...] = ("el2n", "made", "f" * 16, 0)
+    for ids, scores, labels in (
+        (np.arange(3, dtype=np.int32), np.array([1, 3, 2], np.float32), np.array([[0], [1], [0]])),
+        ([0, 1, 2], [1, 3, 2], [False, True, False]),
+        (torch.arange(3).short(), torch.tensor([1, 3, 2]), torch.tensor([0, 1, 0]).int()),
+    ):
+        found = ScoreTable(ids, scores, *about, labels=labels)  # type: ignore[arg-type]
+        assert found.scores.dtype == torch.float64
+        assert torch.equal(found.scores, plain.scores)
+        assert select(found, keep=2).ids.tolist() == select(plain, keep=2).ids.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (([0.0, 1.0], [1, 2], None), "ids are float64; expected whole numbers"),
+        (([0, 0], [1, 2], None), "sample id 0 occurs more than once"),
+        (([[0, 1]], [1, 2], None), r"ids have shape \(1, 2\); expected one for each"),
+        (([0, 1], [1, 2, 3], None), r"2 ids but scores of shape \(3,\)"),
+        (([0, 1], ["a", "b"], None), "scores are texts, such as 'a'"),
+        (([0, 1], [1j, 2], None), "scores are complex128; expected real numbers"),
+        (([0, 1], [1, 2], [0, None]), "labels are object"),
+        (([0, 1], [1, 2], [0, -1]), "sample 1 has the label -1"),
+        (([0, 1], [1, 2], [0]), r"2 ids but labels of shape \(1,\)"),
+    ],
+)
+def test_columns_that_are_no_table(columns: tuple[Any, Any, Any], words: str) -> None:
+    ids, scores, labels = columns
+    with pytest.raises(ScoreError, match=words):
+        ScoreTable(ids, scores, "el2n", "made", "f" * 16, 0, labels=labels)
 
 
 def test_floors_by_hand() -> None:

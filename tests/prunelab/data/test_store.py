@@ -200,6 +200,13 @@ def test_what_is_no_store_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_lists_are_arrays(tmp_path: Path) -> None:
+    images, labels = pictures()
+    plain = write_store(tmp_path / "plain", images, labels, num_classes=3, name="x")
+    lists: Any = (list(images), labels.tolist())
+    assert write_store(tmp_path / "lists", *lists, num_classes=3, name="x").digest == plain.digest
+
+
 # --- damage --------------------------------------------------------------------------------------
 
 
