@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from datapruning.reports.score_report import write_score_report
+from datapruning.reports.training_report import write_run_report
 from datapruning.selection.table import ScoreTable
+from datapruning.students.runner import RunSettings
 from fedprune.config import RunConfig, own_settings
 from fedprune.reports.page import write_report
 from prunelab.data.datasets import load_dataset
@@ -149,6 +151,30 @@ def test_the_page_of_a_run(run_page: tuple[Path, int], width: int) -> None:
         "Accuracy by round", "Bytes by round", "Candidates", "Layer densities",
         "Labels of the clients",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+@pytest.mark.parametrize(("classes", "num_wide"), [(10, 0), (100, 2)])
+def test_the_page_of_a_training(classes: int, num_wide: int, width: int, tmp_path: Path) -> None:
+    settings = RunSettings(subset=f"{'a' * 60}/kept.parquet", teacher="runs/teacher")
+    (tmp_path / "config.toml").write_text(settings.toml(), encoding="utf-8")
+    summary = {
+        "dataset": "digits", "num_kept": 700, "num_samples": 1400, "policy": "hardest",
+        "method": "influence-sum-abs", "test_accuracy": 0.9, "test_loss": 0.3, "steps": 1234,
+        "epochs": 20, "alpha": 0.5, "num_held_out": 140, "seconds": 7500.0,
+        "alpha_curve": [{"alpha": a / 4, "accuracy": 0.8} for a in range(5)],
+        "peak_rss_bytes": 10**9, "class_counts": [14] * classes,
+        "class_counts_kept": [7] * classes, "test_accuracy_by_class": [0.9] * classes,
+    }  # fmt: skip
+    (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    lines = [{"epoch": epoch + 1, "train_accuracy": epoch / 20} for epoch in range(20)]
+    metrics = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(metrics, encoding="utf-8")
+    page = write_run_report(tmp_path)
+    assert len(check(page, width, num_wide=num_wide)["charts"]) == 4
+    text = page.read_text(encoding="utf-8")
+    for name, value in (("alpha", "0.5"), ("steps", "1234"), ("epochs", "20")):
+        assert f"<td>{name}</td><td>{value}</td>" in text
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])

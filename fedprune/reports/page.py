@@ -37,7 +37,7 @@ from fedprune.rounds.folder import (
 )
 from prunelab.errors import RunError
 from prunelab.pages.page import Figure, Folded, Page, Pair, Section, Table, Text, settings
-from prunelab.pages.plots import MANY_CLASSES
+from prunelab.pages.plots import takes_a_line
 from prunelab.pages.units import NOTHING, format_bytes, known_number, percent, rounded
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.storage.state_file import load_state
@@ -326,7 +326,7 @@ def _clients(run: _Run) -> Section | None:
     chart = label_chart(
         [entry["client"] for entry in clients], labels, label=f"Labels of the clients: {note}"
     )
-    is_wide = max(map(len, labels)) > MANY_CLASSES
+    is_wide = takes_a_line(max(map(len, labels)))
     return Section("What the clients hold", [Figure(chart, note)], wide=is_wide)
 
 
