@@ -22,7 +22,6 @@ import argparse
 import pickle
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,6 +46,7 @@ from fedprune.rounds import folder as runfolder
 from fedprune.rounds.loop import run
 from fedprune.rounds.setup import Setup, lay_out
 from prunelab.data.store import open_store
+from prunelab.runs.temporary import temporary_folder
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.runtime.trainer import Trainer
 
@@ -143,7 +143,7 @@ def rows(
     deployed: bool = True,
 ) -> Iterator[Row]:
     """Rows of the executions' peaks in MiB, and of their starts in milliseconds."""
-    with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
+    with temporary_folder() as temporary:
         folder = Path(temporary)
         data = folder / "data"
         data.mkdir()
@@ -160,6 +160,7 @@ def rows(
                     if way != PEER:
                         yield Row(BENCH, case, density, peak, peer, PEER, unit)
             if deployed:
+                lay_out(config, place / "setup", with_start=True)
                 peaks = clientapp_peaks(config, place / "setup", place / "deployed")
                 case = f"{model} b{BATCH} all, deployment"
                 yield Row(BENCH, case, density, max(peaks) / MIB, found[PEER]["all"], PEER, "MiB")
@@ -169,9 +170,8 @@ def measure(config: RunConfig, way: str, place: Path) -> dict[str, float]:
     """Peaks by phase in MiB, "all" of them together, and "start" in milliseconds."""
     training = replace(config.training, execution=EXECUTIONS[way])
     config = replace(config, training=training)
-    setup = (WithoutProgram if way == "modules" else Setup)(config, place / "setup")
-    if not setup.folder.exists():
-        lay_out(config, setup.folder, with_start=True)
+    setup = (WithoutProgram if way == "modules" else Setup)(config, place / f"setup-{way}")
+    lay_out(config, setup.folder, with_start=True)
     with client_process() as client:
         run_config = {**config.flower(), "run.setup": str(setup.folder)}
         grid = InlineGrid(client, run_config=run_config, num_nodes=1)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from pathlib import Path
 from fedprune.config import RunConfig
 from fedprune.flower import simulation
 from prunelab.errors import RunError
+from prunelab.runs.children import ended_with_parent
 
 RUN_SECONDS = 600
 # Flower's command, which notes its high-water mark when it ends.
@@ -76,7 +77,7 @@ def _supernode(home: Path, port: int, environment: dict[str, str]) -> Iterator[N
     """A node of one client, for as long as the context lasts."""
     command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
     command += ["--port", str(simulation.free_port()), "--node-config", "partition-id=0"]
-    command = [sys.executable, "-c", simulation.END_WITH_PARENT, *command]
+    command = ended_with_parent(*command)
     with (home / "supernode.log").open("w") as log:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

@@ -20,7 +20,6 @@ import importlib.util
 import io
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +45,7 @@ from prunelab.data.tensors import prepare
 from prunelab.networks import build_model
 from prunelab.pages.console import listed
 from prunelab.runs.seeds import rng, stream_seed
+from prunelab.runs.temporary import temporary_folder
 
 BENCH = "gpu_simulation"
 POLL_SECONDS = 0.01
@@ -88,7 +88,7 @@ def engine_rounds(config: RunConfig, way: Way) -> Seconds:
     """Seconds of each round of a whole FedTiny run through an engine."""
     training = dataclasses.replace(config.training, execution=way.execution, cohort=way.cohort)
     config = dataclasses.replace(config, training=training)
-    with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
+    with temporary_folder() as temporary:
         folder = Path(temporary) / "run"
         with _Watch(folder / METRICS) as watch:
             run(config, folder, engine=way.engine)
@@ -286,7 +286,7 @@ def main() -> None:
         if importlib.util.find_spec("ray") is not None and not arguments.quick:
             engines.append("flower")
     cohorts = [int(cohort) for cohort in listed(arguments.cohorts)]
-    with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
+    with temporary_folder() as temporary:
         try:
             device = compute_device(arguments.device)
             if not arguments.data:

@@ -21,7 +21,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from benchmarks.gpu_simulation import write_images
 from benchmarks.rows import Row, add_arguments, add_timing_arguments, show
 from benchmarks.timing import use_threads
 from fedprune.methods.fedtiny import FedTiny
+from prunelab.runs.temporary import temporary_folder
 
 BENCH = "round"
 DENSITIES = (0.01, 0.05)
@@ -138,7 +138,7 @@ def main() -> None:
     arguments = parser.parse_args()
     use_threads(1)
     quick = arguments.quick
-    with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
+    with temporary_folder() as temporary:
         num_train, num_test = (130, 40) if quick else (1800, 500)
         write_images(Path(temporary), num_train=num_train, num_test=num_test)
         values = settings(Path(temporary), quick=quick)

@@ -13,7 +13,6 @@ import json
 import os
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ def ours(values: dict[str, Any], clock: Clock) -> dict[str, Any]:
     from fedprune.config import RunConfig  # noqa: PLC0415
     from fedprune.local.model import RuntimeModel  # noqa: PLC0415
     from fedprune.rounds import loop, run  # noqa: PLC0415
+    from prunelab.runs.temporary import temporary_folder  # noqa: PLC0415
 
     rounds: list[float] = []
     steps: list[float] = []
@@ -48,7 +48,7 @@ def ours(values: dict[str, Any], clock: Clock) -> dict[str, Any]:
         return loss
 
     loop.play_round, RuntimeModel.step = timed_round, timed_step  # type: ignore[method-assign]
-    with tempfile.TemporaryDirectory(prefix="fedprune-") as temporary:
+    with temporary_folder() as temporary:
         config = RunConfig.parse(values)
         summary = run.run(config, Path(temporary) / "run", engine="inline")
     return {

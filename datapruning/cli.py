@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from click.core import ParameterSource
 
 from datapruning.errors import ScoreError, SelectionError
 from datapruning.recommend.cli import app as recommend
@@ -49,7 +51,8 @@ def main() -> None:
 def _how_to_go_on(arguments: Sequence[str]) -> str:
     if arguments[:1] == ["train"]:
         return "continue with the same command and --resume"
-    return f"what was finished is kept; go on with: datapruning {shlex.join(arguments)}"
+    again = shlex.join(argument for argument in arguments if argument != "--force")
+    return f"what was finished is kept; go on with: datapruning {again}"
 
 
 Dataset = Annotated[str, typer.Argument(help="A data set's name, or a folder of parquet.")]
@@ -66,6 +69,7 @@ Options = Annotated[
     list[str] | None,
     typer.Option("--set", help="An option of a method, as name=value; may be repeated."),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
 
 
@@ -98,6 +102,7 @@ def score(  # noqa: PLR0917 - the command's options
     threads: Threads = 1,
     shard_size: Annotated[int, typer.Option(help="Samples of a part.")] = 4096,
     settings: Options = None,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Score every training sample; run again after an interruption to go on."""
@@ -109,6 +114,9 @@ def score(  # noqa: PLR0917 - the command's options
 
     names = listed(method)
     _check_suffix(out)
+    paths, page = table_paths(out, names), report_path(out)
+    _check_page(page, has_tables=force or all(path.exists() for path in paths.values()))
+    is_new = force or not page.exists()
     with progress_bar() as progress, warnings_shown():
         tables = run_score(
             dataset, method=names, model=model, out=out,
@@ -116,9 +124,8 @@ def score(  # noqa: PLR0917 - the command's options
             training=TrainingConfig(epochs=epochs, batch_size=batch_size, lr=lr),
             seed=seed, density=density, check=check, runs=runs, early=early,
             options=_assignments(settings), engine=engine, device=device, threads=threads,
-            shard_size=shard_size, progress=progress,
+            shard_size=shard_size, force=force, progress=progress,
         )  # fmt: skip
-    paths = table_paths(out, names)
     rows = []
     for name, scores in tables.items():
         known = scores.scores[scores.scores.isfinite()]
@@ -136,8 +143,9 @@ def score(  # noqa: PLR0917 - the command's options
         if found is not None:
             share = "" if found[1] is None else f", {100 * found[1]:.0f} % of its processor time"
             say(f"{name}: Spearman {found[0].spearman:.3f} with the dense model's scores{share}")
-    target = write_score_report(list(paths.values()), report_path(out))
-    say(f"report: {target}")
+    if is_new:
+        write_score_report(list(paths.values()), page)
+    say(f"report: {page}")
 
 
 @cli.command()
@@ -158,28 +166,24 @@ def select(  # noqa: PLR0917 - the command's options
         list[str] | None,
         typer.Option("--set", help="An option of the policy, as name=value; may be repeated."),
     ] = None,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Choose exactly so many samples of a table of scores."""
     from datapruning.reports.score_report import class_counts, report_path, write_score_report  # noqa: PLC0415
     from datapruning.selection.select import parsed_keep  # noqa: PLC0415
     from datapruning.selection.select import select as run_select  # noqa: PLC0415
-    from datapruning.selection.table import ScoreTable, Subset  # noqa: PLC0415
+    from datapruning.selection.table import ScoreTable, write_once  # noqa: PLC0415
 
     _check_suffix(out)
+    page = report_path(out)
+    _check_page(page, has_tables=force or out.exists())
     table = ScoreTable.read(scores)
-    if out.exists():
-        try:
-            Subset.read(out)  # a selection is made again in no time; anything else is not ours
-        except SelectionError:
-            raise SelectionError(
-                f"{out} is there and holds no subset; name another --out"
-            ) from None
     subset = run_select(
         table, keep=parsed_keep(keep), policy=policy, seed=seed, class_balanced=balance,
         **_assignments(settings),
     )  # fmt: skip
-    subset.write(out)
+    is_new = write_once(subset, out, force=force)
     if table.labels is not None:
         rows = []
         for label, (before, after) in enumerate(zip(*class_counts(table, subset), strict=True)):
@@ -189,11 +193,14 @@ def select(  # noqa: PLR0917 - the command's options
     for note in subset.provenance.get("notes", []):
         errors.print(f"[yellow]note:[/yellow] {escaped(note)}", soft_wrap=True, highlight=False)
     say(f"kept: {len(subset):,} of {len(table):,} samples ({subset.policy}) -> {out}")
-    say(f"report: {write_score_report([scores], report_path(out), subset=subset)}")
+    if is_new or not page.exists():
+        write_score_report([scores], page, subset=subset)
+    say(f"report: {page}")
 
 
 @cli.command()
 def train(  # noqa: PLR0917 - the command's options
+    context: typer.Context,
     dataset: Dataset,
     subset: Annotated[
         Path | None, typer.Option(help="What `datapruning select` wrote; default: all samples.")
@@ -242,6 +249,13 @@ def train(  # noqa: PLR0917 - the command's options
         ),
     )  # fmt: skip
     folder = out or runner.default_folder(settings, resume=resume)
+    if resume:  # the folder knows its own settings; there is no need to repeat them
+        given = {
+            name: value
+            for name, value in {**asdict(settings), **asdict(settings.training)}.items()
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        }
+        settings = runner.RunSettings.read(folder).continued(given)
     with warnings_shown():
         summary = runner.run(settings, folder, resume=resume, progress=say)
     target = write_run_report(folder)
@@ -373,8 +387,6 @@ def _compare_training(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    from dataclasses import asdict  # noqa: PLC0415
-
     from datapruning.scoring.methods import check_method  # noqa: PLC0415
     from datapruning.students.comparison import BUDGETS, compare_training, result_table  # noqa: PLC0415
     from prunelab.data.datasets import load_dataset  # noqa: PLC0415
@@ -410,6 +422,14 @@ def _assignments(entries: Sequence[str] | None) -> dict[str, Any]:
         except ValueError:
             values[key.strip()] = value.strip()
     return values
+
+
+def _check_page(page: Path, *, has_tables: bool) -> None:
+    """Refuse a page that is there without what it would show: it is of something else."""
+    from datapruning.selection.table import OR_FORCE  # noqa: PLC0415
+
+    if page.exists() and not has_tables:
+        raise RunError(f"{page} is there and would be overwritten; {OR_FORCE}")
 
 
 def _check_suffix(path: Path) -> None:

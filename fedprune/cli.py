@@ -16,6 +16,7 @@ from rich.console import Console
 from fedprune.config import (
     METHOD_NAME,
     RunConfig,
+    continued,
     for_method,
     own_settings,
     parse_assignments,
@@ -119,21 +120,19 @@ def run(  # noqa: PLR0917 - the command's options
         "training.device": device,
         "training.execution": execution,
     }
-    options = {**parse_assignments(settings or []), **_given(given)}
-    if density is not None and not _takes_density(config, options):
-        errors.print("note: --density has no effect: this method trains the dense network")
-        del options["method.density"]
-    if resume and out is not None and not options and config is None:
-        # The folder knows its own settings; there is no need to repeat them.
-        run_config = RunConfig.read(_stored_config(out))
-    else:
-        run_config = _build_config(config, options)
     from fedprune.reports.progress import Watch  # noqa: PLC0415
     from fedprune.reports.results import summary_rows  # noqa: PLC0415
     from fedprune.rounds import folder as runfolder  # noqa: PLC0415
     from fedprune.rounds import run as runner  # noqa: PLC0415
 
-    folder = out or runfolder.default_folder(run_config, resume=resume)
+    values = _values(config, {**parse_assignments(settings or []), **_given(given)})
+    folder = out or runfolder.default_folder(_build_config(own_settings(values)), resume=resume)
+    if resume:  # the folder knows its own settings; there is no need to repeat them
+        values = continued(_stored(folder), values)
+    if density is not None and "method.density" not in own_settings(values):
+        errors.print("note: --density has no effect: this method trains the dense network")
+        del values["method.density"]
+    run_config = _build_config(values)
     was_complete = resume and (folder / runfolder.SUMMARY).exists()
     watch = Watch(folder, run_config)
     summary = runner.run(
@@ -182,12 +181,16 @@ def compare(  # noqa: PLR0917 - the command's options
         "training.device": device,
         "training.execution": execution,
     }
-    options = {**parse_assignments(settings or []), **_given(given)}
+    options = {
+        **(read_toml(config) if config else {}),
+        **parse_assignments(settings or []),
+        **_given(given),
+    }
     cells = []
     for method in listed(methods):
         for seed in listed(seeds):
             values = {**options, METHOD_NAME: method, "seed": seed}
-            cells.append(_build_config(config, values, shared=True))
+            cells.append(_build_config(own_settings(_values(config, values))))
     summaries = _compared(cells, out, engine=engine, console=errors if as_json else console)
     if as_json:
         print(json.dumps(summaries))
@@ -315,14 +318,8 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _takes_density(path: Path | None, options: dict[str, Any]) -> bool:
-    """Whether the method that is meant has a density."""
-    values = {**(read_toml(path) if path else {}), **options}
-    return "method.density" in own_settings(values)
-
-
-def _build_config(path: Path | None, options: dict[str, Any], *, shared: bool = False) -> RunConfig:
-    """The configuration; settings `shared` by several methods are for those that know them.
+def _values(path: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file, if there is one, and in their place those of `options`.
 
     A file may be of a run of another method than the options name: what only that one knows is
     left out.
@@ -331,19 +328,20 @@ def _build_config(path: Path | None, options: dict[str, Any], *, shared: bool = 
     name = options.get(METHOD_NAME, values.get(METHOD_NAME))
     if name != values.get(METHOD_NAME):
         values = for_method(values, name)
-    values = {**values, **options}
-    if shared:
-        values = own_settings(values)
+    return {**values, **options}
+
+
+def _build_config(values: Mapping[str, Any]) -> RunConfig:
     dataset = values.get("data.dataset")
     if isinstance(dataset, str) and os.path.isdir(dataset):
         # Workers of the simulation run elsewhere; a relative path would not mean the same.
-        values["data.dataset"] = str(Path(dataset).resolve())
+        values = {**values, "data.dataset": str(Path(dataset).resolve())}
     return RunConfig.parse(values)
 
 
-def _stored_config(out: Path) -> Path:
-    from fedprune.rounds.folder import CONFIG  # noqa: PLC0415
+def _stored(out: Path) -> dict[str, Any]:
+    from fedprune.rounds.folder import CONFIG, stored_settings  # noqa: PLC0415
 
     if not (out / CONFIG).exists():
         raise RunError(f"nothing to resume in {out}: it has no {CONFIG}")
-    return out / CONFIG
+    return stored_settings(out)

@@ -13,6 +13,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,11 @@ class RunConfig:
         return tomli_w.dumps(tables)
 
     @property
+    def digest(self) -> str:
+        """32 hexadecimal digits that name these settings."""
+        return sha256(json.dumps(self.flat()).encode()).hexdigest()[:32]
+
+    @property
     def model_name(self) -> str:
         """The model's name, the data set's default where none was given."""
         return self.model.name or DEFAULT_MODELS.get(self.data.dataset, "resnet20")
@@ -163,11 +169,18 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing or is not TOML.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no config file at {path}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a TOML file: {error}") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """TOML of one table per section, as flat `section.key` names."""
+    tables = tomllib.loads(text)
     flat: dict[str, Any] = {}
     for name, value in tables.items():
         if isinstance(value, dict):
@@ -190,6 +203,21 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
             raise ConfigError(f"--set {entry!r}: expected section.key=value")
         values[key.strip()] = value.strip()
     return values
+
+
+def continued(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that goes on, with what was given anew in their place.
+
+    What belongs to the stored method alone is left out where another is named.
+
+    >>> continued({"seed": 1, "training.lr": 0.2}, {"seed": 2})
+    {'seed': 2, 'training.lr': 0.2}
+    """
+    given = dict(given)
+    given = {**_packed_settings(given.pop(METHOD_SETTINGS, "")), **given}
+    if given.get(METHOD_NAME, stored.get(METHOD_NAME)) != stored.get(METHOD_NAME):
+        stored = {key: value for key, value in stored.items() if not key.startswith("method.")}
+    return {**stored, **given}
 
 
 def own_settings(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,5 +18,8 @@ class ClientError(FedpruneError):
     """A client that cannot take part, or an answer of one that cannot be used."""
 
 
+DIVERGED = "training has diverged, is training.lr too high?"
+"""What messages say where weights or losses are not finite or too large."""
+
 USER_ERRORS = (PrunelabError, SparseModelError)
 """All that a user can mend, of the three packages."""

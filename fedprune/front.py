@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedprune.config import RunConfig, read_toml
+from fedprune.config import RunConfig, continued
 from fedprune.errors import ConfigError
 from fedprune.given import continue_as, is_given, name_dataset, name_model
 from fedprune.methods import is_given as is_given_method
@@ -18,6 +18,7 @@ from fedprune.methods.base import Method
 if TYPE_CHECKING:
     from torch import nn
 
+    from prunelab.data.batches import Preprocessing
     from sparsemodel.runtime.state import SparseState
 
 
@@ -50,20 +51,33 @@ class Result:
     @cached_property
     def state(self) -> SparseState:
         """The final model as arrays: active values and patterns."""
-        from fedprune.rounds.folder import MODEL  # noqa: PLC0415
-        from sparsemodel.storage.state_file import load_state  # noqa: PLC0415
+        from fedprune.rounds.folder import read_model  # noqa: PLC0415
 
-        return load_state(self.folder / MODEL)[0]
+        return read_model(self.folder)[0]
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """What the final model's input is made of: `model(tensor of preprocessing.apply(images))`.
+
+        Bytes become floats; images that are floats already pass as they are.
+        """
+        from fedprune.rounds.folder import read_model  # noqa: PLC0415
+        from prunelab.data.batches import Preprocessing  # noqa: PLC0415
+
+        return Preprocessing.from_metadata(read_model(self.folder)[1])
 
     @cached_property
     def model(self) -> nn.Module:
-        """The final model in evaluation mode: of sparse layers where it was pruned, else dense."""
+        """The final model in evaluation mode: of sparse layers where it was pruned, else dense.
+
+        It takes images as `preprocessing` makes them.
+        """
         from fedprune.local.torch_models import skeleton  # noqa: PLC0415
-        from fedprune.rounds.folder import CONFIG  # noqa: PLC0415
+        from fedprune.rounds.folder import stored_config  # noqa: PLC0415
         from fedprune.rounds.workspace import open_workspace  # noqa: PLC0415
         from sparsemodel.layers.from_state import load_state_, sparse_model  # noqa: PLC0415
 
-        workspace = open_workspace(RunConfig.read(self.folder / CONFIG))
+        workspace = open_workspace(stored_config(self.folder))
         state = self.state.ordered(workspace.shapes)
         if state.patterns is None:
             model = workspace.torch.empty_model()
@@ -102,14 +116,15 @@ def run(
         engine: "inline" (this process), "batched" (this process, the clients of a round trained
             together) or "flower" (Flower's simulation engine, which needs networks and data by
             name).
-        resume: continue what the folder holds; a complete run is left as it is.
+        resume: continue what the folder holds, with its own settings where none are given here;
+            a complete run is left as it is.
         progress: called a few times a second while metrics.jsonl grows.
 
     Raises:
         ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
-            what to do. A folder in which nothing was computed is removed again.
+            what to do. A new folder in which nothing was computed is removed again.
     """
-    from fedprune.rounds.folder import CONFIG, default_folder  # noqa: PLC0415
+    from fedprune.rounds.folder import CONFIG, default_folder, stored_settings  # noqa: PLC0415
     from fedprune.rounds.run import run as run_config  # noqa: PLC0415
 
     values: dict[str, Any] = dict(config.flat()) if config is not None else {}
@@ -125,10 +140,14 @@ def run(
         "seed": seed,
     }
     values |= {key: value for key, value in named.items() if value is not None}
-    made = RunConfig.parse({**values, **(settings or {})})
-    if data is not None:
-        dataset = name_dataset(data, seed=made.seed)
-        made = replace(made, data=replace(made.data, dataset=dataset))
+    values |= settings or {}
+    made = _with_data(RunConfig.parse(values), data)
+    path = Path(folder) if folder is not None else default_folder(made, resume=resume)
+    if resume and (path / CONFIG).exists():  # what was not given is what it was
+        stored = stored_settings(path)
+        made = _with_data(RunConfig.parse(continued(stored, values)), data)
+        name = continue_as(made.model.name, str(stored.get("model.name", "")))
+        made = replace(made, model=replace(made.model, name=name))
     if is_given(made.data.dataset) and (made.data.num_train or made.data.num_test):
         raise ConfigError(
             "data.num_train and data.num_test are for data sets by name; cut these data yourself"
@@ -140,9 +159,13 @@ def run(
             "or method: give a name, module:function, module:Class or a folder, or use "
             "engine='inline'"
         )
-    path = Path(folder) if folder is not None else default_folder(made, resume=resume)
-    if resume and (path / CONFIG).exists():
-        stored = str(read_toml(path / CONFIG).get("model.name", ""))
-        made = replace(made, model=replace(made.model, name=continue_as(made.model.name, stored)))
     summary = run_config(made, path, engine=engine, resume=resume, progress=progress)
     return Result(path, summary)
+
+
+def _with_data(config: RunConfig, data: Any) -> RunConfig:
+    """The configuration with the name of the data that were given, if any were."""
+    if data is None:
+        return config
+    dataset = name_dataset(data, seed=config.seed)
+    return replace(config, data=replace(config.data, dataset=dataset))

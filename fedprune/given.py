@@ -32,7 +32,8 @@ def name_model(model: str | nn.Module | Callable[..., nn.Module]) -> str:
     path = getattr(model, "__qualname__", type(model).__qualname__)
     if getattr(sys.modules.get(module), path, None) is model and module != "__main__":
         return f"{module}:{path}"
-    name = f"{path}@{_content(model)}" if hasattr(model, "state_dict") else path
+    is_network = hasattr(model, "state_dict") and not isinstance(model, type)
+    name = f"{path}@{_content(model)}" if is_network else path
     if type(_models.get(name)) is type(model) and name != path:
         _models[name] = model  # the other may have been trained since
     return _enter(_models, name, model)
@@ -114,9 +115,8 @@ def _content(model: Any) -> str:
 
 def _image_set(data: Any, seed: int) -> ImageSet:
     import numpy as np  # noqa: PLC0415
-    import torch  # noqa: PLC0415
 
-    from prunelab.data.datasets import ImageSet, fingerprint  # noqa: PLC0415
+    from prunelab.data.datasets import ImageSet  # noqa: PLC0415
     from prunelab.data.objects import as_samples  # noqa: PLC0415
     from prunelab.data.samples import ImageSamples  # noqa: PLC0415
     from prunelab.errors import DataError  # noqa: PLC0415
@@ -125,54 +125,25 @@ def _image_set(data: Any, seed: int) -> ImageSet:
     if isinstance(data, ImageSet):
         return data
 
-    def side(part: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def side(part: Any) -> ImageSamples:
         samples = as_samples(part)
-        if not isinstance(samples, ImageSamples) or samples.images.dim() != 4:
-            raise DataError(
-                "clients train on images [N, C, H, W], [N, H, W, C] or [N, H, W] with a label each;"
-                " give vectors [N, D] as images [N, 1, 1, D]"
-            )
-        return samples.images, samples.labels
+        if not isinstance(samples, ImageSamples):
+            raise DataError("clients train on images with a label each, not on other samples")
+        return samples
 
     if isinstance(data, Mapping):
         test = "test" if "test" in data else "validation"
         if "train" not in data or test not in data:
             raise DataError(f"expected the sides train and test, got {', '.join(map(str, data))}")
-        train_side, test_side = side(data["train"]), side(data[test])
+        sides = [(s.images, s.labels) for s in (side(data["train"]), side(data[test]))]
     else:
-        images, labels = side(data)
+        samples = side(data)
+        labels = samples.labels.numpy()
         held = np.zeros(len(labels), dtype=bool)
-        for label in labels.unique().tolist():
-            members = rng(seed, label).permutation(np.flatnonzero(labels.numpy() == label))
+        for label in np.unique(labels).tolist():
+            members = rng(seed, label).permutation(np.flatnonzero(labels == label))
             held[members[: int(TEST_SHARE * len(members))]] = True
         if not held.any():
             raise DataError("too few samples to set a fifth of every class aside for the test")
-        chosen = torch.from_numpy(held)
-        train_side = images[~chosen], labels[~chosen]
-        test_side = images[chosen], labels[chosen]
-    (train_images, train_labels), (test_images, test_labels) = train_side, test_side
-    kinds = [f"{side.dtype} {tuple(side.shape[1:])}" for side in (train_images, test_images)]
-    if kinds[0] != kinds[1]:
-        raise DataError(
-            f"training images are {kinds[0]}, test images {kinds[1]}; give both sides alike"
-        )
-    num_classes = 1 + int(train_labels.max())
-    if int(test_labels.max()) >= num_classes:
-        raise DataError(
-            f"test label {int(test_labels.max())} lies outside 0 ... {num_classes - 1}, the "
-            "training side's classes"
-        )
-    if num_classes > len(train_labels):
-        raise DataError(
-            f"the labels reach {num_classes - 1}, and {len(train_labels)} training samples cannot "
-            "have so many classes; number the classes 0, 1, 2 and so on"
-        )
-    return ImageSet(
-        name="given",
-        train_images=train_side[0],
-        train_labels=train_side[1],
-        test_images=test_side[0],
-        test_labels=test_side[1],
-        num_classes=num_classes,
-        fingerprint=fingerprint(*train_side, *test_side),
-    )
+        sides = [(samples.images[rows], samples.labels[rows]) for rows in (~held, held)]
+    return ImageSet("given", *sides[0], *sides[1])

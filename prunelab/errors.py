@@ -25,6 +25,10 @@ class PrunelabWarning(UserWarning):
     """Base class: something that works, but not as well as the user may expect."""
 
 
+class DataWarning(PrunelabWarning):
+    """Data that were converted, or taken in one way where the user may have meant another."""
+
+
 def check_settings(
     what: str, checks: Mapping[str, bool], *, error: type[PrunelabError] = RunError
 ) -> None:

@@ -23,6 +23,7 @@ from torch.nn import functional, init
 from prunelab.errors import ModelError
 from prunelab.runs.imported import imported
 from sparsemodel.masks.mask import prunable_parameters
+from sparsemodel.masks.probe import probing
 
 InputShape = tuple[int, int, int]
 Network = str | Callable[..., nn.Module] | nn.Module
@@ -172,6 +173,8 @@ def build_model(
 ) -> nn.Module:
     """A network, the same bits for the same arguments; the global seed is not touched.
 
+    Its numbers are float32, whatever torch's default is; a given network keeps its own type.
+
     Args:
         model: a name; "module:function", imported from the working folder or from what is
             installed; a function or class, called with those of num_classes, input_shape and seed
@@ -206,8 +209,7 @@ def build_model(
     _refuse_width(_title(function), width)
     offered = {"num_classes": num_classes, "input_shape": input_shape, "seed": seed}
     arguments = _arguments(function, offered)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _drawing(seed):
         built = function(**arguments)
     if not isinstance(built, nn.Module):
         raise ModelError(
@@ -236,9 +238,53 @@ def _named(
         if size < 1:
             raise ModelError(f"{name}: {what} must be at least 1, got {size}")
     channels, height, side = input_shape
+    with _drawing(seed):
+        return MODELS[name](num_classes, (channels, height, side), width)
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Inside, weights are float32 and drawn by the seed; torch's own state stays as it was."""
+    before = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODELS[name](num_classes, (channels, height, side), width)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def fitted(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Images in the floating-point type of a network's weights."""
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return images.to(next(dtypes, images.dtype))
+
+
+@torch.no_grad()
+def check_fits(model: nn.Module, *, input_shape: tuple[int, ...], num_classes: int) -> None:
+    """Raise ModelError unless a network takes such samples and tells so many classes apart.
+
+    The network is left as it was.
+    """
+    size = (2, *input_shape)
+    what = f"the network does not fit images {list(size)}"
+    parameter = next(model.parameters(), None)
+    device = None if parameter is None else parameter.device
+    with probing(model):
+        model.eval()
+        try:
+            logits = model(fitted(model, torch.zeros(size, dtype=torch.float32, device=device)))
+        except Exception as error:  # whatever the network's own code raises
+            raise ModelError(f"{what}: {type(error).__name__}: {error}") from error
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != 2:
+        raise ModelError(f"{what}: it gives {shape}, expected logits [2, classes]")
+    if logits.shape[1] < num_classes:
+        raise ModelError(
+            f"the network gives {logits.shape[1]} logits, and the data have {num_classes} classes; "
+            "a function that builds it may ask for num_classes"
+        )
 
 
 def _imported(name: str) -> Callable[..., Any]:

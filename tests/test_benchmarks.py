@@ -142,6 +142,18 @@ def test_show_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "other processes" in neighbours
 
 
+def test_the_peer_of_torch_takes_the_gradient_of_active_weights_alone() -> None:
+    """Not a dense one: a side that says so is compared value by value."""
+    shape = sparse_layers.linear(24, 16, 8)
+    mask = torch.arange(16 * 24).reshape(16, 24) % 7 == 0
+    masked = sparse_layers._copy(shape.layer(), mask)
+    x, dy = torch.randn(8, 24), torch.randn(8, 16)
+    side = sparse_layers._csr(masked, x, dy)
+    assert side.at_mask
+    assert side.grad()[1].shape == (int(mask.sum()),)
+    sparse_layers.check("torch", sparse_layers._dense(masked, x, dy).grad(), {"csr": side}, mask)
+
+
 @needs_kernels
 def test_sparse_layers_rows() -> None:
     shapes = [

@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import datapruning
 import fedprune
 import sparsemodel
+from datapruning.errors import SubsetWarning
 from datapruning.scores.error import el2n
 from datapruning.scoring.methods import METHODS
 from datapruning.scoring.steps import of_logits
 from prunelab.data.datasets import load_dataset
 from prunelab.data.objects import as_samples
-from prunelab.errors import DataError
+from prunelab.errors import DataError, DataWarning, ModelError
 
 ROOT = Path(__file__).parent.parent
 TRAINING = datapruning.TrainingConfig(epochs=6, batch_size=16, lr=0.05)
@@ -168,6 +169,7 @@ DRESSES: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore::datapruning.errors.SubsetWarning")
+@pytest.mark.filterwarnings("ignore:.* have channels last:prunelab.errors.DataWarning")
 @pytest.mark.parametrize("dress", DRESSES)
 def test_the_same_data_in_any_dress(dress: str, net: nn.Module) -> None:
     """Same fingerprint, same scores, and the kept samples serve training and a DataLoader."""
@@ -306,23 +308,103 @@ def test_a_sparse_student_stays_sparse(net: nn.Module) -> None:
     ("data", "message"),
     [
         ((torch.zeros(3, 1, 8, 8), torch.tensor([0, -1, 0])), "sample 1 has the label -1"),
-        ((torch.zeros(3, 1, 8, 8), torch.zeros(3)), "labels are torch.float32"),
+        ((torch.zeros(3, 1, 8, 8), torch.zeros(3)), "labels are float32"),
         ((torch.zeros(3, 1, 8, 8), torch.tensor([0, 1])), "3 images but 2 labels"),
         ((torch.full((2, 8, 8), torch.nan), torch.tensor([0, 1])), "sample 0 holds values that"),
-        ((torch.zeros(2, 1, 8, 8, dtype=torch.int64), torch.tensor([0, 1])), "torch.int64"),
+        (
+            (torch.zeros(2, 1, 8, 8, dtype=torch.int64), torch.tensor([0, 1])),
+            "images are int64; expected bytes",
+        ),
         ({"train": 1, "test": 2}, "mapping of 'train', 'test'; give one of them"),
         ([(torch.zeros(1, 8, 8), 0.5)], "sample 0 has the label 0.5"),
-        ([(torch.zeros(1, 8, 8), 0), (torch.zeros(1, 9, 8), 0)], "sample 1 is torch.float32"),
+        ([(torch.zeros(1, 8, 8), 0), (torch.zeros(1, 9, 8), 0)], "sample 1 is float32"),
         ([torch.zeros(1, 8, 8)], r"sample 0 is a Tensor, expected \(image, label\)"),
         ([{"text": "a", "label": 1}], "rename the columns"),
         ([("a", 1)], "the image of sample 0 is a str"),
         ([], "no samples"),
         (7, "data is a int"),
+        (torch.zeros(3, 1, 8, 8), r"data is a Tensor; expected \(images, labels\)"),
+        (np.array(3), "data is a ndarray"),
+        ("nowhere", "unknown data set 'nowhere'"),
+        (b"nowhere", "data is a bytes"),
     ],
 )
 def test_data_that_are_none_are_named(data: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         as_samples(data)
+
+
+class ByClass(nn.Module):
+    """A network whose class builds it, for 8×8 images."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(1, 4, 3), nn.Linear(144, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.last(self.conv(images).relu().flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("method", ["el2n", "grand", "forgetting", "vog", "prototypes-ssl"])
+def test_scores_do_not_depend_on_torchs_default_type(method: str) -> None:
+    data, two = digits(40), datapruning.TrainingConfig(epochs=2, batch_size=16, lr=0.05)
+    expected = datapruning.score(data, model=ByClass, method=method, training=two)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = datapruning.score(data, model=ByClass, method=method, training=two)
+        student = datapruning.train(data, model=ByClass, training=two)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.scores, expected.scores)
+    assert student.last.weight.dtype == torch.float32
+
+
+def test_a_network_of_another_type_is_fed_in_its_own(net: nn.Module) -> None:
+    data, double = digits(40), copy.deepcopy(net).double()
+    expected = datapruning.score(data, model=net, method="grand").scores
+    found = datapruning.score(data, model=double, method="grand").scores
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    once = datapruning.TrainingConfig(epochs=1, lr=0.01)
+    assert datapruning.train(data, model=double, training=once)[0].weight.dtype == torch.float64
+    assert datapruning.evaluate(double, data).accuracy == datapruning.evaluate(net, data).accuracy
+
+
+@pytest.mark.parametrize("model", [ByClass, ByClass(), lambda: ByClass(3)])
+def test_data_that_do_not_fit_the_network_are_one_clear_error(model: Any) -> None:
+    images, labels = digits(40)
+    once = datapruning.TrainingConfig(epochs=1, lr=0.01)
+    calls: list[Callable[[Any], Any]] = [
+        lambda data: datapruning.score(data, model=model, method="loss", training=once),
+        lambda data: datapruning.train(data, model=model, training=once),
+    ]
+    if isinstance(model, nn.Module):
+        calls.append(lambda data: datapruning.evaluate(model, data))
+    for call in calls:
+        for data, words in (
+            ((images.flatten(1), labels), r"does not fit images \[2, 64\]: RuntimeError"),
+            ((images[:, :, :5], labels), r"does not fit images \[2, 1, 5, 8\]"),
+            ((images, torch.arange(40) % 11), "logits, and the data have 11 classes; a function"),
+        ):
+            if "11" in words and model is ByClass:
+                continue  # it is built for as many as there are
+            with pytest.raises(ModelError, match=words):
+                call(data)
+
+
+def test_gaps_between_classes_are_mentioned_where_networks_are_made(net: nn.Module) -> None:
+    images, labels = digits(40)
+    even = labels // 2 * 2
+    with pytest.warns(
+        DataWarning, match="labels reach 8, so the network gets 9 outputs, but no sa"
+    ):
+        table = datapruning.score((images, even), model=net, method="loss")
+    # What is kept of them, and what is evaluated, may lack a class without a word.
+    kept = table.select(keep=5).of(TensorDataset(images, even))
+    once = datapruning.TrainingConfig(epochs=1, lr=0.01)
+    with pytest.warns(SubsetWarning, match="holds no sample of class"):
+        datapruning.train(kept, model=net, training=once)
+    datapruning.evaluate(net, (images[:4], even[:4]))
 
 
 @pytest.mark.parametrize("package", ["sparsemodel", "datapruning", "fedprune"])

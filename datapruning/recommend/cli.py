@@ -40,6 +40,7 @@ MaxTitles = Annotated[int, typer.Option(help="Titles of a history, the most rece
 Seed = Annotated[int, typer.Option(help="Decides every random choice.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Out = Annotated[Path, typer.Option(help="Folder for what is written.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 
 
 @app.command()
@@ -59,12 +60,14 @@ def score(  # noqa: PLR0917 - the command's options
     max_titles: MaxTitles = 10,
     seed: Seed = 0,
     device: Device = "cpu",
+    force: Force = False,
 ) -> None:
     """Score every sample by influence and effort; run again after an interruption to go on."""
     from datapruning.recommend import steps  # noqa: PLC0415
     from datapruning.recommend.histories import HistorySamples  # noqa: PLC0415
     from datapruning.recommend.overall import overall_table  # noqa: PLC0415
     from datapruning.recommend.surrogate import SurrogateConfig  # noqa: PLC0415
+    from datapruning.selection.table import write_once  # noqa: PLC0415
 
     histories = _read(data, titles)
     config = SurrogateConfig(epochs=epochs, patience=patience, negatives=negatives or None)
@@ -80,7 +83,7 @@ def score(  # noqa: PLR0917 - the command's options
         histories, samples, out, language_model=language, seed=seed, report=say
     )
     overall = overall_table(influence, effort, weight=weight)
-    overall.write(out / "scores.parquet")
+    write_once(overall, out / "scores.parquet", force=force)
     for name in overall.provenance["equal"]:
         say(f"note: all scores of {name} are equal and rank nothing")
     rows = []
@@ -107,15 +110,16 @@ def select(  # noqa: PLR0917 - the command's options
     groups: Annotated[int, typer.Option(help="Groups of equal width.")] = 50,
     cut: Annotated[float, typer.Option(help="Share of the highest scores dropped first.")] = 0.1,
     seed: Seed = 0,
+    force: Force = False,
 ) -> None:
     """Choose exactly so many samples, covering the range of scores."""
     from datapruning.recommend.overall import select_covering  # noqa: PLC0415
     from datapruning.selection.select import parsed_keep  # noqa: PLC0415
-    from datapruning.selection.table import ScoreTable  # noqa: PLC0415
+    from datapruning.selection.table import ScoreTable, write_once  # noqa: PLC0415
 
     table = ScoreTable.read(scores)
     subset = select_covering(table, keep=parsed_keep(keep), seed=seed, num_groups=groups, cut=cut)
-    subset.write(out)
+    write_once(subset, out, force=force)
     say(f"kept: {len(subset):,} of {len(table):,} samples -> {out}")
 
 

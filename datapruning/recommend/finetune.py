@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from datapruning.recommend.effort import batches_of_tokens
-from prunelab.data.samples import TokenSamples
+from prunelab.data.samples import TokenSamples, check_targets
 from prunelab.errors import RunError, check_settings
 from prunelab.runs.seeds import generator, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
 from prunelab.training.task import CausalLM, to_device
 from sparsemodel.masks.schedule import cosine
+
+START_VALUES = 1024  # of a parameter, that tell one model from another
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def finetune(
         rows: which samples; None: all.
 
     Raises:
+        DataError: a text without targets, from which nothing can be learned.
         RunError: no rows, nothing to train, a loss that is not finite, or a checkpoint of
             another run.
     """
@@ -108,10 +111,11 @@ def finetune(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained or len(rows) == 0:
         raise RunError("fine-tuning: no sample, or no parameter that requires a gradient")
+    check_targets(samples, rows)
     device = next(iter(trained.values())).device
     optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, weight_decay=config.weight_decay)
     total, result = config.num_steps(len(rows)), FinetuneResult()
-    signature = _signature(trained, samples, rows, config, seed)
+    signature = _signature(model, trained, samples, rows, config=config, seed=seed)
     state = None if checkpoint is None else checkpoints.load(checkpoint, signature=signature)
     if state is not None:
         with torch.no_grad():
@@ -178,16 +182,27 @@ def _factor(step: int, total: int, warmup: float) -> float:
     return cosine(step - rising, value=1.0, end=max(1, total - rising))
 
 
+def _start(model: nn.Module) -> str:
+    """16 hexadecimal digits of the weights to start from, of a few of each: there may be many."""
+    sha = hashlib.sha256()
+    for p in model.parameters():
+        sha.update(p.detach().flatten()[:START_VALUES].double().cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
 def _signature(
+    model: nn.Module,
     trained: dict[str, nn.Parameter],
     samples: TokenSamples,
     rows: Tensor,
+    *,
     config: FinetuneConfig,
     seed: int,
 ) -> dict[str, Any]:
     shapes = str([(name, tuple(p.shape)) for name, p in trained.items()])
     return {
         "parameters": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        "start": _start(model),
         "data": samples.fingerprint,
         "rows": hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16],
         "seed": seed,

@@ -35,6 +35,11 @@ def minmax(scores: Tensor) -> Tensor:
     if wrong:
         raise ScoreError(f"{wrong} of {len(scores)} scores are NaN or infinite; score them again")
     low, high = scores.min(), scores.max()
+    if not (high - low).isfinite():
+        raise ScoreError(
+            f"scores run from {float(low):g} to {float(high):g}, and float64 has no such "
+            "difference; score them again"
+        )
     return torch.zeros_like(scores) if low == high else (scores - low) / (high - low)
 
 

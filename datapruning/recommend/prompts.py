@@ -15,10 +15,8 @@ from torch import Tensor
 
 from datapruning.recommend.histories import HistorySamples
 from datapruning.recommend.ragged import Ragged
-from prunelab.data.samples import TokenSamples
+from prunelab.data.samples import NO_LOSS, TokenSamples
 from prunelab.errors import DataError
-
-NO_LOSS = -100
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,9 @@ class Prompts:
         self.begin = begin[0] if begin else self.end
 
         def encoded(texts: Sequence[str]) -> list[list[int]]:
-            return list(tokenizer(list(texts), add_special_tokens=False)["input_ids"])
+            # A title may spell a token of the tokenizer's own, as "</s>": it stays text.
+            found = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
+            return list(found["input_ids"])
 
         intro, self._joint, self._outro = encoded([template.intro, template.joint, template.outro])
         self._intro = begin + intro

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import math
+import numbers
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, date, datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from datapruning.recommend.histories import Histories, ReadReport, leave_last_out
 from datapruning.recommend.ragged import Ragged
+from prunelab.data.tables import Table, read_lines, read_table
 from prunelab.errors import DataError
 
 SPLITS = ("train", "valid", "test")
@@ -25,6 +28,10 @@ COLUMNS: Mapping[str, Sequence[str]] = {
     "title": ("title", "item_title", "name"),
 }
 """What a table's columns may be called, in lower case and without a ":type" suffix."""
+
+_LARGEST_ID = 2**63 - 1
+_NUMBER = re.compile(r"-?[0-9]{1,19}")
+_WHOLE = re.compile(r"(-?[0-9]{1,19})\.0*")
 
 
 def read(source: str, *, titles: Path | None = None) -> tuple[Histories, ReadReport]:
@@ -51,7 +58,7 @@ def read(source: str, *, titles: Path | None = None) -> tuple[Histories, ReadRep
             f"{path} is no table of interactions; known endings: {', '.join(TABLES)} (or name a "
             "folder with sequential_train.txt)"
         )
-    return _from_columns(path.stem, _table(path), titles=titles)
+    return _from_columns(path.stem, read_table(path), titles=titles)
 
 
 def read_divided(folder: Path) -> tuple[Histories, ReadReport]:
@@ -105,7 +112,7 @@ def read_hub(
         DataError: it cannot be loaded, or lacks a column.
     """
     if not isinstance(name, str):
-        return _from_columns("dataset", {c: name[c] for c in name.column_names}, titles=titles)
+        return _from_columns("dataset", name, titles=titles)
     from datasets import load_dataset  # noqa: PLC0415
 
     path, _, config = name.partition(":")
@@ -113,35 +120,43 @@ def read_hub(
         dataset = load_dataset(path, config or None, split=split)
     except (OSError, ValueError) as error:
         raise DataError(f"{HUB}{name} cannot be loaded: {error}") from None
-    columns = {column: dataset[column] for column in dataset.column_names}
-    return _from_columns(path.rsplit("/", 1)[-1], columns, titles=titles)
+    return _from_columns(path.rsplit("/", 1)[-1], dataset, titles=titles)
 
 
-def _from_columns(
-    name: str, columns: Mapping[str, Sequence[Any]], *, titles: Path | None
-) -> tuple[Histories, ReadReport]:
+def _from_columns(name: str, table: Table, *, titles: Path | None) -> tuple[Histories, ReadReport]:
     """Rows (user, item, time), sorted by time, equal times in the order of rows."""
-    found = _columns(name, columns, needed=("user", "item", "time"))
+    found = _columns(name, table, needed=("user", "item", "time"))
     report = ReadReport()
     rows, missing, wrong = [], [], []
-    fields = zip(found["user"], found["item"], found["time"], strict=True)
-    for place, (user, item, time) in enumerate(fields):
-        if _is_missing(user) or _is_missing(item):
+    users, items = _ids(found["user"], f"{name}: user"), _ids(found["item"], f"{name}: item")
+    for place, (user, item, when) in enumerate(zip(users, items, found["time"], strict=True)):
+        if user is None or item is None:
             missing.append(f"row {place + 1}")
-        elif (moment := _moment(time)) is None:
-            wrong.append(f"row {place + 1}: {time!r}")
+        elif (moment := _moment(when)) is None:
+            wrong.append(f"row {place + 1}: {when!r}")
         else:
-            rows.append((moment, place, str(user), str(item)))
+            rows.append((moment, place, user, item))
+    report.count(
+        "rows have a line break inside quotes, which a quote too few looks like",
+        [f"line {line}" for line in getattr(table, "long_rows", ())],
+    )
     report.count("rows have no user or no item and are skipped", missing)
-    report.count("rows have a time that is no number and are skipped", wrong)
+    report.count("rows have a time that is no number or date and are skipped", wrong)
     if not rows:
-        raise DataError(f"{name}: no row with a user, an item and a time that is a number")
+        raise DataError(
+            f"{name}: no row with a user, an item and a time that is a number or a date"
+        )
     rows.sort()
     called = _called(found, titles)
     if called:
         unknown = [item for _, _, _, item in rows if item not in called]
         report.count("interactions with items that have no entry of a title are skipped", unknown)
         rows = [row for row in rows if row[3] in called]
+        if not rows:
+            raise DataError(
+                f"{name}: none of its items has an entry in {titles}, whose items are called "
+                f"{', '.join(list(called)[:3])} and so on, here {', '.join(unknown[:3])}"
+            )
     return _divided_by_user(name, rows, called, report)
 
 
@@ -197,27 +212,20 @@ def _checked_titles(titles: Mapping[int, str], report: ReadReport) -> list[str]:
     return named
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-
-
 def _sequences(path: Path) -> dict[int, list[int]]:
     """User -> items, in the order of lines."""
     rows: dict[int, list[int]] = {}
-    for place, line in enumerate(_lines(path), start=1):
-        if not line.strip():
+    for place, line in enumerate(read_lines(path), start=1):
+        tokens = line.split()
+        if not tokens:
             continue
-        try:
-            user, *items = map(int, line.split())
-        except ValueError:
+        if not all(map(_NUMBER.fullmatch, tokens)):
             raise DataError(
                 f"{path}, line {place}: expected numbers, `user item item ...`, got {line[:60]!r}"
-            ) from None
+            )
+        user, *items = map(int, tokens)
+        if abs(user) > _LARGEST_ID:
+            raise DataError(f"{path}, line {place}: user {user} lies beyond {_LARGEST_ID}")
         if user in rows:
             raise DataError(f"{path}, line {place}: user {user} has a line already")
         rows[user] = items
@@ -228,9 +236,11 @@ def _sequences(path: Path) -> dict[int, list[int]]:
 
 def _titles_by_number(path: Path) -> dict[int, str]:
     titles: dict[int, str] = {}
-    for place, line in enumerate(_lines(path)[1:], start=2):
+    for place, line in enumerate(read_lines(path)[1:], start=2):
         item, _, title = line.partition("\t")
-        if not item.strip().isdecimal():
+        if not line.strip():
+            continue
+        if not _NUMBER.fullmatch(item.strip()):
             raise DataError(f"{path}, line {place}: expected `item<TAB>title`, got {line[:60]!r}")
         if int(item) in titles:
             raise DataError(f"{path}, line {place}: item {int(item)} has a title already")
@@ -240,84 +250,104 @@ def _titles_by_number(path: Path) -> dict[int, str]:
     return titles
 
 
-def _table(path: Path) -> dict[str, Sequence[Any]]:
-    if path.suffix == ".parquet":
-        import pyarrow  # noqa: PLC0415
-        import pyarrow.parquet  # noqa: PLC0415
-
-        try:
-            return dict(pyarrow.parquet.read_table(path).to_pydict())
-        except (OSError, pyarrow.ArrowInvalid) as error:
-            raise DataError(f"{path} is not a readable parquet file ({error})") from None
-    lines = _lines(path)
-    if not lines:
-        raise DataError(f"{path} is empty")
-    delimiter = "\t" if "\t" in lines[0] else ","
-    header, *rows = csv.reader(lines, delimiter=delimiter)
-    if any(value.strip().isdecimal() for value in header):
-        raise DataError(
-            f"{path} needs a first line with the names of its columns, such as user, item, time; "
-            f"got {lines[0][:60]!r}"
-        )
-    for place, row in enumerate(rows, start=2):
-        if len(row) != len(header):
-            raise DataError(f"{path}, line {place}: {len(row)} values for {len(header)} columns")
-    columns = zip(*rows, strict=True) if rows else ([] for _ in header)
-    return dict(zip(header, columns, strict=True))
-
-
-def _columns(
-    name: str, columns: Mapping[str, Sequence[Any]], *, needed: Iterable[str]
-) -> dict[str, Sequence[Any]]:
+def _columns(name: str, table: Table, *, needed: Iterable[str]) -> dict[str, Sequence[Any]]:
     """The columns by what they mean."""
-    plain = {column.split(":")[0].strip().lower(): values for column, values in columns.items()}
-    found = {
+    plain: dict[str, str] = {}
+    for column in table.column_names:
+        # The first of a name counts, as "user_id:token" before "User_ID".
+        plain.setdefault(column.split(":")[0].strip().lower(), column)
+    chosen = {
         kind: next(plain[alias] for alias in aliases if alias in plain)
         for kind, aliases in COLUMNS.items()
         if any(alias in plain for alias in aliases)
     }
-    missing = [kind for kind in needed if kind not in found]
+    missing = [kind for kind in needed if kind not in chosen]
     if missing:
         raise DataError(
-            f"{name} has columns {', '.join(columns)}; none for "
+            f"{name} has columns {', '.join(table.column_names)}; none for "
             + ", none for ".join(f"{kind} ({', '.join(COLUMNS[kind])})" for kind in missing)
         )
-    return found
+    return {kind: table[column] for kind, column in chosen.items()}
 
 
 def _called(found: Mapping[str, Sequence[Any]], titles: Path | None) -> dict[str, str]:
     """Item -> title, from a file of its own or from the table; empty if there is neither."""
     if titles is not None:
-        found = _columns(titles.name, _table(titles), needed=("item", "title"))
+        found = _columns(titles.name, read_table(titles), needed=("item", "title"))
     if "title" not in found:
         return {}
-    pairs = zip(found["item"], found["title"], strict=True)
-    return {str(item): "" if _is_missing(title) else str(title) for item, title in pairs}
+    called: dict[str, str] = {}
+    for item, title in zip(_ids(found["item"], "item"), found["title"], strict=True):
+        if item is not None:
+            text = "" if _is_missing(title) else str(title)
+            called[item] = text or called.get(item, "")
+    if titles is not None and not called:
+        raise DataError(f"{titles} has no row with an item")
+    return called
+
+
+def _ids(values: Iterable[Any], what: str) -> list[str | None]:
+    """What users or items are called; None for an empty cell.
+
+    Spaces around a name do not count, and a whole number is the same however it is written: a
+    column with an empty cell makes floats of 1, 2, 3 where others have whole numbers.
+    """
+    names: list[str | None] = []
+    for place, value in enumerate(values, start=1):
+        if isinstance(value, list | tuple | dict):
+            raise DataError(
+                f"{what} of row {place} is a {type(value).__name__}; expected a name or a number, "
+                "one interaction a row"
+            )
+        if _is_missing(value):
+            names.append(None)
+        elif isinstance(value, numbers.Integral):
+            names.append(str(int(value)))
+        elif isinstance(value, numbers.Real) and float(value).is_integer():
+            names.append(str(int(float(value))))
+        else:
+            text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+            whole = _WHOLE.fullmatch(text.strip())
+            text = str(int(whole[1])) if whole else text.strip()
+            names.append(None if text in ("nan", "NaN") else text)
+    return names
 
 
 def _is_missing(value: Any) -> bool:
-    return value is None or str(value).strip() == ""
+    """Whether a cell is empty: None, NaN (of numbers and of times), or blank text."""
+    is_nan = isinstance(value, numbers.Real) and math.isnan(value)
+    return value is None or is_nan or str(value).strip() in ("", "NaT")
 
 
 def _moment(value: Any) -> float | None:
-    """Seconds, or whatever number orders the rows; dates by their own clock."""
-    if hasattr(value, "timestamp"):
-        return float(value.timestamp())
+    """Seconds, or whatever number orders the rows; of dates without a zone UTC is taken."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            try:
+                value = datetime.fromisoformat(value.strip())
+            except ValueError:
+                return None
+    if isinstance(value, date):
+        value = value if isinstance(value, datetime) else datetime.combine(value, time())
+        return float((value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp())
     try:
         moment = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return None if math.isnan(moment) else moment
+    return moment if math.isfinite(moment) else None
 
 
 def _numbers(names: Sequence[str]) -> list[int] | None:
     """The names as distinct int64 numbers, if they are that."""
-    if not all(name.isdecimal() and len(name) <= 18 for name in names):
+    if not all(_NUMBER.fullmatch(name) for name in names):
         return None
-    numbers = [int(name) for name in names]
-    return numbers if len(set(numbers)) == len(numbers) else None
+    values = list(map(int, names))
+    fits = all(abs(number) <= _LARGEST_ID for number in values)
+    return values if fits and len(set(values)) == len(values) else None
 
 
-def _natural(name: str) -> tuple[int, str]:
+def _natural(name: str) -> tuple[int, int, str]:
     """Numbers by size, and before names."""
-    return (int(name), "") if name.isdecimal() and len(name) <= 18 else (10**18, name)
+    return (0, int(name), "") if _NUMBER.fullmatch(name) else (1, 0, name)

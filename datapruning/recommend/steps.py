@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,8 @@ from datapruning.recommend.prompts import TEMPLATES, Prompts, texts_of
 from datapruning.recommend.surrogate import SurrogateConfig, SurrogateResult, train_surrogate
 from datapruning.selection.table import ScoreTable
 from prunelab.errors import DataError, ModelError
-from sparsemodel.storage.files import write_atomically
+from prunelab.runs.folder import write_file
+from sparsemodel.storage.sealed import read_sealed_json, sealed_json
 
 TITLES = FinetuneConfig(epochs=4, batch_size=64, lr=2e-3)
 """How a model from scratch learns the titles, before it sees any history."""
@@ -107,8 +107,14 @@ class Language:
         save: Any = (self.model if model is None else model).save_pretrained
         save(folder)
         self.tokenizer.save_pretrained(folder)
-        about = {"name": self.name, "titles": self.titles, "prompts": asdict(self.settings)}
-        write_atomically(folder / ABOUT, json.dumps(about, indent=1).encode())
+        names = sorted(path.name for path in folder.iterdir() if path.is_file())
+        about = {
+            "name": self.name,
+            "titles": self.titles,
+            "prompts": asdict(self.settings),
+            "files": {name: _sha256(folder / name) for name in names if name != ABOUT},
+        }
+        write_file(folder / ABOUT, sealed_json(ABOUT, about))
 
 
 def load_language(
@@ -264,12 +270,26 @@ def _once(
 
 
 def _about(folder: Path) -> dict[str, Any] | None:
-    """What `Language.save` noted there, if it did."""
-    path = folder / ABOUT
-    if not path.exists():
+    """What `Language.save` noted there, if it did.
+
+    Raises:
+        ModelError: a file of the folder is not what was saved.
+    """
+    cure = f"delete {folder} and make it again"
+    try:
+        about = read_sealed_json(folder / ABOUT, of=ABOUT, error=ModelError, cure=cure)
+    except FileNotFoundError:
         return None
-    about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for name, digest in about["files"].items():
+        path = folder / name
+        if not path.is_file() or _sha256(path) != digest:
+            raise ModelError(f"{path}: missing, damaged, or changed since it was saved; {cure}")
     return about
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _template(template: str | None, *, from_scratch: bool) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from datapruning.reports.charts import (
     matrix_chart,
 )
 from datapruning.scoring.methods import METHODS
-from datapruning.scoring.score import dense_path, times_path
+from datapruning.scoring.score import dense_path, noted_times, processor_seconds
 from datapruning.selection.agreement import KEEPS, Agreement, agreement, common_scores
 from datapruning.selection.select import select
 from datapruning.selection.table import ScoreTable, Subset
@@ -94,7 +93,7 @@ def proxy_check(path: Path) -> tuple[Agreement, float | None] | None:
     if not dense_path(path).exists():
         return None
     found = agreement(ScoreTable.read(path), ScoreTable.read(dense_path(path)))
-    sparse, dense = _seconds(path), _seconds(dense_path(path))
+    sparse, dense = processor_seconds(path), processor_seconds(dense_path(path))
     return found, None if not sparse or not dense else sparse / dense
 
 
@@ -216,7 +215,7 @@ def _proxy_density(table: ScoreTable) -> str:
 
 def _time(shown: Sequence[_Shown]) -> str:
     """Processor time; methods that were scored together share it."""
-    times = [_times(one.path) for one in shown]
+    times = [noted_times(one.path) for one in shown]
     known = {tuple(time["methods"]): float(time["processor_seconds"]) for time in times if time}
     return format_seconds(sum(known.values())) if known and None not in times else NOTHING
 
@@ -412,19 +411,3 @@ def _provenance(tables: Sequence[ScoreTable]) -> Section:
         settings({"seed": tables[0].seed, **shared}, top="scores"),
     ]
     return Section("Provenance", parts, wide=True)
-
-
-def _seconds(path: Path) -> float | None:
-    times = _times(path)
-    return None if times is None else float(times["processor_seconds"])
-
-
-def _times(path: Path) -> dict[str, Any] | None:
-    """What stands beside a table: processor_seconds, and the methods that shared them."""
-    try:
-        times: dict[str, Any] = json.loads(times_path(path).read_text(encoding="utf-8"))
-        float(times["processor_seconds"])
-        list(times["methods"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return times

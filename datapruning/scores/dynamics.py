@@ -12,7 +12,7 @@ from torch import Tensor
 from datapruning.errors import ScoreError
 from datapruning.scores.recorder import Recorder
 
-__all__ = ["Recorder", "aum", "dual", "dyn_unc", "forgetting", "tdds"]
+__all__ = ["Recorder", "aum", "confidence", "dual", "dyn_unc", "forgetting", "tdds"]
 
 MARGINS = ("logit", "probability")
 
@@ -94,6 +94,24 @@ def dual(recorder: Recorder, *, window: int = 10, epochs: int | None = 30) -> Te
     Example: J = 2 and p_y = .1, .3, .3 gives (.8 · .2/√2 + .7 · 0) / 2 = .0566.
     """
     return _mean_over_windows(recorder, window=window, epochs=epochs, weighted=True)
+
+
+def confidence(recorder: Recorder, *, epochs: int | None = None) -> Tensor:
+    """Mean probability of the label over the first epochs, in [0, 1]: no score, but what goes
+    with that of DUAL when samples are drawn (`selection.policies.dual_beta`).
+
+    Source: Cho et al., as `dual`, Beta sampling.
+
+    Args:
+        epochs: take the first so many; None: all.
+
+    Raises:
+        ScoreError: fewer epochs than asked for.
+
+    Example: p_y = .1, .3, .3, .9 and 3 epochs give .2333.
+    """
+    table, rows = _trace(recorder, "probability", num_epochs=epochs)
+    return _placed(recorder, rows, table.double().mean(0).clamp(0, 1))
 
 
 def tdds(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.nn import functional
 from datapruning.errors import ScoreError
 from datapruning.scores.gradient import check_eval, on_device
 from prunelab.data.samples import Samples
+from prunelab.runs.temporary import temporary_folder
 from prunelab.training.task import Classification, Task
 from sparsemodel.layers.base import SparseLayer
 
@@ -71,7 +71,7 @@ def ekfac(
         raise ScoreError("EK-FAC knows no sparse layers; take densify(model), or tracin")
     own = _kronfluence_task(task, layers)
     device = next(model.parameters()).device
-    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+    with torch.random.fork_rng(), temporary_folder() as folder:
         torch.manual_seed(seed)
         try:
             prepared = kronfluence.prepare_model(copy.deepcopy(model), own)
@@ -79,7 +79,7 @@ def ekfac(
             raise ScoreError(f"kronfluence cannot take this model: {error}") from error
         analyzer = kronfluence.Analyzer(
             "ekfac", prepared, own, cpu=device.type == "cpu", disable_tqdm=True,
-            log_level=logging.ERROR, output_dir=folder,
+            log_level=logging.ERROR, output_dir=str(folder),
         )  # fmt: skip
         scores = _scores(analyzer, samples, samples if target is None else target, damping, chunk)
     return scores / len(samples if target is None else target)

@@ -33,7 +33,7 @@ def grand(
         parameters: their names; None: all that require a gradient.
 
     Returns:
-        float64 [B] on the CPU; high means keep.
+        float64 [B] on the CPU; high means keep. NaN where the loss is NaN.
 
     Raises:
         ScoreError: a model in train mode, unknown names, or layers whose gradients cannot be told
@@ -41,14 +41,16 @@ def grand(
     """
     batch = on_device(model, batch)
     check_eval(model)
-    return explained(
-        lambda: gradient_norms(
-            model,
-            lambda m: task.loss(m, batch),
-            num_samples=batch_size(batch),
-            parameters=parameters,
-        )
-    ).cpu()
+    seen: list[Tensor] = []
+
+    def loss(m: nn.Module) -> Tensor:
+        seen.append(task.loss(m, batch))
+        return seen[-1]
+
+    norms = explained(
+        lambda: gradient_norms(model, loss, num_samples=batch_size(batch), parameters=parameters)
+    )
+    return norms.where(~seen[-1].detach().isnan(), torch.nan).cpu()
 
 
 def vog(task: Task, models: Sequence[nn.Module], batch: Any) -> Tensor:

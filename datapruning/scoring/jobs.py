@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from prunelab.errors import RunError
 from prunelab.networks import Network, build_model
 from prunelab.runs.seeds import stream_seed
 from prunelab.runs.threads import computing
-from prunelab.training.loop import Callback, TrainingConfig, train
+from prunelab.training.loop import Callback, TrainingConfig, epoch_rates, train
 from prunelab.training.task import Task
 
 Progress = Callable[[str, int, int], None]
@@ -102,6 +103,12 @@ class Recipe:
             marks = {max(1, round(last * (k + 1) / NUM_MOMENTS)) for k in range(NUM_MOMENTS)}
             return tuple(sorted(marks))
         return (last,)
+
+    def rates(self, method: Method) -> list[float]:
+        """For each of the method's moments the mean learning rate of the steps since the last."""
+        rates = epoch_rates(self.training, len(self.samples))
+        bounds = pairwise([0, *self.moments(method)])
+        return [sum(rates[start:end]) / (end - start) for start, end in bounds]
 
     @cached_property
     def all_runs(self) -> list[Run]:
@@ -240,6 +247,7 @@ def whole(recipe: Recipe, name: str, *, observed: Tensor | None = None) -> Whole
         recorders=recorders,
         in_subset=in_subset,
         models=recipe.models(method) if method.runs else None,
+        rates=recipe.rates(method),
         prepared=(recipe.parts.load(f"{name}.pt") or {"value": None})["value"],
         folder=recipe.parts.path,
     )
@@ -295,6 +303,7 @@ def _train(recipe: Recipe, run: Run, progress: Progress | None) -> float:
             rows=recipe.rows_of(run),
             callbacks=watchers,
             checkpoint=recipe.parts.path / run.name / "training.pt",
+            run=f"{recipe.parts.digest} {run.name}",
             device=recipe.device,
         )
     if recorder is not None:

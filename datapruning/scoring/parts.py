@@ -18,9 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from prunelab.errors import RunError
+from prunelab.runs.folder import LOCK
 from prunelab.runs.settings import differences
 from prunelab.training import checkpoint
 from sparsemodel.storage.files import write_atomically
+from sparsemodel.storage.sealed import read_sealed_json, sealed_json
 
 SETTINGS = "settings.json"
 
@@ -38,7 +40,7 @@ class Parts:
 
     def save(self, name: str, state: Mapping[str, Any]) -> None:
         """Keep tensors, plain values and containers of them under a name."""
-        checkpoint.save(self.path / name, state, signature={"settings": self.digest})
+        checkpoint.save(self.path / name, state, signature=self._signature(name))
 
     def load(self, name: str) -> dict[str, Any] | None:
         """What was saved under the name, or None.
@@ -46,7 +48,10 @@ class Parts:
         Raises:
             RunError: the file is damaged, or of other settings.
         """
-        return checkpoint.load(self.path / name, signature={"settings": self.digest})
+        return checkpoint.load(self.path / name, signature=self._signature(name))
+
+    def _signature(self, name: str) -> dict[str, str]:
+        return {"settings": self.digest, "part": name}
 
     def save_shard(self, number: int, columns: Mapping[str, Tensor]) -> None:
         """Write the observations of a shard: name -> tensor of its samples."""
@@ -89,16 +94,21 @@ def open_parts(path: Path, settings: Mapping[str, Any]) -> Parts:
     text = json.dumps(settings, sort_keys=True)
     stored = path / SETTINGS
     if stored.exists():
-        _check_same(path, settings, json.loads(stored.read_text()))
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        _check_same(path, settings, _stored(path))
+    elif path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {LOCK}):
         raise RunError(f"{path} is in the way: it holds no parts of a scoring run; move it")
     else:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(stored, text.encode())
+            write_atomically(stored, sealed_json(SETTINGS, settings))
         except OSError as error:
             raise RunError(f"cannot write to {path}: {error.strerror}") from None
     return Parts(path, hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    cure = f"delete {path}, and its parts are made again"
+    return read_sealed_json(path / SETTINGS, of=SETTINGS, error=RunError, cure=cure)
 
 
 def _check_same(path: Path, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:

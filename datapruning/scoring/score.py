@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,22 @@ from datapruning.scoring.engines import Engine, engine_of
 from datapruning.scoring.jobs import Progress, Recipe, whole
 from datapruning.scoring.methods import METHODS, Method, Score, checked_options, named_methods
 from datapruning.scoring.parts import Parts, open_parts
-from datapruning.selection.table import ScoreTable
+from datapruning.scoring.steps import mean_confidence
+from datapruning.selection.table import OR_FORCE, ScoreTable
+from prunelab.data.checked import warn_of_gaps
 from prunelab.data.datasets import fingerprint, load_dataset
 from prunelab.data.objects import as_samples
 from prunelab.data.samples import ImageSamples, Samples
 from prunelab.errors import RunError
 from prunelab.networks import Network, check_model
-from prunelab.runs.folder import locked
+from prunelab.runs.folder import locked, write_file
 from prunelab.runs.settings import differences
+from prunelab.runs.temporary import temporary_folder
 from prunelab.runs.threads import computing
 from prunelab.runs.version import __version__
 from prunelab.training.loop import TrainingConfig
-from prunelab.training.task import Classification, ImageClassification, Task
-from sparsemodel.storage.files import write_atomically
+from prunelab.training.task import Classification, ImageClassification, Task, check_fits
+from sparsemodel.storage.sealed import checksum, read_sealed_json, sealed_json
 
 SHARD_SIZE = 4096
 EARLY_SHARE = 0.1
@@ -56,6 +59,7 @@ def score(
     device: str = "cpu",
     threads: int = 1,
     shard_size: int = SHARD_SIZE,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> Any:
     """Score every sample of the training side; high means keep.
@@ -85,6 +89,8 @@ def score(
             `Engine`.
         threads: of torch, for each job; the bits depend on it.
         shard_size: samples of a part.
+        force: start anew and overwrite what is there, tables and parts; False: what is there is
+            gone on with, and refused where it is of other settings.
         progress: called with (what, done, total).
 
     Returns:
@@ -92,6 +98,7 @@ def score(
 
     Raises:
         ScoreError: an unknown method or option, or data that a method cannot score.
+        ModelError: a model that cannot be made, or that does not fit the data.
         RunError: parts or a table of other settings are in the way.
 
     Warns:
@@ -112,33 +119,43 @@ def score(
     )  # fmt: skip
     runner = engine_of(engine)
     paths = table_paths(out, names)
-    found = _finished(paths, settings)
-    if len(found) == len(names):
-        tables = found
-    else:
+    if force and out is not None:
+        _discard(Path(out), names)
+    tables = _finished(paths, settings)
+    if len(tables) < len(names):
         with ExitStack() as stack:
             folder = _parts_folder(out, stack)
             parts = open_parts(folder, {**settings, "shard_size": shard_size})
-            stack.enter_context(locked(folder))
-            stack.enter_context(runner)
-            recipe = Recipe(
-                parts=parts, samples=samples, task=task, model=model,
-                training=training, seed=seed, density=density,
-                device=device, threads=threads, methods=methods, options=settings["methods"],
-                runs=runs, early=settings["early"], shard_size=shard_size,
-            )  # fmt: skip
-            scores, seconds = _computed(recipe, runner, progress)
-            tables = {
-                name: _table(name, scores[name], recipe, settings, dataset=dataset, source=source)
-                for name in names
-            }
-            _keep(tables, paths, seconds, parts)
+            try:
+                stack.enter_context(locked(folder))
+            except RunError:
+                # Who held the lock may have come to its end, and have taken the folder with it.
+                tables = _finished(paths, settings)
+                if len(tables) < len(names):
+                    raise
+            else:
+                stack.enter_context(runner)
+                recipe = Recipe(
+                    parts=parts, samples=samples, task=task, model=model,
+                    training=training, seed=seed, density=density,
+                    device=device, threads=threads, methods=methods, options=settings["methods"],
+                    runs=runs, early=settings["early"], shard_size=shard_size,
+                )  # fmt: skip
+                _check_model(recipe)
+                scores, seconds = _computed(recipe, runner, progress)
+                tables = {
+                    name: _table(
+                        name, scores[name], recipe, settings, dataset=dataset, source=source
+                    )
+                    for name in names
+                }
+                _keep(tables, paths, seconds, parts)
     if density is not None and check:
         again = [m if m.name else name for name, m in methods.items()]
         _check_dense(
             data, again, model=model, out=out, task=task, training=training, seed=seed, runs=runs,
             early=early, options=options, engine=engine, device=device, threads=threads,
-            shard_size=shard_size, progress=progress,
+            shard_size=shard_size, force=force, progress=progress,
         )  # fmt: skip
     return (
         tables if isinstance(method, Sequence) and not isinstance(method, str) else tables[names[0]]
@@ -155,6 +172,51 @@ def times_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.times.json")
 
 
+def _discard(out: Path, names: Sequence[str]) -> None:
+    """Remove what `score` left for these methods, finished or not, tables of dense models too.
+
+    Raises:
+        RunError: another process is at work on them.
+    """
+    for path in (out, dense_path(out)):
+        parts = _parts_of(path)
+        if parts.is_dir():
+            with locked(parts, wait=0):
+                shutil.rmtree(parts)
+        for table in table_paths(path, names).values():
+            table.unlink(missing_ok=True)
+            times_path(table).unlink(missing_ok=True)
+
+
+def noted_times(path: Path) -> dict[str, Any] | None:
+    """What stands beside a table: processor_seconds, and the methods that shared them.
+
+    None where nobody noted it.
+
+    Raises:
+        ScoreError: the note is damaged, or of another table.
+    """
+    times = times_path(path)
+    try:
+        values: dict[str, Any] = read_sealed_json(
+            times, of=_times_of(path), error=ScoreError, cure="delete it"
+        )
+    except FileNotFoundError:
+        return None
+    return values
+
+
+def processor_seconds(path: Path) -> float | None:
+    """The processor time that the scores of a table took; None where nobody noted it."""
+    times = noted_times(path)
+    return None if times is None else float(times["processor_seconds"])
+
+
+def _times_of(path: Path) -> str:
+    """A table's times belong to its bytes."""
+    return f"times of {checksum(path.read_bytes())}"
+
+
 def _check_dense(
     data: Any, methods: Sequence[str | Method], *, out: Path | str | None, **settings: Any
 ) -> None:
@@ -166,7 +228,10 @@ def _check_dense(
 def _samples(data: Any) -> tuple[Samples, str, str]:
     """Samples, the data set's name, and what to load it by ("" for samples of the caller's)."""
     if not isinstance(data, str | Path):
-        return as_samples(data), type(data).__name__, ""
+        samples = as_samples(data)
+        if isinstance(samples, ImageSamples):
+            warn_of_gaps(samples.labels)
+        return samples, type(data).__name__, ""
     dataset = load_dataset(str(data))
     is_folder = Path(data).is_dir() and dataset.name != str(data)
     return ImageSamples.of(dataset), dataset.name, str(Path(data).resolve() if is_folder else data)
@@ -253,6 +318,16 @@ def _check_fits(
         )
 
 
+def _check_model(recipe: Recipe) -> None:
+    """Raise ModelError if the model does not fit the data; of those to be made, the first is."""
+    model = recipe.model
+    if not isinstance(model, nn.Module):
+        if not recipe.all_runs:
+            return
+        model = replace(recipe, density=None).build(recipe.run_seed(recipe.all_runs[0]))
+    check_fits(recipe.task, model, recipe.samples, num_classes=None)
+
+
 def _model_name(model: Network) -> str:
     if isinstance(model, str):
         return model
@@ -282,8 +357,7 @@ def _finished(paths: Mapping[str, Path], settings: Mapping[str, Any]) -> dict[st
             changed = differences(_of_method(settings, name), table.provenance.get("settings", {}))
             if changed:
                 raise RunError(
-                    f"{path} holds scores of other settings: {'; '.join(changed)}; delete it, or "
-                    "name another --out"
+                    f"{path} holds scores of other settings: {'; '.join(changed)}; {OR_FORCE}"
                 )
             found[name] = table
     return found
@@ -297,8 +371,12 @@ def _of_method(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _parts_folder(out: Path | str | None, stack: ExitStack) -> Path:
     if out is None:
-        return Path(stack.enter_context(tempfile.TemporaryDirectory())) / "parts"
-    return Path(out).with_name(f"{Path(out).name}.parts")
+        return stack.enter_context(temporary_folder()) / "parts"
+    return _parts_of(Path(out))
+
+
+def _parts_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
 
 
 def _computed(
@@ -344,7 +422,9 @@ def _table(
     dataset: str,
     source: str,
 ) -> ScoreTable:
-    scores = scores.double().cpu()
+    scores, confidence = scores.double().cpu(), None
+    if recipe.methods[name].records:
+        confidence = mean_confidence(whole(recipe, name).recorders, **settings["methods"][name])
     return ScoreTable(
         ids=recipe.samples.ids,
         scores=scores,
@@ -360,6 +440,7 @@ def _table(
             "notes": _notes(name, recipe.samples.ids, scores),
             "version": __version__,
         },
+        confidence=confidence,
     )
 
 
@@ -398,6 +479,6 @@ def _keep(
     for name, path in paths.items():
         tables[name].write(path)
         times = {"processor_seconds": seconds, "methods": list(tables)}
-        write_atomically(times_path(path), (json.dumps(times) + "\n").encode())
+        write_file(times_path(path), sealed_json(_times_of(path), times))
     if paths:
         parts.remove()

@@ -58,6 +58,7 @@ class Whole:
         recorders: one a run, for a method that records.
         in_subset: bool [M, N], what each model was trained on.
         models: run -> its models at the method's moments.
+        rates: for each moment the mean learning rate of the steps since the one before.
         folder: for files that a step may leave, to go on from after a kill.
         seed: of the method's own random choices.
     """
@@ -70,6 +71,7 @@ class Whole:
     recorders: Sequence[dynamics.Recorder] = ()
     in_subset: Tensor | None = None
     models: Callable[[int], Sequence[nn.Module]] | None = None
+    rates: Sequence[float] = ()
     prepared: Any = None
     folder: Path | None = None
 
@@ -168,6 +170,17 @@ def dual_of(recorder: dynamics.Recorder, *, window: int, epochs: int) -> Tensor:
     return dynamics.dual(recorder, window=window, epochs=min(epochs, recorder.num_epochs))
 
 
+def mean_confidence(
+    recorders: Sequence[dynamics.Recorder], *, epochs: int | None = None, **_: Any
+) -> Tensor:
+    """Mean over runs of the probability of the label, over those epochs that the score is of."""
+    each = [
+        dynamics.confidence(r, epochs=None if epochs is None else min(epochs, r.num_epochs))
+        for r in recorders
+    ]
+    return torch.stack(each).mean(0)
+
+
 def of_subsets(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def finish(whole: Whole) -> Tensor:
         assert whole.observed is not None
@@ -260,23 +273,23 @@ def direction(solver: Any) -> Callable[..., Any]:
 
 
 def gradients(whole: Whole, *, parameters: str) -> Any:
-    """Prepares the mean gradient v at each checkpoint, for Σ_k ⟨∇ℓ_i(θ_k), v(θ_k)⟩.
+    """Prepares η_k v(θ_k) of each checkpoint, v the mean gradient, for Σ_k η_k ⟨∇ℓ_i(θ_k), v(θ_k)⟩.
 
-    To first order, what training on a sample took off the mean loss. Needs no Hessian, and works
-    with sparse models.
+    To first order, what training on a sample took off the mean loss. η_k is the mean learning
+    rate of the steps between checkpoint k − 1 and k, whose schedule decays. Needs no Hessian, and
+    works with sparse models.
     Source: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent
     (NeurIPS 2020), equation of TracInCP.
-    Departs from it: checkpoints count alike, where the paper weighs each with its learning rate.
     """
     from datapruning.scores.influence import mean_gradient  # noqa: PLC0415
 
     assert whole.models is not None
-    return [
-        mean_gradient(
-            whole.task, model, whole.samples, parameters=_parameter_names(model, parameters)
-        )
-        for model in whole.models(0)
-    ]
+    directions = []
+    for model, rate in zip(whole.models(0), whole.rates, strict=True):
+        names = _parameter_names(model, parameters)
+        v = mean_gradient(whole.task, model, whole.samples, parameters=names)
+        directions.append({name: rate * part for name, part in v.items()})
+    return directions
 
 
 def products(shard: Shard) -> Tensor:

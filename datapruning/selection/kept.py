@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch.utils.data import Subset as TorchSubset
 
 from datapruning.errors import SelectionError
 from prunelab.data.datasets import ImageSet
-from prunelab.data.objects import as_samples, is_array, is_samples, item_of
+from prunelab.data.objects import as_samples, is_pair, is_samples, item_of, samples_of_items
 from prunelab.data.samples import Samples
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class KeptSamples(TorchSubset[Any]):
         """Samples, and which rows of them are kept; None: all."""
         if self._samples is not None:
             return self._samples, torch.tensor(self.indices)
-        return as_samples(self), None
+        return samples_of_items(self), None
 
 
 class _Items(Dataset[Any]):
@@ -72,9 +73,9 @@ class _Items(Dataset[Any]):
 
 def _has_items(dataset: Any) -> bool:
     """Whether it is a data set with items of its own, of torch or Hugging Face."""
-    if is_samples(dataset) or isinstance(dataset, str | Path | ImageSet | dict):
+    if is_samples(dataset) or isinstance(dataset, str | Path | ImageSet | Mapping):
         return False
-    if isinstance(dataset, tuple | list) and len(dataset) == 2 and all(map(is_array, dataset)):
+    if is_pair(dataset):
         return False
     return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
 

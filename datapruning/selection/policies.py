@@ -147,26 +147,29 @@ def dual_beta(
 ) -> Tensor:
     """Drawn without replacement with weights score · Beta(confidence; a, b).
 
-    b = C (1 − m) (1 − r^c) and a = C − b, where r is the share removed, C the sharpness, c the
-    power and m the mean confidence of the ten highest scores: around those samples where little
-    is removed, moving to the confidently learned ones as r → 1. Samples of score 0 are never
-    drawn; confidences are held inside (10⁻⁶, 1 − 10⁻⁶), where the density is finite.
+    b = C (1 − m) (1 − r^c) and a = C + 1 − b, where r is the share removed, C the sharpness, c
+    the power and m the mean confidence of the ten highest scores: around those samples where
+    little is removed, moving to the confidently learned ones as r → 1. Samples of score 0 are
+    never drawn; confidences are held inside (10⁻⁶, 1 − 10⁻⁶), where the density is finite.
 
     Source: Cho et al., Lightweight Dataset Pruning without Full Training via Example Difficulty
-    and Prediction Uncertainty (ICML 2025), Beta sampling, C = 15 and c = 4 as for CIFAR-100.
+    and Prediction Uncertainty (ICML 2025), Beta sampling as in the authors' program
+    (github.com/behaapyy/dual-pruning: a = 16 − b), C = 15 and c = 4 as for CIFAR-100.
     """
     if scored.confidence is None:
         raise SelectionError(
-            "dual-beta needs the mean probability of each sample's label in training: "
-            "select(..., confidence=...)"
+            "dual-beta needs the mean probability of each sample's label in training: score with "
+            "dual (or dyn-unc, aum, forgetting, tdds), whose table has it, or give confidence="
         )
+    if not bool(((scored.confidence >= 0) & (scored.confidence <= 1)).all()):
+        raise SelectionError("confidence holds values outside [0, 1], or NaN")
     if sharpness <= 0 or power <= 0:
         raise SelectionError(f"sharpness and power must be positive, got {sharpness} and {power}")
     if (scored.scores < 0).any():
         raise SelectionError("dual-beta draws with weights: it needs scores of at least 0")
     mean = float(scored.confidence[torch.topk(scored.scores, min(10, len(scored))).indices].mean())
     b = sharpness * (1 - mean) * (1 - (1 - count / len(scored)) ** power)
-    a = sharpness - b
+    a = sharpness + 1 - b
     confidence = scored.confidence.clamp(1e-6, 1 - 1e-6)
     log_weight = (
         scored.scores.log() + (a - 1) * confidence.log() + (b - 1) * torch.log1p(-confidence)

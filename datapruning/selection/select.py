@@ -66,7 +66,7 @@ def select(
         class_floor: in [0, 1]; half the fair share is the rule of Sorscher et al.
         groups: int64 [N], such as clients: every group keeps the same fraction (to within one
             sample) and chooses among its own.
-        confidence: float [N] in the order of the table, for dual-beta.
+        confidence: float [N] in the order of the table, for dual-beta; None: the table's own.
         options: of the policy, such as cut=0.2.
 
     Returns:
@@ -90,6 +90,7 @@ def select(
     function, notes = _resolved(policy, options, count=count, labels=labels)
     if function is not random:
         _check_scores(table, count)
+    confidence = table.confidence if confidence is None else confidence
     scored = Scored(table.scores[order].double().cpu(), _column("confidence", confidence, order))
     plan = _Plan(
         _with_options(policy_name, function, options), class_floor if class_balanced else None
@@ -204,6 +205,12 @@ def _check_scores(table: ScoreTable, count: int) -> None:
         raise SelectionError(
             f"{int(wrong.sum())} of {len(table)} scores are NaN or infinite, the first of ids "
             f"{names}; score these samples again or leave them out of the table"
+        )
+    low, high = float(table.scores.min()), float(table.scores.max())
+    if not math.isfinite(high - low):
+        raise SelectionError(
+            f"scores run from {low:g} to {high:g}, and float64 has no such difference; divide "
+            "them by a number first"
         )
     if count < len(table) and bool((table.scores == table.scores[0]).all()):
         raise SelectionError(
@@ -355,8 +362,6 @@ def _column(what: str, values: Tensor | None, order: Tensor) -> Tensor | None:
         return None
     if values.shape != order.shape:
         raise SelectionError(f"{len(order)} samples but {what} of shape {tuple(values.shape)}")
-    if what == "confidence" and not bool(((values >= 0) & (values <= 1)).all()):
-        raise SelectionError("confidence holds values outside [0, 1], or NaN")
     values = values.cpu()[order]
     return values.double() if values.is_floating_point() else values
 

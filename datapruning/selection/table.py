@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,14 @@ from datapruning.errors import ScoreError, SelectionError
 from datapruning.selection.kept import KeptSamples
 from datapruning.selection.policies import Policy
 from prunelab.data.samples import Samples
+from prunelab.errors import RunError
+from prunelab.runs.folder import write_file
+from sparsemodel.storage.sealed import BLANK, CHECKSUM, is_whole, seal
 
-_META = b"datapruning"
+_META, PARQUET = b"datapruning", "parquet"
+OR_FORCE = "name another --out, or overwrite it with --force"
+VERSION = 2  # 1: without a checksum
+_AGAIN = {"scores": "score the samples again", "subset": "select them again"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +37,7 @@ class ScoreTable:
         seed: decided every random choice.
         labels: int64 [N], or None.
         provenance: settings and versions, anything that JSON holds.
+        confidence: float64 [N], mean probability of the label in training, or None.
     """
 
     ids: Tensor
@@ -43,9 +49,16 @@ class ScoreTable:
     model: str = ""
     labels: Tensor | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    confidence: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_columns(ScoreError, self.ids, scores=self.scores, labels=self.labels)
+        _check_columns(
+            ScoreError,
+            self.ids,
+            scores=self.scores,
+            labels=self.labels,
+            confidence=self.confidence,
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,10 +83,16 @@ class ScoreTable:
 
     def write(self, path: Path) -> None:
         """Write atomically: a reader finds the old file or the whole new one."""
+        _write(path, self.content())
+
+    def content(self) -> bytes:
+        """The file that `write` leaves: the same for equal tables."""
         columns = {"id": self.ids, "score": self.scores}
         if self.labels is not None:
             columns["label"] = self.labels
-        _write(path, "scores", columns, self._about())
+        if self.confidence is not None:
+            columns["confidence"] = self.confidence
+        return _content("scores", columns, self._about())
 
     @classmethod
     def read(cls, path: Path) -> ScoreTable:
@@ -82,8 +101,11 @@ class ScoreTable:
         Raises:
             ScoreError: no such file, or not a table of scores.
         """
-        columns, about = _read(path, "scores", ScoreError, ("id", "score"))
-        return cls(columns["id"], columns["score"].double(), labels=columns.get("label"), **about)
+        columns, about = _read(path, "scores", ScoreError)
+        return cls(
+            columns["id"], columns["score"].double(),
+            labels=columns.get("label"), confidence=columns.get("confidence"), **about,
+        )  # fmt: skip
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -160,6 +182,10 @@ class Subset:
 
     def write(self, path: Path) -> None:
         """Write atomically: a reader finds the old file or the whole new one."""
+        _write(path, self.content())
+
+    def content(self) -> bytes:
+        """The file that `write` leaves: the same for equal subsets."""
         about = {
             "num_samples": self.num_samples,
             "dataset": self.dataset,
@@ -173,7 +199,7 @@ class Subset:
         columns = {"id": self.ids}
         if self.labels is not None:
             columns["label"] = self.labels
-        _write(path, "subset", columns, about)
+        return _content("subset", columns, about)
 
     @classmethod
     def read(cls, path: Path) -> Subset:
@@ -182,8 +208,28 @@ class Subset:
         Raises:
             SelectionError: no such file, or not a subset.
         """
-        columns, about = _read(path, "subset", SelectionError, ("id",))
+        columns, about = _read(path, "subset", SelectionError)
         return cls(columns["id"], labels=columns.get("label"), **about)
+
+
+def write_once(table: ScoreTable | Subset, path: Path, *, force: bool = False) -> bool:
+    """Write a table or a subset where there is none yet.
+
+    Args:
+        force: overwrite whatever is there.
+
+    Returns:
+        False where exactly this one is there already; then nothing is written.
+
+    Raises:
+        RunError: something else is there.
+    """
+    if path.exists() and not force:
+        if path.is_file() and path.read_bytes() == table.content():
+            return False
+        raise RunError(f"{path} is there and holds something else; {OR_FORCE}")
+    table.write(path)
+    return True
 
 
 def _check_columns(error: type[ValueError], ids: Tensor, **columns: Tensor | None) -> None:
@@ -196,43 +242,57 @@ def _check_columns(error: type[ValueError], ids: Tensor, **columns: Tensor | Non
         raise error("an id occurs more than once")
 
 
-def _write(path: Path, kind: str, columns: dict[str, Tensor], about: dict[str, Any]) -> None:
+def _content(kind: str, columns: dict[str, Tensor], about: dict[str, Any]) -> bytes:
     import pyarrow  # noqa: PLC0415
     import pyarrow.parquet  # noqa: PLC0415
 
     arrays = {name: column.detach().cpu().numpy() for name, column in columns.items()}
-    meta = json.dumps({"kind": kind, "version": 1, **about}, sort_keys=True)
-    table = pyarrow.table(arrays).replace_schema_metadata({_META: meta.encode()})
+    meta = json.dumps({CHECKSUM: BLANK, "kind": kind, "version": VERSION, **about}, sort_keys=True)
+    table, file = pyarrow.table(arrays), pyarrow.BufferOutputStream()
+    with pyarrow.parquet.ParquetWriter(file, table.schema) as writer:
+        writer.write_table(table)
+        # Not of Arrow's schema, which is stored encoded, where no seal could be put into it.
+        writer.add_key_value_metadata({_META: meta})
+    return seal(file.getvalue().to_pybytes(), PARQUET)
+
+
+def _write(path: Path, content: bytes) -> None:
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        pyarrow.parquet.write_table(table, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{path.parent}: cannot be made ({error.strerror})") from None
+    write_file(path, content)
 
 
 def _read(
-    path: Path, kind: str, error: type[ValueError], needed: tuple[str, ...]
+    path: Path, kind: str, error: type[ValueError]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import pyarrow  # noqa: PLC0415
     import pyarrow.parquet  # noqa: PLC0415
 
+    path = Path(path)
     try:
-        table = pyarrow.parquet.read_table(path)
+        data = path.read_bytes()
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None
-    except (OSError, pyarrow.ArrowInvalid) as reason:
-        raise error(f"{path} is not a readable parquet file ({reason})") from None
-    about = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
-    if about.pop("kind", None) != kind or not set(needed) <= set(table.column_names):
+    except OSError as reason:
+        raise error(f"{path}: cannot be read ({reason.strerror})") from None
+    if not is_whole(data, PARQUET):
+        raise error(
+            f"{path} is not a {kind} file of datapruning, or it is damaged: its checksum is "
+            f"missing or does not fit; {_AGAIN[kind]}"
+        )
+    stored = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+    table, about = stored.read(), json.loads(stored.metadata.metadata.get(_META, b"{}"))
+    if about.pop("kind", None) != kind:
         raise error(
             f"{path} is not a {kind} file of datapruning; it has columns "
             f"{', '.join(table.column_names)}"
         )
-    if about.pop("version") != 1:
-        raise error(f"{path} was written by a newer version; update fedprune to read it")
+    if about.pop("version") != VERSION:
+        raise error(f"{path} was written by another release; {_AGAIN[kind]}")
+    del about[CHECKSUM]
     columns = {
         name: torch.from_numpy(np.array(table[name].to_numpy())) for name in table.column_names
     }

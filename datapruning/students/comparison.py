@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,16 +17,18 @@ from datapruning.errors import SelectionError
 from datapruning.scoring.score import score
 from datapruning.selection.select import select
 from datapruning.selection.table import ScoreTable
+from prunelab.data.batches import num_batches
 from prunelab.data.datasets import ImageSet
 from prunelab.data.samples import ImageSamples
 from prunelab.errors import RunError
 from prunelab.networks import build_model
 from prunelab.pages.units import mean_and_spread
+from prunelab.runs.folder import write_file
 from prunelab.runs.seeds import stream_seed
 from prunelab.runs.threads import computing
 from prunelab.training.loop import TrainingConfig, evaluate, train
 from prunelab.training.task import ImageClassification
-from sparsemodel.storage.files import write_atomically
+from sparsemodel.storage.sealed import read_sealed_json, sealed_json
 
 FULL = "all data"
 BUDGETS = ("epochs", "steps")
@@ -168,24 +169,22 @@ def read_cell(path: Path, signature: str) -> dict[str, Any] | None:
     Raises:
         RunError: the file is of other settings, or damaged.
     """
+    cure = "delete it, and it is run again"
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        theirs, result = stored["settings"], stored["result"]
+        stored = read_sealed_json(path, of=f"cell {path.name}", error=RunError, cure=cure)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error!r}); delete it, and it is run again") from None
-    if theirs != signature:
+    if stored["settings"] != signature:
         raise RunError(f"{path} is of other settings; name another --out, or delete the folder")
-    found: dict[str, Any] = result
-    return found
+    result: dict[str, Any] = stored["result"]
+    return result
 
 
 def write_cell(path: Path, signature: str, result: Mapping[str, Any]) -> None:
     """Keep the result of a cell."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"settings": signature, "result": dict(result)}, indent=1) + "\n"
-    write_atomically(path, content.encode())
+    values = {"settings": signature, "result": dict(result)}
+    write_file(path, sealed_json(f"cell {path.name}", values))
 
 
 def _several(path: Path, methods: Sequence[str]) -> Path:
@@ -251,10 +250,7 @@ def _run(
 
 def full_steps(num_samples: int, config: TrainingConfig) -> int:
     """Optimiser steps of `config` on all samples."""
-    per_epoch = math.ceil(num_samples / config.batch_size)
-    if per_epoch > 1 and num_samples % config.batch_size == 1:
-        per_epoch -= 1  # a last batch of one joins the batch before it
-    return config.epochs * per_epoch
+    return config.epochs * num_batches(num_samples, batch_size=config.batch_size)
 
 
 def _policy(cell: Cell, policy: str) -> str:

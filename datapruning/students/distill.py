@@ -35,11 +35,12 @@ def kd_loss(
 ) -> Tensor:
     """(1 − α) CE(y, p) + α τ² KL(p_T^τ ‖ p_S^τ) of each sample, [B].
 
-    The factor τ² keeps the size of the gradient: that of KL alone falls with 1/τ².
+    The factor τ² keeps the size of the gradient: that of KL alone falls with 1/τ². Softmaxes are
+    taken in float32 at least, of the logits as they are. A sample of label −100 has the loss 0.
 
     Args:
-        logits, teacher: [B, C] of student and teacher; the teacher's in any floating dtype.
-        labels: int64 [B].
+        logits, teacher: [B, C] of student and teacher; each in any floating dtype.
+        labels: int64 [B], or −100 for samples that are left out.
         alpha: weight of the teacher, in [0, 1].
         temperature: τ > 0.
 
@@ -47,9 +48,10 @@ def kd_loss(
     >>> kd_loss(z, torch.tensor([0]), t, alpha=1.0, temperature=4.0)  # student = teacher
     tensor([0.])
     """
-    teacher = teacher.to(logits.dtype)
     if cuda.runner_for(logits) is None:
         return cuda_reference.kd_loss(logits, teacher, labels, alpha, temperature)
+    if logits.dtype != teacher.dtype:  # the kernels take one; neither is rounded to the other's
+        logits, teacher = logits.float(), teacher.float()
     arrays = logits.contiguous(), teacher.contiguous(), labels.contiguous()
     losses: Tensor = cuda_array_ops.kd_loss(*arrays, alpha, temperature)[0]
     return losses
@@ -127,7 +129,7 @@ def kd_objective(
     teacher: nn.Module | None = None,
     task: Classification | None = None,
 ) -> Objective:
-    """An objective for `train`: the mean of `kd_loss` over the batch.
+    """An objective for `train`: the mean of `kd_loss` over the batch's samples with a label.
 
     Args:
         alpha: weight of the teacher, in [0, 1].
@@ -162,7 +164,7 @@ def kd_objective(
         check_classes(logits.shape[1], answer.shape[1])
         labels = batch_labels(batch) if task is None else task.labels(batch)
         losses = kd_loss(logits, labels, answer, alpha=alpha, temperature=temperature)
-        return losses.mean()
+        return losses.sum() / (labels != cuda_reference.IGNORED).sum().clamp(min=1)
 
     return objective
 

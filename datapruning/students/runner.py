@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 import tomllib
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from datapruning.students.train import (
 )
 from prunelab.data.datasets import ImageSet, fingerprint, load_dataset
 from prunelab.data.samples import ImageSamples
+from prunelab.data.tensors import PREPROCESSING
 from prunelab.errors import RunError
 from prunelab.networks import build_model, check_model
 from prunelab.runs import folder as runfolder
@@ -39,7 +39,6 @@ from prunelab.runs.version import __version__
 from prunelab.training.loop import TrainingConfig, TrainingResult, predict, train
 from prunelab.training.task import ImageClassification
 from sparsemodel.storage.checkpoint import load_sparse, save_sparse
-from sparsemodel.storage.files import write_atomically
 from sparsemodel.storage.meter import peak_rss_bytes
 
 CHECKPOINT = "checkpoint.pt"
@@ -92,10 +91,8 @@ class RunSettings:
         """
         path = folder / runfolder.CONFIG
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RunError(f"no run in {folder}: it has no {runfolder.CONFIG}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            values = tomllib.loads(runfolder.read_config(folder))
+        except tomllib.TOMLDecodeError as error:
             raise RunError(f"{path} is not a TOML file: {error}") from None
         known = {entry.name for entry in dataclasses.fields(cls)}
         if not set(values) <= known or "training" not in values:
@@ -105,6 +102,16 @@ class RunSettings:
             return cls(**values, training=training)
         except TypeError as error:
             raise RunError(f"{path}: {error}") from None
+
+    def continued(self, given: Mapping[str, Any]) -> RunSettings:
+        """These settings with others in their place, as a command names them: `lr`, not
+        `training.lr`."""
+        own = {entry.name for entry in dataclasses.fields(TrainingConfig)}
+        training = {name: value for name, value in given.items() if name in own}
+        rest = {name: value for name, value in given.items() if name not in own}
+        return dataclasses.replace(
+            self, **rest, training=dataclasses.replace(self.training, **training)
+        )
 
 
 def run(
@@ -120,8 +127,8 @@ def run(
         The content of summary.json.
 
     Raises:
-        RunError, DataError, ModelError, SelectionError: says what, where and what to do. A folder
-            in which nothing was computed is removed again.
+        RunError, DataError, ModelError, SelectionError: says what, where and what to do. A new
+            folder in which nothing was computed is removed again.
     """
     data = load_dataset(settings.dataset)
     samples = ImageSamples.of(data)
@@ -139,7 +146,8 @@ def run(
                 _run(settings, folder, data, samples, subset=subset, rows=rows,
                      teacher=teacher, say=say)  # fmt: skip
         except ValueError:
-            runfolder.discard_unstarted(folder)
+            if not resume:  # a run that was there before is not ours to remove
+                runfolder.discard_unstarted(folder)
             raise
     return runfolder.read_summary(folder)
 
@@ -148,7 +156,8 @@ def load_model(folder: Path) -> nn.Module:
     """The trained model of a finished run folder, in eval mode.
 
     Raises:
-        RunError: the folder holds no finished run.
+        RunError: the folder holds no finished run, or the model is of another one.
+        CheckpointError: the model is damaged.
     """
     settings = RunSettings.read(folder)
     summary = runfolder.read_summary(folder)
@@ -158,7 +167,9 @@ def load_model(folder: Path) -> nn.Module:
         input_shape=tuple(summary["input_shape"]),
         seed=0,
     )
-    model.load_state_dict(load_sparse(folder / runfolder.MODEL).state)
+    stored = load_sparse(folder / runfolder.MODEL)
+    runfolder.check_run(folder / runfolder.MODEL, stored.metadata.get("run"))
+    model.load_state_dict(stored.state)
     return model.eval()
 
 
@@ -228,6 +239,7 @@ def _run(
         objective=objective,
         callbacks=[journal],
         checkpoint=folder / CHECKPOINT,
+        run=runfolder.run_name(folder),
         device=settings.device,
     )
     test = ImageSamples(data.test_images, data.test_labels)
@@ -248,6 +260,8 @@ def _run(
         "version": __version__,
     }
     metadata = {"dataset": data.name, "model": settings.model, "seed": str(settings.seed)}
+    metadata |= {"images": str(data.test_images.numpy().dtype), **PREPROCESSING.to_metadata()}
+    metadata["run"] = runfolder.run_name(folder)
     save_sparse(folder / runfolder.MODEL, model.state_dict(), None, metadata=metadata)
     runfolder.write_summary(folder, summary)
     for name in (CHECKPOINT, LOGITS):
@@ -338,8 +352,7 @@ class _Journal:
         self._rewrite()
 
     def _rewrite(self) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in self._lines)
-        write_atomically(self._folder / runfolder.METRICS, text.encode())
+        runfolder.write_metrics(self._folder, self._lines)
 
     def _reset(self) -> None:
         self._loss, self._right, self._seen = 0.0, 0, 0

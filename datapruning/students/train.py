@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -31,11 +30,12 @@ from prunelab.data.objects import as_samples
 from prunelab.data.samples import Samples, sizes
 from prunelab.errors import RunError
 from prunelab.networks import Network, build_model
+from prunelab.runs.folder import run_name, write_file
 from prunelab.runs.seeds import stream_seed
 from prunelab.training import loop
 from prunelab.training.loop import Callback, Objective, Rows, TrainingConfig, evaluating
-from prunelab.training.task import Classification, ImageClassification, Task
-from sparsemodel.storage.files import write_atomically
+from prunelab.training.task import Classification, ImageClassification, Task, check_fits
+from sparsemodel.storage.sealed import read_sealed_json, sealed_json
 
 AUTO = "auto"
 ALPHA_FILE, LOGITS = "alpha.json", "teacher_logits.pt"
@@ -81,7 +81,7 @@ def train(
 
     Raises:
         DataError: data that cannot be read as samples.
-        ModelError: a model that cannot be made.
+        ModelError: a model that cannot be made, or that does not fit the data.
         RunError: settings out of range, or a training that diverges.
 
     Warns:
@@ -115,6 +115,7 @@ def train(
             say=progress or (lambda line: None),
         )  # fmt: skip
     student = build(model_seed(seed))
+    check_fits(task, student, samples, num_classes=num_classes)
     with nullcontext() if teacher is None else evaluating(teacher):
         loop.train(
             student, samples, task,
@@ -150,25 +151,23 @@ class Distillation:
 
         Args:
             build: seed -> an untrained student.
-            folder: where the teacher's logits and the choice are kept, to go on from after a kill.
+            folder: of a run, where the teacher's logits and the choice are kept, to go on from
+                after a kill.
         """
         objective = self._objective(samples, task, rows=rows, config=config, folder=folder)
         if self.alpha != AUTO:
             return None, objective(float(self.alpha))
-        stored = None if folder is None else folder / ALPHA_FILE
-        if stored is not None and stored.exists():
-            values = json.loads(stored.read_text())
-            curve = tuple(AlphaPoint(**point) for point in values.pop("curve"))
-            choice = AlphaChoice(**values, curve=curve)
-        else:
+        choice = None if folder is None else _read_choice(folder)
+        if choice is None:
             choice = choose_alpha(
                 build, samples, task,
                 objective=objective, rows=rows, config=config,
                 seed=stream_seed(seed, _ALPHA), device=device,
                 progress=lambda done, total: say(f"choosing alpha: {done} of {total} trained"),
             )  # fmt: skip
-            if stored is not None:
-                write_atomically(stored, (json.dumps(asdict(choice)) + "\n").encode())
+            if folder is not None:
+                content = sealed_json(_choice_of(folder), asdict(choice))
+                write_file(folder / ALPHA_FILE, content)
         say(f"alpha {choice.alpha:g}, chosen on {choice.num_held_out} held-out training samples")
         return choice, objective(choice.alpha)
 
@@ -187,6 +186,25 @@ class Distillation:
             path = None if folder is None else folder / LOGITS
             source = {"cached": teacher_logits(self.teacher, samples, task, rows=rows, path=path)}
         return lambda alpha: kd_objective(alpha=alpha, temperature=self.temperature, **source)
+
+
+def _read_choice(folder: Path) -> AlphaChoice | None:
+    """The α that was chosen in a run's folder; None where none was.
+
+    Raises:
+        RunError: the file is damaged, or of another run.
+    """
+    file, cure = folder / ALPHA_FILE, "delete it, and alpha is chosen again"
+    try:
+        values = read_sealed_json(file, of=_choice_of(folder), error=RunError, cure=cure)
+    except FileNotFoundError:
+        return None
+    curve = tuple(AlphaPoint(**point) for point in values.pop("curve"))
+    return AlphaChoice(**values, curve=curve)
+
+
+def _choice_of(folder: Path) -> str:
+    return f"alpha of run {run_name(folder)}"
 
 
 def model_seed(seed: int) -> int:

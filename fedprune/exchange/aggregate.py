@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedprune.errors import ClientError
+from fedprune.errors import DIVERGED, ClientError
 from sparsemodel.runtime.fixed_sum import MAX_ABSOLUTE_VALUE, MAX_TOTAL_WEIGHT, FixedSum
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.state import Array, Entries, SparseState, Tensors
@@ -125,13 +125,13 @@ class WeightedMean:
     def _complaint(self, name: str, tensors: Tensors) -> str:
         """What is wrong with a refused tensor."""
         if not np.isfinite(tensors[name]).all():
-            return f"{name!r} holds NaN or infinite values"
+            return f"{name!r} holds NaN or infinite values: {DIVERGED}"
         value, means = tensors[name].astype(np.float64), self._squared(name, tensors)
         if means is not None:
             value = value + means.astype(np.float64) ** 2
         return (
             f"{name!r} holds a value of magnitude {float(np.abs(value).max()):.3g}, beyond "
-            f"{MAX_ABSOLUTE_VALUE:.3g}: training has diverged"
+            f"{MAX_ABSOLUTE_VALUE:.3g}: {DIVERGED}"
         )
 
 

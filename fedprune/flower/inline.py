@@ -22,11 +22,11 @@ from fedprune.flower.launch import (
     Say,
     joining,
     launch_values,
-    temporary_folder,
     told_nothing,
 )
 from fedprune.rounds.folder import has_checkpoint
 from fedprune.rounds.setup import lay_out
+from prunelab.runs.temporary import temporary_folder
 
 CLIENT_APP_RAISED = 2
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fedprune.config import RunConfig
-from prunelab.errors import RunError
 
 Progress = Callable[[], None]
 Say = Callable[[str], None]
@@ -24,28 +21,6 @@ def joining(config: RunConfig) -> str:
 
 def told_nothing(text: str) -> None:
     """For callers that show no lines."""
-
-
-@contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A folder for what a run needs while it goes, removed in the end.
-
-    Raises:
-        RunError: TMPDIR, or whatever stands for it, cannot be written to. Python would take
-            another folder without a word; other programs of a run would not.
-    """
-    chosen = next(filter(None, map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))), None)
-    try:
-        if chosen is not None:
-            tempfile.TemporaryFile(dir=chosen).close()
-        folder = tempfile.TemporaryDirectory(prefix="fedprune-")
-    except OSError as error:
-        raise RunError(
-            f"temporary files cannot be written to {chosen or 'any of the usual folders'} "
-            f"({error.strerror}); set TMPDIR to a folder that can be written to"
-        ) from None
-    with folder as name:
-        yield Path(name)
 
 
 def failure_file(setup: Path) -> Path:

@@ -35,12 +35,13 @@ from fedprune.flower.launch import (
     failure_file,
     joining,
     launch_values,
-    temporary_folder,
     told_nothing,
 )
 from fedprune.rounds.folder import has_checkpoint
 from fedprune.rounds.setup import lay_out
 from prunelab.errors import RunError
+from prunelab.runs.children import ended_with_parent
+from prunelab.runs.temporary import temporary_folder
 
 START_SECONDS = 180.0
 LOOPBACK_SECONDS = 5.0
@@ -49,15 +50,6 @@ RAY_STEPS = 10_000  # of which Ray's smallest share of a GPU is one
 RAY_FOLDER = 107 - len("/ray/session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 ERROR = re.compile(r"[\w.]*(Error|Exception): ")  # a line of a traceback that names an error
 LOG, SUPERLINK_LOG = "run.log", "superlink.log"
-
-# Runs the command given after it so that it is ended when its parent dies, however that dies
-# (Linux: prctl(PR_SET_PDEATHSIG, SIGTERM); elsewhere it just runs it).
-END_WITH_PARENT = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
 
 
 def run_flower(
@@ -239,12 +231,11 @@ def free_port() -> int:
 @contextlib.contextmanager
 def superlink(home: Path, port: int, environment: dict[str, str], *flags: str) -> Iterator[None]:
     """A private SuperLink, for as long as the context lasts; `flags` are further ones of its."""
-    command = [sys.executable, "-c", END_WITH_PARENT]
-    command += ["flower-superlink", "--insecure", "--isolation", "subprocess", *flags]
+    command = ["flower-superlink", "--insecure", "--isolation", "subprocess", *flags]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with (home / SUPERLINK_LOG).open("w") as log:
         process = subprocess.Popen(
-            command,
+            ended_with_parent(*command),
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -303,8 +294,9 @@ def _follow(
 ) -> None:
     """Submit the run and wait until its log stream ends."""
     with (home / LOG).open("w") as log:
+        command = ended_with_parent("flwr", *arguments)
         process = subprocess.Popen(
-            ["flwr", *arguments], env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=home
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=home
         )
         try:
             while process.poll() is None:

@@ -24,7 +24,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 
-from fedprune.errors import ClientError
+from fedprune.errors import DIVERGED, ClientError
 from fedprune.exchange.messages import Fields, Reply, Request, Resources
 from sparsemodel.codec import (
     decode_entries,
@@ -69,7 +69,7 @@ def build_record(header: Mapping[str, Any], frames: Mapping[str, bytes]) -> Reco
     try:
         text = json.dumps(header, separators=(",", ":"), allow_nan=False)
     except ValueError:
-        raise ClientError("a number to be sent is not finite: training has diverged") from None
+        raise ClientError(f"a number to be sent is not finite: {DIVERGED}") from None
     small = {key: data for key, data in frames.items() if len(data) < ARRAY_THRESHOLD}
     record = RecordDict({_FIELDS: ConfigRecord({_HEADER: text, **small})})
     if len(small) < len(frames):

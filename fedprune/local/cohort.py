@@ -163,7 +163,8 @@ class _Stack:
             load_state_(model, member.state)
             states.append({name: x.detach().clone() for name, x in model.state_dict().items()})
         stacked = {name: torch.stack([s[name] for s in states]) for name in states[0]}
-        trained = dict(model.named_parameters())
+        # What is frozen goes with the buffers.
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self._weights = {name: stacked.pop(name) for name in trained}
         self._buffers = stacked
         self._active: Tensors = {

@@ -33,14 +33,14 @@ class TorchNetwork:
             return self.model()
 
     def reference(self, *, width: int | None = None) -> nn.Module:
-        """The full network that savings are measured against, or one of another width."""
+        """The full network that savings are measured against, or one of another width, float32."""
         return build_model(
             given_model(self.config.model_name),
             num_classes=self.num_classes,
             input_shape=self.input_shape,
             seed=self.config.seed,
             width=width or self.config.model.width or None,
-        )
+        ).float()
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -148,9 +148,15 @@ def _natural(
 ) -> list[Integers]:
     """As many groups as clients, by an even dealing of the natural ones."""
     if groups is None:
-        raise DataError("a natural partition needs a column 'client' in the data")
+        raise DataError(
+            "a natural partition needs a column 'client' in the data; add it, or set "
+            "data.partition to another division"
+        )
     found, group = np.unique(groups[order], return_inverse=True)
     if len(found) < num_clients:
-        raise DataError(f"{num_clients} clients but only {len(found)} natural groups")
+        raise DataError(
+            f"{num_clients} clients but only {len(found)} natural groups; set data.clients to "
+            f"{len(found)} or fewer"
+        )
     owner = random.permutation(np.arange(len(found)) % num_clients)
     return [np.flatnonzero(owner[group] == client) for client in range(num_clients)]

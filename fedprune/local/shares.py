@@ -29,6 +29,7 @@ def write_shares(
     num_classes: int,
     name: str,
     preprocessing: Preprocessing | None = None,
+    made_for: str = "",
 ) -> ImageStore:
     """Write a store (see `write_store`) that knows each client's samples.
 
@@ -48,23 +49,29 @@ def write_shares(
     ends = np.cumsum([len(share) for share in shares], dtype=np.int64)
     return write_store(
         folder, images, labels, num_classes=num_classes, name=name, preprocessing=preprocessing,
-        arrays={SHARES: joined, SHARE_ENDS: ends},
+        arrays={SHARES: joined, SHARE_ENDS: ends}, made_for=made_for,
     )  # fmt: skip
 
 
 def open_client(
-    folder: Path, client: int, *, seed: int, dev_share: float = DEV_SHARE
+    folder: Path,
+    client: int,
+    *,
+    seed: int,
+    dev_share: float = DEV_SHARE,
+    made_for: str | None = None,
 ) -> ClientData:
     """A client's samples, copied out of a store; its split is that of `client_data`.
 
     Args:
         client: its number in the division; without meaning in a store without shares.
         seed: of the development split.
+        made_for: as of `open_store`.
 
     Raises:
         DataError: no store, a damaged one, or one without such a client.
     """
-    store = open_store(folder)
+    store = open_store(folder, made_for=made_for)
     train, dev = split_development(share_of(store, client), dev_share=dev_share, seed=seed)
     return ClientData(*store.take(train), *store.take(dev), store.num_classes)
 

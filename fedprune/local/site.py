@@ -72,8 +72,11 @@ def open_data(config: RunConfig, client: int, *, private: str = "", setup: str =
     Raises:
         DataError: no such folder, or data that cannot be read or divided.
     """
-    folder = Path(private) if private else setup_folder(config, setup) / TRAIN
-    return open_client(folder, client, seed=stream_seed(SEED_DEV_SPLIT, config.seed, client))
+    seed = stream_seed(SEED_DEV_SPLIT, config.seed, client)
+    if private:
+        return open_client(Path(private), client, seed=seed)
+    folder = setup_folder(config, setup) / TRAIN
+    return open_client(folder, client, seed=seed, made_for=config.digest)
 
 
 def network_of(config: RunConfig, data: ClientData, program: Program | None) -> Network:

@@ -31,7 +31,7 @@ from prunelab.data.tensors import PREPROCESSING
 from prunelab.runs.threads import computing
 from sparsemodel.errors import PlanError
 from sparsemodel.kernels.cpu import library as cpu
-from sparsemodel.layers.from_state import load_state_, sparse_model
+from sparsemodel.layers.from_state import fixed_buffers, load_state_, sparse_model
 from sparsemodel.layers.growth import topk_pruned_gradients
 from sparsemodel.masks import adjust
 from sparsemodel.masks.mask import Mask
@@ -56,12 +56,13 @@ def open_torch_model(
 
 
 def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
-    """A network to look at, on no memory where its code allows that."""
+    """A network to fill with a state, on no memory where its code allows that."""
     try:
         with torch.device("meta"):
-            return build()
+            model = build()
     except Exception:  # whatever a network's own code raises without values
         return build()
+    return build() if fixed_buffers(model) else model
 
 
 def module_state(model: nn.Module, order: Iterable[str], patterns: Patterns | None) -> SparseState:

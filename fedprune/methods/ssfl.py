@@ -102,7 +102,7 @@ class SSFL(Method):
         for _, reply in server.ask(request):
             mean.add(SparseState(reply.tensors[SALIENCY]), weight=reply.weight)
         if mean.num_replies == 0:
-            raise RunError("ssfl: no client could measure saliency; give clients more samples")
+            raise RunError("ssfl: no client could measure saliency")
         found = mean.result().values
         scores = {name: found[name] for name in layers}  # whoever answered first
         return RunState(0, carry(state, _largest_of_all(scores, self.density)))

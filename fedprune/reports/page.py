@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedprune.config import RunConfig, read_toml
+from fedprune.config import RunConfig
 from fedprune.local.model import execution_of
 from fedprune.reports.baseline import Dense, dense_run_beside, verdict
 from fedprune.reports.charts import (
@@ -26,21 +26,20 @@ from fedprune.reports.charts import (
 )
 from fedprune.reports.results import facts
 from fedprune.rounds.folder import (
-    CHECKPOINT,
-    CONFIG,
-    METRICS,
     MODEL,
     REPORT,
     SUMMARY,
+    read_checkpoint,
     read_metrics,
+    read_model,
     read_summary,
+    stored_config,
 )
-from prunelab.errors import RunError
 from prunelab.pages.page import Figure, Folded, Page, Pair, Section, Table, Text, settings
 from prunelab.pages.plots import takes_a_line
 from prunelab.pages.units import NOTHING, format_bytes, known_number, percent, rounded
 from sparsemodel.runtime.pattern import Patterns
-from sparsemodel.storage.state_file import load_state
+from sparsemodel.runtime.state import SparseState
 
 NOT_USED = "not used"
 
@@ -65,27 +64,26 @@ def write_report(folder: Path) -> Path:
     """Write report.html of a run folder, finished or not, and return its path.
 
     Raises:
-        RunError: the folder holds no run, its metrics are damaged, or it cannot be written to.
-        ConfigError: its config.toml is damaged.
+        RunError: the folder holds no run, a file of it is damaged or of another run, or it cannot
+            be written to.
         CheckpointError: its model is damaged.
     """
     return _page(_read(folder)).write(folder / REPORT)
 
 
 def _read(folder: Path) -> _Run:
-    if not (folder / CONFIG).is_file():
-        raise RunError(f"no run in {folder}: it has no {CONFIG}; give the folder of a run")
-    config = RunConfig.parse(read_toml(folder / CONFIG))
-    try:
-        lines = read_metrics(folder)
-    except ValueError as error:
-        raise RunError(f"{folder / METRICS} is damaged: {error}") from None
+    config, lines = stored_config(folder), read_metrics(folder)
     start = next((line for line in lines if line.get("event") == "start"), {})
     rounds = [line for line in lines if "round" in line and "event" not in line]
     # While a run goes on, its checkpoint stands in for the model that it has not yet left.
-    models = [folder / name for name in (MODEL, CHECKPOINT) if (folder / name).is_file()]
+    stored: SparseState | None
+    metadata: Mapping[str, str] = {}
+    if (folder / MODEL).is_file():
+        stored, metadata = read_model(folder)
+    else:
+        checkpoint = read_checkpoint(folder)
+        stored = None if checkpoint is None else checkpoint.state.model
     is_finished = (folder / SUMMARY).is_file()
-    stored, metadata = load_state(models[0]) if models else (None, {})
     if is_finished:
         summary = read_summary(folder)
     else:

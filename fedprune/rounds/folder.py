@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedprune.config import RunConfig, read_toml
+from fedprune.config import RunConfig, parse_toml
+from fedprune.errors import ConfigError
 from fedprune.methods.base import RunState
 from fedprune.rounds.ledger import Totals
 from prunelab.errors import RunError
@@ -31,6 +33,8 @@ from prunelab.runs.folder import (
     read_metrics,
     read_summary,
 )
+from prunelab.runs.settings import differences
+from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.state_file import load_state, save_state
 
 __all__ = [
@@ -40,20 +44,38 @@ __all__ = [
     "MODEL",
     "REPORT",
     "SUMMARY",
+    "Checkpoint",
     "RunFolder",
-    "check_same_run",
     "default_folder",
     "discard_unstarted",
     "has_checkpoint",
     "open_run",
     "prepare",
+    "read_checkpoint",
     "read_metrics",
+    "read_model",
     "read_summary",
+    "save_model",
+    "stored_config",
+    "stored_settings",
 ]
 
 CHECKPOINT = "checkpoint.safetensors"
 # Settings that change no bit of the result, so a resumed run may differ in them.
 FREE_ON_RESUME = {"federation.timeout"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A completed start or round: what a run continues from.
+
+    Attributes:
+        metrics_bytes: how long metrics.jsonl was then.
+    """
+
+    state: RunState
+    totals: Totals
+    metrics_bytes: int
 
 
 @dataclass
@@ -76,6 +98,7 @@ class RunFolder:
         self.started = now
         metrics = self.path / METRICS
         metadata = {
+            "run": runfolder.run_name(self.path),
             "round_index": state.round_index,
             "memory": state.memory,
             "notes": state.notes,
@@ -112,7 +135,11 @@ def prepare(path: Path, config: RunConfig, *, resume: bool) -> None:
         return
     if not (path / CONFIG).exists():
         raise RunError(f"nothing to resume in {path}: it has no {CONFIG}")
-    check_same_run(path, config)
+    changed = differences(config.flat(), stored_config(path).flat(), free=FREE_ON_RESUME)
+    if changed:
+        raise RunError(f"{path} holds a run with other settings: {'; '.join(changed)}")
+    if not (path / SUMMARY).exists():
+        read_checkpoint(path)  # a damaged one is better told before the run is laid out
 
 
 def has_checkpoint(path: Path) -> bool:
@@ -120,16 +147,47 @@ def has_checkpoint(path: Path) -> bool:
     return (path / CHECKPOINT).exists()
 
 
-def check_same_run(path: Path, config: RunConfig) -> None:
-    """Raise RunError, naming every difference, unless `config` is that of the run in `path`."""
-    before, now = RunConfig.parse(read_toml(path / CONFIG)).flat(), config.flat()
-    changed = [
-        f"{key} was {before[key]!r}, now {now[key]!r}"
-        for key in now
-        if before[key] != now[key] and key not in FREE_ON_RESUME
-    ]
-    if changed:
-        raise RunError(f"{path} holds a run with other settings: {'; '.join(changed)}")
+def stored_settings(path: Path) -> dict[str, Any]:
+    """The settings of the run in a folder, as flat `section.key` names.
+
+    Raises:
+        RunError: there is no run, or its config.toml is not what was written.
+    """
+    try:
+        return parse_toml(runfolder.read_config(path))
+    except tomllib.TOMLDecodeError as error:  # of another program
+        raise RunError(f"{path / CONFIG} is not a TOML file: {error}") from None
+
+
+def stored_config(path: Path) -> RunConfig:
+    """The configuration of the run in a folder.
+
+    Raises:
+        RunError: as `stored_settings`, or it is of another kind of run, or another release.
+    """
+    try:
+        return RunConfig.parse(stored_settings(path))
+    except ConfigError as error:
+        raise RunError(
+            f"{path / CONFIG} is not of a run that this release can read: {error}"
+        ) from None
+
+
+def save_model(path: Path, state: SparseState, *, metadata: Mapping[str, str]) -> None:
+    """Write a run's final model; `metadata` are for people and programs that read it later."""
+    save_state(path / MODEL, state, metadata={**metadata, "run": runfolder.run_name(path)})
+
+
+def read_model(path: Path) -> tuple[SparseState, Mapping[str, str]]:
+    """A run's final model, and the metadata of its file.
+
+    Raises:
+        RunError: it is of another run.
+        CheckpointError: there is none, or it is damaged.
+    """
+    state, metadata = load_state(path / MODEL)
+    runfolder.check_run(path / MODEL, metadata.get("run"))
+    return state, metadata
 
 
 @contextmanager
@@ -146,26 +204,42 @@ def open_run(path: Path, *, wait: float = 20.0) -> Iterator[RunFolder]:
         yield folder
 
 
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """The last completed start or round of the run in a folder; None where there is none.
+
+    Raises:
+        RunError: the checkpoint is of another run, or the metrics before it are damaged.
+        CheckpointError: it is damaged.
+    """
+    file = path / CHECKPOINT
+    if not file.exists():
+        return None
+    model, stored = load_state(file)
+    try:
+        values = json.loads(stored["fedprune"])
+        run, size = values["run"], int(values["metrics_bytes"])
+        totals = Totals(**values["totals"])
+        state = RunState(
+            round_index=values["round_index"],
+            model=model,
+            memory=values["memory"],
+            notes=values["notes"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{file} is not a checkpoint of a run ({error!r}); move it away to start the run again"
+        ) from None
+    runfolder.check_run(file, run)
+    read_metrics(path, size=size)
+    return Checkpoint(state, totals, size)
+
+
 def _restore(folder: RunFolder) -> None:
     """Read the last checkpoint and cut what was written to the metrics after it."""
-    checkpoint, metrics = folder.path / CHECKPOINT, folder.path / METRICS
-    size = 0
-    if checkpoint.exists():
-        model, stored = load_state(checkpoint)
-        try:
-            values = json.loads(stored["fedprune"])
-            folder.totals = Totals(**values["totals"])
-            folder.state = RunState(
-                round_index=values["round_index"],
-                model=model,
-                memory=values["memory"],
-                notes=values["notes"],
-            )
-            size = values["metrics_bytes"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{checkpoint} is not a checkpoint of a run ({error!r}); "
-                "move it away to start the run again"
-            ) from None
+    metrics, size = folder.path / METRICS, 0
+    checkpoint = read_checkpoint(folder.path)
+    if checkpoint is not None:
+        folder.totals, folder.state = checkpoint.totals, checkpoint.state
+        size = checkpoint.metrics_bytes
     if metrics.exists() and metrics.stat().st_size > size:
         os.truncate(metrics, size)

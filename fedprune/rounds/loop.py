@@ -12,8 +12,7 @@ from fedprune.exchange.messages import MODEL, ClientInfo, Reply, Request
 from fedprune.local.model import execution_of
 from fedprune.methods.base import RunState, Start
 from fedprune.rounds.evaluation import Evaluator
-from fedprune.rounds.folder import MODEL as MODEL_FILE
-from fedprune.rounds.folder import RunFolder
+from fedprune.rounds.folder import RunFolder, save_model
 from fedprune.rounds.ledger import Traffic, mask_change, skips
 from fedprune.rounds.setup import Setup
 from prunelab.errors import RunError
@@ -21,7 +20,6 @@ from prunelab.runs.seeds import rng
 from prunelab.runs.version import __version__
 from sparsemodel.runtime.state import Entries, SparseState
 from sparsemodel.storage.meter import peak_rss_bytes
-from sparsemodel.storage.state_file import save_state
 
 SEED_SAMPLING = 5  # the first part of a derived seed says what it is for
 
@@ -129,7 +127,10 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
         rounds=setup.config.training.rounds,
         seed=setup.config.seed,
     )
-    state = setup.method.start(server)
+    try:
+        state = setup.method.start(server)
+    except RunError as error:
+        raise RunError(f"{error}{_reasons(cohort.take_traffic())}") from error
     traffic = cohort.take_traffic()
     folder.totals.count_start(traffic, len(cohort.clients))
     patterns = state.model.patterns
@@ -165,8 +166,8 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
 def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
     """Write the final model and the summary."""
     config, totals, reference = setup.config, folder.totals, setup.reference
-    save_state(
-        folder.path / MODEL_FILE,
+    save_model(
+        folder.path,
         state.model,
         metadata={
             "dataset": setup.test.name,
@@ -175,6 +176,8 @@ def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
             "width": setup.width,
             "num_classes": str(setup.test.num_classes),
             "input_shape": "x".join(map(str, setup.test.input_shape)),
+            "images": str(setup.test.images.dtype),
+            **setup.test.preprocessing.to_metadata(),
         },
     )
     folder.write_summary(
@@ -267,11 +270,16 @@ def _resumed(setup: Setup, folder: RunFolder) -> RunState | None:
 
 def _nobody(folder: RunFolder, state: RunState, traffic: Traffic) -> RunError:
     folder.append({"event": "no-reply", "round": state.round_index + 1, **skips(traffic)})
-    reasons = "; ".join(f"client {s['client']}: {s['reason']}" for s in traffic.skipped[:3])
     return RunError(
-        f"round {state.round_index + 1}: no client gave a usable answer ({reasons}); "
+        f"round {state.round_index + 1}: no client gave a usable answer{_reasons(traffic)}; "
         "the last checkpoint is kept, --resume continues from it"
     )
+
+
+def _reasons(traffic: Traffic) -> str:
+    """Why clients were skipped, those of the first three, in parentheses."""
+    reasons = "; ".join(f"client {s['client']}: {s['reason']}" for s in traffic.skipped[:3])
+    return f" ({reasons})" if reasons else ""
 
 
 def _density(state: RunState) -> float:

@@ -36,7 +36,7 @@ def run(
 
     Raises:
         ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
-            what to do. A folder in which nothing was computed is removed again.
+            what to do. A new folder in which nothing was computed is removed again.
     """
     from fedprune.rounds import folder as runfolder  # noqa: PLC0415
 
@@ -67,7 +67,8 @@ def run(
         try:
             starts[engine](config, folder, resume=resume, progress=progress, say=say)
         except USER_ERRORS:
-            runfolder.discard_unstarted(folder)
+            if not resume:  # a run that was there before is not ours to remove
+                runfolder.discard_unstarted(folder)
             raise
         write_report(folder)
     return runfolder.read_summary(folder)

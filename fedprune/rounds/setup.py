@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,10 +24,13 @@ from fedprune.local.shares import share_of
 from fedprune.local.site import TRAIN
 from fedprune.methods.base import Method
 from prunelab.data.store import ImageStore, open_store
-from prunelab.errors import RunError
+from prunelab.errors import DataWarning, RunError
+from prunelab.runs.children import ended_with_parent
+from prunelab.runs.folder import write_file
 from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import SparseState
-from sparsemodel.storage.state_file import load_state
+from sparsemodel.storage.sealed import read_sealed_json, sealed_json
+from sparsemodel.storage.state_file import load_state, save_state
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +40,7 @@ __all__ = ["NETWORK", "START", "TEST", "TRAIN", "Reference", "Setup", "lay_out"]
 TEST = "test"  # an image store, as TRAIN, which has the clients' shares
 NETWORK, START = "network.json", "start.safetensors"
 REFUSED = 3  # exit status of the child whose last line is what a user can mend, as JSON
+CURE = "delete the folder, and it is laid out again"
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,11 @@ class Setup:
     @cached_property
     def test(self) -> ImageStore:
         """The server's test samples."""
-        return open_store(self.folder / TEST)
+        return open_store(self.folder / TEST, verify=True, made_for=self.config.digest)
 
     def shares(self) -> dict[int, ClientInfo]:
         """What the run gave each client of the training samples."""
-        store, found = open_store(self.folder / TRAIN), {}
+        store, found = open_store(self.folder / TRAIN, made_for=self.config.digest), {}
         for client in range(self.config.data.clients):
             share = share_of(store, client)
             num_dev = num_development(len(share))
@@ -145,14 +150,35 @@ class Setup:
 
         Raises:
             CheckpointError: it was not laid out, or is damaged.
+            RunError: it is of another run.
         """
-        state, _ = load_state(self.folder / START)
+        file = self.folder / START
+        state, metadata = load_state(file)
+        if metadata.get("settings") != self.config.digest:
+            raise RunError(f"{file} was laid out for a run with other settings; {CURE}")
         return state.ordered(self.shapes)
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
-        facts: dict[str, Any] = json.loads((self.folder / NETWORK).read_text(encoding="utf-8"))
-        return facts
+        file, of = self.folder / NETWORK, _network_of(self.config)
+        try:
+            return read_sealed_json(file, of=of, error=RunError, cure=CURE)
+        except FileNotFoundError:
+            raise RunError(f"{file} is missing; {CURE}") from None
+
+
+def write_facts(folder: Path, config: RunConfig, facts: Mapping[str, Any]) -> None:
+    """Leave what is known of a run's network; the last file of a Setup."""
+    write_file(folder / NETWORK, sealed_json(_network_of(config), facts))
+
+
+def write_start(folder: Path, config: RunConfig, state: SparseState) -> None:
+    """Leave the weights that a run starts from."""
+    save_state(folder / START, state, metadata={"settings": config.digest})
+
+
+def _network_of(config: RunConfig) -> str:
+    return f"network of settings {config.digest}"
 
 
 def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
@@ -171,8 +197,9 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
 
         open_workspace(config).lay_out(folder, with_start=with_start)
         return
+    command = [sys.executable, "-m", "fedprune.rounds.lay_out", str(folder)]
     done = subprocess.run(
-        [sys.executable, "-m", "fedprune.rounds.lay_out", str(folder), *["--start"] * with_start],
+        ended_with_parent(*command, *["--start"] * with_start),
         input=json.dumps(config.flower()),
         capture_output=True,
         text=True,
@@ -183,3 +210,5 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise RunError(f"setting up failed: {last[0]}") from RuntimeError(done.stderr)
+    for text in json.loads(done.stdout.splitlines()[-1]):
+        warnings.warn(text, DataWarning, stacklevel=2)

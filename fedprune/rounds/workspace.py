@@ -6,12 +6,13 @@ where server and clients find it.
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,13 +25,16 @@ from fedprune.local.shares import write_shares
 from fedprune.local.torch_models import DenseModel
 from fedprune.local.training import round_sgd, train_epochs
 from fedprune.methods.base import Method
-from fedprune.rounds.setup import NETWORK, START, TEST, TRAIN
+from fedprune.rounds.setup import TEST, TRAIN, write_facts, write_start
+from fedprune.settings import DataConfig
 from prunelab.data.batches import Integers
+from prunelab.data.checked import note
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.data.store import write_store
-from prunelab.errors import ModelError, RunError
+from prunelab.errors import RunError
 from prunelab.networks import (
     GRANULARITIES,
+    check_fits,
     check_model,
     float_state,
     parameter_blocks,
@@ -39,12 +43,10 @@ from prunelab.networks import (
 from prunelab.runs.seeds import stream_seed
 from sparsemodel.errors import PlanError
 from sparsemodel.masks.mask import prunable_parameters
-from sparsemodel.masks.probe import probing
 from sparsemodel.plans.program import program_of
+from sparsemodel.runtime.fixed_sum import MAX_ABSOLUTE_VALUE
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.cost import layer_macs, model_bytes
-from sparsemodel.storage.files import write_atomically
-from sparsemodel.storage.state_file import save_state
 
 # The first part of a derived seed says what it is for, so that no two uses share a stream.
 SEED_SERVER_SET, SEED_PRETRAIN = 0, 2
@@ -95,7 +97,7 @@ class Workspace:
 
     def _lay_out(self, folder: Path, *, with_start: bool) -> None:
         dataset, skeleton = self.dataset, self.torch.skeleton
-        check_fits(skeleton, dataset)
+        check_fits(skeleton, input_shape=dataset.input_shape, num_classes=dataset.num_classes)
         folder.mkdir(parents=True, exist_ok=True)
         write_shares(
             folder / TRAIN,
@@ -104,6 +106,7 @@ class Workspace:
             self.shares,
             num_classes=dataset.num_classes,
             name=dataset.name,
+            made_for=self.config.digest,
         )
         write_store(
             folder / TEST,
@@ -111,9 +114,10 @@ class Workspace:
             dataset.test_labels.numpy(),
             num_classes=dataset.num_classes,
             name=dataset.name,
+            made_for=self.config.digest,
         )
         if with_start:
-            save_state(folder / START, self.start_state(), metadata={})
+            write_start(folder, self.config, self.start_state())
         program, reason = self._traced()
         with uninitialised():
             reference = self.torch.reference()
@@ -134,12 +138,15 @@ class Workspace:
             },
             "width": str(getattr(skeleton, "width", "")),
         }
-        write_atomically(folder / NETWORK, json.dumps(facts).encode())
+        write_facts(folder, self.config, facts)
 
     def start_state(self) -> SparseState:
         """The dense model after brief training on the server's few labelled samples.
 
         Every method starts from it.
+
+        Raises:
+            RunError: the training diverged.
         """
         config, dataset = self.config, self.dataset
         compute_device(config.training.device)
@@ -148,7 +155,7 @@ class Workspace:
         if not config.server.pretrain_epochs:
             return state
         model = DenseModel(self.torch.empty_model, state, config.training)
-        train_epochs(
+        loss = train_epochs(
             model,
             dataset.train_images.numpy()[self.server_indices],
             dataset.train_labels.numpy()[self.server_indices],
@@ -158,7 +165,15 @@ class Workspace:
             seed=stream_seed(SEED_PRETRAIN, config.seed),
             augmented=config.data.augment,
         )
-        return model.state()
+        trained = model.state()
+        largest = max(float(np.abs(values).max(initial=0)) for values in trained.values.values())
+        if not (math.isfinite(loss) and largest < MAX_ABSOLUTE_VALUE):
+            raise RunError(
+                f"training on the server's samples has diverged (loss {loss:.3g}, largest weight "
+                f"{largest:.3g}) before the first round: training.lr={config.training.lr:g} is too "
+                "high; lower it"
+            )
+        return trained
 
     def _traced(self) -> tuple[str, str]:
         """The network's program, or why it has none."""
@@ -196,6 +211,8 @@ def _opened(config: RunConfig, model: Any, given: ImageSet | None) -> Workspace:
         seed=stream_seed(SEED_SERVER_SET, config.seed),
     )
     groups = dataset.train_groups
+    if groups is not None:
+        note_groups(len(groups.unique()), data)
     shares = partition(
         labels[rest],
         num_clients=data.clients,
@@ -213,23 +230,18 @@ def _opened(config: RunConfig, model: Any, given: ImageSet | None) -> Workspace:
     )
 
 
-def check_fits(model: nn.Module, dataset: ImageSet) -> None:
-    """Raise ModelError unless a network takes these images and tells these classes apart."""
-    size = (2, *dataset.input_shape)
-    what = f"the network does not fit images {list(size)}"
-    with probing(model), torch.no_grad():
-        model.eval()
-        try:
-            logits = model(torch.zeros(size))
-        except Exception as error:  # whatever the network's own code raises
-            raise ModelError(f"{what}: {type(error).__name__}: {error}") from error
-    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != 2:
-        raise ModelError(f"{what}: it gives {shape}, expected logits [2, classes]")
-    if logits.shape[1] < dataset.num_classes:
-        raise ModelError(
-            f"the network gives {logits.shape[1]} logits, and the data have {dataset.num_classes} "
-            "classes; a function that builds it may ask for num_classes"
+def note_groups(num_groups: int, data: DataConfig) -> None:
+    """Say where the data's own clients are not the run's."""
+    if data.partition != "natural":
+        note(
+            f"the data say whose each sample is ({num_groups} natural clients), but are divided "
+            f"among {data.clients} by data.partition = {data.partition!r}; set it to 'natural' to "
+            "go by them"
+        )
+    elif data.clients < num_groups:
+        note(
+            f"{num_groups} natural clients are dealt to data.clients = {data.clients}, several to "
+            f"each; set it to {num_groups} to keep them apart"
         )
 
 

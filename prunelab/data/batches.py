@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,8 @@ Images = NDArray[np.uint8] | NDArray[np.float32]
 """[N, C, H, W]; bytes as pictures have them, or floats that are fed as they are."""
 
 Integers = NDArray[np.int64]
+
+_KEY = "preprocessing"
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,33 @@ class Preprocessing:
             ) from None
         return cls(mean, std)
 
+    def to_metadata(self) -> dict[str, str]:
+        """As a model's file carries it beside its weights."""
+        return {_KEY: json.dumps(self.to_dict())}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Preprocessing:
+        """What a model's file says of its input.
+
+        Args:
+            metadata: as `sparsemodel.load(path).metadata` has it.
+
+        Raises:
+            DataError: the file says nothing of it, or something else.
+
+        >>> Preprocessing.from_metadata(Preprocessing().to_metadata())
+        Preprocessing(mean=(0.5,), std=(0.25,))
+        """
+        if _KEY not in metadata:
+            raise DataError(
+                f"the model's file has no {_KEY!r} among its metadata {sorted(metadata)}: it comes "
+                "from an earlier version or another program; use what its training used"
+            )
+        try:
+            return cls.from_dict(json.loads(metadata[_KEY]))
+        except ValueError as error:
+            raise DataError(f"{_KEY} {metadata[_KEY]!r:.80}: {error}") from None
+
 
 def batches(num_samples: int, *, batch_size: int, rng: np.random.Generator) -> Iterator[Integers]:
     """Shuffled index batches, int64; a last batch of one joins the batch before it.
@@ -110,11 +140,19 @@ def batches(num_samples: int, *, batch_size: int, rng: np.random.Generator) -> I
     [4, 5]
     """
     order = rng.permutation(num_samples)
-    starts = list(range(0, num_samples, batch_size))
-    if len(starts) > 1 and num_samples - starts[-1] == 1:
-        starts.pop()
+    starts = [batch_size * i for i in range(num_batches(num_samples, batch_size=batch_size))]
     for start, end in pairwise([*starts, num_samples]):
         yield order[start:end]
+
+
+def num_batches(num_samples: int, *, batch_size: int) -> int:
+    """How many `batches` there are.
+
+    >>> num_batches(9, batch_size=4)
+    2
+    """
+    count = math.ceil(num_samples / batch_size)
+    return count - 1 if count > 1 and num_samples - (count - 1) * batch_size == 1 else count
 
 
 def augment(images: Images, *, rng: np.random.Generator) -> Images:

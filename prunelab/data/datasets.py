@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
-import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from prunelab.data.checked import Array, checked, checked_labels, count_classes, whole_numbers
+from prunelab.data.parquet import read_side
+from prunelab.data.pictures import decoded
 from prunelab.errors import DataError
 
-Array = np.ndarray[Any, Any]
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DIGITS_TEST_SHARE = 0.2
 FASHION = (
@@ -33,11 +33,16 @@ class ImageSet:
     """Images and labels of both sides.
 
     Attributes:
-        train_images, test_images: uint8 [N, C, H, W].
+        train_images, test_images: uint8 or float32 [N, C, H, W].
         train_labels, test_labels: int64 [N], 0 ... num_classes - 1.
-        fingerprint: 16 hexadecimal digits that name the data.
+        num_classes: 0: counted by the training labels (see `count_classes`).
+        fingerprint: 16 hexadecimal digits that name the data; "": of their content.
         train_groups: natural client of each training sample, int64 [N], where there is one.
         class_names: of the classes 0, 1, ..., where the data name them.
+
+    Raises:
+        DataError: what `checked` cannot take, sides that are not alike, labels that are no such
+            classes, or groups of another length.
     """
 
     name: str
@@ -45,10 +50,43 @@ class ImageSet:
     train_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
-    num_classes: int
-    fingerprint: str
+    num_classes: int = 0
+    fingerprint: str = ""
     train_groups: torch.Tensor | None = None
     class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        found: dict[str, Any] = {}
+        for side, called in (("train", "training"), ("test", "test")):
+            found[f"{side}_images"], found[f"{side}_labels"] = checked(
+                getattr(self, f"{side}_images"), getattr(self, f"{side}_labels"),
+                where=f"{self.name}, {called} side",
+            )  # fmt: skip
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+        kinds = [f"{i.dtype} {tuple(i.shape[1:])}" for i in (self.train_images, self.test_images)]
+        if kinds[0] != kinds[1] or self.train_images.dim() != 4:
+            raise DataError(
+                f"{self.name}: training images are {kinds[0]}, test images {kinds[1]}; expected "
+                "[N, C, H, W], [N, H, W, C] or [N, H, W], both sides alike: give vectors [N, D] as "
+                "images [N, 1, 1, D]"
+            )
+        num_classes = self.num_classes or count_classes(
+            self.train_labels, self.test_labels, where=self.name
+        )
+        largest = max(int(labels.max()) for labels in (self.train_labels, self.test_labels))
+        if largest >= num_classes:
+            raise DataError(f"{self.name}: label {largest} lies outside 0 ... {num_classes - 1}")
+        object.__setattr__(self, "num_classes", num_classes)
+        object.__setattr__(self, "fingerprint", self.fingerprint or fingerprint(*found.values()))
+        if self.train_groups is not None:
+            groups = whole_numbers(self.train_groups, f"{self.name}: natural clients")
+            if groups.shape != self.train_labels.shape:
+                raise DataError(
+                    f"{self.name}: {len(groups)} natural clients for {len(self.train_labels)} "
+                    "training samples; expected one each"
+                )
+            object.__setattr__(self, "train_groups", groups)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -83,8 +121,8 @@ def load_dataset(
     """A data set by name, or a folder of parquet files; cached for the process.
 
     Args:
-        name: one of DATASETS, or a folder whose parquet files are called train* and test* (or
-            validation*) with columns img or image, label, and optionally client.
+        name: one of DATASETS, or a folder of parquet files (see `parquet.side_files`) of the sides
+            train and test (or validation) with columns img or image, label, and optionally client.
         num_train, num_test: keep a stratified subset of so many; only those are decoded.
         seed: decides the subsets.
 
@@ -96,46 +134,23 @@ def load_dataset(
     """
     check_dataset(name)
     train, test = DATASETS[name]() if name in DATASETS else _parquet_folder(Path(name))
-    num_classes = _num_classes(train.labels, test.labels, name)
-    train_index = _subset(train.labels, num_train, seed=seed, what=f"{name}, training side")
-    test_index = _subset(test.labels, num_test, seed=seed, what=f"{name}, test side")
-    train_labels = torch.from_numpy(train.labels[train_index].astype(np.int64))
-    test_labels = torch.from_numpy(test.labels[test_index].astype(np.int64))
-    train_images, test_images = train.images(train_index), test.images(test_index)
-    if train_images.shape[1:] != test_images.shape[1:]:
-        raise DataError(
-            f"{name}: training images are {tuple(train_images.shape[1:])}, "
-            f"test images {tuple(test_images.shape[1:])}"
-        )
+    sides = {"training": train, "test": test}
+    labels = [checked_labels(s.labels, where=f"{name}, {w} side") for w, s in sides.items()]
+    num_classes = count_classes(*labels, where=name)
+    train_index, test_index = (
+        _subset(own.numpy(), count, seed=seed, what=f"{name}, {what} side")
+        for own, count, what in zip(labels, (num_train, num_test), sides, strict=True)
+    )
     return ImageSet(
         name=Path(name).name,
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
+        train_images=train.images(train_index),
+        train_labels=labels[0][train_index],
+        test_images=test.images(test_index),
+        test_labels=labels[1][test_index],
         num_classes=num_classes,
-        fingerprint=fingerprint(train_images, train_labels, test_images, test_labels),
         train_groups=None if train.groups is None else torch.from_numpy(train.groups[train_index]),
         class_names=train.class_names,
     )
-
-
-def _num_classes(train: Array, test: Array, name: str) -> int:
-    """One more than the largest training label, once all labels are known to be good."""
-    for side, labels in (("training", train), ("test", test)):
-        if len(labels) == 0:
-            raise DataError(f"{name}: the {side} side has no samples")
-        if labels.dtype.kind not in "iu":
-            raise DataError(f"{name}: {side} labels must be whole numbers, got {labels.dtype}")
-    num_classes = int(train.max()) + 1
-    for side, labels in (("training", train), ("test", test)):
-        wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-        if len(wrong):
-            raise DataError(
-                f"{name}: {side} label {labels[wrong[0]]} of row {wrong[0]} lies outside "
-                f"0 ... {num_classes - 1}, the training side's classes"
-            )
-    return num_classes
 
 
 def _digits() -> tuple[_Source, _Source]:
@@ -214,60 +229,13 @@ def _hub(path: str, config: str | None, image: str, label: str) -> tuple[_Source
 
 
 def _parquet_folder(folder: Path) -> tuple[_Source, _Source]:
-    import pyarrow.parquet  # noqa: PLC0415
-
     sides = []
-    everything = sorted(folder.rglob("*.parquet"))
-    for prefixes in (("train",), ("test", "validation")):
-        # A validation file is the test side only where there is no test file.
-        found = ([p for p in everything if p.name.startswith(prefix)] for prefix in prefixes)
-        files = next(filter(None, found), None)
-        if files is None:
-            raise DataError(
-                f"no {prefixes[0]}*.parquet in {folder}; expected train*.parquet and test*.parquet"
-            )
-        try:
-            # Not read_table, to_numpy or take: they import pandas and more, for half a second.
-            tables = [pyarrow.parquet.ParquetFile(path).read() for path in files]
-            table = pyarrow.concat_tables(tables)
-        except (OSError, pyarrow.ArrowInvalid) as error:
-            raise DataError(f"cannot read {files[0]}: {error}") from None
-        names = set(table.column_names)
-        image = next((name for name in ("img", "image") if name in names), None)
-        if image is None or "label" not in names:
-            raise DataError(
-                f"{files[0]}: expected columns img (or image) and label, got {sorted(names)}"
-            )
-        sides.append(_table_side(table, image, str(folder)))
+    # A validation file is the test side only where there is no test file.
+    for names in (("train",), ("test", "validation")):
+        side = read_side(folder, names)
+        images = _decoding(side.cells, str(folder))
+        sides.append(_Source(side.labels, images, side.groups, side.class_names))
     return sides[0], sides[1]
-
-
-def _table_side(table: Any, image: str, where: str) -> _Source:
-    groups = None
-    for name in {"label", "client"}.intersection(table.column_names):
-        if table[name].null_count:
-            raise DataError(f"{where}: column {name!r} has {table[name].null_count} empty cells")
-    if "client" in table.column_names:
-        _, groups = np.unique(table["client"].to_pylist(), return_inverse=True)
-        groups = groups.astype(np.int64)
-    column = table[image]
-
-    def images(index: Array) -> torch.Tensor:
-        cells = [column[row].as_py() for row in index.tolist()]
-        return _decoded(
-            [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells], index, where
-        )
-
-    return _Source(np.array(table["label"].to_pylist()), images, groups, _class_names(table))
-
-
-def _class_names(table: Any) -> tuple[str, ...]:
-    """Names of the classes that Hugging Face's libraries leave in a table's metadata."""
-    try:
-        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-        return tuple(map(str, features["label"]["names"]))
-    except (KeyError, TypeError, ValueError):
-        return ()
 
 
 def _columns(dataset: Any, image: str, label: str) -> _Source:
@@ -275,40 +243,21 @@ def _columns(dataset: Any, image: str, label: str) -> _Source:
 
     undecoded = dataset.cast_column(image, datasets.Image(decode=False))
 
-    def images(index: Array) -> torch.Tensor:
-        cells = undecoded.select(index)[image]
-        data = [cell["bytes"] or Path(cell["path"]).read_bytes() for cell in cells]
-        return _decoded(data, index, "the hub's data set")
+    def cells(index: Array) -> Iterator[tuple[str, Any]]:
+        for row, cell in zip(index.tolist(), undecoded.select(index)[image], strict=True):
+            yield f"row {row}", cell["bytes"] or Path(cell["path"]).read_bytes()
 
-    names = getattr(dataset.features[label], "names", ())
-    return _Source(dataset.with_format("numpy")[label][:], images, class_names=tuple(names))
+    return _Source(
+        dataset.with_format("numpy")[label][:],
+        _decoding(cells, "the hub's data set"),
+        class_names=tuple(getattr(dataset.features[label], "names", ())),
+    )
 
 
-def _decoded(encoded: list[Any], index: Array, where: str) -> torch.Tensor:
-    """Pictures of 8 bits a channel, in any format of Pillow's -> contiguous uint8 [N, C, H, W]."""
-    from PIL import Image  # noqa: PLC0415
-
-    arrays: list[Array] = []
-    for row, data in zip(index, encoded, strict=True):
-        try:
-            with Image.open(io.BytesIO(data)) as picture:
-                mode = picture.mode
-                array = np.asarray(picture.convert("L" if mode in ("1", "L", "LA") else "RGB"))
-        except (OSError, SyntaxError, ValueError, TypeError) as error:
-            raise DataError(f"{where}: row {row} is not a picture ({error})") from None
-        if mode.startswith(("I", "F")):
-            # Pillow would clip such pixels to 255.
-            raise DataError(f"{where}: the picture of row {row} has more than 8 bits a channel")
-        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-        if arrays and array.shape != arrays[0].shape:
-            raise DataError(
-                f"{where}: the picture of row {row} has shape {array.shape}, the first "
-                f"{arrays[0].shape}; all must be alike"
-            )
-        arrays.append(array)
-    # np.stack keeps the channels last of pictures, and torch trains narrow networks on such
-    # images out of bounds (oneDNN's issue 6035).
-    return torch.from_numpy(np.ascontiguousarray(np.stack(arrays)))
+def _decoding(
+    cells: Callable[[Array], Iterable[tuple[str, Any]]], where: str
+) -> Callable[[Array], torch.Tensor]:
+    return lambda index: torch.from_numpy(decoded(cells(index), where=where))
 
 
 DATASETS: dict[str, Callable[[], tuple[_Source, _Source]]] = {

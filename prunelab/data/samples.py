@@ -9,9 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunelab.data.checked import checked, checked_labels, whole_numbers
 from prunelab.data.datasets import ImageSet, fingerprint
 from prunelab.data.tensors import augmented, prepare
 from prunelab.errors import DataError
+
+NO_LOSS = -100
+"""The target of a token whose loss is not taken, as transformers and torch have it."""
 
 
 class Samples(Protocol):
@@ -51,20 +55,18 @@ class ImageSamples:
     """Labelled images in memory; a batch is (float32 [B, C, H, W], int64 [B]).
 
     Args:
-        images: uint8 or float32 [N, C, H, W]; or what else a network takes, [N, ...].
-        labels: int64 [N].
-        ids: int64 [N]; by default the row numbers.
+        images, labels: what `checked` takes, of torch or numpy; images may be vectors [N, D].
+        ids: whole numbers [N]; by default the row numbers.
 
     Raises:
-        DataError: lengths differ, or ids repeat.
+        DataError: as `checked`, or ids that repeat or are of another number.
     """
 
     labels: Tensor
 
-    def __init__(self, images: Tensor, labels: Tensor, *, ids: Tensor | None = None) -> None:
-        self.images, self.labels = images, labels
-        self.ids = torch.arange(len(labels)) if ids is None else ids
-        check_ids(self.ids, len(images), len(labels))
+    def __init__(self, images: Any, labels: Any, *, ids: Any = None) -> None:
+        self.images, self.labels = checked(images, labels)
+        self.ids = checked_ids(ids, len(self.labels))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -92,39 +94,68 @@ class TokenSamples:
 
     Batches are cut at their longest text. Of a classification data set `targets` are the labels,
     [N]; of a causal language model they are token ids [N, T], −100 where no loss is taken (the
-    prompt and the padding).
+    prompt and the padding). All are whole numbers of any type, of torch or numpy.
 
     Args:
-        input_ids: int64 [N, T], padded on the right.
-        attention_mask: int64 [N, T], 1 at tokens.
-        targets: int64 [N] or [N, T].
-        ids: int64 [N]; by default the row numbers.
+        input_ids: [N, T], padded on the right.
+        attention_mask: [N, T], 1 (or true) at tokens.
+        targets: [N] or [N, T].
+        ids: [N]; by default the row numbers.
 
     Raises:
-        DataError: shapes differ, or ids repeat.
+        DataError: no samples, shapes that differ, a mask that is not ones and then zeros, tokens
+            below 0, targets that are neither tokens nor −100, or ids that repeat.
     """
 
     def __init__(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        targets: Tensor,
-        *,
-        ids: Tensor | None = None,
+        self, input_ids: Any, attention_mask: Any, targets: Any, *, ids: Any = None
     ) -> None:
-        if input_ids.shape != attention_mask.shape or targets.shape not in (
-            input_ids.shape,
-            input_ids.shape[:1],
+        self.input_ids = whole_numbers(input_ids, "input_ids")
+        self.attention_mask = whole_numbers(attention_mask, "attention_mask")
+        self.targets = whole_numbers(targets, "targets")
+        shape = self.input_ids.shape
+        if (
+            len(shape) != 2
+            or 0 in shape
+            or self.attention_mask.shape != shape
+            or self.targets.shape not in (shape, shape[:1])
         ):
             raise DataError(
-                f"input_ids are {tuple(input_ids.shape)}, attention_mask "
-                f"{tuple(attention_mask.shape)}, targets {tuple(targets.shape)}; expected "
-                "[N, T], [N, T], and [N] or [N, T]"
+                f"input_ids are {tuple(shape)}, attention_mask {tuple(self.attention_mask.shape)}, "
+                f"targets {tuple(self.targets.shape)}; expected [N, T], [N, T], and [N] or [N, T], "
+                "N and T at least 1"
             )
-        self.input_ids, self.attention_mask, self.targets = input_ids, attention_mask, targets
-        self.ids = torch.arange(len(input_ids)) if ids is None else ids
-        check_ids(self.ids, len(input_ids), len(targets))
-        self.labels = targets if targets.dim() == 1 else None
+        self.labels = checked_labels(self.targets) if self.targets.dim() == 1 else None
+        self._check_values()
+        self.ids = checked_ids(ids, len(self.input_ids))
+
+    def _check_values(self) -> None:
+        mask = self.attention_mask
+        wrong = {
+            "an attention mask that is not ones and then zeros: pad on the right": (
+                (mask != (torch.arange(mask.shape[1]) < mask.sum(1, keepdim=True))).any(1)
+            ),
+            "a token below 0": (self.input_ids < 0).any(1),
+        }
+        if self.labels is None:
+            has_target = self.targets != NO_LOSS
+            wrong[f"a target below 0 that is not {NO_LOSS} (no loss)"] = (
+                has_target & (self.targets < 0)
+            ).any(1)
+            wrong[f"targets in its padding: put {NO_LOSS} there (no loss)"] = (
+                has_target & (mask == 0)
+            ).any(1)
+        for what, rows in wrong.items():
+            if bool(rows.any()):
+                raise DataError(f"sample {int(rows.nonzero()[0])} has {what}")
+
+    @property
+    def num_targets(self) -> Tensor:
+        """Targets whose loss is taken, int64 [N]: of a language model those behind a token."""
+        if self.labels is not None:
+            return torch.ones_like(self.labels)
+        counts: Tensor = (self.targets[:, 1:] != NO_LOSS).sum(1)
+        return counts
 
     @cached_property
     def fingerprint(self) -> str:
@@ -153,13 +184,28 @@ def sizes(samples: Samples) -> tuple[int | None, tuple[int, ...] | None]:
     return num_classes, shape
 
 
-def check_ids(ids: Tensor, *lengths: int) -> None:
-    """Raise DataError unless there is one id a sample and none repeats."""
-    if ids.dtype != torch.int64 or any(length != len(ids) for length in lengths):
+def check_targets(samples: Samples, rows: Tensor | None = None) -> None:
+    """Raise DataError if nothing can be learned from one of the samples: a text without targets."""
+    if isinstance(samples, TokenSamples):
+        counts = samples.num_targets if rows is None else samples.num_targets[rows]
+        if bool((counts == 0).any()):
+            ids = samples.ids if rows is None else samples.ids[rows]
+            raise DataError(
+                f"{int((counts == 0).sum())} texts have no target token, the first with the id "
+                f"{int(ids[counts == 0][0])}: they have no loss; leave them out"
+            )
+
+
+def checked_ids(ids: Any, num_samples: int) -> Tensor:
+    """Ids as int64 [N], by default the row numbers; raise DataError unless each sample has one."""
+    if ids is None:
+        return torch.arange(num_samples)
+    own = whole_numbers(ids, "ids")
+    if own.shape != (num_samples,):
         raise DataError(
-            f"expected one int64 id for each sample; got {len(ids)} of {ids.dtype} for "
-            f"{', '.join(map(str, lengths))} samples"
+            f"ids have shape {tuple(own.shape)}; expected one for each of {num_samples} samples"
         )
-    unique, counts = ids.unique(return_counts=True)
-    if len(unique) != len(ids):
+    unique, counts = own.unique(return_counts=True)
+    if len(unique) != len(own):
         raise DataError(f"sample id {int(unique[counts > 1][0])} occurs more than once")
+    return own

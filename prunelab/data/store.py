@@ -2,10 +2,12 @@
 
     images.npy   uint8 or float32 [N, C, H, W]
     labels.npy   int64 [N]
+    rows.npy     int64 [N], CRC-32 of each image and its label
     NAME.npy     further int64 arrays, such as which samples are whose
     store.json   format version, name, classes, preprocessing; type, shape and SHA-256 of each array
 
-Reading is by memory map, or by `ImageStore.take`, which leaves no other sample in memory.
+Reading is by memory map, or by `ImageStore.take`, which checks the samples that it takes and
+leaves no other in memory.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import re
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,10 +31,11 @@ from numpy.typing import NDArray
 
 from prunelab.data.batches import Images, Integers, Preprocessing
 from prunelab.errors import DataError
+from sparsemodel.storage.sealed import read_sealed_json, sealed_json
 
-FORMAT = 1
+FORMAT = 2  # 1: without checksums of rows and header
 HEADER = "store.json"
-IMAGES, LABELS = "images", "labels"
+IMAGES, LABELS, ROWS = "images", "labels", "rows"
 _CHUNK = 1 << 20  # bytes read at a time to check a digest
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _IMAGE_TYPES = ("uint8", "float32")
@@ -51,6 +55,7 @@ class ImageStore:
         images: uint8 or float32 [N, C, H, W]. Pages that were touched count as memory of the
             process; to keep a few samples, use `take`.
         labels: int64 [N].
+        rows: int64 [N], checksums of the samples.
         arrays: further int64 arrays by name.
     """
 
@@ -61,6 +66,7 @@ class ImageStore:
     digest: str
     images: Images
     labels: Integers
+    rows: Integers
     arrays: Mapping[str, Integers]
 
     def __len__(self) -> int:
@@ -78,7 +84,7 @@ class ImageStore:
         They are read from the file into place: nothing but them is held in memory.
 
         Raises:
-            DataError: rows that the store has not, or a file that ends too early.
+            DataError: rows that the store has not, or samples that are not what was written.
         """
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
             raise DataError(
@@ -92,7 +98,11 @@ class ImageStore:
             for start, end in _runs(rows):
                 file.seek(start_of_data + int(rows[start]) * (size // len(self)))
                 _read_into(file, taken[start:end])
-        return taken, np.array(self.labels[rows])
+        labels = np.array(self.labels[rows])
+        wrong = np.flatnonzero(_row_checks(taken, labels) != self.rows[rows])
+        if len(wrong):
+            raise DataError(f"{path}: damaged: sample {rows[wrong[0]]} is not what was written")
+        return taken, labels
 
 
 def write_store(
@@ -104,6 +114,7 @@ def write_store(
     name: str,
     preprocessing: Preprocessing | None = None,
     arrays: Mapping[str, Integers] | None = None,
+    made_for: str = "",
 ) -> ImageStore:
     """Write a store in one step: a reader meets no folder, or the whole one.
 
@@ -115,21 +126,23 @@ def write_store(
         labels: int64 [N].
         preprocessing: by default `Preprocessing()`.
         arrays: further int64 arrays; names of small letters, digits and _.
+        made_for: what the store belongs to; `open_store` may ask for it.
 
     Raises:
         DataError: arrays that are no such data, a folder that holds something else, or one
             that cannot be written.
     """
     further = dict(arrays or {})
-    if further.keys() & {IMAGES, LABELS}:
-        raise DataError(f"{folder}: further arrays cannot be called {IMAGES} or {LABELS}")
+    if further.keys() & {IMAGES, LABELS, ROWS}:
+        raise DataError(f"{folder}: further arrays cannot be called {IMAGES}, {LABELS} or {ROWS}")
     content: dict[str, Array] = {
         key: np.ascontiguousarray(array)
         for key, array in {IMAGES: images, LABELS: labels, **further}.items()
     }
+    content[ROWS] = _row_checks(content[IMAGES], content[LABELS])
     with _about(folder):
         described = {key: _Described.of(array) for key, array in content.items()}
-        header = _Header(name, num_classes, preprocessing or Preprocessing(), described)
+        header = _Header(name, num_classes, preprocessing or Preprocessing(), described, made_for)
         _check_labels(labels, num_classes)
         if images.dtype == np.float32 and not np.isfinite(images).all():
             raise DataError("an image has values that are not finite")
@@ -143,30 +156,32 @@ def write_store(
     return store
 
 
-def open_store(folder: Path, *, verify: bool = False) -> ImageStore:
+def open_store(folder: Path, *, verify: bool = False, made_for: str | None = None) -> ImageStore:
     """Open what `write_store` wrote.
 
     Args:
-        verify: read everything once and compare digests. Without it types, shapes, sizes of
-            files and the labels' range are checked all the same.
+        verify: read the images once and compare their digest. Without it all else is checked,
+            and those images that `ImageStore.take` takes.
+        made_for: what the store has to belong to; None: anything.
 
     Raises:
-        DataError: no store, one of another format version, or a damaged one.
+        DataError: no store, one of another format version, a damaged one, or one of something
+            else.
     """
-    path = folder / HEADER
+    path, cure = folder / HEADER, "write the store again"
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{folder} is no image store: {HEADER} cannot be read ({error.strerror})"
-        ) from None
+        values = read_sealed_json(path, of=HEADER, error=DataError, cure=cure)
+    except FileNotFoundError:
+        raise DataError(f"{folder} is no image store: it has no {HEADER}") from None
     with _about(path):
-        header = _Header.parse(text)
+        header = _Header.parse(values)
+    if made_for not in (None, header.made_for):
+        raise DataError(f"{folder} is of another run; {cure}")
     arrays: dict[str, Any] = {}
     for name, described in header.arrays.items():
         with _about(_file(folder, name)):
-            arrays[name] = _mapped(_file(folder, name), described, verify=verify)
-    images, labels = arrays.pop(IMAGES), arrays.pop(LABELS)
+            arrays[name] = _mapped(_file(folder, name), described, verify=verify or name != IMAGES)
+    images, labels, rows = (arrays.pop(name) for name in (IMAGES, LABELS, ROWS))
     with _about(folder):
         _check_labels(labels, header.num_classes)
     return ImageStore(
@@ -177,6 +192,7 @@ def open_store(folder: Path, *, verify: bool = False) -> ImageStore:
         digest=header.digest(),
         images=images,
         labels=labels,
+        rows=rows,
         arrays=arrays,
     )
 
@@ -209,6 +225,7 @@ class _Header:
     num_classes: int
     preprocessing: Preprocessing
     arrays: dict[str, _Described]
+    made_for: str = ""
 
     def __post_init__(self) -> None:
         problems = [
@@ -219,7 +236,7 @@ class _Header:
             for name, array in self.arrays.items()
             if name != IMAGES and array.dtype != "int64"
         ]
-        images, labels = self.arrays[IMAGES], self.arrays[LABELS]
+        images, labels, rows = (self.arrays[name] for name in (IMAGES, LABELS, ROWS))
         if images.dtype not in _IMAGE_TYPES or len(images.shape) != 4 or 0 in images.shape:
             problems.append(
                 f"images are {images.dtype} {list(images.shape)}, expected "
@@ -229,6 +246,8 @@ class _Header:
             problems.append(
                 f"labels are {list(labels.shape)} for {images.shape[0]} images, expected one each"
             )
+        elif rows.shape != labels.shape:
+            problems.append(f"checksums of {list(rows.shape)} rows, expected {list(labels.shape)}")
         else:
             self.preprocessing.normalization(images.shape[1])
         if self.num_classes < 1:
@@ -236,15 +255,14 @@ class _Header:
         if problems:
             raise DataError("; ".join(problems))
 
-    def json(self) -> str:
-        values = {"format": FORMAT, **asdict(self), "preprocessing": self.preprocessing.to_dict()}
-        return json.dumps(values, indent=1, sort_keys=True)
+    def values(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"format": FORMAT, **asdict(self), "preprocessing": self.preprocessing.to_dict()}
 
     @classmethod
-    def parse(cls, text: bytes) -> _Header:
-        """What `json` wrote; anything else is a DataError."""
+    def parse(cls, values: Mapping[str, Any]) -> _Header:
+        """What `values` gave; anything else is a DataError."""
         try:
-            values = json.loads(text)
             if values["format"] != FORMAT:
                 raise DataError(f"format {values['format']!r}, this release reads {FORMAT}")
             arrays = {
@@ -254,14 +272,18 @@ class _Header:
                 for name, array in values["arrays"].items()
             }
             preprocessing = Preprocessing.from_dict(values["preprocessing"])
-            return cls(str(values["name"]), int(values["num_classes"]), preprocessing, arrays)
+            return cls(
+                str(values["name"]), int(values["num_classes"]), preprocessing, arrays,
+                str(values["made_for"]),
+            )  # fmt: skip
         except DataError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise DataError(f"damaged ({type(error).__name__}: {error})") from None
 
     def digest(self) -> str:
-        return hashlib.sha256(self.json().encode()).hexdigest()[:32]
+        text = json.dumps(self.values(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _check_labels(labels: Integers, num_classes: int) -> None:
@@ -270,6 +292,13 @@ def _check_labels(labels: Integers, num_classes: int) -> None:
         raise DataError(
             f"label {labels[wrong[0]]} of row {wrong[0]} lies outside 0 ... {num_classes - 1}"
         )
+
+
+def _row_checks(images: Array, labels: Array) -> Integers:
+    """CRC-32 of each image and its label, int64 [N]; both are contiguous."""
+    pairs = zip(images, labels.reshape(-1, 1), strict=False)
+    checks = [zlib.crc32(label.data, zlib.crc32(image.data)) for image, label in pairs]
+    return np.array(checks, np.int64)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -290,7 +319,7 @@ def _put_in_place(folder: Path, content: Mapping[str, Array], header: _Header) -
                 np.save(file, array, allow_pickle=False)
                 _flush(file)
         with (part / HEADER).open("xb") as file:
-            file.write(header.json().encode())
+            file.write(sealed_json(HEADER, header.values()))
             _flush(file)
         try:
             part.rename(folder)
@@ -322,10 +351,13 @@ def _about(path: Path) -> Iterator[None]:
 def _mapped(path: Path, expected: _Described, *, verify: bool) -> Array:
     """The file's array as a memory map, once it is known to be what the header says."""
     with path.open("rb") as file:
-        version = np.lib.format.read_magic(file)
-        if version != (1, 0):
-            raise DataError(f"version {version} of numpy's format, expected (1, 0)")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        try:
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise DataError(f"version {version} of numpy's format, expected (1, 0)")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        except Exception as error:  # whatever Python's own parser raises
+            raise DataError(f"cannot be read or is damaged ({error})") from None
         start = file.tell()
         if fortran or str(dtype) != expected.dtype or shape != expected.shape:
             raise DataError(

@@ -42,7 +42,8 @@ def run_command(
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        cli(arguments, standalone_mode=True)
+        with warnings_shown():
+            cli(arguments, standalone_mode=True)
     except expected as error:
         if debug:
             raise

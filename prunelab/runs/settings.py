@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 
@@ -21,8 +21,10 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """Settings that differ, one phrase each.
+def differences(
+    now: Mapping[str, Any], before: Mapping[str, Any], *, free: Container[str] = ()
+) -> list[str]:
+    """Settings that differ, one phrase each; those in `free` may.
 
     >>> differences({"seed": 1, "training": {"lr": 0.1}}, {"seed": 2, "training": {"lr": 0.1}})
     ['seed was 2, now 1']
@@ -31,5 +33,5 @@ def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     return [
         f"{key} was {b.get(key)!r}, now {a.get(key)!r}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key)
+        if a.get(key) != b.get(key) and key not in free
     ]

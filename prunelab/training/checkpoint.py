@@ -12,8 +12,12 @@ import torch
 
 from prunelab.errors import RunError
 from sparsemodel.storage.files import write_atomically
+from sparsemodel.storage.sealed import BLANK, read_sealed, seal
 
-VERSION = 2  # 1: the order of samples was drawn by torch
+VERSION = 3  # 1: the order of samples was drawn by torch; 2: no checksum
+CURE = "delete it to start anew"
+KIND = "checkpoint"
+_HEAD = f"{KIND} {BLANK}\n".encode()
 
 
 def save(path: Path, state: Mapping[str, Any], *, signature: Mapping[str, Any]) -> None:
@@ -29,7 +33,7 @@ def save(path: Path, state: Mapping[str, Any], *, signature: Mapping[str, Any]) 
     torch.save({"version": VERSION, "signature": dict(signature), "state": dict(state)}, buffer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, seal(_HEAD + buffer.getvalue(), KIND))
     except OSError as error:
         raise RunError(f"{path}: the checkpoint cannot be written ({error.strerror})") from None
 
@@ -42,14 +46,17 @@ def load(path: Path, *, signature: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         RunError: a damaged file, or one of a run with another signature.
     """
-    if not path.exists():
+    try:
+        data = read_sealed(path, KIND, error=RunError, cure=CURE)
+    except FileNotFoundError:
         return None
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = io.BytesIO(data[len(_HEAD) :])
+        found = torch.load(content, map_location="cpu", weights_only=True)
         version, theirs, state = found["version"], found["signature"], found["state"]
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError) as error:
+    except (EOFError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError) as error:
         raise RunError(
-            f"{path} is not a readable checkpoint ({type(error).__name__}); delete it to start anew"
+            f"{path} is not a readable checkpoint ({type(error).__name__}); {CURE}"
         ) from None
     if version != VERSION:
         raise RunError(f"{path} has checkpoint version {version}, this release reads {VERSION}")

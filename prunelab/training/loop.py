@@ -14,14 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunelab.data.batches import batches
+from prunelab.data.batches import batches, num_batches
 from prunelab.data.objects import as_samples
-from prunelab.data.samples import Augmentable, Samples
+from prunelab.data.samples import Augmentable, Samples, check_targets
 from prunelab.errors import RunError, check_settings
 from prunelab.runs.seeds import rng, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
 from prunelab.training.steps import OPTIMIZERS, Loss, Objective, Stepper, is_planned, make_optimizer
-from prunelab.training.task import Classification, ImageClassification, Task, to_device
+from prunelab.training.task import (
+    Classification,
+    ImageClassification,
+    Task,
+    check_fits,
+    to_device,
+)
 from sparsemodel.masks.schedule import cosine
 from sparsemodel.plans import stepper as planned_steps
 
@@ -171,6 +177,7 @@ def train(
     objective: Objective | None = None,
     callbacks: Sequence[Callback] = (),
     checkpoint: Path | None = None,
+    run: str = "",
     device: str | torch.device = "cpu",
 ) -> TrainingResult:
     """Train `model` in place, dense or sparsified, and leave it in train mode.
@@ -186,8 +193,10 @@ def train(
         rows: which samples; None: all. A function gives each epoch its own rows.
         objective: None: the mean of `task.loss`. Another needs a Classification task.
         checkpoint: written after each epoch; if the file is there, the run goes on from it.
+        run: what else the checkpoint belongs to, such as a teacher.
 
     Raises:
+        DataError: a text without targets, from which nothing can be learned.
         RunError: rows that are not in the data, a loss that is not finite, settings that the
             task or the samples cannot follow, or a checkpoint of another run.
     """
@@ -200,7 +209,7 @@ def train(
         model, task, optimizer, objective=objective, batch_size=config.batch_size,
         planned=not callbacks,
     )  # fmt: skip
-    signature = _signature(model, samples, config=config, seed=seed, rows=rows)
+    signature = _signature(model, samples, config=config, seed=seed, rows=rows, run=run)
     progress = _Progress()
     if checkpoint is not None:
         state = checkpoints.load(Path(checkpoint), signature=signature)
@@ -209,6 +218,7 @@ def train(
     while not _finished(progress, config):
         epoch = len(progress.losses)
         chosen = _epoch_rows(rows, epoch, len(samples))
+        check_targets(samples, chosen)
         with seeded(stream_seed(seed, _DROPOUT, epoch), device):
             _train_epoch(
                 model, samples, stepper, optimizer, progress,
@@ -236,10 +246,12 @@ def evaluate(
         task: None: image classification.
 
     Raises:
+        ModelError: the model does not take such images, or has no logit for one of the labels.
         RunError: no rows, or rows that are not in the data.
     """
     samples, task = as_samples(data), task or ImageClassification()
     chosen = _epoch_rows(rows, 0, len(samples))
+    check_fits(task, model, samples, num_classes=None)
     add = _evaluator(model, task)
     loss_sum, correct = 0.0, 0
     device = next(model.parameters()).device
@@ -362,10 +374,26 @@ def _batch(
 def _set_lr(
     optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: int, epochs: float
 ) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = _rate(config, steps, epochs)
+
+
+def _rate(config: TrainingConfig, steps: int, epochs: float) -> float:
     """Half a cosine over the run. Epochs may differ in length, so each counts as a whole."""
     done, end = (epochs, config.epochs) if config.steps is None else (steps, config.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = cosine(done, value=config.lr, end=end)
+    return cosine(done, value=config.lr, end=end)
+
+
+def epoch_rates(config: TrainingConfig, num_samples: int) -> list[float]:
+    """Mean learning rate of the steps of each epoch that `train` takes on so many rows."""
+    steps = num_batches(num_samples, batch_size=config.batch_size)
+    total = config.epochs * steps if config.steps is None else config.steps
+    means = []
+    for first in range(0, total, steps):
+        taken = range(first, min(first + steps, total))
+        rates = [_rate(config, step, step / steps) for step in taken]
+        means.append(sum(rates) / len(rates))
+    return means
 
 
 def _finished(progress: _Progress, config: TrainingConfig) -> bool:
@@ -394,7 +422,13 @@ def _epoch_rows(rows: Rows | None, epoch: int, num_samples: int) -> Tensor:
 
 
 def _signature(
-    model: nn.Module, samples: Samples, *, config: TrainingConfig, seed: int, rows: Rows | None
+    model: nn.Module,
+    samples: Samples,
+    *,
+    config: TrainingConfig,
+    seed: int,
+    rows: Rows | None,
+    run: str,
 ) -> dict[str, Any]:
     """What has to be the same for a checkpoint to be this run's."""
     chosen = "all"
@@ -408,6 +442,7 @@ def _signature(
         "data": samples.fingerprint,
         "rows": chosen,
         "seed": seed,
+        "run": run,
         **{f"training.{name}": value for name, value in asdict(config).items()},
     }
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prunelab import networks
+from prunelab.data.samples import NO_LOSS, ImageSamples, Samples
 from prunelab.errors import ModelError
 from sparsemodel.layers.linear_and_conv import SparseLinear
 
@@ -63,7 +65,7 @@ class ImageClassification(Classification):
         self.layer = layer
 
     def logits(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        logits: Tensor = model(batch[0])
+        logits: Tensor = model(networks.fitted(model, batch[0]))
         return logits
 
     def labels(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -78,7 +80,7 @@ class ImageClassification(Classification):
         name, of_input = self.layer, False
         if name is None:
             name, of_input = _last_linear(model), True
-        seen = _seen(model, name, batch[0], of_input=of_input)
+        seen = _seen(model, name, networks.fitted(model, batch[0]), of_input=of_input)
         return seen.flatten(2).mean(2) if seen.dim() > 2 else seen
 
 
@@ -103,19 +105,35 @@ class CausalLM(Task):
     """A causal language model of transformers; batches are dicts of TokenSamples.
 
     The loss of a sample is the mean cross-entropy of its target tokens (those whose target is
-    not −100), each predicted from the tokens before it.
+    not −100), each predicted from the tokens before it; NaN where it has none.
     """
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         logits = model(**_inputs(batch)).logits[:, :-1]
         targets = batch["labels"][:, 1:]
         losses = functional.cross_entropy(
-            logits.transpose(1, 2).float(), targets, ignore_index=-100, reduction="none"
+            logits.transpose(1, 2).float(), targets, ignore_index=NO_LOSS, reduction="none"
         )
-        return losses.sum(1) / (targets != -100).sum(1).clamp(min=1)
+        counts = (targets != NO_LOSS).sum(1)
+        return (losses.sum(1) / counts.clamp(min=1)).where(counts > 0, torch.nan)
 
     def embedding(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return _mean_hidden_state(model, batch)
+
+
+def check_fits(task: Task, model: nn.Module, samples: Samples, *, num_classes: int | None) -> None:
+    """Raise ModelError unless an image network fits its samples; of other tasks nothing is known.
+
+    Args:
+        num_classes: of the whole data set; None: as many as the samples' labels reach.
+    """
+    is_image = getattr(type(task), "logits", None) is ImageClassification.logits
+    if is_image and isinstance(samples, ImageSamples):
+        networks.check_fits(
+            model,
+            input_shape=tuple(samples.images.shape[1:]),
+            num_classes=num_classes or int(samples.labels.max()) + 1,
+        )
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

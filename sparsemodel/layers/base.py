@@ -22,6 +22,7 @@ from sparsemodel.kernels.csr import (
 )
 from sparsemodel.kernels.functional import SparseIndex
 from sparsemodel.kernels.geometry import ConvGeometry
+from sparsemodel.layers.derived import DerivedWeight
 from sparsemodel.masks.adjust import TensorEntries
 from sparsemodel.masks.structure import check_structure
 
@@ -46,6 +47,8 @@ class SparseLayer(nn.Module):
 
     # What `execution` may be.
     executions: ClassVar[tuple[Execution, ...]] = EXECUTIONS
+    # Of the layer in whose place this one stands.
+    dense_class: type[nn.Module] | None = None
 
     values: nn.Parameter
     bias: nn.Parameter | None
@@ -90,8 +93,12 @@ class SparseLayer(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight, zeros at pruned places; differentiable, made anew at each access."""
-        return reference.dense_weight(self.values, self.active_positions(), self._weight_shape)
+        """The dense weight, zeros at pruned places; differentiable, made anew at each access.
+
+        Writing into it raises SparseModelError, as what is written would be lost.
+        """
+        places = self.active_positions()
+        return DerivedWeight.of(reference.dense_weight(self.values, places, self._weight_shape))
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -167,6 +174,17 @@ class SparseLayer(nn.Module):
             Flat indices into the dense weight (int64, ascending) and gradients (float32).
         """
         raise NotImplementedError
+
+    def _slow_forward(self, *_: Any, **__: Any) -> Any:
+        raise _no_export("torch.jit.trace")  # torch calls it in the place of forward while tracing
+
+    def __prepare_scriptable__(self) -> Self:
+        raise _no_export("torch.jit.script")
+
+    def _refuse_export(self) -> None:
+        # In strict mode torch goes through the layers as its compiler does, to plain operators.
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            raise _no_export("torch.export")
 
     def extra_repr(self) -> str:
         shape = "×".join(map(str, self._weight_shape))
@@ -276,3 +294,10 @@ class SparseLayer(nn.Module):
                     f"weights, here {len(self.cols)}); call change_mask(model, mask) first"
                 )
         super()._load_from_state_dict(state_dict, prefix, *rest, **keywords)
+
+
+def _no_export(what: str) -> SparseModelError:
+    return SparseModelError(
+        f"{what} knows no sparse layers; make the model dense first, sparsemodel.densify(model), "
+        "which computes the same, and export that"
+    )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sparsemodel.errors import MaskError, SparseModelError
+from sparsemodel.layers.gate import check_copied, replaceable_layer
 from sparsemodel.layers.linear_and_conv import Execution, SparseConv2d, SparseLayer, SparseLinear
 from sparsemodel.layers.sparsify import exchange, sparse_layer_of
 from sparsemodel.runtime.state import SparseState
@@ -15,7 +16,9 @@ from sparsemodel.runtime.state import SparseState
 
 @torch.no_grad()
 def load_state_(model: nn.Module, state: SparseState) -> None:
-    """Copy a state into a plain model, zeros at pruned places; integer counters start at zero.
+    """Copy a state into a plain model, zeros at pruned places; batch counters start at zero.
+
+    Buffers that a state does not carry (`fixed_buffers`) stay as they are.
 
     Raises:
         MaskError: names or shapes are not those of the model; nothing is changed then.
@@ -24,7 +27,8 @@ def load_state_(model: nn.Module, state: SparseState) -> None:
     _check_names(own, state)
     for name, tensor in own.items():
         if not tensor.is_floating_point():
-            tensor.zero_()
+            if _is_counter(name):
+                tensor.zero_()
             continue
         value, pattern = torch.from_numpy(state.values[name]), state.pattern(name)
         if pattern is None:
@@ -46,14 +50,14 @@ def sparse_model(
 
     Raises:
         MaskError: names or shapes are not those of the model.
-        SparseModelError: a layer under a pattern that has no sparse form, or a buffer of the
-            skeleton that the state does not hold and that has no value on "meta".
+        SparseModelError: what `sparsify` refuses, or a buffer of the skeleton that the state does
+            not hold and that has no value on "meta".
     """
     _check_names(skeleton.state_dict(), state)
-    modules = dict(skeleton.named_modules())
-    new: dict[int, nn.Module] = {}
+    check_copied(skeleton)
+    shapes, new = state.shapes(), dict[int, nn.Module]()
     for name in state.patterns or ():
-        layer = modules[name.rpartition(".")[0]]
+        layer = replaceable_layer(skeleton, name, tuple(shapes[name]))
         new[id(layer)] = _layer(name, layer, state, execution)
     # Plain layers of a "meta" skeleton are copied as they are: their tensors come below.
     model = exchange(skeleton, new, fuse=fuse)
@@ -87,14 +91,30 @@ def _fill(prefix: str, module: nn.Module, state: SparseState) -> None:
     for key, buffer in module._buffers.items():
         if buffer is None:
             continue
-        if prefix + key in state.values:
-            module._buffers[key] = torch.from_numpy(state.values[prefix + key].copy())
-        elif not buffer.is_floating_point() and key not in module._non_persistent_buffers_set:
+        name = prefix + key
+        if name in state.values:
+            module._buffers[key] = torch.from_numpy(state.values[name].copy())
+        elif _is_counter(name):
             module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
         elif buffer.is_meta:
             raise SparseModelError(
-                f"the buffer {prefix + key!r} is not part of the state; build the model on the CPU"
+                f"the buffer {name!r} is not part of the state; build the model on the CPU"
             )
+
+
+def fixed_buffers(model: nn.Module) -> list[str]:
+    """Buffers that no state carries, so that they have to be the model's own.
+
+    Those that are not floats or not persistent: index tables, masks, positions. Batch norms'
+    counters are not among them.
+    """
+    carried = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    return [n for n, _ in model.named_buffers() if n not in carried and not _is_counter(n)]
+
+
+def _is_counter(name: str) -> bool:
+    """Whether a state's entry counts the batches of a batch norm."""
+    return name.rpartition(".")[2] == "num_batches_tracked"
 
 
 def _check_names(own: dict[str, Any], state: SparseState) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import types
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -11,9 +13,10 @@ from torch.nn import functional
 
 from sparsemodel.errors import SparseModelError
 from sparsemodel.kernels import pooling
+from sparsemodel.layers.gate import FUSED_FORWARD, is_plain
 from sparsemodel.layers.norm_and_pool import FusedBatchNorm2d
 from sparsemodel.layers.norm_fusion import Fusion, find_fusions
-from sparsemodel.layers.tracing import has_hooks, is_leaf, trace_forward
+from sparsemodel.layers.tracing import Watch, is_leaf, trace_forward
 
 _RELUS = {torch.relu, torch.relu_, functional.relu, functional.relu_, "relu", "relu_"}
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -23,16 +26,16 @@ _POOLS = {
     functional.avg_pool2d: pooling.avg_pool2d,
     functional.adaptive_avg_pool2d: pooling.adaptive_avg_pool2d,
 }
-_MARK = "fused_by_sparsemodel"
+_WATCH = "_watched_by_sparsemodel"
 
 
 def fuse_forward(model: nn.Module) -> bool:
     """Give `model` a forward method that fuses batch norm, addition and ReLU, in place.
 
     Modules, parameters and their names stay; only `model.forward` is replaced, by the code of
-    its traced graph. Nothing is changed where the model cannot be traced, does other things in
-    training than in evaluation (other than what its layers do by themselves), has hooks on
-    containers, or has nothing to fuse.
+    its traced graph. Nothing is changed where `trace_forward` refuses the model, where it has
+    hooks on containers, or has nothing to fuse. A model that gets hooks, other modules or other
+    settings later computes by its class's forward as long as it has them.
 
     Args:
         model: its batch norms are FusedBatchNorm2d already.
@@ -41,27 +44,41 @@ def fuse_forward(model: nn.Module) -> bool:
         Whether forward was replaced.
     """
     graph = _trace(model)
-    if graph is None or _rewrite(model, graph) == 0:
+    if graph is None:
         return False
-    function = type(fx.GraphModule(model, graph)).forward
-    setattr(function, _MARK, True)
-    model.__dict__["forward"] = types.MethodType(function, model)
+    modules = dict(model.named_modules())
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    places, absorbed = _rewrite(graph, modules)
+    if not places:
+        return False
+    traced = type(fx.GraphModule(model, graph)).forward
+    plain = type(model).forward
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling() or not self.__dict__[_WATCH].change():
+            return traced(self, *arguments, **named)
+        return plain(self, *arguments, **named)
+
+    setattr(forward, FUSED_FORWARD, True)
+    inside = [m for name, m in modules.items() if name not in called or name in absorbed]
+    model.__dict__[_WATCH] = Watch(model, inside)
+    model.__dict__["forward"] = types.MethodType(forward, model)
     return True
 
 
 def unfuse_forward(model: nn.Module) -> None:
     """Undo `fuse_forward`: the class's forward is in force again."""
-    forward = model.__dict__.get("forward")
-    if getattr(forward, _MARK, False):
-        del model.__dict__["forward"]
+    if model.__dict__.pop(_WATCH, None) is not None:
+        model.__dict__.pop("forward", None)
 
 
 def _trace(model: nn.Module) -> fx.Graph | None:
     """The graph of one forward call, if it is known whole and calls no hooks of containers."""
     hooked = any(
-        has_hooks(module)
+        not is_plain(module)
         for name, module in model.named_modules()
-        if module is not model and not is_leaf(module, name)
+        if not is_leaf(module, name) and (module is not model or "forward" in vars(model))
     )
     if hooked or is_leaf(model):
         return None
@@ -70,23 +87,24 @@ def _trace(model: nn.Module) -> fx.Graph | None:
     except SparseModelError:
         return None
     constants = any(
-        node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
-        for node in graph.nodes
+        node.op == "get_attr" and "_constant" in str(node.target) for node in graph.nodes
     )
     return None if constants else graph
 
 
-def _rewrite(model: nn.Module, graph: fx.Graph) -> int:
-    """Fuse what can be fused; how many places were."""
-    places = 0
+def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[int, set[str]]:
+    """Fuse what can be fused; how many places were, and the modules that take part in them."""
+    places, absorbed = 0, set()
     for node in graph.nodes:
         if node.op == "call_function" and node.target in _POOLS:
             node.target = _POOLS[node.target]
             places += 1
-    fusions = find_fusions(graph.nodes, _View(dict(model.named_modules())))
-    for fusion in fusions:
+    for fusion in find_fusions(graph.nodes, _View(modules)):
+        parts = (fusion.norm, fusion.addition, fusion.relu)
+        absorbed |= {str(n.target) for n in parts if n is not None and n.op == "call_module"}
         _replace(fusion)
-    return places + len(fusions)
+        places += 1
+    return places, absorbed
 
 
 def _replace(fusion: Fusion[fx.Node]) -> None:
@@ -115,7 +133,8 @@ class _View:
     def is_norm(self, node: fx.Node) -> bool:
         if node.op != "call_module":
             return False
-        if type(self._modules[str(node.target)]) is not FusedBatchNorm2d:
+        norm = self._modules[str(node.target)]
+        if type(norm) is not FusedBatchNorm2d or not is_plain(norm):
             return False
         if len(node.args) != 1 or node.kwargs or len(node.users) != 1:
             return False
@@ -140,7 +159,8 @@ class _View:
         if not isinstance(before, fx.Node) or len(before.users) != 1:
             return None
         if node.op == "call_module":
-            return before if type(self._modules[str(node.target)]) is nn.ReLU else None
+            relu = self._modules[str(node.target)]
+            return before if type(relu) is nn.ReLU and is_plain(relu) else None
         known = node.op in {"call_function", "call_method"} and node.target in _RELUS
         return before if known else None
 

@@ -83,8 +83,7 @@ class SparseLinear(SparseLayer):
     ) -> Self:
         """The sparse form of `layer` under `mask`; weights outside the mask are dropped."""
         _check_shape(mask, tuple(layer.weight.shape))
-        geometry = ConvGeometry(layer.out_features, layer.in_features, 1, 1)
-        return _sparse(cls, layer, geometry, mask, execution)
+        return _sparse(cls, layer, _linear_geometry(layer), mask, execution)
 
     @classmethod
     def from_csr(
@@ -103,7 +102,7 @@ class SparseLinear(SparseLayer):
             values: float [nnz], taken over.
             bias: float [out], taken over, or None.
         """
-        geometry = ConvGeometry(layer.out_features, layer.in_features, 1, 1)
+        geometry = _linear_geometry(layer)
         return _made(cls, layer, geometry, pattern, values, bias, execution)
 
     def to_dense(self) -> nn.Linear:
@@ -120,6 +119,7 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[*, in] -> [*, out]."""
+        self._refuse_export()
         if torch.is_autocast_enabled(x.device.type):
             return _without_autocast(self, x)
         if self._execution in STRUCTURED:
@@ -203,7 +203,7 @@ class SparseConv2d(SparseLayer):
             SparseModelError: padding that is not zeros, or uneven ("same" with an even window).
         """
         _check_shape(mask, tuple(layer.weight.shape))
-        return _sparse(cls, layer, _geometry_of(layer), mask, execution)
+        return _sparse(cls, layer, geometry_of(layer), mask, execution)
 
     @classmethod
     def from_csr(
@@ -220,7 +220,7 @@ class SparseConv2d(SparseLayer):
         Raises:
             SparseModelError: as `from_dense`.
         """
-        return _made(cls, layer, _geometry_of(layer), pattern, values, bias, execution)
+        return _made(cls, layer, geometry_of(layer), pattern, values, bias, execution)
 
     def to_dense(self) -> nn.Conv2d:
         """The plain layer of the same weights, zeros at pruned places."""
@@ -242,6 +242,7 @@ class SparseConv2d(SparseLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, in, H, W] -> [B, out, OH, OW], or both without B."""
+        self._refuse_export()
         if torch.is_autocast_enabled(x.device.type):
             return _without_autocast(self, x)
         if x.dim() == 3:
@@ -294,9 +295,12 @@ def _made(  # noqa: PLR0917 - the constructor's order
     sparse = kind.__new__(kind)
     shape = tuple(layer.weight.shape)
     SparseLayer.__init__(sparse, geometry, shape, pattern, values, bias, execution)
+    sparse.dense_class = type(layer)
     sparse.values.requires_grad_(layer.weight.requires_grad)
     if layer.bias is not None and sparse.bias is not None:
         sparse.bias.requires_grad_(layer.bias.requires_grad)
+    if next(iter(layer._parameters)) == "bias":  # as prune.remove and the like leave it
+        sparse._parameters["values"] = sparse._parameters.pop("values")
     return sparse.train(layer.training)
 
 
@@ -312,6 +316,10 @@ def _filled(layer: _Dense, sparse: SparseLayer) -> _Dense:
     if sparse.bias is not None and layer.bias is not None:
         layer.bias.copy_(sparse.bias)
         layer.bias.requires_grad_(sparse.bias.requires_grad)
+    if sparse.dense_class is not None:
+        layer.__class__ = sparse.dense_class  # type: ignore[assignment]
+    if next(iter(sparse._parameters)) == "bias":
+        layer._parameters["weight"] = layer._parameters.pop("weight")
     return layer.train(sparse.training)
 
 
@@ -347,11 +355,24 @@ def _conv_geometry(  # noqa: PLR0917 - in nn.Conv2d's order
     )
 
 
-def _geometry_of(layer: nn.Conv2d) -> ConvGeometry:
+def _linear_geometry(layer: nn.Linear) -> ConvGeometry:
+    out_features, in_features = layer.weight.shape  # which functional.linear goes by
+    return ConvGeometry(out_features, in_features, 1, 1)
+
+
+def geometry_of(layer: SparseConv2d | nn.Conv2d) -> ConvGeometry:
+    """The geometry by which a convolution computes: of a plain one, its attributes as they are now.
+
+    Raises:
+        SparseModelError: padding that is not zeros, or uneven ("same" with an even window).
+    """
+    if isinstance(layer, SparseConv2d):
+        return layer.geometry
+    out_channels, in_group, *window = layer.weight.shape
     return _conv_geometry(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
+        in_group * layer.groups,
+        out_channels,
+        tuple(window),
         layer.stride,
         _plain_padding(layer),
         layer.dilation,
@@ -359,8 +380,13 @@ def _geometry_of(layer: nn.Conv2d) -> ConvGeometry:
     )
 
 
+def weight_shape(layer: SparseLayer | nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+    """Shape of a sparse or plain layer's dense weight."""
+    return tuple(layer.weight_shape if isinstance(layer, SparseLayer) else layer.weight.shape)
+
+
 def _pair(number: Pair) -> tuple[int, int]:
-    return (number, number) if isinstance(number, int) else (number[0], number[1])
+    return (number, number) if isinstance(number, int) else (number[0], number[-1])
 
 
 def _plain_padding(layer: nn.Conv2d) -> Pair:
@@ -371,10 +397,12 @@ def _plain_padding(layer: nn.Conv2d) -> Pair:
             " leave it out of the mask"
         )
     if not isinstance(layer.padding, str):
-        return layer.padding[0], layer.padding[1]
+        return _pair(layer.padding)
     if layer.padding == "valid":
         return 0, 0
-    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    reach = [
+        d * (k - 1) for d, k in zip(_pair(layer.dilation), layer.weight.shape[2:], strict=True)
+    ]
     if any(n % 2 for n in reach):
         raise SparseModelError(
             'padding="same" with an even window pads unevenly, which sparse convolutions do not: '

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.layers.fusing import fuse_forward, unfuse_forward
+from sparsemodel.layers.gate import check_copied, replaceable_layer
 from sparsemodel.layers.linear_and_conv import Execution, SparseConv2d, SparseLayer, SparseLinear
 from sparsemodel.layers.norm_and_pool import FUSED
 from sparsemodel.masks.mask import Mask
 
+_PRETRAINED = "save_pretrained"
 _PLAIN = {fused: plain for plain, fused in FUSED.items()}
 
 
@@ -34,21 +38,24 @@ def sparsify(
             takes for faster. Under structured masks of linear layers also "blocks" and "2:4"; of
             a model where only some layers are so, set `execution` of those.
         fuse: whether batch norm, addition and ReLU become one pass where the model can be
-            traced by torch.fx. Results are the same up to rounding. Hooks on containers are not
-            called by a fused model; sparsify with fuse=False to set some later.
+            traced by torch.fx. Results are the same up to rounding. What forward decides by
+            Python values from elsewhere (globals, isinstance) is decided once, here; a model that
+            gets hooks, other parts or other settings later goes module by module.
 
     Raises:
         MaskError: the model lacks a parameter of the mask, it has another shape, or its pattern
             is not made as `execution` needs.
         SparseModelError: a layer that has no sparse form, does not take `execution`, is
-            parametrised, has hooks, or whose weight is tied to another.
+            parametrised, has hooks, or whose weight or bias is tied to another; a parameter with
+            hooks anywhere in the model (a copy has none). The message names it.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> mask = Mask({"2.weight": torch.eye(2, 8).bool()})
     >>> [(name, len(p)) for name, p in sparsify(model, mask).named_parameters()]
     [('0.weight', 8), ('0.bias', 8), ('2.values', 2), ('2.bias', 2)]
     """
-    layers = {name: _prunable_layer(model, name, mask[name]) for name in mask}
+    check_copied(model)
+    layers = {name: replaceable_layer(model, name, tuple(mask[name].shape)) for name in mask}
     new = {}
     for name, layer in layers.items():
         try:
@@ -71,6 +78,7 @@ def densify(model: nn.Module) -> nn.Module:
     dense: nn.Module = copy.deepcopy(model, new)
     for module in dense.modules():
         unfuse_forward(module)
+        module.__dict__.pop(_PRETRAINED, None)
         if type(module) in _PLAIN:
             module.__class__ = _PLAIN[type(module)]
     return dense
@@ -142,37 +150,16 @@ def exchange(model: nn.Module, new: Mapping[int, nn.Module], *, fuse: bool) -> n
             module.__class__ = FUSED[type(module)]
     if fuse:
         fuse_forward(sparse)
+    for module in sparse.modules():
+        if new and hasattr(module, _PRETRAINED):
+            module.__dict__[_PRETRAINED] = types.MethodType(_no_pretrained, module)
     return sparse
 
 
-def _prunable_layer(model: nn.Module, name: str, pattern: torch.Tensor) -> nn.Module:
-    """The layer whose weight is called `name`, checked to have a sparse form."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    if name not in parameters:
-        raise MaskError(f"the model has no parameter {name!r} that the mask names")
-    if parameters[name].shape != pattern.shape:
-        raise MaskError(
-            f"mask of {name!r} has shape {tuple(pattern.shape)}, its weight "
-            f"{tuple(parameters[name].shape)}"
-        )
-    path, _, leaf = name.rpartition(".")
-    layer = model.get_submodule(path)
-    # Subclasses may read `weight` behind forward's back, as nn.MultiheadAttention does.
-    if leaf != "weight" or type(layer) not in {nn.Linear, nn.Conv2d}:
-        raise SparseModelError(
-            f"{name!r} belongs to a {type(layer).__name__}, which has no sparse form (nn.Linear "
-            "and nn.Conv2d have); leave it out of the mask"
-        )
-    modules = dict(model.named_modules(remove_duplicate=False))
-    tied = [
-        other
-        for other, parameter in parameters.items()
-        if parameter is parameters[name] and modules[other.rpartition(".")[0]] is not layer
-    ]
-    if tied:
-        raise SparseModelError(
-            f"the weight {name!r} is tied to {tied}; leave it out of the mask or untie it"
-        )
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-        raise SparseModelError(f"the layer of {name!r} has hooks; remove them before sparsify")
-    return layer
+def _no_pretrained(model: nn.Module, *_: Any, **__: Any) -> None:
+    """In the place of transformers' method, whose files know no sparse layers."""
+    raise SparseModelError(
+        f"from_pretrained would take a file of a sparse {type(model).__name__} for a dense one and "
+        "draw its weights anew; write it by sparsemodel.save(model, path), or "
+        "sparsemodel.densify(model).save_pretrained(path)"
+    )

@@ -110,10 +110,10 @@ def synflow(
     R is the sum of the outputs of the model in eval mode for an input of ones, when every
     parameter is replaced by its absolute value. R is computed in float64, and the division by
     it, which changes no order, keeps deep models inside the range of float32. Without biases
-    the scores of a layer that all paths cross sum to 1. The published method prunes in many
-    steps and scores again after each.
+    the scores of a layer that all paths cross sum to 1. Scored once, wide layers would lose all
+    their weights first; `prune` takes the published 100 steps (STEPS).
     Source: Tanaka et al., Pruning neural networks without any data by iteratively conserving
-    synaptic flow (NeurIPS 2020), equation 2.
+    synaptic flow (NeurIPS 2020), equation 2 and algorithm 1.
 
     Args:
         model: takes one floating-point tensor and returns one.
@@ -161,6 +161,9 @@ CRITERIA: dict[str, Criterion] = {
     "grasp": grasp,
     "synflow": synflow,
 }
+
+# In how many steps `prune` goes down to a density, where that is not one: density^(k/n) in step k.
+STEPS: dict[Criterion, int] = {synflow: 100}
 
 
 def _gradient_products(

@@ -132,30 +132,62 @@ class Mask(PatternSet[torch.Tensor]):
 def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that may be pruned: convolution and linear weights, the stem apart.
 
-    The stem (the first convolution, or the first linear layer where there is no convolution)
-    sees the raw input and holds few weights; it, biases and normalisation parameters stay
-    dense. A model of a single layer has no stem apart, and that layer is prunable.
+    The stem sees the raw input and holds few weights; it, biases, normalisation parameters and
+    layers of other kinds (transposed, parametrised, embeddings) stay dense. It is the layer of any
+    of these kinds that the input reaches first. Where a model's code cannot be followed so far,
+    it is the first convolution in the order of registration, or the first layer where there is no
+    convolution. A model of a single layer has no stem apart, and that layer is prunable.
 
     Returns:
         Name -> parameter, in the order of `model.named_parameters()`.
 
     Raises:
-        MaskError: the model has no convolution or linear layer.
+        MaskError: the model has no convolution or linear layer but its stem.
     """
-    layers = {
+    layers = {name: module for name, module in model.named_modules() if _has_weights(module)}
+    names = {
         f"{name}.weight" if name else "weight": module
-        for name, module in model.named_modules()
+        for name, module in layers.items()
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
     }
-    found = {name: p for name, p in model.named_parameters() if name in layers}
+    found = {name: p for name, p in model.named_parameters() if name in names}
+    if len(layers) > 1:
+        stem = _stem(model, list(layers.values()))
+        found = {name: p for name, p in found.items() if names[name] is not stem}
     if not found:
+        others = [f"{type(m).__name__} {name!r}" for name, m in layers.items()]
+        kinds = f"; it has {', '.join(others[:4])}" if others else ""
         raise MaskError(
-            f"{type(model).__name__} has no convolution or linear layer, so nothing can be pruned"
+            f"{type(model).__name__} has no convolution or linear layer with a weight of its own "
+            f"(the stem apart), so nothing can be pruned{kinds}: remove parametrisations and "
+            "ties, and exchange other classes (transformers' Conv1D) for nn.Linear"
         )
-    if len(found) > 1:
-        convolutions = [name for name in found if not isinstance(layers[name], nn.Linear)]
-        found.pop(convolutions[0] if convolutions else next(iter(found)))
     return found
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Whether a module multiplies what it is given by a matrix, or looks it up in one."""
+    known = nn.modules.conv._ConvNd | nn.Linear | nn.Embedding | nn.RNNBase | nn.MultiheadAttention
+    if isinstance(module, known):
+        return True
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() > 1 and not module._modules
+
+
+def _stem(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
+    """Of layers with weights the one that the input reaches first."""
+    from sparsemodel.layers.tracing import first_called, is_leaf  # noqa: PLC0415 - they know masks
+
+    known = {id(layer) for layer in layers}
+
+    def has_some(module: nn.Module) -> bool:
+        # torch's own modules are seen as wholes, of which nobody knows what comes first inside.
+        inside = module.modules() if is_leaf(module) else [module]
+        return any(id(part) in known for part in inside)
+
+    reached = first_called(model, has_some)
+    convolutions = [m for m in layers if isinstance(m, nn.modules.conv._ConvNd)]
+    return reached or (convolutions or layers)[0]
 
 
 def mask_from_scores(scores: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> Mask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from sparsemodel.errors import MaskError
-from sparsemodel.masks.criteria import CRITERIA, Criterion
+from sparsemodel.masks.criteria import CRITERIA, STEPS, Criterion
 from sparsemodel.masks.distribution import DISTRIBUTIONS, Distribution
 from sparsemodel.masks.mask import Mask, mask_from_scores, prunable_parameters
 from sparsemodel.masks.probe import named_weights
@@ -39,6 +40,9 @@ def prune(
     seed: int = 0,
 ) -> Mask:
     """The mask that keeps the most important weights of a model, which stays as it is.
+
+    A criterion in STEPS (synflow) is meant for many small steps: density^(k/n) is reached in step
+    k of n, and the remaining weights are scored again for the next.
 
     `mask.apply(model)` sets the pruned weights to zero; `sparsify(model, mask)` makes a model that
     stores no others.
@@ -75,12 +79,30 @@ def prune(
     generator = torch.Generator().manual_seed(seed)
     score = _function("criterion", criterion, CRITERIA)
     count = _function("distribution", distribution, DISTRIBUTIONS)
-    scores = _scores(score, model, chosen, data=data, loss=loss, generator=generator)
-    shapes = {name: tuple(scores[name].shape) for name in chosen}
+    steps = STEPS.get(score, 1)
+    # Later steps score the model under the mask of the one before.
+    probed, mask = model if steps == 1 else copy.deepcopy(model), None
+    for step in range(1, steps + 1):
+        scores = _scores(score, probed, chosen, data=data, loss=loss, generator=generator)
+        if mask is not None:  # what is pruned stays so
+            scores = {
+                n: s.masked_fill(~mask[n].to(s.device), -torch.inf) for n, s in scores.items()
+            }
+        mask = _counted(scores, count, density=density ** (step / steps), seed=seed)
+        if step < steps:
+            mask.apply(probed)
+    assert mask is not None, "there is a step at least"
+    return mask
+
+
+def _counted(
+    scores: dict[str, torch.Tensor], count: Distribution, *, density: float, seed: int
+) -> Mask:
+    """The best weights, as many in each layer as the distribution says."""
+    shapes = {name: tuple(score.shape) for name, score in scores.items()}
     noise = np.random.default_rng(seed)
     offered = {"shapes": shapes, "scores": scores, "density": density, "generator": noise}
-    counts = count(**_asked(count, offered))
-    return mask_from_scores(scores, counts)
+    return mask_from_scores(scores, count(**_asked(count, offered)))
 
 
 def _scores(

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sparsemodel.errors import PlanError
+from sparsemodel.layers.gate import has_hooks, module_title
 from sparsemodel.layers.linear_and_conv import SparseLayer
 from sparsemodel.optim import SparseSGD
 from sparsemodel.runtime.bound import BoundProgram, LayerArrays, ParameterArrays, layer_geometry
@@ -77,25 +78,38 @@ class BoundModule:
         pairs = zip(self._names, self._gradients, strict=True)
         return [(p, gradient) for name, gradient in pairs if (p := own.get(name)) is not None]
 
-    def refresh(self, optimizer: SparseSGD | None = None) -> None:
+    def refresh(self, optimizer: SparseSGD | None = None) -> bool:
         """Bind anew what has moved since the last call, after a mask change for instance.
 
         With an optimiser its momentum is bound too.
+
+        Returns:
+            Whether anything had moved.
         """
         if optimizer is not None:
             own = self._module._parameters
             self._momenta = [_momentum(optimizer, own.get(name)) for name in self._names]
         tensors = [*self._tensors(), *self._momenta]
         key = tuple(
-            None if t is None else (t.data_ptr(), t.shape, t.requires_grad) for t in tensors
+            None if t is None else (t.data_ptr(), t.shape, t.requires_grad, has_hooks(t))
+            for t in tensors
         )
-        if key != self._key:
-            for tensor in tensors:
-                self._check(tensor)
-            self._bind()
-            self._key = key
-            # While aliases of the memory live, nothing else can get its address.
-            self._held = [t.detach() for t in tensors if t is not None]
+        if key == self._key:
+            return False
+        for tensor in tensors:
+            self._check(tensor)
+        self._bind()
+        self._key = key
+        # While aliases of the memory live, nothing else can get its address.
+        self._held = [t.detach() for t in tensors if t is not None]
+        return True
+
+    def check_mode(self, training: bool) -> None:
+        """Refuse a batch norm that is in another mode than the model.
+
+        Raises:
+            PlanError: it is.
+        """
 
     def hand_over(self) -> None:
         """Give each parameter its gradient."""
@@ -124,11 +138,13 @@ class BoundModule:
         fits = tensor.dtype in {torch.float32, torch.int32, torch.int64}
         if not fits or tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise PlanError(
-                f"{self.title}: expected contiguous float32 parameters on the CPU, got "
+                f"{self.title!r}: expected contiguous float32 parameters on the CPU, got "
                 f"{tensor.dtype} of strides {tensor.stride()} on {tensor.device}"
             )
-        if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
-            raise PlanError(f"{self.title} has hooks on its gradients, which a plan would not call")
+        if has_hooks(tensor):
+            raise PlanError(
+                f"{self.title!r} has hooks on its gradients, which a plan would not call"
+            )
 
     def _parameter(self, index: int) -> ParameterArrays | None:
         parameter = self._module._parameters.get(self._names[index])
@@ -182,6 +198,13 @@ class BoundNorm(BoundModule):
 
     _names = ("weight", "bias")
     _buffers = ("running_mean", "running_var", "num_batches_tracked")
+
+    def check_mode(self, training: bool) -> None:
+        if self._module.training != training:
+            raise PlanError(
+                f"{module_title(self.title, self._module)} is in another mode than the model; a "
+                "plan trains all batch norms"
+            )
 
     def _statistics(self) -> list[Tensor]:
         own = self._module._buffers

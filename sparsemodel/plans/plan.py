@@ -12,6 +12,7 @@ from torch import nn
 from sparsemodel.errors import PlanError, SparseModelError
 from sparsemodel.kernels.cpu.plan_abi import Sgd
 from sparsemodel.layers.growth import counted_layers
+from sparsemodel.layers.tracing import Watch
 from sparsemodel.masks.adjust import TensorEntries
 from sparsemodel.optim import SparseSGD
 from sparsemodel.plans.arrays import BoundLayer, BoundModule, BoundNorm
@@ -36,8 +37,9 @@ class TrainingPlan:
     torch.fx can trace. Plain layers are computed with sparse kernels as full patterns: meant for
     stems and classifiers, slow for whole networks. The loss is the mean softmax cross-entropy.
 
-    After `change_mask`, or when parameters move, the next call follows by itself. Freezing or
-    thawing a parameter needs a new plan.
+    After `change_mask`, or when parameters move, the next call follows by itself. A model that
+    gets hooks, other parts, settings or modes, or of which a parameter is frozen or thawed, needs
+    a new plan: the next call says so.
 
     Args:
         model: of sparse and plain layers, float32 on the CPU; its training flag plays no part.
@@ -82,6 +84,7 @@ class TrainingPlan:
                 f"activation_dtype is torch.float32 or torch.bfloat16, got {activation_dtype}"
             )
         operations = trace_operations(model, tuple(input_shape))
+        self._watch = Watch(model, model.modules())
         self._plan = BoundProgram(
             traced_program(model, operations),
             batch_size=batch_size,
@@ -95,7 +98,7 @@ class TrainingPlan:
             for number, operation in enumerate(operations)
             if operation.kind in kinds and operation.module is not None
         ]
-        self._refuse_ties()
+        self._is_untied = False
         self._refresh()
         self._plan.build()
 
@@ -131,8 +134,8 @@ class TrainingPlan:
         """
         arrays = _array(images, "images"), _array(labels, "labels")
         sgd = None if optimizer is None else self._sgd(optimizer)
-        for bound in self._bound:
-            bound.refresh(optimizer)
+        self._refuse_mixed_modes()
+        self._refresh(optimizer)
         result = self._plan.train(*arrays, sgd=sgd, threads=torch.get_num_threads())
         for bound in self._bound:
             bound.hand_over()
@@ -167,6 +170,7 @@ class TrainingPlan:
         """
         arrays = _array(images, "images"), _array(labels, "labels")
         counted_layers(self._model, counts)  # refuses names and counts that do not fit
+        self._refuse_mixed_modes()
         self._refresh()
         found = self._plan.growth(counts, *arrays, threads=torch.get_num_threads())
         return {
@@ -202,6 +206,7 @@ class TrainingPlan:
             Names of running means and variances -> [channels].
         """
         array = _array(images, "images")
+        self._refuse_mixed_modes()
         self._refresh()
         found = self._plan.statistics(array, threads=torch.get_num_threads())
         return {name: torch.from_numpy(values) for name, values in found.items()}
@@ -237,9 +242,23 @@ class TrainingPlan:
             )
         return Sgd(float(group["lr"]), group["momentum"], group["weight_decay"])
 
-    def _refresh(self) -> None:
+    def _refresh(self, optimizer: SparseSGD | None = None) -> None:
+        """Follow what has moved; refuse what the plan was not made for.
+
+        Raises:
+            PlanError: hooks, modules or settings are others now.
+        """
+        if change := self._watch.change():
+            raise PlanError(f"{change} after the plan was made; make a new one")
+        moved = [bound.refresh(optimizer) for bound in self._bound]
+        if any(moved) or not self._is_untied:
+            self._is_untied = False
+            self._refuse_ties()
+            self._is_untied = True
+
+    def _refuse_mixed_modes(self) -> None:
         for bound in self._bound:
-            bound.refresh()
+            bound.check_mode(self._model.training)
 
 
 def _array(tensor: Tensor, what: str) -> NDArray[Any]:

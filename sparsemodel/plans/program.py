@@ -29,7 +29,7 @@ def program_of(model: nn.Module, input_shape: Sequence[int]) -> Program:
 
     Raises:
         PlanError: an operation that plans do not know, which the message names, a parameter that
-            two layers share, or a tensor that is not float32.
+            two layers share or that is frozen, or a tensor that is not float32.
 
     >>> program = program_of(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (4,))
     >>> [node.kind for node in program.nodes], program.classes
@@ -43,6 +43,12 @@ def program_of(model: nn.Module, input_shape: Sequence[int]) -> Program:
         if id(tensor) in seen:
             raise PlanError(f"{name!r} and {seen[id(tensor)]!r} share a parameter")
         seen[id(tensor)] = name
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise PlanError(
+            f"{frozen[0]!r} is frozen, and a program says nothing of that: who runs it would train "
+            "it; call requires_grad_() on it, or train the model through its modules"
+        )
     return traced_program(model, operations)
 
 

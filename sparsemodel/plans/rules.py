@@ -12,12 +12,14 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from sparsemodel.errors import PlanError
+from sparsemodel.errors import PlanError, SparseModelError
 from sparsemodel.kernels import pooling
 from sparsemodel.kernels.cpu.library import PoolGeometry
 from sparsemodel.kernels.geometry import ConvGeometry
-from sparsemodel.layers.linear_and_conv import SparseConv2d, SparseLinear
+from sparsemodel.layers.gate import module_title
+from sparsemodel.layers.linear_and_conv import SparseConv2d, SparseLinear, geometry_of, weight_shape
 from sparsemodel.layers.norm_and_pool import FUSED
+from sparsemodel.layers.tracing import place_of
 from sparsemodel.runtime.pattern import Shape
 from sparsemodel.runtime.program import Kind
 from sparsemodel.runtime.program_shapes import MAX_WINDOW
@@ -63,20 +65,12 @@ def conv_geometry(module: SparseConv2d | nn.Conv2d, title: str) -> ConvGeometry:
     Raises:
         PlanError: padding that is not zeros, or uneven.
     """
-    if isinstance(module, SparseConv2d):
-        return module.geometry
-    left, right, top, bottom = module._reversed_padding_repeated_twice
-    if module.padding_mode != "zeros" or (left, top) != (right, bottom):
-        raise unknown(f"{title} with padding {module.padding} ({module.padding_mode})")
-    return ConvGeometry(
-        module.out_channels,
-        module.in_channels,
-        *_pair(module.kernel_size),
-        *_pair(module.stride),
-        *(top, left),
-        *_pair(module.dilation),
-        module.groups,
-    )
+    try:
+        return geometry_of(module)
+    except SparseModelError as error:
+        raise unknown(
+            f"{title} with padding {module.padding} ({module.padding_mode}: {error})"
+        ) from error
 
 
 class _Size:
@@ -109,7 +103,11 @@ class Translator:
                 if not isinstance(result, int):
                     raise PlanError("expected a model that returns one tensor of logits")
                 return self._operations, result
-            self._values[node] = self._translate(node)
+            try:
+                self._values[node] = self._translate(node)
+            except PlanError as error:
+                place = "" if node.op == "call_module" else place_of(node)
+                raise PlanError(f"{error}{place}") from error
         raise AssertionError("a graph ends in its output")
 
     def _translate(self, node: fx.Node) -> Any:
@@ -206,11 +204,12 @@ class Translator:
 
     def module_linear(self, module: SparseLinear | nn.Linear, source: int, name: str) -> int:
         shape = self._shape(source)
-        if shape != (module.in_features,):
+        out_features, in_features = weight_shape(module)
+        if shape != (in_features,):
             raise PlanError(
-                f"{module_title(name, module)} expects [B, {module.in_features}], got [B, *{shape}]"
+                f"{module_title(name, module)} expects [B, {in_features}], got [B, *{shape}]"
             )
-        return self._add("conv", (source,), (module.out_features,), name, module=module)
+        return self._add("conv", (source,), (out_features,), name, module=module)
 
     def module_conv(self, module: SparseConv2d | nn.Conv2d, source: int, name: str) -> int:
         shape, title = self._shape(source), module_title(name, module)
@@ -429,10 +428,6 @@ def _pair(number: Any) -> tuple[int, int]:
         return number, number
     pair = tuple(number)
     return (pair[0], pair[0]) if len(pair) == 1 else (pair[0], pair[1])
-
-
-def module_title(name: str, module: nn.Module) -> str:
-    return f"the {type(module).__name__} {name!r}"
 
 
 def unknown(what: str) -> PlanError:

@@ -8,9 +8,10 @@ from dataclasses import replace
 from torch import fx, nn
 
 from sparsemodel.errors import PlanError, SparseModelError
+from sparsemodel.layers.gate import check_plain, module_title
 from sparsemodel.layers.norm_fusion import find_fusions
-from sparsemodel.layers.tracing import has_hooks, is_leaf, trace_forward
-from sparsemodel.plans.rules import Operation, Translator, module_title
+from sparsemodel.layers.tracing import is_leaf, trace_forward
+from sparsemodel.plans.rules import Operation, Translator
 from sparsemodel.runtime.pattern import Shape
 
 
@@ -26,7 +27,7 @@ def trace_operations(model: nn.Module, input_shape: Shape) -> list[Operation]:
 
     Raises:
         PlanError: an operation that plans do not know, named in the message, a module that is
-            called twice, or a model that torch.fx cannot trace.
+            called twice, hooks or parameters in the same memory, or a model that cannot be traced.
     """
     training = model.training
     if is_leaf(model):
@@ -46,9 +47,7 @@ def trace_operations(model: nn.Module, input_shape: Shape) -> list[Operation]:
 
 
 def _graph(model: nn.Module) -> fx.Graph:
-    for name, module in model.named_modules():
-        if has_hooks(module):
-            raise PlanError(f"{module_title(name, module)} has hooks, which a plan would not call")
+    check_plain(model, PlanError)
     try:
         return trace_forward(model)
     except SparseModelError as error:

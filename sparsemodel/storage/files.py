@@ -6,6 +6,9 @@ import os
 import secrets
 from pathlib import Path
 
+PARTS = f".*.{16 * '[0-9a-f]'}.part"
+"""Names of files that were begun and, if nobody is at work, will never be finished."""
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content`, on disk when this returns; its folder must exist.

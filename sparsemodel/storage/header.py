@@ -3,8 +3,9 @@
 A masked tensor NAME is stored as two: `NAME.values`, its active values in flat order, and
 `NAME.mask`, its pattern in flat order, eight weights a byte, the first in the highest bit, the
 last byte filled with zeros. All other tensors are stored whole. The header's metadata has one
-key, `fedprune`, with a JSON object: "format" and "version", "layers" ([name, shape] pairs in
-the mask's order) or null without a mask, and "metadata", the caller's own strings.
+key, `fedprune`, with a JSON object: "checksum" of the file (`storage.sealed`), "format" and
+"version", "layers" ([name, shape] pairs in the mask's order) or null without a mask, and
+"metadata", the caller's own strings.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from numpy.typing import NDArray
 from sparsemodel.errors import CheckpointError
 from sparsemodel.runtime.pattern import Pattern, Shape
 from sparsemodel.storage.files import write_atomically
+from sparsemodel.storage.sealed import BLANK, CHECKSUM, is_whole, seal
 
 FORMAT = "sparse-checkpoint"
-VERSION = 1
+VERSION = 2  # 1: without a checksum
 METADATA_KEY = "fedprune"
 
 Layers = list[tuple[str, tuple[int, ...]]]
@@ -39,6 +41,7 @@ def header_metadata(
     """
     check_metadata(path, metadata)
     header = {
+        CHECKSUM: BLANK,
         "format": FORMAT,
         "version": VERSION,
         "layers": [[name, list(shape)] for name, shape in layers.items()] or None,
@@ -49,13 +52,13 @@ def header_metadata(
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file in one step.
+    """Seal a file with the metadata of `header_metadata`, and write it in one step.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     try:
-        write_atomically(path, data)
+        write_atomically(path, seal(data, FORMAT))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
 
@@ -102,6 +105,8 @@ def read_header(
             f"{path}: format version {header.get('version')!r}, this release reads {VERSION}; "
             "update the package or save the model again"
         )
+    if not is_whole(data, FORMAT):
+        raise damaged(path, "its checksum does not fit")
     return _read_layers(path, header.get("layers")), _read_strings(path, header.get("metadata"))
 
 

@@ -11,7 +11,8 @@ from typing import overload
 import torch
 from torch import nn
 
-from sparsemodel.errors import CheckpointError
+from sparsemodel.errors import CheckpointError, MaskError
+from sparsemodel.layers.gate import check_copied, replaceable_layer
 from sparsemodel.layers.linear_and_conv import Execution, SparseLayer
 from sparsemodel.layers.sparsify import exchange, sparse_layer_of, sparse_layers
 from sparsemodel.masks.mask import Mask
@@ -106,15 +107,21 @@ def load(
 
     Raises:
         CheckpointError: a file that is missing, damaged, or of another model.
+        SparseModelError: a model that cannot be copied, or a layer under a mask that has no sparse
+            form (as in `sparsify`).
     """
     if model is None:
         return load_sparse(path)
     path = Path(path)
     tensors, layers, _ = read_file(path)
+    check_copied(model)
     new = {}
     for name, shape in layers:
         values, pattern = take_layer(path, name, shape, tensors)
-        layer = _layer(path, model, name, shape)
+        try:
+            layer = replaceable_layer(model, name, shape)
+        except MaskError as error:
+            raise CheckpointError(f"{path}: {error}; is it another model?") from error
         new[id(layer)] = _with_values(layer, pattern, values, execution)
     loaded = exchange(model, new, fuse=fuse) if layers else copy.deepcopy(model)
     _check_names(path, loaded, tensors, {name for name, _ in layers})
@@ -123,10 +130,16 @@ def load(
         loaded.load_state_dict(tensors, strict=False, assign=on_meta)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: made for another model ({error})") from error
-    for module in loaded.modules():  # counters that the file does not hold
+    for path_, module in loaded.named_modules():  # what the file does not hold
         for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[key] = torch.zeros_like(buffer, device="cpu")
+            if buffer is None or not buffer.is_meta:
+                continue
+            if key != "num_batches_tracked":
+                raise CheckpointError(
+                    f"{path}: it does not hold the buffer {key!r} of {path_!r}; build the model on "
+                    "the CPU"
+                )
+            module._buffers[key] = torch.zeros_like(buffer, device="cpu")
     return loaded
 
 
@@ -140,23 +153,6 @@ def _check_names(
     differing = sorted(missing | tensors.keys() - own.keys() | layers.keys() ^ masked)
     if differing:
         raise CheckpointError(f"{path}: file and model differ in {differing}; is it another model?")
-
-
-def _layer(path: Path, model: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Module:
-    """The layer of `model` whose weight is called `name`."""
-    layers: dict[str, nn.Module] = dict(model.named_modules())
-    layer = layers.get(name.removesuffix("weight").removesuffix("."))
-    if isinstance(layer, SparseLayer):
-        found: tuple[int, ...] | None = tuple(layer.weight_shape)
-    else:
-        weight = getattr(layer, "weight", None)
-        found = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
-    if layer is None or found != shape:
-        raise CheckpointError(
-            f"{path}: its layer {name!r} has shape {shape}, in the model {found}; is it another "
-            "model?"
-        )
-    return layer
 
 
 def _with_values(

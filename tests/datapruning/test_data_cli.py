@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -91,19 +90,69 @@ def test_pages_load_nothing_and_hold_pictures(folder: Path) -> None:
     assert (folder / "kept half.html").read_text().count("data:image/png") == 200
 
 
-def test_selection_is_made_again_but_nothing_else_is_overwritten(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_selection_is_overwritten_by_force_alone(folder: Path, tmp_path: Path) -> None:
+    """The same command again finds what is there."""
     scores = str(folder / "my scores-el2n.parquet")
-    for keep in ("0.2", "100"):
-        done = datapruning("select", scores, "--keep", keep, "--out", "k.parquet", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    (tmp_path / "page.html").write_text("mine")
+    for out, keep, more, message in (
+        ("k.parquet", "0.2", [], ""),
+        ("k.parquet", "0.2", [], ""),
+        ("k.parquet", "100", [], "k.parquet is there and holds something else; name another"),
+        (scores, "0.2", [], "is there and holds something else"),
+        ("page.parquet", "0.2", [], "page.html is there and would be overwritten"),
+        ("page.parquet", "0.2", ["--force"], ""),
+        ("k.parquet", "100", ["--force"], ""),
+    ):
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        done = datapruning("select", scores, "--keep", keep, "--out", out, *more, cwd=tmp_path)
+        assert done.returncode == bool(message), done.stderr
+        assert message in done.stderr
+        if message:
+            assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert len(Subset.read(tmp_path / "k.parquet")) == 100
-    shutil.copy(scores, tmp_path / "s.parquet")
-    done = datapruning("select", scores, "--keep", "0.5", "--out", "s.parquet", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "holds no subset" in done.stderr
-    assert len(ScoreTable.read(tmp_path / "s.parquet")) == 1437
+    assert len(ScoreTable.read(Path(scores))) == 1437
+    assert (tmp_path / "page.html").read_text() != "mine"
+
+
+def test_scores_are_overwritten_by_force_alone(tmp_path: Path) -> None:
+    command = ["score", "digits", "--out", "s.parquet", "--method"]
+    (tmp_path / "s.html").write_text("mine")
+    for method, more, message in (
+        ("random", [], "s.html is there and would be overwritten; name another --out, or"),
+        ("random", ["--force"], ""),
+        ("random", [], ""),
+        ("random", ["--seed", "1"], "seed was 0, now 1; name another --out, or overwrite it"),
+        ("nonsense", ["--force"], "unknown method"),
+        ("random", ["--seed", "1", "--force"], ""),
+    ):
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        done = datapruning(*command, method, *more, cwd=tmp_path)
+        assert done.returncode == bool(message), done.stderr
+        assert message in done.stderr
+        if message or not more:
+            assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert ScoreTable.read(tmp_path / "s.parquet").seed == 1
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_dual_scores_are_drawn_with_their_confidence(tmp_path: Path) -> None:
+    """The command passes on what the policy needs; other tables lack it."""
+    for method, status in (("dual", 0), ("random", 1)):
+        done = datapruning(
+            *("score", "digits", "--method", method, "--out", f"{method}.parquet"),
+            *("--epochs", "3", "--set", "window=2")[: 2 if method == "random" else 4],
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        command = ["select", f"{method}.parquet", "--keep", "100", "--policy", "dual-beta"]
+        done = datapruning(*command, "--out", f"kept-{method}.parquet", cwd=tmp_path)
+        assert done.returncode == status, done.stderr
+        assert ("score with dual" in done.stderr) == bool(status)
+    table = ScoreTable.read(tmp_path / "dual.parquet")
+    assert table.confidence is not None
+    kept = Subset.read(tmp_path / "kept-dual.parquet")
+    expected = table.select(keep=100, policy="dual-beta", confidence=table.confidence)
+    assert torch.equal(kept.ids, expected.ids)
 
 
 def test_keep_one_is_one_sample_and_a_share_has_a_dot_or_percent(
@@ -111,7 +160,7 @@ def test_keep_one_is_one_sample_and_a_share_has_a_dot_or_percent(
 ) -> None:
     scores = str(folder / "my scores-el2n.parquet")
     for keep, count in (("1", 1), ("1.0", 1437), ("100%", 1437), ("20%", 287), ("3", 3)):
-        done = datapruning("select", scores, "--keep", keep, cwd=tmp_path)
+        done = datapruning("select", scores, "--keep", keep, "--force", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert f"kept: {count:,} of 1,437 samples" in done.stdout
         assert len(Subset.read(tmp_path / "kept.parquet")) == count
@@ -125,7 +174,7 @@ def test_what_chance_decided_is_said(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("note: 100 of the 100 kept samples were drawn by chance")
     assert Subset.read(tmp_path / "kept.parquet").provenance["drawn"] == 100
-    done = datapruning("select", "ties.parquet", "--keep", "718", cwd=tmp_path)
+    done = datapruning("select", "ties.parquet", "--keep", "718", "--force", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -198,6 +247,18 @@ def test_resume_of_a_complete_run_and_second_run_over_it(folder: Path) -> None:
     done = datapruning(*command, "--resume", "--lr", "0.2", cwd=folder)
     assert done.returncode == 1
     assert "training.lr was 0.1, now 0.2" in done.stderr
+    # What is not given is what it was, not a default: 2 epochs of 128, not 20 of 64.
+    done = datapruning("train", "digits", "--out", "my run", "--resume", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    for given, message in (
+        (["--epochs", "20"], "training.epochs was 2, now 20\n"),
+        (["--augment"], "training.augment was False, now True\n"),
+        (["--subset", "other.parquet"], "other.parquet: no such file\n"),
+        (["--epochs", "2", "--seed", "1"], "seed was 0, now 1\n"),
+    ):
+        done = datapruning("train", "digits", "--out", "my run", "--resume", *given, cwd=folder)
+        assert done.returncode == 1
+        assert done.stderr.endswith(message)
     assert (folder / "my run" / "model.safetensors").read_bytes() == before
 
 

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from federation import TINY, digest, run_inline, tiny
+from PIL import Image
 from processes import Command
 
 from fedprune.config import read_toml
 from fedprune.methods import METHODS
-from fedprune.rounds.folder import CHECKPOINT, SUMMARY, read_metrics, read_summary
+from fedprune.rounds.folder import (
+    CHECKPOINT,
+    CONFIG,
+    SUMMARY,
+    prepare,
+    read_metrics,
+    read_summary,
+)
 from sparsemodel.storage.checkpoint import load_sparse
 
 FEDPRUNE = str(Path(sys.executable).parent / "fedprune")
@@ -69,6 +85,97 @@ def test_kill_at_random_moments_then_resume_gives_the_same_bits(tmp_path: Path) 
     assert kills >= 3  # a loaded machine may let it finish before the last one
     assert digest(out) == expected
     assert [line.get("round") for line in read_metrics(out)] == [None, *range(1, 41)]
+
+
+def test_a_second_resume_does_not_take_a_folder_from_a_running_run(tmp_path: Path) -> None:
+    """Before the first checkpoint, when the folder holds its configuration alone."""
+    first = Command(
+        *("fedprune", "run", "--engine", "inline", *OPTIONS, "--rounds", "1", "--out", "run"),
+        *("--set", "server.pretrain_epochs=60"),
+        cwd=tmp_path,
+    )
+    while not (tmp_path / "run" / CONFIG).exists():
+        assert first.is_running()
+        time.sleep(0.01)
+    # Whoever comes second is refused, by a setting of its own or because the first is at work.
+    for wrong in (["--seed", "8"], ["--clients", "5000"], ["--engine", "steam"]):
+        second = fedprune(
+            "run", "--engine", "inline", "--resume", "--out", "run", *wrong, cwd=tmp_path
+        )
+        assert second.returncode == 1, second.stdout
+        assert (tmp_path / "run" / CONFIG).exists()
+    assert first.ended().returncode == 0
+    assert read_summary(tmp_path / "run")["rounds"] == 1
+
+
+@pytest.mark.parametrize("engine", ["inline", "flower"])
+def test_a_resume_that_cannot_go_on_leaves_the_folder(engine: str, tmp_path: Path) -> None:
+    """The data cannot be read any more."""
+    prepare(tmp_path / "run", tiny(data__dataset="no such set"), resume=False)
+    done = fedprune("run", "--engine", engine, "--resume", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "unknown data set 'no such set'" in done.stderr
+    assert (tmp_path / "run" / CONFIG).exists()
+
+
+def test_resume_compares_what_was_given_and_no_default(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    command = ["run", "--engine", "inline", "--resume", "--out", "run"]
+    for given in ([], ["--rounds", "4"], ["--seed", "7", "--density", "0.2"]):
+        done = fedprune(*command, *given, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "already complete" in done.stdout
+    for given, difference in (
+        (["--rounds", "9"], "training.rounds was 4, now 9"),
+        (["--set", "training.lr=0.5"], "training.lr was 0.1, now 0.5"),
+        (["--method", "fedprox"], "method.name was 'fedtiny', now 'fedprox'"),
+        (["--set", 'method.settings={"pool_size": 3}'], "method.pool_size was 2, now 3"),
+    ):
+        done = fedprune(*command, *given, cwd=tmp_path)
+        assert done.returncode == 1
+        assert difference in done.stderr
+        assert ("; " in done.stderr) == (given[0] == "--method")
+        assert "data.clients" not in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.ray
+def test_kill_leaves_nothing_at_work_and_no_temporary_files(tmp_path: Path) -> None:
+    """kill -9 of the command in the middle of a run on Flower's engine, as a user installed it."""
+    place = Path(tempfile.mkdtemp(prefix="t"))  # short: Ray's sockets lie deep below it
+    marked = {**os.environ, "TMPDIR": str(place), "FEDPRUNE_TEST": str(tmp_path)}
+    command = [FEDPRUNE, "run", *OPTIONS, "--rounds", "500", "--out", "run"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=marked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while len(read_metrics(tmp_path / "run")) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 15
+    while at_work(f"FEDPRUNE_TEST={tmp_path}"):
+        assert time.monotonic() < deadline, at_work(f"FEDPRUNE_TEST={tmp_path}")
+        time.sleep(0.1)
+    for lock in place.glob("fedprune-*/.lock"):  # as if some time had passed
+        os.utime(lock, (0, 0))
+    done = subprocess.run(
+        [FEDPRUNE, "run", "--engine", "inline", "--dataset", "nope", "--out", "other"],
+        cwd=tmp_path, env=marked, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert not list(place.glob("fedprune-*"))
+    shutil.rmtree(place)
+
+
+def at_work(mark: str) -> list[str]:
+    """Command lines of the processes that have a setting in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in found if line]
 
 
 @pytest.mark.ray
@@ -288,6 +395,29 @@ def test_compare_prints_one_table_and_reuses_finished_runs(tmp_path: Path) -> No
     # Dense runs came first, so that the others' pages have something to compare with.
     page = (tmp_path / "runs/compare/magnitude-s1/report.html").read_text(encoding="utf-8")
     assert "is in the folder fedavg-s1" in page
+
+
+def test_how_the_data_were_taken_is_said_by_the_command_and_its_child(tmp_path: Path) -> None:
+    """Laying out is a child's work where torch has not been imported; its warnings come along."""
+    random_bytes = np.random.default_rng(0)
+    for side, count in (("train", 60), ("test", 9)):
+        cells = []
+        for image in random_bytes.integers(0, 256, (count, 8, 8), dtype=np.uint8):
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "PNG")
+            cells.append(buffer.getvalue())
+        labels, clients = [n % 3 for n in range(count)], [n % 4 for n in range(count)]
+        table = pyarrow.table({"img": cells, "label": labels, "client": clients})
+        pyarrow.parquet.write_table(table, tmp_path / f"{side}.parquet")
+    (tmp_path / "train_old.parquet").write_bytes(b"")
+    options = ["--dataset", ".", "--rounds", "1", "--clients", "2", "--set", "server.per_class=1"]
+    command = [FEDPRUNE, "run", "--engine", "inline", "--method", "fedavg", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("warning:")]
+    assert len(lines) == 2
+    assert "the train side is train.parquet; not read: train_old.parquet" in lines[0]
+    assert "4 natural clients), but are divided among 2 by data.partition = 'dirichlet'" in lines[1]
 
 
 def test_inspect_and_report(finished: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import fedprune
 from fedprune.front import Result
 from fedprune.methods.base import RunState
 from prunelab.data.datasets import ImageSet, fingerprint
+from prunelab.errors import DataWarning
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (60, 1, 4, 4), dtype=np.uint8)
 LABELS = np.arange(60) % 3
@@ -117,6 +120,62 @@ def test_a_client_of_one_sample_is_left_out(tmp_path: Path) -> None:
     assert ["needs at least 2" in entry["reason"] for entry in skipped] == [True]
 
 
+def natural(tmp_path: Path, given: list[int], *, clients: int, **settings: Any) -> list[str]:
+    """What is said of a run on data of these natural clients."""
+    images, labels = torch.from_numpy(IMAGES), torch.from_numpy(LABELS)
+    data = ImageSet("own", images, labels, images, labels, train_groups=torch.tensor(given))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run(tmp_path / "run", data=data, clients=clients, settings=settings)
+    return [str(warning.message) for warning in seen if warning.category is DataWarning]
+
+
+def test_clients_of_the_data_that_are_not_the_runs_are_mentioned(tmp_path: Path) -> None:
+    groups = [0, 1, 2, 3] * 15
+    ways = {"data.partition": "natural"}
+    assert natural(tmp_path / "same", groups, clients=4, **ways) == []
+    (line,) = natural(tmp_path / "fewer", groups, clients=3, **ways)
+    assert line.startswith("4 natural clients are dealt to data.clients = 3, several to each; set")
+    (line,) = natural(tmp_path / "iid", groups, clients=4)
+    assert "(4 natural clients), but are divided among 4 by data.partition = 'iid'" in line
+    with pytest.raises(ValueError, match=r"only 4 natural groups; set data\.clients to 4 "):
+        natural(tmp_path / "more", groups, clients=5, **ways)
+
+
+class Own(nn.Module):
+    """A network whose class builds it."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.linear(images.flatten(1))
+
+
+def test_a_class_builds_the_network_wherever_it_was_defined(tmp_path: Path) -> None:
+    class Inner(Own):
+        pass
+
+    outer, inner = run(tmp_path / "outer", model=Own), run(tmp_path / "inner", model=Inner)
+    assert outer.model.linear.weight.equal(inner.model.linear.weight)
+
+
+def test_clients_compute_in_single_precision_whatever_the_network_came_in(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    single = network()
+    double = copy.deepcopy(single).double()
+    expected = run(tmp_path / "single", model=single).model[1].weight
+    assert run(tmp_path / "double", model=double).model[1].weight.equal(expected)
+    assert double[1].weight.dtype == torch.float64
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = run(tmp_path / "default", model=single, data=(IMAGES, LABELS)).model[1].weight
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.equal(expected)
+
+
 def test_a_method_of_a_script(tmp_path: Path) -> None:
     result = run(tmp_path / "object", method=Half(part=0.25))
     assert result.summary["method"] == "half"
@@ -160,7 +219,7 @@ def test_a_method_of_a_script(tmp_path: Path) -> None:
         ),
         (
             {"data": {"train": (IMAGES, LABELS % 2), "test": (IMAGES, LABELS)}},
-            r"test label 2 lies outside 0 ... 1",
+            r"test label 2 of row 2 lies outside 0 ... 1",
         ),
         ({"settings": {"data.num_train": 20}}, "cut these data yourself"),
         ({"settings": {"trainin.lr": 1}}, "did you mean 'training.lr'"),
@@ -221,6 +280,17 @@ def test_an_interrupted_run_goes_on_with_equal_objects(
     result = run(tmp_path / "run", model=a_lambda(8), data=data, **again)
     for name, value in result.model.state_dict().items():
         assert value.equal(whole.model.state_dict()[name])
+
+
+def test_a_run_that_goes_on_keeps_the_settings_that_are_not_given(tmp_path: Path) -> None:
+    """Defaults (20 rounds, 8 clients, fedtiny) are no wishes."""
+    first = run(tmp_path / "run", data="digits", model="resnet8", settings={"model.width": 4})
+    again = fedprune.run(folder=tmp_path / "run", resume=True)
+    assert again.summary == first.summary
+    rounds = first.summary["rounds"]
+    assert fedprune.run(folder=tmp_path / "run", rounds=rounds, resume=True).folder == first.folder
+    with pytest.raises(ValueError, match=rf"training.rounds was {rounds}, now {rounds + 1}$"):
+        fedprune.run(folder=tmp_path / "run", rounds=rounds + 1, resume=True)
 
 
 def test_networks_are_known_by_their_weights(tmp_path: Path) -> None:

@@ -153,8 +153,7 @@ def pool_statistics(replies: Iterable[Reply], num_candidates: int) -> list[Tenso
             mean.add(SparseState(reply.tensors[str(number)]), weight=reply.weight)
     if means[0].num_replies == 0:
         raise RunError(
-            "candidate selection: no client could measure batch-norm statistics; "
-            "give clients more samples (fewer clients), or use a method that selects nothing"
+            "candidate selection: no client could measure the candidates' batch-norm statistics"
         )
     return [mean.result().values for mean in means]
 

@@ -94,12 +94,10 @@ KERNEL kd_forward(const Real* student, const Real* teacher, const int64* labels,
   if (own != 0) return;
   float log_sum = logf(hard[0].sum);
   int64 label = labels[row];
-  float cross = 0.0f;
-  if (label >= 0 && label < classes)
-    cross = (hard[0].most - load(z[label])) + log_sum;
-  else if (label != IGNORED)
-    cross = __uint_as_float(0x7fc00000u);  // NaN: a label out of range shows
-  loss[row] = (1.0f - alpha) * cross + alpha * temperature * temperature * soft[0].value();
+  float cross = __uint_as_float(0x7fc00000u);  // NaN: a label out of range shows
+  if (label >= 0 && label < classes) cross = (hard[0].most - load(z[label])) + log_sum;
+  float guided = alpha * temperature * temperature * soft[0].value();
+  loss[row] = label == IGNORED ? 0.0f : (1.0f - alpha) * cross + guided;
   float* kept = logs + row * 6LL;
   kept[0] = hard[0].most;
   kept[1] = log_sum;
@@ -117,11 +115,12 @@ KERNEL kd_backward(const Real* student, const Real* teacher, const int64* labels
   int64 base = (int64)row * classes, label = labels[row];
   const float* kept = logs + row * 6LL;
   float factor = scale[row];
-  float hard_part = label == IGNORED ? 0.0f : 1.0f - alpha, soft_part = alpha * temperature;
+  float hard_part = 1.0f - alpha, soft_part = alpha * temperature;
   for (int c = threadIdx.x; c < classes; c += BLOCK) {
     float v = load(student[base + c]), w = load(teacher[base + c]) / temperature;
     float hard = expf(v - kept[0] - kept[1]) - (c == label ? 1.0f : 0.0f);
     float soft = expf(v / temperature - kept[2] - kept[3]) - expf(w - kept[4] - kept[5]);
-    gradient[base + c] = store(factor * (hard_part * hard + soft_part * soft));
+    float sum = label == IGNORED ? 0.0f : hard_part * hard + soft_part * soft;
+    gradient[base + c] = store(factor * sum);
   }
 }

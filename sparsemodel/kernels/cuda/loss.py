@@ -23,7 +23,7 @@ def kd_loss(
     """(1 − α) CE(y, p) + α τ² KL(p_T^τ ‖ p_S^τ) of each row, and what its gradient needs.
 
     A class that the teacher rules out (−∞) adds nothing, whatever the student says of it. A
-    label of −100 has no cross entropy; any other label out of range gives NaN.
+    row of label −100 has loss and gradient 0; any other label out of range gives NaN.
     Source: Hinton, Vinyals and Dean (2015); online softmax: Milakov and Gimelshein (2018).
 
     Args:

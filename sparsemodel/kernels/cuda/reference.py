@@ -12,6 +12,7 @@ from sparsemodel.kernels.geometry import ConvGeometry
 
 Tensor = torch.Tensor
 
+IGNORED = -100  # the label of a row that is left out
 _CHUNK = 1 << 24  # about so many coordinates are subtracted at one time
 
 
@@ -73,14 +74,17 @@ def conv2d_square_norms(
 def kd_loss(
     logits: Tensor, teacher: Tensor, labels: Tensor, alpha: float, temperature: float
 ) -> Tensor:
-    """(1 − α) CE + α τ² KL(teacher ‖ student) of each row: [B], of single precision at least."""
+    """(1 − α) CE + α τ² KL(teacher ‖ student) of each row: [B], of single precision at least.
+
+    0 where the label is −100.
+    """
     logits, teacher = _precise(logits), _precise(teacher)
     hard = functional.cross_entropy(logits, labels, reduction="none")
     student = torch.log_softmax(logits / temperature, 1)
     guide = torch.log_softmax(teacher / temperature, 1)
     weight = guide.exp()
     soft = torch.where(weight > 0, weight * (guide - student), 0.0).sum(1)
-    return (1 - alpha) * hard + alpha * temperature**2 * soft
+    return torch.where(labels == IGNORED, 0.0, (1 - alpha) * hard + alpha * temperature**2 * soft)
 
 
 def kd_loss_backward(
@@ -93,11 +97,11 @@ def kd_loss_backward(
 ) -> Tensor:
     """Gradient for `logits` of Σ scale · loss, in their dtype."""
     z, t = _precise(logits), _precise(teacher)
-    kept = labels >= 0
     one_hot = functional.one_hot(labels.clamp(min=0), logits.shape[1])
-    hard = (torch.softmax(z, 1) - one_hot) * kept[:, None]
+    hard = torch.softmax(z, 1) - one_hot
     soft = torch.softmax(z / temperature, 1) - torch.softmax(t / temperature, 1)
     gradient = (1 - alpha) * hard + alpha * temperature * soft
+    gradient = torch.where((labels == IGNORED)[:, None], 0.0, gradient)
     return (scale[:, None] * gradient).to(logits.dtype)
 
 

@@ -98,6 +98,32 @@ def test_scoring_again_finds_what_is_there_and_refuses_other_settings(
     result = run("score", data, "--out", out, "--epochs", 3, "--negatives", 0)
     assert isinstance(result.exception, ScoreError)
     assert "other data or settings" in str(result.exception)
+    for command in (
+        ("score", data, "--out", out, *SCORE, "--weight", 1),
+        ("select", out / "scores.parquet", "--keep", 9, "--out", out / "effort.parquet"),
+    ):
+        result = run(*command)
+        assert isinstance(result.exception, RunError)
+        assert "holds something else; name another --out, or overwrite it" in str(result.exception)
+    assert (out / "scores.parquet").read_bytes() == before
+    passed("score", data, "--out", out, *SCORE, "--weight", 1, "--force")
+    assert ScoreTable.read(out / "scores.parquet").provenance["weight"] == 1
+    for _ in range(2):  # the same again is no overwriting
+        passed("select", out / "scores.parquet", "--keep", 9, "--out", out / "kept.parquet")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_damaged_language_model_is_refused(data: Path, tmp_path: Path, name: str) -> None:
+    histories, base = made_histories(num_users=50), tmp_path / "base"
+    steps.load_language("scratch:tiny", histories, base=base)
+    content = bytearray((base / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (base / name).write_bytes(content)
+    message = rf"{name}: missing, damaged, or changed since it was saved; delete .*base"
+    with pytest.raises(ModelError, match=message):
+        steps.load_language("scratch:tiny", histories, base=base)
+    result = run("evaluate", data, "--model", base)
+    assert isinstance(result.exception, ModelError)
 
 
 def test_a_base_of_another_model_is_refused(data: Path, tmp_path: Path) -> None:

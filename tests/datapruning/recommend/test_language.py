@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,49 @@ def test_every_title_comes_back_from_its_tokens() -> None:
         assert tokenizer.decode(tokenizer(title)["input_ids"]) == title
     with pytest.raises(ModelError, match="needs texts"):
         language.train_tokenizer([""], vocabulary=300)
+
+
+@pytest.mark.parametrize("title", ["C++ </s> and beyond", "</s>", "<s><pad>", "a<s>b </s>"])
+def test_a_title_that_spells_the_tokenizers_own_marks_stays_text(title: str) -> None:
+    titles = [title, "Other"]
+    tokenizer = language.train_tokenizer(texts_of(titles, WORDS), vocabulary=300)
+    prompts = Prompts(tokenizer, titles, template=WORDS, max_length=128)
+    assert not set(prompts.titles[0]) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(prompts.titles[0]) == title
+    history = Ragged.of([[1, 2]])
+    texts = prompts.questions(history, torch.tensor([1]))
+    marks = [int((texts.input_ids[0] == mark).sum()) for mark in (prompts.begin, prompts.end)]
+    assert marks == [1, 1]  # the first and the last token
+
+
+def test_a_text_without_targets_has_no_loss_and_no_effort(
+    parts: tuple[Any, Prompts, TokenSamples],
+) -> None:
+    """A target at the first token, which nothing predicts, is none."""
+    model, _, samples = parts
+    targets = samples.targets.clone()
+    targets[2], targets[5] = -100, -100
+    targets[5, 0] = samples.input_ids[5, 0]
+    some = TokenSamples(samples.input_ids, samples.attention_mask, targets, ids=samples.ids)
+    undefined = torch.zeros(len(samples), dtype=torch.bool)
+    undefined[[2, 5]] = True
+    for score in (answer_loss, answer_error, effort):
+        found, expected = score(copied(model), some), score(copied(model), samples)
+        assert torch.equal(found.isnan(), undefined)
+        torch.testing.assert_close(found[~undefined], expected[~undefined])
+    first = int(samples.ids[2])
+    with pytest.raises(
+        DataError, match=f"2 texts have no target token, the first with the id {first}"
+    ):
+        finetune(copied(model), some, config=FinetuneConfig(epochs=1), seed=0)
+    result = finetune(
+        copied(model),
+        some,
+        config=FinetuneConfig(steps=1),
+        seed=0,
+        rows=torch.nonzero(~undefined).flatten(),
+    )
+    assert result.steps == 1
 
 
 def plain_norms(model: nn.Module, samples: TokenSamples) -> list[float]:
@@ -228,7 +272,8 @@ def test_fine_tuning_learns_and_continues_to_the_same_bits(
     with pytest.raises(RunError, match="seed is 1"):
         finetune(make(model), samples, config=config, seed=1, checkpoint=path)
     if kind == "lora":  # a checkpoint of a large model holds its adapters alone
-        saved = torch.load(path, weights_only=True)["state"]["parameters"]
+        content = io.BytesIO(path.read_bytes().partition(b"\n")[2])
+        saved = torch.load(content, weights_only=True)["state"]["parameters"]
         assert all("lora" in name for name in saved)
 
 

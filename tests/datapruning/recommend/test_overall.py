@@ -34,6 +34,8 @@ def test_equal_scores_rank_nothing_and_are_named() -> None:
 def test_scores_that_are_not_finite_or_of_other_samples_are_refused() -> None:
     with pytest.raises(ScoreError, match="1 of 2 scores are NaN"):
         minmax(torch.tensor([1.0, float("nan")]))
+    with pytest.raises(ScoreError, match=r"from -1e\+308 to 1e\+308, and float64 has no such"):
+        minmax(torch.tensor([-1e308, 0.0, 1e308], dtype=torch.float64))
     with pytest.raises(ScoreError, match="3 scores of influence, 2 of effort"):
         overall(torch.zeros(3), torch.zeros(2))
     with pytest.raises(ScoreError, match="at least 0"):

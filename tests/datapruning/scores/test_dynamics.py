@@ -16,6 +16,7 @@ from datapruning.errors import ScoreError
 from datapruning.scores.dynamics import (
     Recorder,
     aum,
+    confidence,
     dual,
     dyn_unc,
     forgetting,
@@ -97,6 +98,13 @@ def test_dual_by_hand() -> None:
     deviation = 0.2 / math.sqrt(2)
     assert dual(recorder, window=2, epochs=None).item() == pytest.approx(0.4 * deviation, abs=1e-7)
     assert dual(recorder, window=2, epochs=2).item() == pytest.approx(0.8 * deviation, abs=1e-7)
+
+
+def test_confidence_by_hand() -> None:
+    """Means of .1, .3, .3 and .9: over three epochs 7/30, over all of them .4; unseen: NaN."""
+    recorder = recorded([[0.1, 0.3, 0.3, 0.9]])
+    assert confidence(recorder, epochs=3).item() == pytest.approx(0.7 / 3, abs=1e-7)
+    assert confidence(recorder).item() == pytest.approx(0.4, abs=1e-7)
 
 
 def test_tdds_by_hand() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from pathlib import Path
 
@@ -69,6 +71,64 @@ def test_alone_or_with_others_is_the_same(
     )
     assert torch.equal(alone.scores, tables[name])
     assert torch.equal(alone.ids, samples.ids)
+
+
+def test_tracin_weighs_each_checkpoint_by_its_learning_rate(samples: ImageSamples) -> None:
+    """Against a plain loop: Σ_k η_k ⟨∇ℓ_i(θ_k), ∇ mean ℓ(θ_k)⟩, η_k the mean rate of epoch k.
+
+    90 samples in batches of 30 are 3 steps an epoch; of 4 epochs half a cosine has
+    η_t = .05 (1 + cos(π t / 12)) / 2 in step t.
+    """
+    from prunelab.runs.seeds import stream_seed  # noqa: PLC0415
+    from prunelab.training.loop import train  # noqa: PLC0415
+    from prunelab.training.task import ImageClassification  # noqa: PLC0415
+
+    class Copies:
+        def on_batch(self, *_: object) -> None:
+            pass
+
+        def on_epoch(self, epoch: int, model: torch.nn.Module) -> None:
+            models.append(copy.deepcopy(model).eval())
+
+    models: list[torch.nn.Module] = []
+    task, seed = ImageClassification(), stream_seed(3, 0, 1000, 0)
+    train(small(seed), samples, task, config=TRAINING, seed=seed, callbacks=[Copies()])
+    total = torch.zeros(NUM_SAMPLES, dtype=torch.float64)
+    for epoch, model in enumerate(models):
+        steps = range(3 * epoch, 3 * epoch + 3)
+        rate = sum(0.05 * (1 + math.cos(math.pi * t / 12)) / 2 for t in steps) / 3
+        losses = task.loss(model, samples.batch(torch.arange(NUM_SAMPLES)))
+        parameters = list(model.parameters())
+        mean = torch.autograd.grad(losses.mean(), parameters, retain_graph=True)
+        for row, loss in enumerate(losses):
+            own = torch.autograd.grad(loss, parameters, retain_graph=True)
+            dot = sum(
+                float((a.double() * b.double()).sum()) for a, b in zip(own, mean, strict=True)
+            )
+            total[row] += rate * dot
+    found = score(samples, method="tracin", model=small, seed=3, training=TRAINING)
+    place = {name: row for row, name in enumerate(found.ids.tolist())}
+    order = [place[name] for name in samples.ids.tolist()]
+    torch.testing.assert_close(found.scores[order], total, rtol=1e-4, atol=1e-6)
+
+
+def test_scores_of_dynamics_come_with_the_confidence_that_dual_draws_by(
+    samples: ImageSamples,
+) -> None:
+    """The mean of p_y over the epochs that the score is of."""
+    options = {"window": 2, "epochs": 3}
+    names = ["dual", "forgetting", "el2n"]
+    both = score(samples, method=names, model=small, seed=3, training=TRAINING, options=options)
+    dual, forgetting = both["dual"].confidence, both["forgetting"].confidence
+    assert both["el2n"].confidence is None
+    assert dual is not None
+    assert forgetting is not None
+    assert 0 < float(dual.min()) <= float(dual.max()) <= 1
+    # Of three epochs and of four: the fourth is what remains, a mean of probabilities.
+    fourth = 4 * forgetting - 3 * dual
+    assert not torch.allclose(dual, forgetting)
+    assert float(fourth.min()) >= -1e-6
+    assert float(fourth.max()) <= 1 + 1e-6
 
 
 def test_mean_over_independent_runs(samples: ImageSamples, tables: dict[str, torch.Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from prunelab.data.datasets import load_dataset
 from prunelab.data.samples import ImageSamples, TokenSamples
 from prunelab.errors import RunError
 from prunelab.networks import build_model
+from prunelab.runs.folder import locked
 from prunelab.training.loop import TrainingConfig
 from prunelab.training.task import CausalLM, ImageClassification
 
@@ -167,10 +169,46 @@ def test_a_foreign_or_damaged_part_is_refused(samples: ImageSamples, cut_off: Pa
     with pytest.raises(RunError, match="belongs to another run"):
         score(samples, method="el2n", model=small, out=cut_off, **SMALL)
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(RunError, match="not a readable checkpoint"):
+    with pytest.raises(RunError, match=r"shard-00000\.pt: damaged, .*delete it"):
+        score(samples, method="el2n", model=small, out=cut_off, **SMALL)
+    settings = json.loads((parts / "settings.json").read_text())
+    own = open_parts(parts, {k: v for k, v in settings.items() if k not in ("checksum", "of")})
+    own.save_shard(1, {"id": torch.arange(32), "el2n": torch.zeros(32)})
+    own.shard(1).rename(shard)
+    with pytest.raises(RunError, match=r"part is 'shard-00000\.pt', the checkpoint's 'shard-00001"):
         score(samples, method="el2n", model=small, out=cut_off, **SMALL)
     shard.unlink()
     score(samples, method="el2n", model=small, out=cut_off, **SMALL)
+
+
+def test_a_second_process_takes_what_the_first_has_finished(
+    samples: ImageSamples, cut_off: Path, tmp_path: Path
+) -> None:
+    """It waits for the lock; the folder is gone then, and the table is there."""
+    parts, other = cut_off.with_name("s.parquet.parts"), tmp_path / "other.parquet"
+    with ThreadPoolExecutor(1) as pool, locked(parts):
+        second = pool.submit(score, samples, method="el2n", model=small, out=cut_off, **SMALL)
+        first = score(samples, method="el2n", model=small, out=other, **SMALL)
+        assert not second.done()
+        other.rename(cut_off)
+        shutil.rmtree(parts)
+        assert torch.equal(second.result().scores, first.scores)
+    assert not parts.exists()
+
+
+def test_force_does_not_take_parts_from_a_process_at_work(
+    samples: ImageSamples, cut_off: Path
+) -> None:
+    parts = cut_off.with_name("s.parquet.parts")
+    arguments = {"method": "el2n", "model": small, "out": cut_off, "force": True, **SMALL}
+    with locked(parts), pytest.raises(RunError, match="another process is running in"):
+        score(samples, **arguments)
+    assert (parts / "settings.json").exists()
+    score(samples, **{**arguments, "seed": 4})
+    assert ScoreTable.read(cut_off).seed == 4
+    with pytest.raises(ScoreError, match="unknown method"):
+        score(samples, **{**arguments, "method": "magic"})
+    assert ScoreTable.read(cut_off).seed == 4
 
 
 def test_parts_keep_matrices_and_types(tmp_path: Path) -> None:
@@ -275,6 +313,11 @@ def test_a_language_model_is_scored_without_classes() -> None:
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
             return type("Output", (), {"logits": self.head(self.embed(input_ids))})()
 
+    class Averaged(CausalLM):
+        def embedding(self, model: Any, batch: Any) -> Tensor:
+            vectors: Tensor = model.embed(batch["input_ids"]).mean(1)
+            return vectors
+
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 11, (12, 6), generator=random)
     texts = TokenSamples(ids, torch.ones_like(ids), ids)
@@ -286,6 +329,23 @@ def test_a_language_model_is_scored_without_classes() -> None:
     torch.testing.assert_close(table["loss"].scores, expected)
     with pytest.raises(ScoreError, match="for samples with classes"):
         score(texts, method="el2n", model=model, task=CausalLM())
+    # A text without targets has no loss, and cannot be selected by it; its influence is 0.
+    targets = ids.clone()
+    targets[3, 1:] = -100
+    some = TokenSamples(ids, torch.ones_like(ids), targets)
+    methods = ["loss", "grand", "semdedup", "influence-cg"]
+    with pytest.warns(ScoreWarning, match=r"1 of 12 scores are not finite \(ids 3\)"):
+        again = score(some, method=methods, model=model, task=Averaged())
+    for name in ("loss", "grand"):
+        rest = torch.arange(12) != 3
+        assert again[name].scores[3].isnan()
+        torch.testing.assert_close(again[name].scores[rest], table[name].scores[rest])
+        with pytest.raises(SelectionError, match="NaN or infinite, the first of ids 3"):
+            again[name].select(keep=3, policy="easiest")
+    assert bool(again["semdedup"].scores.isfinite().all())
+    influence = again["influence-cg"].scores
+    assert float(influence[3]) == 0
+    assert bool((influence[rest] != 0).all())
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +136,23 @@ def test_no_class_falls_below_its_floor(
     had, kept = Counter(label.values()), Counter(label[i] for i in subset.ids.tolist())
     for name, size in had.items():
         assert kept[name] >= math.floor(floor * count * size / len(scores) + 1e-9)
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "auto"])
+def test_scores_whose_range_is_no_number(policy: str) -> None:
+    """Refused before any policy takes a difference; as far apart as float64 has it they serve."""
+    wide = [4e307, -4e307, *map(float, range(38))]
+    confidence = torch.full((40,), 0.5, dtype=torch.float64)
+    options = {"policy": policy, "keep": 8, "confidence": confidence}
+    if policy == "dual-beta":
+        wide[1] = 0.0
+    assert len(select(table(wide, [0] * 40), **options)) == 8  # type: ignore[arg-type]
+    wide[:2] = [1e308, -1e308]
+    if policy == "random":
+        assert len(select(table(wide, [0] * 40), **options)) == 8  # type: ignore[arg-type]
+    else:
+        with pytest.raises(SelectionError, match=r"from -1e\+308 to 1e\+308, and float64 has no"):
+            select(table(wide, [0] * 40), **options)  # type: ignore[arg-type]
 
 
 def test_floors_by_hand() -> None:
@@ -351,24 +370,48 @@ def test_dual_beta_draws_with_the_weights_of_its_formula() -> None:
     """Three samples, one kept: shares of 4,000 draws against score · Beta density.
 
     N = 3, r = 2/3, all three are among the ten highest: m = (.2 + .5 + .9) / 3 = .5333,
-    b = 15 · .4667 · (1 − (2/3)⁴) = 5.617, a = 9.383. Densities are proportional to
-    μ^8.383 (1 − μ)^4.617: .2: 4.95e-7, .5: 1.222e-4, .9: 9.96e-6.
+    b = 15 · .4667 · (1 − (2/3)⁴) = 5.617, a = 16 − b = 10.383. Densities are proportional to
+    μ^9.383 (1 − μ)^4.617: .2: 9.89e-8, .5: 6.11e-5, .9: 8.97e-6; with the scores the shares are
+    .008, .624 and .368.
     """
     confidence = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
     scores = table([8.0, 1.0, 4.0])
     weights = [
-        8 * 0.2**8.383 * 0.8**4.617,
-        0.5**8.383 * 0.5**4.617,
-        4 * 0.9**8.383 * 0.1**4.617,
+        8 * 0.2**9.383 * 0.8**4.617,
+        0.5**9.383 * 0.5**4.617,
+        4 * 0.9**9.383 * 0.1**4.617,
     ]
+    shares = [weight / sum(weights) for weight in weights]
+    assert shares == pytest.approx([0.008, 0.624, 0.368], abs=5e-4)
     draws = Counter(
         int(select(scores, keep=1, policy="dual-beta", seed=s, confidence=confidence).ids)
         for s in range(4000)
     )
-    for row, weight in enumerate(weights):
-        share = weight / sum(weights)
+    for row, share in enumerate(shares):
         error = math.sqrt(share * (1 - share) / 4000)
         assert abs(draws[row] / 4000 - share) < 4 * error
+
+
+def test_a_table_s_own_confidence_is_taken_where_none_is_given(tmp_path: Path) -> None:
+    """In the order of its rows; it survives the file, and other policies do not look at it."""
+    confidence = torch.tensor([0.1, 0.9, 0.5, math.nan], dtype=torch.float64)
+    scores = replace(table([8.0, 1.0, 4.0, 2.0]), confidence=confidence)
+    scores.write(tmp_path / "s.parquet")
+    read = ScoreTable.read(tmp_path / "s.parquet")
+    assert read.confidence is not None
+    assert torch.equal(read.confidence, confidence) or bool(read.confidence[3].isnan())
+    assert select(read, keep=2).ids.tolist() == [0, 2]
+    with pytest.raises(SelectionError, match="outside"):
+        select(read, keep=2, policy="dual-beta")
+    known = torch.tensor([0.1, 0.9, 0.5, 0.4], dtype=torch.float64)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = replace(
+        scores, ids=scores.ids[order], scores=scores.scores[order], confidence=known[order]
+    )
+    for seed in range(5):
+        given = select(scores, keep=2, policy="dual-beta", seed=seed, confidence=known)
+        own = select(shuffled, keep=2, policy="dual-beta", seed=seed)
+        assert own.ids.tolist() == given.ids.tolist()
 
 
 def test_dual_beta_moves_from_uncertain_to_confident_samples() -> None:

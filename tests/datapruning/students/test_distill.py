@@ -73,6 +73,44 @@ def test_loss_by_hand() -> None:
     assert float(loss) == pytest.approx(1.0431, abs=1e-4)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_samples_without_a_label_count_in_neither_term(alpha: float) -> None:
+    """Loss, gradient and mean are those of the batch without them."""
+    random = torch.Generator().manual_seed(0)
+    z, t = torch.randn(2, 6, 5, generator=random)
+    labels = torch.tensor([1, -100, 4, 0, -100, 2])
+    kept = labels != -100
+    cached = TeacherLogits(torch.arange(6), t)
+    objective = kd_objective(alpha=alpha, cached=cached)
+    batch, rows = (torch.zeros(6), labels), torch.arange(6)
+    z.requires_grad_()
+    mean = objective(z, batch, rows)
+    (gradient,) = torch.autograd.grad(mean, z)
+    alone = z.detach()[kept].requires_grad_()
+    expected = objective(alone, (torch.zeros(4), labels[kept]), rows[kept])
+    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(gradient[kept], torch.autograd.grad(expected, alone)[0])
+    assert gradient[~kept].count_nonzero() == 0
+    losses = kd_loss(z, labels, t, alpha=alpha, temperature=2.0)
+    assert losses[~kept].tolist() == [0.0, 0.0]
+    nobody = objective(z, (torch.zeros(6), torch.full((6,), -100)), rows)
+    assert nobody.item() == 0.0
+
+
+@pytest.mark.parametrize("student", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("guide", [torch.bfloat16, torch.float16, torch.float32])
+def test_softmaxes_are_of_the_logits_as_they_are(student: torch.dtype, guide: torch.dtype) -> None:
+    """A float16 teacher rounded to a bfloat16 student's 8 bits would be off by .9 %."""
+    random = torch.Generator().manual_seed(0)
+    z, t = (8 * torch.randn(64, 10, generator=random) for _ in range(2))
+    z, t = z.to(student), t.to(guide)
+    labels = torch.randint(0, 10, (64,), generator=random)
+    loss = kd_loss(z, labels, t, alpha=1.0, temperature=4.0)
+    assert loss.dtype == torch.float32
+    exact = plain_loss(z.double(), labels, t.double(), 1.0, 4.0)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("tau", [100.0, 1000.0])
 def test_gradient_keeps_its_size_at_any_temperature(tau: float) -> None:
     """As τ → ∞ the gradient of τ² KL tends to ((z − z̄) − (t − t̄)) / C: without τ² it dies out."""

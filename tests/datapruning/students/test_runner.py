@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +189,9 @@ def test_settings_come_back_from_their_file(few: str, teacher: Path, tmp_path: P
     assert summary["steps"] == 3
     stored = RunSettings.read(tmp_path / "a run")
     assert (stored.alpha, stored.training, stored.subset) == (0.25, settings.training, few)
-    assert json.loads((tmp_path / "a run" / "summary.json").read_text()) == summary
+    assert runfolder.read_summary(tmp_path / "a run") == summary
+    found = json.loads((tmp_path / "a run" / "summary.json").read_text())
+    assert found == {**found, **summary}
 
 
 @given(
@@ -217,13 +221,61 @@ def test_any_settings_survive_their_file(values: dict[str, Any], training: dict[
         assert RunSettings.read(Path(folder)) == settings
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_who_does_not_hold_the_lock_discards_nothing(
+    resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, folder = RunSettings(training=SHORT), tmp_path / "r"
+    monkeypatch.setattr(runfolder.locked.__wrapped__, "__kwdefaults__", {"wait": 0.3})  # type: ignore[attr-defined]
+    opened = runner._open
+    with ExitStack() as stack:
+
+        def held_by_another(*arguments: Any, **named: Any) -> None:
+            opened(*arguments, **named)
+            stack.enter_context(runfolder.locked(folder))
+
+        if resume:
+            opened(folder, settings, resume=False)
+        monkeypatch.setattr(runner, "_open", held_by_another)
+        with pytest.raises(RunError, match="another process is running in"):
+            run(settings, folder, resume=resume)
+        assert (folder / "config.toml").exists()
+
+
+def test_files_of_another_run_are_refused(few: str, teacher: Path, tmp_path: Path) -> None:
+    """Teacher, alpha and temperature leave no trace in data, seed or shapes."""
+    folders = {}
+    for temperature in (4.0, 2.0):
+        settings = RunSettings(
+            subset=few, teacher=str(teacher), temperature=temperature, training=SHORT
+        )
+        folders[temperature] = tmp_path / str(temperature)
+
+        def cutting(line: str) -> None:
+            if line.startswith("epoch   2"):
+                raise Cut
+
+        with pytest.raises(Cut):
+            run(settings, folders[temperature], progress=cutting)
+    for name, message in ((ALPHA_FILE, "found 'alpha of run"), (runner.CHECKPOINT, "run is '")):
+        own = (folders[2.0] / name).read_bytes()
+        shutil.copy(folders[4.0] / name, folders[2.0] / name)
+        with pytest.raises(RunError, match=message):
+            run(settings, folders[2.0], resume=True)
+        (folders[2.0] / name).write_bytes(own)
+    run(settings, folders[2.0], resume=True)
+    shutil.copy(teacher / runfolder.MODEL, folders[2.0] / runfolder.MODEL)
+    with pytest.raises(RunError, match=r"model\.safetensors belongs to another run"):
+        runner.load_model(folders[2.0])
+
+
 def test_folders_of_others_are_refused(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("all of it")
     with pytest.raises(RunError, match="not empty and holds no run"):
         run(RunSettings(training=SHORT), tmp_path / "full")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.toml").write_text("seed = 0\n[pruning]\ndensity = 0.1\n")
+    runfolder.prepare(tmp_path / "other", "seed = 0\n[pruning]\ndensity = 0.1\n")
     with pytest.raises(RunError, match="is not of a run of `datapruning train`"):
         write_run_report(tmp_path / "other")
     with pytest.raises(DataError, match="unknown data set"):

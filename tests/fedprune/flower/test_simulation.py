@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from fedprune.config import RunConfig
 from fedprune.flower.inline import run_inline as run_inline_engine
-from fedprune.flower.launch import launch_values, temporary_folder
+from fedprune.flower.launch import launch_values
 from fedprune.flower.simulation import (
     _federation,
     _trouble,
@@ -31,6 +31,7 @@ from fedprune.flower.simulation import (
 )
 from fedprune.rounds.folder import prepare
 from prunelab.errors import RunError
+from prunelab.runs.temporary import temporary_folder
 
 
 @pytest.fixture

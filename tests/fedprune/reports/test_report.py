@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pytest
-import torch
 
 from fedprune.config import RunConfig, own_settings
+from fedprune.methods.base import RunState
 from fedprune.reports.charts import candidate_chart, label_chart
 from fedprune.reports.page import write_report
 from fedprune.reports.results import comparison_table, summary_rows
+from fedprune.rounds.folder import RunFolder, prepare, save_model
 from prunelab.errors import RunError
-from sparsemodel.masks.mask import Mask
-from sparsemodel.storage.checkpoint import save_sparse
+from prunelab.runs.folder import append_metrics, write_metrics, write_summary
+from sparsemodel.runtime.pattern import Pattern, Patterns
+from sparsemodel.runtime.state import SparseState
 
 SETTINGS = {"training.rounds": 3, "data.clients": 4, "method.density": 0.1}
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -133,9 +135,8 @@ def make_run(
 
     Layer l has 4 + l active weights of 40 in the end and 4 at the start.
     """
-    folder.mkdir(parents=True)
     config = RunConfig.parse(own_settings({**SETTINGS, **(settings or {})}))
-    (folder / "config.toml").write_text(config.toml(), encoding="utf-8")
+    prepare(folder, config, resume=False)
     names = [f"layer{number}.conv.weight" for number in range(num_layers)]
     clients = [
         {"client": c, "num_train": 90 + c, "num_dev": 10, "labels": [40 + c, 0, 60]}
@@ -172,15 +173,22 @@ def make_run(
         )
     if last is not None:
         lines[-1].update(last)
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
-    patterns = {name: (torch.arange(40) < 4 + n) for n, name in enumerate(names)}
-    state = {name: pattern.float() for name, pattern in patterns.items()}
-    mask = None if is_dense else Mask(patterns)
-    model = "checkpoint.safetensors" if finished is None else "model.safetensors"
-    save_sparse(folder / model, state, mask, metadata={})
-    if finished is not None:
-        (folder / "summary.json").write_text(json.dumps(finished), encoding="utf-8")
+    write_metrics(folder, lines)
+    patterns = {
+        name: Pattern.from_positions((40,), np.arange(min(4 + n, 40)))
+        for n, name in enumerate(names)
+    }
+    state = SparseState(
+        {name: np.ones(pattern.num_active, np.float32) for name, pattern in patterns.items()},
+        Patterns(patterns),
+    )
+    if is_dense:
+        state = SparseState({name: np.ones(40, np.float32) for name in names})
+    if finished is None:
+        RunFolder(folder).save(RunState(num_rounds, state))
+    else:
+        save_model(folder, state, metadata={})
+        write_summary(folder, finished)
     return folder
 
 
@@ -404,6 +412,7 @@ def test_same_folder_gives_same_bytes_whatever_the_user_set(tmp_path: Path) -> N
         assert mpl.rcParams["font.size"] == 30
         assert mpl.rcParams["backend"] == backend
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
         "config.toml",
         "metrics.jsonl",
         "model.safetensors",
@@ -458,8 +467,7 @@ def test_round_without_a_usable_answer_is_listed(tmp_path: Path) -> None:
         "round": 2,
         "skipped": [{"client": 1, "reason": "timeout"}, {"client": -1, "reason": "node 5: away"}],
     }
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_metrics(folder, line)
     page = read(folder)
     assert "Run not finished: round 1 of 3." in page.text
     assert "Clients left out" in page.headings

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS, ConfigError
 from fedprune.exchange.messages import DESCRIBE, MODEL, Reply, Request
 from fedprune.flower import client, wire
@@ -22,9 +25,20 @@ from fedprune.local import model as models
 from fedprune.local.site import open_data
 from fedprune.local.training import growth_counts
 from fedprune.methods import METHODS
+from fedprune.reports.page import write_report
+from fedprune.rounds import folder as folders
 from fedprune.rounds import workspace
 from fedprune.rounds.evaluation import Evaluator
-from fedprune.rounds.folder import CHECKPOINT, METRICS, SUMMARY, read_metrics, read_summary
+from fedprune.rounds.folder import (
+    CHECKPOINT,
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    read_metrics,
+    read_summary,
+)
+from fedprune.rounds.folder import MODEL as MODEL_FILE
+from fedprune.rounds.run import run
 from fedprune.rounds.setup import Setup
 from fedprune.rounds.workspace import _opened, open_workspace
 from prunelab.data.batches import Integers
@@ -32,6 +46,7 @@ from prunelab.data.datasets import load_dataset
 from prunelab.data.tensors import prepare
 from prunelab.errors import DataError, RunError
 from prunelab.networks import float_state
+from prunelab.runs.folder import locked
 from sparsemodel.codec import decode_entries, decode_state, encode_entries, encode_state
 from sparsemodel.errors import DensityError, SparseModelError
 from sparsemodel.layers.from_state import load_state_
@@ -640,6 +655,27 @@ def test_resume_continues_to_the_same_bits(stop: str, finished: Path, tmp_path: 
     assert [line.get("test_accuracy") for line in read_metrics(out)] == expected
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_who_does_not_hold_the_lock_discards_nothing(
+    resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second process waits for the first, in vain, and leaves it its folder."""
+    opened, prepared = folders.open_run.__wrapped__, folders.prepare  # type: ignore[attr-defined]
+    monkeypatch.setattr(opened, "__kwdefaults__", {"wait": 0.3})
+    with ExitStack() as stack:
+
+        def held_by_another(path: Path, config: RunConfig, *, resume: bool) -> None:
+            prepared(path, config, resume=resume)
+            stack.enter_context(locked(path))
+
+        if resume:
+            prepared(tmp_path / "run", tiny(), resume=False)
+        monkeypatch.setattr(folders, "prepare", held_by_another)
+        with pytest.raises(RunError, match="another process is running in"):
+            run(tiny(), tmp_path / "run", resume=resume)
+        assert (tmp_path / "run" / CONFIG).exists()
+
+
 def test_folder_that_cannot_be_used(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="already holds a run"):
         run_inline(tiny(), finished)
@@ -672,6 +708,68 @@ def test_checkpoint_of_something_else_is_named(tmp_path: Path) -> None:
     save_file({"w": np.zeros(3, np.float32)}, out / CHECKPOINT)
     with pytest.raises(USER_ERRORS, match=r"checkpoint\.safetensors"):
         run_inline(tiny(training__rounds=1), out, resume=True)
+
+
+@pytest.mark.parametrize("other", [{"seed": 8}, {"method__name": "magnitude"}])
+def test_a_checkpoint_of_another_run_is_refused(
+    other: dict[str, Any], finished: Path, tmp_path: Path
+) -> None:
+    """Another seed's or another method's of the same network would continue silently."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / SUMMARY).unlink()
+    foreign = run_inline(tiny(**other), tmp_path / "other")
+    shutil.copy(foreign / CHECKPOINT, out / CHECKPOINT)
+    with pytest.raises(RunError, match=r"checkpoint\.safetensors belongs to another run than"):
+        run(tiny(), out, resume=True)
+    with pytest.raises(RunError, match="belongs to another run"), folders.open_run(out):
+        pytest.fail("another run's checkpoint was opened")
+    shutil.copy(finished / CHECKPOINT, out / CHECKPOINT)
+    shutil.copy(foreign / METRICS, out / METRICS)
+    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged"):
+        run(tiny(), out, resume=True)
+
+
+@pytest.mark.parametrize("name", [CONFIG, METRICS, CHECKPOINT, SUMMARY, MODEL_FILE])
+def test_a_folder_in_the_place_of_a_file_is_one_clear_error(
+    name: str, finished: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "run")
+    if name in (CHECKPOINT, METRICS):
+        (out / SUMMARY).unlink()
+    (out / name).unlink()
+    (out / name).mkdir()
+    with pytest.raises(USER_ERRORS, match=re.escape(name)):
+        write_report(out) if name == MODEL_FILE else run(tiny(), out, resume=True)
+
+
+def test_a_finished_run_needs_its_checkpoint_no_more(finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / CHECKPOINT).write_bytes(b"damaged")
+    assert run(tiny(), out, resume=True) == read_summary(finished)
+    write_report(out)
+
+
+def test_what_a_run_starts_from_is_of_its_configuration(tmp_path: Path) -> None:
+    """Weights, samples and network that were laid out with another seed are refused, one by one."""
+    for seed in (7, 8):
+        open_workspace(tiny(seed=seed)).lay_out(tmp_path / str(seed), with_start=True)
+    setup, other = tmp_path / "7", tmp_path / "8"
+
+    def read() -> None:
+        found = Setup(tiny(), setup)
+        assert found.start_state().shapes() == found.shapes
+        assert len(found.test) == 60
+        open_data(tiny(), 0, setup=str(setup))
+
+    read()
+    for name in ("network.json", "start.safetensors", "train", "test"):
+        (setup / name).rename(tmp_path / "aside")
+        (other / name).rename(setup / name)
+        with pytest.raises(USER_ERRORS, match=rf"{name}.*(of another run|other settings|found)"):
+            read()
+        (setup / name).rename(other / name)
+        (tmp_path / "aside").rename(setup / name)
+    read()
 
 
 def test_clients_per_round_are_sampled_by_the_seed(tmp_path: Path) -> None:

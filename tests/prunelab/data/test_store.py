@@ -20,6 +20,7 @@ from prunelab.data.batches import Images, Integers, Preprocessing
 from prunelab.data.store import ImageStore, open_store, write_store
 from prunelab.errors import DataError
 from prunelab.runs.seeds import rng
+from sparsemodel.storage.sealed import BLANK, CHECKSUM, seal
 
 
 def pictures(count: int = 12, *, seed: int = 0) -> tuple[Images, Integers]:
@@ -131,7 +132,7 @@ def test_a_folder_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "letter.txt").write_text("dear")
-    with pytest.raises(DataError, match=r"is no image store: store\.json cannot be read"):
+    with pytest.raises(DataError, match=r"is no image store: it has no store\.json"):
         written(folder)
     assert [path.name for path in folder.iterdir()] == ["letter.txt"]
     (folder / "letter.txt").unlink()
@@ -183,7 +184,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         ({"labels": np.full(12, 3)}, r"label 3 of row 0 lies outside 0 \.\.\. 2"),
         ({"labels": np.full(12, -1)}, "label -1 of row 0"),
         ({"num_classes": 0}, "0 classes, expected at least 1"),
-        ({"arrays": {"images": np.zeros(1, np.int64)}}, "cannot be called images or labels"),
+        ({"arrays": {"images": np.zeros(1, np.int64)}}, "cannot be called images, labels or rows"),
         ({"arrays": {"../x": np.zeros(1, np.int64)}}, r"'\.\./x' is no name for an array"),
         ({"arrays": {"owner": np.zeros(1)}}, r"'owner' is float64 \[1\], expected int64"),
         ({"preprocessing": Preprocessing((0.0, 0.0), (1.0, 1.0))}, "for 2 channels, the images"),
@@ -206,7 +207,8 @@ def changed_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], 
     def apply(folder: Path) -> None:
         header = json.loads((folder / "store.json").read_text())
         change(header)
-        (folder / "store.json").write_text(json.dumps(header))
+        text = json.dumps({**header, CHECKSUM: BLANK})
+        (folder / "store.json").write_bytes(seal(text.encode(), "json"))
 
     return apply
 
@@ -219,13 +221,20 @@ def cut(name: str, size: int) -> Callable[[Path], None]:
     return apply
 
 
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no folder": (shutil.rmtree, r"is no image store: store\.json cannot be read"),
+    "no folder": (shutil.rmtree, r"is no image store: it has no store\.json"),
     "no header": (lambda f: (f / "store.json").unlink(), "is no image store"),
-    "no json": (lambda f: (f / "store.json").write_text("{"), "damaged .JSONDecodeError"),
-    "a list": (lambda f: (f / "store.json").write_text("[]"), "damaged .TypeError"),
+    "no json": (lambda f: (f / "store.json").write_text("{"), "its checksum does not fit"),
+    "a list": (lambda f: (f / "store.json").write_text("[]"), "its checksum does not fit"),
     "no bytes": (lambda f: (f / "store.json").write_bytes(b"\xff\xfe\0"), "damaged"),
-    "newer": (changed_header(lambda h: h.update(format=2)), "format 2, this release reads 1"),
+    "other kind": (changed_header(lambda h: h.update(of="alpha")), "expected 'store.json', found"),
+    "newer": (changed_header(lambda h: h.update(format=3)), "format 3, this release reads 2"),
     "no arrays": (changed_header(lambda h: h.pop("arrays")), "damaged .KeyError: 'arrays'"),
     "no labels": (changed_header(lambda h: h["arrays"].pop("labels")), "damaged .KeyError"),
     "a path": (
@@ -251,6 +260,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut labels": (cut("labels.npy", 100), r"labels\.npy: cannot be read or is damaged"),
     "empty labels": (cut("labels.npy", 0), r"labels\.npy: cannot be read or is damaged"),
     "cut owners": (cut("owner.npy", -8), r"owner\.npy: damaged"),
+    "fewer rows": (
+        changed_header(lambda h: h["arrays"]["rows"].update(shape=[11])),
+        r"checksums of \[11\] rows, expected \[12\]",
+    ),
 }
 
 
@@ -269,10 +282,7 @@ def test_a_damaged_store_is_refused(intact: Path, tmp_path: Path, damage: str) -
 def test_verifying_finds_a_changed_bit(intact: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "store"
     shutil.copytree(intact, folder)
-    path = folder / f"{name}.npy"
-    data = bytearray(path.read_bytes())
-    data[128] ^= 1  # the first byte after the header
-    path.write_bytes(data)
+    flip(folder / f"{name}.npy", 128)  # the first byte after the header
     with pytest.raises(DataError, match=rf"{name}\.npy: damaged: its SHA-256 is not the one"):
         open_store(folder, verify=True)
 
@@ -280,9 +290,37 @@ def test_verifying_finds_a_changed_bit(intact: Path, tmp_path: Path, name: str) 
 @given(st.recursive(st.none() | st.floats() | st.text(max_size=3), st.lists, max_leaves=3))
 def test_a_field_of_any_other_type_is_refused(intact: Path, value: object) -> None:
     header = json.loads((intact / "store.json").read_text())
-    for field in {"format", "arrays", "preprocessing"} - ({"format"} if value == 1 else set()):
+    for field in {"format", "arrays", "preprocessing"} - ({"format"} if value == 2 else set()):
         with pytest.raises(DataError):
-            stores._Header.parse(json.dumps({**header, field: value}).encode())
+            stores._Header.parse({**header, field: value})
+
+
+@pytest.mark.parametrize("name", ["labels", "rows", "owner"])
+def test_a_changed_bit_of_a_list_is_always_found(intact: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(intact, folder)
+    flip(folder / f"{name}.npy", 128)
+    with pytest.raises(DataError, match=rf"{name}\.npy: damaged: its SHA-256 is not the one"):
+        open_store(folder)
+
+
+def test_a_changed_bit_of_an_image_is_found_when_it_is_taken(intact: Path, tmp_path: Path) -> None:
+    """Image 3 begins after 128 bytes of header and three images of 60; the others are good."""
+    folder = tmp_path / "store"
+    shutil.copytree(intact, folder)
+    flip(folder / "images.npy", 128 + 3 * 60 + 59)
+    store = open_store(folder)
+    assert np.array_equal(store.take(np.array([2, 4]))[0], pictures()[0][[2, 4]])
+    with pytest.raises(DataError, match=r"images\.npy: damaged: sample 3 is not what was written"):
+        store.take(np.array([2, 3]))
+
+
+def test_a_store_made_for_something_else_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "store", made_for="a run")
+    assert len(open_store(tmp_path / "store")) == 12
+    assert len(open_store(tmp_path / "store", made_for="a run")) == 12
+    with pytest.raises(DataError, match="is of another run; write the store again"):
+        open_store(tmp_path / "store", made_for="another")
 
 
 def test_images_that_were_cut_after_opening_are_noticed(intact: Path, tmp_path: Path) -> None:

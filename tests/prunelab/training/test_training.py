@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from datapruning.scoring.proxy import sparse_proxy
-from prunelab.data.batches import batches
+from prunelab.data.batches import batches, num_batches
 from prunelab.data.samples import ImageSamples, TokenSamples
 from prunelab.data.tensors import augmented, prepare
 from prunelab.errors import RunError
@@ -27,6 +29,7 @@ from prunelab.training.loop import (
     Evaluation,
     TrainingConfig,
     TrainingResult,
+    epoch_rates,
     evaluate,
     predict,
     train,
@@ -36,6 +39,7 @@ from sparsemodel.kernels.cpu import library as cpu
 from sparsemodel.layers.sparsify import densify, mask_of, sparsify
 from sparsemodel.masks.mask import Mask
 from sparsemodel.plans.plan import TrainingPlan
+from sparsemodel.storage.sealed import BLANK, seal
 
 TASK = ImageClassification()
 
@@ -259,8 +263,19 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
             run(**changed)
     assert file.read_bytes() == before
     file.write_bytes(before[: len(before) // 2])
-    with pytest.raises(RunError, match=r"not a readable checkpoint .* delete it"):
+    with pytest.raises(RunError, match=r"checkpoint\.pt: damaged.* delete it to start anew"):
         run()
+
+
+def test_every_kind_of_checkpoint_belongs_to_one_run(tmp_path: Path) -> None:
+    """Another teacher, say, changes neither data nor settings."""
+    file, config = tmp_path / "checkpoint.pt", TrainingConfig(epochs=1, batch_size=8, lr=0.02)
+    for run in ("one", "other"):
+        with nullcontext() if run == "one" else pytest.raises(RunError, match="run is 'other'"):
+            train(
+                small_model(), image_samples(), TASK, config=config, seed=0, checkpoint=file,
+                run=run,
+            )  # fmt: skip
 
 
 def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
@@ -269,7 +284,9 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
             return print, ("run",)
 
     file = tmp_path / "checkpoint.pt"
-    torch.save({"version": 1, "signature": {}, "state": Hostile()}, file)
+    content = io.BytesIO()
+    torch.save({"version": 3, "signature": {}, "state": Hostile()}, content)
+    file.write_bytes(seal(f"checkpoint {BLANK}\n".encode() + content.getvalue(), "checkpoint"))
     with pytest.raises(RunError, match="not a readable checkpoint"):
         train(
             small_model(), image_samples(), TASK,
@@ -320,6 +337,21 @@ def test_the_learning_rate_is_half_a_cosine(limit: dict[str, int]) -> None:
     rates = [before - after for before, after in pairwise(weights)]
     expected = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
     assert rates == pytest.approx(expected, abs=1e-6)
+    means = [(rates[0] + rates[1]) / 2, (rates[2] + rates[3]) / 2]
+    config = TrainingConfig(batch_size=8, lr=1.0, **limit)
+    assert epoch_rates(config, 16) == pytest.approx(means, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 9, 16, 17, 25, 40])
+def test_mean_rates_count_the_batches_that_there_are(size: int) -> None:
+    """A last batch of one joins the one before; a last epoch may be cut short."""
+    count = len(list(batches(size, batch_size=8, rng=rng(0))))
+    assert num_batches(size, batch_size=8) == count
+    whole = epoch_rates(TrainingConfig(epochs=3, batch_size=8, lr=1.0), size)
+    steps = [(1 + math.cos(math.pi * step / (3 * count))) / 2 for step in range(3 * count)]
+    assert sum(whole) / 3 == pytest.approx(sum(steps) / len(steps))
+    cut = epoch_rates(TrainingConfig(steps=2 * count + 1, batch_size=8, lr=1.0), size)
+    assert len(cut) == (3 if count > 1 else 3 * count)
 
 
 def test_rows_by_epoch() -> None:

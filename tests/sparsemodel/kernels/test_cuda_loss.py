@@ -24,7 +24,7 @@ def exact(
     student = torch.log_softmax(logits / temperature, 1)
     guide = torch.log_softmax(teacher / temperature, 1)
     soft = torch.where(guide.exp() > 0, guide.exp() * (guide - student), 0.0).sum(1)
-    return (1 - alpha) * hard + alpha * temperature**2 * soft
+    return torch.where(labels == -100, 0.0, (1 - alpha) * hard + alpha * temperature**2 * soft)
 
 
 def check(
@@ -98,5 +98,7 @@ def test_a_class_that_both_all_but_rule_out_adds_nothing(cuda: Runner, place: in
 def test_ignored_labels_and_labels_out_of_range(cuda: Runner) -> None:
     logits, teacher = torch.randn(3, 10), torch.randn(3, 10)
     check(cuda, logits, teacher, torch.tensor([-100, 4, -100]), 0.4, 2.0)
+    loss, _ = cuda_loss.kd_loss(cuda, logits, teacher, torch.tensor([-100, 4, -100]), 0.4, 2.0)
+    assert loss[[0, 2]].tolist() == [0.0, 0.0]
     loss, _ = cuda_loss.kd_loss(cuda, logits, teacher, torch.tensor([10, -1, 9]), 0.4, 2.0)
     assert loss.isnan().tolist() == [True, True, False]

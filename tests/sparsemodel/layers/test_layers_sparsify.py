@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import dense_adjust
 import pytest
@@ -100,18 +101,21 @@ def test_a_sparse_model_may_be_a_single_layer() -> None:
     assert torch.equal(densify(sparse).weight, model.weight)  # type: ignore[arg-type]
 
 
-def test_fusing_calls_one_batch_norm_for_norm_addition_and_relu() -> None:
+def test_fusing_calls_one_batch_norm_for_norm_addition_and_relu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Every batch norm with a ReLU behind it is fused; the shortcuts' own ones are not."""
     model, mask = build(Residual)
     calls: dict[str, tuple[bool, bool]] = {}
     sparse = sparsify(model, mask)
-    for name, module in sparse.named_modules():
-        if isinstance(module, FusedBatchNorm2d):
+    names = {module: name for name, module in sparse.named_modules()}
+    plain = FusedBatchNorm2d.forward
 
-            def watch(m: nn.Module, args: tuple[object, ...], _: object, name: str = name) -> None:
-                calls[name] = (len(args) > 1 and args[1] is not None, args[2:] == (True,))
+    def watched(self: FusedBatchNorm2d, *args: Any) -> torch.Tensor:  # hooks would undo fusing
+        calls[names[self]] = (len(args) > 1 and args[1] is not None, args[2:] == (True,))
+        return plain(self, *args)
 
-            module.register_forward_hook(watch)
+    monkeypatch.setattr(FusedBatchNorm2d, "forward", watched)
     sparse(images(0)[0])
     assert calls.pop("bn1") == (False, True)
     for name, call in calls.items():
@@ -119,17 +123,26 @@ def test_fusing_calls_one_batch_norm_for_norm_addition_and_relu() -> None:
         assert call == expected[name.rpartition(".")[2]], name
 
 
-def test_the_layout_is_kept_through_the_network() -> None:
+def test_the_layout_is_kept_through_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     if not native.loaded():
         pytest.skip("build the native library to keep its layout")
     model, mask = build(lambda: Residual(blocks=2))
     sparse = sparsify(model, mask, execution="sparse")
     inputs: list[tuple[str, bool]] = []
-    for name, module in sparse.named_modules():
-        if isinstance(module, SparseConv2d | FusedBatchNorm2d) and name != "bn1":
-            module.register_forward_pre_hook(
-                lambda _, args, name=name: inputs.append((name, is_batch_innermost(args[0])))
-            )
+    names = {module: name for name, module in sparse.named_modules()}
+
+    def watch(kind: type[nn.Module]) -> None:
+        plain = kind.forward
+
+        def watched(self: nn.Module, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+            if names[self] != "bn1":
+                inputs.append((names[self], is_batch_innermost(x)))
+            return plain(self, x, *rest)
+
+        monkeypatch.setattr(kind, "forward", watched)
+
+    watch(SparseConv2d)
+    watch(FusedBatchNorm2d)
     sparse(images(0)[0])
     assert len(inputs) > 20
     assert [name for name, kept in inputs if not kept] == []
@@ -244,14 +257,35 @@ def test_what_has_no_sparse_form_is_refused() -> None:
     refused(nn.Sequential(nn.Linear(2, 2)), "0.bias", "belongs to a Linear")
     refused(nn.Sequential(nn.Linear(2, 2)), "1.weight", r"no parameter '1\.weight'", (2, 2))
     refused(nn.Sequential(nn.Linear(2, 2)), "0.weight", r"has shape \(2, 3\)", (2, 3))
-    refused(nn.MultiheadAttention(4, 2), "out_proj.weight", "belongs to a NonDynamically")
     tied = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5)})
     tied["head"].weight = tied["embed"].weight
     with pytest.raises(SparseModelError, match=r"'head\.weight' is tied to \['embed\.weight'\]"):
         sparsify(tied, Mask({"head.weight": torch.ones(5, 3, dtype=torch.bool)}))
     hooked = nn.Sequential(nn.Linear(2, 2))
     hooked[0].register_forward_hook(lambda *_: None)
-    refused(hooked, "0.weight", "has hooks; remove them")
+    refused(hooked, "0.weight", r"has hooks \(forward hooks\); remove")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_reads_the_weight_of_its_sparse_projection(training: bool) -> None:
+    """It is never called; torch's fast path for evaluation reads those of the others too."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    mask = masked(layer)
+    assert "self_attn.out_proj.weight" in mask
+    sparse = sparsify(layer.train(training), mask)
+    x = torch.randn(3, 5, 8)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(sparse(x), layer(x), rtol=1e-5, atol=1e-6)
+    if training:
+        sparse(x).square().sum().backward()
+        layer(x).square().sum().backward()
+        for name, part in layers_of(sparse).items():
+            gradient = layer.get_parameter(name).grad
+            assert gradient is not None
+            torch.testing.assert_close(part.values.grad, gradient[mask[name]], rtol=1e-4, atol=1e-5)
+    back = densify(sparse)
+    assert [type(m) for m in back.modules()] == [type(m) for m in layer.modules()]
 
 
 def test_a_layer_used_twice_under_one_name_stays_one_layer() -> None:
@@ -424,7 +458,10 @@ def test_files_of_other_models_are_refused(tmp_path: Path) -> None:
     model, mask = build(Residual)
     path = tmp_path / "file"
     save(sparsify(model, mask), path)
-    with pytest.raises(CheckpointError, match="in the model None; is it another"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"the model has no parameter 'stages.0.conv1.weight' .*; is it another",
+    ):
         load(path, pooled())
     with pytest.raises(CheckpointError, match=r"has shape .* is it another"):
         load(path, Residual(width=4))

@@ -97,6 +97,89 @@ def test_prunable_parameters_leave_out_stem_biases_and_normalisation() -> None:
         prunable_parameters(nn.BatchNorm1d(2))
 
 
+class StemLast(nn.Module):
+    """Registers its layers from the output to the input."""
+
+    def __init__(self, *, traceable: bool = True) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+        self.middle = nn.Conv2d(4, 4, 1)
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.traceable = traceable
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.traceable and x.sum() > 0:  # before any layer
+            x = x + 1
+        x = self.middle(self.stem(x))
+        if x.sum() > 0:  # what comes after the stem need not be traced
+            x = x + 1
+        y: torch.Tensor = self.head(x.mean((2, 3)))
+        return y
+
+
+def wrapped(*layers: nn.Module) -> list[str]:
+    return list(prunable_parameters(nn.Sequential(*layers)))
+
+
+def test_the_stem_is_what_the_input_reaches_first() -> None:
+    assert list(prunable_parameters(StemLast())) == ["head.weight", "middle.weight"]
+    model = StemLast().eval()
+    model.head.eval().train()
+    before = dict(vars(model)), [m.training for m in model.modules()]
+    prunable_parameters(model)
+    assert (dict(vars(model)), [m.training for m in model.modules()]) == before
+    # A linear layer before a convolution; a transposed or looked-up input.
+    first = nn.Sequential(nn.Linear(8, 8), nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 2, 1))
+    assert list(prunable_parameters(first)) == ["2.weight"]
+    transposed = nn.ConvTranspose2d(3, 4, 2), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+    assert wrapped(*transposed) == ["1.weight", "2.weight"]
+    attention = nn.TransformerEncoderLayer(4, 2, 8)  # whose input projection is no layer
+    names = ["0.self_attn.out_proj.weight", "0.linear1.weight", "0.linear2.weight", "1.weight"]
+    assert wrapped(attention, nn.Linear(4, 2)) == names
+    assert list(prunable_parameters(attention)) == [n.removeprefix("0.") for n in names[:3]]
+    assert wrapped(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 2)) == ["1.weight", "2.weight"]
+
+
+def test_where_code_cannot_be_followed_the_stem_is_the_first_registered_convolution() -> None:
+    names = list(prunable_parameters(StemLast(traceable=False)))
+    assert names == ["head.weight", "stem.weight"]
+
+
+def test_a_stem_is_not_pruned_because_other_layers_cannot_be() -> None:
+    """Not even where it is the only layer with a weight of its own."""
+    norm = nn.utils.parametrizations.weight_norm
+    stem, other = nn.Conv2d(3, 4, 3), norm(nn.Conv2d(4, 4, 3))
+    with pytest.raises(MaskError, match=r"nothing can be pruned; it has Conv2d '0', Parametrized"):
+        wrapped(stem, nn.ReLU(), other)
+    with pytest.raises(MaskError, match=r"it has Conv2d '0', ConvTranspose2d '1'"):
+        wrapped(stem, nn.ConvTranspose2d(4, 4, 2))
+    assert wrapped(stem, other, nn.Flatten(), nn.Linear(4, 2)) == ["3.weight"]
+    assert wrapped(norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)) == [
+        *("1.weight", "2.weight")
+    ]
+    tied = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(MaskError, match=r"it has Embedding '0', Linear '1': remove"):
+        prunable_parameters(tied)
+
+
+class Conv1D(nn.Module):
+    """As transformers has it for GPT-2: a linear layer of the transposed weight."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(in_features, out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+def test_layers_of_other_classes_are_named() -> None:
+    with pytest.raises(MaskError, match=r"it has Conv1D '0', Conv1D '1': .*Conv1D\) for nn.Linear"):
+        wrapped(Conv1D(4, 4), Conv1D(4, 4))
+    assert wrapped(Conv1D(4, 4), nn.Linear(4, 2)) == ["1.weight"]
+
+
 def test_equal_scores_keep_the_lower_index() -> None:
     mask = mask_from_scores({"a": torch.tensor([1.0, 2.0, 2.0, 2.0])}, {"a": 2})
     assert mask["a"].tolist() == [F, T, T, F]

@@ -7,11 +7,12 @@ from functools import partial
 
 import pytest
 import torch
+from little_networks import Residual
 from torch import nn
 from torch.nn import functional
 
 from sparsemodel.errors import DensityError, MaskError
-from sparsemodel.masks.criteria import CRITERIA, magnitude, taylor
+from sparsemodel.masks.criteria import CRITERIA, magnitude, synflow, taylor
 from sparsemodel.masks.distribution import DISTRIBUTIONS, erk, noise_uniform, uniform
 from sparsemodel.masks.mask import Mask, mask_from_scores
 from sparsemodel.masks.prune import prune
@@ -59,6 +60,57 @@ def test_magnitude_at_uniform_density_is_the_default() -> None:
     expected = mask_from_scores(scores, uniform({n: s.shape for n, s in scores.items()}, 0.2))
     assert prune(model, density=0.2) == expected
     assert prune(model, 0.2, criterion=magnitude, distribution=uniform) == expected
+
+
+def one_shot(
+    model: nn.Module, names: list[str], input_shape: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
+    """synflow under another name, which `prune` takes in one step."""
+    return synflow(model, names, input_shape)
+
+
+def test_synflow_prunes_in_a_hundred_steps_without_collapse() -> None:
+    """resnet20 at density .1: scored once, layers go down to the one weight that every one keeps.
+
+    Of half the width, for time; at its own width 7 of 21 layers collapse in one step, none in 100.
+    """
+    model = build_resnet20()
+    images = torch.zeros(2, 3, 8, 8), torch.zeros(2).long()
+    masks = [
+        prune(model, 0.1, criterion=criterion, distribution="global", data=images)
+        for criterion in ("synflow", one_shot)
+    ]
+    collapsed = [sum(count == 1 for count in mask.counts().values()) for mask in masks]
+    assert collapsed[0] == 0
+    assert collapsed[1] > 0
+    assert masks[0].num_active == masks[1].num_active == round(0.1 * masks[0].num_weights)
+
+
+def test_steps_of_synflow_are_those_of_a_plain_loop() -> None:
+    """Step k keeps density^(k/100) of the weights, of those that step k - 1 kept."""
+    model = network()
+    images = batch()
+    masked = copy.deepcopy(model)
+    active = {name: torch.ones_like(model.get_parameter(name)).bool() for name in NAMES}
+    for step in range(1, 101):
+        scores = synflow(masked, NAMES, (2, 6, 6))
+        flat = torch.cat([scores[n].where(active[n], -1).flatten() for n in NAMES])
+        count = round(0.2 ** (step / 100) * len(flat))
+        kept = torch.zeros(len(flat)).bool()
+        kept[flat.argsort(descending=True, stable=True)[:count]] = True
+        sizes = [active[n].numel() for n in NAMES]
+        for name, part in zip(NAMES, kept.split(sizes), strict=True):
+            active[name] = part.view(active[name].shape)
+            masked.get_parameter(name).data.mul_(active[name])
+    found = prune(model, 0.2, criterion="synflow", distribution="global", data=images)
+    assert found == Mask(active)
+    assert prune(model, 0.2, criterion=synflow, distribution="global", data=images) == found
+
+
+def build_resnet20() -> nn.Module:
+    """Three stages of three blocks, as wide as 8, 16 and 32."""
+    torch.manual_seed(0)
+    return Residual(blocks=3, width=8)
 
 
 def test_functions_are_given_what_their_parameters_are_named_after() -> None:

@@ -242,7 +242,7 @@ def test_subclasses_hooks_ties_and_frozen_norms_are_refused() -> None:
         trace_operations(model, SHAPE)
     model[3] = nn.Linear(8, 5)
     handle = model[1].register_forward_hook(lambda *_: None)
-    with pytest.raises(PlanError, match="Linear '1' has hooks"):
+    with pytest.raises(PlanError, match="Linear '1' has forward hooks"):
         trace_operations(model, SHAPE)
     handle.remove()
     model[2].eval()

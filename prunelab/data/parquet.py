@@ -1,0 +1,209 @@
+"""Folders of parquet files with pictures: which files are a side, and their columns by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunelab.data.checked import Array, checked_labels, note
+from prunelab.errors import DataError
+
+IMAGE_COLUMNS = ("img", "image")
+LABEL, CLIENT = "label", "client"
+
+_FILE = re.compile(
+    r"(?P<number>[-_.]?(part|shard|chunk)?[-_.]?\d+([-_.]of[-_.](?P<total>\d+))?"
+    r"(?P<mark>[-_.][0-9a-f]{16})?)?\.parquet"
+)
+"""What follows the name of a side: nothing, or a number, "-of-" how many, the hub's older mark."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """One side of a folder.
+
+    Attributes:
+        labels: int64 [N].
+        cells: row numbers -> the place and the bytes of each picture.
+        groups: natural client of each sample, int64 [N], where the files have the column.
+        class_names: of the classes 0, 1, ..., where the files name them.
+    """
+
+    labels: Array
+    cells: Callable[[Array], Iterator[tuple[str, Any]]]
+    groups: Array | None
+    class_names: tuple[str, ...]
+
+
+def read_side(folder: Path, names: Sequence[str]) -> Pictures:
+    """The pictures of the first of these sides that the folder has.
+
+    Args:
+        names: what its files are called, such as ("test", "validation"); see `side_files`.
+
+    Raises:
+        DataError: none of them, files that cannot be told from others, or columns that are no
+            such data; names the file.
+    """
+    files = side_files(folder, names)
+    parts = [part for part in map(_read, files) if len(part.labels)]
+    if not parts:
+        raise DataError(f"{files[0]}: the {names[0]} side has no samples")
+    has_groups = {part.groups is not None for part in parts}
+    if len(has_groups) > 1:
+        odd = next(part.path for part in parts if part.groups is None)
+        raise DataError(f"{odd} has no column {CLIENT!r}, as other files of its side have")
+    starts = np.cumsum([0, *(len(part.labels) for part in parts)])
+
+    def cells(rows: Array) -> Iterator[tuple[str, Any]]:
+        for row in rows.tolist():
+            number = int(np.searchsorted(starts, row, side="right")) - 1
+            part, place = parts[number], row - int(starts[number])
+            yield f"{part.path}: row {place}", _bytes(part.images[place].as_py())
+
+    groups = None
+    if has_groups == {True}:
+        groups = _groups([name for part in parts for name in part.groups or ()], files[0])
+    labels = np.concatenate([part.labels for part in parts])
+    return Pictures(labels, cells, groups, parts[0].class_names)
+
+
+def side_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The files of the first of these sides that a folder has, in order.
+
+    They are called NAME.parquet or numbered (NAME-00000-of-00002.parquet, NAME_1.parquet;
+    0000.parquet in a folder NAME), and lie in one folder, the nearest to the top; a single file
+    whose name begins with NAME serves, too. Hidden folders and files (. and _) are passed over.
+    What is not read is named in a warning.
+
+    Raises:
+        DataError: no such files, several that could be meant, or one of several missing.
+    """
+    everything = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
+    for name in names:
+        called = [
+            path
+            for path in everything
+            if path.name.startswith(name) or (path.parent != folder and path.parent.name == name)
+        ]
+        shown = [p for p in called if not any(x[0] in "._" for x in p.relative_to(folder).parts)]
+        if not shown:
+            continue
+        found = _nearest(folder, name, shown)
+        left = [str(path.relative_to(folder)) for path in called if path not in found]
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            note(
+                f"{folder}: the {name} side is {_listed(found)}; not read: "
+                f"{', '.join(left[:3])}{more}"
+            )
+        return found
+    raise DataError(
+        f"no {names[0]}*.parquet in {folder}; expected train*.parquet and test*.parquet"
+    )
+
+
+def _nearest(folder: Path, name: str, shown: list[Path]) -> list[Path]:
+    match = {path: _FILE.fullmatch(path.name.removeprefix(name)) for path in shown}
+    proper = [path for path in shown if match[path]]
+    advice = f"call them {name}.parquet, or {name}-00000-of-00002.parquet and so on"
+    if not proper:
+        if len(shown) == 1:
+            return shown
+        raise DataError(f"{folder}: {_listed(shown)} could each be the {name} side; {advice}")
+    top = min(len(path.parts) for path in proper)
+    found = [path for path in proper if len(path.parts) == top]
+    places = sorted({str(path.parent) for path in found})
+    if len(places) > 1:
+        raise DataError(
+            f"{folder}: {name} files lie in {' and in '.join(places[:2])}; name one of these "
+            "folders, or put all files into one"
+        )
+    kinds = {(bool(m["number"]), m["total"], bool(m["mark"])) for p in found if (m := match[p])}
+    if len(kinds) > 1:
+        raise DataError(
+            f"{folder}: {_listed(found)} are numbered in different ways, as two versions of one "
+            f"side are; remove one, or {advice}"
+        )
+    ((_, total, _),) = kinds
+    if total is not None and int(total) != len(found):
+        raise DataError(
+            f"{folder}: {len(found)} of the {int(total)} {name} files are there ({_listed(found)})"
+        )
+    return found
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    names = [path.name for path in paths]
+    return ", ".join(names if len(names) <= 3 else [names[0], "...", names[-1]])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The columns of one file."""
+
+    path: Path
+    images: Any
+    labels: Array
+    groups: list[Any] | None
+    class_names: tuple[str, ...]
+
+
+def _read(path: Path) -> _Part:
+    import pyarrow.parquet  # noqa: PLC0415
+
+    try:
+        # Not read_table, to_numpy or take: they import pandas and more, for half a second.
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        image = next((name for name in IMAGE_COLUMNS if name in names), None)
+        if image is None or LABEL not in names:
+            raise DataError(
+                f"{path}: expected columns {' (or '.join(IMAGE_COLUMNS)}) and {LABEL}, got "
+                f"{sorted(names)}"
+            )
+        wanted = [name for name in (image, LABEL, CLIENT) if name in names]
+        twice = next((name for name in wanted if names.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"{path} has two columns {twice!r}; rename one of them")
+        table = file.read(columns=wanted)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    for name in wanted[1:]:
+        if table[name].null_count:
+            raise DataError(f"{path}: column {name!r} has {table[name].null_count} empty cells")
+    values = table[LABEL].to_pylist()
+    labels = checked_labels(values, where=str(path)).numpy() if values else np.empty(0, np.int64)
+    groups = table[CLIENT].to_pylist() if CLIENT in wanted else None
+    return _Part(path, table[image], labels, groups, _class_names(table))
+
+
+def _class_names(table: Any) -> tuple[str, ...]:
+    """Names of the classes that Hugging Face's libraries leave in a table's metadata."""
+    try:
+        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+        return tuple(map(str, features[LABEL]["names"]))
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def _bytes(cell: Any) -> Any:
+    return cell.get("bytes") if isinstance(cell, dict) else cell
+
+
+def _groups(names: list[Any], path: Path) -> Array:
+    """Names of clients as 0, 1, 2 in their order, int64 [N]."""
+    kinds = {"text" if isinstance(name, str) else type(name).__name__ for name in names}
+    has_nan = kinds == {"float"} and bool(np.isnan(names).any())
+    if len(kinds) > 1 or kinds & {"list", "dict"} or has_nan:
+        raise DataError(
+            f"{path}: column {CLIENT!r} holds {'NaN' if has_nan else ' and '.join(sorted(kinds))}; "
+            "expected one name or whole number for each sample, of one type in all files"
+        )
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
