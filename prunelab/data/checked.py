@@ -110,9 +110,10 @@ def checked_labels(labels: Any, *, where: str = "") -> Tensor:
     if array.ndim == 1 and not len(array):
         raise DataError(f"{_in(where)}no samples: labels are empty")
     if array.ndim != 1 or array.dtype.kind not in "iub":
+        cure = "; convert with astype(int), if they are that" if array.dtype.kind == "f" else ""
         raise DataError(
             f"{_in(where)}labels are {array.dtype} of shape {shape}, expected whole numbers [N]: "
-            "the class of each sample, from 0 on"
+            f"the class of each sample, from 0 on{cure}"
         )
     limit = max(len(array), MOST_CLASSES)
     wrong = np.flatnonzero((array < 0) | (array >= limit))

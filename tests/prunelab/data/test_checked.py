@@ -85,7 +85,7 @@ def test_truth_values_are_two_classes() -> None:
         (np.array([2**63 + 5], np.uint64), "sample 0 has the label 9223372036854775813;"),
         ([0, 2**70], "labels are object"),
         ([0.0, 1.0], r"labels are float64 of shape \[2\], expected whole numbers \[N\]"),
-        ([0.5, np.nan], "labels are float64"),
+        ([0.5, np.nan], r"from 0 on; convert with astype\(int\), if they are that"),
         (np.full((3, 4), 0.25), r"labels are float64 of shape \[3, 4\]"),
         (np.zeros((3, 4), int), r"labels are int64 of shape \[3, 4\]"),
         (np.zeros((3, 1, 1), int), r"shape \[3, 1, 1\]"),
