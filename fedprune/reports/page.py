@@ -78,7 +78,7 @@ def _read(folder: Path) -> _Run:
     # While a run goes on, its checkpoint stands in for the model that it has not yet left.
     stored: SparseState | None
     metadata: Mapping[str, str] = {}
-    if (folder / MODEL).is_file():
+    if (folder / MODEL).exists():
         stored, metadata = read_model(folder)
     else:
         checkpoint = read_checkpoint(folder)
