@@ -107,8 +107,8 @@ def score(  # noqa: PLR0917 - the command's options
 ) -> None:
     """Score every training sample; run again after an interruption to go on."""
     from datapruning.reports.score_report import proxy_check, report_path, write_score_report  # noqa: PLC0415
+    from datapruning.scoring.score import dense_path, table_paths  # noqa: PLC0415
     from datapruning.scoring.score import score as run_score  # noqa: PLC0415
-    from datapruning.scoring.score import table_paths  # noqa: PLC0415
     from prunelab.training.loop import TrainingConfig  # noqa: PLC0415
     from prunelab.training.task import ImageClassification  # noqa: PLC0415
 
@@ -116,7 +116,8 @@ def score(  # noqa: PLR0917 - the command's options
     _check_suffix(out)
     paths, page = table_paths(out, names), report_path(out)
     _check_page(page, has_tables=force or all(path.exists() for path in paths.values()))
-    is_new = force or not page.exists()
+    dense = table_paths(dense_path(out), names) if density is not None and check else {}
+    is_new = force or not page.exists() or not all(path.exists() for path in dense.values())
     with progress_bar() as progress, warnings_shown():
         tables = run_score(
             dataset, method=names, model=model, out=out,

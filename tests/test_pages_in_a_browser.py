@@ -13,17 +13,22 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from datapruning.reports.score_report import write_score_report
+from datapruning.reports.training_report import write_run_report
 from datapruning.selection.table import ScoreTable
+from datapruning.students.runner import RunSettings
 from fedprune.config import RunConfig, own_settings
 from fedprune.reports.page import write_report
+from fedprune.rounds.folder import save_model
 from prunelab.data.datasets import load_dataset
 from prunelab.data.samples import ImageSamples
-from sparsemodel.masks.mask import Mask
-from sparsemodel.storage.checkpoint import save_sparse
+from prunelab.runs.folder import prepare, write_metrics, write_summary
+from sparsemodel.runtime.pattern import Pattern, Patterns
+from sparsemodel.runtime.state import SparseState
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
@@ -95,10 +100,9 @@ def run_page(
     long = "module.with.a.long.name.stage3.block2.downsample.conv"
     names = [f"{long}{number}.weight" for number in range(24)]
     for folder, method in (("tiny", "fedtiny"), ("dense", "fedavg")):
-        (base / folder).mkdir()
         values = {"method.name": method, "data.clients": 12, "data.dataset": f"/data/{'x' * 90}"}
         config = RunConfig.parse(own_settings(values))
-        (base / folder / "config.toml").write_text(config.toml(), encoding="utf-8")
+        prepare(base / folder, config.toml())
         summary = {
             "method": method, "dataset": config.data.dataset, "model": "resnet8", "seed": 0,
             "rounds": 30, "density": 0.05, "density_target": 0.05, "test_accuracy": 0.9,
@@ -107,7 +111,8 @@ def run_page(
             "train_flops_ratio": 0.1, "state_bytes": 10**6, "state_bytes_dense": 10**7,
             "peak_rss_bytes": 10**9, "version": "1",
         }  # fmt: skip
-        (base / folder / "summary.json").write_text(json.dumps(summary))
+        if method == "fedavg":
+            write_summary(base / folder, summary)
     clients = [
         {
             "client": c,
@@ -132,11 +137,13 @@ def run_page(
          "mask_bytes": 700, "adjusted": names[:2] if number % 2 else []}
         for number in range(1, 31)
     ]  # fmt: skip
-    lines = "".join(json.dumps(line) + "\n" for line in [start, *rounds])
-    (base / "tiny" / "metrics.jsonl").write_text(lines)
-    patterns = {name: torch.arange(100) < 3 + k for k, name in enumerate(names)}
-    state = {name: pattern.float() for name, pattern in patterns.items()}
-    save_sparse(base / "tiny" / "model.safetensors", state, Mask(patterns), metadata={})
+    write_metrics(base / "tiny", [start, *rounds])
+    patterns = Patterns(
+        {name: Pattern.from_positions((100,), np.arange(3 + k)) for k, name in enumerate(names)}
+    )
+    values = {name: np.ones(patterns[name].num_active, np.float32) for name in names}
+    save_model(base / "tiny", SparseState(values, patterns), metadata={})
+    write_summary(base / "tiny", {**summary, "method": "fedtiny"})
     return write_report(base / "tiny"), int(classes == 100)
 
 
@@ -149,6 +156,29 @@ def test_the_page_of_a_run(run_page: tuple[Path, int], width: int) -> None:
         "Accuracy by round", "Bytes by round", "Candidates", "Layer densities",
         "Labels of the clients",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+@pytest.mark.parametrize(("classes", "num_wide"), [(10, 0), (100, 2)])
+def test_the_page_of_a_training(classes: int, num_wide: int, width: int, tmp_path: Path) -> None:
+    settings = RunSettings(subset=f"{'a' * 60}/kept.parquet", teacher="runs/teacher")
+    prepare(tmp_path, settings.toml())
+    summary = {
+        "dataset": "digits", "num_kept": 700, "num_samples": 1400, "policy": "hardest",
+        "method": "influence-sum-abs", "test_accuracy": 0.9, "test_loss": 0.3, "steps": 1234,
+        "epochs": 20, "alpha": 0.5, "num_held_out": 140, "seconds": 7500.0,
+        "alpha_curve": [{"alpha": a / 4, "accuracy": 0.8} for a in range(5)],
+        "peak_rss_bytes": 10**9, "class_counts": [14] * classes,
+        "class_counts_kept": [7] * classes, "test_accuracy_by_class": [0.9] * classes,
+    }  # fmt: skip
+    lines = [{"epoch": epoch + 1, "train_accuracy": epoch / 20} for epoch in range(20)]
+    write_metrics(tmp_path, lines)
+    write_summary(tmp_path, summary)
+    page = write_run_report(tmp_path)
+    assert len(check(page, width, num_wide=num_wide)["charts"]) == 4
+    text = page.read_text(encoding="utf-8")
+    for name, value in (("alpha", "0.5"), ("steps", "1234"), ("epochs", "20")):
+        assert f"<td>{name}</td><td>{value}</td>" in text
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])

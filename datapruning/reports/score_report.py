@@ -46,6 +46,7 @@ from prunelab.pages.page import (
     settings,
 )
 from prunelab.pages.pictures import extremes, pictures
+from prunelab.pages.plots import takes_a_line
 from prunelab.pages.units import NOTHING, format_seconds, percent, rounded
 from prunelab.runs.settings import flattened
 from prunelab.runs.version import __version__
@@ -290,8 +291,7 @@ def _balance(shown: _Shown) -> Section | None:
     by = f" by {table.method}" if shown.is_example else ""
     title = f"Class balance before and after{by}"
     chart = balance_chart(before, after, label=f"{title}: {what}")
-    is_wide = len(before) > MOST_CLASSES
-    return Section(title, [Figure(chart, what)], wide=is_wide)
+    return Section(title, [Figure(chart, what)], wide=takes_a_line(len(before)))
 
 
 def _agreement(tables: Sequence[ScoreTable]) -> Section | None:

@@ -12,6 +12,7 @@ from datapruning.reports.charts import balance_chart, class_chart, curve_chart
 from datapruning.students.runner import RunSettings
 from prunelab.pages.page import Fact, Figure, Page, Section
 from prunelab.pages.page import settings as settings_part
+from prunelab.pages.plots import takes_a_line
 from prunelab.pages.units import NOTHING, format_bytes, format_seconds, percent, rounded
 from prunelab.runs import folder as runfolder
 from prunelab.runs.settings import flattened
@@ -138,7 +139,8 @@ def _balance(summary: Mapping[str, Any]) -> Section | None:
         return None
     before, after = summary["class_counts"], summary["class_counts_kept"]
     title = "Class balance before and after"
-    return Section(title, [Figure(balance_chart(before, after, label=title))])
+    figure = Figure(balance_chart(before, after, label=title))
+    return Section(title, [figure], wide=takes_a_line(len(before)))
 
 
 def _classes(summary: Mapping[str, Any]) -> Section | None:
@@ -149,4 +151,5 @@ def _classes(summary: Mapping[str, Any]) -> Section | None:
     lowest = percent(min(known)) if known else NOTHING
     label = f"Test accuracy by class: lowest {lowest}"
     chart = class_chart(values, summary["class_counts_kept"], label=label)
-    return Section("Test accuracy by class", [Figure(chart, f"Lowest: {lowest}.")])
+    figure = Figure(chart, f"Lowest: {lowest}.")
+    return Section("Test accuracy by class", [figure], wide=takes_a_line(len(values)))

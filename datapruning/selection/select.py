@@ -91,7 +91,10 @@ def select(
     if function is not random:
         _check_scores(table, count)
     confidence = table.confidence if confidence is None else confidence
-    scored = Scored(table.scores[order].double().cpu(), _column("confidence", confidence, order))
+    confidence = _column("confidence", confidence, order)
+    scored = Scored(
+        table.scores[order].double().cpu(), None if confidence is None else confidence.double()
+    )
     plan = _Plan(
         _with_options(policy_name, function, options), class_floor if class_balanced else None
     )
@@ -232,6 +235,7 @@ def _resolved(
     if labels is None:
         raise SelectionError("policy auto counts samples by class; this table has no labels")
     plentiful = options.pop("plentiful", PLENTIFUL)
+    _check_number("option plentiful of policy auto", plentiful, like=1.0)
     by_class = count / len(labels.unique())
     is_plentiful = by_class >= plentiful
     note = (
@@ -242,14 +246,26 @@ def _resolved(
 
 
 def _with_options(name: str, function: Policy, options: dict[str, Any]) -> partial[Tensor]:
-    known = list(inspect.signature(function).parameters)[3:]
-    unknown = sorted(options.keys() - set(known))
+    known = dict(list(inspect.signature(function).parameters.items())[3:])
+    unknown = sorted(options.keys() - known.keys())
     if unknown:
         raise SelectionError(
             f"policy {name} has no option {', '.join(unknown)}; its options: "
             f"{', '.join(known) or 'none'}"
         )
+    if function in POLICIES.values():
+        for key, value in options.items():
+            _check_number(f"option {key} of policy {name}", value, like=known[key].default)
     return partial(function, **options)
+
+
+def _check_number(what: str, value: Any, *, like: float | None) -> None:
+    """Refuse what is no finite number, or not a whole one where the default is."""
+    is_whole = isinstance(like, int)
+    is_number = isinstance(value, int if is_whole else int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        expected = "a whole number" if is_whole else "a number"
+        raise SelectionError(f"{what}: expected {expected}, got {value!r}")
 
 
 @dataclass(frozen=True)

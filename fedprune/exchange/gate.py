@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedprune.errors import ClientError
+from fedprune.errors import DIVERGED, ClientError
 from fedprune.exchange.messages import MODEL, ClientInfo, Reply, Request, client_info
 from sparsemodel.runtime.fixed_sum import MAX_ABSOLUTE_VALUE, MAX_TOTAL_WEIGHT
 from sparsemodel.runtime.state import SparseState, Tensors
@@ -168,10 +168,7 @@ def _check_state(state: SparseState, before: SparseState) -> None:
     _check_values({n: value for n, value in state.values.items() if _is_statistic(n)})
     norm, start = _norm(state.values), _norm(before.values)
     if not norm <= MAX_GROWTH * (start + 1):
-        raise ClientError(
-            f"weights of norm {norm:.3g} after {start:.3g}: training has diverged; "
-            "a lower learning rate may help"
-        )
+        raise ClientError(f"weights of norm {norm:.3g} after {start:.3g}: {DIVERGED}")
 
 
 def _check_values(tensors: Tensors) -> None:
@@ -184,11 +181,11 @@ def _check_values(tensors: Tensors) -> None:
             mean = tensors.get(f"{name.removesuffix('running_var')}running_mean")
             size = value if mean is None else value + np.square(mean, dtype=np.float64)
         if not np.isfinite(size).all():
-            raise ClientError(f"{name!r} holds NaN or infinite values: training has diverged")
+            raise ClientError(f"{name!r} holds NaN or infinite values: {DIVERGED}")
         if size.size and size.max() >= MAX_ABSOLUTE_VALUE:
             raise ClientError(
                 f"{name!r} holds a value of magnitude {size.max():.3g}, beyond "
-                f"{MAX_ABSOLUTE_VALUE:.3g}: training has diverged"
+                f"{MAX_ABSOLUTE_VALUE:.3g}: {DIVERGED}"
             )
 
 

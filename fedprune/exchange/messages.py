@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedprune.errors import ClientError
+from fedprune.errors import DIVERGED, ClientError
 from sparsemodel.runtime.state import Entries, SparseState, Tensors
 
 Fields = Mapping[str, Any]
@@ -205,7 +205,7 @@ def loss(fields: Fields, key: str, samples: int = 1) -> float:
     if not 0 <= value <= MAX_LOSS * samples:
         raise ClientError(
             f"field {key!r}: expected a loss from 0 to {MAX_LOSS:.3g} a sample, got "
-            f"{value / max(samples, 1):.3g}: training has diverged"
+            f"{value / max(samples, 1):.3g}: {DIVERGED}"
         )
     return value
 

@@ -19,6 +19,7 @@ from fedprune.local.model import LocalModel, Network, open_model
 from fedprune.local.shares import open_client
 from prunelab.errors import DataError
 from prunelab.runs.seeds import stream_seed
+from prunelab.runs.version import __version__
 from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.meter import peak_rss_bytes
@@ -101,7 +102,8 @@ def setup_folder(config: RunConfig, setup: str) -> Path:
 
     if setup:
         return Path(setup)
-    values = json.dumps(config.flower(), sort_keys=True)
+    # Another release may lay out other files.
+    values = json.dumps({"version": __version__, **config.flower()}, sort_keys=True)
     folder = _own_folder() / sha256(values.encode()).hexdigest()[:16]
     if not (folder / NETWORK).exists():
         with FileLock(f"{folder}.lock"):

@@ -36,7 +36,7 @@ from fedprune.rounds.folder import (
     stored_config,
 )
 from prunelab.pages.page import Figure, Folded, Page, Pair, Section, Table, Text, settings
-from prunelab.pages.plots import MANY_CLASSES
+from prunelab.pages.plots import takes_a_line
 from prunelab.pages.units import NOTHING, format_bytes, known_number, percent, rounded
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.state import SparseState
@@ -78,7 +78,7 @@ def _read(folder: Path) -> _Run:
     # While a run goes on, its checkpoint stands in for the model that it has not yet left.
     stored: SparseState | None
     metadata: Mapping[str, str] = {}
-    if (folder / MODEL).is_file():
+    if (folder / MODEL).exists():
         stored, metadata = read_model(folder)
     else:
         checkpoint = read_checkpoint(folder)
@@ -324,7 +324,7 @@ def _clients(run: _Run) -> Section | None:
     chart = label_chart(
         [entry["client"] for entry in clients], labels, label=f"Labels of the clients: {note}"
     )
-    is_wide = max(map(len, labels)) > MANY_CLASSES
+    is_wide = takes_a_line(max(map(len, labels)))
     return Section("What the clients hold", [Figure(chart, note)], wide=is_wide)
 
 

@@ -126,7 +126,12 @@ def named_rows(axes: Any, names: Sequence[str]) -> None:
 
 def class_width(num_classes: int) -> float:
     """Width of a figure with a bar for each class."""
-    return HALF if num_classes <= MANY_CLASSES else WHOLE
+    return WHOLE if takes_a_line(num_classes) else HALF
+
+
+def takes_a_line(num_classes: int) -> bool:
+    """Whether a figure with a bar for each class needs a card as wide as the page."""
+    return num_classes > MANY_CLASSES
 
 
 def class_ticks(axes: Any, num_classes: int) -> None:

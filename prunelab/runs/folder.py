@@ -33,6 +33,7 @@ CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 MODEL, REPORT, LOCK = "model.safetensors", "report.html", ".lock"
 CURE = "take it from a copy of this run, or start the run again in another folder"
 _LINES = "metrics_lines"  # of a summary: how many lines the finished run's metrics have
+_BLOCK = 1 << 16  # bytes of a file's end that are read at first
 
 
 def default_path(stem: str, *, resume: bool) -> Path:
@@ -130,9 +131,9 @@ def append_metrics(path: Path, line: Mapping[str, Any]) -> None:
     """Add one line to metrics.jsonl; it is on disk when this returns.
 
     Raises:
-        RunError: what is there already is damaged, or the file cannot be written.
+        RunError: the line before is cut short, or the file cannot be written.
     """
-    _, last = _metrics(path)
+    last = _last_checksum(path)
     with _writing(path / METRICS), (path / METRICS).open("ab") as file:
         file.write(_sealed_line(line, after=last))
         file.flush()
@@ -233,6 +234,23 @@ def _summary(path: Path) -> dict[str, Any]:
 
 def _sealed_line(line: Mapping[str, Any], *, after: str) -> bytes:
     return seal((json.dumps({CHECKSUM: BLANK, **line}) + "\n").encode(), after)
+
+
+def _last_checksum(path: Path) -> str:
+    """What the next line of metrics.jsonl has to follow; only the end of the file is read."""
+    file, block, lines = path / METRICS, _BLOCK, [b""]
+    if file.exists():
+        with file.open("rb") as opened:
+            size = opened.seek(0, os.SEEK_END)
+            while True:
+                opened.seek(max(0, size - block))
+                lines = opened.read().split(b"\n")
+                if len(lines) > 2 or block >= size:
+                    break
+                block *= 4
+    if lines[-1]:
+        raise RunError(f"{file} is damaged: its last line is cut short; {CURE}")
+    return checksum(lines[-2]) if len(lines) > 1 else run_name(path)
 
 
 def _metrics(path: Path, size: int | None = None) -> tuple[list[dict[str, Any]], str]:

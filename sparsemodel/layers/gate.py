@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ def check_copied(model: nn.Module) -> None:
                     "with hooks) and cannot be copied; make it a parameter or a buffer"
                 )
         for key, function in _functions(module):
-            if any(_keeps(cell, kept) for cell in function.__closure__ or ()):
+            if _keeps(function, kept):
                 raise SparseModelError(
                     f"{title} holds a function in {key!r} that keeps a part of the model, "
                     "so that a copy would still use the old one; make it a method"
@@ -268,10 +268,19 @@ def _functions(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
         yield from ((key, each) for each in held if isinstance(each, FunctionType))
 
 
-def _keeps(cell: CellType, parts: set[int]) -> bool:
-    """Whether a variable of a function holds one of these objects, or a method of it."""
-    try:
-        content = cell.cell_contents
-    except ValueError:  # not filled yet
-        return False
-    return id(content) in parts or id(getattr(content, "__self__", None)) in parts
+def _keeps(function: FunctionType, parts: set[int]) -> bool:
+    """Whether a function, or one that it holds, has one of these objects or a method of it."""
+    functions, seen = [function], set()
+    while functions:
+        looked_at = functions.pop()
+        seen.add(looked_at)
+        for cell in looked_at.__closure__ or ():
+            try:
+                content = cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+            if id(content) in parts or id(getattr(content, "__self__", None)) in parts:
+                return True
+            if isinstance(content, FunctionType) and content not in seen:
+                functions.append(content)
+    return False

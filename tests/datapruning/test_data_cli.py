@@ -344,7 +344,14 @@ def test_a_sparse_proxy_shows_its_agreement_and_time(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "with the dense model's scores" in done.stdout
     assert "% of its processor time" in done.stdout
-    assert "Sparse proxy (density 0.2) against the dense model" in (tmp_path / "s.html").read_text()
+    title = "Sparse proxy (density 0.2) against the dense model"
+    assert title in (tmp_path / "s.html").read_text()
+    # The dense model later: the page comes to show it.
+    command[-1] = "t.parquet"
+    assert datapruning(*command, *FEW, "--no-check", cwd=tmp_path).returncode == 0
+    assert title not in (tmp_path / "t.html").read_text()
+    assert datapruning(*command, *FEW, cwd=tmp_path).returncode == 0
+    assert title in (tmp_path / "t.html").read_text()
 
 
 def test_compare_tables(folder: Path) -> None:

@@ -153,7 +153,7 @@ def test_kill_leaves_nothing_at_work_and_no_temporary_files(tmp_path: Path) -> N
         time.sleep(0.1)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 30  # on a busy machine; `flwr run` by itself took 40
     while at_work(f"FEDPRUNE_TEST={tmp_path}"):
         assert time.monotonic() < deadline, at_work(f"FEDPRUNE_TEST={tmp_path}")
         time.sleep(0.1)

@@ -13,8 +13,9 @@ import torch
 from datapruning.errors import ScoreError, ScoreWarning
 from datapruning.scores.error import el2n
 from datapruning.scoring.jobs import Recipe
-from datapruning.scoring.methods import METHODS, check_method, checked_options
+from datapruning.scoring.methods import METHODS, Method, check_method, checked_options
 from datapruning.scoring.score import score
+from datapruning.scoring.steps import Whole
 from prunelab.data.datasets import load_dataset
 from prunelab.data.samples import ImageSamples
 from prunelab.networks import build_model
@@ -110,6 +111,25 @@ def test_tracin_weighs_each_checkpoint_by_its_learning_rate(samples: ImageSample
     place = {name: row for row, name in enumerate(found.ids.tolist())}
     order = [place[name] for name in samples.ids.tolist()]
     torch.testing.assert_close(found.scores[order], total, rtol=1e-4, atol=1e-6)
+
+
+def test_rates_are_means_over_the_epochs_between_moments(samples: ImageSamples) -> None:
+    """Of 7 epochs models are kept after 1, 3, 4, 6 and 7; 90 samples are 3 steps an epoch."""
+    seen: list[float] = []
+
+    def prepare(whole: Whole) -> torch.Tensor:
+        seen.extend(whole.rates)
+        return torch.zeros(())
+
+    method = Method(
+        "Whatever.", "nowhere", runs=1, moments="spread", name="watching", prepare=prepare,
+        finish=lambda whole: torch.arange(len(whole.samples)).double(),
+    )  # fmt: skip
+    training = TrainingConfig(epochs=7, batch_size=30, lr=0.05)
+    score(samples, method=method, model=small, seed=3, training=training)
+    steps = [0.05 * (1 + math.cos(math.pi * step / 21)) / 2 for step in range(21)]
+    bounds = [(0, 1), (1, 3), (3, 4), (4, 6), (6, 7)]
+    assert seen == pytest.approx([sum(steps[3 * a : 3 * b]) / (3 * (b - a)) for a, b in bounds])
 
 
 def test_scores_of_dynamics_come_with_the_confidence_that_dual_draws_by(

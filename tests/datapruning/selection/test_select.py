@@ -562,6 +562,29 @@ def test_arguments_that_do_not_fit() -> None:
         select(table([-1, 2, 3, 4]), keep=2, policy="dual-beta", confidence=half)
     with pytest.raises(SelectionError, match="can draw 2 samples of positive score; asked for 3"):
         select(table([0, 0, 3, 4]), keep=3, policy="dual-beta", confidence=half)
+    sure = torch.ones(4, dtype=torch.int64)
+    assert len(select(table([1, 2, 3, 4]), keep=2, policy="dual-beta", confidence=sure)) == 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "option", "value", "message"),
+    [
+        ("dual-beta", "power", "4", "option power of policy dual-beta: expected a number, got '4'"),
+        ("dual-beta", "sharpness", math.nan, "expected a number, got nan"),
+        ("dual-beta", "sharpness", True, "expected a number, got True"),
+        ("coverage", "num_groups", 2.5, "expected a whole number, got 2.5"),
+        ("coverage", "cut", [0.1], r"expected a number, got \[0.1\]"),
+        ("ccs", "cut", "much", "expected a number, got 'much'"),
+        ("beta-cut", "cut", None, "expected a number, got None"),
+        ("auto", "plentiful", "many", "option plentiful of policy auto: expected a number"),
+    ],
+)
+def test_options_that_are_no_numbers_are_refused(
+    policy: str, option: str, value: object, message: str
+) -> None:
+    scores = replace(table([1, 2, 3, 4], [0, 0, 1, 1]), confidence=torch.full((4,), 0.5))
+    with pytest.raises(SelectionError, match=message):
+        select(scores, keep=2, policy=policy, **{option: value})
 
 
 def test_a_class_or_group_without_a_kept_sample_is_named() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from federation import tiny
 
 from fedprune.reports import progress
 from fedprune.reports.progress import Watch, round_line
+from prunelab.runs.folder import append_metrics, prepare
 
 
 def a_round(number: int, **changes: Any) -> dict[str, Any]:
@@ -29,15 +29,16 @@ def test_what_is_left_is_told_by_rounds_that_were_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rounds of 10 s: of four, the third leaves 10 s. Two that were there before tell nothing."""
+    config = tiny(training__rounds=5)
+    prepare(tmp_path, config.toml())
     now = iter(range(0, 1000, 10))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
     monkeypatch.setattr(progress, "say", print)
-    metrics = tmp_path / "metrics.jsonl"
-    watch = Watch(tmp_path, tiny(training__rounds=5))
+    watch = Watch(tmp_path, config)
     printed = []
     for numbers in ([1, 2], [3], [4], [], [5]):
-        with metrics.open("a") as file:
-            file.writelines(json.dumps(a_round(number)) + "\n" for number in numbers)
+        for number in numbers:
+            append_metrics(tmp_path, a_round(number))
         watch()
         printed.append(capsys.readouterr().out.splitlines())
     assert [["left" in line for line in lines] for lines in printed] == [
@@ -50,7 +51,8 @@ def test_clients_left_out_are_warnings_whatever_else_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = a_round(1, skipped=[{"client": 2, "reason": "away [/b]"}])
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    prepare(tmp_path, tiny().toml())
+    append_metrics(tmp_path, line)
     seen: list[Any] = []
     Watch(tmp_path, tiny(), show=seen.append)()
     assert seen == [line]

@@ -742,6 +742,13 @@ def test_a_folder_in_the_place_of_a_file_is_one_clear_error(
         write_report(out) if name == MODEL_FILE else run(tiny(), out, resume=True)
 
 
+def test_a_run_s_own_file_is_a_configuration_like_any_other(finished: Path, tmp_path: Path) -> None:
+    assert RunConfig.read(finished / CONFIG) == folders.stored_config(finished) == tiny()
+    edited = tmp_path / "mine.toml"
+    edited.write_text((finished / CONFIG).read_text().replace("rounds = 4", "rounds = 5"))
+    assert RunConfig.read(edited) == tiny(training__rounds=5)
+
+
 def test_a_finished_run_needs_its_checkpoint_no_more(finished: Path, tmp_path: Path) -> None:
     out = shutil.copytree(finished, tmp_path / "run")
     (out / CHECKPOINT).write_bytes(b"damaged")

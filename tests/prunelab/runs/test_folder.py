@@ -191,7 +191,19 @@ def test_metrics_that_are_not_what_was_written_are_refused(
     with pytest.raises(RunError, match=rf"metrics\.jsonl is damaged: line {number} is not what"):
         read_metrics(run)
     with pytest.raises(RunError, match=rf"line {number} is not what"):
-        append_metrics(run, {"round": 3})
+        write_summary(run, {})
+
+
+def test_a_line_follows_the_one_before_however_long_that_is(run: Path) -> None:
+    lines = read_metrics(run)
+    for size in (0, 1, 65_000, 66_000, 300_000, 5):
+        lines.append({"text": "é" * size})
+        append_metrics(run, lines[-1])
+        assert read_metrics(run) == lines
+    with (run / METRICS).open("ab") as file:
+        file.write(b'{"half')
+    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged: its last line is cut short"):
+        append_metrics(run, {"round": 9})
 
 
 def test_lines_that_are_missing_at_the_end_are_noticed(run: Path) -> None:
