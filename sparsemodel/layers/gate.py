@@ -264,6 +264,8 @@ def _span(tensor: torch.Tensor) -> Iterable[tuple[int, int]]:
 def _functions(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
     """The plain functions that lie on an instance, its hooks among them."""
     for key, value in vars(module).items():
+        if key == "_compiled_call_impl":  # of module.compile(), which copies leave behind
+            continue
         held = value.values() if isinstance(value, dict) else [value]
         yield from ((key, each) for each in held if isinstance(each, FunctionType))
 

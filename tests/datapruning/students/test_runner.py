@@ -22,11 +22,13 @@ from datapruning.selection.table import Subset
 from datapruning.students import runner
 from datapruning.students.runner import RunSettings, run
 from datapruning.students.train import ALPHA_FILE, LOGITS
+from prunelab.data.batches import Preprocessing
 from prunelab.data.datasets import load_dataset
 from prunelab.data.samples import ImageSamples
 from prunelab.errors import DataError, RunError
 from prunelab.runs import folder as runfolder
 from prunelab.training.loop import TrainingConfig
+from sparsemodel.storage.checkpoint import load_sparse
 
 SHORT = TrainingConfig(epochs=2, batch_size=64, lr=0.05)
 
@@ -85,6 +87,15 @@ def test_a_loaded_model_is_the_one_that_was_tested(teacher: Path) -> None:
     with torch.no_grad():
         accuracy = float((model(images).argmax(1) == labels).double().mean())
     assert accuracy == runfolder.read_summary(teacher)["test_accuracy"]
+
+
+def test_a_models_file_says_what_its_input_is(teacher: Path) -> None:
+    metadata = load_sparse(teacher / runfolder.MODEL).metadata
+    pictures = load_dataset("digits").test_images
+    images = torch.from_numpy(Preprocessing.from_metadata(metadata).apply(pictures.numpy()))
+    samples = ImageSamples(pictures, load_dataset("digits").test_labels)
+    assert torch.equal(images, samples.batch(torch.arange(len(pictures)))[0])
+    assert metadata["images"] == "uint8"
 
 
 def folder_of_pictures(path: Path, num_classes: int) -> str:

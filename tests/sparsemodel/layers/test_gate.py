@@ -130,6 +130,47 @@ def test_densify_gives_back_the_order_of_the_state() -> None:
     assert names[-4:-2] == ["head.1.bias", "head.1.values"]
 
 
+def test_compiled_modules_are_copied_without_what_was_compiled() -> None:
+    """module.compile() keeps a function of the module; torch.compile(module) would be called."""
+    model = zoo.build("net", 0)
+    mask = zoo.mask_of_all(model, 0)
+    model.head[1].compile(backend="eager")
+    assert zoo.differences(model, sparsify(model, mask), 0) == []
+    whole = torch.compile(zoo.build("net", 0), backend="eager")
+    pattern = {"_orig_mod.head.1.weight": mask["head.1.weight"]}
+    with pytest.raises(SparseModelError, match=r"OptimizedModule '' holds a function in 'forward'"):
+        sparsify(whole, Mask(pattern))  # type: ignore[arg-type]
+
+
+def test_modules_in_lists_and_bound_methods_are_copied_along() -> None:
+    """Unlike those in a closure; a changed copy computes with its own."""
+
+    class Ordered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.order, self.finish = [self.b, self.a], self.last
+
+        def last(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.order[0](x)
+            return y
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.finish(self.order[1](x))
+
+    model = Ordered()
+    mask = Mask({"a.weight": torch.eye(4).bool(), "b.weight": torch.ones(4, 4).bool()})
+    sparse = sparsify(model, mask)
+    mask.apply(model)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(sparse(x), model(x))
+    with torch.no_grad():
+        for parameter in sparse.parameters():
+            parameter.zero_()
+    assert not sparse(x).any()
+    assert model(x).any()
+
+
 def test_messages_say_what_to_do() -> None:
     def refused(model: nn.Module, match: str) -> None:
         with pytest.raises(SparseModelError, match=match):
