@@ -18,6 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from hostile import hostile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from long import FACTOR
 
 from fedprune.exchange.messages import DESCRIBE
 from fedprune.flower import client, wire
@@ -30,7 +31,7 @@ from sparsemodel.runtime.state import SparseState
 LIAR = 1
 ACTIONS = (DESCRIBE, "measure", "score", "train")
 CONFIG = {"training__rounds": 2}
-LONG = settings.get_current_profile_name() == "long"
+
 
 Spoil = Callable[[RecordDict], RecordDict]
 
@@ -315,7 +316,7 @@ def test_messages_live_as_long_as_they_are_waited_for(tmp_path: Path) -> None:
 ORDERS = st.permutations(range(4)).map(tuple)
 
 
-@settings(max_examples=1500 if LONG else 15, deadline=None)
+@settings(max_examples=15 * FACTOR, deadline=None)
 @given(st.data())
 def test_whatever_a_client_answers_the_run_ends_and_arrival_plays_no_part(
     data: st.DataObject,

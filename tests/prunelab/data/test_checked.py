@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from long import FACTOR
 from PIL import Image
 from torch.utils.data import IterableDataset, TensorDataset
 
@@ -347,7 +348,7 @@ HOSTILE = arrays.arrays(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150 * FACTOR, deadline=None)
 @given(images=HOSTILE, labels=HOSTILE, odd=st.booleans())
 @pytest.mark.filterwarnings("ignore::prunelab.errors.DataWarning")
 def test_whatever_comes_is_checked_or_refused(images: Any, labels: Any, odd: bool) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 from hypothesis import given, settings
+from long import FACTOR
 from torch import nn
 
 from sparsemodel.errors import MaskError, SparseModelError
@@ -75,7 +76,7 @@ def test_a_sparse_model_computes_the_same_or_is_refused(twist: str, body: str) -
     assert set(found) <= {"same", "refused"}
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40 * FACTOR, deadline=None, derandomize=True)
 @given(
     body=st.sampled_from(sorted(zoo.BODIES)),
     twists=st.lists(st.sampled_from(sorted(zoo.TWISTS)), min_size=2, max_size=3, unique=True),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 from hypothesis import given, settings
+from long import FACTOR
 from torch import nn
 
 from sparsemodel.errors import PlanError
@@ -116,7 +117,7 @@ def test_a_plan_computes_the_same_or_is_refused(twist: str, body: str) -> None:
         assert dense == {"refused"}
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40 * FACTOR, deadline=None, derandomize=True)
 @given(
     body=st.sampled_from(sorted(zoo.BODIES)),
     twists=st.lists(st.sampled_from(sorted(zoo.TWISTS)), min_size=2, max_size=3, unique=True),
