@@ -181,11 +181,7 @@ def compare(  # noqa: PLR0917 - the command's options
         "training.device": device,
         "training.execution": execution,
     }
-    options = {
-        **(read_toml(config) if config else {}),
-        **parse_assignments(settings or []),
-        **_given(given),
-    }
+    options = {**parse_assignments(settings or []), **_given(given)}
     cells = []
     for method in listed(methods):
         for seed in listed(seeds):
