@@ -13,6 +13,7 @@ import typer
 from click.core import ParameterSource
 
 from datapruning.errors import ScoreError, SelectionError
+from datapruning.recommend.cli import Force
 from datapruning.recommend.cli import app as recommend
 from prunelab.errors import PrunelabError, RunError
 from prunelab.pages.console import (
@@ -69,7 +70,6 @@ Options = Annotated[
     list[str] | None,
     typer.Option("--set", help="An option of a method, as name=value; may be repeated."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
 
 
