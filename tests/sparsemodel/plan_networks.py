@@ -1,8 +1,13 @@
 """Small networks of the layouts that training plans meet."""
 
+import pytest
 import torch
 from little_networks import Residual
 from torch import nn
+from torch.nn import functional
+
+from sparsemodel.masks.mask import Mask
+from sparsemodel.plans.plan import TrainingPlan
 
 
 class InPlaceBlock(nn.Module):
@@ -99,3 +104,34 @@ def batch(size: int, seed: int = 0, shape: tuple[int, ...] = (3, 16, 16)) -> tup
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(size, *shape, generator=generator)
     return images, torch.randint(0, 5, (size,), generator=generator)
+
+
+def assert_gradients_match(model: nn.Module, dense: nn.Module, mask: Mask) -> None:
+    """Those of a sparsified model are those of the masked dense one, in float64."""
+    expected = dict(dense.named_parameters())
+    for name, parameter in model.named_parameters():
+        weight = name.removesuffix("values") + "weight" if name.endswith("values") else name
+        gradient = expected[weight].grad
+        assert gradient is not None
+        gradient = gradient[mask[weight]] if name.endswith("values") else gradient
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad.double(), gradient, rtol=2e-4, atol=2e-6)
+
+
+def assert_step_matches(
+    plan: TrainingPlan,
+    sparse: nn.Module,
+    dense: nn.Module,
+    mask: Mask,
+    data: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Loss, hits and gradients of a plan's step are those of the masked dense model in float64."""
+    images, labels = data
+    loss, num_correct = plan.step(images, labels)
+    dense.zero_grad()
+    logits = dense(images.double())
+    expected = functional.cross_entropy(logits, labels)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert num_correct == int((logits.argmax(1) == labels).sum())
+    assert_gradients_match(sparse, dense, mask)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 from torch.nn.modules import module as torch_modules
@@ -570,3 +571,11 @@ def is_named(names: list[str], message: str) -> bool:
     """Whether a message names a part of the model, or says that it is about all of them."""
     of_all = ("all modules", " cannot be traced: it draws", " '' ")
     return any(words in message for words in of_all) or any(repr(name) in message for name in names)
+
+
+SEVERAL_TWISTS: dict[str, st.SearchStrategy[Any]] = {
+    "body": st.sampled_from(sorted(BODIES)),
+    "twists": st.lists(st.sampled_from(sorted(TWISTS)), min_size=2, max_size=3, unique=True),
+    "seed": st.integers(0, 10_000),
+}
+"""What `given` draws for a body with more than one twist."""

@@ -78,9 +78,7 @@ def test_a_sparse_model_computes_the_same_or_is_refused(twist: str, body: str) -
 
 @settings(max_examples=40 * FACTOR, deadline=None, derandomize=True)
 @given(
-    body=st.sampled_from(sorted(zoo.BODIES)),
-    twists=st.lists(st.sampled_from(sorted(zoo.TWISTS)), min_size=2, max_size=3, unique=True),
-    seed=st.integers(0, 10_000),
+    **zoo.SEVERAL_TWISTS,
     fuse=st.booleans(),
     execution=st.sampled_from(["auto", "sparse", "dense"]),
 )

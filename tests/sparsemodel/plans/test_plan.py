@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from little_networks import pooled, random_mask
-from plan_networks import NETWORKS, batch, network
+from plan_networks import NETWORKS, assert_gradients_match, assert_step_matches, batch, network
 from torch import nn
 from torch.nn import functional
 
@@ -31,17 +31,6 @@ def masked(name: str, density: float = 0.3) -> tuple[nn.Module, Mask]:
     return model, mask
 
 
-def assert_gradients_match(model: nn.Module, dense: nn.Module, mask: Mask) -> None:
-    expected = dict(dense.named_parameters())
-    for name, parameter in model.named_parameters():
-        weight = name.removesuffix("values") + "weight" if name.endswith("values") else name
-        gradient = expected[weight].grad
-        assert gradient is not None
-        gradient = gradient[mask[weight]] if name.endswith("values") else gradient
-        assert parameter.grad is not None
-        torch.testing.assert_close(parameter.grad.double(), gradient, rtol=2e-4, atol=2e-6)
-
-
 def assert_states_match(model: nn.Module, dense: nn.Module, tolerance: float) -> None:
     """Parameters, running statistics and batch counters, of a sparsified and a dense model."""
     expected = dense.state_dict()
@@ -61,15 +50,7 @@ def test_a_step_is_that_of_the_masked_dense_network(name: str, recompute: bool) 
     plan = TrainingPlan(sparse, SHAPE, batch_size=16, recompute=recompute)
     model.double()
     for seed, size in enumerate((16, 7, 3)):
-        images, labels = batch(size, seed)
-        loss, num_correct = plan.step(images, labels)
-        model.zero_grad()
-        logits = model(images.double())
-        expected = functional.cross_entropy(logits, labels)
-        expected.backward()
-        assert loss == pytest.approx(expected.item(), rel=1e-5)
-        assert num_correct == int((logits.argmax(1) == labels).sum())
-        assert_gradients_match(sparse, model, mask)
+        assert_step_matches(plan, sparse, model, mask, batch(size, seed))
     assert_states_match(sparse, model, 1e-5)
 
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from little_networks import pooled, random_mask
-from plan_networks import NETWORKS, batch, network
+from plan_networks import NETWORKS, assert_step_matches, batch, network
 from torch import nn
 from torch.nn import functional
 
@@ -33,22 +33,7 @@ def test_steps_forward_passes_and_statistics_are_those_of_torch(
     plan = TrainingPlan(sparse, SHAPE, batch_size=31, **options)
     reference = copy.deepcopy(model).double()
     for seed, size in enumerate(SIZES):
-        images, labels = batch(size, seed)
-        loss, correct = plan.step(images, labels)
-        reference.zero_grad()
-        logits = reference(images.double())
-        expected = functional.cross_entropy(logits, labels)
-        expected.backward()
-        assert loss == pytest.approx(expected.item(), rel=1e-5)
-        assert correct == int((logits.argmax(1) == labels).sum())
-        gradients = {n: p.grad for n, p in reference.named_parameters()}
-        for own, parameter in sparse.named_parameters():
-            weight = own.removesuffix("values") + "weight" if own.endswith("values") else own
-            wanted = gradients[weight]
-            assert wanted is not None
-            wanted = wanted[mask[weight]] if own.endswith("values") else wanted
-            assert parameter.grad is not None
-            torch.testing.assert_close(parameter.grad.double(), wanted, rtol=2e-4, atol=2e-6)
+        assert_step_matches(plan, sparse, reference, mask, batch(size, seed))
     for own, value in sparse.named_buffers():
         if "running" in own:
             torch.testing.assert_close(

@@ -119,9 +119,7 @@ def test_a_plan_computes_the_same_or_is_refused(twist: str, body: str) -> None:
 
 @settings(max_examples=40 * FACTOR, deadline=None, derandomize=True)
 @given(
-    body=st.sampled_from(sorted(zoo.BODIES)),
-    twists=st.lists(st.sampled_from(sorted(zoo.TWISTS)), min_size=2, max_size=3, unique=True),
-    seed=st.integers(0, 10_000),
+    **zoo.SEVERAL_TWISTS,
     sparse=st.booleans(),
 )
 def test_so_do_several_twists_at_once(
