@@ -142,6 +142,38 @@ def checked_label(label: Any, row: int) -> int:
     )
 
 
+def checked_targets(targets: Any, *, where: str = "") -> Tensor:
+    """Numbers to predict, float32 [N] or [N, K].
+
+    Args:
+        targets: numbers or truth values [N], [N, 1] (as [N]) or [N, K]; a tensor, an array, a list.
+
+    Raises:
+        DataError: no samples, another shape, or values that are not finite.
+
+    >>> checked_targets([[1.5], [2]])
+    tensor([1.5000, 2.0000])
+    """
+    array = array_of(targets, "targets", where)
+    shape = list(array.shape)
+    if array.ndim == 2 and shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim not in (1, 2) or 0 in shape or array.dtype.kind == "c":
+        raise DataError(
+            f"{_in(where)}targets are {array.dtype} of shape {shape}; expected numbers [N] or "
+            "[N, K], at least one"
+        )
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    good = np.isfinite(array.reshape(len(array), -1)).all(1)
+    if not good.all():
+        raise DataError(
+            f"{_in(where)}sample {np.flatnonzero(~good)[0]} has a target that is not finite; leave "
+            "it out or mend it"
+        )
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
 def whole_numbers(values: Any, what: str) -> Tensor:
     """Whole numbers of any type, and truth values, as int64 of the same shape.
 

@@ -9,7 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunelab.data.checked import checked, checked_labels, whole_numbers
+from prunelab.data.checked import (
+    checked,
+    checked_images,
+    checked_labels,
+    checked_targets,
+    whole_numbers,
+)
 from prunelab.data.datasets import ImageSet, fingerprint
 from prunelab.data.tensors import augmented, prepare
 from prunelab.errors import DataError
@@ -87,6 +93,47 @@ class ImageSamples:
     def augmented_batch(self, rows: Tensor, *, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A batch of random crops and flips, drawn for each image (see `augment`)."""
         return prepare(augmented(self.images[rows], rng=rng)), self.labels[rows]
+
+
+class TargetSamples:
+    """Inputs with numbers to predict; a batch is (float32 [B, ...], float32 [B] or [B, K]).
+
+    Args:
+        inputs: features [N, D] or images, as `checked_images` takes them.
+        targets: [N] or [N, K], finite; only 0 and 1 in [N, K]: several classes a sample.
+        ids: whole numbers [N]; by default the row numbers.
+
+    Raises:
+        DataError: other shapes, values that are not finite, or ids that repeat.
+    """
+
+    labels = None
+
+    def __init__(self, inputs: Any, targets: Any, *, ids: Any = None) -> None:
+        self.inputs = checked_images(inputs)
+        self.targets = checked_targets(targets)
+        if len(self.inputs) != len(self.targets):
+            raise DataError(
+                f"{len(self.inputs)} inputs but {len(self.targets)} targets; expected one of each "
+                "a sample"
+            )
+        self.ids = checked_ids(ids, len(self.targets))
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether targets say which of several classes a sample has."""
+        return self.targets.dim() == 2 and bool(((self.targets == 0) | (self.targets == 1)).all())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of inputs and targets, computed when first asked for."""
+        return fingerprint(self.inputs, self.targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return prepare(self.inputs[rows]), self.targets[rows]
 
 
 class TokenSamples:

@@ -1,12 +1,14 @@
-"""What a score needs to know of a model: the loss of each sample, and its embedding.
+"""What training and scores need to know of a model: each sample's loss, metric and embedding.
 
-Every score uses these methods alone; subclass `Task` for a model or a loss of your own.
+Both products use these methods alone. `Supervised` takes a loss and a metric of your own; subclass
+`Task` for a model that is called in another way.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunelab import networks
-from prunelab.data.samples import NO_LOSS, ImageSamples, Samples
+from prunelab.data.samples import NO_LOSS, ImageSamples, Samples, TargetSamples, TokenSamples
 from prunelab.errors import ModelError
+from prunelab.runs.imported import imported
 from sparsemodel.layers.linear_and_conv import SparseLinear
 
 
@@ -24,7 +27,16 @@ class Task(ABC):
 
     A batch is what `Samples.batch` returns, moved to the model's device. Models are called in
     the mode (train or eval) that the caller has set.
+
+    Attributes:
+        metric_name: what `measure` gives beside the loss; "" where it gives nothing.
     """
+
+    metric_name: str = ""
+
+    def measure(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Loss [B] and metric [B] of each sample, of one forward pass; None: no metric."""
+        return self.loss(model, batch), None
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -52,6 +64,24 @@ class Classification(Task):
             self.logits(model, batch), self.labels(batch), reduction="none"
         )
 
+    metric_name = "accuracy"
+
+    def measure(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Loss and whether the largest logit is at the label."""
+        seen: list[Tensor] = []
+
+        def listen(model: nn.Module, batch: Any) -> Tensor:
+            seen.append(self.logits(model, batch))
+            return seen[-1]
+
+        # A loss of a subclass calls self.logits: no second forward pass for the metric.
+        task = copy.copy(self)
+        task.logits = listen  # type: ignore[method-assign]
+        losses = task.loss(model, batch)
+        if not seen or len(seen[-1]) != len(losses):
+            seen.append(self.logits(model, batch))
+        return losses, (seen[-1].argmax(1) == self.labels(batch)).to(losses.dtype)
+
 
 class ImageClassification(Classification):
     """A model that maps images to logits; batches are (images, labels).
@@ -77,11 +107,96 @@ class ImageClassification(Classification):
         Raises:
             ModelError: the model has no layer of that name, or no linear layer.
         """
-        name, of_input = self.layer, False
-        if name is None:
-            name, of_input = _last_linear(model), True
-        seen = _seen(model, name, networks.fitted(model, batch[0]), of_input=of_input)
-        return seen.flatten(2).mean(2) if seen.dim() > 2 else seen
+        return _embedded(model, networks.fitted(model, batch[0]), self.layer)
+
+
+Comparison = Callable[[Tensor, Tensor], Tensor]
+"""(outputs [B, ...], targets [B, ...]) -> a number for each sample [B], or [B, ...]: their mean."""
+
+
+class Supervised(Task):
+    """A model that maps inputs to outputs, with any loss and metric; batches are (inputs, targets).
+
+    Args:
+        loss: differentiable, low is good; such as torch's with reduction="none".
+        metric: what is reported beside the loss; None: nothing.
+        metric_name: what the metric is called.
+        layer: as of `ImageClassification`.
+
+    >>> task = Supervised(nn.HuberLoss(reduction="none"))
+    >>> batch = torch.ones(4, 3), torch.zeros(4)
+    >>> task.loss(nn.Linear(3, 1), batch).shape
+    torch.Size([4])
+    """
+
+    def __init__(
+        self,
+        loss: Comparison,
+        metric: Comparison | None = None,
+        *,
+        metric_name: str = "metric",
+        layer: str | None = None,
+    ) -> None:
+        self._loss, self._metric, self.layer = loss, metric, layer
+        self.metric_name = metric_name if metric is not None else ""
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.measure(model, batch)[0]
+
+    def measure(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        outputs, targets = model(networks.fitted(model, batch[0])), batch[1]
+        if targets.dim() == 1 and outputs.shape == (len(targets), 1):
+            outputs = outputs[:, 0]  # one number for each sample, whichever way it is written
+        if targets.is_floating_point():
+            targets = targets.to(outputs.dtype)
+            if outputs.shape != targets.shape:
+                raise ModelError(
+                    f"the network gives {list(outputs.shape)} for targets {list(targets.shape)}; "
+                    "expected one output for each target"
+                )
+        losses = _one_each(self._loss(outputs, targets), len(targets), "loss")
+        if self._metric is None:
+            return losses, None
+        return losses, _one_each(self._metric(outputs.detach(), targets), len(targets), "metric")
+
+    def embedding(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return _embedded(model, networks.fitted(model, batch[0]), self.layer)
+
+
+class Regression(Supervised):
+    """Numbers to predict: half the squared error, its metric the mean absolute error."""
+
+    def __init__(self, *, layer: str | None = None) -> None:
+        super().__init__(_half_square, _absolute_error, metric_name="mae", layer=layer)
+
+
+class MultiLabel(Supervised):
+    """Several classes a sample, targets 0 or 1 [B, K], one logit each: binary cross-entropy.
+
+    Its metric is the share of classes that are told right.
+    """
+
+    def __init__(self, *, layer: str | None = None) -> None:
+        super().__init__(_binary, _label_hits, metric_name="label accuracy", layer=layer)
+
+
+# Named, not written in place: a task travels to the processes of workers.
+def _half_square(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets) ** 2 / 2
+
+
+def _absolute_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).abs()
+
+
+def _binary(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+
+
+def _label_hits(outputs: Tensor, targets: Tensor) -> Tensor:
+    return ((outputs > 0) == (targets > 0.5)).to(outputs.dtype)
 
 
 class TextClassification(Classification):
@@ -121,6 +236,50 @@ class CausalLM(Task):
         return _mean_hidden_state(model, batch)
 
 
+TASKS: dict[str, Callable[[], Task]] = {
+    "classification": ImageClassification,
+    "regression": Regression,
+    "multi-label": MultiLabel,
+    "text-classification": TextClassification,
+    "causal-lm": CausalLM,
+}
+
+
+def task_of(samples: Samples) -> str:
+    """The name in TASKS of what such samples are for, where nothing else is said."""
+    if isinstance(samples, TokenSamples):
+        return "causal-lm" if samples.labels is None else "text-classification"
+    if isinstance(samples, TargetSamples):
+        return "multi-label" if samples.is_multi_label else "regression"
+    return "classification"
+
+
+def make_task(task: str | Task | Callable[[], Task]) -> Task:
+    """A task of a name in TASKS, of "module:function", or of a function or class that makes one.
+
+    Raises:
+        ModelError: there is none of that name, or what was made is none.
+    """
+    made: Any = task
+    if isinstance(task, str):
+        if ":" in task:
+            try:
+                made = imported(task)
+            except ImportError as error:
+                raise ModelError(f"task {task!r}: {error}") from error
+        elif task in TASKS:
+            made = TASKS[task]
+        else:
+            raise ModelError(
+                f"unknown task {task!r}; known: {', '.join(TASKS)}; or give module:function"
+            )
+    if not isinstance(made, Task) and callable(made):
+        made = made()
+    if not isinstance(made, Task):
+        raise ModelError(f"task: expected a Task, got a {type(made).__name__}")
+    return made
+
+
 def check_fits(task: Task, model: nn.Module, samples: Samples, *, num_classes: int | None) -> None:
     """Raise ModelError unless an image network fits its samples; of other tasks nothing is known.
 
@@ -154,6 +313,24 @@ def _mean_hidden_state(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
     pooled: Tensor = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
     return pooled
+
+
+def _one_each(values: Tensor, count: int, what: str) -> Tensor:
+    """A number for each sample, the mean where there are several."""
+    if values.dim() == 0 or len(values) != count:
+        raise ModelError(
+            f"the {what} gives {list(values.shape)} for {count} samples; expected one number for "
+            "each: reduction='none'"
+        )
+    values = values if values.is_floating_point() else values.float()
+    return values.flatten(1).mean(1) if values.dim() > 1 else values
+
+
+def _embedded(model: nn.Module, inputs: Tensor, layer: str | None) -> Tensor:
+    """Output of a layer by name, or the input of the last linear one, [B, D]."""
+    name, of_input = (_last_linear(model), True) if layer is None else (layer, False)
+    seen = _seen(model, name, inputs, of_input=of_input)
+    return seen.flatten(2).mean(2) if seen.dim() > 2 else seen
 
 
 def _last_linear(model: nn.Module) -> str:
