@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -148,6 +149,7 @@ class TokenSamples:
         attention_mask: [N, T], 1 (or true) at tokens.
         targets: [N] or [N, T].
         ids: [N]; by default the row numbers.
+        class_names: of the classes 0, 1, ..., where they have some.
 
     Raises:
         DataError: no samples, shapes that differ, a mask that is not ones and then zeros, tokens
@@ -155,8 +157,15 @@ class TokenSamples:
     """
 
     def __init__(
-        self, input_ids: Any, attention_mask: Any, targets: Any, *, ids: Any = None
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        targets: Any,
+        *,
+        ids: Any = None,
+        class_names: Sequence[str] = (),
     ) -> None:
+        self.class_names = tuple(class_names)
         self.input_ids = whole_numbers(input_ids, "input_ids")
         self.attention_mask = whole_numbers(attention_mask, "attention_mask")
         self.targets = whole_numbers(targets, "targets")
