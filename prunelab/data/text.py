@@ -60,7 +60,7 @@ def tokenized_columns(
     text: str | None = None,
     label: str | None = None,
     max_length: int = 128,
-    class_names: Sequence[str] = (),
+    class_names: Sequence[str] | None = None,
 ) -> TokenSamples:
     """As `tokenized`; `class_names` are those of another side, whose numbers names get."""
     if max_length < 1:
@@ -79,7 +79,7 @@ def tokenized_columns(
         return TokenSamples(input_ids, mask, np.where(mask == 1, input_ids, NO_LOSS))
     classes, names = as_classes(
         columns.read(label),
-        class_names=class_names or columns.class_names.get(label, ()),
+        class_names=class_names or columns.class_names.get(label, class_names),
         where=f"{columns.where}, column {label!r}",
     )
     return TokenSamples(input_ids, mask, classes, class_names=names)
