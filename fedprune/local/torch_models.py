@@ -31,7 +31,7 @@ from prunelab.data.tensors import PREPROCESSING
 from prunelab.runs.threads import computing
 from sparsemodel.errors import PlanError
 from sparsemodel.kernels.cpu import library as cpu
-from sparsemodel.layers.from_state import fixed_buffers, load_state_, sparse_model
+from sparsemodel.layers.from_state import fixed_tensors, load_state_, sparse_model
 from sparsemodel.layers.growth import topk_pruned_gradients
 from sparsemodel.masks import adjust
 from sparsemodel.masks.mask import Mask
@@ -62,7 +62,7 @@ def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
             model = build()
     except Exception:  # whatever a network's own code raises without values
         return build()
-    return build() if fixed_buffers(model) else model
+    return build() if fixed_tensors(model) else model
 
 
 def module_state(model: nn.Module, order: Iterable[str], patterns: Patterns | None) -> SparseState:
