@@ -32,7 +32,7 @@ from prunelab.training.steps import is_planned
 from prunelab.training.task import Task, forward
 from sparsemodel.errors import PlanError
 from sparsemodel.kernels.cpu import library as cpu
-from sparsemodel.layers.from_state import fixed_buffers, load_state_, sparse_model
+from sparsemodel.layers.from_state import fixed_tensors, load_state_, sparse_model
 from sparsemodel.layers.growth import topk_pruned_gradients
 from sparsemodel.masks import adjust
 from sparsemodel.masks.mask import Mask
@@ -63,7 +63,7 @@ def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
             model = build()
     except Exception:  # whatever a network's own code raises without values
         return build()
-    return build() if fixed_buffers(model) else model
+    return build() if fixed_tensors(model) else model
 
 
 def module_state(model: nn.Module, order: Iterable[str], patterns: Patterns | None) -> SparseState:
