@@ -169,4 +169,5 @@ def _sample_set(data: Any, seed: int) -> SampleSet:
     if not held.any():
         raise DataError("too few samples to set a fifth of every class aside for the test")
     sides = [(samples.images[rows], samples.labels[rows]) for rows in (~held, held)]
-    return SampleSet("given", *(ImageSamples(*side) for side in sides))
+    parts = [ImageSamples(*side) for side in sides]
+    return SampleSet("given", parts[0], parts[1])

@@ -20,10 +20,10 @@ from fedprune.config import RunConfig
 from fedprune.errors import ConfigError
 from fedprune.given import given_dataset, given_model
 from fedprune.local.network import TorchNetwork
+from fedprune.local.optimizer import Optimizer
 from fedprune.local.partition import partition, split_server_set
 from fedprune.local.shares import write_shares
 from fedprune.local.torch_models import DenseModel
-from fedprune.local.optimizer import Optimizer
 from fedprune.local.training import train_epochs
 from fedprune.methods.base import Method
 from fedprune.rounds.setup import TEST, TRAIN, write_facts, write_start
@@ -122,6 +122,7 @@ class Workspace:
         hint = [name.strip() for name in self.config.model.blocks.split(",") if name.strip()]
         with uninitialised():
             reference = self.torch.reference()
+        exchanged = float_state(reference)
 
         def run(model: nn.Module) -> None:
             forward(model, dataset.train.batch(torch.zeros(1, dtype=torch.int64)))
@@ -130,7 +131,7 @@ class Workspace:
             "shapes": self.shapes,
             "prunable": list(prunable_parameters(skeleton)),
             "blocks": {
-                granularity: parameter_blocks(skeleton, granularity=granularity, hint=hint)
+                granularity: parameter_blocks(skeleton, granularity=granularity)
                 for granularity in GRANULARITIES
             },
             "program": program,
@@ -138,7 +139,7 @@ class Workspace:
             "layer_macs": layer_macs(skeleton, run),
             "reference": {
                 "num_parameters": sum(p.numel() for p in reference.parameters()),
-                "model_bytes": FLOAT_BYTES * sum(v.numel() for v in float_state(reference).values()),
+                "model_bytes": FLOAT_BYTES * sum(v.numel() for v in exchanged.values()),
                 "layer_macs": layer_macs(reference, run),
             },
             "metric": task.metric_name,
@@ -160,7 +161,7 @@ class Workspace:
         state = SparseState({name: values[name].numpy() for name in self.shapes})
         if not config.server.pretrain_epochs:
             return state
-        model = DenseModel(self.torch.empty_model, self.torch.task, state, config.training)
+        model = DenseModel(self.torch.empty_model, state, config.training, self.torch.task)
         optimizer = Optimizer(config.training, 0)
         inputs, targets = stored(dataset.train)
         loss = train_epochs(
@@ -231,7 +232,7 @@ def _opened(config: RunConfig, model: Any, given: SampleSet | None) -> Workspace
     labels = None if dataset.train.labels is None else dataset.train.labels.numpy()
     server, rest = split_server_set(
         labels,
-        len(dataset.train),
+        count=len(dataset.train),
         per_class=config.server.per_class,
         seed=stream_seed(SEED_SERVER_SET, config.seed),
     )
