@@ -30,7 +30,7 @@ from fedprune.rounds.setup import TEST, TRAIN, write_facts, write_start
 from fedprune.settings import DataConfig
 from prunelab.data.batches import Integers
 from prunelab.data.checked import note
-from prunelab.data.datasets import load_dataset
+from prunelab.data.given import load_sample_set
 from prunelab.data.samples import stored
 from prunelab.data.sides import SampleSet
 from prunelab.data.store import write_store
@@ -131,7 +131,7 @@ class Workspace:
             "shapes": self.shapes,
             "prunable": list(prunable_parameters(skeleton)),
             "blocks": {
-                granularity: parameter_blocks(skeleton, granularity=granularity)
+                granularity: parameter_blocks(skeleton, granularity=granularity, hint=hint)
                 for granularity in GRANULARITIES
             },
             "program": program,
@@ -211,13 +211,11 @@ def _opened(config: RunConfig, model: Any, given: SampleSet | None) -> Workspace
     if isinstance(model, str):
         check_model(model)
     data = config.data
-    dataset = given or SampleSet.of(
-        load_dataset(
-            data.dataset,
-            num_train=data.num_train or None,
-            num_test=data.num_test or None,
-            seed=config.seed,
-        )
+    dataset = given or load_sample_set(
+        data.dataset,
+        num_train=data.num_train or None,
+        num_test=data.num_test or None,
+        seed=config.seed,
     )
     if config.federation.clients_test and dataset.test is not None:
         note(
