@@ -210,7 +210,7 @@ def test_a_method_of_a_script(tmp_path: Path) -> None:
         ({"data": {"test": (IMAGES, LABELS)}}, "expected the sides train and test, got test"),
         (
             {"data": {"train": (IMAGES, LABELS), "test": (IMAGES[:, :, :2], LABELS)}},
-            r"samples are torch.uint8 \[1, 4, 4\] with labels, test samples torch.uint8 \[1, 2, 4\]",
+            r"are torch.uint8 \[1, 4, 4\] with labels, test samples torch.uint8 \[1, 2, 4\]",
         ),
         (
             {"data": {"train": (IMAGES, LABELS), "test": (IMAGES / 255.0, LABELS)}},
@@ -225,7 +225,7 @@ def test_a_method_of_a_script(tmp_path: Path) -> None:
         ({"clients": 400}, "cannot divide 45 training samples among 400 clients"),
         ({"rounds": "two"}, "training.rounds: expected int, got 'two'"),
         ({"engine": "ray"}, "unknown engine 'ray'; expected one of flower, inline, batched"),
-        ({"engine": "flower"}, "do not have this run's model, data"),
+        ({"engine": "flower"}, "do not have this run's data"),
         ({"resume": True}, "nothing to resume in"),
     ],
 )
