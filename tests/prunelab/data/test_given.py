@@ -266,7 +266,7 @@ def test_pictures_of_several_sizes_are_brought_to_one() -> None:
         samples: Any = as_samples(data, resize="6x5")
     assert samples.images.shape == (12, 1, 6, 5)
     assert torch.equal(samples.images[0, 0], torch.from_numpy(PIXELS[0]))  # of that size already
-    flat = as_samples((np.full((3, 6, 9, 3), 7, np.uint8), [0, 1, 0]), resize=5)
+    flat = as_samples((np.full((3, 3, 6, 9), 7, np.uint8), [0, 1, 0]), resize=5)
     assert isinstance(flat, ImageSamples)
     assert flat.images.shape == (3, 3, 5, 5)
     assert bool((flat.images == 7).all())
