@@ -75,6 +75,7 @@ def test_data_that_are_not_the_runs_are_refused(
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_a_node_makes_its_store_when_it_joins_and_again_for_other_data(tmp_path: Path) -> None:
     path, cache, config = pictures(tmp_path / "own", ["dog", "ant"]), tmp_path, RunConfig()
     with pytest.raises(DataError, match="the node has to join the run first"):
