@@ -12,33 +12,27 @@ import datapruning
 import fedprune
 
 
-def tokenizer(text):
-    """Letters are tokens; any tokenizer of transformers does as well."""
-    return list(text.encode())
-
-
 def samples(*words):
     rows = [{"text": f"{a} {b} {c}."} for a in words for b in words for c in words if a != b != c]
-    return datapruning.tokenized(rows, tokenizer)
+    return datapruning.tokenized(rows, lambda text: list(text.encode()))  # letters are tokens
 
 
-if __name__ == "__main__":
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=128, num_attention_heads=4, **sizes))
-    training = datapruning.TrainingConfig(epochs=8, batch_size=16, lr=0.01, optimizer="adamw")
-    base = datapruning.train(
-        samples("cat", "dog", "cow", "hen", "pig"), model=model, training=training
-    )
+sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=128, num_attention_heads=4, **sizes))
+training = datapruning.TrainingConfig(epochs=8, batch_size=16, lr=0.01, optimizer="adamw")
+base = datapruning.train(samples("cat", "dog", "cow", "hen", "pig"), model=model, training=training)
 
-    def adapted():
-        """The base, frozen and the same on every node, with adapters that are trained."""
-        lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        return peft.get_peft_model(copy.deepcopy(base), lora)
 
-    result = fedprune.run(
-        model=adapted, data=samples("rain", "snow", "wind", "sun", "fog"), method="fedavg",
-        rounds=4, clients=2, optimizer="adamw", settings={"training.lr": 0.02},
-    )  # fmt: skip
-    losses = [line["test_loss"] for line in result.metrics if "round" in line]
-    print(f"test loss by round: {', '.join(f'{loss:.3f}' for loss in losses)}")
-    print(f"a client sent {result.summary['bytes_up_steady_round']:,} bytes a round")
+def adapted():
+    """The base, frozen and the same on every node, with adapters that are trained."""
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(copy.deepcopy(base), lora)
+
+
+texts, settings = samples("rain", "snow", "wind", "sun", "fog"), {"training.lr": 0.02}
+result = fedprune.run(
+    model=adapted, data=texts, rounds=4, clients=2, method="fedavg", optimizer="adamw", settings=settings
+)  # fmt: skip
+losses = [round(line["test_loss"], 3) for line in result.metrics if "round" in line]
+print(f"test loss by round: {losses}")
+print(f"a client sent {result.summary['bytes_up_steady_round']:,} bytes a round")
