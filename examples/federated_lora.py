@@ -30,9 +30,8 @@ def adapted():
 
 
 texts, settings = samples("rain", "snow", "wind", "sun", "fog"), {"training.lr": 0.02}
-result = fedprune.run(
-    model=adapted, data=texts, rounds=4, clients=2, method="fedavg", optimizer="adamw", settings=settings
-)  # fmt: skip
+federation = {"method": "fedavg", "rounds": 4, "clients": 2, "optimizer": "adamw"}
+result = fedprune.run(model=adapted, data=texts, settings=settings, **federation)
 losses = [round(line["test_loss"], 3) for line in result.metrics if "round" in line]
 print(f"test loss by round: {losses}")
 print(f"a client sent {result.summary['bytes_up_steady_round']:,} bytes a round")
