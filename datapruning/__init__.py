@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from sparsemodel._lazy import lazy
 
 if TYPE_CHECKING:
+    from datapruning.loops.dynamics_recorder import DynamicsRecorder
+    from datapruning.loops.indexed import indexed
     from datapruning.scoring.methods import Method
     from datapruning.scoring.score import score
     from datapruning.selection.kept import KeptSamples
@@ -25,6 +27,8 @@ else:
     __getattr__, __dir__ = lazy(
         __name__,
         {
+            "datapruning.loops.dynamics_recorder": "DynamicsRecorder",
+            "datapruning.loops.indexed": "indexed",
             "datapruning.scoring.methods": "Method",
             "datapruning.scoring.score": "score",
             "datapruning.selection.kept": "KeptSamples",
@@ -39,6 +43,7 @@ else:
 
 __all__ = [
     "CausalLM",
+    "DynamicsRecorder",
     "ImageClassification",
     "ImageSamples",
     "KeptSamples",
@@ -50,6 +55,7 @@ __all__ = [
     "TokenSamples",
     "TrainingConfig",
     "evaluate",
+    "indexed",
     "score",
     "select",
     "train",

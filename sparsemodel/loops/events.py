@@ -14,7 +14,7 @@ else:
     _Callback = object
 
 
-class LoopCallback(_Callback):
+class LoopCallback(_Callback):  # type: ignore[misc]
     """What both trainers call by name, told as `begin` and `end`.
 
     Both call every event of every callback and ask for no base class; events that nobody here

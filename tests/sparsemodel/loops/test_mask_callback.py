@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
+from training_loops import lightning_module, lightning_trainer, loader, texts, tiny_bert, trainer
 
 import sparsemodel
 from sparsemodel.errors import MaskError
-from training_loops import lightning_module, lightning_trainer, loader, texts, tiny_bert, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
