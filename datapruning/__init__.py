@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sparsemodel._lazy import lazy
 
 if TYPE_CHECKING:
+    from datapruning.loops.coreset_selector import CoresetSelector
     from datapruning.loops.dynamics_recorder import DynamicsRecorder
     from datapruning.loops.indexed import indexed
     from datapruning.scoring.methods import Method
@@ -27,6 +28,7 @@ else:
     __getattr__, __dir__ = lazy(
         __name__,
         {
+            "datapruning.loops.coreset_selector": "CoresetSelector",
             "datapruning.loops.dynamics_recorder": "DynamicsRecorder",
             "datapruning.loops.indexed": "indexed",
             "datapruning.scoring.methods": "Method",
@@ -43,6 +45,7 @@ else:
 
 __all__ = [
     "CausalLM",
+    "CoresetSelector",
     "DynamicsRecorder",
     "ImageClassification",
     "ImageSamples",

@@ -245,9 +245,11 @@ class DynamicsRecorder(LoopCallback):
             self.load_state_dict(torch.load(path))
         self._unhook()
         self._keep_ids_from(model)
+        # torch.compile would compile the hooks anew for each batch.
+        on_inputs, on_outputs = map(torch.compiler.disable, (self._on_inputs, self._on_outputs))
         self._hooks = [
-            model.register_forward_pre_hook(self._on_inputs, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._on_outputs, with_kwargs=True),
+            model.register_forward_pre_hook(on_inputs, with_kwargs=True, prepend=True),
+            model.register_forward_hook(on_outputs, with_kwargs=True),
         ]
 
     def on_epoch_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
