@@ -22,8 +22,9 @@ from datapruning.scoring.score import notes_on
 from datapruning.scoring.steps import mean_confidence
 from datapruning.selection.kept import has_items
 from datapruning.selection.table import ScoreTable
+from prunelab.data.columns import LABEL_NAMES
 from prunelab.data.datasets import fingerprint
-from prunelab.data.objects import LABEL_NAMES, as_samples
+from prunelab.data.objects import as_samples
 from prunelab.runs.version import __version__
 from sparsemodel.loops.events import LoopCallback
 

@@ -13,15 +13,9 @@ from torch.utils.data import Subset as TorchSubset
 
 from datapruning.errors import SelectionError
 from prunelab.data.checked import checked_label
+from prunelab.data.columns import LABEL_NAMES
 from prunelab.data.datasets import ImageSet
-from prunelab.data.objects import (
-    LABEL_NAMES,
-    as_samples,
-    is_pair,
-    is_samples,
-    item_of,
-    samples_of_items,
-)
+from prunelab.data.objects import as_samples, is_pair, is_samples, item_of, samples_of_items
 from prunelab.data.samples import Samples
 
 if TYPE_CHECKING:
@@ -83,9 +77,12 @@ def has_items(dataset: Any) -> bool:
     """Whether it is a data set with items of its own, of torch or Hugging Face."""
     if is_samples(dataset) or isinstance(dataset, str | Path | ImageSet | Mapping):
         return False
-    if is_pair(dataset):
+    if is_pair(dataset) or hasattr(dataset, "iloc"):
         return False
-    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or not len(dataset):
+        return False
+    # Names of classes get their numbers from all of the samples.
+    return not isinstance(_label_of(dataset[0], 0), str | list)
 
 
 def _rows_of_items(dataset: Any, subset: Subset) -> Tensor:
@@ -101,7 +98,7 @@ def _rows_of_items(dataset: Any, subset: Subset) -> Tensor:
         step = max(1, len(subset) // _NUM_COMPARED)
         for place in range(0, len(subset), step):
             row, expected = int(subset.ids[place]), int(subset.labels[place])
-            label = _label_of(dataset[row], row)
+            label = checked_label(_label_of(dataset[row], row), row)
             if label != expected:
                 raise SelectionError(
                     f"sample {row} has the label {label}, but had {expected} when the subset was "
@@ -110,10 +107,10 @@ def _rows_of_items(dataset: Any, subset: Subset) -> Tensor:
     return subset.ids
 
 
-def _label_of(item: Any, row: int) -> int:
-    """The label of an item, which may be of a text as well as of an image."""
+def _label_of(item: Any, row: int) -> Any:
+    """The label of an item, whose input may be anything that a network of the user's takes."""
     if isinstance(item, Mapping):
         for name in LABEL_NAMES:
             if name in item:
-                return checked_label(item[name], row)
+                return item[name]
     return item_of(item, row)[1]
