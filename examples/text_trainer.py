@@ -1,4 +1,4 @@
-"""Score texts by the Trainer's own run, keep the better half, and train a pruned BERT on it.
+"""Score texts by the Trainer's own run, keep half of them, and train a pruned BERT on those.
 
 Run: python examples/text_trainer.py
 """
@@ -6,44 +6,33 @@ Run: python examples/text_trainer.py
 import random
 
 import datasets
-import tokenizers
 import transformers
 
 import datapruning
 import sparsemodel
+from datapruning.recommend.language import train_tokenizer
 
-random.seed(0)
 transformers.set_seed(0)
-WORDS = {"bad": ["dull", "slow", "broken", "poor"], "good": ["fine", "quick", "solid", "rich"]}
-texts, labels = [], []
-for _ in range(200):
-    labels.append(random.choice(["bad", "good"]))
-    texts.append(" ".join(random.choices(WORDS[labels[-1]] + ["the", "a", "film"], k=6)))
+WORDS = {"bad": ["dull", "slow", "broken"], "good": ["fine", "quick", "rich"]}
+labels = random.choices(list(WORDS), k=160)
+texts = [" ".join(random.choices(WORDS[label] + ["the", "film"], k=6)) for label in labels]
+tokenizer = train_tokenizer(texts, vocabulary=300)  # yours comes from AutoTokenizer
 dataset = datasets.Dataset.from_dict({"text": texts, "label": labels})
+samples = datapruning.tokenized(dataset, tokenizer)
 
-words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="[PAD]"))
-words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-words.train_from_iterator(texts, tokenizers.trainers.WordLevelTrainer(special_tokens=["[PAD]"]))
-tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
-samples = datapruning.tokenized(dataset, tokenizer)  # finds the columns, numbers the labels
-
-size = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, intermediate_size=64)
-config = transformers.BertConfig(**size, num_attention_heads=2)
+size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+config = transformers.BertConfig(vocab_size=300, num_attention_heads=2, **size)
 model = transformers.BertForSequenceClassification(config)
 mask, recorder = sparsemodel.prune(model, density=0.2), datapruning.DynamicsRecorder(samples)
+options = {"use_cpu": True, "report_to": [], "learning_rate": 2e-3, "remove_unused_columns": False}
+arguments = transformers.TrainingArguments("runs", **options)
+collate = transformers.DataCollatorWithPadding(tokenizer)
+hold = sparsemodel.MaskCallback(mask)
 
-
-def train(data, *callbacks):
-    options = dict(output_dir="runs", use_cpu=True, report_to=[], learning_rate=1e-3)
-    arguments = transformers.TrainingArguments(**options, remove_unused_columns=False)
-    collate = transformers.DataCollatorWithPadding(tokenizer)
-    hold = sparsemodel.MaskCallback(mask)
-    transformers.Trainer(model, arguments, collate, data, callbacks=[hold, *callbacks]).train()
-
-
-train(datapruning.indexed(samples), recorder)  # three epochs, each recorded
-kept = recorder.table("aum").select(keep=0.5, class_balanced=True)
-train(kept.of(samples))
-accuracy = datapruning.evaluate(model, samples, task=datapruning.TextClassification()).accuracy
-print(f"kept {len(kept)} of {len(samples)} texts; accuracy {accuracy:.3f}")
-print(f"weights left: {sparsemodel.mask_of(sparsemodel.sparsify(model, mask)).density:.3f}")
+data = datapruning.indexed(samples)
+transformers.Trainer(model, arguments, collate, data, callbacks=[hold, recorder]).train()
+kept = recorder.table("aum").select(keep=0.5, class_balanced=True).of(samples)
+transformers.Trainer(model, arguments, collate, kept, callbacks=[hold]).train()
+result = datapruning.evaluate(model, samples, task=datapruning.TextClassification())
+density = sparsemodel.mask_of(sparsemodel.sparsify(model, mask)).density
+print(f"trained on {len(kept)} of {len(samples)} texts, density {density:.2f}: {result.accuracy}")

@@ -33,11 +33,7 @@ class Indexed(Dataset[Any]):
             if ID in item:
                 raise DataError(f"sample {row} has an entry {ID!r} of its own; rename that one")
             return {**item, ID: number}
-        if isinstance(item, tuple | list):
-            return (*item, number)
-        raise DataError(
-            f"sample {row} is a {type(item).__name__}; expected (input, label) or a mapping"
-        )
+        return (*item, number)
 
 
 def indexed(data: Any) -> Indexed:
@@ -50,8 +46,7 @@ def indexed(data: Any) -> Indexed:
         data: a torch or Hugging Face data set, or whatever else `as_samples` takes.
 
     Raises:
-        DataError: data of another kind; when an item is read: no pair and no mapping, or an entry
-            `id` that is there already.
+        DataError: data of another kind; when an item is read: an entry `id` that is there already.
 
     >>> indexed([("a", 0), ("b", 1)])[1]
     ('b', 1, 1)

@@ -293,6 +293,6 @@ def test_indexed_items() -> None:
     assert datapruning.indexed(samples)[1][1:] == (labels[1], 5)
     assert len(datapruning.indexed((images, labels))) == 3
     with pytest.raises(DataError, match="has an entry 'id' of its own"):
-        datapruning.indexed([{"x": 1, "id": 0}])[0]
-    with pytest.raises(DataError, match=r"sample 0 is a int; expected \(input, label\)"):
-        datapruning.indexed([3])[0]
+        datapruning.indexed([{"x": 1, "label": 0, "id": 0}])[0]
+    with pytest.raises(DataError, match=r"sample 0 is a int, expected \(image, label\)"):
+        datapruning.indexed([3])
