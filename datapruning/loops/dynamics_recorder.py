@@ -155,7 +155,7 @@ class DynamicsRecorder(LoopCallback):
         if self._epoch is None:
             self._epoch = self.num_epochs
         kept = logits.detach().to(torch.float32, copy=True)  # before a loss changes it in place
-        self._batches.append((rows, kept, labels.detach()))
+        self._batches.append((rows, kept, labels.detach().long()))
 
     def close_epoch(self) -> None:
         """The epoch is over; with torch.distributed all processes call it together."""

@@ -146,10 +146,16 @@ class Recorder:
 
     def check(self, rows: Tensor, logits: Tensor, labels: Tensor) -> None:
         shape = tuple(logits.shape)
-        if logits.dim() != 2 or shape[1] < 2 or not len(rows) == len(labels) == shape[0]:
+        is_class = labels.dim() == 1 and not labels.is_floating_point()
+        if (
+            logits.dim() != 2
+            or shape[1] < 2
+            or not is_class
+            or not len(rows) == len(labels) == shape[0]
+        ):
             raise ScoreError(
                 f"expected logits [B, C] of two classes or more, with B rows and labels; got "
-                f"{shape}, {len(rows)} and {len(labels)}"
+                f"{shape}, {len(rows)} and {labels.dtype} {list(labels.shape)}"
             )
         if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= self.num_samples):
             raise ScoreError(

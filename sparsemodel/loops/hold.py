@@ -113,6 +113,11 @@ def masked_weights(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
                 f"mask of {name!r}: the model's parameter has shape {tuple(weight.shape)}, the "
                 f"mask {tuple(mask[name].shape)}"
             )
+        if hasattr(weight, "placements"):
+            raise MaskError(
+                f"the weight {name!r} is cut over several processes (FSDP, tensor parallel), and a "
+                "mask is held on whole weights alone: train by DistributedDataParallel"
+            )
     return weights
 
 

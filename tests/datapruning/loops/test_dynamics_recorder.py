@@ -272,6 +272,8 @@ def test_wrong_ids_methods_and_runs_are_named() -> None:
         recorder.record(torch.tensor([0]), logits)
     with pytest.raises(ScoreError, match=r"expected logits \[B, C\]"):
         recorder.record(torch.tensor([0]), torch.zeros(1, 4, 2), labels)
+    with pytest.raises(ScoreError, match=r"1 and torch.float32 \[1, 2\]"):  # several classes each
+        recorder.record(torch.tensor([0]), logits, torch.zeros(1, 2))
     with pytest.raises(ScoreError, match=r"'el2n' needs more than .*: forgetting, aum, dyn-unc"):
         recorder.table("el2n")
     with pytest.raises(ScoreError, match="nothing has been recorded"):

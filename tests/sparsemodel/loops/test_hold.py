@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from processes import in_a_process
+from torch import distributed, nn
 from torch.nn import functional
 from torch.nn.parallel import DataParallel
 
@@ -165,6 +167,42 @@ def test_a_mask_that_does_not_fit_is_refused_before_anything_is_changed() -> Non
         sparsemodel.HeldMask(twice, mask)
     for name, value in model.state_dict().items():
         assert torch.equal(before[name], value)
+
+
+def test_weights_in_pieces_are_refused(tmp_path: Path) -> None:
+    assert "cut over several processes" in in_a_process(held_in_pieces, tmp_path)
+
+
+def held_in_pieces(folder: Path) -> str:
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+
+    distributed.init_process_group(
+        "gloo", rank=0, world_size=1, init_method=f"file://{folder / 'rendezvous'}"
+    )
+    model = make_net()
+    mask = sparsemodel.prune(model, density=0.2)
+    try:
+        fully_shard(model, mesh=distributed.init_device_mesh("cpu", (1,)))
+        sparsemodel.HeldMask(model, mask)
+    except MaskError as error:
+        return str(error)
+    finally:
+        distributed.destroy_process_group()
+    return ""
+
+
+def test_a_compiled_model() -> None:
+    model = make_net()
+    mask = sparsemodel.prune(model, density=0.2)
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = torch.optim.AdamW(compiled.parameters(), lr=0.1)
+    with sparsemodel.HeldMask(compiled, mask, [optimizer]):
+        for images, labels in batches(2):
+            functional.cross_entropy(compiled(images), labels).backward()
+            assert not any(p.grad[~mask[n]].any() for n, p in model.named_parameters() if n in mask)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert largest_pruned(model, mask) == 0
 
 
 def test_frozen_weights_are_zeroed_and_stay() -> None:
