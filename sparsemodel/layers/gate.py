@@ -206,7 +206,8 @@ def _hint(layer: nn.Module | None) -> str:
         return ""
     return (
         f"; the weight of that {type(layer).__name__} is made anew at each call (by "
-        "torch.nn.utils.prune, weight_norm or the like): remove that first"
+        "torch.nn.utils.prune, weight_norm or the like): remove that first (Mask.from_torch keeps "
+        "the mask of torch.nn.utils.prune)"
     )
 
 
