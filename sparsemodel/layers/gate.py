@@ -122,7 +122,8 @@ def check_copied(model: nn.Module) -> None:
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 raise SparseModelError(
                     f"{title} holds {key!r}, which is computed of other tensors (as by weight_norm "
-                    "with hooks) and cannot be copied; make it a parameter or a buffer"
+                    "with hooks, or by torch.nn.utils.prune, whose mask Mask.from_torch keeps, "
+                    "before prune.remove) and cannot be copied; make it a parameter or a buffer"
                 )
         for key, function in _functions(module):
             if _keeps(function, kept):
@@ -206,8 +207,7 @@ def _hint(layer: nn.Module | None) -> str:
         return ""
     return (
         f"; the weight of that {type(layer).__name__} is made anew at each call (by "
-        "torch.nn.utils.prune, weight_norm or the like): remove that first (Mask.from_torch keeps "
-        "the mask of torch.nn.utils.prune)"
+        "torch.nn.utils.prune, weight_norm or the like): remove that first"
     )
 
 
