@@ -22,6 +22,7 @@ from torch.nn import functional, init
 
 from prunelab.errors import ModelError
 from prunelab.runs.imported import imported
+from sparsemodel.layers.from_state import carried_tensors, fixed_tensors
 from sparsemodel.masks.mask import prunable_parameters
 from sparsemodel.masks.probe import probing
 
@@ -404,15 +405,29 @@ def _stage_of(model: nn.Module, name: str, *, last: int | None) -> int | None:
 
 
 def float_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the floating-point entries of the state: what clients and server exchange.
+    """Copies of what clients and server exchange of a model, by name.
 
-    Batch norm's integer batch counters are left out: a mean of them means nothing.
+    Its trained parameters and its lasting floating-point buffers, a tensor of several names (tied
+    weights) once, by the first of them. Frozen parameters are left out: every node builds them
+    from the seed; where no parameter is trained, all are in it. Batch norm's integer batch
+    counters are left out, too: a mean of them means nothing.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> _ = model[0].requires_grad_(False)
+    >>> list(float_state(model))
+    ['1.weight', '1.bias']
     """
-    return {
-        name: value.detach().clone()
-        for name, value in model.state_dict().items()
-        if value.is_floating_point()
-    }
+    return {name: tensor.clone() for name, tensor in carried_tensors(model).items()}
+
+
+def is_wholly_exchanged(model: nn.Module) -> bool:
+    """Whether `float_state` is all that a network knows, so that its own weights need no drawing.
+
+    Frozen parameters, tables, and tensors that are no buffers are the network's own, and have to
+    be built by the seed as they are everywhere.
+    """
+    own = (value for module in model.modules() for value in vars(module).values())
+    return not fixed_tensors(model) and not any(isinstance(v, torch.Tensor) for v in own)
 
 
 def narrow_width(name: str, *, num_classes: int, input_shape: InputShape, max_bytes: int) -> int:

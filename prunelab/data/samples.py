@@ -223,6 +223,27 @@ class TokenSamples:
         }
 
 
+def stored(samples: Samples) -> tuple[Any, Any]:
+    """Inputs and targets as a `SampleStore` has them, numpy arrays that share memory with these.
+
+    Token ids have -1 behind the end of a text.
+
+    Raises:
+        DataError: samples of another kind.
+    """
+    if isinstance(samples, ImageSamples):
+        return samples.images.numpy(), samples.labels.numpy()
+    if isinstance(samples, TargetSamples):
+        return samples.inputs.numpy(), samples.targets.numpy()
+    if isinstance(samples, TokenSamples):
+        ids = samples.input_ids.where(samples.attention_mask > 0, -1)
+        return ids.numpy(), samples.targets.numpy()
+    raise DataError(
+        f"samples are {type(samples).__name__}; expected images, texts or inputs with targets: "
+        "ImageSamples, TokenSamples or TargetSamples"
+    )
+
+
 def sizes(samples: Samples) -> tuple[int | None, tuple[int, ...] | None]:
     """Number of classes, and the shape of one image; None where samples have none."""
     num_classes = None if samples.labels is None else int(samples.labels.max()) + 1
