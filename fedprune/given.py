@@ -9,7 +9,7 @@ called.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 _models: dict[str, Any] = {}
 _datasets: dict[str, SampleSet] = {}
 _objects: dict[str, Any] = {}
-
-TEST_SHARE = 0.2
 
 
 def name_model(model: str | nn.Module | Callable[..., nn.Module]) -> str:
@@ -85,16 +83,16 @@ def name_dataset(data: Any, *, seed: int = 0) -> str:
     """A name or folder as it is; of other data a name under which `given_dataset` has them.
 
     Args:
-        data: a name or folder; an ImageSet; a mapping with "train" and "test" (or "validation");
-            or anything that `prunelab.data.objects.as_samples` takes, of which a seeded fifth of
-            every class is set aside for the test.
+        data: a name, or what `prunelab.data.given.as_sample_set` takes.
 
     Raises:
-        DataError: it is none of these, or no images.
+        DataError: it is none of these.
     """
     if isinstance(data, str | Path):
         return str(data)
-    found = _sample_set(data, seed)
+    from prunelab.data.given import as_sample_set  # noqa: PLC0415
+
+    found = as_sample_set(data, seed=seed)
     name = f"{found.name}@{found.fingerprint}"
     for known, other in _datasets.items():
         if known.partition("#")[0] == name and _are_same(found, other):
@@ -137,36 +135,3 @@ def _content(model: Any) -> str:
     sha = hashlib.sha256(repr(model).encode())
     sha.update(fingerprint(*model.state_dict().values()).encode())
     return sha.hexdigest()[:16]
-
-
-def _sample_set(data: Any, seed: int) -> SampleSet:
-    import numpy as np  # noqa: PLC0415
-
-    from prunelab.data.datasets import ImageSet  # noqa: PLC0415
-    from prunelab.data.objects import as_samples  # noqa: PLC0415
-    from prunelab.data.samples import ImageSamples  # noqa: PLC0415
-    from prunelab.data.sides import SampleSet  # noqa: PLC0415
-    from prunelab.errors import DataError  # noqa: PLC0415
-    from prunelab.runs.seeds import rng  # noqa: PLC0415
-
-    if isinstance(data, SampleSet):
-        return data
-    if isinstance(data, ImageSet):
-        return SampleSet.of(data)
-    if isinstance(data, Mapping):
-        test = "test" if "test" in data else "validation"
-        if "train" not in data or test not in data:
-            raise DataError(f"expected the sides train and test, got {', '.join(map(str, data))}")
-        return SampleSet("given", as_samples(data["train"]), as_samples(data[test]))
-    samples = as_samples(data)
-    if not isinstance(samples, ImageSamples):
-        raise DataError("give a mapping of train and test")
-    labels = samples.labels.numpy()
-    held = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels).tolist():
-        members = rng(seed, label).permutation(np.flatnonzero(labels == label))
-        held[members[: int(TEST_SHARE * len(members))]] = True
-    if not held.any():
-        raise DataError("too few samples to set a fifth of every class aside for the test")
-    sides = [(samples.images[rows], samples.labels[rows]) for rows in (~held, held)]
-    return SampleSet("given", *(ImageSamples(*side) for side in sides))

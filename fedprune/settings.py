@@ -134,13 +134,7 @@ def problems(
     for key, (value, allowed) in choices.items():
         if value not in allowed:
             yield f"{key}: expected one of {', '.join(allowed)}; got {value!r}"
-    functions = {
-        "training.optimizer": (training.optimizer, OPTIMIZERS),
-        "training.schedule": (training.schedule, SCHEDULES),
-    }
-    for key, (value, known) in functions.items():
-        if value not in known and ":" not in value:
-            yield f"{key}: expected {', '.join(known)} or module:function; got {value!r}"
+    yield from _unknown_functions(training)
     at_least_one = {
         "data.clients": data.clients,
         "data.classes_per_client": data.classes_per_client,
@@ -178,3 +172,13 @@ def problems(
     ):
         if not 0 < number < float("inf"):
             yield f"{key}: expected a positive number, got {number}"
+
+
+def _unknown_functions(training: TrainingConfig) -> Iterable[str]:
+    functions = {
+        "training.optimizer": (training.optimizer, OPTIMIZERS),
+        "training.schedule": (training.schedule, SCHEDULES),
+    }
+    for key, (value, known) in functions.items():
+        if value not in known and ":" not in value:
+            yield f"{key}: expected {', '.join(known)} or module:function; got {value!r}"

@@ -124,7 +124,7 @@ def open_model(network: Network, state: SparseState, training: TrainingConfig) -
         return RuntimeModel(network.program, state, training)
     from fedprune.local.torch_models import open_torch_model  # noqa: PLC0415
 
-    return open_torch_model(network.build, network.task(), state, training)
+    return open_torch_model(network.build, state, training, network.task())
 
 
 def execution_of(training: TrainingConfig, *, pruned: bool) -> str:

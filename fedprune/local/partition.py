@@ -19,15 +19,15 @@ UNLABELLED_CLASSES = 10  # as so many count samples without classes, for the ser
 
 
 def split_server_set(
-    labels: Integers | None, count: int, *, per_class: int, seed: int
+    labels: Integers | None, *, per_class: int, seed: int, count: int = 0
 ) -> tuple[Integers, Integers]:
     """Set a few samples, of each class where there are classes, aside for the server.
 
     Args:
         labels: int64 [N], of the training side; None where there are no classes.
-        count: N.
         per_class: how many of each class, 0 or more; at most half of a class is taken. Samples
             without classes count as one, of which UNLABELLED_CLASSES times as many are taken.
+        count: N, where there are no labels.
 
     Returns:
         Server's and remaining indices, both ascending, disjoint, together 0 ... N - 1.
@@ -43,7 +43,7 @@ def split_server_set(
         for members in [np.flatnonzero(labels == label)]
     ]
     server = np.sort(np.concatenate(chosen)).astype(np.int64)
-    return server, np.setdiff1d(np.arange(count, dtype=np.int64), server)
+    return server, np.setdiff1d(np.arange(len(labels), dtype=np.int64), server)
 
 
 def partition(

@@ -95,9 +95,7 @@ def split_seed(config: RunConfig, client: int) -> int:
 def network_of(config: RunConfig, data: ClientData, program: Program | None) -> Network:
     """The run's network on a client; torch is imported where it has no program."""
 
-    return network_for(
-        config, data, program, None if program is None else program.shapes()
-    )
+    return network_for(config, data, program, None if program is None else program.shapes())
 
 
 class Described(Protocol):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -29,7 +28,7 @@ from fedprune.settings import TrainingConfig
 from prunelab.data.tensors import batch_of, tensor_of
 from prunelab.runs.threads import computing
 from prunelab.training.steps import is_planned
-from prunelab.training.task import Task, forward
+from prunelab.training.task import ImageClassification, Task, forward
 from sparsemodel.errors import PlanError
 from sparsemodel.kernels.cpu import library as cpu
 from sparsemodel.layers.from_state import fixed_tensors, load_state_, sparse_model
@@ -48,12 +47,15 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def open_torch_model(
-    build: Callable[[], nn.Module], task: Task, state: SparseState, training: TrainingConfig
+    build: Callable[[], nn.Module],
+    state: SparseState,
+    training: TrainingConfig,
+    task: Task | None = None,
 ) -> LocalModel:
     """A model that holds `state`, computed by torch as the configuration says."""
     execution = execution_of(training, pruned=state.patterns is not None)
     kind = {"sparse": SparseModules, "masked": MaskedModel, "dense": DenseModel}[execution]
-    return kind(build, task, state, training)
+    return kind(build, state, training, task)
 
 
 def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
@@ -99,11 +101,12 @@ class TorchModel:
     def __init__(
         self,
         build: Callable[[], nn.Module],
-        task: Task,
         state: SparseState,
         training: TrainingConfig,
+        task: Task | None = None,
     ) -> None:
-        self._build, self._task, self._training = build, task, training
+        self._build, self._training = build, training
+        self._task = task or ImageClassification()
         self._device = torch.device(training.device)
         self._model: nn.Module | None = None
         self._patterns: Patterns | None = None

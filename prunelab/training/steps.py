@@ -131,8 +131,7 @@ def is_planned(model: nn.Module, task: Task) -> bool:
 def is_classification(task: Task) -> bool:
     """Whether a task is the programs': softmax cross-entropy of the logits of images."""
     return (
-        type(task).loss is Classification.loss
-        and type(task).logits is ImageClassification.logits  # type: ignore[attr-defined]
+        type(task).loss is Classification.loss and type(task).logits is ImageClassification.logits  # type: ignore[attr-defined]
     )
 
 

@@ -296,7 +296,7 @@ def check_fits(task: Task, model: nn.Module, samples: Samples, *, num_classes: i
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """What a model gives for the inputs of a batch, whatever they are; targets are not looked at."""
+    """What a model gives for the inputs of a batch, whatever they are, without its targets."""
     if isinstance(batch, Mapping):
         return model(**_inputs(batch))
     return model(networks.fitted(model, batch[0]))
