@@ -25,6 +25,8 @@ from fedprune.config import (
 from fedprune.errors import USER_ERRORS
 from fedprune.methods import DEFAULT_METHOD, METHODS
 from fedprune.methods.base import Method as FederatedMethod
+from fedprune.trained import commands
+from fedprune.trained.commands import Debug
 from prunelab.data.reading import with_target
 from prunelab.errors import RunError
 from prunelab.pages.console import (
@@ -98,7 +100,8 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other setting, as section.key=value; may be repeated."),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+for _command in (commands.predict, commands.evaluate, commands.export):
+    cli.command()(_command)
 
 
 @cli.command()

@@ -122,7 +122,8 @@ def check_copied(model: nn.Module) -> None:
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 raise SparseModelError(
                     f"{title} holds {key!r}, which is computed of other tensors (as by weight_norm "
-                    "with hooks) and cannot be copied; make it a parameter or a buffer"
+                    "with hooks, or by torch.nn.utils.prune, whose mask Mask.from_torch keeps, "
+                    "before prune.remove) and cannot be copied; make it a parameter or a buffer"
                 )
         for key, function in _functions(module):
             if _keeps(function, kept):
