@@ -214,6 +214,20 @@ def methods() -> None:
 
 
 @cli.command()
+def new(
+    folder: Annotated[Path, typer.Argument(help="A new folder, which names the app: my-app.")],
+    debug: Debug = False,
+) -> None:
+    """Make an app of Flower's with a network, a data set and a method to edit."""
+    from fedprune.flower.new import new_app  # noqa: PLC0415
+
+    made = new_app(folder)
+    say(f"made {made}; edit {made.name.lower().replace('-', '_')}/ in it, then, in that folder:")
+    say("  python run.py        this process")
+    say("  flwr run . --stream  Flower's simulation, or a SuperLink")
+
+
+@cli.command()
 def inspect(model: Path, debug: Debug = False) -> None:
     """Show what a model.safetensors holds: layers, densities, bytes, digest.
 

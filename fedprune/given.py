@@ -77,8 +77,21 @@ def name_dataset(data: Any, *, seed: int = 0) -> str:
 
 
 def given_dataset(name: str) -> ImageSet | None:
-    """The data set of a name; None where nobody gave it."""
-    return _datasets.get(name)
+    """The data set of a name, or what the function of a "module:function" returns; else None.
+
+    Raises:
+        DataError: there is no such function, or what it returns is no data set of images.
+    """
+    from prunelab.errors import DataError  # noqa: PLC0415
+    from prunelab.runs.imported import IMPORTED, imported  # noqa: PLC0415
+
+    if name in _datasets or not IMPORTED.fullmatch(name):
+        return _datasets.get(name)
+    try:
+        make = imported(name)
+    except ImportError as error:
+        raise DataError(f"data set {name!r}: {error}") from None
+    return _image_set(make(), seed=0)
 
 
 def is_given(name: str) -> bool:

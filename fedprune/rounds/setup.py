@@ -7,6 +7,7 @@ may be a process of its own, whose memory is then given back.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -201,6 +202,7 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
     done = subprocess.run(
         ended_with_parent(*command, *["--start"] * with_start),
         input=json.dumps(config.flower()),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
         check=False,
