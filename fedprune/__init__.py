@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fedprune.methods.magnitude import Magnitude
     from fedprune.methods.small_dense import SmallDense
     from fedprune.methods.ssfl import SSFL
+    from fedprune.reports.trackers import Tracker
     from prunelab.runs.version import __version__
 else:
     __getattr__, __dir__ = lazy(
@@ -40,6 +41,7 @@ else:
             "fedprune.methods.magnitude": "Magnitude",
             "fedprune.methods.small_dense": "SmallDense",
             "fedprune.methods.ssfl": "SSFL",
+            "fedprune.reports.trackers": "Tracker",
             "prunelab.runs.version": "__version__",
         },
     )
@@ -54,6 +56,7 @@ __all__ = [
     "Result",
     "RunConfig",
     "SmallDense",
+    "Tracker",
     "__version__",
     "run",
 ]

@@ -78,6 +78,10 @@ Engine = Annotated[
         "clients of a round trained together."
     ),
 ]
+TrackerName = Annotated[
+    str | None,
+    typer.Option("--tracker", help="Show rounds on tensorboard, wandb, mlflow or module:Class."),
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
 Settings = Annotated[
     list[str] | None,
@@ -102,6 +106,7 @@ def run(  # noqa: PLR0917 - the command's options
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     engine: Engine = "flower",
+    tracker: TrackerName = None,
     config: ConfigFile = None,
     settings: Settings = None,
     debug: Debug = False,
@@ -122,6 +127,7 @@ def run(  # noqa: PLR0917 - the command's options
     }
     from fedprune.reports.progress import Watch  # noqa: PLC0415
     from fedprune.reports.results import summary_rows  # noqa: PLC0415
+    from fedprune.reports.trackers import tracker_of  # noqa: PLC0415
     from fedprune.rounds import folder as runfolder  # noqa: PLC0415
     from fedprune.rounds import run as runner  # noqa: PLC0415
 
@@ -133,11 +139,13 @@ def run(  # noqa: PLR0917 - the command's options
         errors.print("note: --density has no effect: this method trains the dense network")
         del values["method.density"]
     run_config = _build_config(values)
+    follower = None if tracker is None else tracker_of(tracker)
     was_complete = resume and (folder / runfolder.SUMMARY).exists()
     watch = Watch(folder, run_config)
     summary = runner.run(
-        run_config, folder, engine=engine, resume=resume, progress=watch, say=_say_under(watch)
-    )
+        run_config, folder, engine=engine, resume=resume, progress=watch, say=_say_under(watch),
+        tracker=follower,
+    )  # fmt: skip
     if was_complete:
         say(f"already complete: {folder}")
     show_table(["", ""], summary_rows(summary), title="result")

@@ -18,6 +18,7 @@ from fedprune.methods.base import Method
 if TYPE_CHECKING:
     from torch import nn
 
+    from fedprune.reports.trackers import Tracker
     from prunelab.data.batches import Preprocessing
     from sparsemodel.runtime.state import SparseState
 
@@ -101,6 +102,7 @@ def run(
     engine: str = "inline",
     resume: bool = False,
     progress: Callable[[], None] = lambda: None,
+    tracker: str | Tracker | None = None,
 ) -> Result:
     """Run a federation in this process, or on Flower's engine, and leave it in a folder.
 
@@ -119,11 +121,14 @@ def run(
         resume: continue what the folder holds, with its own settings where none are given here;
             a complete run is left as it is.
         progress: called a few times a second while metrics.jsonl grows.
+        tracker: "tensorboard", "wandb", "mlflow", "module:Class", or an object with the methods
+            of `fedprune.Tracker`: is shown each round.
 
     Raises:
         ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
             what to do. A new folder in which nothing was computed is removed again.
     """
+    from fedprune.reports.trackers import tracker_of  # noqa: PLC0415
     from fedprune.rounds.folder import CONFIG, default_folder, stored_settings  # noqa: PLC0415
     from fedprune.rounds.run import run as run_config  # noqa: PLC0415
 
@@ -159,7 +164,10 @@ def run(
             "or method: give a name, module:function, module:Class or a folder, or use "
             "engine='inline'"
         )
-    summary = run_config(made, path, engine=engine, resume=resume, progress=progress)
+    follower = None if tracker is None else tracker_of(tracker)
+    summary = run_config(
+        made, path, engine=engine, resume=resume, progress=progress, tracker=follower
+    )
     return Result(path, summary)
 
 

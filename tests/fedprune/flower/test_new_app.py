@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 from processes import Command
 
-import fedprune
 from benchmarks.deployment import submit, supernode
 from fedprune.config import RunConfig, read_toml
 from fedprune.errors import ConfigError
@@ -52,9 +51,8 @@ def inline(app: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_folder_has_the_names_of_the_app(app: Path) -> None:
     assert app.name == "our-App"
     files = {str(file.relative_to(app)) for file in app.rglob("*") if file.is_file()}
-    package = {
-        f"our_app/{n}.py" for n in "__init__ client_app server_app model data method".split()
-    }
+    modules = ("__init__", "client_app", "server_app", "model", "data", "method")
+    package = {f"our_app/{name}.py" for name in modules}
     assert files == package | {".gitignore", "LICENSE", "README.md", "pyproject.toml", "run.py"}
     for name in files:
         text = (app / name).read_text(encoding="utf-8")
@@ -232,8 +230,3 @@ def test_two_supernodes_give_the_bits_of_inline(app: Path, inline: Path, tmp_pat
     with federation(nodes=CLIENTS) as (home, environment):
         submit([str(app), "own", "--run-config", f'run.out="{out}" {ROUNDS}'], environment, home)
     assert_same(out, inline)
-
-
-def test_own_methods_need_one_door() -> None:
-    names = "MODEL Expected Local Method Reply Request RunState Start train train_request".split()
-    assert set(names) <= set(fedprune.methods.__all__)
