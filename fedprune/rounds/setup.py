@@ -23,6 +23,8 @@ from fedprune.local.data import label_histogram, num_development
 from fedprune.local.model import Network
 from fedprune.local.shares import share_of
 from fedprune.local.site import TRAIN
+from fedprune.methods import is_given as is_given_method
+from fedprune.methods import method_name
 from fedprune.methods.base import Method
 from prunelab.data.store import ImageStore, open_store
 from prunelab.errors import DataWarning, RunError
@@ -185,6 +187,8 @@ def _network_of(config: RunConfig) -> str:
 def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
     """Lay out what a run starts from, in this process if it has torch already, else in a child.
 
+    A method that this process alone knows is never laid out in a child.
+
     Args:
         folder: is made.
         with_start: whether the first weights are needed; a run that is continued has its own.
@@ -193,7 +197,7 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
         ConfigError, DataError, ModelError, RunError: a name is unknown, or the data do not allow
             it.
     """
-    if "torch" in sys.modules:
+    if "torch" in sys.modules or is_given_method(method_name(config.method)):
         from fedprune.rounds.workspace import open_workspace  # noqa: PLC0415
 
         open_workspace(config).lay_out(folder, with_start=with_start)
