@@ -6,6 +6,7 @@ import inspect as python_inspect
 import json
 import math
 import os
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ from fedprune.config import (
     read_toml,
 )
 from fedprune.errors import USER_ERRORS
-from fedprune.methods import DEFAULT_METHOD, METHODS
+from fedprune.methods import DEFAULT_METHOD, METHODS, method_class
 from fedprune.methods.base import Method as FederatedMethod
 from prunelab.errors import RunError
 from prunelab.pages.console import (
@@ -211,14 +212,20 @@ def report(folder: Path, debug: Debug = False) -> None:
 
 
 @cli.command()
-def methods() -> None:
-    """List the methods and their settings."""
-    rows = []
-    for name, kind in METHODS.items():
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this one, or module:Class.")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the methods, or show one with its settings."""
+    if name is not None:
+        kind = method_class(name)
+        say("\n".join(_paragraphs(f"{name}: {python_inspect.cleandoc(kind.__doc__ or '')}")))
         settings = (f"{key}={value}" for key, value in kind().settings().items())
-        rows.append([name, _first_sentence(kind), ", ".join(settings)])
-    show_list(["method", "what it is", "settings"], rows)
-    say("--set method.NAME=VALUE changes a setting; --method also takes module:Class")
+        say("\n".join(_paragraphs(f"\nsettings: {', '.join(settings) or 'none'}")))
+        say("--set method.NAME=VALUE changes one")
+        return
+    show_list(["method", "what it is"], [[k, _first_sentence(kind)] for k, kind in METHODS.items()])
+    say("fedprune methods NAME shows one whole, with its settings")
 
 
 @cli.command()
@@ -283,6 +290,25 @@ def _silent_rows(row_ptr: Any, values: Any) -> int:
 
 def _first_sentence(kind: type[FederatedMethod]) -> str:
     return (python_inspect.cleandoc(kind.__doc__ or "")).partition("\n")[0]
+
+
+def _paragraphs(text: str) -> list[str]:
+    """A docstring's lines for the window: those of a paragraph are joined, and cut at words."""
+    joined: list[str] = []
+    for line in text.splitlines():
+        depth = len(line) - len(line.lstrip())
+        if joined and joined[-1] and line and (depth > 4 or not depth):
+            joined[-1] += f" {line.strip()}"
+        else:
+            joined.append(line)
+    return [
+        part
+        for line in joined
+        for part in textwrap.wrap(
+            line, console.width, subsequent_indent="      " * line.startswith(" ")
+        )
+        or [""]
+    ]
 
 
 def _say_under(watch: Any) -> Any:
