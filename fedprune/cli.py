@@ -330,9 +330,10 @@ def _compared(
 ) -> list[dict[str, Any]]:
     """The summaries of all runs, in their order; progress goes to the console."""
     from fedprune.reports.progress import Watch, is_round  # noqa: PLC0415
+    from fedprune.reports.results import Measure  # noqa: PLC0415
     from fedprune.rounds import folder as runfolder  # noqa: PLC0415
     from fedprune.rounds import run as runner  # noqa: PLC0415
-    from prunelab.pages.units import format_seconds, percent  # noqa: PLC0415
+    from prunelab.pages.units import format_seconds  # noqa: PLC0415
 
     summaries: dict[int, dict[str, Any]] = {}
     # Dense runs first: the pages of the others compare themselves with them.
@@ -353,7 +354,8 @@ def _compared(
                 progress=Watch(folder, cell, show=show),
             )  # fmt: skip
         end = end or format_seconds(summary["seconds"])
-        say(f"{what}: {percent(summary['test_accuracy'])}, {end}", to=console)
+        measure = Measure.of(summary)
+        say(f"{what}: {measure.show(summary[measure.key])}, {end}", to=console)
         summaries[place] = summary
     return [summaries[place] for place in range(len(cells))]
 

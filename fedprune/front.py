@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedprune.config import RunConfig, continued
 from fedprune.errors import ConfigError
-from fedprune.given import continue_as, is_given, name_dataset, name_model
+from fedprune.given import continue_as, is_given, name_dataset, name_model, name_object
 from fedprune.methods import is_given as is_given_method
 from fedprune.methods import method_name
 from fedprune.methods.base import Method
@@ -18,8 +18,10 @@ from fedprune.methods.base import Method
 if TYPE_CHECKING:
     from torch import nn
 
+    from fedprune.local.optimizer import Rule
     from fedprune.reports.trackers import Tracker
     from prunelab.data.batches import Preprocessing
+    from prunelab.training.task import Task
     from sparsemodel.runtime.state import SparseState
 
 
@@ -95,6 +97,9 @@ def run(
     model: str | nn.Module | Callable[..., nn.Module] | None = None,
     data: Any = None,
     method: str | Method | None = None,
+    task: str | Task | Callable[[], Task] | None = None,
+    optimizer: str | Callable[[], Rule] | None = None,
+    schedule: str | Callable[[int, int], float] | None = None,
     rounds: int | None = None,
     clients: int | None = None,
     seed: int | None = None,
@@ -113,6 +118,12 @@ def run(
         data: a name or folder; a mapping of train and test sides; or one data set (torch,
             Hugging Face, arrays), of which a fifth is kept for the test.
         method: a name, or an object such as `fedprune.FedTiny(density=0.01)`.
+        task: loss and metric: a name such as "regression", an object such as
+            `fedprune.Supervised(loss, metric)` (losses of 0 or more), or what makes one; None: what
+            the data are for.
+        optimizer: of clients: "sgd", "adam", "adamw", or what makes a rule (local/optimizer.py).
+        schedule: of the learning rate: "cosine", "linear", "constant", or a function of (rounds
+            done, rounds) -> factor.
         rounds, clients, seed: as in the configuration.
         settings: any other setting as "section.key" -> value.
         engine: "inline" (this process), "batched" (this process, the clients of a round trained
@@ -140,6 +151,9 @@ def run(
             values |= {f"method.{key}": value for key, value in method.settings().items()}
     named = {
         "model.name": None if model is None else name_model(model),
+        "training.task": None if task is None else name_object(task),
+        "training.optimizer": None if optimizer is None else name_object(optimizer),
+        "training.schedule": None if schedule is None else name_object(schedule),
         "training.rounds": rounds,
         "data.clients": clients,
         "seed": seed,
@@ -157,12 +171,20 @@ def run(
         raise ConfigError(
             "data.num_train and data.num_test are for data sets by name; cut these data yourself"
         )
-    known_here = is_given(made.model_name) or is_given(made.data.dataset)
-    if engine == "flower" and (known_here or is_given_method(method_name(made.method))):
+    training = made.training
+    objects = {
+        "model": is_given(made.model_name),
+        "data": is_given(made.data.dataset),
+        "method": is_given_method(method_name(made.method)),
+        "task": is_given(training.task),
+        "optimizer": is_given(training.optimizer),
+        "schedule": is_given(training.schedule),
+    }
+    if engine == "flower" and any(objects.values()):
         raise ConfigError(
-            "the flower engine runs in other processes, which do not have this network, data set "
-            "or method: give a name, module:function, module:Class or a folder, or use "
-            "engine='inline'"
+            f"the flower engine runs in other processes, which do not have this run's "
+            f"{', '.join(name for name, given in objects.items() if given)}: give a name, "
+            "module:function, module:Class or a folder, or use engine='inline'"
         )
     follower = None if tracker is None else tracker_of(tracker)
     summary = run_config(

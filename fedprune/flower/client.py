@@ -15,10 +15,18 @@ from flwr.clientapp import ClientApp
 
 from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS, ClientError
-from fedprune.exchange.messages import DESCRIBE, ClientInfo, Reply, Request, describe_reply
+from fedprune.exchange.messages import (
+    DESCRIBE,
+    EVALUATE,
+    ClientInfo,
+    Reply,
+    Request,
+    describe_reply,
+)
 from fedprune.flower import wire
 from fedprune.local.model import Network
 from fedprune.local.site import Local, network_of, open_data
+from fedprune.local.training import evaluate
 from sparsemodel.runtime.memory import give_back
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.program import Program
@@ -78,6 +86,8 @@ def _answer(record: RecordDict, context: Context) -> RecordDict:
     request, local = open_request(record, context)
     if request.action == DESCRIBE:
         return wire.encode_reply(describe_reply(_info(local)), request, dtype="fp32")
+    if request.action == EVALUATE:
+        return encode_answer(evaluate(request, local), request, local)
     actions = local.config.method.actions
     if request.action not in actions:
         raise ClientError(
@@ -130,7 +140,7 @@ def _number(context: Context, config: RunConfig) -> int:
 def _info(local: Local) -> ClientInfo:
     data = local.data
     return ClientInfo(
-        local.client, len(data.train_labels), len(data.dev_labels), data.label_histogram()
+        local.client, len(data.train), len(data.dev), data.label_histogram(), len(data.test)
     )
 
 

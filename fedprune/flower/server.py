@@ -142,7 +142,7 @@ class GridCohort:
         self._program = wire.ProgramText.of(setup.program)
         self._gate = Gate(
             num_clients=setup.config.data.clients,
-            num_classes=setup.test.num_classes,
+            num_classes=setup.data.num_classes or 1,
             shares=setup.shares(),
             own_data=own_data,
             max_share=setup.config.federation.max_share,
@@ -210,7 +210,7 @@ class GridCohort:
         envelopes: dict[frozenset[str], wire.Envelope] = {}
         pending: dict[str, int] = {}
         clients = sorted(self.clients) if clients is None else clients
-        weights = self._gate.weights(clients, dev=request.on_dev)
+        weights = self._gate.weights(clients, on=request.on)
         for client in clients:
             pending[self._request(client, request, envelopes)] = client
         after = next(iter(envelopes.values())).held if envelopes else frozenset()

@@ -15,12 +15,19 @@ from prunelab.errors import DataError
 DRAWS = 10  # of a dirichlet partition, before it is refused
 
 
-def split_server_set(labels: Integers, *, per_class: int, seed: int) -> tuple[Integers, Integers]:
-    """Set a few labelled samples of each class aside for the server.
+UNLABELLED_CLASSES = 10  # as so many count samples without classes, for the server's set
+
+
+def split_server_set(
+    labels: Integers | None, *, per_class: int, seed: int, count: int = 0
+) -> tuple[Integers, Integers]:
+    """Set a few samples, of each class where there are classes, aside for the server.
 
     Args:
-        labels: int64 [N], of the training side.
-        per_class: how many of each class, 0 or more; at most half of a class is taken.
+        labels: int64 [N], of the training side; None where there are no classes.
+        per_class: how many of each class, 0 or more; at most half of a class is taken. Samples
+            without classes count as one, of which UNLABELLED_CLASSES times as many are taken.
+        count: N, where there are no labels.
 
     Returns:
         Server's and remaining indices, both ascending, disjoint, together 0 ... N - 1.
@@ -28,6 +35,8 @@ def split_server_set(labels: Integers, *, per_class: int, seed: int) -> tuple[In
     if per_class < 0:
         raise DataError(f"server set: expected 0 or more samples of a class, got {per_class}")
     random = np.random.default_rng(seed)
+    if labels is None:
+        labels, per_class = np.zeros(count, np.int64), UNLABELLED_CLASSES * per_class
     chosen = [
         random.permutation(members)[: min(per_class, len(members) // 2)]
         for label in np.unique(labels)

@@ -6,10 +6,11 @@ import getpass
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 from filelock import FileLock
 
@@ -27,6 +28,7 @@ from sparsemodel.storage.meter import peak_rss_bytes
 
 if TYPE_CHECKING:
     from fedprune.config import RunConfig
+    from fedprune.local.network import TorchNetwork
 
 TRAIN = "train"  # of what a run starts from: the training samples, divided
 SEED_DEV_SPLIT = 1  # the first part of a derived seed says what it is for
@@ -74,27 +76,65 @@ def open_data(config: RunConfig, client: int, *, private: str = "", setup: str =
     Raises:
         DataError: no such folder, or data that cannot be read or divided.
     """
-    seed = stream_seed(SEED_DEV_SPLIT, config.seed, client)
-    if private:
-        return open_client(Path(private), client, seed=seed)
-    folder = setup_folder(config, setup) / TRAIN
-    return open_client(folder, client, seed=seed, made_for=config.digest)
+    folder, made_for = Path(private), None
+    if not private:
+        folder, made_for = setup_folder(config, setup) / TRAIN, config.digest
+    return open_client(
+        folder,
+        client,
+        seed=split_seed(config, client),
+        with_test=config.federation.clients_test,
+        made_for=made_for,
+    )
+
+
+def split_seed(config: RunConfig, client: int) -> int:
+    """What decides which of its samples a client keeps for development and testing."""
+    return stream_seed(SEED_DEV_SPLIT, config.seed, client)
 
 
 def network_of(config: RunConfig, data: ClientData, program: Program | None) -> Network:
     """The run's network on a client; torch is imported where it has no program."""
 
-    def build() -> Any:
+    return network_for(config, data, program, None if program is None else program.shapes())
+
+
+class Described(Protocol):
+    """What a network has to know of the samples."""
+
+    @property
+    def num_classes(self) -> int | None: ...
+
+    @property
+    def input_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def task(self) -> str: ...
+
+
+def network_for(
+    config: RunConfig,
+    data: Described,
+    program: Program | None,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+) -> Network:
+    """The run's network for such samples; torch is imported where it is needed.
+
+    Args:
+        shapes: of its float state; None: to be found out.
+    """
+
+    def torch_network() -> TorchNetwork:
         from fedprune.local.network import TorchNetwork  # noqa: PLC0415
 
-        return TorchNetwork(config, data.num_classes, data.input_shape).empty_model()
+        return TorchNetwork(config, data.num_classes, data.input_shape, data.task)
 
-    if program is not None:
-        return Network(program, build, program.shapes())
-    from fedprune.local.network import TorchNetwork  # noqa: PLC0415
-
-    torch_network = TorchNetwork(config, data.num_classes, data.input_shape)
-    return Network(None, build, torch_network.shapes)
+    return Network(
+        program,
+        build=lambda: torch_network().empty_model(),
+        shapes=torch_network().shapes if shapes is None else shapes,
+        task=lambda: torch_network().task,
+    )
 
 
 def setup_folder(config: RunConfig, setup: str) -> Path:

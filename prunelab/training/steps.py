@@ -125,10 +125,13 @@ class Stepper:
 
 def is_planned(model: nn.Module, task: Task) -> bool:
     """Whether a plan's loss is the task's: softmax cross-entropy of a sparse network's logits."""
+    return bool(sparse_layers(model)) and is_classification(task)
+
+
+def is_classification(task: Task) -> bool:
+    """Whether a task is the programs': softmax cross-entropy of the logits of images."""
     return (
-        bool(sparse_layers(model))
-        and type(task).loss is Classification.loss
-        and type(task).logits is ImageClassification.logits  # type: ignore[attr-defined]
+        type(task).loss is Classification.loss and type(task).logits is ImageClassification.logits  # type: ignore[attr-defined]
     )
 
 

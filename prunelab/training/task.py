@@ -295,6 +295,13 @@ def check_fits(task: Task, model: nn.Module, samples: Samples, *, num_classes: i
         )
 
 
+def forward(model: nn.Module, batch: Any) -> Any:
+    """What a model gives for the inputs of a batch, whatever they are, without its targets."""
+    if isinstance(batch, Mapping):
+        return model(**_inputs(batch))
+    return model(networks.fitted(model, batch[0]))
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch of tensors, tuples and dicts on a device."""
     if isinstance(batch, Tensor):

@@ -6,6 +6,7 @@ is active. Parameters that a mask does not name are dense (never pruned).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -133,10 +134,12 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that may be pruned: convolution and linear weights, the stem apart.
 
     The stem sees the raw input and holds few weights; it, biases, normalisation parameters and
-    layers of other kinds (transposed, parametrised, embeddings) stay dense. It is the layer of any
-    of these kinds that the input reaches first. Where a model's code cannot be followed so far,
-    it is the first convolution in the order of registration, or the first layer where there is no
-    convolution. A model of a single layer has no stem apart, and that layer is prunable.
+    layers of other kinds (transposed, parametrised, embeddings) stay dense. So do layers that share
+    a parameter with another (tied) and, where some of the model is trained, frozen weights. The
+    stem is the layer of any of these kinds that the input reaches first. Where a model's code
+    cannot be followed so far, it is the first convolution in the order of registration, or the
+    first layer where there is no convolution. A model of a single layer has no stem apart, and
+    that layer is prunable.
 
     Returns:
         Name -> parameter, in the order of `model.named_parameters()`.
@@ -150,7 +153,15 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, module in layers.items()
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
     }
-    found = {name: p for name, p in model.named_parameters() if name in names}
+    is_trained = any(p.requires_grad for p in model.parameters())
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    found = {
+        name: p
+        for name, p in model.named_parameters()
+        if name in names
+        and (p.requires_grad or not is_trained)
+        and all(owners[id(own)] == 1 for own in names[name].parameters(recurse=False))
+    }
     if len(layers) > 1:
         stem = _stem(model, list(layers.values()))
         found = {name: p for name, p in found.items() if names[name] is not stem}
@@ -160,7 +171,8 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         raise MaskError(
             f"{type(model).__name__} has no convolution or linear layer with a weight of its own "
             f"(the stem apart), so nothing can be pruned{kinds}: remove parametrisations and "
-            "ties, and exchange other classes (transformers' Conv1D) for nn.Linear"
+            "ties, train what is frozen, and exchange other classes (transformers' Conv1D) for "
+            "nn.Linear"
         )
     return found
 
