@@ -24,7 +24,7 @@ from fedprune.config import (
     read_toml,
 )
 from fedprune.errors import USER_ERRORS
-from fedprune.methods import DEFAULT_METHOD, METHODS, method_class
+from fedprune.methods import BASELINES, DEFAULT_METHOD, METHODS, method_class
 from fedprune.methods.base import Method as FederatedMethod
 from prunelab.errors import RunError
 from prunelab.pages.console import (
@@ -108,6 +108,10 @@ def run(  # noqa: PLR0917 - the command's options
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     engine: Engine = "flower",
     tracker: TrackerName = None,
+    baseline: Annotated[
+        bool,
+        typer.Option("--baseline", help="Then run it without pruning: the page compares them."),
+    ] = False,
     config: ConfigFile = None,
     settings: Settings = None,
     debug: Debug = False,
@@ -149,6 +153,8 @@ def run(  # noqa: PLR0917 - the command's options
     )  # fmt: skip
     if was_complete:
         say(f"already complete: {folder}")
+    if baseline:
+        _run_dense(run_config, folder, engine=engine)
     show_table(["", ""], summary_rows(summary), title="result")
     say(f"model:  {folder / runfolder.MODEL}")
     say(f"report: {folder / runfolder.REPORT}")
@@ -157,7 +163,7 @@ def run(  # noqa: PLR0917 - the command's options
 @cli.command()
 def compare(  # noqa: PLR0917 - the command's options
     methods: Annotated[str, typer.Option(help="Comma-separated method names.")] = ",".join(
-        [*list(METHODS)[:2], DEFAULT_METHOD]
+        [*BASELINES, DEFAULT_METHOD]
     ),
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0,1,2",
     dataset: Dataset = None,
@@ -196,7 +202,8 @@ def compare(  # noqa: PLR0917 - the command's options
         for seed in listed(seeds):
             values = {**options, METHOD_NAME: method, "seed": seed}
             cells.append(_build_config(own_settings(_values(config, values))))
-    summaries = _compared(cells, out, engine=engine, console=errors if as_json else console)
+    folders = [out / f"{cell.method.name}-s{cell.seed}" for cell in cells]
+    summaries = _compared(cells, folders, engine, errors if as_json else console)
     if as_json:
         print(json.dumps(summaries))
         return
@@ -311,6 +318,21 @@ def _paragraphs(text: str) -> list[str]:
     ]
 
 
+def _run_dense(config: RunConfig, folder: Path, *, engine: str) -> None:
+    """The same run without pruning beside it, unless it is there, and the page that compares."""
+    from fedprune.reports.baseline import runs_beside  # noqa: PLC0415
+    from fedprune.reports.page import write_report  # noqa: PLC0415
+
+    if config.method.name == FederatedMethod.name:
+        errors.print("note: --baseline has no effect: this method prunes nothing")
+        return
+    if not any(other.is_dense for other in runs_beside(folder, config)):
+        values = for_method(config.flat(), FederatedMethod.name)
+        dense = _build_config({**values, METHOD_NAME: FederatedMethod.name})
+        _compared([dense], [folder.with_name(f"{folder.name}-dense")], engine, console)
+    write_report(folder)
+
+
 def _say_under(watch: Any) -> Any:
     """Lines of what is being done, under the run's heading."""
     begun = False
@@ -326,7 +348,7 @@ def _say_under(watch: Any) -> Any:
 
 
 def _compared(
-    cells: list[RunConfig], out: Path, *, engine: str, console: Console
+    cells: list[RunConfig], folders: list[Path], engine: str, console: Console
 ) -> list[dict[str, Any]]:
     """The summaries of all runs, in their order; progress goes to the console."""
     from fedprune.reports.progress import Watch, is_round  # noqa: PLC0415
@@ -336,11 +358,11 @@ def _compared(
     from prunelab.pages.units import format_seconds  # noqa: PLC0415
 
     summaries: dict[int, dict[str, Any]] = {}
-    # Dense runs first: the pages of the others compare themselves with them.
-    order = sorted(range(len(cells)), key=lambda k: cells[k].method.name != FederatedMethod.name)
+    # The pages of the others compare themselves with these.
+    first = {name: place for place, name in enumerate(BASELINES)}
+    order = sorted(range(len(cells)), key=lambda k: first.get(cells[k].method.name, len(first)))
     for number, place in enumerate(order, 1):
-        cell = cells[place]
-        folder = out / f"{cell.method.name}-s{cell.seed}"
+        cell, folder = cells[place], folders[place]
         what = f"{number}/{len(cells)} {folder}"
         end = "already complete" if (folder / runfolder.SUMMARY).exists() else ""
         with progress_bar(console) as bar:

@@ -20,6 +20,7 @@ from fedprune.methods.ssfl import SSFL
 from prunelab.runs.imported import imported
 
 __all__ = [
+    "BASELINES",
     "DEFAULT_METHOD",
     "METHODS",
     "MODEL",
@@ -56,6 +57,8 @@ _ALL: tuple[type[Method], ...] = (
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 DEFAULT_METHOD = FedTiny.name
+BASELINES = (Method.name, Magnitude.name)
+"""What others are compared with: nothing is pruned, and what is pruned costs nothing to choose."""
 
 
 _given: dict[str, type[Method]] = {}  # classes of this process that no import finds

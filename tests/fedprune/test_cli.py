@@ -405,6 +405,16 @@ def test_compare_prints_one_table_and_reuses_finished_runs(tmp_path: Path) -> No
     assert "is in the folder fedavg-s1" in page
 
 
+def test_a_baseline_is_run_beside_and_the_page_compares(tmp_path: Path) -> None:
+    options = ["--clients", "2", "--set", "data.num_train=200", "--rounds", "1", "--seed", "3"]
+    arguments = ["run", "--engine", "inline", "--method", "magnitude", *options, "--baseline"]
+    done = Command("fedprune", *arguments, "--out", "r", cwd=tmp_path, columns=80).ended()
+    assert done.returncode == 0, done.stderr
+    assert "1/1 r-dense" in done.stdout
+    assert read_summary(tmp_path / "r-dense")["method"] == "fedavg"
+    assert "is in the folder r-dense" in (tmp_path / "r/report.html").read_text(encoding="utf-8")
+
+
 def test_how_the_data_were_taken_is_said_by_the_command_and_its_child(tmp_path: Path) -> None:
     """Laying out is a child's work where torch has not been imported; its warnings come along."""
     random_bytes = np.random.default_rng(0)
