@@ -25,7 +25,6 @@ from prunelab.runs.seeds import rng
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DIGITS_TEST_SHARE = 0.2
-TEST_SHARE = 0.2  # of data without a test side
 FASHION = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -157,7 +156,7 @@ def load_dataset(
     (1, 8, 8)
     """
     check_dataset(name)
-    train, test = sources(name, test_share=TEST_SHARE, seed=seed)
+    train, test = sources(name, seed=seed)
     num_classes = num_classes_of(train, test, where=name)  # of all: a subset has the same ones
     train, test = cut(train, test, num_train=num_train, num_test=num_test, seed=seed, where=name)
     assert test is not None
@@ -174,13 +173,13 @@ def load_dataset(
 
 
 def sources(
-    name: str, how: Reading | None = None, *, test_share: float, seed: int
+    name: str, how: Reading | None = None, *, seed: int = 0
 ) -> tuple[Source, Source | None]:
     """Both sides of a data set of DATASETS or a folder, with nothing decoded.
 
     Args:
-        test_share: of every class, set aside where there is no test side; 0: there is none then.
-        seed: decides which.
+        how: how they are taken.
+        seed: decides what is set aside for the test where there is no test side.
 
     Raises:
         DataError: as `load_dataset`.
@@ -201,7 +200,7 @@ def sources(
     train = replace(train, labels=labels[0])
     if test is not None:
         return train, replace(test, labels=labels[1])
-    held = held_out(train.labels, share=test_share, seed=seed, where=name)
+    held = held_out(train.labels, share=how.test_share, seed=seed, where=name)
     rows = np.arange(len(train.labels))
     return train.at(rows[~held]), train.at(rows[held]) if held.any() else None
 
@@ -238,10 +237,8 @@ def held_out(labels: Array | None, *, share: float, seed: int, where: str, count
         share: 0: none.
 
     Raises:
-        DataError: a share that is none, or so few samples that nothing would be set aside.
+        DataError: so few samples that nothing would be set aside.
     """
-    if not 0 <= share < 1:
-        raise DataError(f"test share: expected 0 <= share < 1, got {share}")
     groups = np.zeros(count, np.int64) if labels is None else labels
     held = np.zeros(len(groups), dtype=bool)
     for label in np.unique(groups).tolist():

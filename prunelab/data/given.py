@@ -15,7 +15,6 @@ import torch
 from prunelab.data.columns import Columns, columns_of
 from prunelab.data.datasets import (
     DATASETS,
-    TEST_SHARE,
     ImageSet,
     Source,
     check_dataset,
@@ -27,7 +26,7 @@ from prunelab.data.datasets import (
 )
 from prunelab.data.objects import Side, has_partitions, is_grouped, side_of
 from prunelab.data.parquet import has_side, image_column, side_files
-from prunelab.data.reading import Reading, reading
+from prunelab.data.reading import TEST_SHARE, Reading, reading
 from prunelab.data.samples import ImageSamples, Samples, taken
 from prunelab.data.sides import SampleSet
 from prunelab.data.tables import read_table
@@ -69,11 +68,12 @@ def as_sample_set(
     (('cat', 'dog'), 8, 2)
     """
     how = reading(
-        resize=resize, columns=columns, task=task, tokenizer=tokenizer, max_length=max_length
-    )
+        resize=resize, columns=columns, task=task, test_share=test_share, tokenizer=tokenizer,
+        max_length=max_length,
+    )  # fmt: skip
     if isinstance(data, str | Path):
-        return load_sample_set(str(data), how=how, test_share=test_share, seed=seed)
-    return _sample_set(data, how, test_share=test_share, seed=seed, name="given")
+        return load_sample_set(str(data), how=how, seed=seed)
+    return _sample_set(data, how, seed=seed, name="given")
 
 
 @lru_cache(maxsize=2)
@@ -81,7 +81,6 @@ def load_sample_set(
     name: str,
     *,
     how: Reading | None = None,
-    test_share: float = TEST_SHARE,
     num_train: int | None = None,
     num_test: int | None = None,
     seed: int = 0,
@@ -94,7 +93,6 @@ def load_sample_set(
             tables train and test; a table (.csv, .tsv, .parquet) of numbers and a target, or of
             pictures; or "module:function", which gives anything that `as_sample_set` takes.
         how: how it is taken where that is not plain.
-        test_share: see `as_sample_set`.
         num_train, num_test: keep a stratified subset of so many.
         seed: decides the subsets and what is set aside.
 
@@ -104,7 +102,7 @@ def load_sample_set(
     how = how or Reading()
     path = Path(name)
     if name in DATASETS or (path.is_dir() and not _is_folder_of_tables(path, how)):
-        train, test = sources(name, how, test_share=test_share, seed=seed)
+        train, test = sources(name, how, seed=seed)
         num_classes = num_classes_of(train, test, where=name)
         train, test = cut(
             train, test, num_train=num_train, num_test=num_test, seed=seed, where=name
@@ -125,12 +123,11 @@ def load_sample_set(
         data = _made(name)
         if isinstance(data, str | Path):
             return load_sample_set(
-                str(data), how=how, test_share=test_share, num_train=num_train,
-                num_test=num_test, seed=seed,
-            )  # fmt: skip
+                str(data), how=how, num_train=num_train, num_test=num_test, seed=seed
+            )
     else:
         check_dataset(name)
-    found = _sample_set(data, how, test_share=test_share, seed=seed, name=path.name)
+    found = _sample_set(data, how, seed=seed, name=path.name)
     return _cut(found, num_train, num_test, seed=seed)
 
 
@@ -156,7 +153,7 @@ def described(data: SampleSet) -> str:
     return ", ".join(parts)
 
 
-def _sample_set(data: Any, how: Reading, *, test_share: float, seed: int, name: str) -> SampleSet:
+def _sample_set(data: Any, how: Reading, *, seed: int, name: str) -> SampleSet:
     if inspect.isfunction(data):
         data = data()
     if isinstance(data, SampleSet):
@@ -181,7 +178,7 @@ def _sample_set(data: Any, how: Reading, *, test_share: float, seed: int, name: 
     labels = train.samples.labels
     held = held_out(
         None if labels is None else labels.numpy(),
-        count=len(train.samples), share=test_share, seed=seed, where=name,
+        count=len(train.samples), share=how.test_share, seed=seed, where=name,
     )  # fmt: skip
     if not held.any():
         return _both(train, None, names, name)

@@ -96,7 +96,7 @@ def resized(array: Array, size: tuple[int, int], *, place: str) -> Array:
         )
     if array.ndim == 3 and array.shape[0] > MOST_CHANNELS >= array.shape[2]:
         array = np.moveaxis(array, 2, 0)
-    image = torch.from_numpy(np.ascontiguousarray(array)).float()
+    image = torch.from_numpy(array.astype(np.float32))
     planes = image.reshape(1, -1, *image.shape[-2:])
     found = functional.interpolate(planes, size, mode="bilinear", antialias=True)
     if array.dtype == np.uint8:

@@ -9,6 +9,7 @@ from typing import Any
 from prunelab.errors import DataError
 
 ROLES = ("image", "text", "features", "label", "client")
+TEST_SHARE = 0.2  # of data without a test side
 KINDS = ("classification", "regression", "multi-label")
 
 
@@ -19,17 +20,20 @@ class Reading:
     Attributes:
         resize: (height, width) that pictures are brought to; None: they are of one size.
         columns: (role, column) of those that are not called as usual; roles are ROLES.
-        task: one of KINDS; "": as the targets look.
+        task: one of KINDS; "" (and any other): as the targets look.
+        test_share: of every class (of samples without classes: of all), set aside for the test
+            where there is no test side; 0: there is none then.
         tokenizer, max_length: for texts, as `tokenized` takes them.
         class_names: of another side, whose numbers the names of classes get; None: there is none.
 
     Raises:
-        DataError: a size below 1, or an unknown role.
+        DataError: an unknown role, or a share that is none.
     """
 
     resize: tuple[int, int] | None = None
     columns: tuple[tuple[str, str], ...] = ()
     task: str = ""
+    test_share: float = TEST_SHARE
     tokenizer: Callable[..., Any] | None = None
     max_length: int = 128
     class_names: tuple[str, ...] | None = None
@@ -38,10 +42,21 @@ class Reading:
         unknown = [role for role, _ in self.columns if role not in ROLES]
         if unknown:
             raise DataError(f"columns: unknown role {unknown[0]!r}; expected {', '.join(ROLES)}")
+        if not 0 <= self.test_share < 1:
+            raise DataError(f"test share: expected 0 <= share < 1, got {self.test_share}")
 
     def column(self, role: str) -> str | None:
         """The column that was named for a role."""
         return dict(self.columns).get(role)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `reading` makes the same of, as JSON has it; a tokenizer is left out."""
+        return {
+            "resize": None if self.resize is None else list(self.resize),
+            "columns": dict(self.columns),
+            "task": self.task,
+            "test_share": self.test_share,
+        }
 
     @property
     def kind(self) -> str:
@@ -54,6 +69,7 @@ def reading(
     resize: int | str | tuple[int, int] | None = None,
     columns: Mapping[str, str] | str | None = None,
     task: str | None = None,
+    test_share: float = TEST_SHARE,
     tokenizer: Callable[..., Any] | None = None,
     max_length: int = 128,
 ) -> Reading:
@@ -70,7 +86,16 @@ def reading(
     >>> reading(resize="32x48", columns="label=kind").resize
     (32, 48)
     """
-    return Reading(_size(resize), _pairs(columns), task or "", tokenizer, max_length)
+    return Reading(_size(resize), _pairs(columns), task or "", test_share, tokenizer, max_length)
+
+
+def with_target(columns: str, target: str) -> str:
+    """Columns as a setting has them, with the one that is to be predicted.
+
+    >>> with_target("image=picture", "kind")
+    'image=picture,label=kind'
+    """
+    return ",".join(part for part in (columns, f"label={target}" if target else "") if part)
 
 
 def _size(resize: int | str | tuple[int, int] | None) -> tuple[int, int] | None:
