@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fedprune.methods.magnitude import Magnitude
     from fedprune.methods.small_dense import SmallDense
     from fedprune.methods.ssfl import SSFL
+    from fedprune.reports.trackers import Tracker
     from fedprune.trained.model import Trained
     from prunelab.runs.version import __version__
 else:
@@ -42,6 +43,7 @@ else:
             "fedprune.methods.small_dense": "SmallDense",
             "fedprune.methods.ssfl": "SSFL",
             "fedprune.trained.model": "Trained",
+            "fedprune.reports.trackers": "Tracker",
             "prunelab.runs.version": "__version__",
         },
     )
@@ -56,6 +58,7 @@ __all__ = [
     "Result",
     "RunConfig",
     "SmallDense",
+    "Tracker",
     "Trained",
     "__version__",
     "load",

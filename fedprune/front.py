@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedprune.local.optimizer import Rule
+    from fedprune.reports.trackers import Tracker
     from fedprune.trained.evaluation import Evaluation
     from fedprune.trained.model import Trained
     from fedprune.trained.predictions import Predictions
@@ -139,6 +140,7 @@ def run(
     engine: str = "inline",
     resume: bool = False,
     progress: Callable[[], None] = lambda: None,
+    tracker: str | Tracker | None = None,
 ) -> Result:
     """Run a federation in this process, or on Flower's engine, and leave it in a folder.
 
@@ -167,11 +169,14 @@ def run(
         resume: continue what the folder holds, with its own settings where none are given here;
             a complete run is left as it is.
         progress: called a few times a second while metrics.jsonl grows.
+        tracker: "tensorboard", "wandb", "mlflow", "module:Class", or an object with the methods
+            of `fedprune.Tracker`: is shown each round.
 
     Raises:
         ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
             what to do. A new folder in which nothing was computed is removed again.
     """
+    from fedprune.reports.trackers import tracker_of  # noqa: PLC0415
     from fedprune.rounds.folder import CONFIG, default_folder, stored_settings  # noqa: PLC0415
     from fedprune.rounds.run import run as run_config  # noqa: PLC0415
 
@@ -220,7 +225,10 @@ def run(
             f"{', '.join(name for name, given in objects.items() if given)}: give a name, "
             "module:function, module:Class or a folder, or use engine='inline'"
         )
-    summary = run_config(made, path, engine=engine, resume=resume, progress=progress)
+    follower = None if tracker is None else tracker_of(tracker)
+    summary = run_config(
+        made, path, engine=engine, resume=resume, progress=progress, tracker=follower
+    )
     return Result(path, summary)
 
 
