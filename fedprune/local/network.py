@@ -80,7 +80,7 @@ class TorchNetwork:
 
     def _widest(self, max_bytes: int) -> int:
         return narrow_width(
-            self.config.model_name,
+            given_model(self.config.model_name),
             num_classes=self.num_classes,
             input_shape=self.input_shape,
             max_bytes=max_bytes,
