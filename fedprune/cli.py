@@ -25,6 +25,7 @@ from fedprune.config import (
 from fedprune.errors import USER_ERRORS
 from fedprune.methods import DEFAULT_METHOD, METHODS
 from fedprune.methods.base import Method as FederatedMethod
+from prunelab.data.reading import with_target
 from prunelab.errors import RunError
 from prunelab.pages.console import (
     console,
@@ -58,7 +59,21 @@ def options(version: Annotated[bool, version_of("fedprune")] = False) -> None:
 
 
 Method = Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)}.")]
-Dataset = Annotated[str | None, typer.Option(help="A data set's name, or a folder of parquet.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        help="A data set's name; a folder of class folders or of parquet; a table (.csv, .tsv, "
+        ".parquet); or module:function."
+    ),
+]
+Resize = Annotated[str | None, typer.Option(help="Bring pictures to N or HxW pixels.")]
+ColumnNames = Annotated[
+    str | None, typer.Option("--columns", help="What columns are for: image=picture,label=kind.")
+]
+Target = Annotated[str, typer.Option(help="The column of a table that is to be predicted.")]
+TestShare = Annotated[
+    float | None, typer.Option(help="Set aside for the test where the data have no test side.")
+]
 Model = Annotated[str | None, typer.Option(help="A network's name, or module:function.")]
 Density = Annotated[float | None, typer.Option(help="Share of prunable weights kept, 0 to 1.")]
 Clients = Annotated[int | None, typer.Option(help="Number of clients.")]
@@ -90,6 +105,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error
 def run(  # noqa: PLR0917 - the command's options
     method: Method = None,
     dataset: Dataset = None,
+    resize: Resize = None,
+    columns: ColumnNames = None,
+    target: Target = "",
+    test_share: TestShare = None,
     model: Model = None,
     density: Density = None,
     clients: Clients = None,
@@ -110,6 +129,9 @@ def run(  # noqa: PLR0917 - the command's options
     given = {
         METHOD_NAME: method,
         "data.dataset": dataset,
+        "data.resize": resize,
+        "data.columns": with_target(columns or "", target) or None,
+        "data.test_share": test_share,
         "model.name": model,
         "method.density": density,
         "data.clients": clients,
@@ -282,9 +304,10 @@ def _compared(
 ) -> list[dict[str, Any]]:
     """The summaries of all runs, in their order; progress goes to the console."""
     from fedprune.reports.progress import Watch, is_round  # noqa: PLC0415
+    from fedprune.reports.results import Measure  # noqa: PLC0415
     from fedprune.rounds import folder as runfolder  # noqa: PLC0415
     from fedprune.rounds import run as runner  # noqa: PLC0415
-    from prunelab.pages.units import format_seconds, percent  # noqa: PLC0415
+    from prunelab.pages.units import format_seconds  # noqa: PLC0415
 
     summaries: dict[int, dict[str, Any]] = {}
     # Dense runs first: the pages of the others compare themselves with them.
@@ -305,7 +328,8 @@ def _compared(
                 progress=Watch(folder, cell, show=show),
             )  # fmt: skip
         end = end or format_seconds(summary["seconds"])
-        say(f"{what}: {percent(summary['test_accuracy'])}, {end}", to=console)
+        measure = Measure.of(summary)
+        say(f"{what}: {measure.show(summary[measure.key])}, {end}", to=console)
         summaries[place] = summary
     return [summaries[place] for place in range(len(cells))]
 
@@ -329,7 +353,7 @@ def _values(path: Path | None, options: dict[str, Any]) -> dict[str, Any]:
 
 def _build_config(values: Mapping[str, Any]) -> RunConfig:
     dataset = values.get("data.dataset")
-    if isinstance(dataset, str) and os.path.isdir(dataset):
+    if isinstance(dataset, str) and os.path.exists(dataset):
         # Workers of the simulation run elsewhere; a relative path would not mean the same.
         values = {**values, "data.dataset": str(Path(dataset).resolve())}
     return RunConfig.parse(values)

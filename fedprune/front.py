@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedprune.config import RunConfig, continued
 from fedprune.errors import ConfigError
-from fedprune.given import continue_as, is_given, name_dataset, name_model
+from fedprune.given import continue_as, is_given, name_dataset, name_model, name_object
 from fedprune.methods import is_given as is_given_method
 from fedprune.methods import method_name
 from fedprune.methods.base import Method
@@ -18,7 +18,9 @@ from fedprune.methods.base import Method
 if TYPE_CHECKING:
     from torch import nn
 
+    from fedprune.local.optimizer import Rule
     from prunelab.data.batches import Preprocessing
+    from prunelab.training.task import Task
     from sparsemodel.runtime.state import SparseState
 
 
@@ -94,6 +96,10 @@ def run(
     model: str | nn.Module | Callable[..., nn.Module] | None = None,
     data: Any = None,
     method: str | Method | None = None,
+    task: str | Task | Callable[[], Task] | None = None,
+    optimizer: str | Callable[[], Rule] | None = None,
+    schedule: str | Callable[[int, int], float] | None = None,
+    partition: str | Callable[..., Sequence[Any]] | None = None,
     rounds: int | None = None,
     clients: int | None = None,
     seed: int | None = None,
@@ -108,9 +114,19 @@ def run(
         config: a whole configuration; what is named besides is put in its place.
         folder: the run folder; by default a new one under runs/.
         model: a name, "module:function", a function that builds the network, or a network.
-        data: a name or folder; a mapping of train and test sides; or one data set (torch,
-            Hugging Face, arrays), of which a fifth is kept for the test.
+        data: a name; a folder of class folders or of parquet; a table (.csv, .tsv, .parquet);
+            "module:function", or a function, that gives data; a mapping of train and test sides;
+            or one data set (torch, Hugging Face, pandas, arrays, flwr-datasets' partitions), of
+            which `data.test_share` is kept for the test. See `prunelab.data.given.as_sample_set`.
         method: a name, or an object such as `fedprune.FedTiny(density=0.01)`.
+        task: loss and metric: a name such as "regression", an object such as
+            `fedprune.Supervised(loss, metric)` (losses of 0 or more), or what makes one; None: what
+            the data are for.
+        optimizer: of clients: "sgd", "adam", "adamw", or what makes a rule (local/optimizer.py).
+        schedule: of the learning rate: "cosine", "linear", "constant", or a function of (rounds
+            done, rounds) -> factor.
+        partition: how clients share the data: a name, or a function of (labels, num_clients, seed)
+            -> each client's indices.
         rounds, clients, seed: as in the configuration.
         settings: any other setting as "section.key" -> value.
         engine: "inline" (this process), "batched" (this process, the clients of a round trained
@@ -135,6 +151,10 @@ def run(
             values |= {f"method.{key}": value for key, value in method.settings().items()}
     named = {
         "model.name": None if model is None else name_model(model),
+        "training.task": None if task is None else name_object(task),
+        "training.optimizer": None if optimizer is None else name_object(optimizer),
+        "training.schedule": None if schedule is None else name_object(schedule),
+        "data.partition": None if partition is None else name_object(partition),
         "training.rounds": rounds,
         "data.clients": clients,
         "seed": seed,
@@ -152,12 +172,21 @@ def run(
         raise ConfigError(
             "data.num_train and data.num_test are for data sets by name; cut these data yourself"
         )
-    known_here = is_given(made.model_name) or is_given(made.data.dataset)
-    if engine == "flower" and (known_here or is_given_method(method_name(made.method))):
+    training = made.training
+    objects = {
+        "model": is_given(made.model_name),
+        "data": is_given(made.data.dataset),
+        "method": is_given_method(method_name(made.method)),
+        "task": is_given(training.task),
+        "optimizer": is_given(training.optimizer),
+        "schedule": is_given(training.schedule),
+        "partition": is_given(made.data.partition),
+    }
+    if engine == "flower" and any(objects.values()):
         raise ConfigError(
-            "the flower engine runs in other processes, which do not have this network, data set "
-            "or method: give a name, module:function, module:Class or a folder, or use "
-            "engine='inline'"
+            f"the flower engine runs in other processes, which do not have this run's "
+            f"{', '.join(name for name, given in objects.items() if given)}: give a name, "
+            "module:function, module:Class or a folder, or use engine='inline'"
         )
     summary = run_config(made, path, engine=engine, resume=resume, progress=progress)
     return Result(path, summary)
@@ -167,5 +196,5 @@ def _with_data(config: RunConfig, data: Any) -> RunConfig:
     """The configuration with the name of the data that were given, if any were."""
     if data is None:
         return config
-    dataset = name_dataset(data, seed=config.seed)
+    dataset = name_dataset(data, seed=config.seed, how=config.reading)
     return replace(config, data=replace(config.data, dataset=dataset))

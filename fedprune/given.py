@@ -8,36 +8,42 @@ called.
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from prunelab.data.reading import Reading
     from prunelab.data.sides import SampleSet
 
 _models: dict[str, Any] = {}
 _datasets: dict[str, SampleSet] = {}
 _objects: dict[str, Any] = {}
 
-TEST_SHARE = 0.2
-
 
 def name_model(model: str | nn.Module | Callable[..., nn.Module]) -> str:
     """The name of a network: a name as it is; else one under which `given_model` has it."""
     if isinstance(model, str):
         return model
-    module = getattr(model, "__module__", "")
+    if name := importable_name(model):
+        return name
     path = getattr(model, "__qualname__", type(model).__qualname__)
-    if getattr(sys.modules.get(module), path, None) is model and module != "__main__":
-        return f"{module}:{path}"
     is_network = hasattr(model, "state_dict") and not isinstance(model, type)
     name = f"{path}@{_content(model)}" if is_network else path
     if type(_models.get(name)) is type(model) and name != path:
         _models[name] = model  # the other may have been trained since
     return _enter(_models, name, model)
+
+
+def importable_name(value: Any) -> str:
+    """ "module:name" of a function or class that other processes can import; "" of others."""
+    module, path = getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
+    is_found = path and getattr(sys.modules.get(module), path, None) is value
+    return f"{module}:{path}" if is_found and module != "__main__" else ""
 
 
 def continue_as(name: str, stored: str) -> str:
@@ -64,11 +70,9 @@ def name_object(value: Any) -> str:
     if isinstance(value, str):
         return value
     named = value if hasattr(value, "__qualname__") else type(value)
-    name = f"{named.__module__}:{named.__qualname__}"
-    module = sys.modules.get(named.__module__)
-    if getattr(module, named.__qualname__, None) is value and named.__module__ != "__main__":
-        return name
-    return _enter(_objects, name, value)
+    return importable_name(value) or _enter(
+        _objects, f"{named.__module__}:{named.__qualname__}", value
+    )
 
 
 def given_object(name: str) -> Any:
@@ -81,20 +85,26 @@ def given_task(name: str) -> Any:
     return _objects.get(name, name)
 
 
-def name_dataset(data: Any, *, seed: int = 0) -> str:
+def name_dataset(data: Any, *, seed: int = 0, how: Reading | None = None) -> str:
     """A name or folder as it is; of other data a name under which `given_dataset` has them.
 
+    A function that can be imported is called "module:function", which works everywhere.
+
     Args:
-        data: a name or folder; an ImageSet; a mapping with "train" and "test" (or "validation");
-            or anything that `prunelab.data.objects.as_samples` takes, of which a seeded fifth of
-            every class is set aside for the test.
+        data: a name, or what `prunelab.data.given.as_sample_set` takes.
+        how: how it is taken.
 
     Raises:
-        DataError: it is none of these, or no images.
+        DataError: it is none of these.
     """
     if isinstance(data, str | Path):
         return str(data)
-    found = _sample_set(data, seed)
+    if inspect.isfunction(data) and (path := importable_name(data)):
+        return path
+    from prunelab.data.given import sample_set_of  # noqa: PLC0415
+    from prunelab.data.reading import Reading  # noqa: PLC0415
+
+    found = sample_set_of(data, how or Reading(), seed=seed)
     name = f"{found.name}@{found.fingerprint}"
     for known, other in _datasets.items():
         if known.partition("#")[0] == name and _are_same(found, other):
@@ -137,36 +147,3 @@ def _content(model: Any) -> str:
     sha = hashlib.sha256(repr(model).encode())
     sha.update(fingerprint(*model.state_dict().values()).encode())
     return sha.hexdigest()[:16]
-
-
-def _sample_set(data: Any, seed: int) -> SampleSet:
-    import numpy as np  # noqa: PLC0415
-
-    from prunelab.data.datasets import ImageSet  # noqa: PLC0415
-    from prunelab.data.objects import as_samples  # noqa: PLC0415
-    from prunelab.data.samples import ImageSamples  # noqa: PLC0415
-    from prunelab.data.sides import SampleSet  # noqa: PLC0415
-    from prunelab.errors import DataError  # noqa: PLC0415
-    from prunelab.runs.seeds import rng  # noqa: PLC0415
-
-    if isinstance(data, SampleSet):
-        return data
-    if isinstance(data, ImageSet):
-        return SampleSet.of(data)
-    if isinstance(data, Mapping):
-        test = "test" if "test" in data else "validation"
-        if "train" not in data or test not in data:
-            raise DataError(f"expected the sides train and test, got {', '.join(map(str, data))}")
-        return SampleSet("given", as_samples(data["train"]), as_samples(data[test]))
-    samples = as_samples(data)
-    if not isinstance(samples, ImageSamples):
-        raise DataError("give a mapping of train and test")
-    labels = samples.labels.numpy()
-    held = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels).tolist():
-        members = rng(seed, label).permutation(np.flatnonzero(labels == label))
-        held[members[: int(TEST_SHARE * len(members))]] = True
-    if not held.any():
-        raise DataError("too few samples to set a fifth of every class aside for the test")
-    sides = [(samples.images[rows], samples.labels[rows]) for rows in (~held, held)]
-    return SampleSet("given", *(ImageSamples(*side) for side in sides))

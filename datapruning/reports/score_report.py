@@ -29,7 +29,8 @@ from datapruning.scoring.score import dense_path, noted_times, processor_seconds
 from datapruning.selection.agreement import KEEPS, Agreement, agreement, common_scores
 from datapruning.selection.select import select
 from datapruning.selection.table import ScoreTable, Subset
-from prunelab.data.datasets import load_dataset
+from prunelab.data.given import load_sample_set
+from prunelab.data.reading import reading
 from prunelab.data.samples import ImageSamples
 from prunelab.errors import PrunelabError
 from prunelab.pages.page import (
@@ -376,10 +377,13 @@ def _samples(table: ScoreTable) -> tuple[ImageSamples | None, Sequence[str]]:
     if not source:
         return None, ()
     try:
-        dataset = load_dataset(source)
+        how = table.provenance.get("reading")
+        dataset = load_sample_set(source, how=reading(**how) if how else None)
     except (PrunelabError, OSError):
         return None, ()
-    samples = ImageSamples.of(dataset)
+    samples = dataset.train
+    if not isinstance(samples, ImageSamples) or samples.images.dim() != 4:
+        return None, dataset.class_names
     is_same = samples.fingerprint == table.fingerprint and torch.equal(samples.ids, table.ids)
     return (samples if is_same else None), dataset.class_names
 

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from torch.utils.data import Subset as TorchSubset
 
 from datapruning.errors import SelectionError
+from prunelab.data.checked import checked_label
 from prunelab.data.datasets import ImageSet
 from prunelab.data.objects import as_samples, is_pair, is_samples, item_of, samples_of_items
 from prunelab.data.samples import Samples
@@ -75,9 +76,12 @@ def _has_items(dataset: Any) -> bool:
     """Whether it is a data set with items of its own, of torch or Hugging Face."""
     if is_samples(dataset) or isinstance(dataset, str | Path | ImageSet | Mapping):
         return False
-    if is_pair(dataset):
+    if is_pair(dataset) or hasattr(dataset, "iloc"):
         return False
-    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or not len(dataset):
+        return False
+    # Names of classes get their numbers from all of the samples.
+    return not isinstance(item_of(dataset[0], 0)[1], str | list)
 
 
 def _rows_of_items(dataset: Any, subset: Subset) -> Tensor:
@@ -93,7 +97,7 @@ def _rows_of_items(dataset: Any, subset: Subset) -> Tensor:
         step = max(1, len(subset) // _NUM_COMPARED)
         for place in range(0, len(subset), step):
             row, expected = int(subset.ids[place]), int(subset.labels[place])
-            _, label = item_of(dataset[row], row)
+            label = checked_label(item_of(dataset[row], row)[1], row)
             if label != expected:
                 raise SelectionError(
                     f"sample {row} has the label {label}, but had {expected} when the subset was "

@@ -52,9 +52,7 @@ class Gate:
             ClientError: no client of this run can be that.
         """
         info = client_info(reply)
-        if set(reply.fields) != {"client", "dev", "test", "labels"} or not _holds_no_arrays(
-            reply
-        ):
+        if set(reply.fields) != {"client", "dev", "test", "labels"} or not _holds_no_arrays(reply):
             raise ClientError("a description holds client, dev, test and labels, no more")
         if info.client >= self._num_clients:
             raise ClientError(

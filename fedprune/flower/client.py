@@ -89,15 +89,16 @@ def open_request(record: RecordDict, context: Context) -> tuple[Request, Local]:
     """A message decoded, and the client's place; what it holds from now on is remembered."""
     config = run_config(context)
     client = _number(context, config)
+    held = _held(context)
+    received = wire.receive(record, held)
+    context.state[_HELD] = ConfigRecord(dict(held.items))
     data = open_data(
         config,
         client,
         private=str(context.node_config.get("data-path", "")),
         setup=str(context.run_config.get(SETUP, "")),
+        expected=received.request({}).fields if received.action == DESCRIBE else None,
     )
-    held = _held(context)
-    received = wire.receive(record, held)
-    context.state[_HELD] = ConfigRecord(dict(held.items))
     if received.action == DESCRIBE:
         network = Network(None, lambda: None, {})
     elif received.program:

@@ -81,10 +81,8 @@ def split(
         with_test: whether as many again are set aside for testing, of four samples or more.
     """
     order = rng(seed).permutation(indices)
-    num_train, num_dev, num_test = split_sizes(
-        len(order), dev_share=dev_share, with_test=with_test
-    )
-    held = num_dev + num_test
+    sizes = split_sizes(len(order), dev_share=dev_share, with_test=with_test)
+    num_dev, held = sizes[1], sizes[1] + sizes[2]
     return Rows(np.sort(order[held:]), np.sort(order[:num_dev]), np.sort(order[num_dev:held]))
 
 

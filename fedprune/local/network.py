@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fedprune.given import given_model, given_task
-from prunelab.networks import build_model, float_state, narrow_width, uninitialised
+from prunelab.networks import (
+    build_model,
+    float_state,
+    is_wholly_exchanged,
+    narrow_width,
+    uninitialised,
+)
 from prunelab.training.task import Task, make_task
 
 if TYPE_CHECKING:
@@ -55,8 +61,7 @@ class TorchNetwork:
     def _is_exchanged(self) -> bool:
         """Whether a state holds all of the network's weights: none is frozen."""
         with uninitialised():
-            model = self.model()
-        return all(p.requires_grad for p in model.parameters())
+            return is_wholly_exchanged(self.model())
 
     def reference(self, *, width: int | None = None) -> nn.Module:
         """The full network that savings are measured against, or one of another width, float32."""

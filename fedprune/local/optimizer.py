@@ -57,7 +57,7 @@ class Adam:
         first, second = (1 - beta**self._steps for beta in self._betas)
         for name, gradient in gradients.items():
             if self._weight_decay and not self._decoupled:
-                gradient += self._weight_decay * values[name]
+                np.add(gradient, self._weight_decay * values[name], out=gradient)
             if name not in self._moments:
                 self._moments[name] = (np.zeros_like(gradient), np.zeros_like(gradient))
             mean, square = self._moments[name]
@@ -65,15 +65,15 @@ class Adam:
                 (mean, self._betas[0], gradient),
                 (square, self._betas[1], gradient * gradient),
             ):
-                moment *= np.float32(beta)
-                moment += np.float32(1 - beta) * seen
+                np.multiply(moment, np.float32(beta), out=moment)
+                np.add(moment, np.float32(1 - beta) * seen, out=moment)
             scale = np.sqrt(square)
             scale /= np.float32(math.sqrt(second))
             scale += self._eps
+            scale *= np.float32(first)
             np.divide(mean, scale, out=gradient)
-            gradient /= np.float32(first)
             if self._weight_decay and self._decoupled:
-                gradient += self._weight_decay * values[name]
+                np.add(gradient, self._weight_decay * values[name], out=gradient)
 
     def held_bytes(self) -> int:
         """Of the moments."""
@@ -169,7 +169,7 @@ def clip(gradients: Tensors, limit: float) -> None:
     norm = math.sqrt(sum(squares))
     if norm > limit:
         for gradient in gradients.values():
-            gradient *= np.float32(limit / norm)
+            np.multiply(gradient, np.float32(limit / norm), out=gradient)
 
 
 def make_rule(training: TrainingConfig) -> Rule | None:

@@ -11,6 +11,7 @@ from typing import Any
 from fedprune.config import METHOD_NAME, RunConfig, read_toml
 from fedprune.errors import ConfigError
 from fedprune.methods.base import Method
+from fedprune.reports.results import Measure
 from fedprune.rounds.folder import CONFIG, FREE_ON_RESUME, REPORT, SUMMARY, read_summary
 from prunelab.errors import RunError
 from prunelab.pages.page import Command, Part, Section, Table, Text
@@ -73,11 +74,12 @@ def verdict(summary: Mapping[str, Any], dense: Dense | None, *, folder: str) -> 
 
 
 def _sentence(ours: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
-    gap = _points(ours.get("test_accuracy"), dense.get("test_accuracy"))
+    measure = Measure.of(ours)
+    values = ours.get(measure.key), dense.get(measure.key)
     return (
-        f"At density {rounded(ours.get('density'))} the network classifies "
-        f"{percent(ours.get('test_accuracy'))} of the test data, the dense one "
-        f"{percent(dense.get('test_accuracy'))} ({gap}). It sent "
+        f"At density {rounded(ours.get('density'))} the network's {measure.name} on the test data "
+        f"is {measure.show(values[0])}, that of the dense one {measure.show(values[1])} "
+        f"({measure.difference(*values)}). It sent "
         f"{_part(_both_ways(ours), _both_ways(dense))} of the dense run's bytes, took "
         f"{_part(ours.get('train_flops_ratio'), dense.get('train_flops_ratio'))} of its training "
         f"FLOPs, and a client held {_part(ours.get('state_bytes'), dense.get('state_bytes'))} of "
@@ -86,7 +88,7 @@ def _sentence(ours: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
 
 
 def _rows(ours: Mapping[str, Any], dense: Mapping[str, Any]) -> list[Sequence[str]]:
-    accuracy = "test_accuracy"
+    measure = Measure.of(ours)
     sizes = {
         "upload / client / round": ("bytes_up_steady_round", format_bytes),
         "download / client / round": ("bytes_down_steady_round", format_bytes),
@@ -96,9 +98,9 @@ def _rows(ours: Mapping[str, Any], dense: Mapping[str, Any]) -> list[Sequence[st
         "training state of a client": ("state_bytes", format_bytes),
         "time": ("seconds", format_seconds),
     }
-    gap = _points(ours.get(accuracy), dense.get(accuracy))
+    judged = ours.get(measure.key), dense.get(measure.key)
     rows: list[Sequence[str]] = [
-        ("test accuracy", percent(ours.get(accuracy)), percent(dense.get(accuracy)), gap)
+        (f"test {measure.name}", *map(measure.show, judged), measure.difference(*judged))
     ]
     for label, (key, show) in sizes.items():
         values = ours.get(key), dense.get(key)
@@ -137,16 +139,6 @@ def _but_method(values: Mapping[str, Any]) -> dict[str, Any]:
 def _both_ways(summary: Mapping[str, Any]) -> float | None:
     up, down = known_number(summary.get("bytes_up")), known_number(summary.get("bytes_down"))
     return None if up is None or down is None else up + down
-
-
-def _points(ours: Any, dense: Any) -> str:
-    one, other = known_number(ours), known_number(dense)
-    if one is None or other is None:
-        return NOTHING
-    gap = round(100 * (one - other), 2)
-    if not gap:
-        return "as good"
-    return f"{abs(gap):.2f} points {'more' if gap > 0 else 'less'}"
 
 
 def _part(ours: Any, dense: Any) -> str:

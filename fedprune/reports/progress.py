@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.config import RunConfig
+from fedprune.reports.results import Measure
 from fedprune.rounds.folder import read_metrics
 from prunelab.pages.console import console, errors, escaped, say
-from prunelab.pages.units import format_bytes, format_seconds
+from prunelab.pages.units import format_bytes, format_seconds, known_number
 
 RECENT = 6  # rounds whose mean time tells what is left
 
@@ -112,8 +113,13 @@ def round_line(line: Mapping[str, Any], *, rounds: int, left: float | None) -> s
     >>> round_line(line, rounds=20, left=125)
     'round   2/20  accuracy 50.00 %  up 21.9 kB  down 31.4 kB  left 2 min 05 s'
     """
+    measure = Measure.of(line)
+    value = known_number(line.get(measure.key))
+    shown = measure.show(value)
+    if measure.is_share and value is not None:
+        shown = f"{100 * value:5.2f} %"
     text = (
-        f"round {line['round']:>3}/{rounds}  accuracy {100 * line['test_accuracy']:5.2f} %"
+        f"round {line['round']:>3}/{rounds}  {measure.name} {shown}"
         f"  up {format_bytes(line['bytes_up'])}  down {format_bytes(line['bytes_down'])}"
     )
     return text if left is None else f"{text}  left {format_seconds(left)}"

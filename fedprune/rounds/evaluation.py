@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from fedprune.exchange.messages import (
     EVALUATE,
@@ -16,16 +16,11 @@ from fedprune.exchange.messages import (
     metrics,
 )
 from fedprune.local.model import LocalModel, open_model
+from fedprune.methods.base import Ask
 from fedprune.rounds.setup import Setup
 from sparsemodel.runtime.state import SparseState
 
 BATCH = 64  # of the runtime: enough for its kernels, little memory
-
-
-class Clients(Protocol):
-    """Those who may be asked."""
-
-    def ask(self, request: Request) -> Iterator[tuple[int, Reply]]: ...
 
 
 @dataclass(frozen=True)
@@ -43,10 +38,14 @@ class Tested:
 
 
 class Evaluator:
-    """Evaluates states of the run's network; the model is kept and only its values change."""
+    """Evaluates states of the run's network; the model is kept and only its values change.
 
-    def __init__(self, setup: Setup, clients: Clients) -> None:
-        self._setup, self._clients = setup, clients
+    Args:
+        ask: reaches the clients.
+    """
+
+    def __init__(self, setup: Setup, ask: Ask) -> None:
+        self._setup, self._ask = setup, ask
         self._model: LocalModel | None = None
         self._dense = False
 
@@ -55,7 +54,7 @@ class Evaluator:
         test = self._setup.test
         if test is None:
             request = evaluation_request(state, round_index, metric=self._setup.metric)
-            return joined(self._clients.ask(request))
+            return joined(self._ask(request))
         dense = state.patterns is None
         if self._model is None or dense != self._dense:
             training = replace(self._setup.config.training, batch_size=BATCH - 1)
@@ -104,5 +103,5 @@ def joined(replies: Iterable[tuple[int, Reply]]) -> Tested | None:
         {"client": client, "samples": reply.num_examples, "loss": own[1], "metric": own[2]}
         for (client, reply), own in zip(ordered, means, strict=True)
     ]
-    sums = (sum(own[0] * own[place] for own in means) / total for place in (1, 2))
-    return Tested(*sums, each)
+    loss_sum, metric_sum = (sum(own[0] * own[place] for own in means) for place in (1, 2))
+    return Tested(loss_sum / total, metric_sum / total, each)

@@ -53,7 +53,7 @@ class Cohort(Protocol):
 
 def run(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
     """Run, or continue, until the last round; leaves model, metrics and summary in `folder`."""
-    evaluator = Evaluator(setup, cohort)
+    evaluator = Evaluator(setup, cohort.ask)
     # Where we stand: the last checkpoint, or the method's own start.
     state = _resumed(setup, folder) or start(setup, cohort, folder)
     while state.round_index < setup.config.training.rounds:
@@ -71,6 +71,8 @@ def play_round(
     # 1. The method asks a question, of clients drawn by the seed.
     last = state.round_index == config.training.rounds - 1
     request = replace(setup.method.request(state), report_resources=last)
+    if config.federation.clients_test:  # who tested the model has it
+        request = replace(request, hold=request.hold | {MODEL})
     chosen = sample_clients(setup, sorted(cohort.clients), state.round_index)
     # 2. Replies are folded into sums as they arrive; only the sums are kept.
     fold = Fold(setup)
@@ -97,6 +99,7 @@ def play_round(
     folder.append(
         {
             "round": updated.round_index,
+            "metric": setup.metric,
             "test_accuracy": totals.test_accuracy,
             "test_metric": totals.test_metric,
             "test_loss": totals.test_loss,
@@ -160,7 +163,6 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
             "bytes_down": sum(traffic.down),
             "no_program": setup.no_program if patterns is not None else "",
             "execution": execution,
-            "metric": setup.metric,
             **skips(traffic),
             **state.notes,
         }
@@ -197,8 +199,8 @@ def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
             "rounds": state.round_index,
             "density_target": config.method.target_density,
             "density": _density(state),
-            "test_accuracy": totals.test_accuracy,
             "metric": setup.metric,
+            "test_accuracy": totals.test_accuracy,
             "test_metric": totals.test_metric,
             "test_loss": totals.test_loss,
             "bytes_up": totals.bytes_up,

@@ -20,18 +20,18 @@ from fedprune.config import RunConfig
 from fedprune.errors import ConfigError
 from fedprune.given import given_dataset, given_model
 from fedprune.local.network import TorchNetwork
+from fedprune.local.optimizer import Optimizer
 from fedprune.local.partition import partition, split_server_set
 from fedprune.local.shares import write_shares
 from fedprune.local.torch_models import DenseModel
-from fedprune.local.optimizer import Optimizer
 from fedprune.local.training import train_epochs
 from fedprune.methods.base import Method
 from fedprune.rounds.setup import TEST, TRAIN, write_facts, write_start
 from fedprune.settings import DataConfig
 from prunelab.data.batches import Integers
 from prunelab.data.checked import note
-from prunelab.data.datasets import load_dataset
-from prunelab.data.samples import stored
+from prunelab.data.given import load_sample_set
+from prunelab.data.samples import check_targets, stored
 from prunelab.data.sides import SampleSet
 from prunelab.data.store import write_store
 from prunelab.errors import DataError, RunError
@@ -103,6 +103,7 @@ class Workspace:
 
     def _lay_out(self, folder: Path, *, with_start: bool) -> None:
         dataset, skeleton, task = self.dataset, self.torch.skeleton, self.torch.task
+        check_targets(dataset.train)
         check_fits(task, skeleton, dataset.train, num_classes=dataset.num_classes)
         folder.mkdir(parents=True, exist_ok=True)
         described: dict[str, Any] = {
@@ -122,6 +123,7 @@ class Workspace:
         hint = [name.strip() for name in self.config.model.blocks.split(",") if name.strip()]
         with uninitialised():
             reference = self.torch.reference()
+        exchanged = float_state(reference)
 
         def run(model: nn.Module) -> None:
             forward(model, dataset.train.batch(torch.zeros(1, dtype=torch.int64)))
@@ -138,7 +140,7 @@ class Workspace:
             "layer_macs": layer_macs(skeleton, run),
             "reference": {
                 "num_parameters": sum(p.numel() for p in reference.parameters()),
-                "model_bytes": FLOAT_BYTES * sum(v.numel() for v in float_state(reference).values()),
+                "model_bytes": FLOAT_BYTES * sum(v.numel() for v in exchanged.values()),
                 "layer_macs": layer_macs(reference, run),
             },
             "metric": task.metric_name,
@@ -160,7 +162,7 @@ class Workspace:
         state = SparseState({name: values[name].numpy() for name in self.shapes})
         if not config.server.pretrain_epochs:
             return state
-        model = DenseModel(self.torch.empty_model, self.torch.task, state, config.training)
+        model = DenseModel(self.torch.empty_model, state, config.training, self.torch.task)
         optimizer = Optimizer(config.training, 0)
         inputs, targets = stored(dataset.train)
         loss = train_epochs(
@@ -210,13 +212,12 @@ def _opened(config: RunConfig, model: Any, given: SampleSet | None) -> Workspace
     if isinstance(model, str):
         check_model(model)
     data = config.data
-    dataset = given or SampleSet.of(
-        load_dataset(
-            data.dataset,
-            num_train=data.num_train or None,
-            num_test=data.num_test or None,
-            seed=config.seed,
-        )
+    dataset = given or load_sample_set(
+        data.dataset,
+        how=config.reading,
+        num_train=data.num_train or None,
+        num_test=data.num_test or None,
+        seed=config.seed,
     )
     if config.federation.clients_test and dataset.test is not None:
         note(
@@ -231,7 +232,7 @@ def _opened(config: RunConfig, model: Any, given: SampleSet | None) -> Workspace
     labels = None if dataset.train.labels is None else dataset.train.labels.numpy()
     server, rest = split_server_set(
         labels,
-        len(dataset.train),
+        count=len(dataset.train),
         per_class=config.server.per_class,
         seed=stream_seed(SEED_SERVER_SET, config.seed),
     )

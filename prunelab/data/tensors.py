@@ -50,7 +50,9 @@ def batch_of(inputs: Any, targets: Any, device: torch.device | str = "cpu") -> A
     """
     target = tensor_of(targets)
     if inputs.dtype != np.int64:
-        values = prepare(tensor_of(inputs).to(device))  # bytes are a quarter of what floats would send
+        values = prepare(
+            tensor_of(inputs).to(device)
+        )  # bytes are a quarter of what floats would send
         return values, target.to(device)
     ids = tensor_of(inputs)
     mask = (ids >= 0).long()

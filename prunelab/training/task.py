@@ -350,7 +350,7 @@ def outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """What a model gives for the inputs of a batch, whatever they are; targets are not looked at."""
+    """What a model gives for the inputs of a batch, whatever they are, without its targets."""
     if isinstance(batch, Mapping):
         return model(**_inputs(batch))
     return model(networks.fitted(model, batch[0]))

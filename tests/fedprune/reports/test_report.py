@@ -114,7 +114,7 @@ def selection(losses: list[float], winner: int) -> dict[str, Any]:
         "adaptive": True,
         "winner": winner,
         "losses": losses,
-        "accuracies": [0.1 + 0.1 * c for c in range(len(losses))],
+        "metrics": [0.1 + 0.1 * c for c in range(len(losses))],
         "densities": [{"a.weight": 0.25, "b.weight": 0.75} for _ in losses],
         "clients": [0, 1, 2],
     }
@@ -259,9 +259,9 @@ def test_the_dense_run_beside_it_answers_whether_pruning_was_worth_it(tmp_path: 
     page = read(folder)
     assert page.headings[1] == "Was pruning worth it?"
     assert (
-        "At density 0.05087 the network classifies 87.65 % of the test data, the dense one 90.00 % "
-        "(2.35 points less). It sent 28.2 % of the dense run's bytes, took 7.08 % of its training "
-        "FLOPs, and a client held 50 % of its training state."
+        "At density 0.05087 the network's accuracy on the test data is 87.65 %, that of the dense "
+        "one 90.00 % (2.35 points less). It sent 28.2 % of the dense run's bytes, took 7.08 % of "
+        "its training FLOPs, and a client held 50 % of its training state."
     ) in page.text
     assert ["", "fedtiny", "dense (fedavg)", "difference"] in page.rows
     assert ["test accuracy", "87.65 %", "90.00 %", "2.35 points less"] in page.rows
