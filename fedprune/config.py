@@ -191,8 +191,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """TOML of one table per section, as flat `section.key` names."""
+    """TOML of one table per section, as flat `section.key` names.
+
+    Of an app of Flower's (its pyproject.toml) the run config, less where a run is to be written.
+    """
     tables = tomllib.loads(text)
+    app = tables.get("tool", {}).get("flwr", {}).get("app", {}).get("config")
+    if app is not None:
+        tables = {name: value for name, value in app.items() if name != "run"}
     flat: dict[str, Any] = {}
     for name, value in tables.items():
         if isinstance(value, dict):

@@ -20,6 +20,7 @@ from fedprune.local.model import LocalModel, Network, open_model
 from fedprune.local.private import private_store
 from fedprune.local.shares import open_client
 from prunelab.errors import DataError
+from prunelab.runs.imported import IMPORTED, source_digest
 from prunelab.runs.seeds import stream_seed
 from prunelab.runs.version import __version__
 from sparsemodel.runtime.program import Program
@@ -153,14 +154,22 @@ def setup_folder(config: RunConfig, setup: str) -> Path:
 
     if setup:
         return Path(setup)
-    # Another release may lay out other files.
-    values = json.dumps({"version": __version__, **config.flower()}, sort_keys=True)
+    # Another release may lay out other files, and functions that were edited other data.
+    values = json.dumps(
+        {"version": __version__, "code": _code_of(config), **config.flower()}, sort_keys=True
+    )
     folder = _own_folder() / sha256(values.encode()).hexdigest()[:16]
     if not (folder / NETWORK).exists():
         with FileLock(f"{folder}.lock"):
             if not (folder / NETWORK).exists():
                 lay_out(config, folder, with_start=True)
     return folder
+
+
+def _code_of(config: RunConfig) -> list[str]:
+    """Digests of the packages of all that the configuration names as "module:name"."""
+    names = (value for value in config.flat().values() if isinstance(value, str))
+    return [source_digest(name) for name in names if IMPORTED.fullmatch(name)]
 
 
 def _own_folder() -> Path:
