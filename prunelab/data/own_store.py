@@ -90,7 +90,8 @@ def write_own_store(
     names = run.class_names
     if names == () and run.num_classes is not None:  # folders are called by their number then
         names = tuple(map(str, range(run.num_classes)))
-    how = replace(how or Reading(), test_share=0.0, class_names=names)
+    how = how or Reading()
+    how = replace(how, test_share=0.0, class_names=names, task=run.task or how.task)
     # Not kept by this process: the store has it.
     found = load_sample_set.__wrapped__(path, how=how)
     samples = found.train

@@ -196,6 +196,16 @@ def test_names_have_the_numbers_of_the_training_side_on_both() -> None:
         as_sample_set({"test": (PIXELS, NAMES)})
 
 
+def test_the_labels_of_a_small_test_side_are_what_the_training_sides_are() -> None:
+    """Whole numbers among floats, and rows with a single 1, are no classes there."""
+    prices = {"train": (PIXELS, RANDOM.normal(size=12)), "test": (PIXELS[:2], [1, 2])}
+    hot = np.array([[1, 1, 0], [0, 0, 1]] * 6)
+    several = {"train": (PIXELS, hot), "test": (PIXELS[:1], np.array([[0, 1, 0]]))}
+    for data, shape in ((prices, (2,)), (several, (1, 3))):
+        test: Any = as_sample_set(data).test
+        assert test.targets.shape == shape
+
+
 def test_a_dataset_dict_of_texts() -> None:
     texts = {"text": ["a good one", "bad"] * 5, "label": ["pos", "neg"] * 5}
     sides = datasets.DatasetDict(
