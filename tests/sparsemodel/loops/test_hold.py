@@ -18,12 +18,24 @@ import sparsemodel
 from sparsemodel.errors import MaskError
 from sparsemodel.loops.hold import masked_weights
 
+
+class Langevin(torch.optim.SGD):
+    """Moves every weight in each step, whatever its gradient."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data += 0.01 * torch.randn_like(parameter)
+
+
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "adam": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
     "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+    "noise": lambda p: Langevin(p, lr=0.1, momentum=0.9),
     "ours": lambda p: sparsemodel.SparseAdam(p, lr=0.1),
 }
 
