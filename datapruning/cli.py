@@ -373,12 +373,9 @@ def methods(
         say(f"models trained: {method.runs or 'none'}")
         say(f"options: {_listed_options(method.options)}")
         return
-    rows = []
-    for key, method in METHODS.items():
-        known = f" Options: {_listed_options(method.options)}." if method.options else ""
-        rows.append([key, str(method.runs or "–"), method.summary + known])
+    rows = [[key, str(method.runs or "–"), method.summary] for key, method in METHODS.items()]
     show_list(["method", "models", "what a score is"], rows)
-    say("datapruning methods NAME shows one with its source")
+    say("datapruning methods NAME shows one whole, with its options and its source")
 
 
 def _listed_options(options: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sparsemodel.plans.stepper import Stepper
     from sparsemodel.runtime.program import Program
     from sparsemodel.runtime.trainer import Trainer
+    from sparsemodel.storage.export import export
     from sparsemodel.storage.models import load, save
 else:
     __getattr__, __dir__ = lazy(
@@ -47,6 +48,7 @@ else:
             "sparsemodel.plans.stepper": "Stepper",
             "sparsemodel.runtime.program": "Program",
             "sparsemodel.runtime.trainer": "Trainer",
+            "sparsemodel.storage.export": "export",
             "sparsemodel.storage.models": "load save",
         },
     )
@@ -64,6 +66,7 @@ __all__ = [
     "Trainer",
     "TrainingPlan",
     "densify",
+    "export",
     "load",
     "mask_of",
     "program_of",
