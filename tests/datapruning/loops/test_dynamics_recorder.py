@@ -82,7 +82,7 @@ def watched(witness: Witness, made: Any) -> Any:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"eval_strategy": "steps", "eval_steps": 2, "gradient_accumulation_steps": 4},
+        {"eval_strategy": "steps", "eval_steps": 1, "gradient_accumulation_steps": 4},
         {"dataloader_num_workers": 2, "bf16": True, "num_train_epochs": 3},
         {"label_smoothing_factor": 0.1, "learning_rate": 0.05},
     ],
