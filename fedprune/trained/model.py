@@ -32,7 +32,7 @@ from fedprune.trained.predictions import Predictions
 from prunelab.data.batches import Preprocessing
 from prunelab.data.tensors import batch_of, prepare, tensor_of
 from prunelab.errors import DataError, ModelError, RunError
-from prunelab.training.task import Classification, MultiLabel, Task, forward, make_task
+from prunelab.training.task import CausalLM, Classification, MultiLabel, Task, forward, make_task
 from sparsemodel.layers.from_state import carried_tensors, load_state_, sparse_model
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.export import Exported, export
@@ -231,7 +231,8 @@ class Trained:
         accepted, random = self.accepted, torch.Generator().manual_seed(0)
         if accepted.dtype == "int64":
             ids = torch.randint(1, 8, (2, *accepted.shape), generator=random)
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            texts: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            return texts | ({"use_cache": False} if isinstance(self.task, CausalLM) else {})
         first = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
         return torch.randn(2, *accepted.shape, generator=random).to(first.dtype)
 

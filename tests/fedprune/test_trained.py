@@ -26,7 +26,7 @@ from fedprune.rounds.folder import prepare
 from fedprune.rounds.workspace import open_workspace
 from fedprune.trained.evaluation import ClientScore, class_scores, fairness
 from prunelab.data.datasets import ImageSet, load_dataset
-from prunelab.data.samples import TargetSamples
+from prunelab.data.samples import TargetSamples, TokenSamples
 from prunelab.data.sides import SampleSet
 from prunelab.errors import DataError, ModelError, RunError
 from sparsemodel.errors import CheckpointError, ExportError
@@ -259,6 +259,37 @@ def test_numbers_are_predicted_and_exported(tmp_path: Path) -> None:
     assert done.export(tmp_path / "model.onnx").difference < 1e-5
     assert done.evaluate().clients[1].samples > 0
     assert mine.names == ()
+
+
+def bert() -> nn.Module:
+    import transformers  # noqa: PLC0415
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 30, "num_labels": 2}
+    config = transformers.BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    return transformers.BertForSequenceClassification(config)
+
+
+def texts(count: int, seed: int) -> TokenSamples:
+    """Of two classes with words of their own, some shorter than others."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 2, count)
+    ids, mask = random.integers(3, 15, (count, 6)) + 12 * labels[:, None], np.ones((count, 6), int)
+    mask[::3, 4:] = 0
+    return TokenSamples(ids, mask, labels, class_names=("bad", "good"))
+
+
+def test_texts_are_told_apart_and_the_model_goes_out(tmp_path: Path) -> None:
+    data = SampleSet("texts", texts(60, 0), texts(40, 1), class_names=("bad", "good"))
+    done = fedprune.run(
+        model=bert, data=data, method=fedprune.Magnitude(density=0.5), rounds=1, clients=2,
+        folder=tmp_path / "run", settings={"training.optimizer": "adam", "training.lr": 0.01},
+    )  # fmt: skip
+    found, predicted = done.evaluate(), done.predict(data)
+    assert found.accuracy == done.summary["test_accuracy"]
+    assert {score.name for score in found.classes} == set(predicted.classes) | {"bad", "good"}
+    hits = np.array(predicted.classes) == np.array(["bad", "good"])[data.test.labels.numpy()]
+    assert float(hits.mean()) == found.accuracy
+    assert done.export(tmp_path / "model.pt2").difference < 1e-5
 
 
 def test_a_network_that_was_an_object_is_named_again(
