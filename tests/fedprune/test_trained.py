@@ -28,7 +28,7 @@ from fedprune.trained.evaluation import ClientScore, class_scores, fairness
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.data.samples import TargetSamples, TokenSamples
 from prunelab.data.sides import SampleSet
-from prunelab.errors import DataError, ModelError, RunError
+from prunelab.errors import DataError, DataWarning, ModelError, RunError
 from sparsemodel.errors import CheckpointError, ExportError
 from sparsemodel.layers.sparsify import sparse_layers
 
@@ -228,6 +228,29 @@ def test_inputs_of_another_kind_are_refused(result: Result) -> None:
             result.predict(data)
     with pytest.raises(DataError, match="no labels to compare with; use predict"):
         result.evaluate(images)
+
+
+def test_training_samples_are_no_test(tmp_path: Path) -> None:
+    """Data without a test side of their own: those that the run set aside, and no others."""
+    digits = load_dataset("digits", num_train=200)
+    pair = (digits.train_images, digits.train_labels)
+    for label, image in zip(digits.train_labels.tolist(), digits.train_images[:, 0], strict=True):
+        folder = tmp_path / "own digits" / NAMES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.numpy()).save(folder / f"{len(list(folder.iterdir()))}.png")
+    for number, data in enumerate([pair, str(tmp_path / "own digits")]):
+        done = fedprune.run(
+            model="resnet8", data=data, method="fedavg", rounds=1, clients=2,
+            folder=tmp_path / f"run{number}", settings={"model.width": 4},
+        )  # fmt: skip
+        found = done.evaluate(data)
+        assert found == done.evaluate()
+        assert 0 < found.samples < 60
+        assert found.accuracy == done.summary["test_accuracy"]
+    assert done.class_names == tuple(sorted(NAMES))
+    shutil.copy(done.folder / "model.safetensors", tmp_path / "mine.safetensors")
+    with pytest.warns(DataWarning, match="has no test side, so that all samples count"):
+        assert fedprune.load(tmp_path / "mine.safetensors").evaluate(data).samples == 200
 
 
 def regressor(input_shape: tuple[int, ...]) -> nn.Module:
