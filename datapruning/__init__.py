@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 from sparsemodel._lazy import lazy
 
 if TYPE_CHECKING:
+    from datapruning.loops.coreset_selector import CoresetSelector
+    from datapruning.loops.dynamics_recorder import DynamicsRecorder
+    from datapruning.loops.indexed import indexed
     from datapruning.scoring.methods import Method
     from datapruning.scoring.score import score
     from datapruning.selection.kept import KeptSamples
@@ -26,6 +29,9 @@ else:
     __getattr__, __dir__ = lazy(
         __name__,
         {
+            "datapruning.loops.coreset_selector": "CoresetSelector",
+            "datapruning.loops.dynamics_recorder": "DynamicsRecorder",
+            "datapruning.loops.indexed": "indexed",
             "datapruning.scoring.methods": "Method",
             "datapruning.scoring.score": "score",
             "datapruning.selection.kept": "KeptSamples",
@@ -41,6 +47,8 @@ else:
 
 __all__ = [
     "CausalLM",
+    "CoresetSelector",
+    "DynamicsRecorder",
     "ImageClassification",
     "ImageSamples",
     "KeptSamples",
@@ -52,6 +60,7 @@ __all__ = [
     "TokenSamples",
     "TrainingConfig",
     "evaluate",
+    "indexed",
     "score",
     "select",
     "tokenized",

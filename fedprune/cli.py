@@ -26,6 +26,9 @@ from fedprune.config import (
 from fedprune.errors import USER_ERRORS
 from fedprune.methods import BASELINES, DEFAULT_METHOD, METHODS, method_class
 from fedprune.methods.base import Method as FederatedMethod
+from fedprune.trained import commands
+from fedprune.trained.commands import Debug
+from prunelab.data.reading import with_target
 from prunelab.errors import RunError
 from prunelab.pages.console import (
     console,
@@ -59,7 +62,21 @@ def options(version: Annotated[bool, version_of("fedprune")] = False) -> None:
 
 
 Method = Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)}.")]
-Dataset = Annotated[str | None, typer.Option(help="A data set's name, or a folder of parquet.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        help="A data set's name; a folder of class folders or of parquet; a table (.csv, .tsv, "
+        ".parquet); or module:function."
+    ),
+]
+Resize = Annotated[str | None, typer.Option(help="Bring pictures to N or HxW pixels.")]
+ColumnNames = Annotated[
+    str | None, typer.Option("--columns", help="What columns are for: image=picture,label=kind.")
+]
+Target = Annotated[str, typer.Option(help="The column of a table that is to be predicted.")]
+TestShare = Annotated[
+    float | None, typer.Option(help="Set aside for the test where the data have no test side.")
+]
 Model = Annotated[str | None, typer.Option(help="A network's name, or module:function.")]
 Density = Annotated[float | None, typer.Option(help="Share of prunable weights kept, 0 to 1.")]
 Clients = Annotated[int | None, typer.Option(help="Number of clients.")]
@@ -88,13 +105,18 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other setting, as section.key=value; may be repeated."),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+for _command in (commands.predict, commands.evaluate, commands.export):
+    cli.command()(_command)
 
 
 @cli.command()
 def run(  # noqa: PLR0917 - the command's options
     method: Method = None,
     dataset: Dataset = None,
+    resize: Resize = None,
+    columns: ColumnNames = None,
+    target: Target = "",
+    test_share: TestShare = None,
     model: Model = None,
     density: Density = None,
     clients: Clients = None,
@@ -120,6 +142,9 @@ def run(  # noqa: PLR0917 - the command's options
     given = {
         METHOD_NAME: method,
         "data.dataset": dataset,
+        "data.resize": resize,
+        "data.columns": with_target(columns or "", target) or None,
+        "data.test_share": test_share,
         "model.name": model,
         "method.density": density,
         "data.clients": clients,
@@ -401,7 +426,7 @@ def _values(path: Path | None, options: dict[str, Any]) -> dict[str, Any]:
 
 def _build_config(values: Mapping[str, Any]) -> RunConfig:
     dataset = values.get("data.dataset")
-    if isinstance(dataset, str) and os.path.isdir(dataset):
+    if isinstance(dataset, str) and os.path.exists(dataset):
         # Workers of the simulation run elsewhere; a relative path would not mean the same.
         values = {**values, "data.dataset": str(Path(dataset).resolve())}
     return RunConfig.parse(values)

@@ -31,6 +31,7 @@ from fedprune.settings import (
     TrainingConfig,
     problems,
 )
+from prunelab.data.reading import Reading, reading
 
 Scalar = str | int | float | bool
 METHOD_NAME = "method.name"
@@ -135,6 +136,17 @@ class RunConfig:
             section, _, setting = key.rpartition(".")
             (tables.setdefault(section, {}) if section else tables)[setting] = value
         return tomli_w.dumps(tables)
+
+    @property
+    def reading(self) -> Reading:
+        """How the data set is taken; nothing is set aside where clients test the model."""
+        data = self.data
+        return reading(
+            resize=data.resize,
+            columns=data.columns,
+            task=self.training.task,
+            test_share=0.0 if self.federation.clients_test else data.test_share,
+        )
 
     @property
     def digest(self) -> str:

@@ -179,7 +179,8 @@ def test_the_same_data_in_any_dress(dress: str, net: nn.Module) -> None:
     kept = datapruning.score(data, model=net, method="loss").select(keep=40)
     chosen = kept.of(data)
     assert len(chosen) == 40
-    assert chosen.indices == kept.ids.tolist()
+    rows = chosen._indices["indices"].to_pylist() if dress == "hugging face" else chosen.indices
+    assert rows == kept.ids.tolist()
     once = datapruning.TrainingConfig(epochs=1, lr=0.01)
     student = datapruning.train(chosen, model=net, training=once)
     plain = datapruning.train(kept.of(digits()), model=net, training=once)

@@ -108,6 +108,7 @@ def open_request(record: RecordDict, context: Context) -> tuple[Request, Local]:
         client,
         private=str(context.node_config.get("data-path", "")),
         setup=str(context.run_config.get(SETUP, "")),
+        expected=received.request({}).fields if received.action == DESCRIBE else None,
     )
     context.state[_HELD] = ConfigRecord(dict(held.items))
     if received.action == DESCRIBE:

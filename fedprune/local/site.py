@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock
 
 from fedprune.exchange.messages import Request, Resources
 from fedprune.local.data import ClientData
 from fedprune.local.model import LocalModel, Network, open_model
+from fedprune.local.private import private_store
 from fedprune.local.shares import open_client
 from prunelab.errors import DataError
 from prunelab.runs.imported import IMPORTED, source_digest
@@ -66,18 +67,28 @@ class Local:
         return Resources(model_bytes + states + self.message_bytes, peak_rss_bytes())
 
 
-def open_data(config: RunConfig, client: int, *, private: str = "", setup: str = "") -> ClientData:
+def open_data(
+    config: RunConfig,
+    client: int,
+    *,
+    private: str = "",
+    setup: str = "",
+    expected: Mapping[str, Any] | None = None,
+) -> ClientData:
     """A client's samples.
 
     Args:
-        private: a folder of the node's own: all its samples are this client's.
+        private: a folder or file of the node's own (see private.py): all its samples are this
+            client's.
+        expected: what the run says of its samples when a node joins.
         setup: the folder of what the run starts from; without either it is laid out, once.
 
     Raises:
         DataError: no such folder, or data that cannot be read or divided.
     """
-    folder, made_for = Path(private), None
-    if not private:
+    if private:
+        folder, made_for = private_store(config, private, _own_folder(), expected=expected), None
+    else:
         folder, made_for = setup_folder(config, setup) / TRAIN, config.digest
     return open_client(
         folder,

@@ -182,6 +182,7 @@ def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
             "method": config.method.name,
             "model": config.model_name,
             "width": setup.width,
+            "seed": str(config.seed),
             "task": config.training.task or setup.data.task,
             "num_classes": str(setup.data.num_classes or ""),
             "class_names": json.dumps(setup.data.class_names),

@@ -214,6 +214,7 @@ def _opened(config: RunConfig, model: Any, given: SampleSet | None) -> Workspace
     data = config.data
     dataset = given or load_sample_set(
         data.dataset,
+        how=config.reading,
         num_train=data.num_train or None,
         num_test=data.num_test or None,
         seed=config.seed,

@@ -93,6 +93,35 @@ class Mask(PatternSet[torch.Tensor]):
         mask._csr = patterns
         return mask
 
+    @classmethod
+    def from_torch(cls, model: nn.Module) -> Mask:
+        """The mask of a model that `torch.nn.utils.prune` has pruned; layers it has not are dense.
+
+        Call `prune.remove` on those layers before `sparsify`.
+
+        Raises:
+            MaskError: no layer is pruned so, or a mask holds something else than zeros and ones.
+        """
+        from sparsemodel.masks.torch_pruning import mask_from_torch  # noqa: PLC0415
+
+        return mask_from_torch(model)
+
+    def to_torch(self, model: nn.Module) -> None:
+        """Prune a model by `torch.nn.utils.prune`, in place: weight_orig and weight_mask.
+
+        Raises:
+            MaskError: the model lacks a parameter that the mask names, it has another shape, or is
+                pruned so already; the model is as it was.
+
+        >>> layer = nn.Linear(2, 1)
+        >>> Mask({"weight": torch.tensor([[True, False]])}).to_torch(layer)
+        >>> layer.weight_mask, Mask.from_torch(layer).density
+        (tensor([[1., 0.]]), 0.5)
+        """
+        from sparsemodel.masks.torch_pruning import mask_to_torch  # noqa: PLC0415
+
+        mask_to_torch(self, model)
+
     def replace(self, patterns: Mapping[str, torch.Tensor]) -> Mask:
         """A new mask with some layers' patterns replaced.
 
@@ -116,18 +145,29 @@ class Mask(PatternSet[torch.Tensor]):
         Raises:
             MaskError: the model lacks a parameter that the mask names, or it has another shape.
         """
-        parameters = dict(model.named_parameters())
-        for name, pattern in self._patterns.items():
-            if name not in parameters:
-                raise MaskError(f"the model has no parameter {name!r} that the mask names")
-            weight = parameters[name]
-            if weight.shape != pattern.shape:
-                raise MaskError(
-                    f"mask of {name!r}: the model's parameter has shape {tuple(weight.shape)}, "
-                    f"the mask {tuple(pattern.shape)}"
-                )
+        for weight, pattern in zip(
+            weights_under(self, model).values(), self._patterns.values(), strict=True
+        ):
             # masked_fill, not multiplication: 0 * inf would leave a NaN behind.
             weight.masked_fill_(~pattern.to(weight.device), 0.0)
+
+
+def weights_under(mask: Mask, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a mask names, in its order.
+
+    Raises:
+        MaskError: the model lacks one, or it has another shape.
+    """
+    parameters = dict(model.named_parameters())
+    for name, shape in mask.shapes().items():
+        if name not in parameters:
+            raise MaskError(f"the model has no parameter {name!r} that the mask names")
+        if tuple(parameters[name].shape) != shape:
+            raise MaskError(
+                f"mask of {name!r}: the model's parameter has shape "
+                f"{tuple(parameters[name].shape)}, the mask {shape}"
+            )
+    return {name: parameters[name] for name in mask}
 
 
 def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
