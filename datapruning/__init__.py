@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from prunelab.data.samples import ImageSamples, TokenSamples
     from prunelab.data.text import tokenized
     from prunelab.training.loop import TrainingConfig, evaluate
-    from prunelab.training.task import CausalLM, ImageClassification, Task, TextClassification
+    from prunelab.training.task import (
+        CausalLM,
+        ImageClassification,
+        MultiLabel,
+        Regression,
+        Supervised,
+        Task,
+        TextClassification,
+    )
 else:
     __getattr__, __dir__ = lazy(
         __name__,
@@ -41,7 +49,10 @@ else:
             "prunelab.data.samples": "ImageSamples TokenSamples",
             "prunelab.data.text": "tokenized",
             "prunelab.training.loop": "TrainingConfig evaluate",
-            "prunelab.training.task": "CausalLM ImageClassification Task TextClassification",
+            "prunelab.training.task": (
+                "CausalLM ImageClassification MultiLabel Regression Supervised Task "
+                "TextClassification"
+            ),
         },
     )
 
@@ -53,8 +64,11 @@ __all__ = [
     "ImageSamples",
     "KeptSamples",
     "Method",
+    "MultiLabel",
+    "Regression",
     "ScoreTable",
     "Subset",
+    "Supervised",
     "Task",
     "TextClassification",
     "TokenSamples",
