@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,13 @@ class Inputs:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+
+def accepted_inputs(metadata: Mapping[str, str], class_names: tuple[str, ...]) -> Accepted:
+    """What the file of a model says of its inputs and classes."""
+    shape = tuple(int(size) for size in metadata["input_shape"].split("x") if size)
+    count = metadata["num_classes"]
+    return Accepted(metadata["inputs"], shape, class_names, int(count) if count else None)
 
 
 def read_inputs(data: Any, accepted: Accepted, *, side: str = "") -> Inputs:
