@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 from sparsemodel._lazy import lazy
 
 if TYPE_CHECKING:
+    from datapruning.loops.coreset_selector import CoresetSelector
+    from datapruning.loops.dynamics_recorder import DynamicsRecorder
+    from datapruning.loops.indexed import indexed
     from datapruning.scoring.methods import Method
     from datapruning.scoring.score import score
     from datapruning.selection.kept import KeptSamples
@@ -21,11 +24,22 @@ if TYPE_CHECKING:
     from prunelab.data.samples import ImageSamples, TokenSamples
     from prunelab.data.text import tokenized
     from prunelab.training.loop import TrainingConfig, evaluate
-    from prunelab.training.task import CausalLM, ImageClassification, Task, TextClassification
+    from prunelab.training.task import (
+        CausalLM,
+        ImageClassification,
+        MultiLabel,
+        Regression,
+        Supervised,
+        Task,
+        TextClassification,
+    )
 else:
     __getattr__, __dir__ = lazy(
         __name__,
         {
+            "datapruning.loops.coreset_selector": "CoresetSelector",
+            "datapruning.loops.dynamics_recorder": "DynamicsRecorder",
+            "datapruning.loops.indexed": "indexed",
             "datapruning.scoring.methods": "Method",
             "datapruning.scoring.score": "score",
             "datapruning.selection.kept": "KeptSamples",
@@ -35,23 +49,32 @@ else:
             "prunelab.data.samples": "ImageSamples TokenSamples",
             "prunelab.data.text": "tokenized",
             "prunelab.training.loop": "TrainingConfig evaluate",
-            "prunelab.training.task": "CausalLM ImageClassification Task TextClassification",
+            "prunelab.training.task": (
+                "CausalLM ImageClassification MultiLabel Regression Supervised Task "
+                "TextClassification"
+            ),
         },
     )
 
 __all__ = [
     "CausalLM",
+    "CoresetSelector",
+    "DynamicsRecorder",
     "ImageClassification",
     "ImageSamples",
     "KeptSamples",
     "Method",
+    "MultiLabel",
+    "Regression",
     "ScoreTable",
     "Subset",
+    "Supervised",
     "Task",
     "TextClassification",
     "TokenSamples",
     "TrainingConfig",
     "evaluate",
+    "indexed",
     "score",
     "select",
     "tokenized",

@@ -95,6 +95,9 @@ def score(  # noqa: PLR0917 - the command's options
     resize: Resize = "",
     columns: ColumnNames = "",
     target: Target = "",
+    task: Annotated[
+        str, typer.Option(help="What labels are for: classification, regression, multi-label.")
+    ] = "",
     test_share: TestShare = TEST_SHARE,
     out: Annotated[Path, typer.Option(help="Parquet file for the scores.")] = Path(
         "scores.parquet"
@@ -132,7 +135,9 @@ def score(  # noqa: PLR0917 - the command's options
     from prunelab.training.loop import TrainingConfig  # noqa: PLC0415
     from prunelab.training.task import ImageClassification  # noqa: PLC0415
 
-    how = reading(resize=resize, columns=with_target(columns, target), test_share=test_share)
+    how = reading(
+        resize=resize, columns=with_target(columns, target), task=task, test_share=test_share
+    )
     names = listed(method)
     _check_suffix(out)
     paths, page = table_paths(out, names), report_path(out)
@@ -373,12 +378,9 @@ def methods(
         say(f"models trained: {method.runs or 'none'}")
         say(f"options: {_listed_options(method.options)}")
         return
-    rows = []
-    for key, method in METHODS.items():
-        known = f" Options: {_listed_options(method.options)}." if method.options else ""
-        rows.append([key, str(method.runs or "–"), method.summary + known])
+    rows = [[key, str(method.runs or "–"), method.summary] for key, method in METHODS.items()]
     show_list(["method", "models", "what a score is"], rows)
-    say("datapruning methods NAME shows one with its source")
+    say("datapruning methods NAME shows one whole, with its options and its source")
 
 
 def _listed_options(options: Mapping[str, Any]) -> str:

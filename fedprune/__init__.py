@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from fedprune.methods.magnitude import Magnitude
     from fedprune.methods.small_dense import SmallDense
     from fedprune.methods.ssfl import SSFL
+    from fedprune.reports.trackers import Tracker
     from fedprune.trained.model import Trained
     from prunelab.runs.version import __version__
+    from prunelab.training.task import Supervised
 else:
     __getattr__, __dir__ = lazy(
         __name__,
@@ -42,7 +44,9 @@ else:
             "fedprune.methods.small_dense": "SmallDense",
             "fedprune.methods.ssfl": "SSFL",
             "fedprune.trained.model": "Trained",
+            "fedprune.reports.trackers": "Tracker",
             "prunelab.runs.version": "__version__",
+            "prunelab.training.task": "Supervised",
         },
     )
 
@@ -56,6 +60,8 @@ __all__ = [
     "Result",
     "RunConfig",
     "SmallDense",
+    "Supervised",
+    "Tracker",
     "Trained",
     "__version__",
     "load",

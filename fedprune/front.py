@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedprune.local.optimizer import Rule
+    from fedprune.reports.trackers import Tracker
     from fedprune.trained.evaluation import Evaluation
     from fedprune.trained.model import Trained
     from fedprune.trained.predictions import Predictions
@@ -131,6 +132,7 @@ def run(
     task: str | Task | Callable[[], Task] | None = None,
     optimizer: str | Callable[[], Rule] | None = None,
     schedule: str | Callable[[int, int], float] | None = None,
+    partition: str | Callable[..., Sequence[Any]] | None = None,
     rounds: int | None = None,
     clients: int | None = None,
     seed: int | None = None,
@@ -138,6 +140,7 @@ def run(
     engine: str = "inline",
     resume: bool = False,
     progress: Callable[[], None] = lambda: None,
+    tracker: str | Tracker | None = None,
 ) -> Result:
     """Run a federation in this process, or on Flower's engine, and leave it in a folder.
 
@@ -145,8 +148,10 @@ def run(
         config: a whole configuration; what is named besides is put in its place.
         folder: the run folder; by default a new one under runs/.
         model: a name, "module:function", a function that builds the network, or a network.
-        data: a name or folder; a mapping of train and test sides; or one data set (torch,
-            Hugging Face, arrays), of which a fifth is kept for the test.
+        data: a name; a folder of class folders or of parquet; a table (.csv, .tsv, .parquet);
+            "module:function", or a function, that gives data; a mapping of train and test sides;
+            or one data set (torch, Hugging Face, pandas, arrays, flwr-datasets' partitions), of
+            which `data.test_share` is kept for the test. See `prunelab.data.given.as_sample_set`.
         method: a name, or an object such as `fedprune.FedTiny(density=0.01)`.
         task: loss and metric: a name such as "regression", an object such as
             `fedprune.Supervised(loss, metric)` (losses of 0 or more), or what makes one; None: what
@@ -154,6 +159,8 @@ def run(
         optimizer: of clients: "sgd", "adam", "adamw", or what makes a rule (local/optimizer.py).
         schedule: of the learning rate: "cosine", "linear", "constant", or a function of (rounds
             done, rounds) -> factor.
+        partition: how clients share the data: a name, or a function of (labels, num_clients, seed)
+            -> each client's indices.
         rounds, clients, seed: as in the configuration.
         settings: any other setting as "section.key" -> value.
         engine: "inline" (this process), "batched" (this process, the clients of a round trained
@@ -162,11 +169,14 @@ def run(
         resume: continue what the folder holds, with its own settings where none are given here;
             a complete run is left as it is.
         progress: called a few times a second while metrics.jsonl grows.
+        tracker: "tensorboard", "wandb", "mlflow", "module:Class", or an object with the methods
+            of `fedprune.Tracker`: is shown each round.
 
     Raises:
         ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
             what to do. A new folder in which nothing was computed is removed again.
     """
+    from fedprune.reports.trackers import tracker_of  # noqa: PLC0415
     from fedprune.rounds.folder import CONFIG, default_folder, stored_settings  # noqa: PLC0415
     from fedprune.rounds.run import run as run_config  # noqa: PLC0415
 
@@ -181,6 +191,7 @@ def run(
         "training.task": None if task is None else name_object(task),
         "training.optimizer": None if optimizer is None else name_object(optimizer),
         "training.schedule": None if schedule is None else name_object(schedule),
+        "data.partition": None if partition is None else name_object(partition),
         "training.rounds": rounds,
         "data.clients": clients,
         "seed": seed,
@@ -206,6 +217,7 @@ def run(
         "task": is_given(training.task),
         "optimizer": is_given(training.optimizer),
         "schedule": is_given(training.schedule),
+        "partition": is_given(made.data.partition),
     }
     if engine == "flower" and any(objects.values()):
         raise ConfigError(
@@ -213,7 +225,10 @@ def run(
             f"{', '.join(name for name, given in objects.items() if given)}: give a name, "
             "module:function, module:Class or a folder, or use engine='inline'"
         )
-    summary = run_config(made, path, engine=engine, resume=resume, progress=progress)
+    follower = None if tracker is None else tracker_of(tracker)
+    summary = run_config(
+        made, path, engine=engine, resume=resume, progress=progress, tracker=follower
+    )
     return Result(path, summary)
 
 
@@ -221,5 +236,5 @@ def _with_data(config: RunConfig, data: Any) -> RunConfig:
     """The configuration with the name of the data that were given, if any were."""
     if data is None:
         return config
-    dataset = name_dataset(data, seed=config.seed)
+    dataset = name_dataset(data, seed=config.seed, how=config.reading)
     return replace(config, data=replace(config.data, dataset=dataset))

@@ -8,6 +8,7 @@ called.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+    from prunelab.data.reading import Reading
     from prunelab.data.sides import SampleSet
 
 _models: dict[str, Any] = {}
@@ -27,15 +29,21 @@ def name_model(model: str | nn.Module | Callable[..., nn.Module]) -> str:
     """The name of a network: a name as it is; else one under which `given_model` has it."""
     if isinstance(model, str):
         return model
-    module = getattr(model, "__module__", "")
+    if name := importable_name(model):
+        return name
     path = getattr(model, "__qualname__", type(model).__qualname__)
-    if getattr(sys.modules.get(module), path, None) is model and module != "__main__":
-        return f"{module}:{path}"
     is_network = hasattr(model, "state_dict") and not isinstance(model, type)
     name = f"{path}@{_content(model)}" if is_network else path
     if type(_models.get(name)) is type(model) and name != path:
         _models[name] = model  # the other may have been trained since
     return _enter(_models, name, model)
+
+
+def importable_name(value: Any) -> str:
+    """ "module:name" of a function or class that other processes can import; "" of others."""
+    module, path = getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
+    is_found = path and getattr(sys.modules.get(module), path, None) is value
+    return f"{module}:{path}" if is_found and module != "__main__" else ""
 
 
 def continue_as(name: str, stored: str) -> str:
@@ -62,11 +70,9 @@ def name_object(value: Any) -> str:
     if isinstance(value, str):
         return value
     named = value if hasattr(value, "__qualname__") else type(value)
-    name = f"{named.__module__}:{named.__qualname__}"
-    module = sys.modules.get(named.__module__)
-    if getattr(module, named.__qualname__, None) is value and named.__module__ != "__main__":
-        return name
-    return _enter(_objects, name, value)
+    return importable_name(value) or _enter(
+        _objects, f"{named.__module__}:{named.__qualname__}", value
+    )
 
 
 def given_object(name: str) -> Any:
@@ -79,20 +85,26 @@ def given_task(name: str) -> Any:
     return _objects.get(name, name)
 
 
-def name_dataset(data: Any, *, seed: int = 0) -> str:
+def name_dataset(data: Any, *, seed: int = 0, how: Reading | None = None) -> str:
     """A name or folder as it is; of other data a name under which `given_dataset` has them.
+
+    A function that can be imported is called "module:function", which works everywhere.
 
     Args:
         data: a name, or what `prunelab.data.given.as_sample_set` takes.
+        how: how it is taken.
 
     Raises:
         DataError: it is none of these.
     """
     if isinstance(data, str | Path):
         return str(data)
-    from prunelab.data.given import as_sample_set  # noqa: PLC0415
+    if inspect.isfunction(data) and (path := importable_name(data)):
+        return path
+    from prunelab.data.given import sample_set_of  # noqa: PLC0415
+    from prunelab.data.reading import Reading  # noqa: PLC0415
 
-    found = as_sample_set(data, seed=seed)
+    found = sample_set_of(data, how or Reading(), seed=seed)
     name = f"{found.name}@{found.fingerprint}"
     for known, other in _datasets.items():
         if known.partition("#")[0] == name and _are_same(found, other):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from prunelab.data.reading import TEST_SHARE, reading
+from prunelab.errors import DataError
+
 PARTITIONS = ("iid", "dirichlet", "pathological", "natural")
 VALUE_DTYPES = ("fp32", "fp16", "bf16", "int8")
 DEVICES = ("cpu", "cuda")
@@ -19,8 +22,11 @@ CPU_COHORT = 4  # a compromise: no size stands out (benchmarks.gpu_simulation --
 class DataConfig:
     """Which data, and how clients share them.
 
-    `num_train` and `num_test` cut a stratified subset; 0 keeps everything. `alpha` is the
-    Dirichlet concentration (small = every client sees few classes).
+    `num_train` and `num_test` cut a stratified subset; 0 keeps everything. `resize` brings pictures
+    to one size ("32", "32x48"), `columns` says what columns are for ("image=picture,label=kind"),
+    and `test_share` is set aside for the test where there is no test side. `alpha` is the Dirichlet
+    concentration (small = every client sees few classes). `partition` may also be
+    "module:function" of (labels, num_clients, seed) -> each client's indices.
     """
 
     dataset: str = "digits"
@@ -28,6 +34,9 @@ class DataConfig:
     partition: str = "dirichlet"
     alpha: float = 0.5
     classes_per_client: int = 2
+    resize: str = ""
+    columns: str = ""
+    test_share: float = TEST_SHARE
     num_train: int = 0
     num_test: int = 0
     augment: bool = False
@@ -125,7 +134,6 @@ def problems(
 ) -> Iterable[str]:
     """Every reason why these sections cannot be used."""
     choices = {
-        "data.partition": (data.partition, PARTITIONS),
         "federation.value_dtype": (federation.value_dtype, VALUE_DTYPES),
         "training.device": (training.device, DEVICES),
         "training.execution": (training.execution, EXECUTIONS),
@@ -134,7 +142,11 @@ def problems(
     for key, (value, allowed) in choices.items():
         if value not in allowed:
             yield f"{key}: expected one of {', '.join(allowed)}; got {value!r}"
-    yield from _unknown_functions(training)
+    yield from _unknown_functions(data, training)
+    try:
+        reading(resize=data.resize, columns=data.columns, test_share=data.test_share)
+    except DataError as error:
+        yield f"data: {error}"
     at_least_one = {
         "data.clients": data.clients,
         "data.classes_per_client": data.classes_per_client,
@@ -174,8 +186,9 @@ def problems(
             yield f"{key}: expected a positive number, got {number}"
 
 
-def _unknown_functions(training: TrainingConfig) -> Iterable[str]:
+def _unknown_functions(data: DataConfig, training: TrainingConfig) -> Iterable[str]:
     functions = {
+        "data.partition": (data.partition, PARTITIONS),
         "training.optimizer": (training.optimizer, OPTIMIZERS),
         "training.schedule": (training.schedule, SCHEDULES),
     }

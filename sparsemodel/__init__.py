@@ -20,6 +20,8 @@ from sparsemodel._lazy import lazy
 if TYPE_CHECKING:
     from sparsemodel.layers.linear_and_conv import SparseConv2d, SparseLinear
     from sparsemodel.layers.sparsify import densify, mask_of, sparsify
+    from sparsemodel.loops.callback import MaskCallback
+    from sparsemodel.loops.hold import HeldMask
     from sparsemodel.masks.mask import Mask
     from sparsemodel.masks.prune import prune
     from sparsemodel.optim import SparseAdam, SparseSGD
@@ -36,6 +38,8 @@ else:
         {
             "sparsemodel.layers.linear_and_conv": "SparseConv2d SparseLinear",
             "sparsemodel.layers.sparsify": "densify mask_of sparsify",
+            "sparsemodel.loops.callback": "MaskCallback",
+            "sparsemodel.loops.hold": "HeldMask",
             "sparsemodel.masks.mask": "Mask",
             "sparsemodel.masks.prune": "prune",
             "sparsemodel.optim": "SparseAdam SparseSGD",
@@ -50,7 +54,9 @@ else:
     )
 
 __all__ = [
+    "HeldMask",
     "Mask",
+    "MaskCallback",
     "Program",
     "SparseAdam",
     "SparseConv2d",

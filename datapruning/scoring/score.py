@@ -450,7 +450,7 @@ def _table(
             "settings": _of_method(settings, name),
             "source": source,
             **({} if reading is None else {"reading": reading.to_dict()}),
-            "notes": _notes(name, recipe.samples.ids, scores),
+            "notes": notes_on(name, recipe.samples.ids, scores),
             "version": __version__,
         },
         confidence=confidence,
@@ -465,7 +465,7 @@ def _merged(recipe: Recipe) -> dict[str, Tensor]:
     return merged
 
 
-def _notes(name: str, ids: Tensor, scores: Tensor) -> list[str]:
+def notes_on(name: str, ids: Tensor, scores: Tensor, *, stacklevel: int = 5) -> list[str]:
     """Sentences on scores that no selection will take; each is also a warning."""
     notes = []
     missing = ids[~scores.isfinite()]
@@ -481,7 +481,7 @@ def _notes(name: str, ids: Tensor, scores: Tensor) -> list[str]:
             f"{int(ids[-1])}); they say nothing"
         )
     for note in notes:
-        warnings.warn(note, ScoreWarning, stacklevel=5)
+        warnings.warn(note, ScoreWarning, stacklevel=stacklevel)
     return notes
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import Subset as TorchSubset
 
 from datapruning.errors import SelectionError
 from prunelab.data.checked import checked_label
+from prunelab.data.columns import LABEL_NAMES
 from prunelab.data.datasets import ImageSet
 from prunelab.data.objects import (
     as_samples,
@@ -94,12 +95,12 @@ class KeptSamples(TorchSubset[Any]):
     def __init__(self, dataset: Any, subset: Subset) -> None:
         self.subset = subset
         self._samples: Samples | None = None
-        if _has_items(dataset):
+        if has_items(dataset):
             rows = _rows_of_items(dataset, subset)
         else:
             self._samples = as_samples(dataset)
             rows = subset.rows(self._samples)
-            dataset = _Items(self._samples)
+            dataset = Items(self._samples)
         super().__init__(dataset, rows.tolist())
 
     def training_samples(self) -> tuple[Samples, Tensor | None]:
@@ -109,7 +110,7 @@ class KeptSamples(TorchSubset[Any]):
         return samples_of_items(self), None
 
 
-class _Items(Dataset[Any]):
+class Items(Dataset[Any]):
     """Samples one by one."""
 
     def __init__(self, samples: Samples) -> None:
@@ -125,7 +126,7 @@ class _Items(Dataset[Any]):
         return tuple(part[0] for part in batch)
 
 
-def _has_items(dataset: Any) -> bool:
+def has_items(dataset: Any) -> bool:
     """Whether it is a data set with items of its own, of torch or Hugging Face."""
     if is_samples(dataset) or isinstance(dataset, str | Path | ImageSet | Mapping):
         return False
@@ -134,7 +135,7 @@ def _has_items(dataset: Any) -> bool:
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or not len(dataset):
         return False
     # Names of classes get their numbers from all of the samples.
-    return not isinstance(item_of(dataset[0], 0)[1], str | list)
+    return not isinstance(_label_of(dataset[0], 0), str | list)
 
 
 def _check_count(count: int, subset: Subset) -> None:
@@ -152,10 +153,19 @@ def _rows_of_items(dataset: Any, subset: Subset) -> Tensor:
         step = max(1, len(subset) // _NUM_COMPARED)
         for place in range(0, len(subset), step):
             row, expected = int(subset.ids[place]), int(subset.labels[place])
-            label = checked_label(item_of(dataset[row], row)[1], row)
+            label = checked_label(_label_of(dataset[row], row), row)
             if label != expected:
                 raise SelectionError(
                     f"sample {row} has the label {label}, but had {expected} when the subset was "
                     "chosen; give the data set that was scored, in its order"
                 )
     return subset.ids
+
+
+def _label_of(item: Any, row: int) -> Any:
+    """The label of an item, whose input may be anything that a network of the user's takes."""
+    if isinstance(item, Mapping):
+        for name in LABEL_NAMES:
+            if name in item:
+                return item[name]
+    return item_of(item, row)[1]

@@ -9,6 +9,7 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
+from torch.nn.modules.dropout import _DropoutNd
 
 from fedprune.exchange.messages import MODEL, Reply, Request
 from fedprune.flower.client import encode_answer, guarded, open_request
@@ -26,6 +27,7 @@ from fedprune.local.training import (
 )
 from fedprune.rounds.workspace import compute_device
 from prunelab.runs.threads import computing
+from prunelab.training.steps import is_classification
 
 Job = tuple[Request, Local]
 
@@ -95,8 +97,8 @@ def train_together(
     """Answer several clients' train messages with one training of stacked weights.
 
     Where a method answers "train" in its own way, or the step is not the stack's (another
-    optimiser, gradients that are clipped, another task than classification), clients are asked
-    one by one.
+    optimiser, gradients that are clipped, another task than classification, dropout), clients are
+    asked one by one.
 
     Args:
         messages: train messages of one round, each with its client's context.
@@ -126,8 +128,12 @@ def train_together(
 
 def _trains_together(local: Local) -> bool:
     config = local.config
-    plain = is_plain(config.training) and local.data.task == "classification"
-    return config.method.actions["train"] is train and plain and not config.training.task
+    if config.method.actions["train"] is not train or not is_plain(config.training):
+        return False
+    layers = local.network.build().modules()
+    return is_classification(local.network.task()) and not any(
+        isinstance(layer, _DropoutNd) and layer.p > 0 for layer in layers
+    )
 
 
 def _opened(record: RecordDict, context: Context) -> Job:

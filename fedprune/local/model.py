@@ -71,9 +71,19 @@ class LocalModel(Protocol):
         ...
 
     def step(
-        self, inputs: Array, targets: Array, *, sgd: Sgd, correction: Correction | None = None
+        self,
+        inputs: Array,
+        targets: Array,
+        *,
+        sgd: Sgd,
+        correction: Correction | None = None,
+        seed: int = 0,
     ) -> float:
-        """One SGD step on a mini-batch; returns its mean loss before the step."""
+        """One SGD step on a mini-batch; returns its mean loss before the step.
+
+        Args:
+            seed: of layers that draw, such as dropout.
+        """
         ...
 
     def growth(self, counts: Mapping[str, int], inputs: Array, targets: Array) -> Entries:
@@ -169,7 +179,13 @@ class RuntimeModel:
         return self._trainer.state()
 
     def step(
-        self, inputs: Array, targets: Array, *, sgd: Sgd, correction: Correction | None = None
+        self,
+        inputs: Array,
+        targets: Array,
+        *,
+        sgd: Sgd,
+        correction: Correction | None = None,
+        seed: int = 0,  # programs draw nothing
     ) -> float:
         numbers = sgd._asdict()
         return self._trainer.step(inputs, targets, **numbers, correct_gradients=correction)[0]

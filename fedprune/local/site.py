@@ -10,15 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock
 
 from fedprune.exchange.messages import Request, Resources
 from fedprune.local.data import ClientData
 from fedprune.local.model import LocalModel, Network, open_model
+from fedprune.local.private import private_store
 from fedprune.local.shares import open_client
 from prunelab.errors import DataError
+from prunelab.runs.imported import IMPORTED, source_digest
 from prunelab.runs.seeds import stream_seed
 from prunelab.runs.version import __version__
 from sparsemodel.runtime.program import Program
@@ -65,18 +67,28 @@ class Local:
         return Resources(model_bytes + states + self.message_bytes, peak_rss_bytes())
 
 
-def open_data(config: RunConfig, client: int, *, private: str = "", setup: str = "") -> ClientData:
+def open_data(
+    config: RunConfig,
+    client: int,
+    *,
+    private: str = "",
+    setup: str = "",
+    expected: Mapping[str, Any] | None = None,
+) -> ClientData:
     """A client's samples.
 
     Args:
-        private: a folder of the node's own: all its samples are this client's.
+        private: a folder or file of the node's own (see private.py): all its samples are this
+            client's.
+        expected: what the run says of its samples when a node joins.
         setup: the folder of what the run starts from; without either it is laid out, once.
 
     Raises:
         DataError: no such folder, or data that cannot be read or divided.
     """
-    folder, made_for = Path(private), None
-    if not private:
+    if private:
+        folder, made_for = private_store(config, private, _own_folder(), expected=expected), None
+    else:
         folder, made_for = setup_folder(config, setup) / TRAIN, config.digest
     return open_client(
         folder,
@@ -142,14 +154,22 @@ def setup_folder(config: RunConfig, setup: str) -> Path:
 
     if setup:
         return Path(setup)
-    # Another release may lay out other files.
-    values = json.dumps({"version": __version__, **config.flower()}, sort_keys=True)
+    # Another release may lay out other files, and functions that were edited other data.
+    values = json.dumps(
+        {"version": __version__, "code": _code_of(config), **config.flower()}, sort_keys=True
+    )
     folder = _own_folder() / sha256(values.encode()).hexdigest()[:16]
     if not (folder / NETWORK).exists():
         with FileLock(f"{folder}.lock"):
             if not (folder / NETWORK).exists():
                 lay_out(config, folder, with_start=True)
     return folder
+
+
+def _code_of(config: RunConfig) -> list[str]:
+    """Digests of the packages of all that the configuration names as "module:name"."""
+    names = (value for value in config.flat().values() if isinstance(value, str))
+    return [source_digest(name) for name in names if IMPORTED.fullmatch(name)]
 
 
 def _own_folder() -> Path:

@@ -26,6 +26,7 @@ from fedprune.local.model import (
 )
 from fedprune.settings import TrainingConfig
 from prunelab.data.tensors import batch_of, tensor_of
+from prunelab.runs.seeds import seeded
 from prunelab.runs.threads import computing
 from prunelab.training.steps import is_planned
 from prunelab.training.task import ImageClassification, Task, forward
@@ -84,12 +85,12 @@ def module_state(model: nn.Module, order: Iterable[str], patterns: Patterns | No
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _threaded(method: F) -> F:
-    """On the configured number of threads: the bits of a result depend on it."""
+def _repeatable(method: F) -> F:
+    """On the configured number of threads, and with `seed` for layers that draw (dropout, say)."""
 
     @wraps(method)
-    def computed(self: TorchModel, *arguments: Any, **keywords: Any) -> Any:
-        with computing(self._training.threads):
+    def computed(self: TorchModel, *arguments: Any, seed: int = 0, **keywords: Any) -> Any:
+        with computing(self._training.threads), seeded(seed, self._device):
             return method(self, *arguments, **keywords)
 
     return cast(F, computed)
@@ -127,11 +128,22 @@ class TorchModel:
         """The state now, under its patterns."""
         return module_state(self._module, self._order, self._patterns)
 
-    @_threaded
+    @_repeatable
     def step(
-        self, inputs: Array, targets: Array, *, sgd: Sgd, correction: Correction | None = None
+        self,
+        inputs: Array,
+        targets: Array,
+        *,
+        sgd: Sgd,
+        correction: Correction | None = None,
+        seed: int = 0,
     ) -> float:
         """One SGD step on a mini-batch; returns its mean loss before the step."""
+        return self._step(inputs, targets, sgd, correction)
+
+    def _step(
+        self, inputs: Array, targets: Array, sgd: Sgd, correction: Correction | None
+    ) -> float:
         optimizer = self._optimizer_of(sgd)
         optimizer.zero_grad()
         loss = self._loss(inputs, targets)(self._module)
@@ -141,7 +153,7 @@ class TorchModel:
         optimizer.step()
         return loss.item()
 
-    @_threaded
+    @_repeatable
     def growth(self, counts: Mapping[str, int], inputs: Array, targets: Array) -> Entries:
         """The largest gradients at pruned weights on one mini-batch."""
         self._close()
@@ -149,7 +161,7 @@ class TorchModel:
         return {name: (at.numpy(), values.numpy()) for name, (at, values) in found.items()}
 
     @torch.no_grad()
-    @_threaded
+    @_repeatable
     def evaluate(self, inputs: Array, targets: Array) -> Score:
         """Loss and metric by running statistics; the model is not changed."""
         self._module.eval()
@@ -164,7 +176,7 @@ class TorchModel:
         return Score(loss_sum, metric_sum)
 
     @torch.no_grad()
-    @_threaded
+    @_repeatable
     def statistics(self, inputs: Array) -> Tensors:
         """Mean and variance of the input of every batch norm over all inputs, in train mode."""
         sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
@@ -270,11 +282,10 @@ class DenseModel(TorchModel):
         super()._take(state)
         self._mask = None if state.patterns is None else Mask.from_csr(state.patterns)
 
-    @_threaded
-    def step(
-        self, inputs: Array, targets: Array, *, sgd: Sgd, correction: Correction | None = None
+    def _step(
+        self, inputs: Array, targets: Array, sgd: Sgd, correction: Correction | None
     ) -> float:
-        loss = super().step(inputs, targets, sgd=sgd, correction=correction)
+        loss = super()._step(inputs, targets, sgd, correction)
         if self._mask is not None:
             self._mask.apply(self._module)
         return loss
@@ -343,13 +354,12 @@ class SparseModules(TorchModel):
     module by module.
     """
 
-    @_threaded
-    def step(
-        self, inputs: Array, targets: Array, *, sgd: Sgd, correction: Correction | None = None
+    def _step(
+        self, inputs: Array, targets: Array, sgd: Sgd, correction: Correction | None
     ) -> float:
         plan, optimizer = self._plan_of(inputs), self._optimizer_of(sgd)
         if plan is None:
-            return super().step(inputs, targets, sgd=sgd, correction=correction)
+            return super()._step(inputs, targets, sgd, correction)
         batch = tensor_of(inputs), tensor_of(targets)
         if correction is None:
             return plan.step(*batch, optimizer=optimizer)[0]
@@ -358,7 +368,7 @@ class SparseModules(TorchModel):
         optimizer.step()
         return loss
 
-    @_threaded
+    @_repeatable
     def growth(self, counts: Mapping[str, int], inputs: Array, targets: Array) -> Entries:
         plan = self._plan_of(inputs)
         if plan is None or len(inputs) > plan.batch_size:

@@ -17,7 +17,7 @@ from fedprune.exchange.messages import MODEL, Reply, Request
 from fedprune.local.model import Correction, LocalModel, Sgd
 from fedprune.local.optimizer import Optimizer
 from prunelab.data.batches import augment, batches
-from prunelab.runs.seeds import rng
+from prunelab.runs.seeds import rng, stream_seed
 
 if TYPE_CHECKING:
     from fedprune.local.site import Local
@@ -102,13 +102,15 @@ def train_epochs(
 
     Args:
         inputs, targets: [N, ...] as a store has them, N >= 2 (batch norm needs two samples).
-        seed: decides the order of samples and the augmentation.
+        seed: decides the order of samples, the augmentation and what layers draw.
     """
     loss_sum = 0.0
-    for epoch, batch, target in epoch_batches(
+    source = epoch_batches(
         inputs, targets, epochs=epochs, batch_size=batch_size, seed=seed, augmented=augmented
-    ):
-        loss = model.step(batch, target, sgd=sgd, correction=correction)
+    )
+    for number, (epoch, batch, target) in enumerate(source):
+        drawn = stream_seed(seed, number)
+        loss = model.step(batch, target, sgd=sgd, correction=correction, seed=drawn)
         if epoch == epochs - 1:
             loss_sum += loss * len(target)
     return loss_sum / max(1, len(targets))

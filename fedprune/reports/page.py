@@ -15,7 +15,7 @@ from typing import Any
 
 from fedprune.config import RunConfig
 from fedprune.local.model import execution_of
-from fedprune.reports.baseline import Dense, dense_run_beside, verdict
+from fedprune.reports.baseline import Beside, runs_beside, verdict
 from fedprune.reports.charts import (
     candidate_chart,
     density_chart,
@@ -57,7 +57,7 @@ class _Run:
     is_finished: bool
     mask: Patterns | None
     width: str
-    dense: Dense | None
+    beside: list[Beside]
 
 
 def write_report(folder: Path) -> Path:
@@ -105,7 +105,7 @@ def _read(folder: Path) -> _Run:
         is_finished=is_finished,
         mask=stored.patterns if stored else None,
         width=metadata.get("width", ""),
-        dense=dense_run_beside(folder, config),
+        beside=runs_beside(folder, config),
     )
 
 
@@ -157,7 +157,7 @@ def _page(run: _Run) -> Page:
         note="Bytes of a client and round are those of a steady round, which moves values only, "
         "no mask. “Dense” is the same network sent and trained without pruning, in 32-bit floats.",
         sections=[
-            verdict(summary, run.dense, folder=run.name) if run.is_finished else None,
+            verdict(summary, run.beside, folder=run.name) if run.is_finished else None,
             _quality(run),
             _traffic(run),
             _selection(run),

@@ -40,12 +40,22 @@ class Watch:
         self._times: list[float] = []
 
     def heading(self) -> None:
-        """Say what runs, and where."""
-        config = self._config
+        """Say what runs and where, and what was made of what the settings leave open."""
+        config, data = self._config, self._config.data
         say(
             f"{config.method.name} on {Path(config.data.dataset).name}, {config.model_name}, "
             f"{config.data.clients} clients, {config.training.rounds} rounds"
         )
+        used = config.method.used(config.training.rounds)
+        known = {"dirichlet": f", alpha={data.alpha:g}",
+                 "pathological": f", classes_per_client={data.classes_per_client}"}  # fmt: skip
+        for text in (
+            f"method: {', '.join(f'{key}={value}' for key, value in used.items())}" * bool(used),
+            f"division: {data.partition}{known.get(data.partition, '')}; "
+            f"device: {config.training.device}; seed: {config.seed}",
+        ):
+            if text:
+                console.print(escaped(text), highlight=False)  # wrapped at words
         say(f"folder: {self._folder}")
 
     def __call__(self) -> None:
@@ -89,12 +99,14 @@ def is_round(line: Mapping[str, Any]) -> bool:
 
 
 def start_line(line: Mapping[str, Any]) -> str:
-    """The clients and what the method began with.
+    """The clients, what the method began with, and how a client computes.
 
-    >>> start_line({"clients": [{}, {}], "density": 0.05})
-    '2 clients, density 0.05'
+    >>> start_line({"clients": [{}, {}], "density": 0.05, "execution": "sparse"})
+    '2 clients, density 0.05, sparse execution'
     """
     text = f"{len(line['clients'])} clients, density {line['density']:.4g}"
+    if "execution" in line:
+        text += f", {line['execution']} execution"
     if "selection" in line:
         selection = line["selection"]
         text += f", candidate {selection['winner'] + 1} of {len(selection['losses'])} won"

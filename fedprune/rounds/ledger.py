@@ -102,7 +102,7 @@ class Totals:
         weights = {name: _numel(shape) for name, shape in setup.shapes.items()}
         for counts in passes:
             macs = sum(
-                macs // weights[name] * counts.get(name, weights[name])
+                macs // weights[name] * counts.get(name, weights[name]) if name in weights else macs
                 for name, macs in setup.layer_macs.items()
             )
             self.train_flops += float(2 * macs * num_samples)

@@ -71,6 +71,8 @@ def play_round(
     # 1. The method asks a question, of clients drawn by the seed.
     last = state.round_index == config.training.rounds - 1
     request = replace(setup.method.request(state), report_resources=last)
+    if config.federation.clients_test:  # who tested the model has it
+        request = replace(request, hold=request.hold | {MODEL})
     chosen = sample_clients(setup, sorted(cohort.clients), state.round_index)
     # 2. Replies are folded into sums as they arrive; only the sums are kept.
     fold = Fold(setup)

@@ -7,6 +7,7 @@ may be a process of its own, whose memory is then given back.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -20,10 +21,13 @@ import numpy as np
 
 from fedprune.config import RunConfig
 from fedprune.exchange.messages import ClientInfo
+from fedprune.given import is_given
 from fedprune.local.data import label_histogram, split
 from fedprune.local.model import Network
 from fedprune.local.shares import share_of
 from fedprune.local.site import TRAIN, network_for, split_seed
+from fedprune.methods import is_given as is_given_method
+from fedprune.methods import method_name
 from fedprune.methods.base import Method
 from prunelab.data.store import SampleStore, open_store
 from prunelab.errors import DataWarning, RunError
@@ -191,6 +195,8 @@ def _network_of(config: RunConfig) -> str:
 def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
     """Lay out what a run starts from, in this process if it has torch already, else in a child.
 
+    What this process alone knows, a child would not.
+
     Args:
         folder: is made.
         with_start: whether the first weights are needed; a run that is continued has its own.
@@ -199,7 +205,7 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
         ConfigError, DataError, ModelError, RunError: a name is unknown, or the data do not allow
             it.
     """
-    if "torch" in sys.modules:
+    if "torch" in sys.modules or _holds_objects(config):
         from fedprune.rounds.workspace import open_workspace  # noqa: PLC0415
 
         open_workspace(config).lay_out(folder, with_start=with_start)
@@ -208,6 +214,7 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
     done = subprocess.run(
         ended_with_parent(*command, *["--start"] * with_start),
         input=json.dumps(config.flower()),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
         check=False,
@@ -219,3 +226,9 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
         raise RunError(f"setting up failed: {last[0]}") from RuntimeError(done.stderr)
     for text in json.loads(done.stdout.splitlines()[-1]):
         warnings.warn(text, DataWarning, stacklevel=2)
+
+
+def _holds_objects(config: RunConfig) -> bool:
+    """Whether a setting is the name of something that was given to this process."""
+    names = (value for value in config.flat().values() if isinstance(value, str))
+    return any(map(is_given, names)) or is_given_method(method_name(config.method))

@@ -31,7 +31,7 @@ from fedprune.settings import DataConfig
 from prunelab.data.batches import Integers
 from prunelab.data.checked import note
 from prunelab.data.given import load_sample_set
-from prunelab.data.samples import stored
+from prunelab.data.samples import check_targets, stored
 from prunelab.data.sides import SampleSet
 from prunelab.data.store import write_store
 from prunelab.errors import DataError, RunError
@@ -103,6 +103,7 @@ class Workspace:
 
     def _lay_out(self, folder: Path, *, with_start: bool) -> None:
         dataset, skeleton, task = self.dataset, self.torch.skeleton, self.torch.task
+        check_targets(dataset.train)
         check_fits(task, skeleton, dataset.train, num_classes=dataset.num_classes)
         folder.mkdir(parents=True, exist_ok=True)
         described: dict[str, Any] = {
@@ -213,6 +214,7 @@ def _opened(config: RunConfig, model: Any, given: SampleSet | None) -> Workspace
     data = config.data
     dataset = given or load_sample_set(
         data.dataset,
+        how=config.reading,
         num_train=data.num_train or None,
         num_test=data.num_test or None,
         seed=config.seed,

@@ -54,7 +54,7 @@ def read_classes(folder: Path, *, class_names: Sequence[str] | None = None) -> C
 
     Args:
         class_names: of the run, or of another side: their order numbers the classes, and one may
-            be missing here.
+            be missing here; by default those of the folders, sorted.
 
     Raises:
         DataError: no folder of a class, no picture, or a class that is none of those; damaged

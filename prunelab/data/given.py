@@ -25,13 +25,14 @@ from prunelab.data.datasets import (
     subset,
 )
 from prunelab.data.objects import Side, has_partitions, is_grouped, side_of
-from prunelab.data.parquet import has_side, image_column, side_files
+from prunelab.data.parquet import has_side, holds_tables, side_files
 from prunelab.data.reading import TEST_SHARE, Reading, reading
 from prunelab.data.samples import ImageSamples, Samples, taken
 from prunelab.data.sides import SampleSet
 from prunelab.data.tables import read_table
 from prunelab.errors import DataError
 from prunelab.runs.imported import imported
+from prunelab.training.task import task_of
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 TEST_NAMES = ("test", "validation")
@@ -73,7 +74,7 @@ def as_sample_set(
     )  # fmt: skip
     if isinstance(data, str | Path):
         return load_sample_set(str(data), how=how, seed=seed)
-    return _sample_set(data, how, seed=seed, name="given")
+    return sample_set_of(data, how, seed=seed)
 
 
 @lru_cache(maxsize=2)
@@ -127,7 +128,7 @@ def load_sample_set(
             )
     else:
         check_dataset(name)
-    found = _sample_set(data, how, seed=seed, name=path.name)
+    found = sample_set_of(data, how, seed=seed, name=path.name)
     return _cut(found, num_train, num_test, seed=seed)
 
 
@@ -153,7 +154,8 @@ def described(data: SampleSet) -> str:
     return ", ".join(parts)
 
 
-def _sample_set(data: Any, how: Reading, *, seed: int, name: str) -> SampleSet:
+def sample_set_of(data: Any, how: Reading, *, seed: int = 0, name: str = "given") -> SampleSet:
+    """Both sides of an object, called by a name; see `as_sample_set`."""
     if inspect.isfunction(data):
         data = data()
     if isinstance(data, SampleSet):
@@ -173,7 +175,9 @@ def _sample_set(data: Any, how: Reading, *, seed: int, name: str) -> SampleSet:
         train = side_of(data, how)
     names = tuple(getattr(train.samples, "class_names", ()))
     if test is not None:
-        tested = side_of(test, replace(how, class_names=names)).samples
+        # What the training side's labels are, though those of few test samples look otherwise.
+        as_trained = replace(how, class_names=names, task=task_of(train.samples))
+        tested = side_of(test, as_trained).samples
         return _both(train, tested, names, name)
     labels = train.samples.labels
     held = held_out(
@@ -248,10 +252,7 @@ def _is_folder_of_tables(folder: Path, how: Reading) -> bool:
     """Whether it holds the table train, and not pictures."""
     if any((folder / f"train{suffix}").is_file() for suffix in TABLE_SUFFIXES[:2]):
         return True
-    if not has_side(folder, ("train",)):
-        return False
-    first = read_table(side_files(folder, ("train",))[0])
-    return image_column(first.column_names, dict(how.columns)) is None
+    return holds_tables(folder, "train", dict(how.columns))
 
 
 def _tables_of_folder(folder: Path) -> dict[str, Columns]:

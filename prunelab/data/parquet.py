@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 
 from prunelab.data.checked import Array, note
 from prunelab.data.labels import as_classes
-from prunelab.data.tables import named_classes
+from prunelab.data.tables import named_classes, parquet_table
 from prunelab.errors import DataError
 
 IMAGE_COLUMNS = ("img", "image")
@@ -90,6 +91,15 @@ def read_side(
 def has_side(folder: Path, names: Sequence[str]) -> bool:
     """Whether a folder has files of one of these sides."""
     return any(_called(folder, name) for name in names)
+
+
+def holds_tables(folder: Path, name: str, columns: Mapping[str, str]) -> bool:
+    """Whether the files of a side can be read and have no column of pictures."""
+    found = []
+    for path in _called(folder, name):
+        with contextlib.suppress(DataError):
+            found.append(image_column(parquet_table(path).column_names, columns))
+    return bool(found) and not any(found)
 
 
 def side_files(folder: Path, names: Sequence[str]) -> list[Path]:

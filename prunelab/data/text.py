@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,9 @@ def _token_ids(
     if hasattr(tokenizer, "model_max_length"):  # of transformers: many at a time are fast
         ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     else:
-        ids = [list(tokenizer(text))[:max_length] for text in texts]
+        given = [tokenizer(text) for text in texts]
+        ids = [list(one["input_ids"] if isinstance(one, Mapping) else one) for one in given]
+        ids = [tokens[:max_length] for tokens in ids]
     for row, tokens in enumerate(ids):
         if not len(tokens):
             raise DataError(f"{where}: row {row}, {texts[row]!r}, has no token; leave it out")

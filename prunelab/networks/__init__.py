@@ -5,11 +5,10 @@ from prunelab.networks.blocks import parameter_blocks as parameter_blocks
 from prunelab.networks.build import Network as Network
 from prunelab.networks.build import build_model as build_model
 from prunelab.networks.build import check_model as check_model
+from prunelab.networks.build import fitted as fitted
 from prunelab.networks.builtin import ADJUSTABLE_WIDTH as ADJUSTABLE_WIDTH
 from prunelab.networks.builtin import MODELS as MODELS
 from prunelab.networks.builtin import InputShape as InputShape
-from prunelab.networks.fits import check_fits as check_fits
-from prunelab.networks.fits import fitted as fitted
 from prunelab.networks.state import float_state as float_state
 from prunelab.networks.state import is_wholly_exchanged as is_wholly_exchanged
 from prunelab.networks.state import uninitialised as uninitialised

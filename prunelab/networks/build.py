@@ -150,7 +150,6 @@ def fitted(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return images.to(next(dtypes, images.dtype))
 
 
-@torch.no_grad()
 def _imported(name: str) -> Callable[..., Any]:
     """The function that "module:function" names."""
     try:

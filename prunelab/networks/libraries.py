@@ -106,9 +106,9 @@ def _torchvision(
                 raise ModelError(f"it takes square images, got {height}×{side}")
             options[size] = side if size == "image_size" else (height, side)
     if width is not None:
-        options["width_mult"] = width_mult(width)
         if not has_width(f"torchvision/{name}"):
-            raise ModelError(f"its width is fixed; leave model.width at 0, got {width}")
+            raise _fixed(width)
+        options["width_mult"] = width_mult(width)
     network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
     if channels != 3:
         _change_channels(network, channels)
@@ -148,7 +148,7 @@ def _timm(
 
     classes, (channels, height, side) = _for_images(num_classes, input_shape)
     if width is not None:
-        raise ModelError(f"its width is fixed; leave model.width at 0, got {width}")
+        raise _fixed(width)
     published = timm.models.get_pretrained_cfg(name)
     # Those of another size otherwise stop at their first image.
     is_sized = published is not None and published.fixed_input_size
@@ -165,7 +165,7 @@ def _hugging_face(
     """By its configuration, with the head that the samples ask for."""
     transformers = _transformers(name)
     if width is not None:
-        raise ModelError(f"its width is fixed; leave model.width at 0, got {width}")
+        raise _fixed(width)
     config = transformers.AutoConfig.from_pretrained(name)
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", torch.float32)
     if num_classes is not None:
@@ -193,6 +193,13 @@ def _for_images(
         )
     channels, height, side = input_shape
     return num_classes, (channels, height, side)
+
+
+def _fixed(width: int) -> ModelError:
+    return ModelError(
+        f"its width is fixed; leave model.width at 0, got {width}, or give a function with a "
+        "parameter width"
+    )
 
 
 def _transformers(name: str) -> Any:
