@@ -286,6 +286,28 @@ def test_numbers_are_predicted_and_exported(tmp_path: Path) -> None:
     assert mine.names == ()
 
 
+def test_tables_with_and_without_the_column_to_predict(tmp_path: Path) -> None:
+    """By the columns of the run, in files that are read as the run's was."""
+    random = np.random.default_rng(0)
+    features = np.round(random.normal(size=(60, 2)), 3)
+    header, prices = "a,b,price", features @ [1.0, -2.0]
+    lines = [f"{a},{b},{price:.4f}" for (a, b), price in zip(features, prices, strict=True)]
+    (tmp_path / "old.csv").write_text("\n".join([header, *lines[:40]]))
+    (tmp_path / "new.csv").write_text("\n".join([header, *lines[40:]]))
+    bare = [line.rpartition(",")[0] for line in ["a,b,", *lines[40:]]]
+    (tmp_path / "bare.csv").write_text("\n".join(bare))
+    done = fedprune.run(
+        model=f"{__name__}:regressor", data=str(tmp_path / "old.csv"), method="fedavg", rounds=1,
+        clients=2, folder=tmp_path / "run",
+        settings={"data.columns": "label=price", "data.partition": "iid", "training.lr": 0.01},
+    )  # fmt: skip
+    predicted = done.predict(tmp_path / "bare.csv")
+    assert len(predicted) == 20
+    assert np.array_equal(done.predict(tmp_path / "new.csv").values, predicted.values)
+    found = done.evaluate(tmp_path / "new.csv")
+    assert found.metric == pytest.approx(np.abs(predicted.values[:, 0] - prices[40:]).mean(), 1e-3)
+
+
 def bert() -> nn.Module:
     import transformers  # noqa: PLC0415
 
