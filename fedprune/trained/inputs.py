@@ -80,14 +80,13 @@ def accepted_inputs(metadata: Mapping[str, str], class_names: tuple[str, ...]) -
     )  # fmt: skip
 
 
-def read_inputs(data: Any, accepted: Accepted, *, side: str = "") -> Inputs:
+def read_inputs(data: Any, accepted: Accepted) -> Inputs:
     """Samples that a model takes.
 
     Args:
         data: a picture's file, or a folder with nothing but pictures in it; a picture, pictures,
             an array of inputs or a table without labels; or anything that
             `prunelab.data.given.as_sample_set` takes: its test side where it has one.
-        side: "train" or "test"; "" as said above.
 
     Raises:
         DataError: no such data, inputs of another kind, or classes that the model does not know.
@@ -104,40 +103,39 @@ def read_inputs(data: Any, accepted: Accepted, *, side: str = "") -> Inputs:
         array = checked_images(data).numpy()
         found = Inputs("array", range(len(array)), array, None)
     else:
-        found = _of_samples(_side(data, accepted, side), accepted)
+        found = _of_samples(_side(data, accepted), accepted)
     _check_kind(found, accepted)
     return found
 
 
-def of_sample_set(data: SampleSet, accepted: Accepted, *, side: str = "") -> Inputs:
-    """One side of a data set that was read already."""
+def of_sample_set(data: SampleSet, accepted: Accepted, *, side: str) -> Inputs:
+    """The side "train" or "test" of a data set that was read already."""
     found = _of_samples(_chosen(data, side), accepted)
     _check_kind(found, accepted)
     return found
 
 
-def _side(data: Any, accepted: Accepted, side: str) -> _Found:
+def _side(data: Any, accepted: Accepted) -> _Found:
     if isinstance(data, ImageSet):
         data = SampleSet.of(data)
     if is_samples(data):
         return "samples", data, (), False
     if not isinstance(data, SampleSet):
         is_folder = isinstance(data, str | Path) and str(data) not in DATASETS
-        size = accepted.shape[-2:] if is_folder and accepted.dtype == "uint8" else None
+        is_resized = is_folder and accepted.dtype == "uint8" and len(accepted.shape) == 3
         data = as_sample_set(
             data,
             test_share=0,
-            resize=size if size and len(size) == 2 else None,
+            resize=accepted.shape[1:] if is_resized else None,  # type: ignore[arg-type]
             columns=accepted.columns or None,
             task=accepted.task,
         )
-    return _chosen(data, side)
+    return _chosen(data, "train" if data.test is None else "test")
 
 
 def _chosen(data: SampleSet, side: str) -> _Found:
-    samples = data.train if side == "train" or (not side and data.test is None) else data.test
-    if samples is None:
-        raise DataError(f"{data.name} has no {side} side")
+    samples = data.train if side == "train" else data.test
+    assert samples is not None, "asked for by those who have looked"
     return data.name, samples, data.class_names, data.test is not None
 
 

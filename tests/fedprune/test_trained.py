@@ -28,7 +28,7 @@ from fedprune.rounds.folder import prepare
 from fedprune.rounds.workspace import open_workspace
 from fedprune.trained.evaluation import ClientScore, class_scores, fairness
 from prunelab.data.datasets import ImageSet, load_dataset
-from prunelab.data.samples import TargetSamples, TokenSamples
+from prunelab.data.samples import ImageSamples, TargetSamples, TokenSamples
 from prunelab.data.sides import SampleSet
 from prunelab.errors import DataError, DataWarning, ModelError, RunError
 from sparsemodel.errors import CheckpointError, ExportError
@@ -253,6 +253,23 @@ def test_training_samples_are_no_test(tmp_path: Path) -> None:
     shutil.copy(done.folder / "model.safetensors", tmp_path / "mine.safetensors")
     with pytest.warns(DataWarning, match="has no test side, so that all samples count"):
         assert fedprune.load(tmp_path / "mine.safetensors").evaluate(data).samples == 200
+
+
+def test_clients_that_test_are_measured_on_their_test_samples(tmp_path: Path) -> None:
+    """What no training and no choice has seen; there is no other test side."""
+    digits = load_dataset("digits", num_train=300)
+    done = fedprune.run(
+        model="resnet8", data=SampleSet("own", ImageSamples.of(digits), None), method="fedavg",
+        rounds=2, clients=3, folder=tmp_path / "run",
+        settings={"model.width": 4, "federation.evaluate": "clients"},
+    )  # fmt: skip
+    found = done.evaluate()
+    assert found.clients_on == "test"
+    (tested,) = [line["test_clients"] for line in done.metrics if line.get("round") == 2]
+    assert [(own.samples, own.metric) for own in found.clients] == [
+        (own["samples"], own["metric"]) for own in tested
+    ]
+    assert found.samples == sum(own["samples"] for own in tested)
 
 
 def regressor(input_shape: tuple[int, ...]) -> nn.Module:
