@@ -17,7 +17,6 @@ from filelock import FileLock
 from fedprune.exchange.messages import Request, Resources
 from fedprune.local.data import ClientData
 from fedprune.local.model import LocalModel, Network, open_model
-from fedprune.local.private import private_store
 from fedprune.local.shares import open_client
 from prunelab.errors import DataError
 from prunelab.runs.imported import IMPORTED, source_digest
@@ -87,6 +86,8 @@ def open_data(
         DataError: no such folder, or data that cannot be read or divided.
     """
     if private:
+        from fedprune.local.private import private_store  # noqa: PLC0415 - few nodes need it
+
         folder, made_for = private_store(config, private, _own_folder(), expected=expected), None
     else:
         folder, made_for = setup_folder(config, setup) / TRAIN, config.digest
