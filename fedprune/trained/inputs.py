@@ -21,6 +21,7 @@ from prunelab.data.sides import SampleSet
 from prunelab.errors import DataError
 
 Array = NDArray[Any]
+_Found = tuple[str, Samples, tuple[str, ...], bool]  # name, samples, class names, one side of two
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +50,14 @@ class Inputs:
         ids: of each sample: its number, or the name of its file.
         inputs: [N, ...], as a `SampleStore` has them.
         targets: [N] or [N, ...]; None where nobody gave any.
+        has_side: whether they are one side of the data, and not all there are.
     """
 
     name: str
     ids: Sequence[int | str]
     inputs: Array
     targets: Array | None
+    has_side: bool = False
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -94,11 +97,11 @@ def of_sample_set(data: SampleSet, accepted: Accepted, *, side: str = "") -> Inp
     return found
 
 
-def _side(data: Any, accepted: Accepted, side: str) -> tuple[str, Samples, tuple[str, ...]]:
+def _side(data: Any, accepted: Accepted, side: str) -> _Found:
     if isinstance(data, ImageSet):
         data = SampleSet.of(data)
     if is_samples(data):
-        return "samples", data, ()
+        return "samples", data, (), False
     if not isinstance(data, SampleSet):
         is_folder = isinstance(data, str | Path) and str(data) not in DATASETS
         size = accepted.shape[-2:] if is_folder and accepted.dtype == "uint8" else None
@@ -106,19 +109,19 @@ def _side(data: Any, accepted: Accepted, side: str) -> tuple[str, Samples, tuple
     return _chosen(data, side)
 
 
-def _chosen(data: SampleSet, side: str) -> tuple[str, Samples, tuple[str, ...]]:
+def _chosen(data: SampleSet, side: str) -> _Found:
     samples = data.train if side == "train" or (not side and data.test is None) else data.test
     if samples is None:
         raise DataError(f"{data.name} has no {side} side")
-    return data.name, samples, data.class_names
+    return data.name, samples, data.class_names, data.test is not None
 
 
-def _of_samples(found: tuple[str, Samples, tuple[str, ...]], accepted: Accepted) -> Inputs:
-    name, samples, class_names = found
+def _of_samples(found: _Found, accepted: Accepted) -> Inputs:
+    name, samples, class_names, has_side = found
     inputs, targets = stored(samples)
     if samples.labels is not None:
         targets = _renumbered(name, targets, class_names, accepted)
-    return Inputs(name, samples.ids.tolist(), inputs, targets)
+    return Inputs(name, samples.ids.tolist(), inputs, targets, has_side)
 
 
 def _renumbered(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedprune.config import RunConfig
-from fedprune.given import given_task, is_given, name_model
+from fedprune.given import given_task, is_given, name_dataset, name_model
 from fedprune.local.data import split
 from fedprune.local.network import TorchNetwork
 from fedprune.local.site import split_seed
@@ -30,9 +31,11 @@ from fedprune.trained.evaluation import (
 from fedprune.trained.inputs import Accepted, Inputs, of_sample_set, read_inputs
 from fedprune.trained.predictions import Predictions
 from prunelab.data.batches import Preprocessing
+from prunelab.data.checked import note
+from prunelab.data.datasets import DATASETS
 from prunelab.data.tensors import batch_of, prepare, tensor_of
 from prunelab.errors import DataError, ModelError, RunError
-from prunelab.training.task import Classification, MultiLabel, Task, forward, make_task
+from prunelab.training.task import CausalLM, Classification, MultiLabel, Task, forward, make_task
 from sparsemodel.layers.from_state import carried_tensors, load_state_, sparse_model
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.export import Exported, export
@@ -112,17 +115,35 @@ class Trained:
         """Loss and metric, precision and recall of each class, and how clients are served.
 
         Args:
-            data: anything labelled that `predict` takes; None: the run's own data, its test side,
-                which no training has touched, and each client's own samples that were set aside
-                from training.
+            data: anything labelled that `predict` takes; None, or the run's own data: their test
+                side, which no training has touched, and each client's own samples that were set
+                aside from training.
 
         Raises:
             DataError: as `predict`, or data without labels.
             RunError: no data were given, and the run's own cannot be had.
         """
-        if data is not None:
-            return self._evaluated(read_inputs(data, self.accepted))
-        return self._on_own_data()
+        if data is None or self._is_own(data):
+            return self._on_own_data()
+        inputs = read_inputs(data, self.accepted)
+        if self.folder is None and isinstance(data, str | Path) and not inputs.has_side:
+            note(
+                f"{data} has no test side, so that all samples count; if the model was trained on "
+                "it, those it has seen are among them: give the run's folder in place of the file"
+            )
+        return self._evaluated(inputs)
+
+    def _is_own(self, data: Any) -> bool:
+        """Whether data are those of the run, whose training samples are no test of it."""
+        if self.folder is None:
+            return False
+        config = stored_config(self.folder)
+        own = config.data.dataset
+        if isinstance(data, str | Path):
+            return str(data) not in DATASETS and Path(data).resolve() == Path(own).resolve()
+        with suppress(DataError):
+            return name_dataset(data, seed=config.seed) == own
+        return False
 
     def export(
         self, path: str | Path, *, format: str | None = None, force: bool = False
@@ -231,7 +252,8 @@ class Trained:
         accepted, random = self.accepted, torch.Generator().manual_seed(0)
         if accepted.dtype == "int64":
             ids = torch.randint(1, 8, (2, *accepted.shape), generator=random)
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            texts: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            return texts | ({"use_cache": False} if isinstance(self.task, CausalLM) else {})
         first = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
         return torch.randn(2, *accepted.shape, generator=random).to(first.dtype)
 

@@ -26,9 +26,9 @@ from fedprune.rounds.folder import prepare
 from fedprune.rounds.workspace import open_workspace
 from fedprune.trained.evaluation import ClientScore, class_scores, fairness
 from prunelab.data.datasets import ImageSet, load_dataset
-from prunelab.data.samples import TargetSamples
+from prunelab.data.samples import TargetSamples, TokenSamples
 from prunelab.data.sides import SampleSet
-from prunelab.errors import DataError, ModelError, RunError
+from prunelab.errors import DataError, DataWarning, ModelError, RunError
 from sparsemodel.errors import CheckpointError, ExportError
 from sparsemodel.layers.sparsify import sparse_layers
 
@@ -230,6 +230,29 @@ def test_inputs_of_another_kind_are_refused(result: Result) -> None:
         result.evaluate(images)
 
 
+def test_training_samples_are_no_test(tmp_path: Path) -> None:
+    """Data without a test side of their own: those that the run set aside, and no others."""
+    digits = load_dataset("digits", num_train=200)
+    pair = (digits.train_images, digits.train_labels)
+    for label, image in zip(digits.train_labels.tolist(), digits.train_images[:, 0], strict=True):
+        folder = tmp_path / "own digits" / NAMES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.numpy()).save(folder / f"{len(list(folder.iterdir()))}.png")
+    for number, data in enumerate([pair, str(tmp_path / "own digits")]):
+        done = fedprune.run(
+            model="resnet8", data=data, method="fedavg", rounds=1, clients=2,
+            folder=tmp_path / f"run{number}", settings={"model.width": 4},
+        )  # fmt: skip
+        found = done.evaluate(data)
+        assert found == done.evaluate()
+        assert 0 < found.samples < 60
+        assert found.accuracy == done.summary["test_accuracy"]
+    assert done.class_names == tuple(sorted(NAMES))
+    shutil.copy(done.folder / "model.safetensors", tmp_path / "mine.safetensors")
+    with pytest.warns(DataWarning, match="has no test side, so that all samples count"):
+        assert fedprune.load(tmp_path / "mine.safetensors").evaluate(data).samples == 200
+
+
 def regressor(input_shape: tuple[int, ...]) -> nn.Module:
     return nn.Sequential(nn.Linear(input_shape[0], 8), nn.ReLU(), nn.Linear(8, 1))
 
@@ -259,6 +282,37 @@ def test_numbers_are_predicted_and_exported(tmp_path: Path) -> None:
     assert done.export(tmp_path / "model.onnx").difference < 1e-5
     assert done.evaluate().clients[1].samples > 0
     assert mine.names == ()
+
+
+def bert() -> nn.Module:
+    import transformers  # noqa: PLC0415
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 30, "num_labels": 2}
+    config = transformers.BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    return transformers.BertForSequenceClassification(config)
+
+
+def texts(count: int, seed: int) -> TokenSamples:
+    """Of two classes with words of their own, some shorter than others."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 2, count)
+    ids, mask = random.integers(3, 15, (count, 6)) + 12 * labels[:, None], np.ones((count, 6), int)
+    mask[::3, 4:] = 0
+    return TokenSamples(ids, mask, labels, class_names=("bad", "good"))
+
+
+def test_texts_are_told_apart_and_the_model_goes_out(tmp_path: Path) -> None:
+    data = SampleSet("texts", texts(60, 0), texts(40, 1), class_names=("bad", "good"))
+    done = fedprune.run(
+        model=bert, data=data, method=fedprune.Magnitude(density=0.5), rounds=1, clients=2,
+        folder=tmp_path / "run", settings={"training.optimizer": "adam", "training.lr": 0.01},
+    )  # fmt: skip
+    found, predicted = done.evaluate(), done.predict(data)
+    assert found.accuracy == done.summary["test_accuracy"]
+    assert {score.name for score in found.classes} == set(predicted.classes) | {"bad", "good"}
+    hits = np.array(predicted.classes) == np.array(["bad", "good"])[data.test.labels.numpy()]
+    assert float(hits.mean()) == found.accuracy
+    assert done.export(tmp_path / "model.pt2").difference < 1e-5
 
 
 def test_a_network_that_was_an_object_is_named_again(
