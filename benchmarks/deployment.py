@@ -1,4 +1,4 @@
-"""Flower's deployment on this machine, for a benchmark: one SuperLink, one SuperNode, real
+"""Flower's deployment on this machine, for benchmarks and tests: a SuperLink, SuperNodes, and real
 `flwr-clientapp` processes, which leave what the kernel says of their memory.
 """
 

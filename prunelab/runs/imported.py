@@ -49,14 +49,19 @@ def source_digest(name: str) -> str:
             spec = find_spec(module)
         except ValueError:  # of __main__
             spec = None
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = [file for folder in folders for file in sorted(Path(folder).rglob("*.py"))]
-    if spec and not folders and str(spec.origin).endswith(".py"):
-        files = [Path(str(spec.origin))]
+    if spec is None:
+        return ""
+    files = {  # name inside the package -> file
+        file.relative_to(folder).as_posix(): file
+        for folder in map(Path, spec.submodule_search_locations or [])
+        for file in folder.rglob("*.py")
+    }
+    if spec.submodule_search_locations is None and str(spec.origin).endswith(".py"):
+        files = {module: Path(str(spec.origin))}
     sha = sha256()
-    for file in files:
-        sha.update(f"{file.name}\n".encode())
-        sha.update(file.read_bytes())
+    for inside in sorted(files):
+        sha.update(f"{inside}\n".encode())
+        sha.update(files[inside].read_bytes())
     return sha.hexdigest()[:16] if files else ""
 
 
