@@ -24,7 +24,7 @@ def pictures(count, seed):
 
 result = fedprune.run(
     model="timm/test_convnext",
-    data={"train": pictures(240, seed=0), "test": pictures(80, seed=1)},
+    data={"train": pictures(160, seed=0), "test": pictures(40, seed=1)},
     method=fedprune.Magnitude(density=0.1),
     rounds=2,
     clients=3,
