@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 from processes import in_a_process
+from torch import nn
 
 from benchmarks import (
     choice_fit,
     client_memory,
+    network_support,
     round_process,
     sparse_layers,
     sparse_memory,
@@ -303,3 +305,31 @@ def test_commands_refuse_without_native_kernels(
             main()
     finally:
         cpu.library.cache_clear()
+
+
+def test_support_of_networks_is_what_it_says() -> None:
+    """A program, sparse modules that compute the same, timm's own linear class, and a refusal."""
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    found = {row.name: row for row in network_support.rows(["Llama", "timm/test_nfnet", "GPT-2"])}
+    assert {name: row.way for name, row in found.items()} == {
+        "Llama": "modules",
+        "timm/test_nfnet": "refused",
+        "GPT-2": "refused",
+    }
+    assert found["Llama"].layers == 15
+    assert found["Llama"].error < 1e-4
+    assert "Conv1D" in found["GPT-2"].why
+
+    class Net(nn.Sequential):
+        def __init__(self) -> None:
+            from timm.layers.linear import Linear  # noqa: PLC0415
+
+            super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), Linear(4 * 62 * 62, 3))
+
+    def build() -> tuple[nn.Module, Any]:
+        return Net(), torch.randn(2, *network_support.SHAPE)
+
+    row = network_support.support("net", build)
+    assert (row.way, row.layers) in {("program", 1), ("modules", 1)}
+    assert row.error < 1e-4

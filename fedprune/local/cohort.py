@@ -161,7 +161,7 @@ class _Stack:
         states: list[Tensors] = []
         for member in members:
             load_state_(model, member.state)
-            states.append({name: x.detach().clone() for name, x in model.state_dict().items()})
+            states.append({name: x.detach().clone() for name, x in _tensors(model).items()})
         stacked = {name: torch.stack([s[name] for s in states]) for name in states[0]}
         # What is frozen goes with the buffers.
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -209,9 +209,10 @@ class _Stack:
 
     def unstack(self, row: int) -> SparseState:
         """A member's state; the model is left holding it."""
-        self._model.load_state_dict(
-            {name: x[row] for name, x in {**self._weights, **self._buffers}.items()}
-        )
+        own = _tensors(self._model)
+        with torch.no_grad():
+            for name, x in {**self._weights, **self._buffers}.items():
+                own[name].copy_(x[row])
         return module_state(self._model, self._order, self._patterns)
 
     def state_bytes(self) -> int:
@@ -261,6 +262,11 @@ class _Stack:
             flat.index_add_(1, self._active[name], step, alpha=-self._sgd.lr)
         else:
             flat.add_(step, alpha=-self._sgd.lr)
+
+
+def _tensors(model: nn.Module) -> Tensors:
+    """Parameters and buffers by name, what is shared once."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 Batch = tuple[int, Array, Array]

@@ -1,9 +1,9 @@
-"""Clients prune a network of torchvision together, on pictures drawn here.
+"""Clients prune a network of timm together, on pictures drawn here.
 
-Run it: python examples/torchvision_network.py
+python examples/timm_network.py
 
-"timm/NAME" and "hf/FOLDER" name networks of timm and transformers in the same way; weights are
-drawn by the seed. For pre-trained ones give a function that loads them.
+"torchvision/NAME" and "hf/FOLDER" name those of torchvision and transformers in the same way. The
+seed draws their weights; for pre-trained ones give a function that loads them.
 """
 
 import torch
@@ -23,13 +23,14 @@ def pictures(count, seed):
 
 
 result = fedprune.run(
-    model="torchvision/shufflenet_v2_x0_5",
-    data={"train": pictures(240, seed=0), "test": pictures(80, seed=1)},
+    model="timm/test_convnext",
+    data={"train": pictures(160, seed=0), "test": pictures(40, seed=1)},
     method=fedprune.Magnitude(density=0.1),
     rounds=2,
     clients=3,
-    settings={"server.pretrain_epochs": 2, "training.batch_size": 16},
+    optimizer="adamw",
+    settings={"training.lr": 0.003, "training.batch_size": 16},
 )
 summary = result.summary
-print(f"{summary['model']}: accuracy {summary['accuracy']:.2f} at density {summary['density']:.2f}")
-print(f"a client sent {summary['bytes_up'] / 1e6:.2f} MB; results in {result.folder}")
+print(f"test accuracy {summary['test_accuracy']:.2f} at density {summary['density']:.2f}")
+print(f"a client sent {summary['bytes_up_steady_round']:,} bytes a round")
