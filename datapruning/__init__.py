@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from datapruning.selection.table import ScoreTable, Subset
     from datapruning.students.train import train
     from prunelab.data.samples import ImageSamples, TokenSamples
+    from prunelab.data.streamed import stream
     from prunelab.training.loop import TrainingConfig, evaluate
     from prunelab.training.task import CausalLM, ImageClassification, Task, TextClassification
 else:
@@ -32,6 +33,7 @@ else:
             "datapruning.selection.table": "ScoreTable Subset",
             "datapruning.students.train": "train",
             "prunelab.data.samples": "ImageSamples TokenSamples",
+            "prunelab.data.streamed": "stream",
             "prunelab.training.loop": "TrainingConfig evaluate",
             "prunelab.training.task": "CausalLM ImageClassification Task TextClassification",
         },
@@ -52,5 +54,6 @@ __all__ = [
     "evaluate",
     "score",
     "select",
+    "stream",
     "train",
 ]

@@ -102,6 +102,10 @@ def score(  # noqa: PLR0917 - the command's options
     threads: Threads = 1,
     shard_size: Annotated[int, typer.Option(help="Samples of a part.")] = 4096,
     settings: Options = None,
+    streamed: Annotated[
+        bool,
+        typer.Option("--stream", help="Read the folder's parquet or tar files as they are needed."),
+    ] = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -109,6 +113,7 @@ def score(  # noqa: PLR0917 - the command's options
     from datapruning.reports.score_report import proxy_check, report_path, write_score_report  # noqa: PLC0415
     from datapruning.scoring.score import dense_path, table_paths  # noqa: PLC0415
     from datapruning.scoring.score import score as run_score  # noqa: PLC0415
+    from prunelab.data.streamed import stream  # noqa: PLC0415
     from prunelab.training.loop import TrainingConfig  # noqa: PLC0415
     from prunelab.training.task import ImageClassification  # noqa: PLC0415
 
@@ -120,7 +125,7 @@ def score(  # noqa: PLR0917 - the command's options
     is_new = force or not page.exists() or not all(path.exists() for path in dense.values())
     with progress_bar() as progress, warnings_shown():
         tables = run_score(
-            dataset, method=names, model=model, out=out,
+            stream(dataset) if streamed else dataset, method=names, model=model, out=out,
             task=ImageClassification(layer=layer),
             training=TrainingConfig(epochs=epochs, batch_size=batch_size, lr=lr),
             seed=seed, density=density, check=check, runs=runs, early=early,

@@ -19,7 +19,7 @@ LABEL, CLIENT = "label", "client"
 
 _FILE = re.compile(
     r"(?P<number>[-_.]?(part|shard|chunk)?[-_.]?\d+([-_.]of[-_.](?P<total>\d+))?"
-    r"(?P<mark>[-_.][0-9a-f]{16})?)?\.parquet"
+    r"(?P<mark>[-_.][0-9a-f]{16})?)?\.(parquet|tar)"
 )
 """What follows the name of a side: nothing, or a number, "-of-" how many, the hub's older mark."""
 
@@ -74,7 +74,7 @@ def read_side(folder: Path, names: Sequence[str]) -> Pictures:
     return Pictures(labels, cells, groups, parts[0].class_names)
 
 
-def side_files(folder: Path, names: Sequence[str]) -> list[Path]:
+def side_files(folder: Path, names: Sequence[str], *, suffix: str = ".parquet") -> list[Path]:
     """The files of the first of these sides that a folder has, in order.
 
     They are called NAME.parquet or numbered (NAME-00000-of-00002.parquet, NAME_1.parquet;
@@ -85,7 +85,7 @@ def side_files(folder: Path, names: Sequence[str]) -> list[Path]:
     Raises:
         DataError: no such files, several that could be meant, or one of several missing.
     """
-    everything = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
+    everything = sorted(path for path in folder.rglob(f"*{suffix}") if path.is_file())
     for name in names:
         called = [
             path
@@ -105,7 +105,7 @@ def side_files(folder: Path, names: Sequence[str]) -> list[Path]:
             )
         return found
     raise DataError(
-        f"no {names[0]}*.parquet in {folder}; expected train*.parquet and test*.parquet"
+        f"no {names[0]}*{suffix} in {folder}; expected train*{suffix} and test*{suffix}"
     )
 
 
@@ -161,17 +161,7 @@ def _read(path: Path) -> _Part:
     try:
         # Not read_table, to_numpy or take: they import pandas and more, for half a second.
         file = pyarrow.parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        image = next((name for name in IMAGE_COLUMNS if name in names), None)
-        if image is None or LABEL not in names:
-            raise DataError(
-                f"{path}: expected columns {' (or '.join(IMAGE_COLUMNS)}) and {LABEL}, got "
-                f"{sorted(names)}"
-            )
-        wanted = [name for name in (image, LABEL, CLIENT) if name in names]
-        twice = next((name for name in wanted if names.count(name) > 1), None)
-        if twice is not None:
-            raise DataError(f"{path} has two columns {twice!r}; rename one of them")
+        image, wanted = columns_of(path, file.schema_arrow.names)
         table = file.read(columns=wanted)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"cannot read {path}: {error}") from None
@@ -181,13 +171,32 @@ def _read(path: Path) -> _Part:
     values = table[LABEL].to_pylist()
     labels = checked_labels(values, where=str(path)).numpy() if values else np.empty(0, np.int64)
     groups = table[CLIENT].to_pylist() if CLIENT in wanted else None
-    return _Part(path, table[image], labels, groups, _class_names(table))
+    return _Part(path, table[image], labels, groups, class_names(table.schema))
 
 
-def _class_names(table: Any) -> tuple[str, ...]:
+def columns_of(path: Path, names: Sequence[str]) -> tuple[str, list[str]]:
+    """The image column of a file, and all columns that are read of it.
+
+    Raises:
+        DataError: a column is missing, or there are two of its name.
+    """
+    image = next((name for name in IMAGE_COLUMNS if name in names), None)
+    if image is None or LABEL not in names:
+        raise DataError(
+            f"{path}: expected columns {' (or '.join(IMAGE_COLUMNS)}) and {LABEL}, got "
+            f"{sorted(names)}"
+        )
+    wanted = [name for name in (image, LABEL, CLIENT) if name in names]
+    twice = next((name for name in wanted if list(names).count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path} has two columns {twice!r}; rename one of them")
+    return image, wanted
+
+
+def class_names(schema: Any) -> tuple[str, ...]:
     """Names of the classes that Hugging Face's libraries leave in a table's metadata."""
     try:
-        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return tuple(map(str, features[LABEL]["names"]))
     except (KeyError, TypeError, ValueError):
         return ()

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunelab import networks
-from prunelab.data.samples import NO_LOSS, ImageSamples, Samples, TargetSamples, TokenSamples
+from prunelab.data.samples import (
+    NO_LOSS,
+    ImageSamples,
+    Samples,
+    TargetSamples,
+    TokenSamples,
+    sizes,
+)
+from prunelab.data.streamed import StreamedImages
 from prunelab.errors import ModelError
 from prunelab.runs.imported import imported
 from sparsemodel.layers.linear_and_conv import SparseLinear
@@ -287,12 +295,9 @@ def check_fits(task: Task, model: nn.Module, samples: Samples, *, num_classes: i
         num_classes: of the whole data set; None: as many as the samples' labels reach.
     """
     is_image = getattr(type(task), "logits", None) is ImageClassification.logits
-    if is_image and isinstance(samples, ImageSamples):
-        networks.check_fits(
-            model,
-            input_shape=tuple(samples.images.shape[1:]),
-            num_classes=num_classes or int(samples.labels.max()) + 1,
-        )
+    if is_image and isinstance(samples, ImageSamples | StreamedImages):
+        found, shape = sizes(samples)
+        networks.check_fits(model, input_shape=shape, num_classes=num_classes or found)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
