@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from prunelab.data.batches import Integers
-from prunelab.data.checked import Array, checked_label, checked_labels
+from prunelab.data.checked import checked_label, checked_labels
 from prunelab.data.parquet import side_files
 from prunelab.errors import DataError
 
@@ -246,7 +247,7 @@ def _found(path: str | Path) -> list[Path]:
     return side_files(folder, ("train",), suffix=kinds[0]) if has_sides else shown
 
 
-def blocks_of(rows: Sequence[int], sizes: Sequence[int], runs: Sequence[int]) -> Layout:
+def blocks_of(rows: ArrayLike, sizes: ArrayLike, runs: ArrayLike) -> Layout:
     """A layout of blocks of so many rows and bytes."""
-    columns: list[Array] = [np.asarray(column, np.int64) for column in (rows, sizes, runs)]
-    return Layout(np.concatenate([[0], np.cumsum(columns[0])]), columns[1], columns[2])
+    counts, sizes, runs = (np.asarray(column, np.int64) for column in (rows, sizes, runs))
+    return Layout(np.concatenate([[0], np.cumsum(counts)]), sizes, runs)

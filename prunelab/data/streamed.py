@@ -171,14 +171,14 @@ def stream(
     # A batch may lie across two windows, and a block is read whole.
     kept = WINDOW + 2 * BLOCK_BYTES
     shards = TarShards(files) if suffix == ".tar" else ParquetShards(files, kept=kept)
-    is_one = isinstance(path, str | Path)
+    one = path if isinstance(path, str | Path) else None
     return StreamedImages(
         shards,
-        name=Path(path).name if is_one else found[0].parent.name,
+        name=found[0].parent.name if one is None else Path(one).name,
         resize=size,
         channels=channels,
         opened_with={
-            "path": str(Path(path).absolute()) if is_one else [str(file.path) for file in files],
+            "path": [str(f.path) for f in files] if one is None else str(Path(one).absolute()),
             "resize": None if size is None else list(size),
             "channels": channels,
         },

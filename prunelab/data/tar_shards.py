@@ -15,7 +15,7 @@ import numpy as np
 
 from prunelab.data.batches import Integers
 from prunelab.data.parquet import LABEL
-from prunelab.data.shards import BLOCK_BYTES, Labels, ShardFile, blocks_of
+from prunelab.data.shards import BLOCK_BYTES, Labels, Layout, ShardFile, blocks_of
 from prunelab.errors import DataError
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
@@ -64,7 +64,7 @@ class TarShards:
                     data = os.pread(opened.fileno(), self._sizes[row], self._offsets[row])
                     yield f"{file.path}: sample {row - int(self._starts[number])}", data
 
-    def _layout(self) -> Any:
+    def _layout(self) -> Layout:
         """Blocks of about as many bytes, none of two files."""
         offsets, sizes = (np.frombuffer(x, np.int64) for x in (self._offsets, self._sizes))
         number = np.repeat(np.arange(len(self.files)), np.diff(self._starts))
@@ -120,7 +120,7 @@ def _members(file: ShardFile, opened: Any) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=opened, mode="r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # it would hold them all
+                archive.members = []  # type: ignore[attr-defined]  # it would hold them all
                 if member.isreg() and not member.issparse():
                     yield member
             end = archive.offset

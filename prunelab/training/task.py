@@ -297,6 +297,8 @@ def check_fits(task: Task, model: nn.Module, samples: Samples, *, num_classes: i
     is_image = getattr(type(task), "logits", None) is ImageClassification.logits
     if is_image and isinstance(samples, ImageSamples | StreamedImages):
         found, shape = sizes(samples)
+        assert shape is not None
+        assert found is not None
         networks.check_fits(model, input_shape=shape, num_classes=num_classes or found)
 
 
