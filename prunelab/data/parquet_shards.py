@@ -63,11 +63,14 @@ class ParquetShards:
 
     def cells(self, rows: Integers) -> Iterator[tuple[str, Any]]:
         """The place and the bytes of the picture of each row; rows ascend."""
+        run, first = -1, -1
         for block, members in groupby(rows.tolist(), key=self._block_of(rows)):
-            number, _ = self._groups[int(self.layout.runs[block])]
+            if self.layout.runs[block] != run:
+                run, first = int(self.layout.runs[block]), block
+            number, _ = self._groups[run]
             file = self.files[number]
             file.check()
-            values, asked = self._block(block)
+            values, asked = self._block(block, first=first)
             start = int(self.layout.starts[block])
             for row in members:
                 asked[row - start] = True
@@ -83,50 +86,59 @@ class ParquetShards:
     def _forget(self) -> None:
         self._blocks: OrderedDict[int, tuple[Any, Array]] = OrderedDict()
         self._batches: Iterator[Any] | None = None  # of the run that is open
-        self._run, self._next = -1, -1
+        self._run = self._next = self._from = -1  # what is kept begins with the last
 
     def _block_of(self, rows: Integers) -> Any:
         blocks = iter(self.layout.block_of(rows).tolist())
         return lambda row: next(blocks)
 
-    def _block(self, block: int) -> tuple[Any, Array]:
-        """The pictures of a block, and which of them were asked for."""
+    def _block(self, block: int, *, first: int) -> tuple[Any, Array]:
+        """The pictures of a block, and which of them were asked for.
+
+        Args:
+            first: of the blocks of this run that are wanted now.
+        """
         if block not in self._blocks:
-            self._read_to(block)
+            self._read_to(block, first=first)
         self._blocks.move_to_end(block)
         return self._blocks[block]
 
-    def _read_to(self, block: int) -> None:
-        """Read from where the place is, or from the beginning of the block's run."""
+    def _read_to(self, block: int, *, first: int) -> None:
+        """Read from where the place is, or from the beginning of the block's run.
+
+        What is passed on the way is kept, since to come back means to begin anew; but not what
+        was passed before.
+        """
         run = int(self.layout.runs[block])
         number, group = self._groups[run]
-        with _reading(self.files[number], group):
-            if self._batches is None or self._run != run or self._next > block:
-                first = int(np.searchsorted(self.layout.runs, run))
-                opened = _opened(self.files[number])
-                self._batches = opened.iter_batches(
-                    int(self.layout.starts[first + 1] - self.layout.starts[first]),
+        batches, place = self._batches, self._next
+        if batches is None or self._run != run or place > block:
+            begin = place = int(np.searchsorted(self.layout.runs, run))
+            with _reading(self.files[number]):
+                batches = _opened(self.files[number]).iter_batches(
+                    int(self.layout.starts[begin + 1] - self.layout.starts[begin]),
                     row_groups=[group], columns=[self._columns[number]], use_threads=False,
                 )  # fmt: skip
-                self._run, self._next = run, first
-            while self._next <= block:
-                values = next(self._batches).column(0)
+            self._run, self._from = run, first
+        self._batches = None  # whatever stops what follows, nobody goes on from it
+        with _reading(self.files[number], group):
+            for passed in range(place, block + 1):
+                values = next(batches).column(0)
                 if "." in self._columns[number]:
                     values = values.field(0)
-                # What was passed on the way is kept, too: to come back means to begin anew.
-                self._keep(self._next, values)
-                self._next += 1
+                expected = int(self.layout.starts[passed + 1] - self.layout.starts[passed])
+                if len(values) != expected:
+                    raise ValueError(f"{len(values)} rows where {expected} are said to be")
+                if passed >= self._from and passed not in self._blocks:
+                    self._keep(passed, values)
+        self._batches, self._next = batches, block + 1
 
     def _keep(self, block: int, values: Any) -> None:
-        expected = int(self.layout.starts[block + 1] - self.layout.starts[block])
-        if len(values) != expected:
-            raise ValueError(f"{len(values)} rows where {expected} are said to be")
         self._blocks[block] = values, np.zeros(len(values), np.bool_)
-        self._blocks.move_to_end(block)
-        while sum(kept.nbytes for kept, _ in self._blocks.values()) > self._kept:
-            if len(self._blocks) == 1:
-                break
-            self._blocks.popitem(last=False)
+        size = sum(kept.nbytes for kept, _ in self._blocks.values())
+        while size > self._kept and len(self._blocks) > 1:
+            _, (oldest, _) = self._blocks.popitem(last=False)
+            size -= oldest.nbytes
 
     def _read_labels(self, opened: Any, file: ShardFile) -> None:
         row = 0

@@ -26,7 +26,7 @@ from prunelab.data.parquet import side_files
 from prunelab.errors import DataError
 
 SUFFIXES = (".parquet", ".tar")
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 1 << 20
 """About as many bytes of pictures are read at a time."""
 
 _SIDES = ("train", "test", "val")
