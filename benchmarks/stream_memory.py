@@ -1,18 +1,21 @@
 """Memory and time of scoring images that stay in their files, by their number.
 
     python -m benchmarks.stream_memory [--quick] [--json] [--plot FILE.png] [--threads N]
-        [--counts SMALL,LARGE]
+        [--processor-time] [--counts SMALL,LARGE]
 
 Pictures of 3×16×16 (PNG) lie in shards of 10,000, parquet with row groups of 1,000 and WebDataset's
-tar. `datapruning.score(stream(FOLDER), method="el2n")` scores them with a little network, each case
-in a fresh process. The peak is the kernel's high-water mark of the whole process, at the end; a
-second row has it above what was resident once everything was imported. The larger number stands
-beside the smaller: a ratio of 1 is memory that does not grow. One more case trains (method
-forgetting, one epoch) on the smaller number.
+tar; for times also 4,000 of 3×128×128 (JPEG). A little network scores them by
+`datapruning.score(stream(FILES), method="el2n")`, each case in a fresh process. The peak is the
+kernel's high-water mark of the whole process at the end; a second row has it above what was
+resident once everything was imported. The larger number of images stands beside the smaller: a
+ratio of 1 is memory that does not grow. One more case trains (method forgetting, one epoch) on the
+smaller number.
 
-Time is that of the whole call, with the index, the checksums and the table, an image. Its peer
-reads the same files by a torch DataLoader that yields whole batches, at the best of its numbers of
-workers, and computes EL2N alone; both must come to the same scores. Works on Linux alone.
+Time is that of the whole call, with the index, the checksums and the table, an image. Its peers
+read the same files by a torch DataLoader that yields whole batches, with none or some workers, and
+compute EL2N alone; the scores must be the same. Ours decodes the larger pictures by as many threads
+as the fastest of these numbers. With --processor-time, time is that of the processors, of workers
+as well. Works on Linux alone.
 """
 
 from __future__ import annotations
@@ -21,13 +24,12 @@ import argparse
 import io
 import json
 import math
+import os
 import shutil
-import struct
 import subprocess
 import sys
 import tarfile
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from benchmarks.process_memory import resident
-from benchmarks.rows import Row, add_arguments, show
+from benchmarks.rows import Row, add_arguments, add_timing_arguments, show
 from benchmarks.timing import use_threads
 from prunelab.runs.temporary import temporary_folder
 
@@ -45,95 +47,138 @@ BENCH = "stream_memory"
 KINDS = ("parquet", "tar")
 COUNTS, QUICK = (20_000, 200_000), (2_000, 8_000)
 SHARD, GROUP, BATCH = 10_000, 1_000, 256
-SHAPE, CLASSES = (3, 16, 16), 10
+SMALL, LARGE, CLASSES = 16, 128, 10  # pixels of a side
+NUM_LARGE = 4_000
 WORKERS = (0, 1, 2)
 TOLERANCE = 1e-6
 MIB = 2**20
+WALL, PROCESSOR = "seconds", "processor seconds"
+
+Found = dict[str, float]
+"""What `measure` tells of a case."""
 
 
-def rows(counts: Sequence[int], *, threads: int, workers: Sequence[int]) -> Iterator[Row]:
+def rows(
+    counts: Sequence[int], *, threads: int, workers: Sequence[int], clock: str = WALL
+) -> Iterator[Row]:
     """Peaks in MiB and times in ms, for either kind of file."""
     size = min(SHARD, *counts)
     with temporary_folder() as folder:
         for kind in KINDS:
             write_shards(folder / kind, kind, max(counts), size=size)
-            yield from _of_kind(kind, folder / kind, counts, threads=threads, workers=workers)
+            yield from _of_kind(
+                kind, folder / kind, counts, threads=threads, workers=workers, clock=clock
+            )
+        kind, count = KINDS[0], min(NUM_LARGE, *counts)
+        write_shards(folder / "large", kind, count, size=count, side=LARGE)
+
+        def of(side: str) -> Found:
+            case = {"count": count, "of": count, "threads": threads}
+            return measured(side, kind, folder / "large", **case)
+
+        ours = min((of(f"ours {n}") for n in workers), key=lambda found: found[clock])
+        peers = {n: of(f"loader {n}") for n in workers}
+        yield from _times(
+            f"{kind} {count} images of {LARGE}x{LARGE}", count, ours, peers, clock=clock
+        )
 
 
 def _of_kind(
-    kind: str, folder: Path, counts: Sequence[int], *, threads: int, workers: Sequence[int]
+    kind: str,
+    folder: Path,
+    counts: Sequence[int],
+    *,
+    threads: int,
+    workers: Sequence[int],
+    clock: str,
 ) -> Iterator[Row]:
     small, large = counts
 
-    def of(side: str, count: int) -> dict[str, float]:
-        return measured(side, kind, folder, count=count, of=large, threads=threads)
+    def of(side: str, count: int) -> Found:
+        case = {"count": count, "of": large, "threads": threads}
+        return measured(side, kind, folder, **case)
 
-    few, many = of("ours", small), of("ours", large)
+    few, many = of("ours 0", small), of("ours 0", large)
     name = f"ours, {small} images"
     for what in ("peak", "peak above imports"):
         case = f"{kind} {large} images, {what}"
         yield Row(BENCH, case, 1.0, many[what] / MIB, few[what] / MIB, name, "MiB")
     if kind == KINDS[0]:
-        trained = of("training", small)
+        trained = of("training 0", small)
         case = f"{kind} {small} images, training, peak"
         yield Row(BENCH, case, 1.0, trained["peak"] / MIB, few["peak"] / MIB, name, "MiB")
-    for n in workers:
-        peer = of(f"loader {n}", large)
-        if not math.isclose(peer["mean"], many["mean"], rel_tol=TOLERANCE):
-            raise RuntimeError(f"{kind}: mean score {many['mean']}, by a DataLoader {peer['mean']}")
-        case = f"{kind} {large} images, an image"
-        times = (1e3 * side["seconds"] / large for side in (many, peer))
-        yield Row(BENCH, case, 1.0, *times, f"DataLoader, {n} workers", "ms")
+    peers = {n: of(f"loader {n}", large) for n in workers}
+    yield from _times(f"{kind} {large} images", large, many, peers, clock=clock)
 
 
-def measured(side: str, kind: str, folder: Path, **case: int) -> dict[str, float]:
+def _times(
+    case: str, count: int, ours: Found, peers: dict[int, Found], *, clock: str
+) -> Iterator[Row]:
+    for n, peer in peers.items():
+        if not math.isclose(peer["mean"], ours["mean"], rel_tol=TOLERANCE):
+            raise RuntimeError(f"{case}: mean score {ours['mean']}, by a DataLoader {peer['mean']}")
+        times = (1e3 * side[clock] / count for side in (ours, peer))
+        yield Row(BENCH, f"{case}, an image", 1.0, *times, f"DataLoader, {n} workers", "ms")
+
+
+def measured(side: str, kind: str, folder: Path, **case: int) -> Found:
     """`measure` in a fresh process."""
     words = json.dumps([side, kind, str(folder), case])
     command = [sys.executable, "-m", f"benchmarks.{BENCH}", "--measure", words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{side}, {kind}, {case}: {done.stderr[-800:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: Found = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def measure(
-    side: str, kind: str, folder: Path, *, count: int, of: int, threads: int
-) -> dict[str, float]:
-    """Score so many images of those in the folder: peaks in bytes, seconds, the mean score."""
+def measure(side: str, kind: str, folder: Path, *, count: int, of: int, threads: int) -> Found:
+    """Score so many images of those in the folder: peaks in bytes, seconds, the mean score.
+
+    Args:
+        side: "ours", "loader" or "training", and its number of workers.
+    """
     import datapruning.scoring.score  # noqa: F401, PLC0415 - before the first look at memory
 
     torch.set_num_threads(threads)
     files = sorted(folder.glob(f"*.{kind}"))
     files = files[: count * len(files) // of]
-    before, started = resident("VmRSS"), time.perf_counter()
-    if side.startswith("loader"):
-        scores = _by_loader(kind, files, num_workers=int(side.split()[1]))
+    way, number = side.split()
+    before, started, spent = resident("VmRSS"), time.perf_counter(), _processor_seconds()
+    if way == "loader":
+        scores = _by_loader(kind, files, num_workers=int(number))
     else:
-        scores = _ours(files, side)
+        scores = _ours(files, num_workers=int(number), trains=way == "training")
     seconds, peak = time.perf_counter() - started, resident("VmHWM")
+    spent = _processor_seconds() - spent
     if len(scores) != count:
         raise RuntimeError(f"{len(scores)} scores of {count} images")
     return {
-        "peak": peak, "peak above imports": peak - before, "seconds": seconds,
+        "peak": peak, "peak above imports": peak - before, WALL: seconds,
+        PROCESSOR: spent,
         "mean": float(scores.double().mean()),
     }  # fmt: skip
 
 
+def _processor_seconds() -> float:
+    """Of this process and of children that have ended."""
+    return sum(os.times()[:4])
+
+
 def network(seed: int = 0) -> nn.Module:
-    """A little network with random weights."""
+    """A little network with random weights, for pictures of any size."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(SHAPE[0], 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
-        nn.Linear(8 * SHAPE[1] * SHAPE[2] // 4, CLASSES),
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(8), nn.Flatten(),
+        nn.Linear(8 * 64, CLASSES),
     )  # fmt: skip
 
 
-def _ours(files: Sequence[Path], side: str) -> Tensor:
+def _ours(files: Sequence[Path], *, num_workers: int, trains: bool) -> Tensor:
     import datapruning  # noqa: PLC0415
 
-    samples = datapruning.stream(files)
-    if side == "training":
+    samples = datapruning.stream(files, num_workers=num_workers)
+    if trains:
         once = datapruning.TrainingConfig(epochs=1, lr=0.01)
         table = datapruning.score(samples, model=network, method="forgetting", training=once)
     else:
@@ -201,13 +246,16 @@ def _tar_batches(path: Path) -> Iterator[tuple[list[bytes], list[int]]]:
         yield cells, labels
 
 
-def write_shards(folder: Path, kind: str, count: int, *, size: int) -> None:
-    """So many pictures in files of one size; tar files behind the first are copies of it."""
+def write_shards(folder: Path, kind: str, count: int, *, size: int, side: int = SMALL) -> None:
+    """So many pictures in files of one size; tar files behind the first are copies of it.
+
+    A number stands behind each picture, where no reader looks, so that no two are alike.
+    """
     folder.mkdir(parents=True)
-    pictures = _pictures()
+    pictures = _pictures(side)
     for number, start in enumerate(range(0, count, size)):
         path = folder / f"train-{number:06d}.{kind}"
-        cells = (_numbered(pictures[i % len(pictures)], start + i) for i in range(size))
+        cells = (pictures[i % len(pictures)] + b"%d" % (start + i) for i in range(size))
         if kind == "parquet":
             _write_parquet(path, list(cells))
         elif number:
@@ -216,24 +264,18 @@ def write_shards(folder: Path, kind: str, count: int, *, size: int) -> None:
             _write_tar(path, cells)
 
 
-def _pictures() -> list[bytes]:
+def _pictures(side: int) -> list[bytes]:
+    """Files of random pictures, smooth ones where they are large."""
     import numpy as np  # noqa: PLC0415
     from PIL import Image  # noqa: PLC0415
 
     random, found = np.random.default_rng(0), []
     for _ in range(512):
         buffer = io.BytesIO()
-        pixels = random.integers(0, 256, (*SHAPE[1:], SHAPE[0]), dtype=np.uint8)
-        Image.fromarray(pixels).save(buffer, "PNG")
+        picture = Image.fromarray(random.integers(0, 256, (SMALL, SMALL, 3), dtype=np.uint8))
+        picture.resize((side, side)).save(buffer, "PNG" if side == SMALL else "JPEG")
         found.append(buffer.getvalue())
     return found
-
-
-def _numbered(png: bytes, number: int) -> bytes:
-    """The picture with a number in it as text, so that no two files are alike."""
-    text = b"tEXtnumber\0%d" % number
-    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
-    return png[:33] + chunk + png[33:]  # behind the header
 
 
 def _write_parquet(path: Path, cells: list[bytes]) -> None:
@@ -258,6 +300,7 @@ def main() -> None:
     """Run the command, or one case of it."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{BENCH}", description=__doc__)
     add_arguments(parser, quick="2,000 and 8,000 images, a DataLoader without workers")
+    add_timing_arguments(parser)
     parser.add_argument("--counts", help="two numbers of images")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -270,7 +313,8 @@ def main() -> None:
     if arguments.counts:
         counts = tuple(map(int, arguments.counts.split(",")))
     workers = WORKERS[:1] if arguments.quick else WORKERS
-    show(rows(counts, threads=threads, workers=workers), arguments)
+    clock = PROCESSOR if arguments.processor_time else WALL
+    show(rows(counts, threads=threads, workers=workers, clock=clock), arguments)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,11 @@ class StreamedImages:
         name: str,
         resize: tuple[int, int] | None,
         channels: int | None,
+        num_workers: int,
         opened_with: dict[str, Any],
     ) -> None:
         self._shards, self.name, self._resize = shards, name, resize
+        self._num_workers = num_workers
         self.opened_with = opened_with
         if not len(shards.labels):
             raise DataError(f"{name}: no samples in {len(shards.files)} files")
@@ -88,10 +91,19 @@ class StreamedImages:
         wanted = self.ids[rows].numpy()  # refuses rows that are not there
         images = np.empty((len(wanted), *self.input_shape), np.uint8)
         order = np.argsort(wanted, kind="stable")
+
+        def decode(number: int, found: tuple[str, Any]) -> None:
+            place, cell = found
+            images[number] = self._fitted(self._decoded(cell, place), place)
+
         with self._lock:
             cells = self._shards.cells(wanted[order])
-            for number, (place, cell) in zip(order.tolist(), cells, strict=True):
-                images[number] = self._fitted(self._decoded(cell, place), place)
+            if self._num_workers:
+                with ThreadPoolExecutor(self._num_workers) as pool:
+                    list(pool.map(decode, order.tolist(), cells))
+            else:
+                for number, found in zip(order.tolist(), cells, strict=True):
+                    decode(number, found)
         return torch.from_numpy(images)
 
     def training_order(self, rows: Tensor, *, rng: np.random.Generator) -> Integers:
@@ -140,6 +152,7 @@ def stream(
     *,
     resize: int | tuple[int, int] | None = None,
     channels: int | None = None,
+    num_workers: int = 0,
 ) -> StreamedImages:
     """Open sharded pictures that need not go into memory: parquet files, or WebDataset's tars.
 
@@ -154,6 +167,8 @@ def stream(
         resize: height and width, or one number for both, to bring pictures to.
         channels: 3: gray pictures become RGB, where the first is gray; None: as many as the first
             picture has.
+        num_workers: threads that decode; 0: the caller's own, which is faster for small pictures
+            (below about 64×64).
 
     Returns:
         Samples for `score`, `train`, `kept.of` and whatever else takes samples.
@@ -166,8 +181,10 @@ def stream(
         raise DataError(f"resize must be a height and a width of 1 or more, got {resize!r}")
     if channels not in (None, 1, 3):
         raise DataError(f"channels must be 1 or 3, got {channels!r}")
+    if num_workers < 0:
+        raise DataError(f"num_workers must be 0 or more, got {num_workers}")
     suffix, found = shard_files(path)
-    files = [ShardFile.at(file.resolve()) for file in found]
+    files = [ShardFile.at(file.absolute()) for file in found]
     # A batch may lie across two windows, and a block is read whole.
     kept = WINDOW + 2 * BLOCK_BYTES
     shards = TarShards(files) if suffix == ".tar" else ParquetShards(files, kept=kept)
@@ -177,6 +194,7 @@ def stream(
         name=found[0].parent.name if one is None else Path(one).name,
         resize=size,
         channels=channels,
+        num_workers=num_workers,
         opened_with={
             "path": [str(f.path) for f in files] if one is None else str(Path(one).absolute()),
             "resize": None if size is None else list(size),

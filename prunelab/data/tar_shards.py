@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import tarfile
 from array import array
@@ -61,8 +60,9 @@ class TarShards:
             file.check()
             with file.path.open("rb", buffering=0) as opened:
                 for row in rows[numbers == number].tolist():
-                    data = os.pread(opened.fileno(), self._sizes[row], self._offsets[row])
-                    yield f"{file.path}: sample {row - int(self._starts[number])}", data
+                    opened.seek(self._offsets[row])
+                    place = row - int(self._starts[number])
+                    yield f"{file.path}: sample {place}", opened.read(self._sizes[row])
 
     def _layout(self) -> Layout:
         """Blocks of about as many bytes, none of two files."""
@@ -109,7 +109,7 @@ def _samples(file: ShardFile) -> Iterator[_Sample]:
                     )
                 current.offset, current.size = member.offset_data, member.size
             elif kind == CLASS or (kind == JSON and current.label is None):
-                label = _label(file, opened.fileno(), member, kind)
+                label = _label(file, opened, member, kind)
                 current.label = current.label if label is None else label
     if current is not None:
         yield _whole(current, file)
@@ -128,7 +128,8 @@ def _members(file: ShardFile, opened: Any) -> Iterator[tarfile.TarInfo]:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{file.path} is not a readable, uncompressed tar file ({error})") from None
-    if os.pread(opened.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+    opened.seek(end)
+    if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise DataError(
             f"{file.path} is damaged or cut off: from byte {end} on it is no tar file; write it "
             "again"
@@ -152,12 +153,13 @@ def _whole(sample: _Sample, file: ShardFile) -> _Sample:
     return sample
 
 
-def _label(file: ShardFile, descriptor: int, member: tarfile.TarInfo, kind: str) -> Any:
+def _label(file: ShardFile, opened: Any, member: tarfile.TarInfo, kind: str) -> Any:
     """A whole number or a text; None where a JSON object has no label."""
     where = f"{file.path}: {member.name}"
     if member.size > LARGEST_LABEL:
         raise DataError(f"{where} has {member.size} bytes, too many for a label")
-    data = os.pread(descriptor, member.size, member.offset_data)
+    opened.seek(member.offset_data)
+    data = opened.read(member.size)
     try:
         text = data.decode("utf-8-sig").strip()
         if kind == CLASS:

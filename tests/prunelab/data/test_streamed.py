@@ -89,6 +89,16 @@ def test_rows_that_are_not_there_are_refused(folder: Path) -> None:
         stream(folder).batch(torch.tensor([COUNT]))
 
 
+def test_workers_decode_the_same_and_name_what_is_damaged(folder: Path, tmp_path: Path) -> None:
+    samples = stream(folder, num_workers=3)
+    rows = torch.randperm(COUNT)
+    assert torch.equal(samples.pixels(rows), torch.from_numpy(IMAGES)[rows])
+    assert samples.opened_with == stream(folder).opened_with
+    damaged = write_parquet(tmp_path / "d.parquet", [*cells_of(IMAGES[:3]), b"no"], [0] * 4)
+    with pytest.raises(DataError, match=r"d\.parquet: row 3 is not a picture"):
+        stream(damaged, num_workers=2).pixels(torch.arange(4))
+
+
 def test_a_copy_in_another_process_reads_the_same(folder: Path) -> None:
     samples = stream(folder)
     first = samples.pixels(torch.arange(9))
@@ -535,6 +545,7 @@ def test_refused(case: str, tmp_path: Path) -> None:
         (["gone.tar"], {}, "cannot be read"),
         ("a.parquet", {"resize": (0, 3)}, "resize must be"),
         ("a.parquet", {"channels": 2}, "channels must be 1 or 3"),
+        ("a.parquet", {"num_workers": -1}, "num_workers must be"),
     ],
 )
 def test_refused_arguments(
