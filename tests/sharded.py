@@ -16,10 +16,10 @@ from PIL import Image
 from prunelab.data.checked import Array
 
 
-def png(image: Array) -> bytes:
-    """A file of uint8 [H, W] or [H, W, 3]."""
+def png(image: Array, *, level: int = 6) -> bytes:
+    """A file of uint8 [H, W] or [H, W, 3]; level 0: not compressed, and fast to read."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+    Image.fromarray(image).save(buffer, "PNG", compress_level=level)
     return buffer.getvalue()
 
 

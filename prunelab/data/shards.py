@@ -186,6 +186,7 @@ class Labels:
         with suppress(OverflowError):  # checked_labels refuses what is larger
             numbers = numbers.astype(np.int64)
         classes = numbers[np.frombuffer(self._samples, np.int64)]
+        self._samples = array("q")  # nobody asks twice
         return checked_labels(classes, where=where), tuple(texts) or self.names
 
 
