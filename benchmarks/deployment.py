@@ -59,26 +59,37 @@ def clientapp_peaks(config: RunConfig, setup: Path, home: Path) -> list[int]:
     )
     with (
         simulation.superlink(home, port, environment, "--disable-runtime-dependency-installation"),
-        _supernode(home, port, environment),
+        supernode(home, port, environment),
     ):
-        simulation.flwr(["run", str(app), "own"], environment, home)
-        status, deadline = "", time.monotonic() + RUN_SECONDS
-        while not status.startswith("finished") and time.monotonic() < deadline:
-            time.sleep(1)
-            listing = simulation.flwr(["list", "own", "--format", "json"], environment, home)
-            status = str(json.loads(listing)["runs"][0]["status"])
-    if status != "finished:completed":
-        raise RunError(f"Flower reports {status or 'nothing'}; see {home}")
+        submit([str(app), "own"], environment, home)
     return [int(line) for line in notes.read_text().splitlines()]
 
 
+def submit(arguments: list[str], environment: dict[str, str], home: Path) -> None:
+    """`flwr run` an app on the SuperLink "own" of `home`'s configuration, to its end.
+
+    Raises:
+        RunError: Flower did not complete the run.
+    """
+    simulation.flwr(["run", *arguments], environment, home)
+    status, deadline = "", time.monotonic() + RUN_SECONDS
+    while not status.startswith("finished") and time.monotonic() < deadline:
+        time.sleep(1)
+        listing = simulation.flwr(["list", "own", "--format", "json"], environment, home)
+        status = str(json.loads(listing)["runs"][0]["status"])
+    if status != "finished:completed":
+        raise RunError(f"Flower reports {status or 'nothing'}; see {home}")
+
+
 @contextmanager
-def _supernode(home: Path, port: int, environment: dict[str, str]) -> Iterator[None]:
+def supernode(
+    home: Path, port: int, environment: dict[str, str], *, client: int = 0
+) -> Iterator[None]:
     """A node of one client, for as long as the context lasts."""
     command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
-    command += ["--port", str(simulation.free_port()), "--node-config", "partition-id=0"]
+    command += ["--port", str(simulation.free_port()), "--node-config", f"partition-id={client}"]
     command = ended_with_parent(*command)
-    with (home / "supernode.log").open("w") as log:
+    with (home / f"supernode{client}.log").open("w") as log:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )

@@ -33,6 +33,8 @@ from typing import Any
 import numpy as np
 import torch
 
+import prunelab
+import sparsemodel
 from datapruning.recommend import steps as recommend
 from datapruning.recommend.histories import Histories, HistorySamples, leave_last_out
 from datapruning.recommend.ragged import Ragged
@@ -50,6 +52,7 @@ from fedprune.rounds.run import run
 from fedprune.rounds.setup import NETWORK, START, TEST, TRAIN, Setup, lay_out
 from prunelab.data.datasets import fingerprint, load_dataset
 from prunelab.data.samples import ImageSamples
+from prunelab.pretrained import MASK_FILE
 from prunelab.training import checkpoint
 from prunelab.training.loop import TrainingConfig
 
@@ -85,6 +88,7 @@ def make_world(folder: Path, seed: int) -> None:
     make_trainings(folder, seed)
     comparison.write_cell(folder / "cell.json", f"settings {seed}", {"test_accuracy": 0.5 + seed})
     make_recommender(folder / "recommend", seed)
+    make_pretrained(folder / "pretrained", seed)
 
 
 @functools.cache
@@ -170,6 +174,21 @@ def make_recommender(folder: Path, seed: int) -> None:
     train_surrogate(histories, **surrogate_of(seed), checkpoint=folder / "surrogate.ckpt")
     influence_of(folder, seed, scores=torch.rand(len(history_samples_of(seed))).double())
     recommend.load_language("scratch:tiny", histories, base=folder / "base")
+
+
+def make_pretrained(folder: Path, seed: int) -> None:
+    """A pruned model of transformers; masks differ in their seeds."""
+    import transformers  # noqa: PLC0415
+
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        vocab_size=12,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = transformers.BertModel(config)
+    mask = sparsemodel.prune(model, density=0.5)
+    mask.apply(model)
+    prunelab.save_pretrained(model, folder, mask=mask)
 
 
 def surrogate_of(seed: int) -> dict[str, Any]:
@@ -306,6 +325,11 @@ def language(world: Path) -> Any:
     return found.model.state_dict(), words, found.settings
 
 
+def pretrained_mask(world: Path) -> Any:
+    found = prunelab.from_pretrained(world / "pretrained", sparse=False)
+    return prunelab.pretrained_mask(world / "pretrained").digest(), found.state_dict()
+
+
 PLAIN = ("parts/run-100-000/training.pt", f"training/{runner.CHECKPOINT}", f"training/{LOGITS}")
 PLAIN += ("recommend/surrogate.ckpt",)
 IN_PARTS = ("tracin.pt", "shard-00000.pt", "shard-00001.pt")
@@ -328,6 +352,7 @@ KINDS = [
     Kind("s-dual.parquet", table),
     Kind("s-dual.times.json", times),
     Kind("few.parquet", subset),
+    Kind(f"pretrained/{MASK_FILE}", pretrained_mask),
     Kind(f"parts/{SETTINGS}", part_settings),
     *(Kind(f"parts/{name}", part(name)) for name in IN_PARTS),
     *(Kind(file, plain_checkpoint(file)) for file in PLAIN),

@@ -34,17 +34,18 @@ from benchmarks.rows import Row, add_arguments, show
 from benchmarks.timing import Clock, use_threads
 from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS
-from fedprune.local.data import client_data
-from fedprune.local.site import SEED_DEV_SPLIT
+from fedprune.local.data import split
+from fedprune.local.site import split_seed
 from fedprune.local.torch_models import EVALUATION_BATCH
 from fedprune.rounds.folder import METRICS
 from fedprune.rounds.run import ENGINES, run
 from fedprune.rounds.workspace import Workspace, compute_device, open_workspace
 from prunelab.data.batches import batches
+from prunelab.data.samples import stored
 from prunelab.data.tensors import prepare
 from prunelab.networks import build_model
 from prunelab.pages.console import listed
-from prunelab.runs.seeds import rng, stream_seed
+from prunelab.runs.seeds import rng
 from prunelab.runs.temporary import temporary_folder
 
 BENCH = "gpu_simulation"
@@ -105,26 +106,22 @@ def plain_rounds(work: Workspace, *, clock: Clock = time.perf_counter) -> Second
     model = build_model(
         config.model_name,
         num_classes=dataset.num_classes,
-        input_shape=dataset.input_shape,
+        input_shape=work.torch.input_shape,
         seed=config.seed,
         width=config.model.width or None,
     ).to(device)
+    images, labels = stored(dataset.train)
     parts = [
-        client_data(
-            dataset.train_images.numpy(),
-            dataset.train_labels.numpy(),
-            share,
-            num_classes=dataset.num_classes,
-            seed=stream_seed(SEED_DEV_SPLIT, config.seed, client),
-        )
+        split(share, seed=split_seed(config, client)).train
         for client, share in enumerate(work.shares)
     ]
     clients = [
-        (torch.from_numpy(p.train_images).to(device), torch.from_numpy(p.train_labels).to(device))
+        (torch.from_numpy(images[p]).to(device), torch.from_numpy(labels[p]).to(device))
         for p in parts
     ]
     clients = [(images, labels) for images, labels in clients if len(labels) > 1]
-    test_images, test_labels = dataset.test_images.to(device), dataset.test_labels.to(device)
+    assert dataset.test is not None
+    test_images, test_labels = (torch.from_numpy(x).to(device) for x in stored(dataset.test))
     total = sum(len(labels) for _, labels in clients)
     order, seconds = rng(config.seed), []
     start = {name: value.clone() for name, value in model.state_dict().items()}

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 from sparsemodel._lazy import lazy
 
 if TYPE_CHECKING:
+    from datapruning.loops.coreset_selector import CoresetSelector
+    from datapruning.loops.dynamics_recorder import DynamicsRecorder
+    from datapruning.loops.indexed import indexed
     from datapruning.scoring.methods import Method
     from datapruning.scoring.score import score
     from datapruning.selection.kept import KeptSamples
@@ -20,12 +23,16 @@ if TYPE_CHECKING:
     from datapruning.students.train import train
     from prunelab.data.samples import ImageSamples, TokenSamples
     from prunelab.data.streamed import stream
+    from prunelab.data.text import tokenized
     from prunelab.training.loop import TrainingConfig, evaluate
     from prunelab.training.task import CausalLM, ImageClassification, Task, TextClassification
 else:
     __getattr__, __dir__ = lazy(
         __name__,
         {
+            "datapruning.loops.coreset_selector": "CoresetSelector",
+            "datapruning.loops.dynamics_recorder": "DynamicsRecorder",
+            "datapruning.loops.indexed": "indexed",
             "datapruning.scoring.methods": "Method",
             "datapruning.scoring.score": "score",
             "datapruning.selection.kept": "KeptSamples",
@@ -34,6 +41,7 @@ else:
             "datapruning.students.train": "train",
             "prunelab.data.samples": "ImageSamples TokenSamples",
             "prunelab.data.streamed": "stream",
+            "prunelab.data.text": "tokenized",
             "prunelab.training.loop": "TrainingConfig evaluate",
             "prunelab.training.task": "CausalLM ImageClassification Task TextClassification",
         },
@@ -41,6 +49,8 @@ else:
 
 __all__ = [
     "CausalLM",
+    "CoresetSelector",
+    "DynamicsRecorder",
     "ImageClassification",
     "ImageSamples",
     "KeptSamples",
@@ -52,8 +62,10 @@ __all__ = [
     "TokenSamples",
     "TrainingConfig",
     "evaluate",
+    "indexed",
     "score",
     "select",
     "stream",
+    "tokenized",
     "train",
 ]

@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from datapruning.errors import ScoreError, SelectionError
 from datapruning.recommend.cli import Force
 from datapruning.recommend.cli import app as recommend
+from prunelab.data.reading import TEST_SHARE, reading, with_target
 from prunelab.errors import PrunelabError, RunError
 from prunelab.pages.console import (
     errors,
@@ -56,7 +57,21 @@ def _how_to_go_on(arguments: Sequence[str]) -> str:
     return f"what was finished is kept; go on with: datapruning {again}"
 
 
-Dataset = Annotated[str, typer.Argument(help="A data set's name, or a folder of parquet.")]
+Dataset = Annotated[
+    str,
+    typer.Argument(
+        help="A data set's name; a folder of class folders or of parquet; a table (.csv, .tsv, "
+        ".parquet); or module:function."
+    ),
+]
+Resize = Annotated[str, typer.Option(help="Bring pictures to N or HxW pixels.")]
+ColumnNames = Annotated[
+    str, typer.Option("--columns", help="What columns are for: image=picture,label=kind.")
+]
+Target = Annotated[str, typer.Option(help="The column of a table that is to be predicted.")]
+TestShare = Annotated[
+    float, typer.Option(help="Set aside for the test where the data have no test side.")
+]
 Model = Annotated[str, typer.Option(help="A network's name, or module:function.")]
 Seed = Annotated[int, typer.Option(help="Decides every random choice.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -77,6 +92,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error
 def score(  # noqa: PLR0917 - the command's options
     dataset: Dataset,
     method: Annotated[str, typer.Option(help="One or more names, with commas between them.")],
+    resize: Resize = "",
+    columns: ColumnNames = "",
+    target: Target = "",
+    test_share: TestShare = TEST_SHARE,
     out: Annotated[Path, typer.Option(help="Parquet file for the scores.")] = Path(
         "scores.parquet"
     ),
@@ -113,10 +132,13 @@ def score(  # noqa: PLR0917 - the command's options
     from datapruning.reports.score_report import proxy_check, report_path, write_score_report  # noqa: PLC0415
     from datapruning.scoring.score import dense_path, table_paths  # noqa: PLC0415
     from datapruning.scoring.score import score as run_score  # noqa: PLC0415
+    from prunelab.data.given import described, load_sample_set  # noqa: PLC0415
+    from prunelab.data.sides import SampleSet  # noqa: PLC0415
     from prunelab.data.streamed import stream  # noqa: PLC0415
     from prunelab.training.loop import TrainingConfig  # noqa: PLC0415
     from prunelab.training.task import ImageClassification  # noqa: PLC0415
 
+    how = reading(resize=resize, columns=with_target(columns, target), test_share=test_share)
     names = listed(method)
     _check_suffix(out)
     paths, page = table_paths(out, names), report_path(out)
@@ -124,9 +146,17 @@ def score(  # noqa: PLR0917 - the command's options
     dense = table_paths(dense_path(out), names) if density is not None and check else {}
     is_new = force or not page.exists() or not all(path.exists() for path in dense.values())
     with progress_bar() as progress, warnings_shown():
+        data: Any = dataset
+        if streamed:
+            data = stream(dataset, resize=how.resize, columns=dict(how.columns))
+            both = SampleSet(data.name, data, None, class_names=data.class_names)
+        else:
+            both = load_sample_set(dataset, how=how)
+        say(described(both))
         tables = run_score(
-            stream(dataset) if streamed else dataset, method=names, model=model, out=out,
-            task=ImageClassification(layer=layer),
+            data, method=names, model=model, out=out,
+            reading=None if streamed else how,
+            task=None if layer is None else ImageClassification(layer=layer),
             training=TrainingConfig(epochs=epochs, batch_size=batch_size, lr=lr),
             seed=seed, density=density, check=check, runs=runs, early=early,
             options=_assignments(settings), engine=engine, device=device, threads=threads,
@@ -208,6 +238,10 @@ def select(  # noqa: PLR0917 - the command's options
 def train(  # noqa: PLR0917 - the command's options
     context: typer.Context,
     dataset: Dataset,
+    resize: Resize = "",
+    columns: ColumnNames = "",
+    target: Target = "",
+    test_share: TestShare = TEST_SHARE,
     subset: Annotated[
         Path | None, typer.Option(help="What `datapruning select` wrote; default: all samples.")
     ] = None,
@@ -237,10 +271,14 @@ def train(  # noqa: PLR0917 - the command's options
     """Train one model, on all samples or on a subset, with or without a teacher."""
     from datapruning.reports.training_report import run_facts, write_run_report  # noqa: PLC0415
     from datapruning.students import runner  # noqa: PLC0415
+    from prunelab.data.given import described, load_sample_set  # noqa: PLC0415
     from prunelab.training.loop import TrainingConfig  # noqa: PLC0415
 
     settings = runner.RunSettings(
-        dataset=str(Path(dataset).resolve()) if Path(dataset).is_dir() else dataset,
+        dataset=str(Path(dataset).resolve()) if Path(dataset).exists() else dataset,
+        resize=resize,
+        columns=with_target(columns, target),
+        test_share=test_share,
         model=model,
         seed=seed,
         subset="" if subset is None else str(subset),
@@ -261,14 +299,17 @@ def train(  # noqa: PLR0917 - the command's options
             for name, value in {**asdict(settings), **asdict(settings.training)}.items()
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
         }
+        if target:
+            given["columns"] = settings.columns
         settings = runner.RunSettings.read(folder).continued(given)
     with warnings_shown():
+        say(described(load_sample_set(settings.dataset, how=settings.reading)))
         summary = runner.run(settings, folder, resume=resume, progress=say)
-    target = write_run_report(folder)
+    page = write_run_report(folder)
     rows = [[fact.label, fact.line] for fact in run_facts(summary)]
     show_table(["", ""], rows, title="result")
     say(f"model:  {folder / 'model.safetensors'}")
-    say(f"report: {target}")
+    say(f"report: {page}")
 
 
 @cli.command()
@@ -345,12 +386,9 @@ def methods(
         say(f"models trained: {method.runs or 'none'}")
         say(f"options: {_listed_options(method.options)}")
         return
-    rows = []
-    for key, method in METHODS.items():
-        known = f" Options: {_listed_options(method.options)}." if method.options else ""
-        rows.append([key, str(method.runs or "–"), method.summary + known])
+    rows = [[key, str(method.runs or "–"), method.summary] for key, method in METHODS.items()]
     show_list(["method", "models", "what a score is"], rows)
-    say("datapruning methods NAME shows one with its source")
+    say("datapruning methods NAME shows one whole, with its options and its source")
 
 
 def _listed_options(options: Mapping[str, Any]) -> str:

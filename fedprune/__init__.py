@@ -18,7 +18,7 @@ from sparsemodel._lazy import lazy
 
 if TYPE_CHECKING:
     from fedprune.config import RunConfig
-    from fedprune.front import Result, run
+    from fedprune.front import Result, load, run
     from fedprune.methods import METHODS
     from fedprune.methods.base import Method
     from fedprune.methods.fedprox import FedProx
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
     from fedprune.methods.magnitude import Magnitude
     from fedprune.methods.small_dense import SmallDense
     from fedprune.methods.ssfl import SSFL
+    from fedprune.reports.trackers import Tracker
+    from fedprune.trained.model import Trained
     from prunelab.runs.version import __version__
 else:
     __getattr__, __dir__ = lazy(
         __name__,
         {
             "fedprune.config": "RunConfig",
-            "fedprune.front": "Result run",
+            "fedprune.front": "Result load run",
             "fedprune.methods": "METHODS",
             "fedprune.methods.base": "Method",
             "fedprune.methods.fedprox": "FedProx",
@@ -40,6 +42,8 @@ else:
             "fedprune.methods.magnitude": "Magnitude",
             "fedprune.methods.small_dense": "SmallDense",
             "fedprune.methods.ssfl": "SSFL",
+            "fedprune.trained.model": "Trained",
+            "fedprune.reports.trackers": "Tracker",
             "prunelab.runs.version": "__version__",
         },
     )
@@ -54,6 +58,9 @@ __all__ = [
     "Result",
     "RunConfig",
     "SmallDense",
+    "Tracker",
+    "Trained",
     "__version__",
+    "load",
     "run",
 ]

@@ -6,6 +6,7 @@ import inspect as python_inspect
 import json
 import math
 import os
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +24,11 @@ from fedprune.config import (
     read_toml,
 )
 from fedprune.errors import USER_ERRORS
-from fedprune.methods import DEFAULT_METHOD, METHODS
+from fedprune.methods import BASELINES, DEFAULT_METHOD, METHODS, method_class
 from fedprune.methods.base import Method as FederatedMethod
+from fedprune.trained import commands
+from fedprune.trained.commands import Debug
+from prunelab.data.reading import with_target
 from prunelab.errors import RunError
 from prunelab.pages.console import (
     console,
@@ -58,7 +62,21 @@ def options(version: Annotated[bool, version_of("fedprune")] = False) -> None:
 
 
 Method = Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)}.")]
-Dataset = Annotated[str | None, typer.Option(help="A data set's name, or a folder of parquet.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        help="A data set's name; a folder of class folders or of parquet; a table (.csv, .tsv, "
+        ".parquet); or module:function."
+    ),
+]
+Resize = Annotated[str | None, typer.Option(help="Bring pictures to N or HxW pixels.")]
+ColumnNames = Annotated[
+    str | None, typer.Option("--columns", help="What columns are for: image=picture,label=kind.")
+]
+Target = Annotated[str, typer.Option(help="The column of a table that is to be predicted.")]
+TestShare = Annotated[
+    float | None, typer.Option(help="Set aside for the test where the data have no test side.")
+]
 Model = Annotated[str | None, typer.Option(help="A network's name, or module:function.")]
 Density = Annotated[float | None, typer.Option(help="Share of prunable weights kept, 0 to 1.")]
 Clients = Annotated[int | None, typer.Option(help="Number of clients.")]
@@ -78,18 +96,27 @@ Engine = Annotated[
         "clients of a round trained together."
     ),
 ]
+TrackerName = Annotated[
+    str | None,
+    typer.Option("--tracker", help="Show rounds on tensorboard, wandb, mlflow or module:Class."),
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other setting, as section.key=value; may be repeated."),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+for _command in (commands.predict, commands.evaluate, commands.export):
+    cli.command()(_command)
 
 
 @cli.command()
 def run(  # noqa: PLR0917 - the command's options
     method: Method = None,
     dataset: Dataset = None,
+    resize: Resize = None,
+    columns: ColumnNames = None,
+    target: Target = "",
+    test_share: TestShare = None,
     model: Model = None,
     density: Density = None,
     clients: Clients = None,
@@ -102,6 +129,11 @@ def run(  # noqa: PLR0917 - the command's options
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     engine: Engine = "flower",
+    tracker: TrackerName = None,
+    baseline: Annotated[
+        bool,
+        typer.Option("--baseline", help="Then run it without pruning: the page compares them."),
+    ] = False,
     config: ConfigFile = None,
     settings: Settings = None,
     debug: Debug = False,
@@ -110,6 +142,9 @@ def run(  # noqa: PLR0917 - the command's options
     given = {
         METHOD_NAME: method,
         "data.dataset": dataset,
+        "data.resize": resize,
+        "data.columns": with_target(columns or "", target) or None,
+        "data.test_share": test_share,
         "model.name": model,
         "method.density": density,
         "data.clients": clients,
@@ -122,6 +157,7 @@ def run(  # noqa: PLR0917 - the command's options
     }
     from fedprune.reports.progress import Watch  # noqa: PLC0415
     from fedprune.reports.results import summary_rows  # noqa: PLC0415
+    from fedprune.reports.trackers import tracker_of  # noqa: PLC0415
     from fedprune.rounds import folder as runfolder  # noqa: PLC0415
     from fedprune.rounds import run as runner  # noqa: PLC0415
 
@@ -133,13 +169,17 @@ def run(  # noqa: PLR0917 - the command's options
         errors.print("note: --density has no effect: this method trains the dense network")
         del values["method.density"]
     run_config = _build_config(values)
+    follower = None if tracker is None else tracker_of(tracker)
     was_complete = resume and (folder / runfolder.SUMMARY).exists()
     watch = Watch(folder, run_config)
     summary = runner.run(
-        run_config, folder, engine=engine, resume=resume, progress=watch, say=_say_under(watch)
-    )
+        run_config, folder, engine=engine, resume=resume, progress=watch, say=_say_under(watch),
+        tracker=follower,
+    )  # fmt: skip
     if was_complete:
         say(f"already complete: {folder}")
+    if baseline:
+        _run_dense(run_config, folder, engine=engine)
     show_table(["", ""], summary_rows(summary), title="result")
     say(f"model:  {folder / runfolder.MODEL}")
     say(f"report: {folder / runfolder.REPORT}")
@@ -148,7 +188,7 @@ def run(  # noqa: PLR0917 - the command's options
 @cli.command()
 def compare(  # noqa: PLR0917 - the command's options
     methods: Annotated[str, typer.Option(help="Comma-separated method names.")] = ",".join(
-        [*list(METHODS)[:2], DEFAULT_METHOD]
+        [*BASELINES, DEFAULT_METHOD]
     ),
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0,1,2",
     dataset: Dataset = None,
@@ -187,7 +227,8 @@ def compare(  # noqa: PLR0917 - the command's options
         for seed in listed(seeds):
             values = {**options, METHOD_NAME: method, "seed": seed}
             cells.append(_build_config(own_settings(_values(config, values))))
-    summaries = _compared(cells, out, engine=engine, console=errors if as_json else console)
+    folders = [out / f"{cell.method.name}-s{cell.seed}" for cell in cells]
+    summaries = _compared(cells, folders, engine, errors if as_json else console)
     if as_json:
         print(json.dumps(summaries))
         return
@@ -203,14 +244,34 @@ def report(folder: Path, debug: Debug = False) -> None:
 
 
 @cli.command()
-def methods() -> None:
-    """List the methods and their settings."""
-    rows = []
-    for name, kind in METHODS.items():
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this one, or module:Class.")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the methods, or show one with its settings."""
+    if name is not None:
+        kind = method_class(name)
+        say("\n".join(_paragraphs(f"{name}: {python_inspect.cleandoc(kind.__doc__ or '')}")))
         settings = (f"{key}={value}" for key, value in kind().settings().items())
-        rows.append([name, _first_sentence(kind), ", ".join(settings)])
-    show_list(["method", "what it is", "settings"], rows)
-    say("--set method.NAME=VALUE changes a setting; --method also takes module:Class")
+        say("\n".join(_paragraphs(f"\nsettings: {', '.join(settings) or 'none'}")))
+        say("--set method.NAME=VALUE changes one")
+        return
+    show_list(["method", "what it is"], [[k, _first_sentence(kind)] for k, kind in METHODS.items()])
+    say("fedprune methods NAME shows one whole, with its settings")
+
+
+@cli.command()
+def new(
+    folder: Annotated[Path, typer.Argument(help="A new folder, which names the app: my-app.")],
+    debug: Debug = False,
+) -> None:
+    """Make an app of Flower's with a network, a data set and a method to edit."""
+    from fedprune.flower.new import new_app  # noqa: PLC0415
+
+    made = new_app(folder)
+    say(f"made {made}; edit {made.name.lower().replace('-', '_')}/ in it, then, in that folder:")
+    say("  python run.py        this process")
+    say("  flwr run . --stream  Flower's simulation, or a SuperLink")
 
 
 @cli.command()
@@ -263,6 +324,40 @@ def _first_sentence(kind: type[FederatedMethod]) -> str:
     return (python_inspect.cleandoc(kind.__doc__ or "")).partition("\n")[0]
 
 
+def _paragraphs(text: str) -> list[str]:
+    """A docstring's lines for the window: those of a paragraph are joined, and cut at words."""
+    joined: list[str] = []
+    for line in text.splitlines():
+        depth = len(line) - len(line.lstrip())
+        if joined and joined[-1] and line and (depth > 4 or not depth):
+            joined[-1] += f" {line.strip()}"
+        else:
+            joined.append(line)
+    return [
+        part
+        for line in joined
+        for part in textwrap.wrap(
+            line, console.width, subsequent_indent="      " * line.startswith(" ")
+        )
+        or [""]
+    ]
+
+
+def _run_dense(config: RunConfig, folder: Path, *, engine: str) -> None:
+    """The same run without pruning beside it, unless it is there, and the page that compares."""
+    from fedprune.reports.baseline import runs_beside  # noqa: PLC0415
+    from fedprune.reports.page import write_report  # noqa: PLC0415
+
+    if config.method.name == FederatedMethod.name:
+        errors.print("note: --baseline has no effect: this method prunes nothing")
+        return
+    if not any(other.is_dense for other in runs_beside(folder, config)):
+        values = for_method(config.flat(), FederatedMethod.name)
+        dense = _build_config({**values, METHOD_NAME: FederatedMethod.name})
+        _compared([dense], [folder.with_name(f"{folder.name}-dense")], engine, console)
+    write_report(folder)
+
+
 def _say_under(watch: Any) -> Any:
     """Lines of what is being done, under the run's heading."""
     begun = False
@@ -278,20 +373,21 @@ def _say_under(watch: Any) -> Any:
 
 
 def _compared(
-    cells: list[RunConfig], out: Path, *, engine: str, console: Console
+    cells: list[RunConfig], folders: list[Path], engine: str, console: Console
 ) -> list[dict[str, Any]]:
     """The summaries of all runs, in their order; progress goes to the console."""
     from fedprune.reports.progress import Watch, is_round  # noqa: PLC0415
+    from fedprune.reports.results import Measure  # noqa: PLC0415
     from fedprune.rounds import folder as runfolder  # noqa: PLC0415
     from fedprune.rounds import run as runner  # noqa: PLC0415
-    from prunelab.pages.units import format_seconds, percent  # noqa: PLC0415
+    from prunelab.pages.units import format_seconds  # noqa: PLC0415
 
     summaries: dict[int, dict[str, Any]] = {}
-    # Dense runs first: the pages of the others compare themselves with them.
-    order = sorted(range(len(cells)), key=lambda k: cells[k].method.name != FederatedMethod.name)
+    # The pages of the others compare themselves with these.
+    first = {name: place for place, name in enumerate(BASELINES)}
+    order = sorted(range(len(cells)), key=lambda k: first.get(cells[k].method.name, len(first)))
     for number, place in enumerate(order, 1):
-        cell = cells[place]
-        folder = out / f"{cell.method.name}-s{cell.seed}"
+        cell, folder = cells[place], folders[place]
         what = f"{number}/{len(cells)} {folder}"
         end = "already complete" if (folder / runfolder.SUMMARY).exists() else ""
         with progress_bar(console) as bar:
@@ -305,7 +401,8 @@ def _compared(
                 progress=Watch(folder, cell, show=show),
             )  # fmt: skip
         end = end or format_seconds(summary["seconds"])
-        say(f"{what}: {percent(summary['test_accuracy'])}, {end}", to=console)
+        measure = Measure.of(summary)
+        say(f"{what}: {measure.show(summary[measure.key])}, {end}", to=console)
         summaries[place] = summary
     return [summaries[place] for place in range(len(cells))]
 
@@ -329,7 +426,7 @@ def _values(path: Path | None, options: dict[str, Any]) -> dict[str, Any]:
 
 def _build_config(values: Mapping[str, Any]) -> RunConfig:
     dataset = values.get("data.dataset")
-    if isinstance(dataset, str) and os.path.isdir(dataset):
+    if isinstance(dataset, str) and os.path.exists(dataset):
         # Workers of the simulation run elsewhere; a relative path would not mean the same.
         values = {**values, "data.dataset": str(Path(dataset).resolve())}
     return RunConfig.parse(values)

@@ -31,6 +31,7 @@ from fedprune.settings import (
     TrainingConfig,
     problems,
 )
+from prunelab.data.reading import Reading, reading
 
 Scalar = str | int | float | bool
 METHOD_NAME = "method.name"
@@ -137,6 +138,17 @@ class RunConfig:
         return tomli_w.dumps(tables)
 
     @property
+    def reading(self) -> Reading:
+        """How the data set is taken; nothing is set aside where clients test the model."""
+        data = self.data
+        return reading(
+            resize=data.resize,
+            columns=data.columns,
+            task=self.training.task,
+            test_share=0.0 if self.federation.clients_test else data.test_share,
+        )
+
+    @property
     def digest(self) -> str:
         """32 hexadecimal digits that name these settings."""
         return sha256(json.dumps(self.flat()).encode()).hexdigest()[:32]
@@ -179,8 +191,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """TOML of one table per section, as flat `section.key` names."""
+    """TOML of one table per section, as flat `section.key` names.
+
+    Of an app of Flower's (its pyproject.toml) the run config, less where a run is to be written.
+    """
     tables = tomllib.loads(text)
+    app = tables.get("tool", {}).get("flwr", {}).get("app", {}).get("config")
+    if app is not None:
+        tables = {name: value for name, value in app.items() if name != "run"}
     flat: dict[str, Any] = {}
     for name, value in tables.items():
         if isinstance(value, dict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prunelab.errors import PrunelabError
+from prunelab.errors import PrunelabError, PrunelabWarning
 from sparsemodel.errors import SparseModelError
 
 
@@ -16,6 +16,10 @@ class ConfigError(FedpruneError):
 
 class ClientError(FedpruneError):
     """A client that cannot take part, or an answer of one that cannot be used."""
+
+
+class TrackerWarning(PrunelabWarning):
+    """A tracker that failed; the run goes on without it."""
 
 
 DIVERGED = "training has diverged, is training.lr too high?"

@@ -8,35 +8,42 @@ called.
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from prunelab.data.datasets import ImageSet
+    from prunelab.data.reading import Reading
+    from prunelab.data.sides import SampleSet
 
 _models: dict[str, Any] = {}
-_datasets: dict[str, ImageSet] = {}
-
-TEST_SHARE = 0.2
+_datasets: dict[str, SampleSet] = {}
+_objects: dict[str, Any] = {}
 
 
 def name_model(model: str | nn.Module | Callable[..., nn.Module]) -> str:
     """The name of a network: a name as it is; else one under which `given_model` has it."""
     if isinstance(model, str):
         return model
-    module = getattr(model, "__module__", "")
+    if name := importable_name(model):
+        return name
     path = getattr(model, "__qualname__", type(model).__qualname__)
-    if getattr(sys.modules.get(module), path, None) is model and module != "__main__":
-        return f"{module}:{path}"
     is_network = hasattr(model, "state_dict") and not isinstance(model, type)
     name = f"{path}@{_content(model)}" if is_network else path
     if type(_models.get(name)) is type(model) and name != path:
         _models[name] = model  # the other may have been trained since
     return _enter(_models, name, model)
+
+
+def importable_name(value: Any) -> str:
+    """ "module:name" of a function or class that other processes can import; "" of others."""
+    module, path = getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
+    is_found = path and getattr(sys.modules.get(module), path, None) is value
+    return f"{module}:{path}" if is_found and module != "__main__" else ""
 
 
 def continue_as(name: str, stored: str) -> str:
@@ -55,20 +62,49 @@ def given_model(name: str) -> Any:
     return _models.get(name, name)
 
 
-def name_dataset(data: Any, *, seed: int = 0) -> str:
+def name_object(value: Any) -> str:
+    """The name of a task, an optimiser's rule or a schedule: one that is a name as it is.
+
+    Others are called "module:name", which works everywhere where it can be imported.
+    """
+    if isinstance(value, str):
+        return value
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return importable_name(value) or _enter(
+        _objects, f"{named.__module__}:{named.__qualname__}", value
+    )
+
+
+def given_object(name: str) -> Any:
+    """What was given under a name of `name_object`; None where it is to be imported."""
+    return _objects.get(name)
+
+
+def given_task(name: str) -> Any:
+    """What `prunelab.training.task.make_task` takes for a name."""
+    return _objects.get(name, name)
+
+
+def name_dataset(data: Any, *, seed: int = 0, how: Reading | None = None) -> str:
     """A name or folder as it is; of other data a name under which `given_dataset` has them.
 
+    A function that can be imported is called "module:function", which works everywhere.
+
     Args:
-        data: a name or folder; an ImageSet; a mapping with "train" and "test" (or "validation");
-            or anything that `prunelab.data.objects.as_samples` takes, of which a seeded fifth of
-            every class is set aside for the test.
+        data: a name, or what `prunelab.data.given.as_sample_set` takes.
+        how: how it is taken.
 
     Raises:
-        DataError: it is none of these, or no images.
+        DataError: it is none of these.
     """
     if isinstance(data, str | Path):
         return str(data)
-    found = _image_set(data, seed)
+    if inspect.isfunction(data) and (path := importable_name(data)):
+        return path
+    from prunelab.data.given import sample_set_of  # noqa: PLC0415
+    from prunelab.data.reading import Reading  # noqa: PLC0415
+
+    found = sample_set_of(data, how or Reading(), seed=seed)
     name = f"{found.name}@{found.fingerprint}"
     for known, other in _datasets.items():
         if known.partition("#")[0] == name and _are_same(found, other):
@@ -76,14 +112,14 @@ def name_dataset(data: Any, *, seed: int = 0) -> str:
     return _enter(_datasets, name, found)
 
 
-def given_dataset(name: str) -> ImageSet | None:
+def given_dataset(name: str) -> SampleSet | None:
     """The data set of a name; None where nobody gave it."""
     return _datasets.get(name)
 
 
 def is_given(name: str) -> bool:
-    """Whether this process knows the name of a given network or data set."""
-    return name in _models or name in _datasets
+    """Whether the name is that of something given, which this process alone knows."""
+    return name in _models or name in _datasets or name in _objects
 
 
 def _enter(table: dict[str, Any], name: str, value: Any) -> str:
@@ -96,7 +132,7 @@ def _enter(table: dict[str, Any], name: str, value: Any) -> str:
     return free
 
 
-def _are_same(one: ImageSet, other: ImageSet) -> bool:
+def _are_same(one: SampleSet, other: SampleSet) -> bool:
     """Whether two data sets of one fingerprint are the same in the rest, too."""
     groups = [None if s.train_groups is None else s.train_groups.tolist() for s in (one, other)]
     return one.num_classes == other.num_classes and groups[0] == groups[1]
@@ -111,39 +147,3 @@ def _content(model: Any) -> str:
     sha = hashlib.sha256(repr(model).encode())
     sha.update(fingerprint(*model.state_dict().values()).encode())
     return sha.hexdigest()[:16]
-
-
-def _image_set(data: Any, seed: int) -> ImageSet:
-    import numpy as np  # noqa: PLC0415
-
-    from prunelab.data.datasets import ImageSet  # noqa: PLC0415
-    from prunelab.data.objects import as_samples  # noqa: PLC0415
-    from prunelab.data.samples import ImageSamples  # noqa: PLC0415
-    from prunelab.errors import DataError  # noqa: PLC0415
-    from prunelab.runs.seeds import rng  # noqa: PLC0415
-
-    if isinstance(data, ImageSet):
-        return data
-
-    def side(part: Any) -> ImageSamples:
-        samples = as_samples(part)
-        if not isinstance(samples, ImageSamples):
-            raise DataError("clients train on images with a label each, not on other samples")
-        return samples
-
-    if isinstance(data, Mapping):
-        test = "test" if "test" in data else "validation"
-        if "train" not in data or test not in data:
-            raise DataError(f"expected the sides train and test, got {', '.join(map(str, data))}")
-        sides = [(s.images, s.labels) for s in (side(data["train"]), side(data[test]))]
-    else:
-        samples = side(data)
-        labels = samples.labels.numpy()
-        held = np.zeros(len(labels), dtype=bool)
-        for label in np.unique(labels).tolist():
-            members = rng(seed, label).permutation(np.flatnonzero(labels == label))
-            held[members[: int(TEST_SHARE * len(members))]] = True
-        if not held.any():
-            raise DataError("too few samples to set a fifth of every class aside for the test")
-        sides = [(samples.images[rows], samples.labels[rows]) for rows in (~held, held)]
-    return ImageSet("given", *sides[0], *sides[1])

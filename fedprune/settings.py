@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from prunelab.data.reading import TEST_SHARE, reading
+from prunelab.errors import DataError
+
 PARTITIONS = ("iid", "dirichlet", "pathological", "natural")
 VALUE_DTYPES = ("fp32", "fp16", "bf16", "int8")
 DEVICES = ("cpu", "cuda")
+EVALUATIONS = ("server", "clients")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("cosine", "linear", "constant")
 EXECUTIONS = ("auto", "sparse", "masked", "dense")
 CPU_COHORT = 4  # a compromise: no size stands out (benchmarks.gpu_simulation --cohorts)
 
@@ -16,8 +22,11 @@ CPU_COHORT = 4  # a compromise: no size stands out (benchmarks.gpu_simulation --
 class DataConfig:
     """Which data, and how clients share them.
 
-    `num_train` and `num_test` cut a stratified subset; 0 keeps everything. `alpha` is the
-    Dirichlet concentration (small = every client sees few classes).
+    `num_train` and `num_test` cut a stratified subset; 0 keeps everything. `resize` brings pictures
+    to one size ("32", "32x48"), `columns` says what columns are for ("image=picture,label=kind"),
+    and `test_share` is set aside for the test where there is no test side. `alpha` is the Dirichlet
+    concentration (small = every client sees few classes). `partition` may also be
+    "module:function" of (labels, num_clients, seed) -> each client's indices.
     """
 
     dataset: str = "digits"
@@ -25,6 +34,9 @@ class DataConfig:
     partition: str = "dirichlet"
     alpha: float = 0.5
     classes_per_client: int = 2
+    resize: str = ""
+    columns: str = ""
+    test_share: float = TEST_SHARE
     num_train: int = 0
     num_test: int = 0
     augment: bool = False
@@ -32,15 +44,27 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network. An empty name stands for the data set's default, width 0 for the model's."""
+    """Which network. An empty name stands for the data set's default, width 0 for the model's.
+
+    `blocks` are the names of modules, separated by commas, at which the network is cut into blocks
+    for methods that adjust one at a time; empty: found from its modules.
+    """
 
     name: str = ""
     width: int = 0
+    blocks: str = ""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Local training of a client: SGD with momentum, learning rate cosine-decayed over rounds.
+    """Local training of a client.
+
+    `task` is what the model is trained for: a name in prunelab.training.task.TASKS or
+    "module:function" that gives a Task; empty: what the samples are for. `optimizer` is "sgd" (with
+    `momentum`), "adam", "adamw", or "module:function" that gives a rule (see
+    fedprune/local/optimizer.py); `schedule`, of the learning rate over rounds, "cosine", "linear",
+    "constant", or "module:function" of (rounds done, rounds) -> factor. Gradients of a step are
+    scaled down to the norm `clip_norm`; 0: never.
 
     `execution` is how a masked model is computed: "sparse" (active weights only), "masked",
     "dense", or "auto": sparse on a CPU that has the native kernels, else masked. `cohort` is how
@@ -53,6 +77,10 @@ class TrainingConfig:
     rounds: int = 20
     local_epochs: int = 2
     batch_size: int = 32
+    task: str = ""
+    optimizer: str = "sgd"
+    schedule: str = "cosine"
+    clip_norm: float = 0.0
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -67,7 +95,8 @@ class TrainingConfig:
 class ServerConfig:
     """The start that every method shares: a brief training on a few labelled samples.
 
-    `per_class` samples of each class are set aside from the training side for it.
+    `per_class` samples of each class are set aside from the training side for it; of samples
+    without classes as many as ten classes would have.
     """
 
     per_class: int = 5
@@ -79,13 +108,21 @@ class FederationConfig:
     """Who takes part in a round. `clients_per_round` 0 asks everybody; `timeout` in seconds.
 
     `max_share` is how much of a round's weight one client may have whose samples the run did not
-    hand out: nobody but itself knows how many they are. 1 believes every number.
+    hand out: nobody but itself knows how many they are. 1 believes every number. `evaluate` says
+    who tests the model after each round: the "server", on its test samples, or the "clients", each
+    on a tenth of its own that neither trains nor chooses anything; then the server needs none.
     """
 
     clients_per_round: int = 0
     timeout: float = 600.0
     value_dtype: str = "fp32"
     max_share: float = 0.5
+    evaluate: str = "server"
+
+    @property
+    def clients_test(self) -> bool:
+        """Whether clients test the model, and not the server."""
+        return self.evaluate == "clients"
 
 
 def problems(
@@ -97,14 +134,19 @@ def problems(
 ) -> Iterable[str]:
     """Every reason why these sections cannot be used."""
     choices = {
-        "data.partition": (data.partition, PARTITIONS),
         "federation.value_dtype": (federation.value_dtype, VALUE_DTYPES),
         "training.device": (training.device, DEVICES),
         "training.execution": (training.execution, EXECUTIONS),
+        "federation.evaluate": (federation.evaluate, EVALUATIONS),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
             yield f"{key}: expected one of {', '.join(allowed)}; got {value!r}"
+    yield from _unknown_functions(data, training)
+    try:
+        reading(resize=data.resize, columns=data.columns, test_share=data.test_share)
+    except DataError as error:
+        yield f"data: {error}"
     at_least_one = {
         "data.clients": data.clients,
         "data.classes_per_client": data.classes_per_client,
@@ -121,6 +163,7 @@ def problems(
         "data.num_test": data.num_test,
         "model.width": model.width,
         "training.weight_decay": training.weight_decay,
+        "training.clip_norm": training.clip_norm,
         "training.cohort": training.cohort,
         "server.pretrain_epochs": server.pretrain_epochs,
         "federation.clients_per_round": federation.clients_per_round,
@@ -141,3 +184,14 @@ def problems(
     ):
         if not 0 < number < float("inf"):
             yield f"{key}: expected a positive number, got {number}"
+
+
+def _unknown_functions(data: DataConfig, training: TrainingConfig) -> Iterable[str]:
+    functions = {
+        "data.partition": (data.partition, PARTITIONS),
+        "training.optimizer": (training.optimizer, OPTIMIZERS),
+        "training.schedule": (training.schedule, SCHEDULES),
+    }
+    for key, (value, known) in functions.items():
+        if value not in known and ":" not in value:
+            yield f"{key}: expected {', '.join(known)} or module:function; got {value!r}"

@@ -20,6 +20,8 @@ from sparsemodel._lazy import lazy
 if TYPE_CHECKING:
     from sparsemodel.layers.linear_and_conv import SparseConv2d, SparseLinear
     from sparsemodel.layers.sparsify import densify, mask_of, sparsify
+    from sparsemodel.loops.callback import MaskCallback
+    from sparsemodel.loops.hold import HeldMask
     from sparsemodel.masks.mask import Mask
     from sparsemodel.masks.prune import prune
     from sparsemodel.optim import SparseAdam, SparseSGD
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from sparsemodel.plans.stepper import Stepper
     from sparsemodel.runtime.program import Program
     from sparsemodel.runtime.trainer import Trainer
+    from sparsemodel.storage.export import export
     from sparsemodel.storage.models import load, save
 else:
     __getattr__, __dir__ = lazy(
@@ -35,6 +38,8 @@ else:
         {
             "sparsemodel.layers.linear_and_conv": "SparseConv2d SparseLinear",
             "sparsemodel.layers.sparsify": "densify mask_of sparsify",
+            "sparsemodel.loops.callback": "MaskCallback",
+            "sparsemodel.loops.hold": "HeldMask",
             "sparsemodel.masks.mask": "Mask",
             "sparsemodel.masks.prune": "prune",
             "sparsemodel.optim": "SparseAdam SparseSGD",
@@ -43,12 +48,15 @@ else:
             "sparsemodel.plans.stepper": "Stepper",
             "sparsemodel.runtime.program": "Program",
             "sparsemodel.runtime.trainer": "Trainer",
+            "sparsemodel.storage.export": "export",
             "sparsemodel.storage.models": "load save",
         },
     )
 
 __all__ = [
+    "HeldMask",
     "Mask",
+    "MaskCallback",
     "Program",
     "SparseAdam",
     "SparseConv2d",
@@ -58,6 +66,7 @@ __all__ = [
     "Trainer",
     "TrainingPlan",
     "densify",
+    "export",
     "load",
     "mask_of",
     "program_of",

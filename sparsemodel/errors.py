@@ -23,6 +23,10 @@ class CheckpointError(SparseModelError):
     """A checkpoint file that is missing, damaged or made for something else."""
 
 
+class ExportError(SparseModelError):
+    """A model that another format cannot hold, or that computes something else there."""
+
+
 class MaskMismatch(CodecError):  # noqa: N818 - the event's name; a receiver catches it to re-sync
     """A frame was made for another mask than the receiver holds: the two must re-synchronise."""
 

@@ -29,8 +29,9 @@ from datapruning.scoring.score import dense_path, noted_times, processor_seconds
 from datapruning.selection.agreement import KEEPS, Agreement, agreement, common_scores
 from datapruning.selection.select import select
 from datapruning.selection.table import ScoreTable, Subset
-from prunelab.data.datasets import load_dataset
-from prunelab.data.samples import ImageSamples
+from prunelab.data.given import load_sample_set
+from prunelab.data.reading import reading
+from prunelab.data.samples import ImageSamples, Samples
 from prunelab.data.streamed import StreamedImages, stream
 from prunelab.errors import PrunelabError
 from prunelab.pages.page import (
@@ -381,14 +382,19 @@ def _scored(table: ScoreTable) -> tuple[ImageSamples | StreamedImages | None, Se
     source = table.provenance.get("source")
     if not source:
         return None, ()
-    samples: ImageSamples | StreamedImages
+    samples: Samples
     try:
         if isinstance(source, dict):
-            samples = stream(**source)
-            names = samples.class_names
+            streamed = stream(**source)
+            samples, names = streamed, streamed.class_names
         else:
-            dataset = load_dataset(source)
-            samples, names = ImageSamples.of(dataset), dataset.class_names
+            how = table.provenance.get("reading")
+            dataset = load_sample_set(source, how=reading(**how) if how else None)
+            samples, names = dataset.train, dataset.class_names
+        if not isinstance(samples, ImageSamples | StreamedImages):
+            return None, names
+        if isinstance(samples, ImageSamples) and samples.images.dim() != 4:
+            return None, names
         is_same = samples.fingerprint == table.fingerprint and torch.equal(samples.ids, table.ids)
     except (PrunelabError, OSError):
         return None, ()

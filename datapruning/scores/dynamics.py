@@ -185,7 +185,7 @@ def _trace(
     if bool((seen[-1] & ~trained).any()) or not bool(whole[:-1].all()):
         raise ScoreError(
             "the epochs have different samples; dynamics need a run that trains on the same ones "
-            "in each (no subset drawn anew by epoch)"
+            "in each (no subset drawn anew by epoch, no drop_last)"
         )
     num_whole = int(whole.sum())
     end = num_whole if num_epochs is None else first + num_epochs

@@ -76,7 +76,7 @@ class Recorder:
         Raises:
             ScoreError: another epoch, a sample seen twice in one, or shapes that do not fit.
         """
-        self._check(rows, logits, labels)
+        self.check(rows, logits, labels)
         if self._open and epoch == self.num_epochs:
             self._close()
         if epoch != len(self._seen):
@@ -144,12 +144,18 @@ class Recorder:
         self._columns = {name: list(state["columns"][name]) for name in self._names}
         self._seen, self._log_p, self._open = list(state["seen"]), state["log_p"], {}
 
-    def _check(self, rows: Tensor, logits: Tensor, labels: Tensor) -> None:
+    def check(self, rows: Tensor, logits: Tensor, labels: Tensor) -> None:
         shape = tuple(logits.shape)
-        if logits.dim() != 2 or shape[1] < 2 or not len(rows) == len(labels) == shape[0]:
+        is_class = labels.dim() == 1 and not labels.is_floating_point()
+        if (
+            logits.dim() != 2
+            or shape[1] < 2
+            or not is_class
+            or not len(rows) == len(labels) == shape[0]
+        ):
             raise ScoreError(
                 f"expected logits [B, C] of two classes or more, with B rows and labels; got "
-                f"{shape}, {len(rows)} and {len(labels)}"
+                f"{shape}, {len(rows)} and {labels.dtype} {list(labels.shape)}"
             )
         if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= self.num_samples):
             raise ScoreError(

@@ -23,8 +23,10 @@ from datapruning.scoring.parts import Parts, open_parts
 from datapruning.scoring.steps import mean_confidence
 from datapruning.selection.table import OR_FORCE, ScoreTable
 from prunelab.data.checked import warn_of_gaps
-from prunelab.data.datasets import fingerprint, load_dataset
+from prunelab.data.datasets import fingerprint
+from prunelab.data.given import load_sample_set
 from prunelab.data.objects import as_samples
+from prunelab.data.reading import Reading
 from prunelab.data.samples import ImageSamples, Samples
 from prunelab.data.streamed import StreamedImages
 from prunelab.errors import RunError
@@ -35,7 +37,7 @@ from prunelab.runs.temporary import temporary_folder
 from prunelab.runs.threads import computing
 from prunelab.runs.version import __version__
 from prunelab.training.loop import TrainingConfig
-from prunelab.training.task import Classification, ImageClassification, Task, check_fits
+from prunelab.training.task import Classification, Task, check_fits, make_task, task_of
 from sparsemodel.storage.sealed import checksum, read_sealed_json, sealed_json
 
 SHARD_SIZE = 4096
@@ -48,6 +50,7 @@ def score(
     method: str | Method | Score | Sequence[str | Method | Score],
     model: Network = "resnet8",
     out: Path | str | None = None,
+    reading: Reading | None = None,
     task: Task | None = None,
     training: TrainingConfig | None = None,
     seed: int = 0,
@@ -79,7 +82,9 @@ def score(
             need one model and no record of its training).
         out: parquet file of the table; with several methods NAME.parquet becomes
             NAME-METHOD.parquet. None: nothing is left on disk, and nothing can be resumed.
-        task: None: image classification.
+        reading: how data of a name, folder or file are taken (see `prunelab.data.reading`), such as
+            the columns of a table; also what is set aside for a test.
+        task: None: what the samples are for.
         training: of each model; None: TrainingConfig().
         density: train and score with a sparse model that keeps this share of its weights.
         check: with `density`, score with the dense model as well, beside `out` as
@@ -112,8 +117,8 @@ def score(
     """
     methods = named_methods(method)
     names = list(methods)
-    samples, dataset, source = _samples(data)
-    task, training = task or ImageClassification(), training or TrainingConfig()
+    samples, dataset, source = _samples(data, reading)
+    task, training = task or make_task(task_of(samples)), training or TrainingConfig()
     settings = _settings(
         methods, samples, task, model,
         training=training, seed=seed, density=density, runs=runs,
@@ -147,7 +152,13 @@ def score(
                 scores, seconds = _computed(recipe, runner, progress)
                 tables = {
                     name: _table(
-                        name, scores[name], recipe, settings, dataset=dataset, source=source
+                        name,
+                        scores[name],
+                        recipe,
+                        settings,
+                        dataset=dataset,
+                        source=source,
+                        reading=reading,
                     )
                     for name in names
                 }
@@ -155,9 +166,9 @@ def score(
     if density is not None and check:
         again = [m if m.name else name for name, m in methods.items()]
         _check_dense(
-            data, again, model=model, out=out, task=task, training=training, seed=seed, runs=runs,
-            early=early, options=options, engine=engine, device=device, threads=threads,
-            shard_size=shard_size, force=force, progress=progress,
+            data, again, model=model, out=out, reading=reading, task=task, training=training,
+            seed=seed, runs=runs, early=early, options=options, engine=engine, device=device,
+            threads=threads, shard_size=shard_size, force=force, progress=progress,
         )  # fmt: skip
     return (
         tables if isinstance(method, Sequence) and not isinstance(method, str) else tables[names[0]]
@@ -227,7 +238,7 @@ def _check_dense(
     score(data, method=methods, out=dense_path(Path(out)), **settings)
 
 
-def _samples(data: Any) -> tuple[Samples, str, str | dict[str, Any]]:
+def _samples(data: Any, reading: Reading | None) -> tuple[Samples, str, str | dict[str, Any]]:
     """Samples, the data set's name, and what to load it by ("" for samples of the caller's)."""
     if not isinstance(data, str | Path):
         samples = as_samples(data)
@@ -236,9 +247,9 @@ def _samples(data: Any) -> tuple[Samples, str, str | dict[str, Any]]:
         if isinstance(samples, StreamedImages):
             return samples, samples.name, samples.opened_with
         return samples, type(data).__name__, ""
-    dataset = load_dataset(str(data))
-    is_folder = Path(data).is_dir() and dataset.name != str(data)
-    return ImageSamples.of(dataset), dataset.name, str(Path(data).resolve() if is_folder else data)
+    dataset = load_sample_set(str(data), how=reading)
+    is_path = Path(data).exists() and dataset.name != str(data)
+    return dataset.train, dataset.name, str(Path(data).resolve() if is_path else data)
 
 
 def _settings(
@@ -425,6 +436,7 @@ def _table(
     *,
     dataset: str,
     source: str | dict[str, Any],
+    reading: Reading | None,
 ) -> ScoreTable:
     scores, confidence = scores.double().cpu(), None
     if recipe.methods[name].records:
@@ -441,7 +453,8 @@ def _table(
         provenance={
             "settings": _of_method(settings, name),
             "source": source,
-            "notes": _notes(name, recipe.samples.ids, scores),
+            **({} if reading is None else {"reading": reading.to_dict()}),
+            "notes": notes_on(name, recipe.samples.ids, scores),
             "version": __version__,
         },
         confidence=confidence,
@@ -456,7 +469,7 @@ def _merged(recipe: Recipe) -> dict[str, Tensor]:
     return merged
 
 
-def _notes(name: str, ids: Tensor, scores: Tensor) -> list[str]:
+def notes_on(name: str, ids: Tensor, scores: Tensor, *, stacklevel: int = 5) -> list[str]:
     """Sentences on scores that no selection will take; each is also a warning."""
     notes = []
     missing = ids[~scores.isfinite()]
@@ -472,7 +485,7 @@ def _notes(name: str, ids: Tensor, scores: Tensor) -> list[str]:
             f"{int(ids[-1])}); they say nothing"
         )
     for note in notes:
-        warnings.warn(note, ScoreWarning, stacklevel=5)
+        warnings.warn(note, ScoreWarning, stacklevel=stacklevel)
     return notes
 
 

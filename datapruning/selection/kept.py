@@ -1,25 +1,79 @@
-"""The kept samples of a data set, for a DataLoader of torch and for training here."""
+"""The kept samples of a data set: as what it is, or for a DataLoader and for training here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torch.utils.data import Subset as TorchSubset
 
 from datapruning.errors import SelectionError
+from prunelab.data.checked import checked_label
+from prunelab.data.columns import LABEL_NAMES
 from prunelab.data.datasets import ImageSet
-from prunelab.data.objects import as_samples, is_pair, is_samples, item_of, samples_of_items
+from prunelab.data.objects import (
+    as_samples,
+    is_array,
+    is_pair,
+    is_samples,
+    item_of,
+    samples_of_items,
+)
 from prunelab.data.samples import Samples
 
 if TYPE_CHECKING:
     from datapruning.selection.table import Subset
 
 _NUM_COMPARED = 8
+
+
+def kept_of(dataset: Any, subset: Subset) -> Any:
+    """What `Subset.of` gives."""
+    if isinstance(dataset, Mapping) and "train" in dataset:
+        made: Any = type(dataset)
+        return made({**dataset, "train": kept_of(dataset["train"], subset)})
+    if hasattr(dataset, "select") and hasattr(dataset, "features"):  # of Hugging Face
+        return dataset.select(_rows_of_items(dataset, subset).numpy())
+    if hasattr(dataset, "iloc"):
+        return dataset.iloc[subset.rows(as_samples(dataset)).numpy()]
+    if is_array(dataset):
+        _check_count(len(dataset), subset)
+        return dataset[subset.indices]
+    if isinstance(dataset, IterableDataset) or hasattr(dataset, "filter"):
+        return _thinned(dataset, subset)
+    return KeptSamples(dataset, subset)
+
+
+def _thinned(stream: Any, subset: Subset) -> Any:
+    """A data set without rows, of Hugging Face or torch, less what is not kept."""
+    if hasattr(stream, "filter"):
+        kept = frozenset(subset.indices.tolist())
+        return stream.filter(lambda _, row: row in kept, with_indices=True)
+    return KeptStream(stream, subset)
+
+
+class KeptStream(IterableDataset[Any]):
+    """The kept samples of a data set that is read from its start to its end, in one process.
+
+    A kept sample is told by its place; whether the data are those that were scored is not known.
+    """
+
+    def __init__(self, dataset: IterableDataset[Any], subset: Subset) -> None:
+        self.subset = subset
+        self._dataset, self._kept = dataset, frozenset(subset.indices.tolist())
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise SelectionError(
+                "several workers each see a part of a stream, and not whose place is which; use "
+                "one worker at most"
+            )
+        return (item for place, item in enumerate(self._dataset) if place in self._kept)
 
 
 class KeptSamples(TorchSubset[Any]):
@@ -40,12 +94,12 @@ class KeptSamples(TorchSubset[Any]):
     def __init__(self, dataset: Any, subset: Subset) -> None:
         self.subset = subset
         self._samples: Samples | None = None
-        if _has_items(dataset):
+        if has_items(dataset):
             rows = _rows_of_items(dataset, subset)
         else:
             self._samples = as_samples(dataset)
             rows = subset.rows(self._samples)
-            dataset = _Items(self._samples)
+            dataset = Items(self._samples)
         super().__init__(dataset, rows.tolist())
 
     def training_samples(self) -> tuple[Samples, Tensor | None]:
@@ -55,7 +109,7 @@ class KeptSamples(TorchSubset[Any]):
         return samples_of_items(self), None
 
 
-class _Items(Dataset[Any]):
+class Items(Dataset[Any]):
     """Samples one by one."""
 
     def __init__(self, samples: Samples) -> None:
@@ -71,32 +125,46 @@ class _Items(Dataset[Any]):
         return tuple(part[0] for part in batch)
 
 
-def _has_items(dataset: Any) -> bool:
+def has_items(dataset: Any) -> bool:
     """Whether it is a data set with items of its own, of torch or Hugging Face."""
     if is_samples(dataset) or isinstance(dataset, str | Path | ImageSet | Mapping):
         return False
-    if is_pair(dataset):
+    if is_pair(dataset) or hasattr(dataset, "iloc"):
         return False
-    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or not len(dataset):
+        return False
+    # Names of classes get their numbers from all of the samples.
+    return not isinstance(_label_of(dataset[0], 0), str | list)
+
+
+def _check_count(count: int, subset: Subset) -> None:
+    if count != subset.num_samples or (len(subset) and int(subset.ids.max()) >= count):
+        raise SelectionError(
+            f"the subset was chosen from {subset.num_samples} samples of {subset.dataset}, these "
+            f"data have {count}; give the data set that was scored"
+        )
 
 
 def _rows_of_items(dataset: Any, subset: Subset) -> Tensor:
     """The rows that are kept, once the data set is known to be of the same samples."""
-    if len(dataset) != subset.num_samples or (
-        len(subset) and int(subset.ids.max()) >= subset.num_samples
-    ):
-        raise SelectionError(
-            f"the subset was chosen from {subset.num_samples} samples of {subset.dataset}, these "
-            f"data have {len(dataset)}; give the data set that was scored"
-        )
+    _check_count(len(dataset), subset)
     if subset.labels is not None:
         step = max(1, len(subset) // _NUM_COMPARED)
         for place in range(0, len(subset), step):
             row, expected = int(subset.ids[place]), int(subset.labels[place])
-            _, label = item_of(dataset[row], row)
+            label = checked_label(_label_of(dataset[row], row), row)
             if label != expected:
                 raise SelectionError(
                     f"sample {row} has the label {label}, but had {expected} when the subset was "
                     "chosen; give the data set that was scored, in its order"
                 )
     return subset.ids
+
+
+def _label_of(item: Any, row: int) -> Any:
+    """The label of an item, whose input may be anything that a network of the user's takes."""
+    if isinstance(item, Mapping):
+        for name in LABEL_NAMES:
+            if name in item:
+                return item[name]
+    return item_of(item, row)[1]

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from datapruning.errors import ScoreError, SelectionError
-from datapruning.selection.kept import KeptSamples
+from datapruning.selection.kept import kept_of
 from datapruning.selection.policies import Policy
 from prunelab.data.checked import array_of, checked_labels, whole_numbers
 from prunelab.data.samples import Samples, checked_ids
@@ -145,8 +146,31 @@ class Subset:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def of(self, dataset: Any) -> KeptSamples:
-        """The kept samples of the data set that was scored, for training and for a DataLoader.
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """Row numbers of the kept samples, int64 [K], ascending: for anything that has rows.
+
+        `images[kept.indices]`, `frame.iloc[kept.indices]`, `SubsetRandomSampler(kept.indices)`.
+
+        Raises:
+            SelectionError: the samples were scored under ids of their own; use `rows`.
+        """
+        if len(self) and int(self.ids.max()) >= self.num_samples:
+            raise SelectionError(
+                f"the id {int(self.ids.max())} is no row of {self.num_samples} samples: they have "
+                "ids of their own; use rows(samples)"
+            )
+        indices: NDArray[np.int64] = self.ids.numpy()
+        return indices
+
+    def of(self, dataset: Any) -> Any:
+        """The kept samples of the data set that was scored, as what it is.
+
+        A Hugging Face data set gives one by `select` (columns, types and class names stay), a
+        DatasetDict or a mapping with "train" the same with its training side cut, a frame of
+        pandas its rows, an array or a tensor its rows, a streamed data set a streamed one. All else
+        (torch data sets, pairs of images and labels, samples, names) gives a `KeptSamples`: a
+        `torch.utils.data.Subset`, for training and for a DataLoader.
 
         Args:
             dataset: what was given to `score`, or the same samples in another dress: a torch data
@@ -155,7 +179,7 @@ class Subset:
         Raises:
             SelectionError: other data.
         """
-        return KeptSamples(dataset, self)
+        return kept_of(dataset, self)
 
     def rows(self, samples: Samples) -> Tensor:
         """Row numbers of the kept samples, int64 [K], ascending.

@@ -27,10 +27,13 @@ from datapruning.students.train import (
     training_seed,
     warn_of_absent_classes,
 )
-from prunelab.data.datasets import ImageSet, fingerprint, load_dataset
+from prunelab.data.datasets import fingerprint
+from prunelab.data.given import load_sample_set
+from prunelab.data.reading import TEST_SHARE, Reading, reading
 from prunelab.data.samples import ImageSamples
+from prunelab.data.sides import SampleSet
 from prunelab.data.tensors import PREPROCESSING
-from prunelab.errors import RunError
+from prunelab.errors import DataError, RunError
 from prunelab.networks import build_model, check_model
 from prunelab.runs import folder as runfolder
 from prunelab.runs.settings import differences
@@ -49,7 +52,8 @@ class RunSettings:
     """All that decides the bits of a training run.
 
     Attributes:
-        dataset: a name, or a folder of parquet files.
+        dataset: a name, folder, file or "module:function", as `load_sample_set` takes it.
+        resize, columns, test_share: how it is taken (see `prunelab.data.reading`).
         subset: file of the kept samples; "" trains on all.
         kept: digest of their ids, filled in by `run`: a file may change under its name.
         teacher: run folder of a teacher; "" for none.
@@ -58,6 +62,9 @@ class RunSettings:
     """
 
     dataset: str = "digits"
+    resize: str = ""
+    columns: str = ""
+    test_share: float = TEST_SHARE
     model: str = "resnet8"
     seed: int = 0
     subset: str = ""
@@ -72,8 +79,14 @@ class RunSettings:
     def __post_init__(self) -> None:
         check_model(self.model)
         check_alpha(self.alpha)
+        _ = self.reading
         if self.threads < 1:
             raise RunError(f"threads must be at least 1, got {self.threads}")
+
+    @property
+    def reading(self) -> Reading:
+        """How the data set is taken."""
+        return reading(resize=self.resize, columns=self.columns, test_share=self.test_share)
 
     def toml(self) -> str:
         """The settings as a TOML file."""
@@ -130,20 +143,19 @@ def run(
         RunError, DataError, ModelError, SelectionError: says what, where and what to do. A new
             folder in which nothing was computed is removed again.
     """
-    data = load_dataset(settings.dataset)
-    samples = ImageSamples.of(data)
+    data, samples, test = _both_sides(settings)
     subset = Subset.read(Path(settings.subset)) if settings.subset else None
     rows = None if subset is None else subset.rows(samples)
     if subset is not None:
         settings = dataclasses.replace(settings, kept=fingerprint(subset.ids))
-        warn_of_absent_classes(samples.labels, rows, data.num_classes)
+        warn_of_absent_classes(samples.labels, rows, data.num_classes or 0)
     teacher = _teacher(settings, data, samples) if settings.teacher else None
     _open(folder, settings, resume=resume)
     if not (folder / runfolder.SUMMARY).exists():
         say = progress or (lambda line: None)
         try:
             with runfolder.locked(folder), computing(settings.threads):
-                _run(settings, folder, data, samples, subset=subset, rows=rows,
+                _run(settings, folder, data, samples, test, subset=subset, rows=rows,
                      teacher=teacher, say=say)  # fmt: skip
         except ValueError:
             if not resume:  # a run that was there before is not ours to remove
@@ -173,13 +185,30 @@ def load_model(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _teacher(settings: RunSettings, data: ImageSet, samples: ImageSamples) -> nn.Module:
+def _both_sides(settings: RunSettings) -> tuple[SampleSet, ImageSamples, ImageSamples]:
+    """The data set, its training samples and those to test with: inputs with a class each.
+
+    Raises:
+        DataError: as `load_sample_set`, other samples, or none to test with.
+    """
+    data = load_sample_set(settings.dataset, how=settings.reading)
+    if not isinstance(data.train, ImageSamples):
+        raise DataError(
+            f"{data.name}: these samples have no class each, and this command trains classifiers; "
+            "datapruning.train(data, task=...) trains for other tasks"
+        )
+    if not isinstance(data.test, ImageSamples):
+        raise DataError(f"{data.name} has no samples to test with; set a share of them aside")
+    return data, data.train, data.test
+
+
+def _teacher(settings: RunSettings, data: SampleSet, samples: ImageSamples) -> nn.Module:
     """The teacher, refused if its labels may mean something else."""
     folder = Path(settings.teacher)
     summary = runfolder.read_summary(folder)
     if "num_classes" not in summary:
         raise RunError(f"{folder} is not a run of `datapruning train`; give the folder of one")
-    check_classes(data.num_classes, summary["num_classes"])
+    check_classes(data.num_classes or 0, summary["num_classes"])
     if summary["fingerprint"] != samples.fingerprint:
         raise RunError(
             f"the teacher in {folder} was trained on other data ({summary['dataset']}, "
@@ -201,8 +230,9 @@ def _open(folder: Path, settings: RunSettings, *, resume: bool) -> None:
 def _run(
     settings: RunSettings,
     folder: Path,
-    data: ImageSet,
+    data: SampleSet,
     samples: ImageSamples,
+    test: ImageSamples,
     *,
     subset: Subset | None,
     rows: Tensor | None,
@@ -215,7 +245,7 @@ def _run(
         return build_model(
             settings.model,
             num_classes=data.num_classes,
-            input_shape=data.input_shape,
+            input_shape=tuple(samples.images.shape[1:]),
             seed=seed,
         ).to(settings.device)
 
@@ -242,7 +272,6 @@ def _run(
         run=runfolder.run_name(folder),
         device=settings.device,
     )
-    test = ImageSamples(data.test_images, data.test_labels)
     summary = _summary(
         settings, data, samples, subset=subset, rows=rows, choice=choice, result=result
     )
@@ -253,14 +282,14 @@ def _run(
         "test_loss": float(functional.cross_entropy(logits.double(), labels)),
         "test_accuracy_by_class": [
             float(right[labels == c].mean()) if bool((labels == c).any()) else None
-            for c in range(data.num_classes)
+            for c in range(data.num_classes or 0)
         ],
         "peak_rss_bytes": peak_rss_bytes(),
         "seconds": journal.seconds,
         "version": __version__,
     }
     metadata = {"dataset": data.name, "model": settings.model, "seed": str(settings.seed)}
-    metadata |= {"images": str(data.test_images.numpy().dtype), **PREPROCESSING.to_metadata()}
+    metadata |= {"images": str(test.images.numpy().dtype), **PREPROCESSING.to_metadata()}
     metadata["run"] = runfolder.run_name(folder)
     save_sparse(folder / runfolder.MODEL, model.state_dict(), None, metadata=metadata)
     runfolder.write_summary(folder, summary)
@@ -270,7 +299,7 @@ def _run(
 
 def _summary(
     settings: RunSettings,
-    data: ImageSet,
+    data: SampleSet,
     samples: ImageSamples,
     *,
     subset: Subset | None,
@@ -288,14 +317,14 @@ def _summary(
         "model": settings.model,
         "seed": settings.seed,
         "num_classes": data.num_classes,
-        "input_shape": list(data.input_shape),
+        "input_shape": list(samples.images.shape[1:]),
         "num_samples": len(samples),
         "num_kept": len(labels),
         "kept_fraction": len(labels) / len(samples),
         "policy": "" if subset is None else subset.policy,
         "method": "" if subset is None else subset.method,
-        "class_counts": samples.labels.bincount(minlength=data.num_classes).tolist(),
-        "class_counts_kept": labels.bincount(minlength=data.num_classes).tolist(),
+        "class_counts": samples.labels.bincount(minlength=data.num_classes or 0).tolist(),
+        "class_counts_kept": labels.bincount(minlength=data.num_classes or 0).tolist(),
         "teacher": settings.teacher,
         "alpha": alpha,
         "temperature": settings.temperature if settings.teacher else None,

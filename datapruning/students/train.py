@@ -34,7 +34,7 @@ from prunelab.runs.folder import run_name, write_file
 from prunelab.runs.seeds import stream_seed
 from prunelab.training import loop
 from prunelab.training.loop import Callback, Objective, Rows, TrainingConfig, evaluating
-from prunelab.training.task import Classification, ImageClassification, Task, check_fits
+from prunelab.training.task import Classification, Task, check_fits, make_task, task_of
 from sparsemodel.storage.sealed import read_sealed_json, sealed_json
 
 AUTO = "auto"
@@ -51,7 +51,7 @@ def train(
     alpha: float | str = AUTO,
     temperature: float = TEMPERATURE,
     fresh: float | int | None = None,
-    task: Task | None = None,
+    task: str | Task | None = None,
     training: TrainingConfig | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -71,7 +71,7 @@ def train(
         temperature: of the distillation.
         fresh: train each epoch on a new random part of the samples, a share or a number of them
             (`fresh_random`): the control that scores have to beat.
-        task: None: image classification.
+        task: a Task, its name or what makes it; None: what the samples are for.
         training: None: TrainingConfig().
         seed: decides start, order and augmentation; equal seeds give equal bits.
         progress: called with a line of text now and then.
@@ -94,8 +94,8 @@ def train(
     torch.Size([60, 3])
     """
     check_alpha(alpha)
-    task, config = task or ImageClassification(), training or TrainingConfig()
     samples, rows, num_classes = _training_side(data)
+    task, config = make_task(task or task_of(samples)), training or TrainingConfig()
     input_shape = sizes(samples)[1]
     if samples.labels is not None and num_classes is not None:
         warn_of_absent_classes(samples.labels, rows, num_classes)

@@ -26,7 +26,7 @@ class Gate:
 
     Args:
         num_clients: of the run.
-        num_classes: of the data.
+        num_classes: of the data; 1 where samples have no classes.
         shares: client -> what the run gave it; empty where it is not known.
         own_data: whether a client may bring other samples than its share.
         max_share: of one round's samples that a client with samples of its own may stand for.
@@ -52,8 +52,8 @@ class Gate:
             ClientError: no client of this run can be that.
         """
         info = client_info(reply)
-        if set(reply.fields) != {"client", "dev", "labels"} or not _holds_no_arrays(reply):
-            raise ClientError("a description holds client, dev and labels, no more")
+        if set(reply.fields) != {"client", "dev", "test", "labels"} or not _holds_no_arrays(reply):
+            raise ClientError("a description holds client, dev, test and labels, no more")
         if info.client >= self._num_clients:
             raise ClientError(
                 f"it says that it is client {info.client}: expected 0 to {self._num_clients - 1}"
@@ -63,7 +63,7 @@ class Gate:
                 f"counts of {len(info.label_histogram)} classes: expected {self._num_classes}"
             )
         total, most = info.num_train + info.num_dev, MAX_TOTAL_WEIGHT // self._num_clients
-        if sum(info.label_histogram) != total or total > most:
+        if sum(info.label_histogram) != total or total > most or info.num_test > most:
             raise ClientError(
                 f"{info.num_train} samples for training and {info.num_dev} for development, and "
                 f"{sum(info.label_histogram)} labels: expected equal sums, at most {most}"
@@ -78,13 +78,13 @@ class Gate:
         self._known[info.client] = info
         return info
 
-    def weights(self, clients: Collection[int], *, dev: bool) -> dict[int, int]:
+    def weights(self, clients: Collection[int], *, on: str) -> dict[int, int]:
         """What each of these clients counts for in a mean over all of them: at least 0.
 
         As many as the samples it announced; one with samples of its own at most `max_share` of
         them all, as far as that can be.
         """
-        samples = {c: _samples(self._known[c], dev=dev) for c in clients}
+        samples = {c: _samples(self._known[c], on) for c in clients}
         own = [c for c in clients if self._known[c] != self._shares.get(c)]
         return capped(samples, own, self._max_share)
 
@@ -97,7 +97,7 @@ class Gate:
         Raises:
             ClientError: it holds more or less than was asked for, or what cannot be.
         """
-        expected = _samples(self._known[client], dev=request.on_dev)
+        expected = _samples(self._known[client], request.on)
         if reply.num_examples != expected or expected < 1:
             raise ClientError(
                 f"a reply for {reply.num_examples} samples, and the client has {expected}"
@@ -201,8 +201,8 @@ def _is_statistic(name: str) -> bool:
     return name.endswith(("running_mean", "running_var"))
 
 
-def _samples(info: ClientInfo, *, dev: bool) -> int:
-    return info.num_dev if dev else info.num_train
+def _samples(info: ClientInfo, on: str) -> int:
+    return {"train": info.num_train, "dev": info.num_dev, "test": info.num_test}[on]
 
 
 def _holds_no_arrays(reply: Reply) -> bool:

@@ -86,8 +86,8 @@ class Request:
             need not bring them again.
         report_resources: whether clients say what they hold.
         expected: what a reply holds. It does not travel.
-        on_dev: whether a reply stands for the development samples, not those for training. It
-            does not travel.
+        on: which of its samples a client's reply stands for: "train", "dev" or "test". It does
+            not travel.
         check: refuses, with ClientError, a reply whose fields do not answer it. It does not
             travel.
         forward_passes: for the account of operations: of each pass over the development samples
@@ -102,7 +102,7 @@ class Request:
     hold: frozenset[str] = frozenset()
     report_resources: bool = False
     expected: Expected = Expected()
-    on_dev: bool = False
+    on: str = "train"
     check: Callable[[Reply], None] = lambda reply: None
     forward_passes: Sequence[Mapping[str, int]] = ()
 
@@ -121,12 +121,18 @@ class Request:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """Who a client is and what it holds."""
+    """Who a client is and what it holds.
+
+    Attributes:
+        label_histogram: of the samples for training and development.
+        num_test: samples that it keeps for testing; 0 where the server has some.
+    """
 
     client: int
     num_train: int
     num_dev: int
     label_histogram: list[int]
+    num_test: int = 0
 
 
 MAX_LOSS = 2.0**40
@@ -136,9 +142,18 @@ DESCRIBE = "describe"
 """The question that every client answers, whatever the method: its ClientInfo."""
 
 
+EVALUATE = "evaluate"
+"""The question how the model does on a client's own test samples, which every client answers."""
+
+
 def describe_reply(info: ClientInfo) -> Reply:
     """A client's answer to DESCRIBE."""
-    fields = {"client": info.client, "dev": info.num_dev, "labels": info.label_histogram}
+    fields = {
+        "client": info.client,
+        "dev": info.num_dev,
+        "test": info.num_test,
+        "labels": info.label_histogram,
+    }
     return Reply(info.num_train, fields)
 
 
@@ -155,6 +170,7 @@ def client_info(reply: Reply) -> ClientInfo:
         client=count(reply.fields, "client"),
         num_train=reply.num_examples,
         num_dev=count(reply.fields, "dev"),
+        num_test=count(reply.fields, "test"),
         label_histogram=counts(reply.fields, "labels", len(labels)),
     )
 
@@ -217,6 +233,22 @@ def losses(fields: Fields, key: str, length: int, samples: int) -> list[float]:
         ClientError: it is not.
     """
     return [loss({key: value}, key, samples) for value in _listed(fields, key, length)]
+
+
+def metrics(fields: Fields, key: str, length: int, samples: int, *, metric: str) -> list[float]:
+    """A field that is a list of so many sums of a metric over so many samples.
+
+    Args:
+        metric: what it is called; of "accuracy", whole numbers from 0 to the number of samples.
+
+    Raises:
+        ClientError: it is not.
+    """
+    found = [number({key: value}, key) for value in _listed(fields, key, length)]
+    for value in found:
+        if metric == "accuracy" and not (0 <= value <= samples and value.is_integer()):
+            raise ClientError(f"field {key!r}: {value:g} hits among {samples} samples")
+    return found
 
 
 def _listed(fields: Fields, key: str, length: int) -> list[Any]:

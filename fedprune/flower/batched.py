@@ -9,23 +9,25 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
+from torch.nn.modules.dropout import _DropoutNd
 
 from fedprune.exchange.messages import MODEL, Reply, Request
 from fedprune.flower.client import encode_answer, guarded, open_request
 from fedprune.flower.inline import CLIENT_APP_RAISED, InlineGrid
 from fedprune.local.cohort import Member, train_cohort, train_in_cohorts
 from fedprune.local.cohort_memory import fitting_cohort
+from fedprune.local.optimizer import is_plain, round_sgd
 from fedprune.local.site import Local
 from fedprune.local.training import (
     SEED_ROUND,
     growth_counts,
     growth_rows,
     require_samples,
-    round_sgd,
     train,
 )
 from fedprune.rounds.workspace import compute_device
 from prunelab.runs.threads import computing
+from prunelab.training.steps import is_classification
 
 Job = tuple[Request, Local]
 
@@ -94,7 +96,9 @@ def train_together(
 ) -> tuple[list[Message], int]:
     """Answer several clients' train messages with one training of stacked weights.
 
-    A method that answers "train" in its own way is asked client by client.
+    Where a method answers "train" in its own way, or the step is not the stack's (another
+    optimiser, gradients that are clipped, another task than classification, dropout), clients are
+    asked one by one.
 
     Args:
         messages: train messages of one round, each with its client's context.
@@ -107,7 +111,7 @@ def train_together(
     decoded = [guarded(partial(_opened, message.content, ctx)) for message, ctx in messages]
     jobs = [entry for entry in decoded if isinstance(entry, tuple)]
     replies: Iterable[Reply | RecordDict] = []
-    if jobs and jobs[0][1].config.method.actions["train"] is train:
+    if jobs and _trains_together(jobs[0][1]):
         replies, size = _train_jobs(jobs, size=size, measure=measure)
     elif jobs:
         action = jobs[0][1].config.method.actions["train"]
@@ -122,9 +126,19 @@ def train_together(
     return answers, size
 
 
+def _trains_together(local: Local) -> bool:
+    config = local.config
+    if config.method.actions["train"] is not train or not is_plain(config.training):
+        return False
+    layers = local.network.build().modules()
+    return is_classification(local.network.task()) and not any(
+        isinstance(layer, _DropoutNd) and layer.p > 0 for layer in layers
+    )
+
+
 def _opened(record: RecordDict, context: Context) -> Job:
     request, local = open_request(record, context)
-    require_samples(len(local.data.train_labels))
+    require_samples(len(local.data.train))
     return request, local
 
 
@@ -153,8 +167,8 @@ def _member(request: Request, local: Local) -> Member:
     counts = growth_counts(request)
     return Member(
         state=request.state(MODEL),
-        images=local.data.train_images,
-        labels=local.data.train_labels,
+        images=local.data.train.inputs,
+        labels=local.data.train.targets,
         seed=local.seed(SEED_ROUND, request.round_index),
         growth=(counts, growth_rows(local, request.round_index)) if counts else None,
         report_resources=request.report_resources,

@@ -15,10 +15,18 @@ from flwr.clientapp import ClientApp
 
 from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS, ClientError
-from fedprune.exchange.messages import DESCRIBE, ClientInfo, Reply, Request, describe_reply
+from fedprune.exchange.messages import (
+    DESCRIBE,
+    EVALUATE,
+    ClientInfo,
+    Reply,
+    Request,
+    describe_reply,
+)
 from fedprune.flower import wire
 from fedprune.local.model import Network
 from fedprune.local.site import Local, network_of, open_data
+from fedprune.local.training import evaluate
 from sparsemodel.runtime.memory import give_back
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.program import Program
@@ -26,16 +34,28 @@ from sparsemodel.runtime.program import Program
 # Keys of the run config that say where to write, not what to compute.
 LAUNCH_SECTION = "run."
 SETUP = f"{LAUNCH_SECTION}setup"
+CLIENTS = "data.clients"
 _HELD = "held"
 
 app = ClientApp()
 T = TypeVar("T")
 
 
-def run_config(context: Context) -> RunConfig:
-    """The run's configuration as Flower carries it."""
+def run_config(context: Context, *, clients: int = 0) -> RunConfig:
+    """The run's configuration as Flower carries it.
+
+    Args:
+        clients: how many there are where the configuration leaves it to the federation.
+    """
     values = {k: v for k, v in context.run_config.items() if not k.startswith(LAUNCH_SECTION)}
+    if takes_nodes(context):
+        values[CLIENTS] = clients
     return RunConfig.parse(values)
+
+
+def takes_nodes(context: Context) -> bool:
+    """Whether the run has as many clients as the federation has nodes."""
+    return context.run_config.get(CLIENTS) == 0
 
 
 @app.train()
@@ -66,6 +86,8 @@ def _answer(record: RecordDict, context: Context) -> RecordDict:
     request, local = open_request(record, context)
     if request.action == DESCRIBE:
         return wire.encode_reply(describe_reply(_info(local)), request, dtype="fp32")
+    if request.action == EVALUATE:
+        return encode_answer(evaluate(request, local), request, local)
     actions = local.config.method.actions
     if request.action not in actions:
         raise ClientError(
@@ -77,16 +99,17 @@ def _answer(record: RecordDict, context: Context) -> RecordDict:
 
 def open_request(record: RecordDict, context: Context) -> tuple[Request, Local]:
     """A message decoded, and the client's place; what it holds from now on is remembered."""
-    config = run_config(context)
+    held = _held(context)
+    received = wire.receive(record, held)
+    config = run_config(context, clients=received.clients())
     client = _number(context, config)
     data = open_data(
         config,
         client,
         private=str(context.node_config.get("data-path", "")),
         setup=str(context.run_config.get(SETUP, "")),
+        expected=received.request({}).fields if received.action == DESCRIBE else None,
     )
-    held = _held(context)
-    received = wire.receive(record, held)
     context.state[_HELD] = ConfigRecord(dict(held.items))
     if received.action == DESCRIBE:
         network = Network(None, lambda: None, {})
@@ -109,8 +132,8 @@ def _number(context: Context, config: RunConfig) -> int:
     client = int(context.node_config.get("partition-id", -1))
     if not 0 <= client < config.data.clients:
         raise ClientError(
-            f"partition-id {client}: expected 0 to {config.data.clients - 1}; "
-            "make the number of nodes equal to data.clients"
+            f"partition-id {client}: expected 0 to {config.data.clients - 1}; start the node with "
+            "--node-config 'partition-id=0' (another for each), and as many nodes as data.clients"
         )
     return client
 
@@ -118,7 +141,7 @@ def _number(context: Context, config: RunConfig) -> int:
 def _info(local: Local) -> ClientInfo:
     data = local.data
     return ClientInfo(
-        local.client, len(data.train_labels), len(data.dev_labels), data.label_histogram()
+        local.client, len(data.train), len(data.dev), data.label_histogram(), len(data.test)
     )
 
 

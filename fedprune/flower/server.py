@@ -15,12 +15,14 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS, ClientError
 from fedprune.exchange.gate import Gate
 from fedprune.exchange.messages import DESCRIBE, MODEL, ClientInfo, Reply, Request
 from fedprune.flower import wire
-from fedprune.flower.client import LAUNCH_SECTION, SETUP, run_config
+from fedprune.flower.client import LAUNCH_SECTION, SETUP, run_config, takes_nodes
 from fedprune.flower.launch import failure_file
+from fedprune.local.private import described
 from fedprune.local.site import setup_folder
 from fedprune.reports.page import write_report
 from fedprune.rounds import folder as runfolder
@@ -33,6 +35,7 @@ from sparsemodel.runtime.pattern import Patterns
 
 POLL_SECONDS = 0.02
 JOIN_SECONDS = 120.0
+SETTLE_SECONDS = 3.0
 MAX_REASON = 500
 TRAIN = "train"
 
@@ -42,10 +45,10 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run or resume the run that the run config describes."""
-    config = run_config(context)
-    setup = Setup(config, setup_folder(config, str(context.run_config.get(SETUP, ""))))
     path = Path(str(context.run_config.get(f"{LAUNCH_SECTION}out") or f"runs/{context.run_id}"))
     resume = bool(context.run_config.get(f"{LAUNCH_SECTION}resume", False))
+    config = _config(grid, context, path if resume else None)
+    setup = Setup(config, setup_folder(config, str(context.run_config.get(SETUP, ""))))
     launcher = int(context.run_config.get(f"{LAUNCH_SECTION}launcher-pid", 0))
     if not (launcher and path.exists()):  # otherwise the launcher has prepared it
         runfolder.prepare(path, config, resume=resume)
@@ -53,7 +56,13 @@ def main(grid: Grid, context: Context) -> None:
     own_data = SETUP not in context.run_config
     try:
         with runfolder.open_run(path) as folder:
-            cohort = GridCohort(grid, setup, own_data=own_data, launcher_pid=launcher)
+            cohort = GridCohort(
+                grid,
+                setup,
+                own_data=own_data,
+                launcher_pid=launcher,
+                tell_clients=takes_nodes(context),
+            )
             cohort.join()
             run(setup, cohort, folder)
     except USER_ERRORS as error:
@@ -65,20 +74,68 @@ def main(grid: Grid, context: Context) -> None:
         print(f"report: {write_report(path).resolve()}", flush=True)
 
 
+def _config(grid: Grid, context: Context, resumed: Path | None) -> RunConfig:
+    """The run's configuration, its number of clients counted where it is left to the federation.
+
+    Args:
+        resumed: the folder of a run that goes on, with the clients that it began with.
+    """
+    if not takes_nodes(context):
+        return run_config(context)
+    if resumed is not None and (resumed / runfolder.CONFIG).exists():
+        return run_config(context, clients=runfolder.stored_config(resumed).data.clients)
+    return run_config(context, clients=count_nodes(grid))
+
+
+def count_nodes(grid: Grid, *, settle: float = SETTLE_SECONDS) -> int:
+    """How many nodes there are; with none yet, how many have come once no more are coming.
+
+    Args:
+        settle: seconds without another node after which those that came are all.
+
+    Raises:
+        RunError: none is there within two minutes.
+    """
+    count = len(list(grid.get_node_ids()))
+    if count:
+        return count
+    changed, deadline = 0.0, time.monotonic() + JOIN_SECONDS
+    while not count or time.monotonic() < changed + settle:
+        if not count and time.monotonic() > deadline:
+            raise RunError(
+                f"no node is connected after {JOIN_SECONDS:g} s, and data.clients = 0 asks for "
+                "as many clients as there are nodes; start the SuperNodes first"
+            )
+        time.sleep(0.1)
+        if (now := len(list(grid.get_node_ids()))) != count:
+            count, changed = now, time.monotonic()
+    return count
+
+
 class GridCohort:
     """The clients behind a Flower Grid.
 
     Keeps track of what each client holds, counts the bytes of every message, and turns a
     failed, silent or refused client into a line of `skipped` instead of an end of the run.
+
+    Args:
+        tell_clients: whether messages say how many clients there are.
     """
 
     def __init__(
-        self, grid: Grid, setup: Setup, *, own_data: bool = False, launcher_pid: int = 0
+        self,
+        grid: Grid,
+        setup: Setup,
+        *,
+        own_data: bool = False,
+        launcher_pid: int = 0,
+        tell_clients: bool = False,
     ) -> None:
         self._grid = grid
         self._setup = setup
         self._config = setup.config
         self._launcher_pid = launcher_pid
+        self._told_clients = setup.config.data.clients if tell_clients else 0
         self._nodes: dict[int, int] = {}
         self._held: dict[int, frozenset[str]] = {}
         self._last_mask: Patterns | None = None
@@ -86,7 +143,7 @@ class GridCohort:
         self._program = wire.ProgramText.of(setup.program)
         self._gate = Gate(
             num_clients=setup.config.data.clients,
-            num_classes=setup.test.num_classes,
+            num_classes=setup.data.num_classes or 1,
             shares=setup.shares(),
             own_data=own_data,
             max_share=setup.config.federation.max_share,
@@ -107,7 +164,7 @@ class GridCohort:
                 break
             self._check_launcher()
             time.sleep(0.1)
-        request = Request(DESCRIBE)
+        request = Request(DESCRIBE, fields=described(self._setup.data))
         record = self._encode(request, frozenset(), program=wire.ProgramText()).record
         pending = {self._send(node, record, DESCRIBE, "join"): node for node in nodes}
         claims: dict[int, list[int]] = {}
@@ -154,7 +211,7 @@ class GridCohort:
         envelopes: dict[frozenset[str], wire.Envelope] = {}
         pending: dict[str, int] = {}
         clients = sorted(self.clients) if clients is None else clients
-        weights = self._gate.weights(clients, dev=request.on_dev)
+        weights = self._gate.weights(clients, on=request.on)
         for client in clients:
             pending[self._request(client, request, envelopes)] = client
         after = next(iter(envelopes.values())).held if envelopes else frozenset()
@@ -201,6 +258,7 @@ class GridCohort:
             held=held,
             base=self._last_mask,
             dtype=self._config.federation.value_dtype,
+            clients=self._told_clients,
         )
 
     def _send(self, node: int, record: RecordDict, action: str, group: str) -> str:

@@ -147,8 +147,8 @@ def write_app(path: Path, config: RunConfig, out: Path, *, resume: bool, setup: 
     """Copy the thin Flower app and give it this run's configuration."""
     source = Path(flower_app.__file__).parent
     path.mkdir(parents=True)
-    for module in source.glob("fedprune_*.py"):
-        shutil.copy(module, path)
+    for file in (*source.glob("fedprune_*.py"), source / "LICENSE"):
+        shutil.copy(file, path)
     project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))
     values = {**config.flower(), **launch_values(out, resume=resume, setup=setup)}
     project["tool"]["flwr"]["app"]["config"] = values

@@ -236,6 +236,7 @@ def encode_request(
     held: frozenset[str],
     base: Patterns | None,
     dtype: str,
+    clients: int = 0,
 ) -> Envelope:
     """The record for a client.
 
@@ -244,10 +245,13 @@ def encode_request(
         held: tokens of what this client is believed to hold.
         base: an older mask; a client that holds it is sent the difference only.
         dtype: how weights travel: fp32, fp16, bf16 or int8.
+        clients: how many the run has, where its configuration does not say it.
     """
     frames: Frames = {}
     keep: set[str] = set()
     header: dict[str, Any] = {"a": request.action, "r": request.round_index}
+    if clients:
+        header["n"] = clients
     if program.text:
         token = program_token(program.digest)
         header["p"] = token[2:]
@@ -329,6 +333,14 @@ class Received:
             id(data): len(data) for data in (*self._frames.values(), *self._held.items.values())
         }
         return sum(frames.values())
+
+    def clients(self) -> int:
+        """How many clients the run has, where the message says it, else 0.
+
+        Raises:
+            ClientError: it is no number.
+        """
+        return _count(self._header, "n") if "n" in self._header else 0
 
     def program_text(self) -> bytes:
         """The program of the run's network."""

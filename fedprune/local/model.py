@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 
@@ -18,6 +18,9 @@ from sparsemodel.kernels.cpu import library as cpu
 from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import Entries, SparseState, Tensors
 from sparsemodel.runtime.trainer import Trainer
+
+if TYPE_CHECKING:
+    from prunelab.training.task import Task
 
 Array = NDArray[Any]
 Correction = Callable[[Tensors, Tensors], None]
@@ -42,14 +45,22 @@ class Sgd(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Sums over samples, so that results of several clients can be added."""
+    """Sums over samples, so that results of several clients can be added.
+
+    Attributes:
+        metric_sum: of the task's metric; of classes the number told right; 0 where there is none.
+    """
 
     loss_sum: float
-    num_correct: int
+    metric_sum: float
 
 
 class LocalModel(Protocol):
-    """A model on one client, under patterns or dense. Images are uint8 or float32 [N, C, H, W]."""
+    """A model on one client, under patterns or dense.
+
+    Inputs and targets are arrays as a store has them: uint8 or float32 [N, C, H, W] and classes,
+    int64 [N], for instance.
+    """
 
     def load(self, state: SparseState) -> None:
         """Take over a state, under the same patterns or others; momentum starts at zero."""
@@ -60,21 +71,31 @@ class LocalModel(Protocol):
         ...
 
     def step(
-        self, images: Array, labels: Array, *, sgd: Sgd, correction: Correction | None = None
+        self,
+        inputs: Array,
+        targets: Array,
+        *,
+        sgd: Sgd,
+        correction: Correction | None = None,
+        seed: int = 0,
     ) -> float:
-        """One SGD step on a mini-batch; returns its mean loss before the step."""
+        """One SGD step on a mini-batch; returns its mean loss before the step.
+
+        Args:
+            seed: of layers that draw, such as dropout.
+        """
         ...
 
-    def growth(self, counts: Mapping[str, int], images: Array, labels: Array) -> Entries:
+    def growth(self, counts: Mapping[str, int], inputs: Array, targets: Array) -> Entries:
         """The largest gradients at pruned weights on one mini-batch."""
         ...
 
-    def statistics(self, images: Array) -> Tensors:
-        """Mean and variance of the input of every batch norm over all images, in train mode."""
+    def statistics(self, inputs: Array) -> Tensors:
+        """Mean and variance of the input of every batch norm over all inputs, in train mode."""
         ...
 
-    def evaluate(self, images: Array, labels: Array) -> Score:
-        """Loss and hits by running statistics."""
+    def evaluate(self, inputs: Array, targets: Array) -> Score:
+        """Loss and metric by running statistics."""
         ...
 
     def held_bytes(self) -> int:
@@ -82,19 +103,28 @@ class LocalModel(Protocol):
         ...
 
 
+def _classification() -> Task:
+    from prunelab.training.task import ImageClassification  # noqa: PLC0415
+
+    return ImageClassification()
+
+
 @dataclass(frozen=True)
 class Network:
     """How a client comes by its network.
 
     Attributes:
-        program: for the runtime; None where the network has none.
+        program: for the runtime; None where the network has none, or the task is another than
+            the runtime's, which is classification.
         build: makes the torch module, dense, with whatever weights.
         shapes: of the float state, in its order.
+        task: makes the task, with torch.
     """
 
     program: Program | None
     build: Callable[[], Any]
     shapes: Mapping[str, tuple[int, ...]]
+    task: Callable[[], Task] = _classification
 
 
 def open_model(network: Network, state: SparseState, training: TrainingConfig) -> LocalModel:
@@ -104,7 +134,7 @@ def open_model(network: Network, state: SparseState, training: TrainingConfig) -
         return RuntimeModel(network.program, state, training)
     from fedprune.local.torch_models import open_torch_model  # noqa: PLC0415
 
-    return open_torch_model(network.build, state, training)
+    return open_torch_model(network.build, state, training, network.task())
 
 
 def execution_of(training: TrainingConfig, *, pruned: bool) -> str:
@@ -149,20 +179,26 @@ class RuntimeModel:
         return self._trainer.state()
 
     def step(
-        self, images: Array, labels: Array, *, sgd: Sgd, correction: Correction | None = None
+        self,
+        inputs: Array,
+        targets: Array,
+        *,
+        sgd: Sgd,
+        correction: Correction | None = None,
+        seed: int = 0,  # programs draw nothing
     ) -> float:
-        loss, _ = self._trainer.step(images, labels, **sgd._asdict(), correct_gradients=correction)
-        return loss
+        numbers = sgd._asdict()
+        return self._trainer.step(inputs, targets, **numbers, correct_gradients=correction)[0]
 
-    def growth(self, counts: Mapping[str, int], images: Array, labels: Array) -> Entries:
+    def growth(self, counts: Mapping[str, int], inputs: Array, targets: Array) -> Entries:
         self._trainer.release()  # training's gradients and arena: growth has an arena of its own
-        return self._trainer.growth(counts, images, labels)
+        return self._trainer.growth(counts, inputs, targets)
 
-    def statistics(self, images: Array) -> Tensors:
-        return self._trainer.batch_norm_statistics(images)
+    def statistics(self, inputs: Array) -> Tensors:
+        return self._trainer.batch_norm_statistics(inputs)
 
-    def evaluate(self, images: Array, labels: Array) -> Score:
-        return Score(*self._trainer.evaluate(images, labels))
+    def evaluate(self, inputs: Array, targets: Array) -> Score:
+        return Score(*self._trainer.evaluate(inputs, targets))
 
     def held_bytes(self) -> int:
         held = self._trainer.held_bytes()

@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fedprune.given import given_model
-from prunelab.networks import InputShape, build_model, float_state, narrow_width, uninitialised
+from fedprune.given import given_model, given_task
+from prunelab.networks import (
+    build_model,
+    float_state,
+    is_wholly_exchanged,
+    narrow_width,
+    uninitialised,
+)
+from prunelab.training.task import Task, make_task
 
 if TYPE_CHECKING:
     from fedprune.config import RunConfig
@@ -17,11 +24,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class TorchNetwork:
-    """Builds the network of a run; the same bits for the same configuration."""
+    """Builds the network of a run; the same bits for the same configuration.
+
+    Attributes:
+        num_classes, input_shape: of the data.
+        kind: what the samples are for, a name in prunelab.training.task.TASKS.
+    """
 
     config: RunConfig
-    num_classes: int
-    input_shape: InputShape
+    num_classes: int | None
+    input_shape: tuple[int, ...]
+    kind: str
+
+    @cached_property
+    def task(self) -> Task:
+        """What the network is trained for."""
+        return make_task(given_task(self.task_name))
+
+    @property
+    def task_name(self) -> str:
+        """As configured, or what the samples are for."""
+        return self.config.training.task or self.kind
 
     def model(self) -> nn.Module:
         """A fresh model of the run's method, dense."""
@@ -29,8 +52,16 @@ class TorchNetwork:
 
     def empty_model(self) -> nn.Module:
         """The same without drawing its weights, for what overwrites them."""
+        if not self._is_exchanged:
+            return self.model()
         with uninitialised():
             return self.model()
+
+    @cached_property
+    def _is_exchanged(self) -> bool:
+        """Whether a state holds all of the network's weights: none is frozen."""
+        with uninitialised():
+            return is_wholly_exchanged(self.model())
 
     def reference(self, *, width: int | None = None) -> nn.Module:
         """The full network that savings are measured against, or one of another width, float32."""
@@ -54,7 +85,7 @@ class TorchNetwork:
 
     def _widest(self, max_bytes: int) -> int:
         return narrow_width(
-            self.config.model_name,
+            given_model(self.config.model_name),
             num_classes=self.num_classes,
             input_shape=self.input_shape,
             max_bytes=max_bytes,

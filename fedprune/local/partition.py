@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedprune.given import given_object
 from fedprune.settings import PARTITIONS
 from prunelab.data.batches import Integers
 from prunelab.errors import DataError
+from prunelab.runs.imported import imported
 
 DRAWS = 10  # of a dirichlet partition, before it is refused
 
 
-def split_server_set(labels: Integers, *, per_class: int, seed: int) -> tuple[Integers, Integers]:
-    """Set a few labelled samples of each class aside for the server.
+UNLABELLED_CLASSES = 10  # as so many count samples without classes, for the server's set
+
+
+def split_server_set(
+    labels: Integers | None, *, per_class: int, seed: int, count: int = 0
+) -> tuple[Integers, Integers]:
+    """Set a few samples, of each class where there are classes, aside for the server.
 
     Args:
-        labels: int64 [N], of the training side.
-        per_class: how many of each class, 0 or more; at most half of a class is taken.
+        labels: int64 [N], of the training side; None where there are no classes.
+        per_class: how many of each class, 0 or more; at most half of a class is taken. Samples
+            without classes count as one, of which UNLABELLED_CLASSES times as many are taken.
+        count: N, where there are no labels.
 
     Returns:
         Server's and remaining indices, both ascending, disjoint, together 0 ... N - 1.
@@ -28,6 +37,8 @@ def split_server_set(labels: Integers, *, per_class: int, seed: int) -> tuple[In
     if per_class < 0:
         raise DataError(f"server set: expected 0 or more samples of a class, got {per_class}")
     random = np.random.default_rng(seed)
+    if labels is None:
+        labels, per_class = np.zeros(count, np.int64), UNLABELLED_CLASSES * per_class
     chosen = [
         random.permutation(members)[: min(per_class, len(members) // 2)]
         for label in np.unique(labels)
@@ -54,16 +65,20 @@ def partition(
         scheme: iid; dirichlet (each class is dealt out by shares drawn with concentration
             `alpha`); pathological (`classes_per_client` labels each, used equally often to
             within one client); natural (by `groups`, several groups a client where there are
-            more groups than clients).
+            more groups than clients); or "module:function" of (labels, num_clients, seed) -> each
+            client's indices, none in two shares.
         groups: int64 [N], for natural.
 
     Returns:
-        For each client its ascending indices, at least one; every sample is in exactly one.
+        For each client its ascending indices, at least one; every sample is in exactly one, but
+        for those that a function leaves out.
 
     Raises:
         DataError: more clients than samples, groups missing or too few, or a scheme that
             cannot be met with these numbers.
     """
+    if ":" in scheme:
+        return _by_function(scheme, labels, num_clients, seed)
     if scheme not in PARTITIONS:
         raise DataError(f"unknown partition {scheme!r}; expected one of {', '.join(PARTITIONS)}")
     if not 1 <= num_clients <= len(labels):
@@ -87,6 +102,31 @@ def partition(
     assert sum(map(len, shares)) == len(labels)
     assert all(len(share) for share in shares)
     return [np.sort(order[share]) for share in shares]
+
+
+def _by_function(name: str, labels: Integers, num_clients: int, seed: int) -> list[Integers]:
+    """Shares as a user's function gives them, checked."""
+    found = given_object(name)
+    try:
+        divide = imported(name) if found is None else found
+    except ImportError as error:
+        raise DataError(f"data.partition {name!r}: {error}") from error
+    given = list(divide(labels, num_clients, seed))
+    if len(given) != num_clients:
+        raise DataError(f"{name} gives {len(given)} shares for {num_clients} clients")
+    shares = [np.sort(np.asarray(share)) for share in given]
+    for client, share in enumerate(shares):
+        if share.ndim != 1 or not len(share) or share.dtype.kind not in "iu":
+            raise DataError(
+                f"{name}: the share of client {client} is {share.dtype} of shape "
+                f"{list(share.shape)}; expected indices [n], at least one"
+            )
+    everything = np.sort(np.concatenate(shares))
+    twice = everything[1:][np.diff(everything) == 0]
+    if len(twice) or not 0 <= everything[0] <= everything[-1] < len(labels):
+        what = f"{twice[0]} in two shares" if len(twice) else "an index beyond the samples"
+        raise DataError(f"{name} has {what}; expected 0 to {len(labels) - 1}, each at most once")
+    return [share.astype(np.int64) for share in shares]
 
 
 def _dirichlet(

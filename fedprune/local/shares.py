@@ -1,4 +1,4 @@
-"""A data set divided among clients, as an image store that each client reads its own part of.
+"""A data set divided among clients, as a sample store that each client reads its own part of.
 
 Written where the data are divided, read by a client with numpy alone: only its own samples
 come into its memory. A node's own folder is a store without shares, and all of it is the
@@ -9,48 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fedprune.local.data import DEV_SHARE, ClientData, split_development
-from prunelab.data.batches import Images, Integers, Preprocessing
-from prunelab.data.store import ImageStore, open_store, write_store
+from fedprune.local.data import DEV_SHARE, Array, ClientData, Split, split
+from prunelab.data.batches import Integers
+from prunelab.data.store import SampleStore, open_store, write_store
 from prunelab.errors import DataError
 
 SHARES, SHARE_ENDS = "shares", "share_ends"
 
 
 def write_shares(
-    folder: Path,
-    images: Images,
-    labels: Integers,
-    shares: Sequence[Integers],
-    *,
-    num_classes: int,
-    name: str,
-    preprocessing: Preprocessing | None = None,
-    made_for: str = "",
-) -> ImageStore:
-    """Write a store (see `write_store`) that knows each client's samples.
+    folder: Path, inputs: Array, targets: Array, shares: Sequence[Integers], **described: Any
+) -> SampleStore:
+    """Write a store that knows each client's samples.
 
     Args:
-        images, labels: of the training side.
+        inputs, targets: of the training side.
         shares: each client's ascending indices into them, int64; none in two shares.
+        described: further arguments of `write_store`.
 
     Raises:
         DataError: as `write_store`, or indices that are no such shares.
     """
     joined = np.concatenate(shares) if shares else np.empty(0, np.int64)
     used = np.bincount(joined, minlength=1) if len(joined) and joined.min() >= 0 else None
-    if used is None or used.max() > 1 or joined.max() >= len(labels):
+    if used is None or used.max() > 1 or joined.max() >= len(targets):
         raise DataError(
-            f"{folder}: shares must hold indices 0 to {len(labels) - 1}, each at most once"
+            f"{folder}: shares must hold indices 0 to {len(targets) - 1}, each at most once"
         )
     ends = np.cumsum([len(share) for share in shares], dtype=np.int64)
-    return write_store(
-        folder, images, labels, num_classes=num_classes, name=name, preprocessing=preprocessing,
-        arrays={SHARES: joined, SHARE_ENDS: ends}, made_for=made_for,
-    )  # fmt: skip
+    arrays = {SHARES: joined, SHARE_ENDS: ends}
+    return write_store(folder, inputs, targets, arrays=arrays, **described)
 
 
 def open_client(
@@ -59,24 +51,28 @@ def open_client(
     *,
     seed: int,
     dev_share: float = DEV_SHARE,
+    with_test: bool = False,
     made_for: str | None = None,
 ) -> ClientData:
-    """A client's samples, copied out of a store; its split is that of `client_data`.
+    """A client's samples, copied out of a store.
 
     Args:
         client: its number in the division; without meaning in a store without shares.
-        seed: of the development split.
+        seed, dev_share, with_test: as of `split`.
         made_for: as of `open_store`.
 
     Raises:
         DataError: no store, a damaged one, or one without such a client.
     """
     store = open_store(folder, made_for=made_for)
-    train, dev = split_development(share_of(store, client), dev_share=dev_share, seed=seed)
-    return ClientData(*store.take(train), *store.take(dev), store.num_classes)
+    share = share_of(store, client)
+    rows = split(share, dev_share=dev_share, with_test=with_test, seed=seed)
+    # Not by indexing, which keeps the layout of the whole: kernels want channel by channel.
+    train, dev, test = (Split(*store.take(part)) for part in (rows.train, rows.dev, rows.test))
+    return ClientData(train, dev, test, store.num_classes, store.task)
 
 
-def share_of(store: ImageStore, client: int) -> Integers:
+def share_of(store: SampleStore, client: int) -> Integers:
     """Ascending indices of a client's samples, int64; all of them where there are no shares.
 
     Raises:

@@ -6,18 +6,21 @@ import getpass
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock
 
 from fedprune.exchange.messages import Request, Resources
 from fedprune.local.data import ClientData
 from fedprune.local.model import LocalModel, Network, open_model
+from fedprune.local.private import private_store
 from fedprune.local.shares import open_client
 from prunelab.errors import DataError
+from prunelab.runs.imported import IMPORTED, source_digest
 from prunelab.runs.seeds import stream_seed
 from prunelab.runs.version import __version__
 from sparsemodel.runtime.program import Program
@@ -26,6 +29,7 @@ from sparsemodel.storage.meter import peak_rss_bytes
 
 if TYPE_CHECKING:
     from fedprune.config import RunConfig
+    from fedprune.local.network import TorchNetwork
 
 TRAIN = "train"  # of what a run starts from: the training samples, divided
 SEED_DEV_SPLIT = 1  # the first part of a derived seed says what it is for
@@ -63,37 +67,85 @@ class Local:
         return Resources(model_bytes + states + self.message_bytes, peak_rss_bytes())
 
 
-def open_data(config: RunConfig, client: int, *, private: str = "", setup: str = "") -> ClientData:
+def open_data(
+    config: RunConfig,
+    client: int,
+    *,
+    private: str = "",
+    setup: str = "",
+    expected: Mapping[str, Any] | None = None,
+) -> ClientData:
     """A client's samples.
 
     Args:
-        private: a folder of the node's own: all its samples are this client's.
+        private: a folder or file of the node's own (see private.py): all its samples are this
+            client's.
+        expected: what the run says of its samples when a node joins.
         setup: the folder of what the run starts from; without either it is laid out, once.
 
     Raises:
         DataError: no such folder, or data that cannot be read or divided.
     """
-    seed = stream_seed(SEED_DEV_SPLIT, config.seed, client)
     if private:
-        return open_client(Path(private), client, seed=seed)
-    folder = setup_folder(config, setup) / TRAIN
-    return open_client(folder, client, seed=seed, made_for=config.digest)
+        folder, made_for = private_store(config, private, _own_folder(), expected=expected), None
+    else:
+        folder, made_for = setup_folder(config, setup) / TRAIN, config.digest
+    return open_client(
+        folder,
+        client,
+        seed=split_seed(config, client),
+        with_test=config.federation.clients_test,
+        made_for=made_for,
+    )
+
+
+def split_seed(config: RunConfig, client: int) -> int:
+    """What decides which of its samples a client keeps for development and testing."""
+    return stream_seed(SEED_DEV_SPLIT, config.seed, client)
 
 
 def network_of(config: RunConfig, data: ClientData, program: Program | None) -> Network:
     """The run's network on a client; torch is imported where it has no program."""
 
-    def build() -> Any:
+    return network_for(config, data, program, None if program is None else program.shapes())
+
+
+class Described(Protocol):
+    """What a network has to know of the samples."""
+
+    @property
+    def num_classes(self) -> int | None: ...
+
+    @property
+    def input_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def task(self) -> str: ...
+
+
+def network_for(
+    config: RunConfig,
+    data: Described,
+    program: Program | None,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+) -> Network:
+    """The run's network for such samples; torch is imported where it is needed.
+
+    Args:
+        shapes: of its float state; None: to be found out.
+    """
+
+    def torch_network() -> TorchNetwork:
         from fedprune.local.network import TorchNetwork  # noqa: PLC0415
 
-        return TorchNetwork(config, data.num_classes, data.input_shape).empty_model()
+        return TorchNetwork(config, data.num_classes, data.input_shape, data.task)
 
-    if program is not None:
-        return Network(program, build, program.shapes())
-    from fedprune.local.network import TorchNetwork  # noqa: PLC0415
-
-    torch_network = TorchNetwork(config, data.num_classes, data.input_shape)
-    return Network(None, build, torch_network.shapes)
+    return Network(
+        program,
+        build=lambda: torch_network().empty_model(),
+        shapes=torch_network().shapes if shapes is None else shapes,
+        task=lambda: torch_network().task,
+    )
 
 
 def setup_folder(config: RunConfig, setup: str) -> Path:
@@ -102,14 +154,22 @@ def setup_folder(config: RunConfig, setup: str) -> Path:
 
     if setup:
         return Path(setup)
-    # Another release may lay out other files.
-    values = json.dumps({"version": __version__, **config.flower()}, sort_keys=True)
+    # Another release may lay out other files, and functions that were edited other data.
+    values = json.dumps(
+        {"version": __version__, "code": _code_of(config), **config.flower()}, sort_keys=True
+    )
     folder = _own_folder() / sha256(values.encode()).hexdigest()[:16]
     if not (folder / NETWORK).exists():
         with FileLock(f"{folder}.lock"):
             if not (folder / NETWORK).exists():
                 lay_out(config, folder, with_start=True)
     return folder
+
+
+def _code_of(config: RunConfig) -> list[str]:
+    """Digests of the packages of all that the configuration names as "module:name"."""
+    names = (value for value in config.flat().values() if isinstance(value, str))
+    return [source_digest(name) for name in names if IMPORTED.fullmatch(name)]
 
 
 def _own_folder() -> Path:

@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from fedprune.local.model import (
     Correction,
@@ -27,11 +25,14 @@ from fedprune.local.model import (
     normalization,
 )
 from fedprune.settings import TrainingConfig
-from prunelab.data.tensors import PREPROCESSING
+from prunelab.data.tensors import batch_of, tensor_of
+from prunelab.runs.seeds import seeded
 from prunelab.runs.threads import computing
+from prunelab.training.steps import is_planned
+from prunelab.training.task import ImageClassification, Task, forward
 from sparsemodel.errors import PlanError
 from sparsemodel.kernels.cpu import library as cpu
-from sparsemodel.layers.from_state import fixed_buffers, load_state_, sparse_model
+from sparsemodel.layers.from_state import fixed_tensors, load_state_, sparse_model
 from sparsemodel.layers.growth import topk_pruned_gradients
 from sparsemodel.masks import adjust
 from sparsemodel.masks.mask import Mask
@@ -47,12 +48,15 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def open_torch_model(
-    build: Callable[[], nn.Module], state: SparseState, training: TrainingConfig
+    build: Callable[[], nn.Module],
+    state: SparseState,
+    training: TrainingConfig,
+    task: Task | None = None,
 ) -> LocalModel:
     """A model that holds `state`, computed by torch as the configuration says."""
     execution = execution_of(training, pruned=state.patterns is not None)
     kind = {"sparse": SparseModules, "masked": MaskedModel, "dense": DenseModel}[execution]
-    return kind(build, state, training)
+    return kind(build, state, training, task)
 
 
 def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
@@ -62,7 +66,7 @@ def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
             model = build()
     except Exception:  # whatever a network's own code raises without values
         return build()
-    return build() if fixed_buffers(model) else model
+    return build() if fixed_tensors(model) else model
 
 
 def module_state(model: nn.Module, order: Iterable[str], patterns: Patterns | None) -> SparseState:
@@ -78,20 +82,15 @@ def module_state(model: nn.Module, order: Iterable[str], patterns: Patterns | No
     return SparseState(values, patterns)
 
 
-def _tensor(array: Array) -> torch.Tensor:
-    """A tensor of an array, which may be a memory map: torch knows none that is read-only."""
-    return torch.from_numpy(array if array.flags.writeable else np.array(array))
-
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _threaded(method: F) -> F:
-    """On the configured number of threads: the bits of a result depend on it."""
+def _repeatable(method: F) -> F:
+    """On the configured number of threads, and with `seed` for layers that draw (dropout, say)."""
 
     @wraps(method)
-    def computed(self: TorchModel, *arguments: Any, **keywords: Any) -> Any:
-        with computing(self._training.threads):
+    def computed(self: TorchModel, *arguments: Any, seed: int = 0, **keywords: Any) -> Any:
+        with computing(self._training.threads), seeded(seed, self._device):
             return method(self, *arguments, **keywords)
 
     return cast(F, computed)
@@ -101,9 +100,14 @@ class TorchModel:
     """What the three have in common: a module in training on a device, and how it is measured."""
 
     def __init__(
-        self, build: Callable[[], nn.Module], state: SparseState, training: TrainingConfig
+        self,
+        build: Callable[[], nn.Module],
+        state: SparseState,
+        training: TrainingConfig,
+        task: Task | None = None,
     ) -> None:
         self._build, self._training = build, training
+        self._task = task or ImageClassification()
         self._device = torch.device(training.device)
         self._model: nn.Module | None = None
         self._patterns: Patterns | None = None
@@ -124,46 +128,57 @@ class TorchModel:
         """The state now, under its patterns."""
         return module_state(self._module, self._order, self._patterns)
 
-    @_threaded
+    @_repeatable
     def step(
-        self, images: Array, labels: Array, *, sgd: Sgd, correction: Correction | None = None
+        self,
+        inputs: Array,
+        targets: Array,
+        *,
+        sgd: Sgd,
+        correction: Correction | None = None,
+        seed: int = 0,
     ) -> float:
         """One SGD step on a mini-batch; returns its mean loss before the step."""
+        return self._step(inputs, targets, sgd, correction)
+
+    def _step(
+        self, inputs: Array, targets: Array, sgd: Sgd, correction: Correction | None
+    ) -> float:
         optimizer = self._optimizer_of(sgd)
         optimizer.zero_grad()
-        loss = self._loss(images, labels)(self._module)
+        loss = self._loss(inputs, targets)(self._module)
         loss.backward()
         if correction is not None:
             self._correct(correction)
         optimizer.step()
         return loss.item()
 
-    @_threaded
-    def growth(self, counts: Mapping[str, int], images: Array, labels: Array) -> Entries:
+    @_repeatable
+    def growth(self, counts: Mapping[str, int], inputs: Array, targets: Array) -> Entries:
         """The largest gradients at pruned weights on one mini-batch."""
         self._close()
-        found = self._largest(counts, self._loss(images, labels))
+        found = self._largest(counts, self._loss(inputs, targets))
         return {name: (at.numpy(), values.numpy()) for name, (at, values) in found.items()}
 
     @torch.no_grad()
-    @_threaded
-    def evaluate(self, images: Array, labels: Array) -> Score:
-        """Loss and hits by running statistics; the model is not changed."""
+    @_repeatable
+    def evaluate(self, inputs: Array, targets: Array) -> Score:
+        """Loss and metric by running statistics; the model is not changed."""
         self._module.eval()
-        loss_sum, correct = 0.0, 0
-        for start in range(0, len(labels), EVALUATION_BATCH):
+        loss_sum = metric_sum = 0.0
+        for start in range(0, len(targets), EVALUATION_BATCH):
             part = slice(start, start + EVALUATION_BATCH)
-            logits = self._module(self._inputs(images[part])).float().cpu()
-            target = _tensor(labels[part])
-            loss_sum += float(functional.cross_entropy(logits, target, reduction="sum").double())
-            correct += int((logits.argmax(1) == target).sum())
+            batch = self._batch(inputs[part], targets[part])
+            losses, metrics = self._task.measure(self._module, batch)
+            loss_sum += float(losses.double().sum())
+            metric_sum += 0.0 if metrics is None else float(metrics.double().sum())
         self._module.train()
-        return Score(loss_sum, correct)
+        return Score(loss_sum, metric_sum)
 
     @torch.no_grad()
-    @_threaded
-    def statistics(self, images: Array) -> Tensors:
-        """Mean and variance of the input of every batch norm over all images, in train mode."""
+    @_repeatable
+    def statistics(self, inputs: Array) -> Tensors:
+        """Mean and variance of the input of every batch norm over all inputs, in train mode."""
         sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
         momenta: dict[str, float | None] = {}
         handles: list[Any] = []
@@ -177,6 +192,8 @@ class TorchModel:
                 total, squares, count = old[0] + total, old[1] + squares, old[2] + count
             sums[name] = (total, squares, count)
 
+        if not norms:
+            return {}
         for name, norm in norms.items():
             momenta[name], norm.momentum = norm.momentum, 0.0  # running statistics stand still
             handles.append(
@@ -184,8 +201,8 @@ class TorchModel:
             )
         try:
             # The batches of the runtime: each is normalised by its own statistics.
-            for part in statistics_batches(len(images), self._training.batch_size + 1):
-                self._module(self._inputs(images[part]))
+            for part in statistics_batches(len(inputs), self._training.batch_size + 1):
+                forward(self._module, self._batch(inputs[part], inputs[part]))  # no targets
         finally:
             for handle in handles:
                 handle.remove()
@@ -250,12 +267,12 @@ class TorchModel:
             if parameter.grad is not None
         }
 
-    def _inputs(self, images: Array) -> torch.Tensor:
-        return _tensor(PREPROCESSING.apply(images)).to(self._device)
+    def _batch(self, inputs: Array, targets: Array) -> Any:
+        return batch_of(inputs, targets, self._device)
 
-    def _loss(self, images: Array, labels: Array) -> Callable[[nn.Module], torch.Tensor]:
-        inputs, target = self._inputs(images), _tensor(labels).to(self._device)
-        return lambda model: functional.cross_entropy(model(inputs), target)
+    def _loss(self, inputs: Array, targets: Array) -> Callable[[nn.Module], torch.Tensor]:
+        batch = self._batch(inputs, targets)
+        return lambda model: self._task.loss(model, batch).mean()
 
 
 class DenseModel(TorchModel):
@@ -265,11 +282,10 @@ class DenseModel(TorchModel):
         super()._take(state)
         self._mask = None if state.patterns is None else Mask.from_csr(state.patterns)
 
-    @_threaded
-    def step(
-        self, images: Array, labels: Array, *, sgd: Sgd, correction: Correction | None = None
+    def _step(
+        self, inputs: Array, targets: Array, sgd: Sgd, correction: Correction | None
     ) -> float:
-        loss = super().step(images, labels, sgd=sgd, correction=correction)
+        loss = super()._step(inputs, targets, sgd, correction)
         if self._mask is not None:
             self._mask.apply(self._module)
         return loss
@@ -338,14 +354,13 @@ class SparseModules(TorchModel):
     module by module.
     """
 
-    @_threaded
-    def step(
-        self, images: Array, labels: Array, *, sgd: Sgd, correction: Correction | None = None
+    def _step(
+        self, inputs: Array, targets: Array, sgd: Sgd, correction: Correction | None
     ) -> float:
-        plan, optimizer = self._plan_of(images), self._optimizer_of(sgd)
+        plan, optimizer = self._plan_of(inputs), self._optimizer_of(sgd)
         if plan is None:
-            return super().step(images, labels, sgd=sgd, correction=correction)
-        batch = _tensor(images), _tensor(labels)
+            return super()._step(inputs, targets, sgd, correction)
+        batch = tensor_of(inputs), tensor_of(targets)
         if correction is None:
             return plan.step(*batch, optimizer=optimizer)[0]
         loss, _ = plan.step(*batch)
@@ -353,27 +368,27 @@ class SparseModules(TorchModel):
         optimizer.step()
         return loss
 
-    @_threaded
-    def growth(self, counts: Mapping[str, int], images: Array, labels: Array) -> Entries:
-        plan = self._plan_of(images)
-        if plan is None or len(images) > plan.batch_size:
-            return super().growth(counts, images, labels)
-        batch = _tensor(images), _tensor(labels)
+    @_repeatable
+    def growth(self, counts: Mapping[str, int], inputs: Array, targets: Array) -> Entries:
+        plan = self._plan_of(inputs)
+        if plan is None or len(inputs) > plan.batch_size:
+            return super().growth(counts, inputs, targets)
+        batch = tensor_of(inputs), tensor_of(targets)
         found = plan.topk_pruned_gradients(counts, *batch)
         return {name: (at.numpy(), values.numpy()) for name, (at, values) in found.items()}
 
-    def evaluate(self, images: Array, labels: Array) -> Score:
-        plan = self._plan_of(images)
+    def evaluate(self, inputs: Array, targets: Array) -> Score:
+        plan = self._plan_of(inputs)
         if plan is None:
-            return super().evaluate(images, labels)
-        loss, correct = plan.evaluate(_tensor(images), _tensor(labels))
-        return Score(loss * len(labels), correct)
+            return super().evaluate(inputs, targets)
+        loss, correct = plan.evaluate(tensor_of(inputs), tensor_of(targets))
+        return Score(loss * len(targets), correct)
 
-    def statistics(self, images: Array) -> Tensors:
-        plan = self._plan_of(images)
+    def statistics(self, inputs: Array) -> Tensors:
+        plan = self._plan_of(inputs)
         if plan is None:
-            return super().statistics(images)
-        found = plan.batch_norm_statistics(_tensor(images))
+            return super().statistics(inputs)
+        found = plan.batch_norm_statistics(tensor_of(inputs))
         return {name: values.numpy() for name, values in found.items()}
 
     def state(self) -> SparseState:
@@ -386,19 +401,20 @@ class SparseModules(TorchModel):
         """Made anew for other patterns, on no memory but theirs."""
         self._model = sparse_model(skeleton(self._build), state).to(self._device)
         self._plan: TrainingPlan | None = None
-        self._without_plan = self._device.type != "cpu" or cpu.library() is None
+        here = self._device.type == "cpu" and cpu.library() is not None
+        self._without_plan = not here or not is_planned(self._module, self._task)
 
-    def _plan_of(self, images: Array) -> TrainingPlan | None:
+    def _plan_of(self, inputs: Array) -> TrainingPlan | None:
         """The native plan, made when it is first needed; None where the network has none."""
         if self._plan is None and not self._without_plan:
             try:
                 # The last batch of an epoch may be larger by one (prunelab/data/batches.py).
                 self._plan = TrainingPlan(
                     self._module,
-                    images.shape[1:],
+                    inputs.shape[1:],
                     batch_size=self._training.batch_size + 1,
                     recompute=self._training.recompute,
-                    normalization=normalization(images.shape[1]),
+                    normalization=normalization(inputs.shape[1]),
                 )
             except PlanError:
                 self._without_plan = True

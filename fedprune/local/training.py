@@ -1,7 +1,7 @@
-"""A client's local training: SGD on its own samples at the mask, and growth candidates after it.
+"""A client's local training on its own samples at the mask, and growth candidates after it.
 
-Pure functions of a request and the client's data and model; the default answer to "train", and
-what methods make their own answers of.
+Pure functions of a request and the client's data and model; the default answers to "train" and
+"evaluate", and what methods make their own answers of.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from fedprune.errors import ClientError
 from fedprune.exchange.messages import MODEL, Reply, Request
 from fedprune.local.model import Correction, LocalModel, Sgd
-from fedprune.settings import TrainingConfig
+from fedprune.local.optimizer import Optimizer
 from prunelab.data.batches import augment, batches
-from prunelab.runs.seeds import rng
-from sparsemodel.masks.schedule import cosine
+from prunelab.runs.seeds import rng, stream_seed
 
 if TYPE_CHECKING:
     from fedprune.local.site import Local
@@ -38,33 +37,47 @@ def train(request: Request, local: Local, *, correction: Correction | None = Non
     Raises:
         ClientError: too few samples.
     """
-    require_samples(len(local.data.train_labels))
-    training = local.config.training
+    require_samples(len(local.data.train))
+    training, own = local.config.training, local.data.train
+    optimizer = Optimizer(training, request.round_index, correction=correction)
     model = local.open(request.state(MODEL))
     loss = train_epochs(
         model,
-        local.data.train_images,
-        local.data.train_labels,
-        sgd=round_sgd(training, request.round_index),
+        own.inputs,
+        own.targets,
+        sgd=optimizer.sgd,
         epochs=training.local_epochs,
         batch_size=training.batch_size,
         seed=local.seed(SEED_ROUND, request.round_index),
         augmented=local.config.data.augment,
-        correction=correction,
+        correction=optimizer.correction,
     )
-    state, held = model.state(), model.held_bytes()  # before growth, which frees gradients
+    # Before growth, which frees gradients.
+    state, held = model.state(), model.held_bytes() + optimizer.held_bytes()
     entries = {}
     if counts := growth_counts(request):
         rows = growth_rows(local, request.round_index)
-        images, labels = local.data.train_images[rows], local.data.train_labels[rows]
-        entries = {MODEL: model.growth(counts, images, labels)}
+        entries = {MODEL: model.growth(counts, own.inputs[rows], own.targets[rows])}
     return Reply(
-        num_examples=len(local.data.train_labels),
+        num_examples=len(local.data.train),
         fields={"loss": loss},
         states={MODEL: state},
         entries=entries,
         resources=local.resources(held, request) if request.report_resources else None,
     )
+
+
+def evaluate(request: Request, local: Local) -> Reply:
+    """Loss and metric of the request's model on the client's own test samples, as sums.
+
+    Raises:
+        ClientError: it has none.
+    """
+    test = local.data.test
+    if not len(test):
+        raise ClientError("no test sample: the client has fewer than four samples")
+    score = local.open(request.state(MODEL)).evaluate(test.inputs, test.targets)
+    return Reply(len(test), {"loss": score.loss_sum, "metric": score.metric_sum})
 
 
 def require_samples(count: int) -> None:
@@ -73,16 +86,10 @@ def require_samples(count: int) -> None:
         raise ClientError(f"{count} training sample(s); batch norm needs at least 2")
 
 
-def round_sgd(training: TrainingConfig, round_index: int) -> Sgd:
-    """The optimiser's numbers in a round: the learning rate decays by a cosine towards 0."""
-    rate = cosine(round_index, value=training.lr, end=training.rounds)
-    return Sgd(rate, training.momentum, training.weight_decay)
-
-
 def train_epochs(
     model: LocalModel,
-    images: Array,
-    labels: Array,
+    inputs: Array,
+    targets: Array,
     *,
     sgd: Sgd,
     epochs: int,
@@ -94,29 +101,30 @@ def train_epochs(
     """Train a model on samples; the mean loss of the last epoch.
 
     Args:
-        images: uint8 or float32 [N, C, H, W], N >= 2 (batch norm needs two samples).
-        labels: int64 [N].
-        seed: decides the order of samples and the augmentation.
+        inputs, targets: [N, ...] as a store has them, N >= 2 (batch norm needs two samples).
+        seed: decides the order of samples, the augmentation and what layers draw.
     """
     loss_sum = 0.0
-    for epoch, batch, target in epoch_batches(
-        images, labels, epochs=epochs, batch_size=batch_size, seed=seed, augmented=augmented
-    ):
-        loss = model.step(batch, target, sgd=sgd, correction=correction)
+    source = epoch_batches(
+        inputs, targets, epochs=epochs, batch_size=batch_size, seed=seed, augmented=augmented
+    )
+    for number, (epoch, batch, target) in enumerate(source):
+        drawn = stream_seed(seed, number)
+        loss = model.step(batch, target, sgd=sgd, correction=correction, seed=drawn)
         if epoch == epochs - 1:
             loss_sum += loss * len(target)
-    return loss_sum / max(1, len(labels))
+    return loss_sum / max(1, len(targets))
 
 
 def epoch_batches(
-    images: Array, labels: Array, *, epochs: int, batch_size: int, seed: int, augmented: bool
+    inputs: Array, targets: Array, *, epochs: int, batch_size: int, seed: int, augmented: bool
 ) -> Iterator[tuple[int, Array, Array]]:
-    """Epoch, images and labels of every mini-batch of a client's local training, in its order."""
+    """Epoch, inputs and targets of every mini-batch of a client's local training, in its order."""
     order = rng(seed)
     for epoch in range(epochs):
-        for index in batches(len(labels), batch_size=batch_size, rng=order):
-            batch = images[index]
-            yield epoch, augment(batch, rng=order) if augmented else batch, labels[index]
+        for index in batches(len(targets), batch_size=batch_size, rng=order):
+            batch = inputs[index]
+            yield epoch, augment(batch, rng=order) if augmented else batch, targets[index]
 
 
 def growth_counts(request: Request) -> Mapping[str, int]:
@@ -139,5 +147,5 @@ def growth_counts(request: Request) -> Mapping[str, int]:
 
 def growth_rows(local: Local, round_index: int) -> NDArray[np.int64]:
     """One mini-batch, drawn anew, for the gradients at pruned weights after local training."""
-    order = rng(local.seed(SEED_GROWTH, round_index)).permutation(len(local.data.train_labels))
+    order = rng(local.seed(SEED_GROWTH, round_index)).permutation(len(local.data.train))
     return order[: local.config.training.batch_size]

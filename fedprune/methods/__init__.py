@@ -1,15 +1,49 @@
-"""Federated methods: one file (or folder) each, listed by name in METHODS."""
+"""Federated methods: one file (or folder) each, listed by name in METHODS.
+
+An own method needs what is imported here, and nothing else: `Method` or one of its children,
+`RunState` and `Start` for the server's half, `Request`, `Reply`, `Local` and `train` for the
+client's.
+"""
 
 from __future__ import annotations
 
 from fedprune.errors import ConfigError
-from fedprune.methods.base import Method
+from fedprune.exchange.messages import MODEL, Expected, Reply, Request
+from fedprune.local.site import Local
+from fedprune.local.training import train
+from fedprune.methods.base import Method, RunState, Start, train_request
 from fedprune.methods.fedprox import FedProx
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
 from fedprune.methods.magnitude import Magnitude
 from fedprune.methods.small_dense import SmallDense
 from fedprune.methods.ssfl import SSFL
 from prunelab.runs.imported import imported
+
+__all__ = [
+    "BASELINES",
+    "DEFAULT_METHOD",
+    "METHODS",
+    "MODEL",
+    "SSFL",
+    "Expected",
+    "FedProx",
+    "FedTiny",
+    "FedTinyFixedMask",
+    "FedTinyVanillaSelection",
+    "Local",
+    "Magnitude",
+    "Method",
+    "Reply",
+    "Request",
+    "RunState",
+    "SmallDense",
+    "Start",
+    "is_given",
+    "method_class",
+    "method_name",
+    "train",
+    "train_request",
+]
 
 _ALL: tuple[type[Method], ...] = (
     Method,
@@ -23,6 +57,8 @@ _ALL: tuple[type[Method], ...] = (
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 DEFAULT_METHOD = FedTiny.name
+BASELINES = (Method.name, Magnitude.name)
+"""What others are compared with: nothing is pruned, and what is pruned costs nothing to choose."""
 
 
 _given: dict[str, type[Method]] = {}  # classes of this process that no import finds

@@ -63,6 +63,7 @@ class Start:
         ask: reaches the clients.
         rounds: of the whole run.
         seed: of the run.
+        metric: what the task's metric is called: "accuracy" of classes; "": there is none.
     """
 
     state: Callable[[], SparseState]
@@ -71,6 +72,7 @@ class Start:
     ask: Ask
     rounds: int
     seed: int
+    metric: str = "accuracy"
 
 
 class Builder(Protocol):

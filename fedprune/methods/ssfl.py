@@ -44,7 +44,7 @@ def saliency(request: Request, local: Local) -> Reply:
     batches = count(request.fields, "batches")
     if batches < 1:
         raise ClientError("field 'batches': expected at least 1, got 0")
-    require_samples(len(data.train_labels))
+    require_samples(len(data.train))
     model = local.open(start)
     sums = {name: 0.0 * start.values[name] for name in wanted}
     samples = 0
@@ -56,8 +56,8 @@ def saliency(request: Request, local: Local) -> Reply:
             sums[name] += len(labels) * gradients[name]
 
     source = epoch_batches(
-        data.train_images,
-        data.train_labels,
+        data.train.inputs,
+        data.train.targets,
         epochs=1,
         batch_size=local.config.training.batch_size,
         seed=local.seed(SEED_GROWTH, 0),
@@ -67,7 +67,7 @@ def saliency(request: Request, local: Local) -> Reply:
         model.step(images, labels, sgd=Sgd(0.0, 0.0, 0.0), correction=collect)
         samples += len(labels)
     scores = {name: abs(total * start.values[name] / samples) for name, total in sums.items()}
-    return Reply(len(data.train_labels), tensors={SALIENCY: scores})
+    return Reply(len(data.train), tensors={SALIENCY: scores})
 
 
 @dataclass(frozen=True)

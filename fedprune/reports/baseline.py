@@ -10,7 +10,9 @@ from typing import Any
 
 from fedprune.config import METHOD_NAME, RunConfig, read_toml
 from fedprune.errors import ConfigError
+from fedprune.methods import BASELINES
 from fedprune.methods.base import Method
+from fedprune.reports.results import Measure
 from fedprune.rounds.folder import CONFIG, FREE_ON_RESUME, REPORT, SUMMARY, read_summary
 from prunelab.errors import RunError
 from prunelab.pages.page import Command, Part, Section, Table, Text
@@ -24,69 +26,102 @@ from prunelab.pages.units import (
 )
 
 TITLE = "Was pruning worth it?"
+ONE_SEED = "This is one seed: the compare command shows the spread over several."
 
 
 @dataclass(frozen=True)
-class Dense:
-    """A finished dense run: name of its folder, and its summary."""
+class Beside:
+    """A finished run that another is compared with: name of its folder, and its summary."""
 
     name: str
     summary: Mapping[str, Any]
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether it pruned nothing."""
+        return bool(self.summary["method"] == Method.name)
 
-def dense_run_beside(folder: Path, config: RunConfig) -> Dense | None:
-    """The first finished run in a folder beside this one that differs in the method alone.
+    @property
+    def label(self) -> str:
+        """What its method is called here."""
+        return f"dense ({Method.name})" if self.is_dense else str(self.summary["method"])
 
-    Its method is the one that prunes nothing. None where there is no such run, and for such a
-    run itself.
+
+def runs_beside(folder: Path, config: RunConfig) -> list[Beside]:
+    """The first finished run of each of BASELINES in a folder beside this one.
+
+    It differs from this one in the method alone, and has its density if it prunes. Nothing for a
+    dense run, and none of this run's own method.
     """
     if config.method.name == Method.name:
-        return None
-    wanted = _but_method(config.flat())
+        return []
+    wanted, density = _but_method(config.flat()), config.method.target_density
+    found: dict[str, Beside] = {}
     for path in sorted(folder.resolve().parent.glob(f"*/{CONFIG}")):
         try:
             theirs = read_toml(path) if (path.parent / SUMMARY).is_file() else {}
-            if theirs.get(METHOD_NAME) == Method.name and _but_method(theirs) == wanted:
-                return Dense(path.parent.name, read_summary(path.parent))
+            name = theirs.get(METHOD_NAME)
+            if name not in BASELINES or name in found or name == config.method.name:
+                continue
+            if theirs.get("method.density", density) == density and _but_method(theirs) == wanted:
+                found[name] = Beside(path.parent.name, read_summary(path.parent))
         except (ConfigError, RunError, OSError):
             continue  # some other run, damaged: not this page's business
-    return None
+    return [found[name] for name in BASELINES if name in found]
 
 
-def verdict(summary: Mapping[str, Any], dense: Dense | None, *, folder: str) -> Section | None:
+def verdict(summary: Mapping[str, Any], beside: Sequence[Beside], *, folder: str) -> Section | None:
     """The section that answers the question, or says how to get an answer.
 
     Args:
         summary: of the finished run.
+        beside: what `runs_beside` found.
         folder: name of its folder.
     """
     if summary["method"] == Method.name:
         return None
-    if dense is None:
-        return Section(TITLE, _how_to_know(summary, folder), wide=True)
-    table = Table(
-        ["", summary["method"], f"dense ({Method.name})", "difference"],
-        _rows(summary, dense.summary),
-        caption=f"The same run without pruning is in the folder {dense.name}.",
+    parts: list[Part] = []
+    for other in beside:
+        parts += [Text(_sentence(summary, other)), _table(summary, other)]
+    if not any(other.is_dense for other in beside):
+        parts += _how_to_know(summary, folder)
+    elif beside:
+        parts.append(Text(ONE_SEED, is_note=True))
+    return Section(TITLE, parts, wide=True)
+
+
+def _table(ours: Mapping[str, Any], other: Beside) -> Table:
+    what = "without pruning" if other.is_dense else f"by method {other.label}"
+    return Table(
+        ["", ours["method"], other.label, "difference"],
+        _rows(ours, other),
+        caption=f"The same run {what} is in the folder {other.name}.",
     )
-    return Section(TITLE, [Text(_sentence(summary, dense.summary)), table], wide=True)
 
 
-def _sentence(ours: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
-    gap = _points(ours.get("test_accuracy"), dense.get("test_accuracy"))
+def _sentence(ours: Mapping[str, Any], other: Beside) -> str:
+    measure, theirs = Measure.of(ours), other.summary
+    values = ours.get(measure.key), theirs.get(measure.key)
+    difference = measure.difference(*values)
+    if not other.is_dense:
+        return (
+            f"Method {other.label}, at the same density, came to {measure.show(values[1])}: "
+            f"{ours['method']} is {difference}. It sent "
+            f"{_part(_both_ways(ours), _both_ways(theirs))} of the bytes of {other.label}."
+        )
     return (
-        f"At density {rounded(ours.get('density'))} the network classifies "
-        f"{percent(ours.get('test_accuracy'))} of the test data, the dense one "
-        f"{percent(dense.get('test_accuracy'))} ({gap}). It sent "
-        f"{_part(_both_ways(ours), _both_ways(dense))} of the dense run's bytes, took "
-        f"{_part(ours.get('train_flops_ratio'), dense.get('train_flops_ratio'))} of its training "
-        f"FLOPs, and a client held {_part(ours.get('state_bytes'), dense.get('state_bytes'))} of "
-        "its training state. This is one seed: the compare command shows the spread over several."
+        f"At density {rounded(ours.get('density'))} the network's {measure.name} on the test data "
+        f"is {measure.show(values[0])}, that of the dense one {measure.show(values[1])} "
+        f"({difference}). It sent "
+        f"{_part(_both_ways(ours), _both_ways(theirs))} of the dense run's bytes, took "
+        f"{_part(ours.get('train_flops_ratio'), theirs.get('train_flops_ratio'))} of its training "
+        f"FLOPs, and a client held {_part(ours.get('state_bytes'), theirs.get('state_bytes'))} of "
+        "its training state."
     )
 
 
-def _rows(ours: Mapping[str, Any], dense: Mapping[str, Any]) -> list[Sequence[str]]:
-    accuracy = "test_accuracy"
+def _rows(ours: Mapping[str, Any], other: Beside) -> list[Sequence[str]]:
+    measure, theirs = Measure.of(ours), other.summary
     sizes = {
         "upload / client / round": ("bytes_up_steady_round", format_bytes),
         "download / client / round": ("bytes_down_steady_round", format_bytes),
@@ -96,13 +131,14 @@ def _rows(ours: Mapping[str, Any], dense: Mapping[str, Any]) -> list[Sequence[st
         "training state of a client": ("state_bytes", format_bytes),
         "time": ("seconds", format_seconds),
     }
-    gap = _points(ours.get(accuracy), dense.get(accuracy))
+    judged = ours.get(measure.key), theirs.get(measure.key)
     rows: list[Sequence[str]] = [
-        ("test accuracy", percent(ours.get(accuracy)), percent(dense.get(accuracy)), gap)
+        (f"test {measure.name}", *map(measure.show, judged), measure.difference(*judged))
     ]
+    whole = "dense" if other.is_dense else other.label
     for label, (key, show) in sizes.items():
-        values = ours.get(key), dense.get(key)
-        rows.append((label, *map(show, values), f"{_part(*values)} of dense"))
+        values = ours.get(key), theirs.get(key)
+        rows.append((label, *map(show, values), f"{_part(*values)} of {whole}"))
     return rows
 
 
@@ -137,16 +173,6 @@ def _but_method(values: Mapping[str, Any]) -> dict[str, Any]:
 def _both_ways(summary: Mapping[str, Any]) -> float | None:
     up, down = known_number(summary.get("bytes_up")), known_number(summary.get("bytes_down"))
     return None if up is None or down is None else up + down
-
-
-def _points(ours: Any, dense: Any) -> str:
-    one, other = known_number(ours), known_number(dense)
-    if one is None or other is None:
-        return NOTHING
-    gap = round(100 * (one - other), 2)
-    if not gap:
-        return "as good"
-    return f"{abs(gap):.2f} points {'more' if gap > 0 else 'less'}"
 
 
 def _part(ours: Any, dense: Any) -> str:

@@ -15,25 +15,31 @@ SHADES = 10
 NAME_LENGTH = 44
 
 
-def accuracy_chart(
-    rounds: Sequence[int], accuracies: Sequence[float], adjusted: Sequence[int], *, label: str
+def quality_chart(
+    rounds: Sequence[int],
+    values: Sequence[float],
+    adjusted: Sequence[int],
+    *,
+    name: str,
+    label: str,
 ) -> Markup:
-    """Test accuracy by round.
+    """Test accuracy, or what else the model is judged by, by round.
 
     Args:
         rounds: round numbers, ascending.
-        accuracies: in [0, 1], one a round; NaN leaves a gap.
+        values: one a round; NaN leaves a gap.
         adjusted: those of `rounds` after which the mask was adjusted.
+        name: of the axis.
         label: what a screen reader says; this and every other chart has one.
     """
-    percent = {number: 100 * value for number, value in zip(rounds, accuracies, strict=True)}
+    shown = dict(zip(rounds, values, strict=True))
     with plots.figure(HALF, 2.6) as figure:
         axes = figure.add_subplot()
-        plots.lines(axes, rounds, [("", list(percent.values()))])
+        plots.lines(axes, rounds, [("", list(shown.values()))])
         if adjusted:
             axes.plot(
                 adjusted,
-                [percent[number] for number in adjusted],
+                [shown[number] for number in adjusted],
                 linestyle="none",
                 marker="o",
                 markersize=6.5,
@@ -43,7 +49,7 @@ def accuracy_chart(
                 label="mask adjusted",
             )
             plots.legend(axes)
-        axes.set(xlabel="round", ylabel="test accuracy, %")
+        axes.set(xlabel="round", ylabel=name)
         return plots.svg(figure, label)
 
 

@@ -15,16 +15,16 @@ from typing import Any
 
 from fedprune.config import RunConfig
 from fedprune.local.model import execution_of
-from fedprune.reports.baseline import Dense, dense_run_beside, verdict
+from fedprune.reports.baseline import Beside, runs_beside, verdict
 from fedprune.reports.charts import (
-    accuracy_chart,
     candidate_chart,
     density_chart,
     label_chart,
     largest_share,
+    quality_chart,
     traffic_chart,
 )
-from fedprune.reports.results import facts
+from fedprune.reports.results import TEST_KEYS, Measure, facts
 from fedprune.rounds.folder import (
     MODEL,
     REPORT,
@@ -37,7 +37,7 @@ from fedprune.rounds.folder import (
 )
 from prunelab.pages.page import Figure, Folded, Page, Pair, Section, Table, Text, settings
 from prunelab.pages.plots import takes_a_line
-from prunelab.pages.units import NOTHING, format_bytes, known_number, percent, rounded
+from prunelab.pages.units import NOTHING, format_bytes, known_number, rounded
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.state import SparseState
 
@@ -57,7 +57,7 @@ class _Run:
     is_finished: bool
     mask: Patterns | None
     width: str
-    dense: Dense | None
+    beside: list[Beside]
 
 
 def write_report(folder: Path) -> Path:
@@ -105,7 +105,7 @@ def _read(folder: Path) -> _Run:
         is_finished=is_finished,
         mask=stored.patterns if stored else None,
         width=metadata.get("width", ""),
-        dense=dense_run_beside(folder, config),
+        beside=runs_beside(folder, config),
     )
 
 
@@ -123,7 +123,7 @@ def _summary_so_far(
         "rounds": len(rounds),
         "density_target": config.method.target_density if start.get("layer_densities") else None,
         "density": latest.get("density"),
-        "test_accuracy": latest.get("test_accuracy"),
+        **{key: latest[key] for key in ("metric", *TEST_KEYS) if key in latest},
         "bytes_up": _sum(line.get("bytes_up") for line in lines),
         "bytes_down": _sum(line.get("bytes_down") for line in lines),
     }
@@ -157,8 +157,8 @@ def _page(run: _Run) -> Page:
         note="Bytes of a client and round are those of a steady round, which moves values only, "
         "no mask. “Dense” is the same network sent and trained without pruning, in 32-bit floats.",
         sections=[
-            verdict(summary, run.dense, folder=run.name) if run.is_finished else None,
-            _accuracy(run),
+            verdict(summary, run.beside, folder=run.name) if run.is_finished else None,
+            _quality(run),
             _traffic(run),
             _selection(run),
             _densities(run),
@@ -194,21 +194,25 @@ def _used(run: _Run) -> dict[str, Any]:
     }
 
 
-def _accuracy(run: _Run) -> Section:
-    title = "Accuracy by round"
+def _quality(run: _Run) -> Section:
+    measure = Measure.of(run.summary)
+    title = f"{measure.name.capitalize()} by round"
     numbers = [line["round"] for line in run.rounds]
-    values = [known_number(line.get("test_accuracy")) for line in run.rounds]
+    values = [known_number(line.get(measure.key)) for line in run.rounds]
     adjusted = [line["round"] for line in run.rounds if line.get("adjusted")]
     if all(value is None for value in values):
         return Section(title, [Text(f"{NOTHING} No round has been evaluated yet.")])
     label = (
-        f"{title}: {percent(values[0])} after round {numbers[0]}, "
-        f"{percent(values[-1])} after round {numbers[-1]}; mask adjustments: {len(adjusted)}"
+        f"{title}: {measure.show(values[0])} after round {numbers[0]}, "
+        f"{measure.show(values[-1])} after round {numbers[-1]}; mask adjustments: {len(adjusted)}"
     )
-    note = "Test data."
+    note = "Test data of the clients." if run.config.federation.clients_test else "Test data."
     if adjusted:
         note += f" The mask was adjusted after {len(adjusted)} of {len(numbers)} rounds."
-    chart = accuracy_chart(numbers, _gaps(values), adjusted, label=label)
+    scale, unit = (100, ", %") if measure.is_share else (1, "")
+    shown = [None if value is None else scale * value for value in values]
+    name = f"test {measure.name}{unit}"
+    chart = quality_chart(numbers, _gaps(shown), adjusted, name=name, label=label)
     return Section(title, [Figure(chart, note)])
 
 
@@ -250,6 +254,7 @@ def _selection(run: _Run) -> Section | None:
     if not account:
         return None
     losses, winner = account["losses"], account["winner"]
+    measure = Measure.of(run.summary)
     values = _gaps([known_number(loss) for loss in losses])
     sentence = _why(values, winner)
     if not account.get("adaptive", True):
@@ -259,15 +264,15 @@ def _selection(run: _Run) -> Section | None:
         [
             f"{place + 1} (winner)" if place == winner else str(place + 1),
             rounded(loss),
-            percent(accuracy),
+            measure.show(value),
             f"{rounded(min(layers.values()))} – {rounded(max(layers.values()))}",
         ]
-        for place, (loss, accuracy, layers) in enumerate(
-            zip(losses, account["accuracies"], account["densities"], strict=True)
+        for place, (loss, value, layers) in enumerate(
+            zip(losses, account["metrics"], account["densities"], strict=True)
         )
     ]
     table = Table(
-        ["candidate", "weighted loss", "accuracy", "layer densities"],
+        ["candidate", "weighted loss", measure.name, "layer densities"],
         rows,
         caption=f"On the development data of {len(account['clients'])} clients",
         marked=winner,
@@ -318,6 +323,8 @@ def _clients(run: _Run) -> Section | None:
         f"{sum(entry['num_dev'] for entry in clients):,} development samples."
     )
     labels = [entry["labels"] for entry in clients]
+    if max(map(len, labels)) == 1:
+        return Section("What the clients hold", [Text(f"{note} They have no classes.")])
     note += (
         f" Full colour: {100 * largest_share(labels):.0f} % of a client's samples; fainter: fewer."
     )
@@ -343,12 +350,13 @@ def _skipped(run: _Run) -> Section | None:
 def _rounds(run: _Run) -> Section | None:
     if not run.rounds:
         return None
-    header = ["round", "test accuracy", "test loss", "train loss", "density", "up", "down"]
+    measure = Measure.of(run.summary)
+    header = ["round", f"test {measure.name}", "test loss", "train loss", "density", "up", "down"]
     header += ["masks", "layers adjusted"]
     rows = [
         [
             str(line["round"]),
-            percent(line.get("test_accuracy")),
+            measure.show(line.get(measure.key)),
             rounded(line.get("test_loss")),
             rounded(line.get("train_loss")),
             rounded(line.get("density")),

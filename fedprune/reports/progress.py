@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.config import RunConfig
+from fedprune.reports.results import Measure
 from fedprune.rounds.folder import read_metrics
 from prunelab.pages.console import console, errors, escaped, say
-from prunelab.pages.units import format_bytes, format_seconds
+from prunelab.pages.units import format_bytes, format_seconds, known_number
 
 RECENT = 6  # rounds whose mean time tells what is left
 
@@ -39,12 +40,22 @@ class Watch:
         self._times: list[float] = []
 
     def heading(self) -> None:
-        """Say what runs, and where."""
-        config = self._config
+        """Say what runs and where, and what was made of what the settings leave open."""
+        config, data = self._config, self._config.data
         say(
             f"{config.method.name} on {Path(config.data.dataset).name}, {config.model_name}, "
             f"{config.data.clients} clients, {config.training.rounds} rounds"
         )
+        used = config.method.used(config.training.rounds)
+        known = {"dirichlet": f", alpha={data.alpha:g}",
+                 "pathological": f", classes_per_client={data.classes_per_client}"}  # fmt: skip
+        for text in (
+            f"method: {', '.join(f'{key}={value}' for key, value in used.items())}" * bool(used),
+            f"division: {data.partition}{known.get(data.partition, '')}; "
+            f"device: {config.training.device}; seed: {config.seed}",
+        ):
+            if text:
+                console.print(escaped(text), highlight=False)  # wrapped at words
         say(f"folder: {self._folder}")
 
     def __call__(self) -> None:
@@ -88,12 +99,14 @@ def is_round(line: Mapping[str, Any]) -> bool:
 
 
 def start_line(line: Mapping[str, Any]) -> str:
-    """The clients and what the method began with.
+    """The clients, what the method began with, and how a client computes.
 
-    >>> start_line({"clients": [{}, {}], "density": 0.05})
-    '2 clients, density 0.05'
+    >>> start_line({"clients": [{}, {}], "density": 0.05, "execution": "sparse"})
+    '2 clients, density 0.05, sparse execution'
     """
     text = f"{len(line['clients'])} clients, density {line['density']:.4g}"
+    if "execution" in line:
+        text += f", {line['execution']} execution"
     if "selection" in line:
         selection = line["selection"]
         text += f", candidate {selection['winner'] + 1} of {len(selection['losses'])} won"
@@ -112,8 +125,13 @@ def round_line(line: Mapping[str, Any], *, rounds: int, left: float | None) -> s
     >>> round_line(line, rounds=20, left=125)
     'round   2/20  accuracy 50.00 %  up 21.9 kB  down 31.4 kB  left 2 min 05 s'
     """
+    measure = Measure.of(line)
+    value = known_number(line.get(measure.key))
+    shown = measure.show(value)
+    if measure.is_share and value is not None:
+        shown = f"{100 * value:5.2f} %"
     text = (
-        f"round {line['round']:>3}/{rounds}  accuracy {100 * line['test_accuracy']:5.2f} %"
+        f"round {line['round']:>3}/{rounds}  {measure.name} {shown}"
         f"  up {format_bytes(line['bytes_up'])}  down {format_bytes(line['bytes_down'])}"
     )
     return text if left is None else f"{text}  left {format_seconds(left)}"

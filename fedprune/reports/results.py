@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prunelab.pages.page import Fact
@@ -30,11 +31,13 @@ def comparison_table(summaries: Sequence[Mapping[str, Any]]) -> tuple[list[str],
         summaries: contents of summary.json of runs on one data set and model.
 
     Returns:
-        Header and rows. Accuracy is the mean over the runs, with the sample standard deviation
-        where there are at least two; other columns are means. A value that one of the runs
-        lacks is a dash, never the mean of the others.
+        Header and rows. Accuracy, or what else the task is judged by, is the mean over the runs,
+        with the sample standard deviation where there are at least two; other columns are means. A
+        value that one of the runs lacks is a dash, never the mean of the others.
     """
-    header = ["method", "density", "seeds", "accuracy, %", "up / client / round"]
+    measure = Measure.of(summaries[0]) if summaries else Measure.of({})
+    judged = f"{measure.name}, %" if measure.is_share else measure.name
+    header = ["method", "density", "seeds", judged, "up / client / round"]
     header += ["down / client / round", "FLOPs of dense", "training state", "time"]
     groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for summary in summaries:
@@ -48,7 +51,9 @@ def comparison_table(summaries: Sequence[Mapping[str, Any]]) -> tuple[list[str],
                 method,
                 rounded(_mean(group, "density")),
                 str(len(group)),
-                mean_and_spread((s.get("test_accuracy") for s in group), scale=100),
+                mean_and_spread(
+                    (s.get(measure.key) for s in group), scale=100 if measure.is_share else 1
+                ),
                 format_bytes(_mean(group, "bytes_up_steady_round")),
                 format_bytes(_mean(group, "bytes_down_steady_round")),
                 rounded(flops, ".3f"),
@@ -59,16 +64,65 @@ def comparison_table(summaries: Sequence[Mapping[str, Any]]) -> tuple[list[str],
     return header, rows
 
 
+@dataclass(frozen=True)
+class Measure:
+    """What a model is judged by on test data.
+
+    Attributes:
+        name: in words: "accuracy", another metric of the task, or "loss" where it has none.
+        key: in summary.json, and in the lines of metrics.jsonl.
+    """
+
+    name: str
+    key: str
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Measure:
+        """That of a summary, or of the line of a round.
+
+        >>> Measure.of({"metric": "mae"})
+        Measure(name='mae', key='test_metric')
+        """
+        metric = values.get("metric", ACCURACY)
+        if metric == ACCURACY:
+            return cls(ACCURACY, "test_accuracy")
+        return cls(metric, "test_metric") if metric else cls("loss", "test_loss")
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a part of the samples, and shown in per cent."""
+        return self.name == ACCURACY
+
+    def show(self, value: Any) -> str:
+        """A value of it, in words."""
+        return percent(value) if self.is_share else rounded(value)
+
+    def difference(self, ours: Any, other: Any) -> str:
+        """How far ours is from another's."""
+        one, two = known_number(ours), known_number(other)
+        if one is None or two is None:
+            return NOTHING
+        gap = round(100 * (one - two), 2) if self.is_share else one - two
+        if not gap:
+            return "as good" if self.is_share else "the same"
+        size = f"{abs(gap):.2f} points" if self.is_share else rounded(abs(gap))
+        return f"{size} {'more' if gap > 0 else 'less'}"
+
+
+ACCURACY = "accuracy"
+TEST_KEYS = ("test_accuracy", "test_metric", "test_loss")
+
+
 def facts(summary: Mapping[str, Any]) -> list[Fact]:
     """Each result; a value that is not known is a dash with no note."""
     dense = summary.get("bytes_dense_round")
     up, down = summary.get("bytes_up_steady_round"), summary.get("bytes_down_steady_round")
     state, target = summary.get("state_bytes"), summary.get("density_target")
-    rounds = summary.get("rounds")
+    rounds, measure = summary.get("rounds"), Measure.of(summary)
     results = [
         (
-            "test accuracy",
-            percent(summary.get("test_accuracy")),
+            f"test {measure.name}",
+            measure.show(summary.get(measure.key)),
             f"after round {rounds}" if rounds else "",
         ),
         (

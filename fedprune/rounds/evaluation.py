@@ -1,26 +1,60 @@
-"""The global model on the server's test data, for the record only."""
+"""The global model on test data, the server's or the clients' own, for the record only."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from fedprune.local.model import LocalModel, Score, open_model
+from fedprune.exchange.messages import (
+    EVALUATE,
+    MODEL,
+    Expected,
+    Reply,
+    Request,
+    loss,
+    metrics,
+)
+from fedprune.local.model import LocalModel, open_model
+from fedprune.methods.base import Ask
 from fedprune.rounds.setup import Setup
 from sparsemodel.runtime.state import SparseState
 
 BATCH = 64  # of the runtime: enough for its kernels, little memory
 
 
-class Evaluator:
-    """Evaluates states of the run's network; the model is kept and only its values change."""
+@dataclass(frozen=True)
+class Tested:
+    """What a test gave.
 
-    def __init__(self, setup: Setup) -> None:
-        self._setup = setup
+    Attributes:
+        loss, metric: means over the samples.
+        clients: of each client that tested on its own: number, samples, loss, metric.
+    """
+
+    loss: float
+    metric: float
+    clients: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Evaluator:
+    """Evaluates states of the run's network; the model is kept and only its values change.
+
+    Args:
+        ask: reaches the clients.
+    """
+
+    def __init__(self, setup: Setup, ask: Ask) -> None:
+        self._setup, self._ask = setup, ask
         self._model: LocalModel | None = None
         self._dense = False
 
-    def evaluate(self, state: SparseState) -> Score:
-        """Sums over the test samples."""
+    def evaluate(self, state: SparseState, *, round_index: int) -> Tested | None:
+        """Means over the test samples; None where no client could test."""
+        test = self._setup.test
+        if test is None:
+            request = evaluation_request(state, round_index, metric=self._setup.metric)
+            return joined(self._ask(request))
         dense = state.patterns is None
         if self._model is None or dense != self._dense:
             training = replace(self._setup.config.training, batch_size=BATCH - 1)
@@ -28,5 +62,46 @@ class Evaluator:
             self._dense = dense
         else:
             self._model.load(state)
-        test = self._setup.test
-        return self._model.evaluate(test.images, test.labels)
+        score = self._model.evaluate(test.inputs, test.targets)
+        return Tested(score.loss_sum / len(test), score.metric_sum / len(test))
+
+
+def evaluation_request(state: SparseState, round_index: int, *, metric: str) -> Request:
+    """The question how a model does on clients' own test samples; they keep it for the round.
+
+    Args:
+        metric: what the task's metric is called; hits of "accuracy" are whole numbers.
+    """
+
+    def check(reply: Reply) -> None:
+        loss(reply.fields, "loss", reply.num_examples)
+        sums = {"metric": [reply.fields["metric"]]}
+        metrics(sums, "metric", 1, reply.num_examples, metric=metric)
+
+    return Request(
+        EVALUATE,
+        round_index,
+        states={MODEL: state},
+        hold=frozenset([MODEL]),
+        expected=Expected(fields=["loss", "metric"]),
+        on="test",
+        check=check,
+    )
+
+
+def joined(replies: Iterable[tuple[int, Reply]]) -> Tested | None:
+    """The clients' results, weighted by what each counts for, added up in the order of clients."""
+    ordered = sorted(replies, key=lambda pair: pair[0])
+    total = sum(reply.weight for _, reply in ordered)
+    if not total:
+        return None
+    means = [
+        (reply.weight, *(reply.fields[key] / reply.num_examples for key in ("loss", "metric")))
+        for _, reply in ordered
+    ]
+    each = [
+        {"client": client, "samples": reply.num_examples, "loss": own[1], "metric": own[2]}
+        for (client, reply), own in zip(ordered, means, strict=True)
+    ]
+    loss_sum, metric_sum = (sum(own[0] * own[place] for own in means) for place in (1, 2))
+    return Tested(loss_sum / total, metric_sum / total, each)

@@ -119,7 +119,7 @@ class RunFolder:
 
 def default_folder(config: RunConfig, *, resume: bool) -> Path:
     """runs/DATASET-METHOD-dDENSITY-sSEED, numbered; with resume, the latest of them."""
-    dataset, method = Path(config.data.dataset).name, config.method
+    dataset, method = Path(config.data.dataset).name.replace(":", "."), config.method
     name = f"{dataset}-{method.name}-d{method.target_density:g}-s{config.seed}"
     return runfolder.default_path(name, resume=resume)
 

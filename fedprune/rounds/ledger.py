@@ -8,6 +8,7 @@ from typing import Any
 
 from fedprune.exchange.messages import Reply, Request
 from fedprune.local.training import growth_counts
+from fedprune.rounds.evaluation import Tested
 from fedprune.rounds.setup import Setup
 from sparsemodel.codec import mask_delta_entropy_bytes
 from sparsemodel.runtime.state import SparseState
@@ -21,6 +22,15 @@ class Traffic:
     down: list[int] = field(default_factory=list)
     mask: int = 0
     skipped: list[dict[str, Any]] = field(default_factory=list)
+
+    def joined(self, later: Traffic) -> Traffic:
+        """Both together."""
+        return Traffic(
+            self.up + later.up,
+            self.down + later.down,
+            self.mask + later.mask,
+            self.skipped + later.skipped,
+        )
 
 
 @dataclass
@@ -38,7 +48,9 @@ class Totals:
     state_bytes: int = 0
     peak_rss_bytes: int = 0
     seconds: float = 0.0
-    test_accuracy: float = 0.0
+    test_accuracy: float | None = 0.0
+    test_metric: float | None = None
+    test_loss: float | None = None
 
     def count_start(self, traffic: Traffic, num_clients: int) -> None:
         """Bytes before the first round; those of the start are for one client, on average."""
@@ -54,6 +66,12 @@ class Totals:
             self.bytes_down_steady_round = max(traffic.down)
         if not grows and not request.report_resources and traffic.up:
             self.bytes_up_steady_round = max(traffic.up)
+
+    def count_test(self, tested: Tested | None, metric: str) -> None:
+        """What the newest model does; nothing is known of it where nobody could test it."""
+        self.test_loss = None if tested is None else tested.loss
+        self.test_metric = None if tested is None or not metric else tested.metric
+        self.test_accuracy = self.test_metric if metric == "accuracy" else None
 
     def count_resources(self, reply: Reply) -> None:
         """The largest that any client held."""
@@ -84,7 +102,7 @@ class Totals:
         weights = {name: _numel(shape) for name, shape in setup.shapes.items()}
         for counts in passes:
             macs = sum(
-                macs // weights[name] * counts.get(name, weights[name])
+                macs // weights[name] * counts.get(name, weights[name]) if name in weights else macs
                 for name, macs in setup.layer_macs.items()
             )
             self.train_flops += float(2 * macs * num_samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Protocol
@@ -52,7 +53,7 @@ class Cohort(Protocol):
 
 def run(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
     """Run, or continue, until the last round; leaves model, metrics and summary in `folder`."""
-    evaluator = Evaluator(setup)
+    evaluator = Evaluator(setup, cohort.ask)
     # Where we stand: the last checkpoint, or the method's own start.
     state = _resumed(setup, folder) or start(setup, cohort, folder)
     while state.round_index < setup.config.training.rounds:
@@ -70,6 +71,8 @@ def play_round(
     # 1. The method asks a question, of clients drawn by the seed.
     last = state.round_index == config.training.rounds - 1
     request = replace(setup.method.request(state), report_resources=last)
+    if config.federation.clients_test:  # who tested the model has it
+        request = replace(request, hold=request.hold | {MODEL})
     chosen = sample_clients(setup, sorted(cohort.clients), state.round_index)
     # 2. Replies are folded into sums as they arrive; only the sums are kept.
     fold = Fold(setup)
@@ -86,8 +89,9 @@ def play_round(
     # 3. The method makes the next state of what it got.
     updated = setup.method.update(state, mean=fold.mean(), growth=fold.growth())
     # 4. The new model is evaluated on test data, for the record only.
-    score, num_test = evaluator.evaluate(updated.model), len(setup.test)
-    totals.test_accuracy = score.num_correct / num_test
+    tested = evaluator.evaluate(updated.model, round_index=updated.round_index)
+    traffic = traffic.joined(cohort.take_traffic())
+    totals.count_test(tested, setup.metric)
     # 5. The round is counted and written down.
     totals.count_round(traffic, request)
     totals.count_training(setup, request, state.model, fold.samples())
@@ -95,8 +99,11 @@ def play_round(
     folder.append(
         {
             "round": updated.round_index,
+            "metric": setup.metric,
             "test_accuracy": totals.test_accuracy,
-            "test_loss": score.loss_sum / num_test,
+            "test_metric": totals.test_metric,
+            "test_loss": totals.test_loss,
+            **({"test_clients": tested.clients} if tested and tested.clients else {}),
             "train_loss": fold.train_loss(),
             "density": _density(updated),
             "clients": sorted(fold.losses),
@@ -126,6 +133,7 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
         ask=ask,
         rounds=setup.config.training.rounds,
         seed=setup.config.seed,
+        metric=setup.metric,
     )
     try:
         state = setup.method.start(server)
@@ -170,14 +178,17 @@ def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
         folder.path,
         state.model,
         metadata={
-            "dataset": setup.test.name,
+            "dataset": setup.data.name,
             "method": config.method.name,
             "model": config.model_name,
             "width": setup.width,
-            "num_classes": str(setup.test.num_classes),
-            "input_shape": "x".join(map(str, setup.test.input_shape)),
-            "images": str(setup.test.images.dtype),
-            **setup.test.preprocessing.to_metadata(),
+            "seed": str(config.seed),
+            "task": config.training.task or setup.data.task,
+            "num_classes": str(setup.data.num_classes or ""),
+            "class_names": json.dumps(setup.data.class_names),
+            "input_shape": "x".join(map(str, setup.data.input_shape)),
+            "inputs": str(setup.data.inputs.dtype),
+            **setup.data.preprocessing.to_metadata(),
         },
     )
     folder.write_summary(
@@ -189,7 +200,10 @@ def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
             "rounds": state.round_index,
             "density_target": config.method.target_density,
             "density": _density(state),
+            "metric": setup.metric,
             "test_accuracy": totals.test_accuracy,
+            "test_metric": totals.test_metric,
+            "test_loss": totals.test_loss,
             "bytes_up": totals.bytes_up,
             "bytes_down": totals.bytes_down,
             "bytes_up_steady_round": totals.bytes_up_steady_round,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS, ConfigError
+
+if TYPE_CHECKING:
+    from fedprune.reports.trackers import Tracker
 
 ENGINES = ("flower", "inline", "batched")
 
@@ -21,6 +25,7 @@ def run(
     resume: bool = False,
     progress: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda text: None,
+    tracker: Tracker | None = None,
 ) -> dict[str, Any]:
     """Run or resume one run in `folder`, and leave the report beside it.
 
@@ -30,6 +35,7 @@ def run(
         resume: continue what the folder holds; a complete run is left as it is.
         progress: called a few times a second while metrics.jsonl grows.
         say: is told in a line what is being done before the first round.
+        tracker: is shown each round.
 
     Returns:
         The content of summary.json.
@@ -65,10 +71,30 @@ def run(
             "batched": partial(run_inline, batched=True),
         }
         try:
-            starts[engine](config, folder, resume=resume, progress=progress, say=say)
+            with _followed(tracker, folder, config, progress) as look:
+                starts[engine](config, folder, resume=resume, progress=look, say=say)
         except USER_ERRORS:
             if not resume:  # a run that was there before is not ours to remove
                 runfolder.discard_unstarted(folder)
             raise
         write_report(folder)
     return runfolder.read_summary(folder)
+
+
+@contextmanager
+def _followed(
+    tracker: Tracker | None, folder: Path, config: RunConfig, progress: Callable[[], None]
+) -> Iterator[Callable[[], None]]:
+    """What an engine calls now and then: progress, and the tracker if there is one."""
+    if tracker is None:
+        yield progress
+        return
+    from fedprune.reports.trackers import Following  # noqa: PLC0415
+
+    with Following(tracker, folder, config) as follow:
+
+        def look() -> None:
+            progress()
+            follow()
+
+        yield look

@@ -7,6 +7,7 @@ may be a process of its own, whose memory is then given back.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -14,16 +15,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from fedprune.config import RunConfig
 from fedprune.exchange.messages import ClientInfo
-from fedprune.local.data import label_histogram, num_development
+from fedprune.given import is_given
+from fedprune.local.data import label_histogram, split
 from fedprune.local.model import Network
 from fedprune.local.shares import share_of
-from fedprune.local.site import TRAIN
+from fedprune.local.site import TRAIN, network_for, split_seed
+from fedprune.methods import is_given as is_given_method
+from fedprune.methods import method_name
 from fedprune.methods.base import Method
-from prunelab.data.store import ImageStore, open_store
+from prunelab.data.store import SampleStore, open_store
 from prunelab.errors import DataWarning, RunError
 from prunelab.runs.children import ended_with_parent
 from prunelab.runs.folder import write_file
@@ -32,12 +38,9 @@ from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.sealed import read_sealed_json, sealed_json
 from sparsemodel.storage.state_file import load_state, save_state
 
-if TYPE_CHECKING:
-    from torch import nn
-
 __all__ = ["NETWORK", "START", "TEST", "TRAIN", "Reference", "Setup", "lay_out"]
 
-TEST = "test"  # an image store, as TRAIN, which has the clients' shares
+TEST = "test"  # a sample store, as TRAIN, which has the clients' shares
 NETWORK, START = "network.json", "start.safetensors"
 REFUSED = 3  # exit status of the child whose last line is what a user can mend, as JSON
 CURE = "delete the folder, and it is laid out again"
@@ -76,18 +79,28 @@ class Setup:
         return self.config.method
 
     @cached_property
-    def test(self) -> ImageStore:
-        """The server's test samples."""
+    def data(self) -> SampleStore:
+        """The training samples, divided; what is known of all samples is known of these."""
+        return open_store(self.folder / TRAIN, made_for=self.config.digest)
+
+    @cached_property
+    def test(self) -> SampleStore | None:
+        """The server's test samples; None where clients test on their own."""
+        if self.config.federation.clients_test:
+            return None
         return open_store(self.folder / TEST, verify=True, made_for=self.config.digest)
 
     def shares(self) -> dict[int, ClientInfo]:
         """What the run gave each client of the training samples."""
-        store, found = open_store(self.folder / TRAIN, made_for=self.config.digest), {}
+        found, with_test = {}, self.config.federation.clients_test
         for client in range(self.config.data.clients):
-            share = share_of(store, client)
-            num_dev = num_development(len(share))
-            histogram = label_histogram(store.labels[share], store.num_classes)
-            found[client] = ClientInfo(client, len(share) - num_dev, num_dev, histogram)
+            share, seed = share_of(self.data, client), split_seed(self.config, client)
+            rows = split(share, with_test=with_test, seed=seed)
+            known = np.concatenate([rows.train, rows.dev])
+            histogram = label_histogram(self.data.targets[known], self.data.num_classes)
+            found[client] = ClientInfo(
+                client, len(rows.train), len(rows.dev), histogram, len(rows.test)
+            )
         return found
 
     @cached_property
@@ -113,6 +126,11 @@ class Setup:
         return Program.parse(text) if text else None
 
     @property
+    def metric(self) -> str:
+        """What the task's metric is called; empty where it has none."""
+        return str(self._facts["metric"])
+
+    @property
     def no_program(self) -> str:
         """Why the network has no program; empty where it has one."""
         return str(self._facts["no_program"])
@@ -136,14 +154,7 @@ class Setup:
     @cached_property
     def network(self) -> Network:
         """The network for models of this process."""
-
-        def build() -> nn.Module:
-            from fedprune.local.network import TorchNetwork  # noqa: PLC0415
-
-            test = self.test
-            return TorchNetwork(self.config, test.num_classes, test.input_shape).empty_model()
-
-        return Network(self.program, build, self.shapes)
+        return network_for(self.config, self.data, self.program, self.shapes)
 
     def start_state(self) -> SparseState:
         """The dense model that every method starts from.
@@ -184,6 +195,8 @@ def _network_of(config: RunConfig) -> str:
 def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
     """Lay out what a run starts from, in this process if it has torch already, else in a child.
 
+    What this process alone knows, a child would not.
+
     Args:
         folder: is made.
         with_start: whether the first weights are needed; a run that is continued has its own.
@@ -192,7 +205,7 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
         ConfigError, DataError, ModelError, RunError: a name is unknown, or the data do not allow
             it.
     """
-    if "torch" in sys.modules:
+    if "torch" in sys.modules or _holds_objects(config):
         from fedprune.rounds.workspace import open_workspace  # noqa: PLC0415
 
         open_workspace(config).lay_out(folder, with_start=with_start)
@@ -201,6 +214,7 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
     done = subprocess.run(
         ended_with_parent(*command, *["--start"] * with_start),
         input=json.dumps(config.flower()),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
         check=False,
@@ -212,3 +226,9 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
         raise RunError(f"setting up failed: {last[0]}") from RuntimeError(done.stderr)
     for text in json.loads(done.stdout.splitlines()[-1]):
         warnings.warn(text, DataWarning, stacklevel=2)
+
+
+def _holds_objects(config: RunConfig) -> bool:
+    """Whether a setting is the name of something that was given to this process."""
+    names = (value for value in config.flat().values() if isinstance(value, str))
+    return any(map(is_given, names)) or is_given_method(method_name(config.method))

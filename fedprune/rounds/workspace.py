@@ -20,33 +20,37 @@ from fedprune.config import RunConfig
 from fedprune.errors import ConfigError
 from fedprune.given import given_dataset, given_model
 from fedprune.local.network import TorchNetwork
+from fedprune.local.optimizer import Optimizer
 from fedprune.local.partition import partition, split_server_set
 from fedprune.local.shares import write_shares
 from fedprune.local.torch_models import DenseModel
-from fedprune.local.training import round_sgd, train_epochs
+from fedprune.local.training import train_epochs
 from fedprune.methods.base import Method
 from fedprune.rounds.setup import TEST, TRAIN, write_facts, write_start
 from fedprune.settings import DataConfig
 from prunelab.data.batches import Integers
 from prunelab.data.checked import note
-from prunelab.data.datasets import ImageSet, load_dataset
+from prunelab.data.given import load_sample_set
+from prunelab.data.samples import check_targets, stored
+from prunelab.data.sides import SampleSet
 from prunelab.data.store import write_store
-from prunelab.errors import RunError
+from prunelab.errors import DataError, RunError
 from prunelab.networks import (
     GRANULARITIES,
-    check_fits,
     check_model,
     float_state,
     parameter_blocks,
     uninitialised,
 )
 from prunelab.runs.seeds import stream_seed
+from prunelab.training.steps import is_classification
+from prunelab.training.task import check_fits, forward, task_of
 from sparsemodel.errors import PlanError
 from sparsemodel.masks.mask import prunable_parameters
 from sparsemodel.plans.program import program_of
 from sparsemodel.runtime.fixed_sum import MAX_ABSOLUTE_VALUE
 from sparsemodel.runtime.state import SparseState
-from sparsemodel.storage.cost import layer_macs, model_bytes
+from sparsemodel.storage.cost import FLOAT_BYTES, layer_macs
 
 # The first part of a derived seed says what it is for, so that no two uses share a stream.
 SEED_SERVER_SET, SEED_PRETRAIN = 0, 2
@@ -57,7 +61,7 @@ class Workspace:
     """The parts of one run. `shares` holds each client's indices into the training set."""
 
     config: RunConfig
-    dataset: ImageSet
+    dataset: SampleSet
     server_indices: Integers
     shares: list[Integers]
 
@@ -69,7 +73,9 @@ class Workspace:
     @cached_property
     def torch(self) -> TorchNetwork:
         """Builds the run's network."""
-        return TorchNetwork(self.config, self.dataset.num_classes, self.dataset.input_shape)
+        data = self.dataset
+        shape = tuple(stored(data.train)[0].shape[1:])
+        return TorchNetwork(self.config, data.num_classes, shape, task_of(data.train))
 
     def model(self) -> nn.Module:
         """A fresh model, dense, the same bits every time."""
@@ -96,46 +102,48 @@ class Workspace:
             ) from None
 
     def _lay_out(self, folder: Path, *, with_start: bool) -> None:
-        dataset, skeleton = self.dataset, self.torch.skeleton
-        check_fits(skeleton, input_shape=dataset.input_shape, num_classes=dataset.num_classes)
+        dataset, skeleton, task = self.dataset, self.torch.skeleton, self.torch.task
+        check_targets(dataset.train)
+        check_fits(task, skeleton, dataset.train, num_classes=dataset.num_classes)
         folder.mkdir(parents=True, exist_ok=True)
-        write_shares(
-            folder / TRAIN,
-            dataset.train_images.numpy(),
-            dataset.train_labels.numpy(),
-            self.shares,
-            num_classes=dataset.num_classes,
-            name=dataset.name,
-            made_for=self.config.digest,
-        )
-        write_store(
-            folder / TEST,
-            dataset.test_images.numpy(),
-            dataset.test_labels.numpy(),
-            num_classes=dataset.num_classes,
-            name=dataset.name,
-            made_for=self.config.digest,
-        )
+        described: dict[str, Any] = {
+            "num_classes": dataset.num_classes,
+            "name": dataset.name,
+            "task": self.torch.kind,
+            "class_names": dataset.class_names,
+            "made_for": self.config.digest,
+        }
+        write_shares(folder / TRAIN, *stored(dataset.train), self.shares, **described)
+        if not self.config.federation.clients_test:
+            assert dataset.test is not None, "looked at when the data were opened"
+            write_store(folder / TEST, *stored(dataset.test), **described)
         if with_start:
             write_start(folder, self.config, self.start_state())
         program, reason = self._traced()
+        hint = [name.strip() for name in self.config.model.blocks.split(",") if name.strip()]
         with uninitialised():
             reference = self.torch.reference()
+        exchanged = float_state(reference)
+
+        def run(model: nn.Module) -> None:
+            forward(model, dataset.train.batch(torch.zeros(1, dtype=torch.int64)))
+
         facts = {
             "shapes": self.shapes,
             "prunable": list(prunable_parameters(skeleton)),
             "blocks": {
-                granularity: parameter_blocks(skeleton, granularity=granularity)
+                granularity: parameter_blocks(skeleton, granularity=granularity, hint=hint)
                 for granularity in GRANULARITIES
             },
             "program": program,
             "no_program": reason,
-            "layer_macs": layer_macs(skeleton, dataset.input_shape),
+            "layer_macs": layer_macs(skeleton, run),
             "reference": {
                 "num_parameters": sum(p.numel() for p in reference.parameters()),
-                "model_bytes": model_bytes(reference),
-                "layer_macs": layer_macs(reference, dataset.input_shape),
+                "model_bytes": FLOAT_BYTES * sum(v.numel() for v in exchanged.values()),
+                "layer_macs": layer_macs(reference, run),
             },
+            "metric": task.metric_name,
             "width": str(getattr(skeleton, "width", "")),
         }
         write_facts(folder, self.config, facts)
@@ -154,12 +162,15 @@ class Workspace:
         state = SparseState({name: values[name].numpy() for name in self.shapes})
         if not config.server.pretrain_epochs:
             return state
-        model = DenseModel(self.torch.empty_model, state, config.training)
+        model = DenseModel(self.torch.empty_model, state, config.training, self.torch.task)
+        optimizer = Optimizer(config.training, 0)
+        inputs, targets = stored(dataset.train)
         loss = train_epochs(
             model,
-            dataset.train_images.numpy()[self.server_indices],
-            dataset.train_labels.numpy()[self.server_indices],
-            sgd=round_sgd(config.training, 0),
+            inputs[self.server_indices],
+            targets[self.server_indices],
+            sgd=optimizer.sgd,
+            correction=optimizer.correction,
             epochs=config.server.pretrain_epochs,
             batch_size=config.training.batch_size,
             seed=stream_seed(SEED_PRETRAIN, config.seed),
@@ -177,8 +188,11 @@ class Workspace:
 
     def _traced(self) -> tuple[str, str]:
         """The network's program, or why it has none."""
+        network = self.torch
+        if not is_classification(network.task) or len(network.input_shape) != 3:
+            return "", f"programs are for classes of images, not for {network.task_name}"
         try:
-            return program_of(self.torch.skeleton, self.dataset.input_shape).text(), ""
+            return program_of(network.skeleton, network.input_shape).text(), ""
         except PlanError as error:
             return "", str(error)
 
@@ -194,29 +208,50 @@ def open_workspace(config: RunConfig) -> Workspace:
 
 
 @lru_cache(maxsize=1)
-def _opened(config: RunConfig, model: Any, given: ImageSet | None) -> Workspace:
+def _opened(config: RunConfig, model: Any, given: SampleSet | None) -> Workspace:
     if isinstance(model, str):
         check_model(model)
     data = config.data
-    dataset = given or load_dataset(
+    dataset = given or load_sample_set(
         data.dataset,
+        how=config.reading,
         num_train=data.num_train or None,
         num_test=data.num_test or None,
         seed=config.seed,
     )
-    labels = dataset.train_labels.numpy()
+    if config.federation.clients_test and dataset.test is not None:
+        note(
+            f"{len(dataset.test)} test samples are left aside: clients test the model "
+            "(federation.evaluate)"
+        )
+    if dataset.test is None and not config.federation.clients_test:
+        raise DataError(
+            f"{dataset.name} has no samples to test with; set federation.evaluate to 'clients', or "
+            "set some aside"
+        )
+    labels = None if dataset.train.labels is None else dataset.train.labels.numpy()
     server, rest = split_server_set(
         labels,
+        count=len(dataset.train),
         per_class=config.server.per_class,
         seed=stream_seed(SEED_SERVER_SET, config.seed),
     )
     groups = dataset.train_groups
     if groups is not None:
         note_groups(len(groups.unique()), data)
+    scheme = data.partition
+    if labels is None and scheme == "dirichlet":
+        scheme = "iid"
+        note("the samples have no classes, so data.partition = 'dirichlet' deals them out evenly")
+    elif labels is None and scheme == "pathological":
+        raise DataError(
+            "the samples have no classes: data.partition = 'pathological' cannot go by them; set "
+            "it to 'iid'"
+        )
     shares = partition(
-        labels[rest],
+        np.zeros(len(rest), np.int64) if labels is None else labels[rest],
         num_clients=data.clients,
-        scheme=data.partition,
+        scheme=scheme,
         alpha=data.alpha,
         classes_per_client=data.classes_per_client,
         groups=None if groups is None else groups.numpy()[rest],

@@ -104,7 +104,7 @@ def checked_labels(labels: Any, *, where: str = "") -> Tensor:
     shape = list(array.shape)
     if array.ndim == 2 and shape[1] == 1:
         array = array[:, 0]
-    elif array.ndim == 2 and _is_one_hot(array):
+    elif array.ndim == 2 and is_one_hot(array):
         array = array.argmax(1)
         note(f"{_in(where)}labels {shape} are one-hot; the class is the place of the 1")
     if array.ndim == 1 and not len(array):
@@ -133,7 +133,7 @@ def checked_label(label: Any, row: int) -> int:
     """
     with contextlib.suppress(DataError):
         array = array_of(label, "labels")
-        if array.ndim == 1 and len(array) > 1 and _is_one_hot(array[None]):
+        if array.ndim == 1 and len(array) > 1 and is_one_hot(array[None]):
             array = np.asarray(array.argmax())
         if array.size == 1 and array.dtype.kind in "iub" and array.item() >= 0:
             return int(array.item())
@@ -278,7 +278,8 @@ def _numpy_of(tensor: Tensor, what: str) -> Array:
     return array
 
 
-def _is_one_hot(array: Array) -> bool:
+def is_one_hot(array: Array) -> bool:
+    """Whether every row [N, C] is 0 but for a single 1."""
     zeros_and_ones = array.size > 0 and bool(((array == 0) | (array == 1)).all())
     return zeros_and_ones and bool((array.sum(1) == 1).all())
 

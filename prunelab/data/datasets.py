@@ -16,9 +16,12 @@ import numpy as np
 import torch
 
 from prunelab.data.checked import Array, checked, checked_labels, count_classes, whole_numbers
-from prunelab.data.parquet import read_side
+from prunelab.data.folders import read_classes, side_folders
+from prunelab.data.parquet import has_side, read_side
 from prunelab.data.pictures import decoded
+from prunelab.data.reading import Reading
 from prunelab.errors import DataError
+from prunelab.runs.seeds import rng
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DIGITS_TEST_SHARE = 0.2
@@ -95,22 +98,41 @@ class ImageSet:
         return channels, height, width
 
 
+Resize = tuple[int, int] | None
+
+
 @dataclass(frozen=True)
-class _Source:
-    """One side of a data set before its images are decoded."""
+class Source:
+    """One side of a data set before its images are decoded.
+
+    Attributes:
+        labels: int64 [N].
+        images: (rows, height and width that pictures are brought to) -> the images.
+        groups: natural client of each, int64 [N], where there is one.
+        class_names: of the classes 0, 1, ..., where the data name them.
+    """
 
     labels: Array
-    images: Callable[[Array], torch.Tensor]
+    images: Callable[[Array, Resize], torch.Tensor]
     groups: Array | None = None
     class_names: tuple[str, ...] = ()
+
+    def at(self, rows: Array) -> Source:
+        """Some of the samples."""
+        return Source(
+            self.labels[rows],
+            lambda index, resize: self.images(rows[index], resize),
+            None if self.groups is None else self.groups[rows],
+            self.class_names,
+        )
 
 
 def check_dataset(name: str) -> None:
     """Raise DataError, listing the known ones, unless `name` is a known data set or a folder."""
     if name not in DATASETS and not Path(name).is_dir():
         raise DataError(
-            f"unknown data set {name!r}; known: {', '.join(DATASETS)}; "
-            "or give a folder of parquet files with columns img and label"
+            f"unknown data set {name!r}; known: {', '.join(DATASETS)}; or give a folder of class "
+            "folders or of parquet files, a table (.csv, .tsv, .parquet), or module:function"
         )
 
 
@@ -118,11 +140,12 @@ def check_dataset(name: str) -> None:
 def load_dataset(
     name: str, *, num_train: int | None = None, num_test: int | None = None, seed: int = 0
 ) -> ImageSet:
-    """A data set by name, or a folder of parquet files; cached for the process.
+    """A data set of images by name or folder; cached for the process.
 
     Args:
-        name: one of DATASETS, or a folder of parquet files (see `parquet.side_files`) of the sides
-            train and test (or validation) with columns img or image, label, and optionally client.
+        name: one of DATASETS; a folder of class folders; or a folder of parquet files (see
+            `parquet.side_files`) of the sides train and test (or validation) with columns img or
+            image, label, and optionally client. Without a test side a fifth of every class is it.
         num_train, num_test: keep a stratified subset of so many; only those are decoded.
         seed: decides the subsets.
 
@@ -133,27 +156,103 @@ def load_dataset(
     (1, 8, 8)
     """
     check_dataset(name)
-    train, test = DATASETS[name]() if name in DATASETS else _parquet_folder(Path(name))
-    sides = {"training": train, "test": test}
-    labels = [checked_labels(s.labels, where=f"{name}, {w} side") for w, s in sides.items()]
-    num_classes = count_classes(*labels, where=name)
-    train_index, test_index = (
-        _subset(own.numpy(), count, seed=seed, what=f"{name}, {what} side")
-        for own, count, what in zip(labels, (num_train, num_test), sides, strict=True)
-    )
+    train, test = sources(name, seed=seed)
+    num_classes = num_classes_of(train, test, where=name)  # of all: a subset has the same ones
+    train, test = cut(train, test, num_train=num_train, num_test=num_test, seed=seed, where=name)
+    assert test is not None
     return ImageSet(
         name=Path(name).name,
-        train_images=train.images(train_index),
-        train_labels=labels[0][train_index],
-        test_images=test.images(test_index),
-        test_labels=labels[1][test_index],
+        train_images=train.images(np.arange(len(train.labels)), None),
+        train_labels=torch.from_numpy(train.labels),
+        test_images=test.images(np.arange(len(test.labels)), None),
+        test_labels=torch.from_numpy(test.labels),
         num_classes=num_classes,
-        train_groups=None if train.groups is None else torch.from_numpy(train.groups[train_index]),
+        train_groups=None if train.groups is None else torch.from_numpy(train.groups),
         class_names=train.class_names,
     )
 
 
-def _digits() -> tuple[_Source, _Source]:
+def sources(
+    name: str, how: Reading | None = None, *, seed: int = 0
+) -> tuple[Source, Source | None]:
+    """Both sides of a data set of DATASETS or a folder, with nothing decoded.
+
+    Args:
+        how: how they are taken.
+        seed: decides what is set aside for the test where there is no test side.
+
+    Raises:
+        DataError: as `load_dataset`.
+    """
+    how = how or Reading()
+    test: Source | None
+    if name in DATASETS:
+        train, test = DATASETS[name]()
+    elif next(Path(name).rglob("*.parquet"), None) is not None:
+        train, test = _parquet_folder(Path(name), how)
+    else:
+        train, test = _class_folders(Path(name), how)
+    labels = [
+        checked_labels(side.labels, where=f"{name}, {what} side").numpy()
+        for what, side in (("training", train), ("test", test))
+        if side is not None
+    ]
+    train = replace(train, labels=labels[0])
+    if test is not None:
+        return train, replace(test, labels=labels[1])
+    held = held_out(train.labels, share=how.test_share, seed=seed, where=name)
+    rows = np.arange(len(train.labels))
+    return train.at(rows[~held]), train.at(rows[held]) if held.any() else None
+
+
+def cut(
+    train: Source,
+    test: Source | None,
+    *,
+    num_train: int | None,
+    num_test: int | None,
+    seed: int,
+    where: str,
+) -> tuple[Source, Source | None]:
+    """Stratified subsets of so many of both sides; None: all."""
+    rows = subset(train.labels, num_train, seed=seed, what=f"{where}, training side")
+    if test is None:
+        return train.at(rows), None
+    others = subset(test.labels, num_test, seed=seed, what=f"{where}, test side")
+    return train.at(rows), test.at(others)
+
+
+def num_classes_of(train: Source, test: Source | None, *, where: str) -> int:
+    """The number of classes that are named, or else are there."""
+    sides = [torch.from_numpy(side.labels) for side in (train, test) if side is not None]
+    return len(train.class_names) or count_classes(*sides, where=where)
+
+
+def held_out(labels: Array | None, *, share: float, seed: int, where: str, count: int = 0) -> Array:
+    """Which samples are set aside for the test, truth values [N].
+
+    Args:
+        labels: int64 [N], of which the share of every class is set aside; None: of `count` samples
+            without classes.
+        share: 0: none.
+
+    Raises:
+        DataError: so few samples that nothing would be set aside.
+    """
+    groups = np.zeros(count, np.int64) if labels is None else labels
+    held = np.zeros(len(groups), dtype=bool)
+    for label in np.unique(groups).tolist():
+        members = rng(seed, label).permutation(np.flatnonzero(groups == label))
+        held[members[: int(share * len(members))]] = True
+    if share and not held.any():
+        raise DataError(
+            f"{where}: too few samples to set {share:.0%} of every class aside for the test; give "
+            "a test side, or a larger share"
+        )
+    return held
+
+
+def _digits() -> tuple[Source, Source]:
     """scikit-learn's 1,797 digits of 8×8, a fixed stratified fifth of them for testing."""
     from sklearn.datasets import load_digits  # noqa: PLC0415
     from sklearn.model_selection import train_test_split  # noqa: PLC0415
@@ -166,7 +265,7 @@ def _digits() -> tuple[_Source, _Source]:
     return _in_memory(images[train], labels[train]), _in_memory(images[test], labels[test])
 
 
-def _fashion_mnist() -> tuple[_Source, _Source]:
+def _fashion_mnist() -> tuple[Source, Source]:
     """From torchvision's folder under $FEDPRUNE_DATA or Debian's package, else downloaded."""
     root = Path(os.environ.get("FEDPRUNE_DATA", Path.home() / ".cache" / "fedprune"))
     folders = (root / "FashionMNIST" / "raw", DEBIAN_FASHION_MNIST)
@@ -186,7 +285,7 @@ def _fashion_mnist() -> tuple[_Source, _Source]:
     return replace(train, class_names=FASHION), test
 
 
-def _idx_side(folder: Path, prefix: str) -> _Source:
+def _idx_side(folder: Path, prefix: str) -> Source:
     images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", num_dims=3)
     labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", num_dims=1)
     if len(images) != len(labels):
@@ -209,11 +308,17 @@ def _read_idx(folder: Path, name: str, *, num_dims: int) -> Array:
     return np.frombuffer(data, np.uint8, offset=header).reshape(sizes)
 
 
-def _in_memory(images: Array, labels: Array) -> _Source:
-    return _Source(labels, lambda index: torch.from_numpy(images[index]))
+def _in_memory(images: Array, labels: Array) -> Source:
+    def taken(index: Array, resize: Resize) -> torch.Tensor:
+        if resize is None:
+            return torch.from_numpy(images[index])
+        cells = ((f"sample {row}", images[row]) for row in index.tolist())
+        return torch.from_numpy(decoded(cells, where="data", resize=resize))
+
+    return Source(labels, taken)
 
 
-def _hub(path: str, config: str | None, image: str, label: str) -> tuple[_Source, _Source]:
+def _hub(path: str, config: str | None, image: str, label: str) -> tuple[Source, Source]:
     """A data set of the Hugging Face hub, through its local cache."""
     import datasets  # noqa: PLC0415
 
@@ -228,17 +333,32 @@ def _hub(path: str, config: str | None, image: str, label: str) -> tuple[_Source
     return train, test
 
 
-def _parquet_folder(folder: Path) -> tuple[_Source, _Source]:
-    sides = []
+def _parquet_folder(folder: Path, how: Reading) -> tuple[Source, Source | None]:
+    sides: list[Source] = []
     # A validation file is the test side only where there is no test file.
     for names in (("train",), ("test", "validation")):
-        side = read_side(folder, names)
+        if sides and not has_side(folder, names):
+            return sides[0], None
+        known = sides[0].class_names if sides else how.class_names
+        side = read_side(folder, names, columns=dict(how.columns), class_names=known)
         images = _decoding(side.cells, str(folder))
-        sides.append(_Source(side.labels, images, side.groups, side.class_names))
+        sides.append(Source(side.labels, images, side.groups, side.class_names))
     return sides[0], sides[1]
 
 
-def _columns(dataset: Any, image: str, label: str) -> _Source:
+def _class_folders(folder: Path, how: Reading) -> tuple[Source, Source | None]:
+    train_folder, test_folder = side_folders(folder)
+    train = read_classes(train_folder, class_names=how.class_names)
+    source = Source(
+        train.labels, _decoding(train.cells, str(train_folder)), class_names=train.class_names
+    )
+    if test_folder is None:
+        return source, None
+    test = read_classes(test_folder, class_names=train.class_names)
+    return source, Source(test.labels, _decoding(test.cells, str(test_folder)))
+
+
+def _columns(dataset: Any, image: str, label: str) -> Source:
     import datasets  # noqa: PLC0415
 
     undecoded = dataset.cast_column(image, datasets.Image(decode=False))
@@ -247,7 +367,7 @@ def _columns(dataset: Any, image: str, label: str) -> _Source:
         for row, cell in zip(index.tolist(), undecoded.select(index)[image], strict=True):
             yield f"row {row}", cell["bytes"] or Path(cell["path"]).read_bytes()
 
-    return _Source(
+    return Source(
         dataset.with_format("numpy")[label][:],
         _decoding(cells, "the hub's data set"),
         class_names=tuple(getattr(dataset.features[label], "names", ())),
@@ -256,11 +376,11 @@ def _columns(dataset: Any, image: str, label: str) -> _Source:
 
 def _decoding(
     cells: Callable[[Array], Iterable[tuple[str, Any]]], where: str
-) -> Callable[[Array], torch.Tensor]:
-    return lambda index: torch.from_numpy(decoded(cells(index), where=where))
+) -> Callable[[Array, Resize], torch.Tensor]:
+    return lambda index, resize: torch.from_numpy(decoded(cells(index), where=where, resize=resize))
 
 
-DATASETS: dict[str, Callable[[], tuple[_Source, _Source]]] = {
+DATASETS: dict[str, Callable[[], tuple[Source, Source]]] = {
     "digits": _digits,
     "fashion-mnist": _fashion_mnist,
     "cifar10": lambda: _hub("uoft-cs/cifar10", None, "img", "label"),
@@ -269,7 +389,7 @@ DATASETS: dict[str, Callable[[], tuple[_Source, _Source]]] = {
 }
 
 
-def _subset(labels: Array, count: int | None, *, seed: int, what: str) -> Array:
+def subset(labels: Array, count: int | None, *, seed: int, what: str) -> Array:
     """Ascending indices of a stratified subset, class shares kept to within one sample."""
     if count is None or count == len(labels):
         return np.arange(len(labels))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prunelab.data.checked import Array, checked_labels, note
+from prunelab.data.checked import Array, note
+from prunelab.data.labels import as_classes
+from prunelab.data.tables import named_classes, parquet_table
 from prunelab.errors import DataError
 
 IMAGE_COLUMNS = ("img", "image")
@@ -41,18 +43,26 @@ class Pictures:
     class_names: tuple[str, ...]
 
 
-def read_side(folder: Path, names: Sequence[str]) -> Pictures:
+def read_side(
+    folder: Path,
+    names: Sequence[str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Pictures:
     """The pictures of the first of these sides that the folder has.
 
     Args:
         names: what its files are called, such as ("test", "validation"); see `side_files`.
+        columns: the columns of "image", "label" and "client" that are called in another way.
+        class_names: of the other side: what number the name of a class has; None: there is none.
 
     Raises:
         DataError: none of them, files that cannot be told from others, or columns that are no
             such data; names the file.
     """
     files = side_files(folder, names)
-    parts = [part for part in map(_read, files) if len(part.labels)]
+    parts = [part for part in (_read(file, columns or {}) for file in files) if len(part.labels)]
     if not parts:
         raise DataError(f"{files[0]}: the {names[0]} side has no samples")
     has_groups = {part.groups is not None for part in parts}
@@ -70,8 +80,26 @@ def read_side(folder: Path, names: Sequence[str]) -> Pictures:
     groups = None
     if has_groups == {True}:
         groups = _groups([name for part in parts for name in part.groups or ()], files[0])
-    labels = np.concatenate([part.labels for part in parts])
-    return Pictures(labels, cells, groups, parts[0].class_names)
+    labels, found = as_classes(
+        [label for part in parts for label in part.labels],
+        class_names=class_names or parts[0].class_names or class_names,
+        where=str(parts[0].path if len(parts) == 1 else folder),
+    )
+    return Pictures(labels.numpy(), cells, groups, found)
+
+
+def has_side(folder: Path, names: Sequence[str]) -> bool:
+    """Whether a folder has files of one of these sides."""
+    return any(_called(folder, name) for name in names)
+
+
+def holds_tables(folder: Path, name: str, columns: Mapping[str, str]) -> bool:
+    """Whether the files of a side can be read and have no column of pictures."""
+    found = []
+    for path in _called(folder, name):
+        with contextlib.suppress(DataError):
+            found.append(image_column(parquet_table(path).column_names, columns))
+    return bool(found) and not any(found)
 
 
 def side_files(folder: Path, names: Sequence[str], *, suffix: str = ".parquet") -> list[Path]:
@@ -85,13 +113,8 @@ def side_files(folder: Path, names: Sequence[str], *, suffix: str = ".parquet") 
     Raises:
         DataError: no such files, several that could be meant, or one of several missing.
     """
-    everything = sorted(path for path in folder.rglob(f"*{suffix}") if path.is_file())
     for name in names:
-        called = [
-            path
-            for path in everything
-            if path.name.startswith(name) or (path.parent != folder and path.parent.name == name)
-        ]
+        called = _called(folder, name, suffix)
         shown = [p for p in called if not any(x[0] in "._" for x in p.relative_to(folder).parts)]
         if not shown:
             continue
@@ -107,6 +130,14 @@ def side_files(folder: Path, names: Sequence[str], *, suffix: str = ".parquet") 
     raise DataError(
         f"no {names[0]}*{suffix} in {folder}; expected train*{suffix} and test*{suffix}"
     )
+
+
+def _called(folder: Path, name: str, suffix: str = ".parquet") -> list[Path]:
+    return [
+        path
+        for path in sorted(path for path in folder.rglob(f"*{suffix}") if path.is_file())
+        if path.name.startswith(name) or (path.parent != folder and path.parent.name == name)
+    ]
 
 
 def _nearest(folder: Path, name: str, shown: list[Path]) -> list[Path]:
@@ -150,56 +181,60 @@ class _Part:
 
     path: Path
     images: Any
-    labels: Array
+    labels: Sequence[Any]
     groups: list[Any] | None
     class_names: tuple[str, ...]
 
 
-def _read(path: Path) -> _Part:
+def _read(path: Path, columns: Mapping[str, str]) -> _Part:
     import pyarrow.parquet  # noqa: PLC0415
 
     try:
         # Not read_table, to_numpy or take: they import pandas and more, for half a second.
         file = pyarrow.parquet.ParquetFile(path)
-        image, wanted = columns_of(path, file.schema_arrow.names)
+        image, label, client = picture_columns(path, file.schema_arrow.names, columns)
+        wanted = [name for name in (image, label, client) if name in file.schema_arrow.names]
         table = file.read(columns=wanted)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"cannot read {path}: {error}") from None
     for name in wanted[1:]:
         if table[name].null_count:
             raise DataError(f"{path}: column {name!r} has {table[name].null_count} empty cells")
-    values = table[LABEL].to_pylist()
-    labels = checked_labels(values, where=str(path)).numpy() if values else np.empty(0, np.int64)
-    groups = table[CLIENT].to_pylist() if CLIENT in wanted else None
-    return _Part(path, table[image], labels, groups, class_names(table.schema))
+    values = table[label].to_pylist()
+    labels = as_classes(values, where=str(path)) if values else None
+    groups = table[client].to_pylist() if client in wanted else None
+    names_of_classes = named_classes(table.schema).get(label, ())
+    if labels is not None and not labels[1]:
+        values = labels[0].tolist()
+    return _Part(path, table[image], values, groups, names_of_classes)
 
 
-def columns_of(path: Path, names: Sequence[str]) -> tuple[str, list[str]]:
-    """The image column of a file, and all columns that are read of it.
+def picture_columns(
+    path: Path, names: Sequence[str], columns: Mapping[str, str]
+) -> tuple[str, str, str]:
+    """What the columns of pictures, labels and clients are called; the last need not be there.
 
     Raises:
         DataError: a column is missing, or there are two of its name.
     """
-    image = next((name for name in IMAGE_COLUMNS if name in names), None)
-    if image is None or LABEL not in names:
+    image = image_column(names, columns)
+    label, client = columns.get("label", LABEL), columns.get("client", CLIENT)
+    if image is None or label not in names:
+        pictures = columns.get("image") or f"{IMAGE_COLUMNS[0]} (or {IMAGE_COLUMNS[1]})"
         raise DataError(
-            f"{path}: expected columns {' (or '.join(IMAGE_COLUMNS)}) and {LABEL}, got "
-            f"{sorted(names)}"
+            f"{path}: expected columns {pictures} and {label}, got {sorted(names)}; say which "
+            "are meant by columns, such as image=picture,label=kind"
         )
-    wanted = [name for name in (image, LABEL, CLIENT) if name in names]
-    twice = next((name for name in wanted if list(names).count(name) > 1), None)
+    twice = next((n for n in (image, label, client) if list(names).count(n) > 1), None)
     if twice is not None:
         raise DataError(f"{path} has two columns {twice!r}; rename one of them")
-    return image, wanted
+    return image, label, client
 
 
-def class_names(schema: Any) -> tuple[str, ...]:
-    """Names of the classes that Hugging Face's libraries leave in a table's metadata."""
-    try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return tuple(map(str, features[LABEL]["names"]))
-    except (KeyError, TypeError, ValueError):
-        return ()
+def image_column(names: Sequence[str], columns: Mapping[str, str]) -> str | None:
+    """The column of pictures among these; None where there is none."""
+    wanted = (columns["image"],) if "image" in columns else IMAGE_COLUMNS
+    return next((name for name in wanted if name in names), None)
 
 
 def _bytes(cell: Any) -> Any:

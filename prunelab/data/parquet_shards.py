@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -12,8 +12,9 @@ import numpy as np
 
 from prunelab.data.batches import Integers
 from prunelab.data.checked import Array
-from prunelab.data.parquet import LABEL, class_names, columns_of
+from prunelab.data.parquet import picture_columns
 from prunelab.data.shards import BLOCK_BYTES, Labels, ShardFile, blocks_of
+from prunelab.data.tables import named_classes
 from prunelab.errors import DataError
 
 MOST_ROWS = 1024  # of a block: sizes in a file's metadata are of values that may repeat
@@ -22,7 +23,7 @@ _BUFFER = 1 << 20
 
 
 class ParquetShards:
-    """Samples of parquet files with columns img (or image) and label.
+    """Samples of parquet files with columns img (or image) and label, or what `columns` names.
 
     Labels are read at once. Of pictures, one place is open at a time, behind which blocks are read
     in order; a block is let go when each of its rows was asked for, or when the blocks together
@@ -35,7 +36,9 @@ class ParquetShards:
         DataError: files that are damaged, or without these columns.
     """
 
-    def __init__(self, files: Sequence[ShardFile], *, kept: int) -> None:
+    def __init__(
+        self, files: Sequence[ShardFile], *, kept: int, columns: Mapping[str, str] | None = None
+    ) -> None:
         self.files, self._kept = files, kept
         self.labels = Labels()
         rows: list[int] = []
@@ -46,11 +49,12 @@ class ParquetShards:
         for number, file in enumerate(files):
             with _reading(file):
                 opened = _opened(file)
-                image, _ = columns_of(file.path, opened.schema_arrow.names)
-                self._columns.append(_bytes_column(opened.schema_arrow, image))
-                self._read_labels(opened, file)
+                schema = opened.schema_arrow
+                image, label, _ = picture_columns(file.path, schema.names, columns or {})
+                self._columns.append(_bytes_column(schema, image))
+                self._read_labels(opened, file, label)
             if not self.labels.names:
-                self.labels.names = class_names(opened.schema_arrow)
+                self.labels.names = named_classes(schema).get(label, ())
             for group in range(opened.num_row_groups):
                 parts = _blocks(opened.metadata.row_group(group), image)
                 rows += [part[0] for part in parts]
@@ -140,9 +144,9 @@ class ParquetShards:
             _, (oldest, _) = self._blocks.popitem(last=False)
             size -= oldest.nbytes
 
-    def _read_labels(self, opened: Any, file: ShardFile) -> None:
+    def _read_labels(self, opened: Any, file: ShardFile, label: str) -> None:
         row = 0
-        for batch in opened.iter_batches(_LABELS_AT_ONCE, columns=[LABEL], use_threads=False):
+        for batch in opened.iter_batches(_LABELS_AT_ONCE, columns=[label], use_threads=False):
             for value in batch.column(0).to_pylist():
                 self.labels.add(value, f"{file.path}: row {row}")
                 row += 1

@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
 
-from prunelab.data.checked import Array, note
+from prunelab.data.checked import MOST_CHANNELS, Array, array_of, note
 from prunelab.errors import DataError
 
 GROUND = 128
@@ -20,35 +23,91 @@ _COLOURED = "pictures are gray among coloured ones, and were taken as RGB"
 _OPAQUE = f"pictures have transparent parts, which were laid on gray ({GROUND})"
 
 
-def decoded(pictures: Iterable[tuple[str, Any]], *, where: str) -> Array:
-    """Pictures of one shape, uint8 [N, C, H, W].
+def decoded(
+    pictures: Iterable[tuple[str, Any]],
+    *,
+    where: str,
+    resize: tuple[int, int] | None = None,
+) -> Array:
+    """Pictures of one shape, uint8 [N, C, H, W]; arrays as they are, [N, ...].
 
     Gray ones (with or without transparency) have one channel, all others are RGB; gray ones among
     others become RGB. The EXIF orientation is applied, transparent parts are laid on GROUND, and of
     an animation the first picture is taken.
 
     Args:
-        pictures: the place of each, such as "row 3", and the bytes of a file or a picture of
-            Pillow's.
+        pictures: the place of each, such as "row 3", and the bytes of a file, a picture of
+            Pillow's, or an array.
         where: what warnings begin with.
+        resize: height and width that each is brought to (bilinear, antialiased).
 
     Raises:
-        DataError: no picture, one of more than 8 bits a channel, or shapes that differ.
+        DataError: no picture, one of more than 8 bits a channel, or shapes or types that differ.
     """
     seen: Counter[str] = Counter()
+    sizes: set[tuple[int, ...]] = set()
     arrays: list[Array] = []
+    are_pictures = True
     for place, picture in pictures:
-        array = pixels(picture, place=place, seen=seen)
-        if arrays and array.shape[1:] != arrays[0].shape[1:]:
-            raise DataError(
-                f"the picture of {place} has shape {array.shape}, the first {arrays[0].shape}; "
-                "all must be alike: bring them to one size"
-            )
-        arrays.append(array)
-    channels = max(map(len, arrays))
-    seen[_COLOURED] = sum(len(array) < channels for array in arrays)
+        is_array = isinstance(picture, list | tuple | np.ndarray | Tensor)
+        are_pictures = are_pictures and not is_array
+        array = (
+            array_of(picture, "images", place)
+            if is_array
+            else pixels(picture, place=place, seen=seen)
+        )
+        sizes.add(array.shape[-2:])
+        arrays.append(array if resize is None else resized(array, resize, place=place))
+        _check_alike(arrays, place, are_pictures=are_pictures)
+    if not arrays:
+        raise DataError(f"{where}: no samples")
+    if resize is not None and len(sizes) > 1:
+        note(f"{where}: pictures of {len(sizes)} sizes were brought to {resize[0]}x{resize[1]}")
+    channels = max(len(array) for array in arrays) if are_pictures else 0
+    if are_pictures:
+        seen[_COLOURED] = sum(len(array) < channels for array in arrays)
+        arrays = [np.broadcast_to(array, (channels, *array.shape[1:])) for array in arrays]
     say_seen(seen, where)
-    return np.stack([np.broadcast_to(array, (channels, *array.shape[1:])) for array in arrays])
+    return np.stack(arrays)
+
+
+def _check_alike(arrays: list[Array], place: str, *, are_pictures: bool) -> None:
+    """Refuse the last one, unless it is like the first; pictures may differ in channels."""
+    first, last = arrays[0], arrays[-1]
+    skip = 1 if are_pictures else 0
+    if (last.ndim, last.shape[skip:], last.dtype) != (first.ndim, first.shape[skip:], first.dtype):
+        raise DataError(
+            f"{place} is {last.dtype} of shape {last.shape}, the first {first.dtype} of "
+            f"{first.shape}; all must be alike: bring them to one size by resize=32, for instance "
+            "(--resize 32)"
+        )
+
+
+def resized(array: Array, size: tuple[int, int], *, place: str) -> Array:
+    """An image [..., H, W] or [H, W, C], uint8 or float, at another size, [..., height, width].
+
+    Raises:
+        DataError: it has no height and width.
+    """
+    if array.ndim not in (2, 3) or 0 in array.shape or array.dtype.kind not in "uf":
+        raise DataError(
+            f"{place} is {array.dtype} of shape {array.shape}; only images of bytes or floats "
+            "[C, H, W] or [H, W] can be resized"
+        )
+    if array.ndim == 3 and array.shape[0] > MOST_CHANNELS >= array.shape[2]:
+        array = np.moveaxis(array, 2, 0)
+    image = torch.from_numpy(array.astype(np.float32))
+    planes = image.reshape(1, -1, *image.shape[-2:])
+    found = functional.interpolate(planes, size, mode="bilinear", antialias=True)
+    if array.dtype == np.uint8:
+        found = found.round().clamp(0, 255).to(torch.uint8)
+    made: Array = found.reshape(*image.shape[:-2], *size).numpy()
+    return made
+
+
+def is_picture(value: Any) -> bool:
+    """Whether it is a picture of Pillow's."""
+    return hasattr(value, "convert") and hasattr(value, "mode")
 
 
 def pixels(picture: Any, *, place: str, seen: Counter[str]) -> Array:

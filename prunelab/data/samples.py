@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -73,6 +74,7 @@ class ImageSamples:
     Args:
         images, labels: what `checked` takes, of torch or numpy; images may be vectors [N, D].
         ids: whole numbers [N]; by default the row numbers.
+        class_names: of the classes 0, 1, ..., where they have some.
 
     Raises:
         DataError: as `checked`, or ids that repeat or are of another number.
@@ -80,8 +82,11 @@ class ImageSamples:
 
     labels: Tensor
 
-    def __init__(self, images: Any, labels: Any, *, ids: Any = None) -> None:
+    def __init__(
+        self, images: Any, labels: Any, *, ids: Any = None, class_names: Sequence[str] = ()
+    ) -> None:
         self.images, self.labels = checked(images, labels)
+        self.class_names = tuple(class_names)
         self.ids = checked_ids(ids, len(self.labels))
 
     @cached_property
@@ -92,7 +97,7 @@ class ImageSamples:
     @classmethod
     def of(cls, dataset: ImageSet) -> ImageSamples:
         """The training side of a data set."""
-        return cls(dataset.train_images, dataset.train_labels)
+        return cls(dataset.train_images, dataset.train_labels, class_names=dataset.class_names)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -112,6 +117,7 @@ class TargetSamples:
         inputs: features [N, D] or images, as `checked_images` takes them.
         targets: [N] or [N, K], finite; only 0 and 1 in [N, K]: several classes a sample.
         ids: whole numbers [N]; by default the row numbers.
+        class_names: of the targets' columns, where they have some.
 
     Raises:
         DataError: other shapes, values that are not finite, or ids that repeat.
@@ -119,8 +125,11 @@ class TargetSamples:
 
     labels = None
 
-    def __init__(self, inputs: Any, targets: Any, *, ids: Any = None) -> None:
+    def __init__(
+        self, inputs: Any, targets: Any, *, ids: Any = None, class_names: Sequence[str] = ()
+    ) -> None:
         self.inputs = checked_images(inputs)
+        self.class_names = tuple(class_names)
         self.targets = checked_targets(targets)
         if len(self.inputs) != len(self.targets):
             raise DataError(
@@ -158,6 +167,7 @@ class TokenSamples:
         attention_mask: [N, T], 1 (or true) at tokens.
         targets: [N] or [N, T].
         ids: [N]; by default the row numbers.
+        class_names: of the classes 0, 1, ..., where they have some.
 
     Raises:
         DataError: no samples, shapes that differ, a mask that is not ones and then zeros, tokens
@@ -165,8 +175,15 @@ class TokenSamples:
     """
 
     def __init__(
-        self, input_ids: Any, attention_mask: Any, targets: Any, *, ids: Any = None
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        targets: Any,
+        *,
+        ids: Any = None,
+        class_names: Sequence[str] = (),
     ) -> None:
+        self.class_names = tuple(class_names)
         self.input_ids = whole_numbers(input_ids, "input_ids")
         self.attention_mask = whole_numbers(attention_mask, "attention_mask")
         self.targets = whole_numbers(targets, "targets")
@@ -244,9 +261,53 @@ def shuffled(
     return [rows[torch.from_numpy(part)] for part in parted(order, batch_size=batch_size)]
 
 
+def taken(samples: Samples, rows: Tensor) -> Samples:
+    """Some of the samples, with ids of their own, int64 [K] rows in any order.
+
+    Raises:
+        DataError: samples of a class that is none of these three.
+    """
+    names = getattr(samples, "class_names", ())
+    if isinstance(samples, ImageSamples):
+        return ImageSamples(samples.images[rows], samples.labels[rows], class_names=names)
+    if isinstance(samples, TargetSamples):
+        return TargetSamples(samples.inputs[rows], samples.targets[rows], class_names=names)
+    if isinstance(samples, TokenSamples):
+        return TokenSamples(
+            samples.input_ids[rows], samples.attention_mask[rows], samples.targets[rows],
+            class_names=names,
+        )  # fmt: skip
+    raise DataError(
+        f"{type(samples).__name__} cannot be divided into a training and a test side; give both: "
+        "{'train': ..., 'test': ...}"
+    )
+
+
+def stored(samples: Samples) -> tuple[Any, Any]:
+    """Inputs and targets as a `SampleStore` has them, numpy arrays that share memory with these.
+
+    Token ids have -1 behind the end of a text.
+
+    Raises:
+        DataError: samples of another kind.
+    """
+    if isinstance(samples, ImageSamples):
+        return samples.images.numpy(), samples.labels.numpy()
+    if isinstance(samples, TargetSamples):
+        return samples.inputs.numpy(), samples.targets.numpy()
+    if isinstance(samples, TokenSamples):
+        ids = samples.input_ids.where(samples.attention_mask > 0, -1)
+        return ids.numpy(), samples.targets.numpy()
+    raise DataError(
+        f"samples are {type(samples).__name__}; expected images, texts or inputs with targets: "
+        "ImageSamples, TokenSamples or TargetSamples"
+    )
+
+
 def sizes(samples: Samples) -> tuple[int | None, tuple[int, ...] | None]:
     """Number of classes, and the shape of one image; None where samples have none."""
-    num_classes = None if samples.labels is None else int(samples.labels.max()) + 1
+    named = len(getattr(samples, "class_names", ()))
+    num_classes = None if samples.labels is None else named or int(samples.labels.max()) + 1
     batch = samples.batch(torch.zeros(1, dtype=torch.int64))
     shape = tuple(batch[0].shape[1:]) if isinstance(batch, tuple) else None
     return num_classes, shape

@@ -62,7 +62,7 @@ class SampleSet:
                 raise DataError(
                     f"{self.name}: label {largest} lies outside 0 ... {num_classes - 1}"
                 )
-        if num_classes is not None and len(self.class_names) not in (0, num_classes):
+        if num_classes is not None and 0 < len(self.class_names) < num_classes:
             raise DataError(
                 f"{self.name}: {len(self.class_names)} class names for {num_classes} classes"
             )

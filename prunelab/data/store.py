@@ -1,12 +1,14 @@
-"""A folder of labelled images that a process opens in milliseconds, with numpy alone.
+"""A folder of samples that a process opens in milliseconds, with numpy alone.
 
-    images.npy   uint8 or float32 [N, C, H, W]
-    labels.npy   int64 [N]
-    rows.npy     int64 [N], CRC-32 of each image and its label
+    inputs.npy   uint8 or float32 [N, ...], such as images [N, C, H, W]; or token ids, int64 [N, T],
+                 -1 behind the end of a text
+    targets.npy  classes, int64 [N]; tokens, int64 [N, T]; or numbers, float32 [N] or [N, K]
+    rows.npy     int64 [N], CRC-32 of each input and its target
     NAME.npy     further int64 arrays, such as which samples are whose
-    store.json   format version, name, classes, preprocessing; type, shape and SHA-256 of each array
+    store.json   format version, name, task, classes, preprocessing; type, shape and SHA-256 of each
+                 array
 
-Reading is by memory map, or by `ImageStore.take`, which checks the samples that it takes and
+Reading is by memory map, or by `SampleStore.take`, which checks the samples that it takes and
 leaves no other in memory.
 """
 
@@ -21,7 +23,7 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,57 +31,62 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from prunelab.data.batches import Images, Integers, Preprocessing
+from prunelab.data.batches import Integers, Preprocessing
 from prunelab.errors import DataError
 from sparsemodel.storage.sealed import read_sealed_json, sealed_json
 
-FORMAT = 2  # 1: without checksums of rows and header
+FORMAT = 3  # 2: images and labels alone; 1: without checksums of rows and header
 HEADER = "store.json"
-IMAGES, LABELS, ROWS = "images", "labels", "rows"
+INPUTS, TARGETS, ROWS = "inputs", "targets", "rows"
 _CHUNK = 1 << 20  # bytes read at a time to check a digest
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-_IMAGE_TYPES = ("uint8", "float32")
+_INPUT_TYPES = ("uint8", "float32", "int64")
+_TARGET_TYPES = ("int64", "float32")
+IMAGE_TASK = "classification"
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
-class ImageStore:
+class SampleStore:
     """An open store; its arrays are memory maps that cannot be written to.
 
     Attributes:
         name: of the data set, for people.
-        num_classes: labels are 0 ... num_classes - 1.
-        preprocessing: what the images want before a network sees them.
+        task: what the samples are for, a name in prunelab.training.task.TASKS.
+        num_classes: targets are 0 ... num_classes - 1; None where they are no classes.
+        class_names: of the classes, or of several targets, where the data name them.
+        preprocessing: what the inputs want before a network sees them.
         digest: 32 hexadecimal digits that name all of its content.
-        images: uint8 or float32 [N, C, H, W]. Pages that were touched count as memory of the
-            process; to keep a few samples, use `take`.
-        labels: int64 [N].
+        inputs: [N, ...]. Pages that were touched count as memory of the process; to keep a few
+            samples, use `take`.
+        targets: [N] or [N, ...].
         rows: int64 [N], checksums of the samples.
         arrays: further int64 arrays by name.
     """
 
     folder: Path
     name: str
-    num_classes: int
+    task: str
+    num_classes: int | None
+    class_names: tuple[str, ...]
     preprocessing: Preprocessing
     digest: str
-    images: Images
-    labels: Integers
+    inputs: Array
+    targets: Array
     rows: Integers
     arrays: Mapping[str, Integers]
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one image."""
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one input: (channels, height, width) of an image."""
+        return tuple(self.inputs.shape[1:])
 
-    def take(self, rows: Integers) -> tuple[Images, Integers]:
-        """Copies of the images and labels of these rows (int64 [n]), in their order.
+    def take(self, rows: Integers) -> tuple[Array, Array]:
+        """Copies of the inputs and targets of these rows (int64 [n]), in their order.
 
         They are read from the file into place: nothing but them is held in memory.
 
@@ -91,39 +98,42 @@ class ImageStore:
                 f"{self.folder} has samples 0 to {len(self) - 1}; asked for "
                 f"{int(rows.min())} to {int(rows.max())}"
             )
-        taken = np.empty((len(rows), *self.images.shape[1:]), self.images.dtype)
-        path, size = _file(self.folder, IMAGES), self.images.nbytes
+        taken = np.empty((len(rows), *self.inputs.shape[1:]), self.inputs.dtype)
+        path, size = _file(self.folder, INPUTS), self.inputs.nbytes
         with _about(path), path.open("rb", buffering=0) as file:
             start_of_data = path.stat().st_size - size
             for start, end in _runs(rows):
                 file.seek(start_of_data + int(rows[start]) * (size // len(self)))
                 _read_into(file, taken[start:end])
-        labels = np.array(self.labels[rows])
-        wrong = np.flatnonzero(_row_checks(taken, labels) != self.rows[rows])
+        targets = np.array(self.targets[rows])
+        wrong = np.flatnonzero(_row_checks(taken, targets) != self.rows[rows])
         if len(wrong):
             raise DataError(f"{path}: damaged: sample {rows[wrong[0]]} is not what was written")
-        return taken, labels
+        return taken, targets
 
 
 def write_store(
     folder: Path,
-    images: Images,
-    labels: Integers,
+    inputs: Array,
+    targets: Array,
     *,
-    num_classes: int,
+    num_classes: int | None,
     name: str,
+    task: str = IMAGE_TASK,
+    class_names: Sequence[str] = (),
     preprocessing: Preprocessing | None = None,
     arrays: Mapping[str, Integers] | None = None,
     made_for: str = "",
-) -> ImageStore:
+) -> SampleStore:
     """Write a store in one step: a reader meets no folder, or the whole one.
 
     Several processes may write the same store at once. A folder that holds exactly this store
     already is left as it is.
 
     Args:
-        images: uint8 or float32 [N, C, H, W], N >= 1.
-        labels: int64 [N].
+        inputs: uint8, float32 or int64 [N, ...], N >= 1.
+        targets: int64 [N], with `num_classes`; without, int64 or float32 [N, ...].
+        task, class_names: as of `SampleStore`.
         preprocessing: by default `Preprocessing()`.
         arrays: further int64 arrays; names of small letters, digits and _.
         made_for: what the store belongs to; `open_store` may ask for it.
@@ -133,19 +143,22 @@ def write_store(
             that cannot be written.
     """
     further = dict(arrays or {})
-    if further.keys() & {IMAGES, LABELS, ROWS}:
-        raise DataError(f"{folder}: further arrays cannot be called {IMAGES}, {LABELS} or {ROWS}")
+    if further.keys() & {INPUTS, TARGETS, ROWS}:
+        raise DataError(f"{folder}: further arrays cannot be called {INPUTS}, {TARGETS} or {ROWS}")
     content: dict[str, Array] = {
         key: np.ascontiguousarray(array)
-        for key, array in {IMAGES: images, LABELS: labels, **further}.items()
+        for key, array in {INPUTS: inputs, TARGETS: targets, **further}.items()
     }
-    content[ROWS] = _row_checks(content[IMAGES], content[LABELS])
+    content[ROWS] = _row_checks(content[INPUTS], content[TARGETS])
     with _about(folder):
         described = {key: _Described.of(array) for key, array in content.items()}
-        header = _Header(name, num_classes, preprocessing or Preprocessing(), described, made_for)
-        _check_labels(content[LABELS], num_classes)
-        if content[IMAGES].dtype == np.float32 and not np.isfinite(content[IMAGES]).all():
-            raise DataError("an image has values that are not finite")
+        header = _Header(
+            name, num_classes, preprocessing or Preprocessing(), described, made_for, task,
+            tuple(class_names),
+        )  # fmt: skip
+        _check_targets(content[TARGETS], num_classes)
+        if content[INPUTS].dtype == np.float32 and not np.isfinite(content[INPUTS]).all():
+            raise DataError("an input has values that are not finite")
     _put_in_place(folder, content, header)
     store = open_store(folder, verify=True)
     if store.digest != header.digest():
@@ -156,12 +169,12 @@ def write_store(
     return store
 
 
-def open_store(folder: Path, *, verify: bool = False, made_for: str | None = None) -> ImageStore:
+def open_store(folder: Path, *, verify: bool = False, made_for: str | None = None) -> SampleStore:
     """Open what `write_store` wrote.
 
     Args:
-        verify: read the images once and compare their digest. Without it all else is checked,
-            and those images that `ImageStore.take` takes.
+        verify: read the inputs once and compare their digest. Without it all else is checked,
+            and those inputs that `SampleStore.take` takes.
         made_for: what the store has to belong to; None: anything.
 
     Raises:
@@ -172,7 +185,7 @@ def open_store(folder: Path, *, verify: bool = False, made_for: str | None = Non
     try:
         values = read_sealed_json(path, of=HEADER, error=DataError, cure=cure)
     except FileNotFoundError:
-        raise DataError(f"{folder} is no image store: it has no {HEADER}") from None
+        raise DataError(f"{folder} is no sample store: it has no {HEADER}") from None
     with _about(path):
         header = _Header.parse(values)
     if made_for not in (None, header.made_for):
@@ -180,18 +193,20 @@ def open_store(folder: Path, *, verify: bool = False, made_for: str | None = Non
     arrays: dict[str, Any] = {}
     for name, described in header.arrays.items():
         with _about(_file(folder, name)):
-            arrays[name] = _mapped(_file(folder, name), described, verify=verify or name != IMAGES)
-    images, labels, rows = (arrays.pop(name) for name in (IMAGES, LABELS, ROWS))
+            arrays[name] = _mapped(_file(folder, name), described, verify=verify or name != INPUTS)
+    inputs, targets, rows = (arrays.pop(name) for name in (INPUTS, TARGETS, ROWS))
     with _about(folder):
-        _check_labels(labels, header.num_classes)
-    return ImageStore(
+        _check_targets(targets, header.num_classes)
+    return SampleStore(
         folder=folder,
         name=header.name,
+        task=header.task,
         num_classes=header.num_classes,
+        class_names=header.class_names,
         preprocessing=header.preprocessing,
         digest=header.digest(),
-        images=images,
-        labels=labels,
+        inputs=inputs,
+        targets=targets,
         rows=rows,
         arrays=arrays,
     )
@@ -222,10 +237,12 @@ class _Header:
     """
 
     name: str
-    num_classes: int
+    num_classes: int | None
     preprocessing: Preprocessing
     arrays: dict[str, _Described]
     made_for: str = ""
+    task: str = IMAGE_TASK
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = [
@@ -234,30 +251,38 @@ class _Header:
         problems += [
             f"array {name!r} is {array.dtype} {list(array.shape)}, expected int64"
             for name, array in self.arrays.items()
-            if name != IMAGES and array.dtype != "int64"
+            if name not in (INPUTS, TARGETS) and array.dtype != "int64"
         ]
-        images, labels, rows = (self.arrays[name] for name in (IMAGES, LABELS, ROWS))
-        if images.dtype not in _IMAGE_TYPES or len(images.shape) != 4 or 0 in images.shape:
+        inputs, targets, rows = (self.arrays[name] for name in (INPUTS, TARGETS, ROWS))
+        has_classes = self.num_classes is not None
+        if inputs.dtype not in _INPUT_TYPES or len(inputs.shape) < 2 or 0 in inputs.shape:
             problems.append(
-                f"images are {images.dtype} {list(images.shape)}, expected "
-                f"{' or '.join(_IMAGE_TYPES)} [N, C, H, W]"
+                f"inputs are {inputs.dtype} {list(inputs.shape)}, expected "
+                f"{' or '.join(_INPUT_TYPES)} [N, ...]"
             )
-        elif labels.shape != images.shape[:1]:
+        elif targets.shape[:1] != inputs.shape[:1] or (has_classes and len(targets.shape) != 1):
             problems.append(
-                f"labels are {list(labels.shape)} for {images.shape[0]} images, expected one each"
+                f"targets are {list(targets.shape)} for {inputs.shape[0]} inputs, expected one each"
             )
-        elif rows.shape != labels.shape:
-            problems.append(f"checksums of {list(rows.shape)} rows, expected {list(labels.shape)}")
-        else:
-            self.preprocessing.normalization(images.shape[1])
-        if self.num_classes < 1:
+        elif rows.shape != inputs.shape[:1]:
+            problems.append(f"checksums of {list(rows.shape)} rows, expected [{inputs.shape[0]}]")
+        elif inputs.dtype == "uint8" and len(inputs.shape) == 4:
+            self.preprocessing.normalization(inputs.shape[1])
+        if targets.dtype not in (("int64",) if has_classes else _TARGET_TYPES):
+            problems.append(f"targets are {targets.dtype}, expected int64, or float32 of no class")
+        if self.num_classes is not None and self.num_classes < 1:
             problems.append(f"{self.num_classes} classes, expected at least 1")
         if problems:
             raise DataError("; ".join(problems))
 
     def values(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {"format": FORMAT, **asdict(self), "preprocessing": self.preprocessing.to_dict()}
+        return {
+            "format": FORMAT,
+            **asdict(self),
+            "preprocessing": self.preprocessing.to_dict(),
+            "class_names": list(self.class_names),
+        }
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> _Header:
@@ -272,9 +297,11 @@ class _Header:
                 for name, array in values["arrays"].items()
             }
             preprocessing = Preprocessing.from_dict(values["preprocessing"])
+            num_classes = values["num_classes"]
             return cls(
-                str(values["name"]), int(values["num_classes"]), preprocessing, arrays,
-                str(values["made_for"]),
+                str(values["name"]), None if num_classes is None else int(num_classes),
+                preprocessing, arrays, str(values["made_for"]), str(values["task"]),
+                tuple(map(str, values["class_names"])),
             )  # fmt: skip
         except DataError:
             raise
@@ -286,18 +313,24 @@ class _Header:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _check_labels(labels: Integers, num_classes: int) -> None:
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+def _check_targets(targets: Array, num_classes: int | None) -> None:
+    if num_classes is None:
+        if targets.dtype == np.float32 and not np.isfinite(targets).all():
+            raise DataError("a target is not finite")
+        return
+    wrong = np.flatnonzero((targets < 0) | (targets >= num_classes))
     if len(wrong):
         raise DataError(
-            f"label {labels[wrong[0]]} of row {wrong[0]} lies outside 0 ... {num_classes - 1}"
+            f"label {targets[wrong[0]]} of row {wrong[0]} lies outside 0 ... {num_classes - 1}"
         )
 
 
-def _row_checks(images: Array, labels: Array) -> Integers:
-    """CRC-32 of each image and its label, int64 [N]; both are contiguous."""
-    pairs = zip(images, labels.reshape(-1, 1), strict=False)
-    checks = [zlib.crc32(label.data, zlib.crc32(image.data)) for image, label in pairs]
+def _row_checks(inputs: Array, targets: Array) -> Integers:
+    """CRC-32 of each input and its target, int64 [N]; both are contiguous."""
+    if not len(inputs) == len(targets) > 0:
+        return np.empty(0, np.int64)  # refused by the header
+    pairs = zip(inputs, targets.reshape(len(targets), -1), strict=True)
+    checks = [zlib.crc32(target.data, zlib.crc32(each.data)) for each, target in pairs]
     return np.array(checks, np.int64)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch import Tensor
 from prunelab.data.batches import Integers
 from prunelab.data.checked import Array, note
 from prunelab.data.parquet_shards import ParquetShards
-from prunelab.data.pictures import pixels
+from prunelab.data.pictures import pixels, resized
+from prunelab.data.reading import reading
 from prunelab.data.shards import BLOCK_BYTES, ShardFile, Shards, fingerprint_of, shard_files
 from prunelab.data.tar_shards import TarShards
 from prunelab.data.tensors import augmented, prepare
@@ -122,7 +123,9 @@ class StreamedImages:
         array = pixels(cell, place=place, seen=seen)
         for what in seen:
             self._say(what)
-        return array if self._resize is None else _resized(array, self._resize)
+        if self._resize is None or array.shape[1:] == self._resize:
+            return array
+        return resized(array, self._resize, place=place)
 
     def _fitted(self, array: Array, place: str) -> Array:
         channels, *size = self.input_shape
@@ -150,7 +153,8 @@ class StreamedImages:
 def stream(
     path: str | Path | Sequence[str | Path],
     *,
-    resize: int | tuple[int, int] | None = None,
+    resize: int | str | tuple[int, int] | None = None,
+    columns: Mapping[str, str] | str | None = None,
     channels: int | None = None,
     num_workers: int = 0,
 ) -> StreamedImages:
@@ -164,7 +168,9 @@ def stream(
     Args:
         path: a folder, of which the files of the side train are taken or, where no name speaks of
             a side, all; a file; a pattern such as "shards/train-*.tar"; or a list of files.
-        resize: height and width, or one number for both, to bring pictures to.
+        resize: height and width, or one number for both, to bring pictures to (see `reading`).
+        columns: what the columns of pictures and labels are called, such as {"image": "picture",
+            "label": "kind"} or "label=kind"; of tar files the name of the label in KEY.json.
         channels: 3: gray pictures become RGB, where the first is gray; None: as many as the first
             picture has.
         num_workers: threads that decode; 0: the caller's own, which is faster for small pictures
@@ -176,39 +182,35 @@ def stream(
     Raises:
         DataError: no such files, or files that are damaged, of another kind or without labels.
     """
-    size = (resize, resize) if isinstance(resize, int) else resize
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise DataError(f"resize must be a height and a width of 1 or more, got {resize!r}")
+    how = reading(resize=resize, columns=columns)
+    names = dict(how.columns)
     if channels not in (None, 1, 3):
         raise DataError(f"channels must be 1 or 3, got {channels!r}")
     if num_workers < 0:
         raise DataError(f"num_workers must be 0 or more, got {num_workers}")
     suffix, found = shard_files(path)
+    other = sorted(names.keys() - ({"label"} if suffix == ".tar" else {"image", "label"}))
+    if other:
+        raise DataError(f"columns: {suffix} shards have no column for {other[0]!r}")
     files = [ShardFile.at(file.absolute()) for file in found]
     # A batch may lie across two windows, and a block is read whole.
     kept = WINDOW + 2 * BLOCK_BYTES
-    shards = TarShards(files) if suffix == ".tar" else ParquetShards(files, kept=kept)
+    shards = (
+        TarShards(files, columns=names)
+        if suffix == ".tar"
+        else ParquetShards(files, kept=kept, columns=names)
+    )
     one = path if isinstance(path, str | Path) else None
     return StreamedImages(
         shards,
         name=found[0].parent.name if one is None else Path(one).name,
-        resize=size,
+        resize=how.resize,
         channels=channels,
         num_workers=num_workers,
         opened_with={
             "path": [str(f.path) for f in files] if one is None else str(Path(one).absolute()),
-            "resize": None if size is None else list(size),
+            "resize": None if how.resize is None else list(how.resize),
+            "columns": names,
             "channels": channels,
         },
     )
-
-
-def _resized(array: Array, size: tuple[int, int]) -> Array:
-    """uint8 [C, H, W] of another size, bilinear with antialiasing."""
-    from PIL import Image  # noqa: PLC0415
-
-    if array.shape[1:] == size:
-        return array
-    picture = Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
-    resized = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
-    return resized[None] if resized.ndim == 2 else resized.transpose(2, 0, 1)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,14 @@ class Table:
         values: reads a column.
         long_rows: last lines of rows with a line break inside quotes, which a quote too few makes
             as well.
+        class_names: of the columns whose numbers are classes with a name.
     """
 
     path: Path
     column_names: Sequence[str]
     values: Callable[[str], Sequence[Any]]
     long_rows: Sequence[int] = ()
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Sequence[Any]:
         if list(self.column_names).count(name) > 1:
@@ -78,7 +81,22 @@ def parquet_table(path: Path) -> Table:
             raise DataError(f"{path}: column {name!r} cannot be read ({error})") from None
         return column
 
-    return Table(path, file.schema_arrow.names, values)
+    names = named_classes(file.schema_arrow)
+    return Table(path, file.schema_arrow.names, values, class_names=names)
+
+
+def named_classes(schema: Any) -> dict[str, tuple[str, ...]]:
+    """Names of classes, by column, that Hugging Face's libraries leave in a table's metadata."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        found = {
+            column: feature.get("feature", feature).get("names")
+            for column, feature in features.items()
+            if isinstance(feature, dict) and isinstance(feature.get("feature", {}), dict)
+        }
+        return {column: tuple(map(str, names)) for column, names in found.items() if names}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
 
 
 def read_lines(path: Path) -> list[str]:

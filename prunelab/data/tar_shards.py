@@ -6,7 +6,7 @@ import json
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,19 +30,21 @@ class TarShards:
 
     The members of a sample follow each other and are called alike up to the first dot of their
     name: one picture (see `PICTURES`), and KEY.cls with a whole number or the name of a class, or
-    KEY.json with a "label". Other members are not looked at.
+    KEY.json with a "label", or what `columns` calls it. Other members are not looked at.
 
     Raises:
         DataError: files that are damaged, compressed or cut off, or samples without a picture or
             a label.
     """
 
-    def __init__(self, files: Sequence[ShardFile]) -> None:
-        self.files = files
+    def __init__(
+        self, files: Sequence[ShardFile], *, columns: Mapping[str, str] | None = None
+    ) -> None:
+        self.files, key = files, (columns or {}).get("label", LABEL)
         texts = Labels()
         starts, self._offsets, self._sizes = array("q", [0]), array("q"), array("q")
         for file in files:
-            for sample in _samples(file):
+            for sample in _samples(file, key):
                 self._offsets.append(sample.offset)
                 self._sizes.append(sample.size)
                 texts.add(sample.label, f"{file.path}: {sample.key}")
@@ -87,7 +89,7 @@ class _Sample:
     label: Any = None
 
 
-def _samples(file: ShardFile) -> Iterator[_Sample]:
+def _samples(file: ShardFile, label_key: str) -> Iterator[_Sample]:
     """The samples of a file, in order, once each is whole."""
     current: _Sample | None = None
     with file.path.open("rb") as opened:
@@ -109,7 +111,7 @@ def _samples(file: ShardFile) -> Iterator[_Sample]:
                     )
                 current.offset, current.size = member.offset_data, member.size
             elif kind == CLASS or (kind == JSON and current.label is None):
-                label = _label(file, opened, member, kind)
+                label = _label(file, opened, member, label_key if kind == JSON else "")
                 current.label = current.label if label is None else label
     if current is not None:
         yield _whole(current, file)
@@ -141,7 +143,7 @@ def _whole(sample: _Sample, file: ShardFile) -> _Sample:
         what
         for what, is_there in (
             (f"picture ({sample.key}.jpg, .png, ...)", sample.offset >= 0),
-            (f"label ({sample.key}.cls, or .json with {LABEL!r})", sample.label is not None),
+            (f"label ({sample.key}.cls, or .json with a label)", sample.label is not None),
         )
         if not is_there
     ]
@@ -153,8 +155,8 @@ def _whole(sample: _Sample, file: ShardFile) -> _Sample:
     return sample
 
 
-def _label(file: ShardFile, opened: Any, member: tarfile.TarInfo, kind: str) -> Any:
-    """A whole number or a text; None where a JSON object has no label."""
+def _label(file: ShardFile, opened: Any, member: tarfile.TarInfo, key: str) -> Any:
+    """A whole number or a text, or what a JSON object has under the key; None where it has none."""
     where = f"{file.path}: {member.name}"
     if member.size > LARGEST_LABEL:
         raise DataError(f"{where} has {member.size} bytes, too many for a label")
@@ -162,9 +164,9 @@ def _label(file: ShardFile, opened: Any, member: tarfile.TarInfo, kind: str) -> 
     data = opened.read(member.size)
     try:
         text = data.decode("utf-8-sig").strip()
-        if kind == CLASS:
+        if not key:
             return int(text) if _WHOLE.fullmatch(text) else text or None
         values = json.loads(text)
     except ValueError:
-        raise DataError(f"{where} is not {'text' if kind == CLASS else 'JSON'}") from None
-    return values.get(LABEL) if isinstance(values, dict) else None
+        raise DataError(f"{where} is not {'JSON' if key else 'text'}") from None
+    return values.get(key) if isinstance(values, dict) else None

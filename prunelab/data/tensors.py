@@ -1,6 +1,8 @@
-"""Images as torch's tensors: the same preprocessing and augmentation as `batches`."""
+"""Stored samples as torch's tensors: the same preprocessing and augmentation as `batches`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,3 +35,37 @@ def prepare(images: torch.Tensor, *, preprocessing: Preprocessing = PREPROCESSIN
 def augmented(images: torch.Tensor, *, rng: np.random.Generator) -> torch.Tensor:
     """`augment` of images on the CPU, uint8 or float32 [N, C, H, W]."""
     return torch.from_numpy(augment(images.numpy(), rng=rng))
+
+
+def batch_of(inputs: Any, targets: Any, device: torch.device | str = "cpu") -> Any:
+    """A batch as tasks take it, of arrays as a `SampleStore` has them.
+
+    Args:
+        inputs: uint8 or float32 [B, ...], or token ids, int64 [B, T], -1 behind the end of a text.
+        targets: [B] or [B, ...].
+
+    Returns:
+        (float32 inputs, targets), or of tokens a dict as transformers' models take it, cut at the
+        longest text; on the device.
+    """
+    target = tensor_of(targets)
+    if inputs.dtype != np.int64:
+        values = prepare(
+            tensor_of(inputs).to(device)
+        )  # bytes are a quarter of what floats would send
+        return values, target.to(device)
+    ids = tensor_of(inputs)
+    mask = (ids >= 0).long()
+    length = max(1, int(mask.sum(1).max()))
+    target = target if target.dim() == 1 else target[:, :length]
+    batch = {
+        "input_ids": ids[:, :length].clamp(min=0),
+        "attention_mask": mask[:, :length],
+        "labels": target,
+    }
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def tensor_of(array: Any) -> torch.Tensor:
+    """A tensor of an array, which may be a memory map: torch knows none that is read-only."""
+    return torch.from_numpy(array if array.flags.writeable else np.array(array))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +22,7 @@ console = Console(emoji=False)
 errors = Console(stderr=True, emoji=False)
 INTERRUPTED = 130
 FRAME = 3  # what a column of a table takes beside its cells
+GAP = 2  # between the columns of a list
 
 
 def run_command(
@@ -94,13 +95,13 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: s
 
 
 def show_list(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table without lines, whose texts are wrapped at words."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*map(escaped, row))
-    console.print(table)
+    """A table without lines, a line a row; the last column ends at the window's edge."""
+    widths = [max(map(cell_len, column)) for column in zip(header, *rows, strict=True)][:-1]
+    room = max(1, console.width - sum(widths) - GAP * len(widths))
+    for row in (header, *rows):
+        cells = [set_cell_size(cell, width + GAP) for cell, width in zip(row, widths, strict=False)]
+        last = row[-1] if cell_len(row[-1]) <= room else set_cell_size(row[-1], room - 1) + "…"
+        say("".join((*cells, last)))
 
 
 def listed(text: str) -> list[str]:

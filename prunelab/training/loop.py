@@ -20,12 +20,13 @@ from prunelab.data.samples import Augmentable, Samples, check_targets, shuffled
 from prunelab.errors import RunError, check_settings
 from prunelab.runs.seeds import rng, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
-from prunelab.training.steps import OPTIMIZERS, Loss, Objective, Stepper, is_planned, make_optimizer
+from prunelab.training.steps import OPTIMIZERS, Objective, Stepper, is_planned, make_optimizer
 from prunelab.training.task import (
     Classification,
-    ImageClassification,
     Task,
     check_fits,
+    make_task,
+    task_of,
     to_device,
 )
 from sparsemodel.masks.schedule import cosine
@@ -82,11 +83,11 @@ class TrainingConfig:
         epochs: passes over the rows; without effect where `steps` is given.
         batch_size: samples of an optimiser step.
         lr: of the first step; it falls along half a cosine towards 0 after the last.
-        momentum: of SGD; AdamW has its usual moments (0.9, 0.999).
-        weight_decay: L2 penalty of SGD, decoupled decay of AdamW; on all parameters.
+        momentum: of SGD; Adam and AdamW have their usual moments (0.9, 0.999).
+        weight_decay: L2 penalty of SGD and Adam, decoupled decay of AdamW; on all parameters.
         augment: random crops and flips, of image samples alone.
         steps: optimiser steps, in as many epochs as that takes; the last may be cut short.
-        optimizer: "sgd" or "adamw".
+        optimizer: "sgd", "adam" or "adamw".
 
     Raises:
         RunError: values out of range, all of them named.
@@ -142,11 +143,13 @@ class Evaluation:
 
     Attributes:
         num_correct: samples whose largest logit is at the label; None for a task without classes.
+        metric_sum: of the task's metric; None where it has none.
     """
 
     loss_sum: float
     num_correct: int | None
     num_samples: int
+    metric_sum: float | None = None
 
     @property
     def accuracy(self) -> float:
@@ -157,6 +160,11 @@ class Evaluation:
     def loss(self) -> float:
         """Mean loss."""
         return self.loss_sum / self.num_samples
+
+    @property
+    def metric(self) -> float:
+        """Mean of the task's metric; NaN where it has none."""
+        return math.nan if self.metric_sum is None else self.metric_sum / self.num_samples
 
 
 @dataclass
@@ -235,7 +243,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Any, task: Task | None = None, *, rows: Tensor | None = None
+    model: nn.Module, data: Any, task: str | Task | None = None, *, rows: Tensor | None = None
 ) -> Evaluation:
     """Loss and accuracy of a model in eval mode, on the device where it is.
 
@@ -243,39 +251,38 @@ def evaluate(
 
     Args:
         data: samples, or anything that `as_samples` takes.
-        task: None: image classification.
+        task: None: what the samples are for.
 
     Raises:
         ModelError: the model does not take such images, or has no logit for one of the labels.
         RunError: no rows, or rows that are not in the data.
     """
-    samples, task = as_samples(data), task or ImageClassification()
+    samples = as_samples(data)
+    task = make_task(task or task_of(samples))
     chosen = _epoch_rows(rows, 0, len(samples))
     check_fits(task, model, samples, num_classes=None)
     add = _evaluator(model, task)
-    loss_sum, correct = 0.0, 0
+    loss_sum = metric_sum = 0.0
     device = next(model.parameters()).device
     with evaluating(model):
         for part in chosen.split(EVALUATION_BATCH):
-            loss, right = add(to_device(samples.batch(part), device))
-            loss_sum, correct = loss_sum + loss, correct + right
-    num_correct = correct if isinstance(task, Classification) else None
-    return Evaluation(loss_sum, num_correct, len(chosen))
+            loss, metric = add(to_device(samples.batch(part), device))
+            loss_sum, metric_sum = loss_sum + loss, metric_sum + metric
+    num_correct = int(metric_sum) if isinstance(task, Classification) else None
+    measured = metric_sum if task.metric_name else None
+    return Evaluation(loss_sum, num_correct, len(chosen), measured)
 
 
-def _evaluator(model: nn.Module, task: Task) -> Callable[[Any], tuple[float, int]]:
-    """batch -> sum of losses and number correct, by a native plan where there is one."""
+def _evaluator(model: nn.Module, task: Task) -> Callable[[Any], tuple[float, float]]:
+    """batch -> sums of losses and of the metric, by a native plan where there is one."""
     if is_planned(model, task):
         stepper = planned_steps.Stepper(model, batch_size=PLANNED_BATCH)
         return lambda batch: stepper.evaluate(*batch)
-    loss = Loss(task, None)
 
-    def by_task(batch: Any) -> tuple[float, int]:
-        losses, logits = loss.per_sample(model, batch)
-        right = 0
-        if isinstance(task, Classification) and logits is not None:
-            right = int((logits.argmax(1) == task.labels(batch)).sum())
-        return float(losses.double().sum()), right
+    def by_task(batch: Any) -> tuple[float, float]:
+        losses, metrics = task.measure(model, batch)
+        metric_sum = 0.0 if metrics is None else float(metrics.double().sum())
+        return float(losses.double().sum()), metric_sum
 
     return by_task
 

@@ -21,7 +21,7 @@ Objective = Callable[[Tensor, Any, Tensor], Tensor]
 Look = Callable[[Tensor, Tensor], None]
 """Called with detached logits [B, C] and labels [B] between the forward pass and the update."""
 
-OPTIMIZERS = ("sgd", "adamw")
+OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
 class Loss:
@@ -125,10 +125,13 @@ class Stepper:
 
 def is_planned(model: nn.Module, task: Task) -> bool:
     """Whether a plan's loss is the task's: softmax cross-entropy of a sparse network's logits."""
+    return bool(sparse_layers(model)) and is_classification(task)
+
+
+def is_classification(task: Task) -> bool:
+    """Whether a task is the programs': softmax cross-entropy of the logits of images."""
     return (
-        bool(sparse_layers(model))
-        and type(task).loss is Classification.loss
-        and type(task).logits is ImageClassification.logits  # type: ignore[attr-defined]
+        type(task).loss is Classification.loss and type(task).logits is ImageClassification.logits  # type: ignore[attr-defined]
     )
 
 
@@ -137,7 +140,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimiser of the parameters with requires_grad, sparse where the model is.
 
-    The learning rate is 0 until it is set. AdamW has its usual moments, (0.9, 0.999).
+    The learning rate is 0 until it is set. Adam and AdamW have their usual moments, (0.9, 0.999).
 
     Raises:
         RunError: there is no such parameter.
@@ -146,10 +149,12 @@ def make_optimizer(
     if not trained:
         raise RunError(f"{type(model).__name__} has no parameter with requires_grad to train")
     is_sparse = bool(sparse_layers(model))
-    if name == "adamw":
+    if name in ("adam", "adamw"):
+        decoupled = name == "adamw"
         if is_sparse:
-            return SparseAdam(trained, lr=0.0, weight_decay=weight_decay, decoupled=True)
-        return torch.optim.AdamW(trained, lr=0.0, weight_decay=weight_decay)
+            return SparseAdam(trained, lr=0.0, weight_decay=weight_decay, decoupled=decoupled)
+        dense = torch.optim.AdamW if decoupled else torch.optim.Adam
+        return dense(trained, lr=0.0, weight_decay=weight_decay)
     assert name == "sgd", f"checked against {OPTIMIZERS}"
     kind = SparseSGD if is_sparse else torch.optim.SGD
     return kind(trained, lr=0.0, momentum=momentum, weight_decay=weight_decay)

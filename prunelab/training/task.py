@@ -7,6 +7,7 @@ Both products use these methods alone. `Supervised` takes a loss and a metric of
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,15 +20,15 @@ from prunelab import networks
 from prunelab.data.samples import (
     NO_LOSS,
     ImageSamples,
+    Ordered,
     Samples,
     TargetSamples,
     TokenSamples,
-    sizes,
 )
-from prunelab.data.streamed import StreamedImages
 from prunelab.errors import ModelError
 from prunelab.runs.imported import imported
 from sparsemodel.layers.linear_and_conv import SparseLinear
+from sparsemodel.masks.probe import probing
 
 
 class Task(ABC):
@@ -103,8 +104,7 @@ class ImageClassification(Classification):
         self.layer = layer
 
     def logits(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        logits: Tensor = model(networks.fitted(model, batch[0]))
-        return logits
+        return outputs_of(model, batch[0])
 
     def labels(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return batch[1]
@@ -154,7 +154,7 @@ class Supervised(Task):
     def measure(
         self, model: nn.Module, batch: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        outputs, targets = model(networks.fitted(model, batch[0])), batch[1]
+        outputs, targets = outputs_of(model, batch[0]), batch[1]
         if targets.dim() == 1 and outputs.shape == (len(targets), 1):
             outputs = outputs[:, 0]  # one number for each sample, whichever way it is written
         if targets.is_floating_point():
@@ -288,18 +288,80 @@ def make_task(task: str | Task | Callable[[], Task]) -> Task:
     return made
 
 
+@torch.no_grad()
 def check_fits(task: Task, model: nn.Module, samples: Samples, *, num_classes: int | None) -> None:
-    """Raise ModelError unless an image network fits its samples; of other tasks nothing is known.
+    """Raise ModelError unless a network takes such samples and tells so many classes apart.
+
+    Two samples go through it in evaluation mode: of texts the longest, and one with the largest
+    token. The network and torch's random numbers are left as they were.
 
     Args:
         num_classes: of the whole data set; None: as many as the samples' labels reach.
     """
-    is_image = getattr(type(task), "logits", None) is ImageClassification.logits
-    if is_image and isinstance(samples, ImageSamples | StreamedImages):
-        found, shape = sizes(samples)
-        assert shape is not None
-        assert found is not None
-        networks.check_fits(model, input_shape=shape, num_classes=num_classes or found)
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    batch = to_device(samples.batch(_telling_rows(samples)), device)
+    what = f"the network does not fit {_described(samples, batch)}"
+    if num_classes is None and samples.labels is not None:
+        num_classes = int(samples.labels.max()) + 1
+    with probing(model), torch.random.fork_rng(devices=[]):
+        model.eval()
+        try:
+            if isinstance(task, Classification):
+                _check_logits(task.logits(model, batch), num_classes, what)
+            task.measure(model, batch)
+        except ModelError:
+            raise
+        except Exception as error:  # whatever the network's own code raises
+            hint = "; the images are too small for it" if _TOO_SMALL.search(str(error)) else ""
+            raise ModelError(f"{what}: {type(error).__name__}: {error}{hint}") from error
+
+
+# What torch says of a window that is larger than its input.
+_TOO_SMALL = re.compile("output size is too small|greater than actual input size", re.IGNORECASE)
+
+
+def _telling_rows(samples: Samples) -> Tensor:
+    if isinstance(samples, TokenSamples):
+        longest = int(samples.attention_mask.sum(1).argmax())
+        return torch.tensor([longest, int(samples.input_ids.amax(1).argmax())])
+    last = len(samples) - 1
+    return torch.tensor([0, min(1, last) if isinstance(samples, Ordered) else last])
+
+
+def _described(samples: Samples, batch: Any) -> str:
+    if isinstance(samples, TokenSamples):
+        ids = batch["input_ids"]
+        return f"texts {list(ids.shape)} of tokens up to {int(ids.max())}"
+    if isinstance(batch, tuple) and isinstance(batch[0], Tensor):
+        kind = "images" if isinstance(samples, ImageSamples) else "inputs"
+        return f"{kind} {list(batch[0].shape)}"
+    return f"batches of {type(samples).__name__}"
+
+
+def _check_logits(logits: Any, num_classes: int | None, what: str) -> None:
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
+        raise ModelError(f"{what}: it gives {shape}, expected logits [2, classes]")
+    if num_classes is not None and logits.shape[1] < num_classes:
+        raise ModelError(
+            f"the network gives {logits.shape[1]} logits, and the data have {num_classes} classes; "
+            "a function that builds it may ask for num_classes"
+        )
+
+
+def outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """What a network gives for inputs; of transformers' networks the logits."""
+    outputs = model(networks.fitted(model, inputs))
+    found: Tensor = getattr(outputs, "logits", outputs)
+    return found
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """What a model gives for the inputs of a batch, whatever they are, without its targets."""
+    if isinstance(batch, Mapping):
+        return model(**_inputs(batch))
+    return model(networks.fitted(model, batch[0]))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -299,5 +299,6 @@ class SparseLayer(nn.Module):
 def _no_export(what: str) -> SparseModelError:
     return SparseModelError(
         f"{what} knows no sparse layers; make the model dense first, sparsemodel.densify(model), "
-        "which computes the same, and export that"
+        "which computes the same, and export that; or let sparsemodel.export(model, path, "
+        "example=x) do both"
     )

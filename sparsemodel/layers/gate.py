@@ -47,6 +47,9 @@ _REPLACEABLE: tuple[type[nn.Module], ...] = (
     nn.Conv2d,
     nn.modules.linear.NonDynamicallyQuantizableLinear,
 )
+# Subclasses of other libraries that compute the same outside of torchscript, which sparse layers
+# refuse.
+_REPLACEABLE_BY_NAME = ("timm.layers.linear.Linear",)
 
 
 def module_title(name: str, module: nn.Module) -> str:
@@ -122,7 +125,8 @@ def check_copied(model: nn.Module) -> None:
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 raise SparseModelError(
                     f"{title} holds {key!r}, which is computed of other tensors (as by weight_norm "
-                    "with hooks) and cannot be copied; make it a parameter or a buffer"
+                    "with hooks, or by torch.nn.utils.prune, whose mask Mask.from_torch keeps, "
+                    "before prune.remove) and cannot be copied; make it a parameter or a buffer"
                 )
         for key, function in _functions(module):
             if _keeps(function, kept):
@@ -166,11 +170,15 @@ def _obstacle(
     """Why a sparse layer would not compute the same; "" where it would."""
     name = f"{path}.{leaf}" if path else leaf
     # Subclasses may compute anything.
-    is_known = type(layer) in _REPLACEABLE or isinstance(layer, SparseLayer)
+    is_known = (
+        type(layer) in _REPLACEABLE
+        or isinstance(layer, SparseLayer)
+        or _class_title(layer) in _REPLACEABLE_BY_NAME
+    )
     if leaf != "weight" or not is_known:
         return (
             f"{name!r} belongs to a {_class_title(layer)}, which has no sparse form (nn.Linear and "
-            "nn.Conv2d have); leave it out of the mask"
+            "nn.Conv2d have); leave it out of the mask, or train dense weights under it"
         )
     for own in ("weight", "values", "bias"):
         other = _tied(model, layer, layer._parameters.get(own))

@@ -6,6 +6,7 @@ is active. Parameters that a mask does not name are dense (never pruned).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -92,6 +93,35 @@ class Mask(PatternSet[torch.Tensor]):
         mask._csr = patterns
         return mask
 
+    @classmethod
+    def from_torch(cls, model: nn.Module) -> Mask:
+        """The mask of a model that `torch.nn.utils.prune` has pruned; layers it has not are dense.
+
+        Call `prune.remove` on those layers before `sparsify`.
+
+        Raises:
+            MaskError: no layer is pruned so, or a mask holds something else than zeros and ones.
+        """
+        from sparsemodel.masks.torch_pruning import mask_from_torch  # noqa: PLC0415
+
+        return mask_from_torch(model)
+
+    def to_torch(self, model: nn.Module) -> None:
+        """Prune a model by `torch.nn.utils.prune`, in place: weight_orig and weight_mask.
+
+        Raises:
+            MaskError: the model lacks a parameter that the mask names, it has another shape, or is
+                pruned so already; the model is as it was.
+
+        >>> layer = nn.Linear(2, 1)
+        >>> Mask({"weight": torch.tensor([[True, False]])}).to_torch(layer)
+        >>> layer.weight_mask, Mask.from_torch(layer).density
+        (tensor([[1., 0.]]), 0.5)
+        """
+        from sparsemodel.masks.torch_pruning import mask_to_torch  # noqa: PLC0415
+
+        mask_to_torch(self, model)
+
     def replace(self, patterns: Mapping[str, torch.Tensor]) -> Mask:
         """A new mask with some layers' patterns replaced.
 
@@ -115,28 +145,41 @@ class Mask(PatternSet[torch.Tensor]):
         Raises:
             MaskError: the model lacks a parameter that the mask names, or it has another shape.
         """
-        parameters = dict(model.named_parameters())
-        for name, pattern in self._patterns.items():
-            if name not in parameters:
-                raise MaskError(f"the model has no parameter {name!r} that the mask names")
-            weight = parameters[name]
-            if weight.shape != pattern.shape:
-                raise MaskError(
-                    f"mask of {name!r}: the model's parameter has shape {tuple(weight.shape)}, "
-                    f"the mask {tuple(pattern.shape)}"
-                )
+        for weight, pattern in zip(
+            weights_under(self, model).values(), self._patterns.values(), strict=True
+        ):
             # masked_fill, not multiplication: 0 * inf would leave a NaN behind.
             weight.masked_fill_(~pattern.to(weight.device), 0.0)
+
+
+def weights_under(mask: Mask, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a mask names, in its order.
+
+    Raises:
+        MaskError: the model lacks one, or it has another shape.
+    """
+    parameters = dict(model.named_parameters())
+    for name, shape in mask.shapes().items():
+        if name not in parameters:
+            raise MaskError(f"the model has no parameter {name!r} that the mask names")
+        if tuple(parameters[name].shape) != shape:
+            raise MaskError(
+                f"mask of {name!r}: the model's parameter has shape "
+                f"{tuple(parameters[name].shape)}, the mask {shape}"
+            )
+    return {name: parameters[name] for name in mask}
 
 
 def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that may be pruned: convolution and linear weights, the stem apart.
 
     The stem sees the raw input and holds few weights; it, biases, normalisation parameters and
-    layers of other kinds (transposed, parametrised, embeddings) stay dense. It is the layer of any
-    of these kinds that the input reaches first. Where a model's code cannot be followed so far,
-    it is the first convolution in the order of registration, or the first layer where there is no
-    convolution. A model of a single layer has no stem apart, and that layer is prunable.
+    layers of other kinds (transposed, parametrised, embeddings) stay dense. So do layers that share
+    a parameter with another (tied) and, where some of the model is trained, frozen weights. The
+    stem is the layer of any of these kinds that the input reaches first. Where a model's code
+    cannot be followed so far, it is the first convolution in the order of registration, or the
+    first layer where there is no convolution. A model of a single layer has no stem apart, and
+    that layer is prunable.
 
     Returns:
         Name -> parameter, in the order of `model.named_parameters()`.
@@ -150,7 +193,15 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, module in layers.items()
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
     }
-    found = {name: p for name, p in model.named_parameters() if name in names}
+    is_trained = any(p.requires_grad for p in model.parameters())
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    found = {
+        name: p
+        for name, p in model.named_parameters()
+        if name in names
+        and (p.requires_grad or not is_trained)
+        and all(owners[id(own)] == 1 for own in names[name].parameters(recurse=False))
+    }
     if len(layers) > 1:
         stem = _stem(model, list(layers.values()))
         found = {name: p for name, p in found.items() if names[name] is not stem}
@@ -160,7 +211,8 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         raise MaskError(
             f"{type(model).__name__} has no convolution or linear layer with a weight of its own "
             f"(the stem apart), so nothing can be pruned{kinds}: remove parametrisations and "
-            "ties, and exchange other classes (transformers' Conv1D) for nn.Linear"
+            "ties, train what is frozen, and exchange other classes (transformers' Conv1D) for "
+            "nn.Linear"
         )
     return found
 

@@ -19,7 +19,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def layer_macs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
+def layer_macs(
+    model: nn.Module, input_shape: tuple[int, ...] | Callable[[nn.Module], object]
+) -> dict[str, int]:
     """Multiply-accumulates of each convolution and linear layer for one sample, when dense.
 
     The model runs once in eval mode on zeros and is left as it was. Padding counts as input,
@@ -28,7 +30,8 @@ def layer_macs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]
 
     Args:
         model: takes one floating-point tensor.
-        input_shape: shape of one sample, without the batch dimension.
+        input_shape: shape of one sample, without the batch dimension; or a function that runs
+            the model on one sample, whatever that is.
 
     Returns:
         Name of the weight -> multiply-accumulates, in the order of the modules.
@@ -46,7 +49,10 @@ def layer_macs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]
                 handle = module.register_forward_hook(_counter(weight_name, macs))
                 hooks.callback(handle.remove)
         reference = next(model.parameters(), torch.empty(0))
-        model(torch.zeros(1, *input_shape, dtype=reference.dtype, device=reference.device))
+        if callable(input_shape):
+            input_shape(model)
+        else:
+            model(torch.zeros(1, *input_shape, dtype=reference.dtype, device=reference.device))
     return dict(macs)
 
 

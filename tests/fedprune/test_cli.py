@@ -265,10 +265,14 @@ def test_version_methods_and_the_module(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
-    assert all(any(line.startswith(f"{name} ") for line in lines) for name in METHODS)
-    words = " ".join(done.stdout.split())
-    assert "density=1.0, mu=0.01" in words
+    assert [line.split()[0] for line in lines[1:-1]] == list(METHODS)
     assert all(kind.__doc__ and "(density" not in kind.__doc__ for kind in METHODS.values())
+    done = Command("fedprune", "methods", "fedprox", cwd=tmp_path, columns=80).ended()
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "settings: density=1.0, mu=0.01" in done.stdout
+    assert "mu: μ, the weight of the proximal term, >= 0." in done.stdout
+    done = Command("fedprune", "methods", "magic", cwd=tmp_path).ended()
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 
 def test_a_run_is_never_silent_and_no_line_is_wider_than_80_columns(tmp_path: Path) -> None:
@@ -277,14 +281,18 @@ def test_a_run_is_never_silent_and_no_line_is_wider_than_80_columns(tmp_path: Pa
     done = Command("fedprune", *arguments, cwd=tmp_path, columns=80).ended()
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[:5] == [
+    assert lines[:8] == [
         "fedtiny on digits, resnet8, 4 clients, 4 rounds",
+        *lines[1:3],
+        "division: dirichlet, alpha=0.5; device: cpu; seed: 7",
         "folder: r",
         "setting up: samples, network, first weights",
         "starting: 4 clients join, fedtiny begins",
-        lines[4],
+        lines[7],
     ]
-    assert re.fullmatch(r"4 clients, density 0\.\d+, candidate [12] of 2 won", lines[4])
+    assert " ".join(lines[1:3]).startswith("method: density=0.2, pool_size=2, pool_limit=10,")
+    said = r"4 clients, density 0\.\d+, (sparse|masked) execution, candidate [12] of 2 won"
+    assert re.fullmatch(said, lines[7])
     assert max(map(len, lines)) <= 80
     done = fedprune("run", "--resume", "--out", "r", cwd=tmp_path)
     assert done.stdout.startswith("already complete: r\n")
@@ -395,6 +403,16 @@ def test_compare_prints_one_table_and_reuses_finished_runs(tmp_path: Path) -> No
     # Dense runs came first, so that the others' pages have something to compare with.
     page = (tmp_path / "runs/compare/magnitude-s1/report.html").read_text(encoding="utf-8")
     assert "is in the folder fedavg-s1" in page
+
+
+def test_a_baseline_is_run_beside_and_the_page_compares(tmp_path: Path) -> None:
+    options = ["--clients", "2", "--set", "data.num_train=200", "--rounds", "1", "--seed", "3"]
+    arguments = ["run", "--engine", "inline", "--method", "magnitude", *options, "--baseline"]
+    done = Command("fedprune", *arguments, "--out", "r", cwd=tmp_path, columns=80).ended()
+    assert done.returncode == 0, done.stderr
+    assert "1/1 r-dense" in done.stdout
+    assert read_summary(tmp_path / "r-dense")["method"] == "fedavg"
+    assert "is in the folder r-dense" in (tmp_path / "r/report.html").read_text(encoding="utf-8")
 
 
 def test_how_the_data_were_taken_is_said_by_the_command_and_its_child(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from prunelab.networks import (
     build_model,
     check_model,
     float_state,
+    is_wholly_exchanged,
     narrow_width,
     parameter_blocks,
 )
@@ -312,6 +313,27 @@ def test_float_state_is_a_copy_without_counters() -> None:
         value.fill_(9)
         assert not value.requires_grad
     assert not any((value == 9).all() for value in float_state(model).values())
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = torch.arange(3)  # neither parameter nor buffer
+
+
+def test_what_is_exchanged_is_what_is_trained() -> None:
+    """An adapter on a frozen layer: a node that draws no weights would train on another layer."""
+    base, adapter = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)
+    model = nn.Sequential(base, nn.BatchNorm1d(2), adapter)
+    assert [name for name in float_state(model) if name.startswith("0.")] == []
+    assert {"1.running_mean", "2.weight", "2.bias"} < set(float_state(model))
+    assert not is_wholly_exchanged(model)
+    assert is_wholly_exchanged(model.requires_grad_(True))
+    adapter.weight = base.weight
+    assert "2.weight" not in float_state(model)
+    assert is_wholly_exchanged(model)
+    assert not is_wholly_exchanged(nn.Sequential(adapter, Table()))
+    assert all(is_wholly_exchanged(small(seed)) for seed in range(2))
 
 
 # --- equal bytes ---------------------------------------------------------------------------------

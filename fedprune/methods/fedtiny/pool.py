@@ -67,7 +67,7 @@ def pool_request(pool: Pool, action: str, **rest: object) -> Request:
         fields={"counts": [[each[name] for name in order] for each in pool.counts]},
         states={POOL: pool.union},
         hold=frozenset([POOL]),
-        on_dev=True,
+        on="dev",
         forward_passes=pool.counts,
         **rest,  # type: ignore[arg-type]
     )

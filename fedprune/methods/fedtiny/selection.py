@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedprune.errors import ClientError
 from fedprune.exchange.aggregate import StateMean
-from fedprune.exchange.messages import Expected, Reply, Request, counts, losses
+from fedprune.exchange.messages import Expected, Reply, Request, losses, metrics
 from fedprune.local.model import LocalModel
 from fedprune.methods.fedtiny.pool import Pool, pool_request, received_pool
 from prunelab.errors import RunError
@@ -31,32 +31,32 @@ if TYPE_CHECKING:
 
 def measure(request: Request, local: Local) -> Reply:
     """First step: statistics of every candidate on the development split."""
-    images = _dev_images(local)
+    inputs = _dev_inputs(local)
     tensors = {
-        str(number): model.statistics(images)
+        str(number): model.statistics(inputs)
         for number, model in _candidates(received_pool(request), local)
     }
-    return Reply(len(images), tensors=tensors)
+    return Reply(len(inputs), tensors=tensors)
 
 
 def score(request: Request, local: Local) -> Reply:
     """Second step: loss of every candidate with the statistics that it was given."""
-    images = _dev_images(local)
+    inputs = _dev_inputs(local)
     pool = received_pool(request)
     if set(request.tensors) != {str(number) for number in range(len(pool.counts))}:
         raise ClientError("expected statistics of every candidate")
-    losses, correct = [], []
-    for _, model in _candidates(pool, local, request.tensors):
-        loss_sum, num_correct = model.evaluate(images, local.data.dev_labels)
-        losses.append(loss_sum)
-        correct.append(num_correct)
-    return Reply(len(images), {"losses": losses, "correct": correct})
+    scores = [
+        model.evaluate(inputs, local.data.dev.targets)
+        for _, model in _candidates(pool, local, request.tensors)
+    ]
+    sums = {"losses": [s.loss_sum for s in scores], "metrics": [s.metric_sum for s in scores]}
+    return Reply(len(inputs), sums)
 
 
-def _dev_images(local: Local) -> Any:
-    if len(local.data.dev_labels) < 1:
+def _dev_inputs(local: Local) -> Any:
+    if len(local.data.dev) < 1:
         raise ClientError("no development sample: the client has a single training sample")
-    return local.data.dev_images
+    return local.data.dev.inputs
 
 
 def _candidates(
@@ -79,13 +79,14 @@ def _candidates(
 
 
 def select_candidate(
-    pool: Pool, ask: Ask, *, adaptive: bool
+    pool: Pool, ask: Ask, *, adaptive: bool, metric: str
 ) -> tuple[int, Tensors, dict[str, Any]]:
     """Run both steps over the clients and choose.
 
     Args:
         adaptive: False is the ablation "vanilla selection": candidates are evaluated with the
             pre-trained model's statistics and no adaptation takes place.
+        metric: what the task's metric is called; for the account alone.
 
     Returns:
         The winner's index, its batch-norm statistics, and a JSON account for the report.
@@ -104,8 +105,8 @@ def select_candidate(
         pool,
         "score",
         tensors={str(number): each for number, each in enumerate(statistics)},
-        expected=Expected(fields=["losses", "correct"]),
-        check=_check_scores(size),
+        expected=Expected(fields=["losses", "metrics"]),
+        check=_check_scores(size, metric),
     )
     scores = dict(ask(request))
     if not scores:
@@ -127,7 +128,7 @@ def select_candidate(
         "adaptive": adaptive,
         "winner": winner,
         "losses": mean_losses,
-        "accuracies": means("correct"),
+        "metrics": means("metrics"),
         "densities": [
             {name: count / weights[name] for name, count in each.items()} for each in pool.counts
         ],
@@ -158,10 +159,9 @@ def pool_statistics(replies: Iterable[Reply], num_candidates: int) -> list[Tenso
     return [mean.result().values for mean in means]
 
 
-def _check_scores(size: int) -> Any:
+def _check_scores(size: int, metric: str) -> Any:
     def check(reply: Reply) -> None:
         losses(reply.fields, "losses", size, reply.num_examples)
-        if any(hits > reply.num_examples for hits in counts(reply.fields, "correct", size)):
-            raise ClientError("more hits than samples")
+        metrics(reply.fields, "metrics", size, reply.num_examples, metric=metric)
 
     return check

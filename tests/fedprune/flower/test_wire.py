@@ -379,7 +379,7 @@ def test_skip_and_resync_are_told_apart() -> None:
 
 def test_what_a_client_holds_is_not_sent_again(work: Workspace, pool: Pool) -> None:
     program, state, held = (
-        ProgramText.of(program_of(work.torch.skeleton, work.dataset.input_shape)),
+        ProgramText.of(program_of(work.torch.skeleton, work.torch.input_shape)),
         pool.candidate(0),
         Held(),
     )

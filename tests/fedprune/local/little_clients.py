@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedprune.config import RunConfig
-from fedprune.local.data import ClientData
+from fedprune.local.data import ClientData, Split
 from fedprune.local.model import Array, Network
 from fedprune.local.site import Local
 from fedprune.settings import TrainingConfig
@@ -69,5 +69,6 @@ def local(
     images: Array, labels: Array, *, training: TrainingConfig, network: Network, **parts: Any
 ) -> Local:
     """A client's place with these samples for training, and the first of them for development."""
-    data = ClientData(images, labels, images[:9], labels[:9], 3)
+    held = Split(images[:9], labels[:9])
+    data = ClientData(Split(images, labels), held, held, 3, "classification")
     return Local(0, data, RunConfig(training=training, **parts), network)

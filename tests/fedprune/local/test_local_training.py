@@ -18,11 +18,11 @@ from fedprune.exchange.messages import MODEL, Reply, Request
 from fedprune.local import model as models
 from fedprune.local import torch_models
 from fedprune.local.model import LocalModel, RuntimeModel, Sgd, open_model
+from fedprune.local.optimizer import round_sgd
 from fedprune.local.training import (
     epoch_batches,
     growth_counts,
     growth_rows,
-    round_sgd,
     train,
     train_epochs,
 )
@@ -114,7 +114,7 @@ def test_evaluation_adds_up(density: float | None) -> None:
     with torch.no_grad():
         logits = plain(prepare(torch.from_numpy(images)))
     target = torch.from_numpy(labels)
-    assert result.num_correct == int((logits.argmax(1) == target).sum())
+    assert result.metric_sum == int((logits.argmax(1) == target).sum())
     loss = functional.cross_entropy(logits, target).item()
     assert result.loss_sum / 300 == pytest.approx(loss, rel=1e-5)
 

@@ -88,6 +88,7 @@ def divided_by_flower(keys: Integers, divider: Partitioner, num_parts: int) -> l
     return [sorted(divider.load_partition(part)["row"]) for part in range(num_parts)]
 
 
+@pytest.mark.filterwarnings("ignore:The specified min_partition_size")  # it draws again, as we do
 @settings(max_examples=15, deadline=None)
 @given(
     clients=st.integers(3, 9),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.local.data import ClientData, client_data
+from fedprune.local.data import ClientData, Split, split
 from fedprune.local.shares import open_client, share_of, write_shares
 from prunelab.data.batches import Images, Integers
 from prunelab.data.store import open_store, write_store
@@ -26,9 +26,19 @@ def pictures(count: int = 20) -> tuple[Images, Integers]:
     return random.integers(0, 256, (count, 1, 4, 4), np.uint8), random.integers(0, 5, count)
 
 
+def in_memory(indices: Integers, *, seed: int) -> ClientData:
+    images, labels = pictures()
+    rows = split(indices, seed=seed)
+    parts = (Split(images[own], labels[own]) for own in (rows.train, rows.dev, rows.test))
+    return ClientData(*parts, num_classes=5, task="classification")
+
+
 def equal(a: ClientData, b: ClientData) -> bool:
-    names = ("train_images", "train_labels", "dev_images", "dev_labels")
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
+    pairs = ((a.train, b.train), (a.dev, b.dev), (a.test, b.test))
+    return all(
+        np.array_equal(one.inputs, two.inputs) and np.array_equal(one.targets, two.targets)
+        for one, two in pairs
+    )
 
 
 @pytest.fixture
@@ -40,18 +50,18 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("client", range(3))
 def test_a_client_reads_what_it_would_have_in_memory(folder: Path, client: int) -> None:
     found = open_client(folder, client, seed=4)
-    expected = client_data(*pictures(), SHARES[client], num_classes=5, seed=4)
+    expected = in_memory(SHARES[client], seed=4)
     assert equal(found, expected)
     assert found.num_classes == 5
     assert found.input_shape == (1, 4, 4)
     assert found.label_histogram() == expected.label_histogram()
-    assert found.train_images.flags.writeable
-    assert len(found.dev_labels) == min(1, len(SHARES[client]) - 1)
+    assert found.train.inputs.flags.writeable
+    assert len(found.dev) == min(1, len(SHARES[client]) - 1)
 
 
 def test_all_of_a_nodes_own_folder_is_the_clients(tmp_path: Path) -> None:
     write_store(tmp_path / "own", *pictures(), num_classes=5, name="own")
-    expected = client_data(*pictures(), np.arange(20), num_classes=5, seed=1)
+    expected = in_memory(np.arange(20), seed=1)
     assert equal(open_client(tmp_path / "own", 77, seed=1), expected)
 
 
@@ -114,14 +124,14 @@ from prunelab.runs.threads import computing
 data = open_client(Path(sys.argv[1]), 2, seed=4)
 random = rng(7, 1)
 total = 0.0
-for rows in batches(len(data.train_labels), batch_size=4, rng=random):
-    total += float(Preprocessing().apply(augment(data.train_images[rows], rng=random)).sum())
+for rows in batches(len(data.train), batch_size=4, rng=random):
+    total += float(Preprocessing().apply(augment(data.train.inputs[rows], rng=random)).sum())
 write_shares(
-    Path(sys.argv[2]), data.train_images, data.train_labels, [np.arange(3)],
+    Path(sys.argv[2]), data.train.inputs, data.train.targets, [np.arange(3)],
     num_classes=data.num_classes, name="again",
 )
 assert not set(sys.modules) & set({ABSENT.split()!r})
-print(data.train_labels.tolist(), total)
+print(data.train.targets.tolist(), total)
 """
 
 
@@ -129,7 +139,7 @@ def test_a_client_needs_numpy_alone(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", WITHOUT_TORCH, str(folder), str(tmp_path / "again")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(open_client(folder, 2, seed=4).train_labels.tolist()))
+    assert done.stdout.startswith(str(open_client(folder, 2, seed=4).train.targets.tolist()))
     assert len(open_store(tmp_path / "again")) == 6
 
 
@@ -146,7 +156,7 @@ def peak():
 np.random.default_rng(0)
 before = peak()
 data = open_client(Path(sys.argv[1]), 3, seed=0)
-print(json.dumps([peak() - before, data.train_images.nbytes + data.dev_images.nbytes]))
+print(json.dumps([peak() - before, data.train.inputs.nbytes + data.dev.inputs.nbytes]))
 """
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from fedprune.config import RunConfig
 from fedprune.errors import ClientError, ConfigError
 from fedprune.exchange.messages import MODEL, Reply, Request
-from fedprune.local.data import ClientData
+from fedprune.local.data import ClientData, Split
 from fedprune.local.model import Network
 from fedprune.local.site import Local
 from fedprune.local.training import SEED_ROUND, epoch_batches, train
@@ -47,7 +47,8 @@ def start(density: float | None) -> SparseState:
 def place(count: int = 32, **training: Any) -> Local:
     images = np.random.default_rng(0).integers(0, 256, (count, *SHAPE), dtype=np.uint8)
     labels = np.arange(count) % 3
-    data = ClientData(images, labels, images[:2], labels[:2], 3)
+    held = Split(images[:2], labels[:2])
+    data = ClientData(Split(images, labels), held, held, 3, "classification")
     values = {"training.batch_size": 8, "training.local_epochs": 2, "training.weight_decay": 0.01}
     values |= {f"training.{key}": value for key, value in training.items()}
     shapes = {name: tuple(value.shape) for name, value in float_state(build()).items()}
@@ -96,7 +97,7 @@ def test_steps_by_hand(density: float | None, execution: str) -> None:
     anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
     speed = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     batches = epoch_batches(
-        local.data.train_images, local.data.train_labels, epochs=2, batch_size=8,
+        local.data.train.inputs, local.data.train.targets, epochs=2, batch_size=8,
         seed=local.seed(SEED_ROUND, 3), augmented=False,
     )  # fmt: skip
     for _, images, labels in batches:

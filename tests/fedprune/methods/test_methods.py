@@ -17,6 +17,7 @@ from torch import nn
 from fedprune.config import RunConfig, own_settings
 from fedprune.errors import ClientError, ConfigError
 from fedprune.exchange.messages import MODEL, Reply, Request
+from fedprune.local.data import Split
 from fedprune.local.model import Network, open_model
 from fedprune.local.site import Local, open_data
 from fedprune.methods import METHODS, method_class
@@ -35,6 +36,7 @@ from fedprune.methods.fedtiny.selection import measure, pool_statistics, score, 
 from fedprune.rounds.setup import NETWORK, Setup
 from fedprune.rounds.workspace import Workspace, open_workspace
 from fedprune.settings import TrainingConfig
+from prunelab.data.samples import stored
 from prunelab.data.tensors import prepare
 from prunelab.errors import RunError
 from prunelab.networks import GRANULARITIES, float_state, parameter_blocks
@@ -238,7 +240,7 @@ def network_of(model: nn.Module) -> Network:
 @pytest.mark.parametrize("sparse", [False, True])
 def test_pooled_statistics_are_those_of_the_union(sparse: bool) -> None:
     """Clients of 3, 40 and 300 images (300: more than one batch) against all 343 at once."""
-    images = open_workspace(small()).dataset.train_images[:343].numpy()
+    images = stored(open_workspace(small()).dataset.train)[0][:343]
     plain = OneNorm()
     state = SparseState({name: value.numpy() for name, value in float_state(plain).items()})
     if sparse:
@@ -264,7 +266,7 @@ def test_measuring_leaves_the_model_as_it_was(execution: str, tmp_path: Path) ->
     state = state_under(work, counts)
     place = clients(work, tmp_path)[0]
     model = place.open(state)
-    statistics = model.statistics(place.data.dev_images)
+    statistics = model.statistics(place.data.dev.inputs)
     norms = {name for name in work.shapes if ".running_" in name}
     assert set(statistics) == norms
     assert all(np.array_equal(state.values[n], v) for n, v in model.state().values.items())
@@ -305,7 +307,7 @@ def test_selection_takes_the_smallest_weighted_loss_and_its_statistics(tmp_path:
     counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=3, seed=1)
     pool = candidate_pool(beginning(work).state(), counts)
     asked, ask = local_ask(work, tmp_path)
-    winner, statistics, account = select_candidate(pool, ask, adaptive=True)
+    winner, statistics, account = select_candidate(pool, ask, adaptive=True, metric="accuracy")
     assert asked == ["measure", "score"]
     assert account["losses"][winner] == min(account["losses"])
     # Only running statistics are aggregated: scale and shift (γ, β) stay the server's.
@@ -315,10 +317,10 @@ def test_selection_takes_the_smallest_weighted_loss_and_its_statistics(tmp_path:
     total, hits, samples = 0.0, 0, 0
     for place in clients(dense, tmp_path / "dense"):
         model = place.open(pool.candidate(winner).replace(statistics))
-        loss, correct = model.evaluate(place.data.dev_images, place.data.dev_labels)
-        total, hits, samples = total + loss, hits + correct, samples + len(place.data.dev_labels)
+        loss, correct = model.evaluate(place.data.dev.inputs, place.data.dev.targets)
+        total, hits, samples = total + loss, hits + correct, samples + len(place.data.dev)
     assert account["losses"][winner] == pytest.approx(total / samples, rel=1e-5)
-    assert account["accuracies"][winner] == pytest.approx(hits / samples)
+    assert account["metrics"][winner] == pytest.approx(hits / samples)
     weights = {name: math.prod(work.shapes[name]) for name in counts[0]}
     assert account["densities"][1] == {n: counts[1][n] / weights[n] for n in weights}
 
@@ -354,7 +356,7 @@ def test_vanilla_selection_does_not_adapt(tmp_path: Path) -> None:
     counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=2, seed=1)
     pool = candidate_pool(beginning(work).state(), counts)
     asked, ask = local_ask(work, tmp_path)
-    _, statistics, account = select_candidate(pool, ask, adaptive=False)
+    _, statistics, account = select_candidate(pool, ask, adaptive=False, metric="accuracy")
     assert asked == ["score"]
     assert not account["adaptive"]
     assert all(np.array_equal(v, pool.union.values[name]) for name, v in statistics.items())
@@ -367,14 +369,13 @@ def test_clients_measure_and_score_on_their_development_split(tmp_path: Path) ->
     pool = candidate_pool(beginning(work).state(), counts)
     place = clients(work, tmp_path)[0]
     data = place.data
-    other = dataclasses.replace(data, train_images=data.train_images[::-1][:5])
-    empty = dataclasses.replace(
-        data, dev_images=data.dev_images[:0], dev_labels=data.dev_labels[:0]
-    )
+    train = Split(data.train.inputs[::-1][:5], data.train.targets[:5])
+    other = dataclasses.replace(data, train=train)
+    empty = dataclasses.replace(data, dev=Split(data.dev.inputs[:0], data.dev.targets[:0]))
     request = pool_request(pool, "measure")
     reply = measure(request, place)
     again = measure(request, dataclasses.replace(place, data=other))
-    assert reply.num_examples == len(data.dev_labels)
+    assert reply.num_examples == len(data.dev)
     for number, tensors in reply.tensors.items():
         assert all(np.array_equal(v, again.tensors[number][n]) for n, v in tensors.items())
     scoring = pool_request(pool, "score", tensors=reply.tensors)
@@ -395,7 +396,7 @@ def test_selection_without_an_answer_is_an_error() -> None:
     counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=2, seed=1)
     pool = Pool(candidate_pool(beginning(work).state(), counts).union, counts)
     with pytest.raises(RunError, match="no client could evaluate"):
-        select_candidate(pool, nobody, adaptive=False)
+        select_candidate(pool, nobody, adaptive=False, metric="accuracy")
 
 
 # --- progressive pruning -----------------------------------------------------------------------

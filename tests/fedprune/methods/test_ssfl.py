@@ -70,7 +70,7 @@ def by_hand(setup: Setup, place: Local, state: SparseState, batches: int) -> dic
     sums: dict[str, Any] = {}
     samples = 0
     source = epoch_batches(
-        place.data.train_images, place.data.train_labels, epochs=1,
+        place.data.train.inputs, place.data.train.targets, epochs=1,
         batch_size=place.config.training.batch_size, seed=place.seed(SEED_GROWTH, 0),
         augmented=False,
     )  # fmt: skip
@@ -93,9 +93,9 @@ def test_the_mask_is_that_of_the_mean_saliency(setup: Setup) -> None:
     state = method.start(start_of(setup, asking(setup))).model
     dense = setup.start_state()
     mean: dict[str, Any] = dict.fromkeys(setup.prunable, 0.0)
-    total = sum(len(place.data.train_labels) for place in clients(setup))
+    total = sum(len(place.data.train) for place in clients(setup))
     for place in clients(setup):
-        share = len(place.data.train_labels) / total
+        share = len(place.data.train) / total
         for name, scores in by_hand(setup, place, dense, method.batches).items():
             mean[name] = mean[name] + share * scores
     flat = np.concatenate([mean[name].reshape(-1) for name in setup.prunable])
@@ -123,7 +123,7 @@ def test_a_client_measures_its_mean_gradient(batches: int, setup: Setup) -> None
     place, state = clients(setup)[1], setup.start_state()
     fields = {"layers": list(setup.prunable), "batches": batches}
     reply = saliency(Request(SALIENCY, fields=fields, states={MODEL: state}), place)
-    assert reply.num_examples == len(place.data.train_labels)
+    assert reply.num_examples == len(place.data.train)
     expected = by_hand(setup, place, state, batches)
     for name, scores in reply.tensors[SALIENCY].items():
         largest = expected[name].max()

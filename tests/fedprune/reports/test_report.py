@@ -114,7 +114,7 @@ def selection(losses: list[float], winner: int) -> dict[str, Any]:
         "adaptive": True,
         "winner": winner,
         "losses": losses,
-        "accuracies": [0.1 + 0.1 * c for c in range(len(losses))],
+        "metrics": [0.1 + 0.1 * c for c in range(len(losses))],
         "densities": [{"a.weight": 0.25, "b.weight": 0.75} for _ in losses],
         "clients": [0, 1, 2],
     }
@@ -259,9 +259,9 @@ def test_the_dense_run_beside_it_answers_whether_pruning_was_worth_it(tmp_path: 
     page = read(folder)
     assert page.headings[1] == "Was pruning worth it?"
     assert (
-        "At density 0.05087 the network classifies 87.65 % of the test data, the dense one 90.00 % "
-        "(2.35 points less). It sent 28.2 % of the dense run's bytes, took 7.08 % of its training "
-        "FLOPs, and a client held 50 % of its training state."
+        "At density 0.05087 the network's accuracy on the test data is 87.65 %, that of the dense "
+        "one 90.00 % (2.35 points less). It sent 28.2 % of the dense run's bytes, took 7.08 % of "
+        "its training FLOPs, and a client held 50 % of its training state."
     ) in page.text
     assert ["", "fedtiny", "dense (fedavg)", "difference"] in page.rows
     assert ["test accuracy", "87.65 %", "90.00 %", "2.35 points less"] in page.rows
@@ -274,13 +274,39 @@ def test_the_dense_run_beside_it_answers_whether_pruning_was_worth_it(tmp_path: 
     assert "Was pruning worth it?" not in read(tmp_path / "whole").headings
 
 
+def test_magnitude_pruning_beside_it_is_compared_as_well(tmp_path: Path) -> None:
+    """At the same density alone; its own page is compared with the dense run only."""
+    folder = make_run(tmp_path / "tiny", finished=summary())
+    others = {"own": 0.05, "another": 0.2}
+    for name, density in others.items():
+        settings = {"method.name": "magnitude", "method.density": density}
+        values = summary(method="magnitude", test_accuracy=0.9, bytes_up=2_940_000)
+        make_run(tmp_path / name, settings=settings, finished=values)
+    page = read(folder)
+    assert page.headings.count("Was pruning worth it?") == 1
+    assert "Method magnitude, at the same density, came to 90.00 %: fedtiny is 2.35 points" in (
+        page.text
+    )
+    assert ["upload, whole run", "1.47 MB", "2.94 MB", "50 % of magnitude"] in page.rows
+    assert "by method magnitude is in the folder own." in page.text
+    assert "No dense run of the same settings" in page.text
+    dense_beside(tmp_path / "whole")
+    page = read(folder)
+    assert ["", "fedtiny", "dense (fedavg)", "difference"] in page.rows
+    assert ["", "fedtiny", "magnitude", "difference"] in page.rows
+    assert "No dense run" not in page.text
+    own = read(tmp_path / "own").rows
+    assert ["", "magnitude", "dense (fedavg)", "difference"] in own
+    assert ["", "magnitude", "magnitude", "difference"] not in own
+
+
 @pytest.mark.parametrize(
     "other",
     [
         None,
         {"settings": {"method.name": "fedavg", "seed": 8}},
         {"settings": {"method.name": "fedavg", "training.rounds": 4}},
-        {"settings": {"method.name": "magnitude"}},
+        {"settings": {"method.name": "small-dense"}},
         {"settings": {"method.name": "fedavg"}, "finished": None},
     ],
 )

@@ -36,7 +36,7 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> fl
 
 def test_a_model_says_what_its_input_is(result: Result) -> None:
     data = open_workspace(tiny(training__local_epochs=4)).dataset
-    pictures, labels = data.test_images, data.test_labels
+    pictures, labels = data.test.images, data.test.labels
     assert result.preprocessing == Preprocessing((0.5,), (0.25,))
     images = torch.from_numpy(result.preprocessing.apply(pictures.numpy()))
     expected = result.summary["test_accuracy"]
@@ -49,7 +49,7 @@ def test_a_runs_own_file_is_loaded_into_its_network(result: Result) -> None:
     path = result.folder / "model.safetensors"
     stored = sparsemodel.load(path)
     assert not any(name.endswith("num_batches_tracked") for name in stored.state)
-    assert stored.metadata["images"] == "uint8"
+    assert stored.metadata["inputs"] == "uint8"
     assert Preprocessing.from_metadata(stored.metadata) == result.preprocessing
     network = build_model("resnet8", num_classes=10, input_shape=(1, 8, 8), seed=3, width=4)
     loaded = sparsemodel.load(path, network).eval()

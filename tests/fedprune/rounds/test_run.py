@@ -42,7 +42,8 @@ from fedprune.rounds.run import run
 from fedprune.rounds.setup import Setup
 from fedprune.rounds.workspace import _opened, open_workspace
 from prunelab.data.batches import Integers
-from prunelab.data.datasets import load_dataset
+from prunelab.data.given import load_sample_set
+from prunelab.data.samples import ImageSamples, stored
 from prunelab.data.tensors import prepare
 from prunelab.errors import DataError, RunError
 from prunelab.networks import float_state
@@ -63,7 +64,10 @@ SUMMARY_KEYS = [
     "rounds",
     "density_target",
     "density",
+    "metric",
     "test_accuracy",
+    "test_metric",
+    "test_loss",
     "bytes_up",
     "bytes_down",
     "bytes_up_steady_round",
@@ -146,12 +150,14 @@ def test_final_model_is_sparse_and_has_the_reported_accuracy(
     load_state_(model, state)
     model.eval()
     with torch.no_grad():
-        found = model(prepare(work.dataset.test_images)).argmax(1)
+        images, labels = stored(work.dataset.test)
+        found = model(prepare(torch.from_numpy(images))).argmax(1).numpy()
     accuracy = read_summary(finished)["test_accuracy"]
-    assert int((found == work.dataset.test_labels).sum()) / 60 == accuracy
+    assert int((found == labels).sum()) / 60 == accuracy
     work.lay_out(tmp_path / "setup", with_start=False)
     setup = Setup(tiny(), tmp_path / "setup")
-    assert Evaluator(setup).evaluate(state).num_correct / 60 == accuracy
+    tested = Evaluator(setup, lambda request: iter(())).evaluate(state, round_index=1)
+    assert tested.metric == accuracy
 
 
 def test_same_seed_same_bits_other_seed_other_bits(finished: Path, tmp_path: Path) -> None:
@@ -172,14 +178,14 @@ def test_test_data_decide_nothing(
 ) -> None:
     """With other test images and labels every bit of the model is the same."""
     work = open_workspace(tiny())
-    poisoned = work.dataset.test_images.flip(0), (work.dataset.test_labels + 1) % 10
-    object.__setattr__(work.dataset, "test_images", poisoned[0])
-    object.__setattr__(work.dataset, "test_labels", poisoned[1])
+    test = work.dataset.test
+    poisoned = ImageSamples(test.images.flip(0), (test.labels + 1) % 10)
+    object.__setattr__(work.dataset, "test", poisoned)
     try:
         out = run_inline(tiny(), tmp_path / "poisoned")
     finally:
         _opened.cache_clear()
-        load_dataset.cache_clear()
+        load_sample_set.cache_clear()
     assert digest(out) == digest(finished)
     assert read_summary(out)["test_accuracy"] != read_summary(finished)["test_accuracy"]
 
@@ -192,12 +198,12 @@ def test_server_set_comes_from_the_training_side_and_no_client_has_it(tmp_path: 
     assert set.union(*shares) | server == set(range(300))
     assert sum(map(len, shares)) + len(server) == 300
     work.lay_out(tmp_path, with_start=False)
-    everything = work.dataset.train_images.numpy()
+    everything = stored(work.dataset.train)[0]
     for number, share in enumerate(shares):
         data = open_data(work.config, number, setup=str(tmp_path))
-        assert len(data.dev_labels) >= 1
-        assert len(data.train_labels) + len(data.dev_labels) == len(share)
-        own = sorted(image.tobytes() for image in [*data.train_images, *data.dev_images])
+        assert len(data.dev) >= 1
+        assert len(data.train) + len(data.dev) == len(share)
+        own = sorted(image.tobytes() for image in [*data.train.inputs, *data.dev.inputs])
         assert own == sorted(everything[index].tobytes() for index in share)
 
 
@@ -566,7 +572,7 @@ def _poison(header: dict[str, Any], frames: wire.Frames) -> None:
         ("measure", _poison, "NaN"),
         ("score", lambda header, frames: header["f"]["losses"].pop(), "list of 2"),
         ("score", lambda header, frames: header["f"].pop("losses"), "expected fields"),
-        ("score", lambda header, frames: header["f"].update(correct=[99, 99]), "more hits"),
+        ("score", lambda header, frames: header["f"].update(metrics=[99, 99]), "99 hits among"),
         ("score", lambda header, frames: header.update(n=0), "for 0 samples"),
     ],
 )

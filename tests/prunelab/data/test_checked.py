@@ -6,7 +6,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from long import FACTOR
 from PIL import Image
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from prunelab.data.checked import (
     MOST_CLASSES,
@@ -249,10 +251,19 @@ DRESSES: dict[str, Any] = {
     "items": [(Image.fromarray(one), np.int32(c)) for one, c in zip(BYTES, CLASSES, strict=True)],
     "items of [1]": TensorDataset(GRAY, torch.from_numpy(CLASSES)[:, None]),
     "one-hot items": TensorDataset(GRAY, torch.eye(3)[CLASSES]),
+    "frame": pandas.DataFrame({"image": list(BYTES), "label": CLASSES}),
+    "Hugging Face": datasets.Dataset.from_dict(
+        {"img": [Image.fromarray(one) for one in BYTES], "label": CLASSES}
+    ),
+    "undecoded": datasets.Dataset.from_dict(
+        {"img": [Image.fromarray(one) for one in BYTES], "label": CLASSES}
+    ).cast_column("img", datasets.Image(decode=False)),
+    "loader": DataLoader(TensorDataset(GRAY, torch.from_numpy(CLASSES)), batch_size=3),
     "mappings": [{"img": one, "label": c} for one, c in zip(BYTES, CLASSES, strict=True)],
 }
 
 
+@pytest.mark.filterwarnings("ignore:data. labels .* are one-hot")
 @pytest.mark.parametrize("dress", DRESSES)
 def test_the_same_samples_in_any_dress(dress: str) -> None:
     samples, plain = as_samples(DRESSES[dress]), ImageSamples(GRAY, CLASSES)
@@ -266,15 +277,13 @@ def test_lists_of_other_lengths_and_labels_that_are_none() -> None:
     for labels, words in (
         ([0, 1], "4 images but 2 labels"),
         (np.array(1), r"labels are int64 of shape \[\]"),
-        (np.ones(4), "labels are float64"),
+        (np.ones(4) * 1j, "labels are complex128"),
     ):
         with pytest.raises(DataError, match=words):
             as_samples((pictures, labels))
 
 
 def test_what_cannot_be_read_by_row_is_said_to_be_that() -> None:
-    pandas = pytest.importorskip("pandas")
-
     class Stream(IterableDataset[Any]):
         def __len__(self) -> int:
             return 3
@@ -282,9 +291,10 @@ def test_what_cannot_be_read_by_row_is_said_to_be_that() -> None:
         def __iter__(self) -> Iterator[Any]:
             yield BYTES[0], 0
 
-    for data in (pandas.DataFrame({"image": list(BYTES), "label": CLASSES}), Stream()):
-        with pytest.raises(DataError, match=r"sample 0 of a .* cannot be read by its number"):
-            as_samples(data)
+    with pytest.raises(DataError, match=r"sample 0 of a .* cannot be read by its number"):
+        as_samples(Stream())
+    with pytest.raises(DataError, match="Stream, is read in one go"):
+        as_samples(DataLoader(Stream()))
 
 
 def test_two_items_are_no_pair_of_arrays() -> None:

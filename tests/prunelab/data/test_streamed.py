@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import tarfile
@@ -269,12 +270,21 @@ def test_labels_of_any_type_of_column(column: Any, expected: list[int], tmp_path
 def test_names_that_files_give_to_numbers(tmp_path: Path) -> None:
     features = {"info": {"features": {"label": {"names": ["x", "y"], "_type": "ClassLabel"}}}}
     table = pa.table({"img": cells_of(IMAGES[:2]), "label": [1, 0]})
-    import json  # noqa: PLC0415
-
     pq.write_table(
         table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "a.parquet"
     )
     assert stream(tmp_path).class_names == ("x", "y")
+
+
+def test_columns_of_other_names(tmp_path: Path) -> None:
+    table = pa.table({"picture": cells_of(IMAGES[:2]), "kind": ["b", "a"], "label": [5, 5]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    samples = stream(tmp_path, columns="image=picture,label=kind")
+    assert samples.labels.tolist() == [1, 0]
+    assert stream(**samples.opened_with).class_names == ("a", "b")
+    members = [("1.png", cells_of(IMAGES)[0]), ("1.json", b'{"kind": 3, "label": 5}')]
+    tar = write_tar(tmp_path / "a.tar", members)
+    assert stream(tar, columns={"label": "kind"}).labels.tolist() == [3]
 
 
 def test_members_of_webdataset(tmp_path: Path) -> None:
@@ -381,8 +391,8 @@ def test_resize_brings_to_one_size(tmp_path: Path) -> None:
         stream(tmp_path).pixels(torch.arange(4))
     samples = stream(tmp_path, resize=(3, 5))
     for row, image in enumerate([*images(2, (4, 4)), *images(2, (9, 9))]):
-        expected = np.asarray(Image.fromarray(image).resize((5, 3), Image.Resampling.BILINEAR))
-        assert np.array_equal(samples.pixels(torch.tensor([row]))[0, 0].numpy(), expected)
+        expected = decoded([("here", png(image))], where="here", resize=(3, 5))
+        assert np.array_equal(samples.pixels(torch.tensor([row])).numpy(), expected)
     assert stream(tmp_path, resize=9).input_shape == (1, 9, 9)
     assert torch.equal(
         stream(tmp_path, resize=9).pixels(torch.tensor([2]))[0, 0],
@@ -543,8 +553,10 @@ def test_refused(case: str, tmp_path: Path) -> None:
         (["a.parquet", "a.tar"], {}, r"all \.parquet or all \.tar"),
         ("a.zip", {}, r"got \.zip"),
         (["gone.tar"], {}, "cannot be read"),
-        ("a.parquet", {"resize": (0, 3)}, "resize must be"),
+        ("a.parquet", {"resize": (0, 3)}, "expected N or HxW"),
         ("a.parquet", {"channels": 2}, "channels must be 1 or 3"),
+        ("a.parquet", {"columns": "label=kind"}, "columns img .* and kind, got"),
+        ("a.parquet", {"columns": "client=x"}, "parquet shards have no column for 'client'"),
         ("a.parquet", {"num_workers": -1}, "num_workers must be"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Buffers that no state carries, index tables and masks for instance, stay what the model made."""
+"""What no state carries, index tables and frozen weights, stays what the model made."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import sparsemodel
-from sparsemodel.errors import CheckpointError, SparseModelError
-from sparsemodel.layers.from_state import fixed_buffers, load_state_, sparse_model
+from sparsemodel.errors import CheckpointError, MaskError, SparseModelError
+from sparsemodel.layers.from_state import carried_tensors, fixed_tensors, load_state_, sparse_model
 from sparsemodel.masks.mask import Mask
 from sparsemodel.runtime.state import SparseState
 
@@ -64,7 +64,7 @@ def test_states_leave_them_alone() -> None:
     for other in (plain, sparse):
         assert int(other.get_buffer("norm.num_batches_tracked")) == 0
         assert other.get_buffer("order").tolist() == [2, 0, 3, 1]
-    assert fixed_buffers(model) == ["order", "allowed", "positions"]
+    assert fixed_tensors(model) == ["order", "allowed", "positions"]
 
 
 def test_a_model_on_meta_that_needs_them_is_refused_by_name(tmp_path: Path) -> None:
@@ -79,3 +79,64 @@ def test_a_model_on_meta_that_needs_them_is_refused_by_name(tmp_path: Path) -> N
     loaded = sparsemodel.load(tmp_path / "model", Tables()).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(X), model(X))
+
+
+class Language(nn.Module):
+    """An embedding that is the classifier too, a frozen layer with an adapter, a shared table."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.embedding, self.base = nn.Embedding(7, 4), nn.Linear(4, 4)
+            self.down, self.up = nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
+            self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+        self.base.requires_grad_(False)
+        self.register_buffer("scale", torch.tensor(2.0 + seed))
+        self.embedding.register_buffer("scale", self.scale)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        y: torch.Tensor = self.head(self.base(x) + self.scale * self.up(self.down(x)))
+        return y
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tied_tensors_come_once_and_frozen_ones_not_at_all(device: str) -> None:
+    """A tied model that two nodes fill with one state gives the same logits and stays tied."""
+    sender = Language(0)
+    carried = carried_tensors(sender)
+    assert list(carried) == ["scale", "embedding.weight", "down.weight", "up.weight"]
+    assert fixed_tensors(sender) == ["base.weight", "base.bias"]
+    mask = Mask({"up.weight": torch.eye(4, 2).bool()})
+    mask.apply(sender)
+    values = {n: (t[mask[n]] if n in mask else t).numpy().copy() for n, t in carried.items()}
+    state = SparseState(values, mask.csr())
+    with torch.device(device):
+        skeleton = Language(1)
+    if device == "meta":
+        with pytest.raises(SparseModelError, match=r"the frozen parameter 'base\.weight' is not"):
+            sparse_model(skeleton, state)
+        skeleton.base = Language(1).base.requires_grad_(False)
+    sparse = sparse_model(skeleton, state)
+    plain = Language(1)
+    load_state_(plain, state)
+    sender.base.load_state_dict(plain.base.state_dict())  # what every node has by the seed
+    tokens = torch.arange(7)
+    for model in (plain, sparse):
+        torch.testing.assert_close(model(tokens), sender(tokens))
+        assert model.get_parameter("head.weight") is model.get_parameter("embedding.weight")
+        assert model.get_buffer("embedding.scale") is model.get_buffer("scale")
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        assert frozen == {"base.weight", "base.bias"}
+    sparse(tokens).sum().backward()
+    assert sparse.get_parameter("up.values").grad is not None
+    with pytest.raises(MaskError, match="not of this model"):
+        load_state_(plain.requires_grad_(True), state)
+
+
+def test_a_wholly_frozen_model_is_carried_as_a_whole() -> None:
+    model = nn.Linear(2, 2).requires_grad_(False)
+    assert list(carried_tensors(model)) == ["weight", "bias"]
+    assert fixed_tensors(model) == []

@@ -163,6 +163,23 @@ def test_a_stem_is_not_pruned_because_other_layers_cannot_be() -> None:
         prunable_parameters(tied)
 
 
+def test_what_is_frozen_or_tied_is_not_offered() -> None:
+    """Neither has a sparse form that trains; of a model that is wholly frozen all is offered."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    model[1].requires_grad_(False)
+    model[3].bias = model[2].bias
+    assert list(prunable_parameters(model)) == ["4.weight"]
+    model[3].bias, model[4].weight = nn.Parameter(torch.zeros(4)), model[3].weight
+    assert list(prunable_parameters(model)) == ["2.weight"]
+    shared = nn.Linear(4, 4)  # one layer that is called twice is no tie
+    assert wrapped(nn.Linear(4, 4), shared, nn.ReLU(), shared) == ["1.weight"]
+    frozen = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    assert list(prunable_parameters(frozen)) == ["1.weight"]
+    frozen[0].weight.requires_grad_(True)
+    with pytest.raises(MaskError, match="train what is frozen"):
+        prunable_parameters(frozen)
+
+
 class Conv1D(nn.Module):
     """As transformers has it for GPT-2: a linear layer of the transposed weight."""
 

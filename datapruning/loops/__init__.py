@@ -1,0 +1,1 @@
+"""Data pruning in loops of others: transformers' Trainer, Lightning, scikit-learn."""

@@ -1,0 +1,167 @@
+"""Named columns of what people have: data sets of Hugging Face, frames of pandas, rows, files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from prunelab.data.tables import Table
+from prunelab.errors import DataError
+
+IMAGE_NAMES = ("image", "img", "images", "pixel_values", "input", "inputs", "x")
+LABEL_NAMES = ("label", "labels", "fine_label", "target", "targets", "y")
+TEXT_NAMES = ("text", "sentence", "content", "document", "review")
+CLIENT_NAMES = ("client",)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns by name, each read when it is asked for.
+
+    Attributes:
+        names: in their order.
+        read: the values of a column, one a row; a cell without a value is None or NaN.
+        class_names: of the columns whose numbers are classes with a name.
+        pictures: names of the columns that are known to hold pictures.
+        where: what errors begin with, such as a file.
+    """
+
+    names: tuple[str, ...]
+    read: Callable[[str], Any]
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    pictures: tuple[str, ...] = ()
+    where: str = "data"
+
+    def pick(self, wanted: str | None, usual: Sequence[str], what: str) -> str | None:
+        """The column that is wanted, or the one of a usual name; None where there is none.
+
+        Raises:
+            DataError: no column of the wanted name, or several of the usual names.
+        """
+        if wanted is not None:
+            if wanted not in self.names:
+                raise DataError(f"{self.where}: no column {wanted!r} for the {what}; {self.listed}")
+            return wanted
+        return self.only([name for name in self.names if name.lower() in usual], what)
+
+    def only(self, found: Sequence[str], what: str) -> str | None:
+        """The one that was found; None where none was.
+
+        Raises:
+            DataError: several.
+        """
+        if len(found) > 1:
+            raise DataError(
+                f"{self.where}: the {what} could be {' or '.join(map(repr, found))}; say which: "
+                f"columns={{{what!r}: ...}}, or {what}=... in a setting"
+            )
+        return found[0] if found else None
+
+    @property
+    def listed(self) -> str:
+        """All names, for an error."""
+        return f"columns: {', '.join(map(repr, self.names))}"
+
+    def first(self, name: str) -> Any:
+        """The first cell of a column, None where there is no row."""
+        return next(iter(self.read(name)), None)
+
+
+def columns_of(data: Any, *, where: str = "data") -> Columns | None:
+    """The columns of a data set of Hugging Face, a frame of pandas, a table, a list of mappings or
+    a mapping of lists and arrays; None where it is none of these.
+
+    Raises:
+        DataError: a row of a list without a column that the first row has.
+    """
+    found: Columns | None = None
+    if isinstance(data, Columns):
+        found = data
+    elif isinstance(data, Table):
+        found = Columns(
+            tuple(data.column_names), lambda name: typed(data[name]), data.class_names,
+            where=str(data.path),
+        )  # fmt: skip
+    elif hasattr(data, "column_names") and hasattr(data, "with_format"):
+        found = _of_hugging_face(data, where)
+    elif hasattr(data, "columns") and hasattr(data, "iloc"):
+        found = _of_pandas(data, where)
+    elif isinstance(data, Mapping) and data and all(isinstance(name, str) for name in data):
+        found = Columns(tuple(data), data.__getitem__, where=where)
+    elif isinstance(data, list | tuple) and data and all(isinstance(r, Mapping) for r in data):
+        found = _of_rows(data, where)
+    return found
+
+
+def check_filled(values: Iterable[Any], where: str, *, what: str = "value") -> None:
+    """Raise DataError, naming the row, if a cell is None, NaN or an empty text."""
+    for row, value in enumerate(values):
+        if value is None or value == "" or (isinstance(value, float) and np.isnan(value)):
+            raise DataError(f"{where}: row {row} has no {what}; fill it in or leave the row out")
+
+
+def typed(values: Sequence[Any]) -> Sequence[Any]:
+    """Fields of a text file as whole numbers or floats where all of them are such.
+
+    >>> typed(["1", "2"]), typed(["1", ".5", ""]), typed(["1", "a"])
+    ([1, 2], [1.0, 0.5, None], ['1', 'a'])
+    """
+    filled = [value for value in values if value != ""]
+    if not filled or not all(isinstance(value, str) for value in filled):
+        return values
+    for kind in (int, float):
+        try:
+            return [None if value == "" else kind(value) for value in values]
+        except ValueError:
+            continue
+    return values
+
+
+def _of_hugging_face(data: Any, where: str) -> Columns:
+    plain = data.with_format(None)
+    names: dict[str, tuple[str, ...]] = {}
+    pictures, arrays = [], []
+    for name, feature in data.features.items():
+        inner = getattr(feature, "feature", feature)  # of lists: classes of several a sample
+        if getattr(inner, "names", None):
+            names[name] = tuple(map(str, inner.names))
+        if type(feature).__name__ == "Image":
+            pictures.append(name)
+        if type(feature).__name__ in ("Array2D", "Array3D", "Array4D", "Array5D"):
+            arrays.append(name)
+
+    def read(name: str) -> Any:
+        if name in arrays:  # as lists they would lose their type
+            return data.with_format("numpy")[name][:]
+        # A column of pictures is decoded as it is walked through, not all at once.
+        return plain[name] if name in pictures else plain[name][:]
+
+    return Columns(tuple(data.column_names), read, names, tuple(pictures), where)
+
+
+def _of_pandas(frame: Any, where: str) -> Columns:
+    names = tuple(map(str, frame.columns))
+    place = {name: number for number, name in enumerate(names)}
+    if len(place) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{where} has two columns called {twice!r}; rename one of them")
+
+    def read(name: str) -> list[Any]:
+        column = frame.iloc[:, place[name]]
+        values: list[Any] = column.astype(object).where(column.notna(), None).tolist()
+        return values
+
+    return Columns(names, read, where=where)
+
+
+def _of_rows(rows: Sequence[Mapping[str, Any]], where: str) -> Columns:
+    def read(name: str) -> list[Any]:
+        for number, row in enumerate(rows):
+            if name not in row:
+                raise DataError(f"{where}: row {number} has no {name!r}, as row 0 has")
+        return [row[name] for row in rows]
+
+    return Columns(tuple(map(str, rows[0])), read, where=where)

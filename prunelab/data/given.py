@@ -1,0 +1,277 @@
+"""Both sides of any data: by name, folder, file or "module:function", or as objects."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prunelab.data.columns import Columns, columns_of
+from prunelab.data.datasets import (
+    DATASETS,
+    ImageSet,
+    Source,
+    check_dataset,
+    cut,
+    held_out,
+    num_classes_of,
+    sources,
+    subset,
+)
+from prunelab.data.objects import Side, has_partitions, is_grouped, side_of
+from prunelab.data.parquet import has_side, holds_tables, side_files
+from prunelab.data.reading import TEST_SHARE, Reading, reading
+from prunelab.data.samples import ImageSamples, Samples, taken
+from prunelab.data.sides import SampleSet
+from prunelab.data.tables import read_table
+from prunelab.errors import DataError
+from prunelab.runs.imported import imported
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+TEST_NAMES = ("test", "validation")
+
+
+def as_sample_set(
+    data: Any,
+    *,
+    seed: int = 0,
+    test_share: float = TEST_SHARE,
+    resize: int | str | tuple[int, int] | None = None,
+    columns: Mapping[str, str] | str | None = None,
+    task: str | None = None,
+    tokenizer: Callable[..., Any] | None = None,
+    max_length: int = 128,
+) -> SampleSet:
+    """Both sides of any data that people have.
+
+    Args:
+        data: a name, folder, file or "module:function" (see `load_sample_set`); a function that
+            gives any of these; a mapping of sides with "train" and "test" (or "validation"); a
+            federated data set or a partitioner of flwr-datasets, whose partitions are the clients;
+            or anything that `prunelab.data.objects.as_samples` takes.
+        seed: decides what is set aside.
+        test_share: of every class (of samples without classes: of all), set aside for the test
+            where there is no test side; 0: there is none then.
+        resize, columns, task, tokenizer, max_length: as of `as_samples`.
+
+    Raises:
+        DataError: as `as_samples`, or sides that are not alike.
+
+    >>> both = as_sample_set((np.zeros((10, 3, 8, 8), np.uint8), ["cat", "dog"] * 5))
+    >>> both.class_names, len(both.train), len(both.test)
+    (('cat', 'dog'), 8, 2)
+    """
+    how = reading(
+        resize=resize, columns=columns, task=task, test_share=test_share, tokenizer=tokenizer,
+        max_length=max_length,
+    )  # fmt: skip
+    if isinstance(data, str | Path):
+        return load_sample_set(str(data), how=how, seed=seed)
+    return sample_set_of(data, how, seed=seed)
+
+
+@lru_cache(maxsize=2)
+def load_sample_set(
+    name: str,
+    *,
+    how: Reading | None = None,
+    num_train: int | None = None,
+    num_test: int | None = None,
+    seed: int = 0,
+) -> SampleSet:
+    """A data set by name; cached for the process.
+
+    Args:
+        name: one of DATASETS; a folder of class folders (ROOT/CLASS/picture.png, or the same in
+            ROOT/train and ROOT/test or val); a folder of parquet files with pictures, or of the
+            tables train and test; a table (.csv, .tsv, .parquet) of numbers and a target, or of
+            pictures; or "module:function", which gives anything that `as_sample_set` takes.
+        how: how it is taken where that is not plain.
+        num_train, num_test: keep a stratified subset of so many.
+        seed: decides the subsets and what is set aside.
+
+    Raises:
+        DataError: unknown name, no access to the data, or data that are none of these.
+    """
+    how = how or Reading()
+    path = Path(name)
+    if name in DATASETS or (path.is_dir() and not _is_folder_of_tables(path, how)):
+        train, test = sources(name, how, seed=seed)
+        num_classes = num_classes_of(train, test, where=name)
+        train, test = cut(
+            train, test, num_train=num_train, num_test=num_test, seed=seed, where=name
+        )
+        return SampleSet(
+            path.name,
+            _decoded(train, how),
+            None if test is None else _decoded(test, how),
+            num_classes=num_classes,
+            class_names=train.class_names,
+            train_groups=None if train.groups is None else torch.from_numpy(train.groups),
+        )
+    if path.is_dir():
+        data: Any = _tables_of_folder(path)
+    elif path.suffix.lower() in TABLE_SUFFIXES:
+        data = read_table(path)
+    elif ":" in name:
+        data = _made(name)
+        if isinstance(data, str | Path):
+            return load_sample_set(
+                str(data), how=how, num_train=num_train, num_test=num_test, seed=seed
+            )
+    else:
+        check_dataset(name)
+    found = sample_set_of(data, how, seed=seed, name=path.name)
+    return _cut(found, num_train, num_test, seed=seed)
+
+
+def described(data: SampleSet) -> str:
+    """What was found, in one line for a user.
+
+    >>> described(as_sample_set("digits"))
+    'digits: 1,437 training and 360 test samples, inputs 1x8x8, 10 classes'
+    """
+    test = "no" if data.test is None else f"{len(data.test):,}"
+    parts = [f"{data.name}: {len(data.train):,} training and {test} test samples"]
+    batch = data.train.batch(torch.zeros(1, dtype=torch.int64))
+    if isinstance(batch, tuple):
+        parts.append(f"inputs {'x'.join(map(str, batch[0].shape[1:]))}")
+    names = list(data.class_names)
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    if data.num_classes is not None:
+        parts.append(f"{data.num_classes} classes" + (f" ({listed})" if names else ""))
+    elif names:
+        parts.append(f"several of {len(names)} classes each ({listed})")
+    if data.train_groups is not None:
+        parts.append(f"{len(data.train_groups.unique())} natural clients")
+    return ", ".join(parts)
+
+
+def sample_set_of(data: Any, how: Reading, *, seed: int = 0, name: str = "given") -> SampleSet:
+    """Both sides of an object, called by a name; see `as_sample_set`."""
+    if inspect.isfunction(data):
+        data = data()
+    if isinstance(data, SampleSet):
+        return data
+    if isinstance(data, ImageSet):
+        return SampleSet.of(data)
+    test: Any = None
+    if has_partitions(data):
+        train = side_of(data, how)
+        test = _central_test(data)
+    elif is_grouped(data):
+        if "train" not in data:
+            raise DataError(f"expected the sides train and test, got {', '.join(map(str, data))}")
+        train = side_of(data["train"], how)
+        test = next((data[side] for side in TEST_NAMES if side in data), None)
+    else:
+        train = side_of(data, how)
+    names = tuple(getattr(train.samples, "class_names", ()))
+    if test is not None:
+        tested = side_of(test, replace(how, class_names=names)).samples
+        return _both(train, tested, names, name)
+    labels = train.samples.labels
+    held = held_out(
+        None if labels is None else labels.numpy(),
+        count=len(train.samples), share=how.test_share, seed=seed, where=name,
+    )  # fmt: skip
+    if not held.any():
+        return _both(train, None, names, name)
+    kept, aside = (torch.from_numpy(np.flatnonzero(rows)) for rows in (~held, held))
+    groups = None if train.groups is None else train.groups[kept]
+    return _both(Side(taken(train.samples, kept), groups), taken(train.samples, aside), names, name)
+
+
+def _both(train: Side, test: Samples | None, names: tuple[str, ...], name: str) -> SampleSet:
+    counted = len(names) if train.samples.labels is not None else 0
+    return SampleSet(
+        name, train.samples, test,
+        num_classes=counted, class_names=names, train_groups=train.groups,
+    )  # fmt: skip
+
+
+def _decoded(source: Source, how: Reading) -> ImageSamples:
+    images = source.images(np.arange(len(source.labels)), how.resize)
+    return ImageSamples(images, source.labels, class_names=source.class_names)
+
+
+def _cut(data: SampleSet, num_train: int | None, num_test: int | None, *, seed: int) -> SampleSet:
+    """Subsets of samples that are in memory."""
+    if not num_train and not num_test:
+        return data
+
+    def rows(samples: Samples, count: int | None, what: str) -> torch.Tensor:
+        labels = samples.labels
+        groups = np.zeros(len(samples), np.int64) if labels is None else labels.numpy()
+        found = subset(groups, count, seed=seed, what=f"{data.name}, {what} side")
+        return torch.from_numpy(found)
+
+    chosen = rows(data.train, num_train, "training")
+    groups = data.train_groups
+    return SampleSet(
+        data.name,
+        taken(data.train, chosen),
+        None if data.test is None else taken(data.test, rows(data.test, num_test, "test")),
+        num_classes=data.num_classes,
+        class_names=data.class_names,
+        train_groups=None if groups is None else groups[chosen],
+    )
+
+
+def _made(name: str) -> Any:
+    """What a data factory gives."""
+    try:
+        made = imported(name)
+    except ImportError as error:
+        raise DataError(f"data set {name!r}: {error}") from error
+    return made() if callable(made) and not hasattr(made, "__getitem__") else made
+
+
+def _central_test(data: Any) -> Any:
+    """The test split of a federated data set, which it does not divide."""
+    if not hasattr(data, "load_split"):
+        return None
+    for name in TEST_NAMES:
+        try:
+            return data.load_split(name)
+        except ValueError:  # there is none of that name
+            continue
+    return None
+
+
+def _is_folder_of_tables(folder: Path, how: Reading) -> bool:
+    """Whether it holds the table train, and not pictures."""
+    if any((folder / f"train{suffix}").is_file() for suffix in TABLE_SUFFIXES[:2]):
+        return True
+    return holds_tables(folder, "train", dict(how.columns))
+
+
+def _tables_of_folder(folder: Path) -> dict[str, Columns]:
+    sides = {}
+    for name in ("train", *TEST_NAMES):
+        texts = [path for s in TABLE_SUFFIXES[:2] if (path := folder / f"{name}{s}").is_file()]
+        if texts or has_side(folder, (name,)):
+            files = texts or side_files(folder, (name,))
+            sides[name] = _joined_columns(folder, [columns_of(read_table(path)) for path in files])
+    return sides
+
+
+def _joined_columns(folder: Path, parts: list[Columns | None]) -> Columns:
+    """The columns of several files, one below the other."""
+    files = [part for part in parts if part is not None]
+    if len(files) == 1:
+        return files[0]
+    for part in files[1:]:
+        if part.names != files[0].names:
+            raise DataError(f"{part.where}: {part.listed}; {files[0].where} has others")
+    return replace(
+        files[0],
+        read=lambda name: [value for part in files for value in part.read(name)],
+        where=str(folder),
+    )

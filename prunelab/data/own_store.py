@@ -1,0 +1,139 @@
+"""A node's own pictures or table as a sample store, its classes numbered as a run numbers them.
+
+    python -m prunelab.data.own_store PATH FOLDER --classes cat,dog [--resize 32]
+
+makes one beforehand; nodes of a run make theirs when they join.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prunelab.data.given import load_sample_set
+from prunelab.data.reading import Reading, reading
+from prunelab.data.samples import ImageSamples, stored
+from prunelab.data.store import SampleStore, write_store
+from prunelab.errors import DataError, PrunelabError
+from prunelab.training.task import task_of
+
+REFUSED = 3  # exit status where the last line says what a user can mend
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a run's samples are, which those of a node have to be as well.
+
+    Attributes:
+        task: what they are for, a name in prunelab.training.task.TASKS; "": whatever they are.
+        num_classes: of the run; None: it has no classes, or as many as the node's.
+        class_names: of the classes 0, 1, ...; None: the node's own, sorted; empty: numbers alone.
+        input_shape: of one input; empty: whatever it is.
+    """
+
+    task: str = ""
+    num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+    input_shape: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Expected:
+        """Of `to_dict`."""
+        names, count = values.get("class_names"), values.get("num_classes")
+        return cls(
+            str(values.get("task", "")),
+            None if count is None else int(count),
+            None if names is None else tuple(map(str, names)),
+            tuple(map(int, values.get("input_shape", ()))),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        names = None if self.class_names is None else list(self.class_names)
+        return {
+            "task": self.task,
+            "num_classes": self.num_classes,
+            "class_names": names,
+            "input_shape": list(self.input_shape),
+        }
+
+
+def write_own_store(
+    path: str,
+    folder: Path,
+    *,
+    how: Reading | None = None,
+    expected: Expected | None = None,
+    made_for: str = "",
+) -> SampleStore:
+    """Write a store of all that a node has; of data with two sides, of the training side.
+
+    A class that the node lacks has no samples here, and keeps its number.
+
+    Args:
+        path: what `load_sample_set` takes: a folder of class folders or of parquet files, a table,
+            or "module:function".
+        folder: of the store; must not be there.
+        how: how the data are taken.
+        expected: what the run's samples are.
+        made_for: as of `write_store`.
+
+    Raises:
+        DataError: as `load_sample_set` and `write_store`, a class that the run does not know, or
+            samples of another task or shape; says what the run has.
+    """
+    run = expected or Expected()
+    how = replace(how or Reading(), test_share=0.0, class_names=run.class_names)
+    # Not kept by this process: the store has it.
+    found = load_sample_set.__wrapped__(path, how=how)
+    samples = found.train
+    task = task_of(samples)
+    if run.task and task != run.task:
+        raise DataError(f"{path}: samples are for {task}, those of the run for {run.task}")
+    inputs, targets = stored(samples)
+    shape = tuple(inputs.shape[1:])
+    if run.input_shape and inputs.dtype.kind != "i" and shape != run.input_shape:
+        cure = "; bring pictures to its size by data.resize" if len(shape) == 3 else ""
+        raise DataError(
+            f"{path}: inputs are {list(shape)}, the run's {list(run.input_shape)}{cure}"
+        )
+    num_classes = found.num_classes
+    if run.num_classes is not None and isinstance(samples, ImageSamples):
+        largest = int(samples.labels.max())
+        if largest >= run.num_classes:
+            raise DataError(f"{path}: has the class {largest}; the run has {run.num_classes}")
+        num_classes = run.num_classes
+    return write_store(
+        folder, inputs, targets,
+        num_classes=num_classes, name=found.name, task=task, class_names=found.class_names,
+        made_for=made_for,
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; a refusal is one line."""
+    parser = argparse.ArgumentParser("python -m prunelab.data.own_store", description=__doc__)
+    parser.add_argument("path", help="class folders, parquet, a table, or module:function")
+    parser.add_argument("folder", type=Path, help="of the store")
+    parser.add_argument("--classes", help="the run's classes in its order, commas between them")
+    parser.add_argument("--resize", default="", help="N or HxW pixels")
+    parser.add_argument("--columns", default="", help="such as image=picture,label=kind")
+    given = parser.parse_args(arguments)
+    names = None if given.classes is None else tuple(filter(None, given.classes.split(",")))
+    try:
+        how = reading(resize=given.resize, columns=given.columns)
+        store = write_own_store(
+            given.path, given.folder, how=how, expected=Expected(class_names=names)
+        )
+    except PrunelabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(REFUSED) from None
+    print(f"{store.folder}: {len(store):,} samples")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Masks in training loops of others: any torch loop, transformers' Trainer, Lightning."""

@@ -1,0 +1,140 @@
+"""Kept samples are what the data were: cut, selected or streamed, in order and with their types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
+
+import datapruning
+from datapruning.errors import SelectionError, SubsetWarning
+from datapruning.selection.table import Subset as Kept
+
+N = 30
+IMAGES = np.random.default_rng(0).integers(0, 256, (N, 1, 8, 8), dtype=np.uint8)
+LABELS = np.arange(N) % 2
+IDS = [0, 3, 4, 11, 29]
+
+
+def kept_of(data: Any) -> Kept:
+    """As a selection leaves it that was made on these data."""
+    samples = datapruning.ImageSamples(IMAGES, LABELS) if data is None else data
+    return Kept(
+        ids=torch.tensor(IDS), num_samples=N, dataset="d", fingerprint=samples.fingerprint,
+        policy="p", seed=0, labels=torch.from_numpy(LABELS)[IDS],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def kept() -> Kept:
+    return kept_of(None)
+
+
+def hugging_face() -> datasets.Dataset:
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=["cat", "dog", "owl"]),
+            "weight": datasets.Value("float16"),
+        }
+    )
+    columns = {
+        "image": [Image.fromarray(image[0]) for image in IMAGES],
+        "label": LABELS.tolist(),
+        "weight": [k / 4 for k in range(N)],
+    }
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def test_a_data_set_of_hugging_face_is_selected(kept: Kept) -> None:
+    """Columns, types and class names stay, and it trains, with a class that nothing is kept of."""
+    data = hugging_face()
+    chosen = kept.of(data)
+    assert type(chosen) is datasets.Dataset
+    assert chosen.features == data.features
+    assert chosen["weight"][:] == [k / 4 for k in IDS]
+    assert chosen.map(lambda row: {"twice": 2 * row["weight"]})["twice"][1] == 1.5
+    short = datapruning.TrainingConfig(epochs=1, batch_size=4)
+    with pytest.warns(SubsetWarning, match="no sample of class 2"):
+        student = datapruning.train(chosen, model="resnet8", training=short)
+    assert student.fc.out_features == 3
+
+
+def test_the_training_side_of_a_dict_is_replaced(kept: Kept) -> None:
+    data = hugging_face()
+    both = datasets.DatasetDict({"train": data, "test": data.select(range(6))})
+    chosen = kept.of(both)
+    assert type(chosen) is datasets.DatasetDict
+    assert (len(chosen["train"]), len(chosen["test"]), len(both["train"])) == (5, 6, N)
+    assert chosen["train"]["weight"][:] == [k / 4 for k in IDS]
+    plain = kept.of({"train": (IMAGES, LABELS), "test": (IMAGES, LABELS)})
+    assert isinstance(plain["train"], datapruning.KeptSamples)
+    assert plain["test"][0] is IMAGES
+
+
+def test_a_torch_data_set_gives_a_torch_subset(kept: Kept) -> None:
+    data = TensorDataset(torch.from_numpy(IMAGES), torch.from_numpy(LABELS))
+    chosen = kept.of(data)
+    assert isinstance(chosen, Subset)
+    assert chosen.dataset is data
+    assert chosen.indices == IDS
+
+
+def test_indices_are_for_anything_with_rows(kept: Kept) -> None:
+    assert kept.indices.dtype == np.int64
+    assert np.array_equal(IMAGES[kept.indices], IMAGES[IDS])
+    data = TensorDataset(torch.from_numpy(IMAGES), torch.arange(N))
+    loader = DataLoader(data, batch_size=5, sampler=SubsetRandomSampler(kept.indices))
+    (batch,) = loader
+    assert sorted(batch[1].tolist()) == IDS
+    own = datapruning.ImageSamples(IMAGES, LABELS, ids=np.arange(N) + 100)
+    other = Kept(torch.tensor([100, 129]), N, "d", own.fingerprint, "p", 0)
+    with pytest.raises(SelectionError, match=r"the id 129 is no row of 30 samples.* use rows"):
+        _ = other.indices
+    assert other.rows(own).tolist() == [0, 29]
+
+
+def test_arrays_and_frames_are_cut(kept: Kept) -> None:
+    for rows in (IMAGES, torch.from_numpy(IMAGES)):
+        cut = kept.of(rows)
+        assert type(cut) is type(rows)
+        assert np.array_equal(np.asarray(cut), IMAGES[IDS])
+    with pytest.raises(SelectionError, match="chosen from 30 samples of d, these data have 29"):
+        kept.of(IMAGES[1:])
+    frame = pandas.DataFrame({"height": np.arange(N) / 2, "kind": ["a", "b"] * (N // 2)})
+    frame.columns = ["height", "label"]
+    chosen = kept_of(datapruning_samples(frame)).of(frame)
+    assert list(chosen.index) == IDS
+    assert list(chosen.dtypes) == list(frame.dtypes)
+    with pytest.raises(SelectionError, match="these data have fingerprint"):
+        kept.of(frame)
+
+
+def datapruning_samples(data: Any) -> Any:
+    from prunelab.data.objects import as_samples  # noqa: PLC0415
+
+    return as_samples(data)
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(N))
+
+
+def test_streams_are_thinned_by_place(kept: Kept) -> None:
+    chosen = kept.of(Stream())
+    assert isinstance(chosen, IterableDataset)
+    assert list(chosen) == list(chosen) == IDS
+    assert [int(k) for k in DataLoader(chosen, batch_size=None)] == IDS
+    with pytest.raises(SelectionError, match="use one worker at most"):
+        list(DataLoader(chosen, batch_size=None, num_workers=2))
+    streamed = kept.of(hugging_face().to_iterable_dataset())
+    assert isinstance(streamed, datasets.IterableDataset)
+    assert [row["weight"] for row in streamed] == [k / 4 for k in IDS]

@@ -1,0 +1,360 @@
+"""A trained model in use: by hand-worked figures, and against the run's own evaluation."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from federation import tiny
+from PIL import Image
+from processes import Command
+from torch import nn
+
+import fedprune
+from fedprune.front import Result
+from fedprune.local.data import split
+from fedprune.local.site import split_seed
+from fedprune.rounds.folder import prepare
+from fedprune.rounds.workspace import open_workspace
+from fedprune.trained.evaluation import ClientScore, class_scores, fairness
+from prunelab.data.datasets import ImageSet, load_dataset
+from prunelab.data.samples import TargetSamples
+from prunelab.data.sides import SampleSet
+from prunelab.errors import DataError, ModelError, RunError
+from sparsemodel.errors import CheckpointError, ExportError
+from sparsemodel.layers.sparsify import sparse_layers
+
+CONFIG = tiny(method__name="magnitude", training__local_epochs=4)
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return fedprune.run(CONFIG, tmp_path_factory.mktemp("trained") / "a run")
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """Of a network and of data that were given as objects; the data name their classes."""
+    digits = load_dataset("digits", num_train=300, num_test=60)
+    sides = digits.train_images, digits.train_labels, digits.test_images, digits.test_labels
+    return fedprune.run(
+        model=lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes)),
+        data=ImageSet("digits", *sides, class_names=NAMES),
+        method="fedavg",
+        rounds=2,
+        clients=3,
+        folder=tmp_path_factory.mktemp("named") / "run",
+    )
+
+
+def command(*arguments: object, cwd: Path, columns: int = 200) -> Any:
+    return Command("fedprune", *map(str, arguments), cwd=cwd, columns=columns).ended()
+
+
+def test_evaluation_is_the_runs_own(result: Result) -> None:
+    found = result.evaluate()
+    assert found.samples == 60
+    assert found.accuracy == result.summary["test_accuracy"]
+    assert found.loss == pytest.approx(result.summary["test_loss"], rel=1e-5)
+    assert not found.to_dict().keys() & {"nan"}
+    assert sum(score.count for score in found.classes) == 60
+    hits = sum(score.count * score.recall for score in found.classes if score.recall is not None)
+    assert hits == pytest.approx(60 * found.metric)
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_clients_are_measured_on_what_they_set_aside(result: Result) -> None:
+    """By a plain loop over the same division."""
+    found, workspace = result.evaluate(), open_workspace(CONFIG)
+    images, labels = workspace.dataset.train.images, workspace.dataset.train.labels
+    expected, trained_on = [], set()
+    for client, share in enumerate(workspace.shares):
+        rows = split(share, seed=split_seed(CONFIG, client))
+        trained_on |= set(rows.train.tolist())
+        fed = torch.from_numpy(result.preprocessing.apply(images[rows.dev].numpy()))
+        with torch.no_grad():
+            hits = result.model(fed).argmax(1) == labels[rows.dev]
+        expected.append(float(hits.double().mean()))
+        assert not trained_on & set(rows.dev.tolist())
+    assert [score.metric for score in found.clients] == expected
+    assert found.clients_on == "development"
+    assert found.fairness is not None
+    assert found.fairness.worst == min(expected)
+    assert found.fairness.worst_client == expected.index(min(expected))
+    assert found.fairness.spread == pytest.approx(np.std(expected))
+    assert found.fairness.percentile_10 == pytest.approx(np.percentile(expected, 10))
+
+
+def test_scores_by_class_by_hand() -> None:
+    """Class 2 is missing in the data, class 3 is never said; a prediction beyond the names."""
+    labels, predicted = np.array([0, 0, 0, 1, 3, 3]), np.array([0, 0, 1, 1, 2, 9])
+    scores = class_scores(labels, predicted, ["a", "b", "c", "d"])
+    assert [(s.count, s.precision, s.recall) for s in scores] == [
+        (3, 1.0, 2 / 3), (1, 0.5, 1.0), (0, 0.0, None), (2, None, 0.0),
+    ]  # fmt: skip
+
+
+def test_fairness_by_hand() -> None:
+    """Of five clients one has no samples and two are the worst."""
+    metrics = [0.75, 0.5, None, 0.5, 1.0]
+    found = fairness([ClientScore(k, 4, 1.0, metric) for k, metric in enumerate(metrics)])
+    assert found is not None
+    assert (found.worst_client, found.worst, found.percentile_10) == (1, 0.5, 0.5)
+    assert found.spread == pytest.approx(np.sqrt((0.0625 + 0.1875**2 * 2 + 0.3125**2) / 4), rel=0.2)
+    assert found.spread == pytest.approx(np.std([0.75, 0.5, 0.5, 1.0]))
+    assert fairness([ClientScore(0, 0, None, None)]) is None
+
+
+def test_a_file_alone_is_enough(result: Result, tmp_path: Path) -> None:
+    """It knows its network, preprocessing and classes; the run's folder is not needed."""
+    shutil.copy(result.folder / "model.safetensors", tmp_path / "mine.safetensors")
+    found = fedprune.load(tmp_path / "mine.safetensors")
+    assert sparse_layers(found.model).keys() == sparse_layers(result.model).keys() != set()
+    assert found.names == tuple("0123456789")
+    assert found.evaluate("digits") == result.evaluate("digits")
+    with pytest.raises(RunError, match="name the data"):
+        found.evaluate()
+
+
+def test_a_narrow_network_is_built_again(tmp_path: Path) -> None:
+    """Of the width that the method chose."""
+    config = tiny(method__name="small-dense", training__rounds=1)
+    narrow = fedprune.run(config, tmp_path / "run")
+    shutil.copy(narrow.folder / "model.safetensors", tmp_path / "mine.safetensors")
+    alone = fedprune.load(tmp_path / "mine.safetensors")
+    assert alone.metadata["width"] not in ("", "4")
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(alone.model(x), narrow.model(x))
+
+
+def test_predictions_are_those_of_the_model(result: Result, tmp_path: Path) -> None:
+    data = load_dataset("digits")
+    found = result.predict("digits")
+    fed = torch.from_numpy(result.preprocessing.apply(data.test_images.numpy()))
+    with torch.no_grad():
+        expected = result.model(fed).softmax(1)
+    assert np.abs(found.values - expected.numpy()).max() < 1e-6
+    assert found.classes == [str(k) for k in expected.argmax(1).tolist()]
+    same = result.predict(data.test_images)
+    assert np.array_equal(same.values, found.values)
+    found.write(tmp_path / "some.csv")
+    found.write(tmp_path / "all.parquet", all_classes=True)
+    with (tmp_path / "some.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["id", "class", "probability"]
+    assert [row["class"] for row in rows] == found.classes
+    assert [float(row["probability"]) for row in rows] == found.values.max(1).tolist()
+    table = pyarrow.parquet.read_table(tmp_path / "all.parquet").to_pydict()
+    assert list(table) == ["id", "class", "probability", *(f"probability {k}" for k in range(10))]
+    assert table["probability 3"] == found.values[:, 3].tolist()
+    with pytest.raises(RunError, match=r"all\.parquet is there already; .* --force"):
+        found.write(tmp_path / "all.parquet")
+    with pytest.raises(RunError, match=r"ends in \.csv or \.parquet"):
+        found.write(tmp_path / "all.xlsx")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Six test digits as files, one of them coloured and one four times as large."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, image in enumerate(load_dataset("digits").test_images[:6, 0].numpy()):
+        picture = Image.fromarray(image)
+        if number == 4:
+            picture = picture.convert("RGB")
+        if number == 5:
+            picture = picture.resize((32, 32), Image.Resampling.NEAREST)
+        picture.save(folder / f"digit{number}.png")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::prunelab.errors.DataWarning")
+def test_pictures_by_file_name(result: Result, pictures: Path) -> None:
+    """Gray or coloured, of any size: the model says what it takes."""
+    expected = result.predict("digits").values[:6]
+    found = result.predict(pictures)
+    assert found.ids == [f"digit{k}.png" for k in range(6)]
+    assert np.abs(found.values - expected)[:5].max() < 1e-6
+    one = result.predict(pictures / "digit3.png")
+    assert one.ids == ["digit3.png"]
+    assert np.abs(one.values - expected[3]).max() < 1e-6
+    with Image.open(pictures / "digit2.png") as opened:
+        assert np.abs(result.predict(opened).values - expected[2]).max() < 1e-6
+
+
+def test_names_of_classes_go_with_the_model(named: Result) -> None:
+    """Data of other names' order, and without some of them, are told by name."""
+    assert named.class_names == NAMES
+    assert set(named.predict("digits").classes) <= set(NAMES)
+    digits = load_dataset("digits")
+    plain = named.evaluate("digits")
+    order = [9, 3, 0, 1, 2, 4, 5, 6, 7, 8]
+    numbers = torch.tensor([order.index(k) for k in range(10)])
+    sides = digits.train_images, numbers[digits.train_labels]
+    own = ImageSet(
+        "own", *sides, digits.test_images, numbers[digits.test_labels],
+        class_names=tuple(NAMES[k] for k in order),
+    )  # fmt: skip
+    assert named.evaluate(own).classes == plain.classes
+    few = digits.test_labels < 2
+    two = ImageSet("two", *(2 * (digits.test_images[few], digits.test_labels[few])), 3)
+    scores = named.evaluate(two).classes
+    assert [score.count > 0 for score in scores] == [True, True] + [False] * 8
+    assert scores[5].recall is None
+    strange = ImageSet("own", *sides, *sides, class_names=("ten", *NAMES[1:]))
+    with pytest.raises(DataError, match="own has the class 'ten', which the model does not know"):
+        named.evaluate(strange)
+
+
+def test_inputs_of_another_kind_are_refused(result: Result) -> None:
+    images = load_dataset("digits").test_images
+    refused: list[tuple[Any, str]] = [
+        (images / 255, "these are floats, and the model was trained on bytes .* own preprocessing"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "inputs are 3×8×8, and the model takes 1×8×8"),
+        ("nowhere", "unknown data set 'nowhere'"),
+        (np.zeros((3, 1, 8, 8), int), "expected bytes"),
+    ]
+    for data, text in refused:
+        with pytest.raises(DataError, match=text):
+            result.predict(data)
+    with pytest.raises(DataError, match="no labels to compare with; use predict"):
+        result.evaluate(images)
+
+
+def regressor(input_shape: tuple[int, ...]) -> nn.Module:
+    return nn.Sequential(nn.Linear(input_shape[0], 8), nn.ReLU(), nn.Linear(8, 1))
+
+
+def test_numbers_are_predicted_and_exported(tmp_path: Path) -> None:
+    """A table of features: no classes, one value each, its metric the mean absolute error."""
+    random = np.random.default_rng(0)
+    features = random.normal(size=(80, 3)).astype(np.float32)
+    targets = features @ np.float32([1, -2, 0.5])
+    sides = [TargetSamples(features[rows], targets[rows]) for rows in (slice(60), slice(60, 80))]
+    done = fedprune.run(
+        model=f"{__name__}:regressor",
+        data=SampleSet("table", *sides),
+        method="fedavg",
+        rounds=2,
+        clients=2,
+        folder=tmp_path / "run",
+        settings={"training.lr": 0.01, "data.partition": "iid"},
+    )
+    found = done.evaluate(SampleSet("table", *sides))
+    predicted = done.predict(features[60:])
+    assert predicted.columns().keys() == {"id", "value"}
+    assert found.metric_name == "mae"
+    assert found.metric == pytest.approx(np.abs(predicted.values[:, 0] - targets[60:]).mean())
+    assert (found.classes, found.accuracy) == ((), None)
+    mine = fedprune.load(done.folder)
+    assert done.export(tmp_path / "model.onnx").difference < 1e-5
+    assert done.evaluate().clients[1].samples > 0
+    assert mine.names == ()
+
+
+def test_a_network_that_was_an_object_is_named_again(
+    named: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedprune.given._models", {})  # as in another process
+    with pytest.raises(ModelError, match=r"given it as an object.* --model module:function"):
+        fedprune.load(named.folder)
+    wrong: Callable[..., nn.Module] = lambda: nn.Linear(3, 3)  # noqa: E731
+    with pytest.raises(ModelError, match="other parameters than the file"):
+        fedprune.load(named.folder, model=wrong)
+    right = fedprune.load(
+        named.folder, model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    )
+    assert right.predict("digits").classes == named.predict("digits").classes
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\ndef net(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
+    done = command("evaluate", named.folder, "digits", "--model", "mine:net", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = command("evaluate", named.folder, "--model", "mine:net", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "given as an object" in done.stderr
+    assert "name the data" in done.stderr
+
+
+def test_files_of_something_else(tmp_path: Path) -> None:
+    import sparsemodel  # noqa: PLC0415
+
+    with pytest.raises(CheckpointError, match="check the path"):
+        fedprune.load(tmp_path / "none.safetensors")
+    with pytest.raises(RunError, match="no run in"):
+        fedprune.load(tmp_path)
+    prepare(tmp_path / "begun", CONFIG, resume=False)
+    with pytest.raises(RunError, match="has no model yet; continue it with --resume"):
+        fedprune.load(tmp_path / "begun")
+    sparsemodel.save(nn.Linear(2, 2), tmp_path / "linear.safetensors")
+    with pytest.raises(ModelError, match=r"does not say model, input_shape.*sparsemodel\.load"):
+        fedprune.load(tmp_path / "linear.safetensors")
+
+
+def test_evaluate_on_the_command_line(result: Result, tmp_path: Path) -> None:
+    done = command(
+        "evaluate", result.folder, "--per-class", "--per-client", cwd=tmp_path, columns=80
+    )
+    assert done.returncode == 0, done.stderr
+    found = result.evaluate()
+    assert f"{found.metric:.4f}" in done.stdout
+    assert found.fairness is not None
+    assert "worst client" in done.stdout
+    assert f"{found.fairness.worst_client}: {found.fairness.worst:.4f}" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    done = command("evaluate", result.folder, "--json", cwd=tmp_path)
+    assert json.loads(done.stdout) == json.loads(json.dumps(found.to_dict()))
+
+
+@pytest.mark.parametrize("format", ["dense", "torch", "onnx", "program"])
+def test_export_on_the_command_line(format: str, result: Result, tmp_path: Path) -> None:
+    """Beside the model, never over it, and not twice without --force."""
+    run = tmp_path / "run"
+    shutil.copytree(result.folder, run)
+    before = (run / "model.safetensors").read_bytes()
+    done = command("export", "run", "--format", format, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (path,) = run.glob("exported.*")
+    assert str(path.relative_to(tmp_path)) in done.stdout
+    again = command("export", "run", "--format", format, cwd=tmp_path)
+    assert again.returncode == 1
+    assert "--force" in again.stderr
+    assert (run / "model.safetensors").read_bytes() == before
+    if format == "onnx":
+        import onnxruntime  # noqa: PLC0415
+
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        stored = session.get_modelmeta().custom_metadata_map
+        assert (stored["dataset"], stored["preprocessing"]) == (
+            "digits", json.dumps(result.preprocessing.to_dict()),
+        )  # fmt: skip
+
+
+def test_predict_on_the_command_line(result: Result, pictures: Path, tmp_path: Path) -> None:
+    done = command("predict", result.folder, pictures / "digit3.png", cwd=tmp_path, columns=80)
+    assert done.returncode == 0, done.stderr
+    assert "digit3.png" in done.stdout
+    model = result.folder / "model.safetensors"
+    done = command("predict", model, "digits", "--out", "p.csv", "--all", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 361
+    done = command("predict", model, "digits", "--out", "p.csv", cwd=tmp_path)
+    assert (done.returncode, "--force" in done.stderr) == (1, True)
+    done = command("export", model, "--format", "tflite", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "expected one of dense, torch, onnx, program" in done.stderr
+
+
+def test_an_export_over_the_model_itself_is_refused(result: Result) -> None:
+    with pytest.raises(ExportError, match="there already"):
+        result.export(result.folder / "model.safetensors")
