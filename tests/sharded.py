@@ -99,6 +99,7 @@ def peak_of_scoring(pattern: str, *, side: int) -> tuple[int, int]:
     torch.set_num_threads(1)
     # Large arrays go back to the system when they are freed, so that the peak is of what is in use.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 18)
+    pa.set_memory_pool(pa.system_memory_pool())
     model = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(3 * (side // 8) ** 2, 3)).eval()
     model(torch.zeros(256, 3, side, side))
     reset_high_water()
