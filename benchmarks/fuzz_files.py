@@ -241,7 +241,9 @@ def setup_start(world: Path) -> Any:
 
 def setup_test(world: Path) -> Any:
     store = setup(world).test
-    return store.images, store.labels, store.name, store.num_classes, store.preprocessing
+    assert store is not None, "of a run whose server tests"
+    about = store.name, store.num_classes, store.class_names, store.task, store.preprocessing
+    return store.inputs, store.targets, about
 
 
 def setup_train(world: Path) -> Any:
@@ -334,7 +336,7 @@ PLAIN = ("parts/run-100-000/training.pt", f"training/{runner.CHECKPOINT}", f"tra
 PLAIN += ("recommend/surrogate.ckpt",)
 IN_PARTS = ("tracin.pt", "shard-00000.pt", "shard-00001.pt")
 IN_PARTS += tuple(f"run-100-000/{name}.pt" for name in ("epoch-0001", "recorder", "done"))
-STORED = ("store.json", "images.npy", "labels.npy", "rows.npy")
+STORED = ("store.json", "inputs.npy", "targets.npy", "rows.npy")
 IN_BASE = ("recommend.json", "model.safetensors", "tokenizer.json", "config.json")
 
 KINDS = [

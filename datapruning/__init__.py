@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from prunelab.data.streamed import stream
     from prunelab.data.text import tokenized
     from prunelab.training.loop import TrainingConfig, evaluate
-    from prunelab.training.task import CausalLM, ImageClassification, Task, TextClassification
+    from prunelab.training.task import (
+        CausalLM,
+        ImageClassification,
+        MultiLabel,
+        Regression,
+        Supervised,
+        Task,
+        TextClassification,
+    )
 else:
     __getattr__, __dir__ = lazy(
         __name__,
@@ -43,7 +51,10 @@ else:
             "prunelab.data.streamed": "stream",
             "prunelab.data.text": "tokenized",
             "prunelab.training.loop": "TrainingConfig evaluate",
-            "prunelab.training.task": "CausalLM ImageClassification Task TextClassification",
+            "prunelab.training.task": (
+                "CausalLM ImageClassification MultiLabel Regression Supervised Task "
+                "TextClassification"
+            ),
         },
     )
 
@@ -55,8 +66,11 @@ __all__ = [
     "ImageSamples",
     "KeptSamples",
     "Method",
+    "MultiLabel",
+    "Regression",
     "ScoreTable",
     "Subset",
+    "Supervised",
     "Task",
     "TextClassification",
     "TokenSamples",

@@ -95,6 +95,9 @@ def score(  # noqa: PLR0917 - the command's options
     resize: Resize = "",
     columns: ColumnNames = "",
     target: Target = "",
+    task: Annotated[
+        str, typer.Option(help="What labels are for: classification, regression, multi-label.")
+    ] = "",
     test_share: TestShare = TEST_SHARE,
     out: Annotated[Path, typer.Option(help="Parquet file for the scores.")] = Path(
         "scores.parquet"
@@ -138,7 +141,9 @@ def score(  # noqa: PLR0917 - the command's options
     from prunelab.training.loop import TrainingConfig  # noqa: PLC0415
     from prunelab.training.task import ImageClassification  # noqa: PLC0415
 
-    how = reading(resize=resize, columns=with_target(columns, target), test_share=test_share)
+    how = reading(
+        resize=resize, columns=with_target(columns, target), task=task, test_share=test_share
+    )
     names = listed(method)
     _check_suffix(out)
     paths, page = table_paths(out, names), report_path(out)

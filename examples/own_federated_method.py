@@ -1,6 +1,6 @@
 """A federated method of your own, both halves in one class: python own_federated_method.py
 
-Clients train with gradients cut to a norm; the server goes a part of the way to their mean.
+Clients train with an L1 penalty; the server goes a part of the way to their mean.
 """
 
 from dataclasses import dataclass
@@ -12,23 +12,22 @@ import fedprune
 from fedprune.methods import train, train_request
 
 
-def train_cut(request, local):
-    def cut(values, gradients):
-        norm = np.sqrt(sum(np.vdot(g, g) for g in gradients.values()))
-        for gradient in gradients.values():
-            gradient[...] *= min(1, request.fields["max_norm"] / max(norm, 1e-12))
+def train_with_l1(request, local):
+    def add_penalty(values, gradients):
+        for name, gradient in gradients.items():
+            gradient[...] += request.fields["l1"] * np.sign(values[name])
 
-    return train(request, local, correction=cut)
+    return train(request, local, correction=add_penalty)
 
 
 @dataclass(frozen=True)
 class Careful(fedprune.Magnitude):
     name: ClassVar[str] = "careful"
-    actions: ClassVar[dict] = {"train": train_cut}
-    max_norm: float = 5.0
+    actions: ClassVar[dict] = {"train": train_with_l1}
+    l1: float = 1e-4
 
     def request(self, state):
-        return train_request(state, fields={"max_norm": self.max_norm})
+        return train_request(state, fields={"l1": self.l1})
 
     def update(self, state, *, mean, growth):
         moved = {n: w + 0.9 * (mean.values[n] - w) for n, w in state.model.values.items()}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fedprune.reports.trackers import Tracker
     from fedprune.trained.model import Trained
     from prunelab.runs.version import __version__
+    from prunelab.training.task import Supervised
 else:
     __getattr__, __dir__ = lazy(
         __name__,
@@ -45,6 +46,7 @@ else:
             "fedprune.trained.model": "Trained",
             "fedprune.reports.trackers": "Tracker",
             "prunelab.runs.version": "__version__",
+            "prunelab.training.task": "Supervised",
         },
     )
 
@@ -58,6 +60,7 @@ __all__ = [
     "Result",
     "RunConfig",
     "SmallDense",
+    "Supervised",
     "Tracker",
     "Trained",
     "__version__",

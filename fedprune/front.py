@@ -117,7 +117,7 @@ def load(
         CheckpointError: no such file, or a damaged one.
         ModelError: a file of something else, a network that is not there, or another one.
     """
-    from fedprune.trained.model import load_trained  # noqa: PLC0415
+    from fedprune.trained.loading import load_trained  # noqa: PLC0415
 
     return load_trained(Path(path), model=model)
 

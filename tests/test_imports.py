@@ -25,6 +25,7 @@ def test_imports_go_one_way() -> None:
         ("sparsemodel.codec", "torch flwr datasets sklearn torchvision matplotlib"),
         ("sparsemodel.runtime.trainer", "torch flwr datasets sklearn torchvision matplotlib"),
         ("sparsemodel.masks.adjust", "flwr datasets sklearn torchvision transformers matplotlib"),
+        ("prunelab", "torch flwr datasets sklearn torchvision transformers"),
         ("datapruning", "torch flwr datasets sklearn torchvision"),
         ("fedprune", "torch flwr ray datasets sklearn torchvision matplotlib"),
         ("fedprune.config", "torch flwr ray datasets sklearn torchvision matplotlib"),

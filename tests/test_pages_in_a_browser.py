@@ -94,12 +94,12 @@ def check(page: Path, width: int, *, num_wide: int = 0) -> Any:
 def run_page(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, int]:
-    """A finished run with a dense one beside it, long names, and a client left out."""
+    """A finished run with what it is compared with beside it, long names, a client left out."""
     base = tmp_path_factory.mktemp("runs")
     classes = request.param
     long = "module.with.a.long.name.stage3.block2.downsample.conv"
     names = [f"{long}{number}.weight" for number in range(24)]
-    for folder, method in (("tiny", "fedtiny"), ("dense", "fedavg")):
+    for folder, method in (("tiny", "fedtiny"), ("dense", "fedavg"), ("rival", "magnitude")):
         values = {"method.name": method, "data.clients": 12, "data.dataset": f"/data/{'x' * 90}"}
         config = RunConfig.parse(own_settings(values))
         prepare(base / folder, config.toml())
@@ -111,7 +111,7 @@ def run_page(
             "train_flops_ratio": 0.1, "state_bytes": 10**6, "state_bytes_dense": 10**7,
             "peak_rss_bytes": 10**9, "version": "1",
         }  # fmt: skip
-        if method == "fedavg":
+        if folder != "tiny":
             write_summary(base / folder, summary)
     clients = [
         {
@@ -123,7 +123,7 @@ def run_page(
         for c in range(12)
     ]
     selection = {
-        "winner": 1, "losses": [2.31, 2.2987, 2.4], "accuracies": [0.1] * 3, "adaptive": True,
+        "winner": 1, "losses": [2.31, 2.2987, 2.4], "metrics": [0.1] * 3, "adaptive": True,
         "densities": [dict.fromkeys(names, 0.0123)] * 3, "clients": list(range(12)),
     }  # fmt: skip
     start = {
@@ -156,6 +156,35 @@ def test_the_page_of_a_run(run_page: tuple[Path, int], width: int) -> None:
         "Accuracy by round", "Bytes by round", "Candidates", "Layer densities",
         "Labels of the clients",
     }  # fmt: skip
+
+
+def test_the_page_of_a_run_compares_it_with_both_that_lie_beside(
+    run_page: tuple[Path, int],
+) -> None:
+    text = run_page[0].read_text(encoding="utf-8")
+    assert "is in the folder dense" in text
+    assert "is in the folder rival" in text
+
+
+@pytest.mark.parametrize("is_finished", [True, False], ids=["finished", "under way"])
+def test_the_page_of_a_run_with_nothing_beside_it(is_finished: bool, tmp_path: Path) -> None:
+    """With commands in it as long as its folder's name, or with nothing to show yet."""
+    folder = tmp_path / ("a folder with a long name " * 6).strip()
+    config = RunConfig.parse({"data.dataset": "given.module.of.mine:make_the_data_of_the_run"})
+    prepare(folder, config.toml())
+    rounds = [
+        {"round": n, "test_accuracy": 0.1 * n, "bytes_up": 10**n, "bytes_down": 10**n}
+        for n in range(1, 4)
+    ]
+    if is_finished:
+        write_metrics(folder, rounds)
+        write_summary(folder, {
+            "method": "fedtiny", "dataset": config.data.dataset, "model": "resnet8", "seed": 0,
+            "rounds": 3, "density": 0.05, "density_target": 0.05, "test_accuracy": 0.3,
+        })  # fmt: skip
+    seen = look(write_report(folder), PHONE)
+    assert seen["width"] <= PHONE
+    assert seen["out"] == []
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
@@ -196,6 +225,9 @@ def test_the_page_of_scores(tmp_path: Path, width: int) -> None:
         )  # fmt: skip
         paths.append(tmp_path / f"{method}.parquet")
         table.write(paths[-1])
+    if width == PHONE:  # that of one method has other tiles and no agreement
+        seen = check(write_score_report(paths[:1], tmp_path / "one.html"), width)
+        assert len(seen["charts"]) == 2
     seen = check(write_score_report(paths, tmp_path / "page.html"), width)
     assert len(seen["pictures"]) == 300  # three methods, ten classes, two ends, five of each
     assert len(seen["charts"]) == 7  # two a method, and their agreement

@@ -43,14 +43,15 @@ def kept_of(dataset: Any, subset: Subset) -> Any:
     if is_array(dataset):
         _check_count(len(dataset), subset)
         return dataset[subset.indices]
-    if isinstance(dataset, IterableDataset) or hasattr(dataset, "filter"):
+    is_streamed = hasattr(dataset, "filter") and hasattr(dataset, "features")
+    if is_streamed or isinstance(dataset, IterableDataset):
         return _thinned(dataset, subset)
     return KeptSamples(dataset, subset)
 
 
 def _thinned(stream: Any, subset: Subset) -> Any:
     """A data set without rows, of Hugging Face or torch, less what is not kept."""
-    if hasattr(stream, "filter"):
+    if hasattr(stream, "features"):
         kept = frozenset(subset.indices.tolist())
         return stream.filter(lambda _, row: row in kept, with_indices=True)
     return KeptStream(stream, subset)

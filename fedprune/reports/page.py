@@ -57,6 +57,7 @@ class _Run:
     is_finished: bool
     mask: Patterns | None
     width: str
+    task: str
     beside: list[Beside]
 
 
@@ -105,6 +106,7 @@ def _read(folder: Path) -> _Run:
         is_finished=is_finished,
         mask=stored.patterns if stored else None,
         width=metadata.get("width", ""),
+        task=metadata.get("task", ""),
         beside=runs_beside(folder, config),
     )
 
@@ -181,6 +183,9 @@ def _used(run: _Run) -> dict[str, Any]:
         **{f"method.{key}": value for key, value in method.items()},
         "model.name": config.model_name,
         "model.width": run.width or config.model.width or "the network's own",
+        "model.blocks": config.model.blocks or "found from the modules",
+        "training.task": run.task or config.training.task or "what the samples are for",
+        "training.clip_norm": config.training.clip_norm or "never",
         "data.num_train": data.num_train or "all",
         "data.num_test": data.num_test or "all",
         "data.alpha": data.alpha if data.partition == "dirichlet" else NOT_USED,

@@ -183,6 +183,7 @@ def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
             "model": config.model_name,
             "width": setup.width,
             "seed": str(config.seed),
+            "columns": config.data.columns,
             "task": config.training.task or setup.data.task,
             "num_classes": str(setup.data.num_classes or ""),
             "class_names": json.dumps(setup.data.class_names),

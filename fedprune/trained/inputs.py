@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunelab.data.checked import checked_images, note
+from prunelab.data.columns import CLIENT_NAMES, LABEL_NAMES, columns_of
 from prunelab.data.datasets import DATASETS, ImageSet
+from prunelab.data.features import feature_names, features_of
 from prunelab.data.folders import PICTURE_SUFFIXES
-from prunelab.data.given import as_sample_set
+from prunelab.data.given import TABLE_SUFFIXES, as_sample_set
 from prunelab.data.objects import is_array, is_samples
 from prunelab.data.pictures import decoded
+from prunelab.data.reading import reading
 from prunelab.data.samples import Samples, stored
 from prunelab.data.sides import SampleSet
+from prunelab.data.tables import read_table
 from prunelab.errors import DataError
 
 Array = NDArray[Any]
+_Found = tuple[str, Samples, tuple[str, ...], bool]  # name, samples, class names, one side of two
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +37,15 @@ class Accepted:
         shape: of one of them.
         class_names: of its classes, or of its outputs; empty where nobody named them.
         num_classes: None where it tells no classes apart.
+        columns, task: of the data that it was trained on, as `as_sample_set` takes them.
     """
 
     dtype: str
     shape: tuple[int, ...]
     class_names: tuple[str, ...] = ()
     num_classes: int | None = None
+    columns: str = ""
+    task: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,25 +57,36 @@ class Inputs:
         ids: of each sample: its number, or the name of its file.
         inputs: [N, ...], as a `SampleStore` has them.
         targets: [N] or [N, ...]; None where nobody gave any.
+        has_side: whether they are one side of the data, and not all there are.
     """
 
     name: str
     ids: Sequence[int | str]
     inputs: Array
     targets: Array | None
+    has_side: bool = False
 
     def __len__(self) -> int:
         return len(self.inputs)
 
 
-def read_inputs(data: Any, accepted: Accepted, *, side: str = "") -> Inputs:
+def accepted_inputs(metadata: Mapping[str, str], class_names: tuple[str, ...]) -> Accepted:
+    """What the file of a model says of its inputs and classes."""
+    shape = tuple(int(size) for size in metadata["input_shape"].split("x") if size)
+    count = metadata["num_classes"]
+    return Accepted(
+        metadata["inputs"], shape, class_names, int(count) if count else None,
+        metadata.get("columns", ""), metadata.get("task", ""),
+    )  # fmt: skip
+
+
+def read_inputs(data: Any, accepted: Accepted) -> Inputs:
     """Samples that a model takes.
 
     Args:
-        data: a picture's file, or a folder with nothing but pictures in it; a picture, pictures or
-            an array of inputs without labels; or anything that
+        data: a picture's file, or a folder with nothing but pictures in it; a picture, pictures,
+            an array of inputs or a table without labels; or anything that
             `prunelab.data.given.as_sample_set` takes: its test side where it has one.
-        side: "train" or "test"; "" as said above.
 
     Raises:
         DataError: no such data, inputs of another kind, or classes that the model does not know.
@@ -78,47 +97,54 @@ def read_inputs(data: Any, accepted: Accepted, *, side: str = "") -> Inputs:
         size = accepted.shape[-2:] if len(accepted.shape) == 3 else None
         read = decoded(cells, where=where, resize=size)
         found = Inputs(where, ids, _with_channels(read, accepted, where), None)
+    elif (features := _features(data, accepted)) is not None:
+        found = Inputs(features[0], range(len(features[1])), features[1], None)
     elif is_array(data):
         array = checked_images(data).numpy()
         found = Inputs("array", range(len(array)), array, None)
     else:
-        found = _of_samples(_side(data, accepted, side), accepted)
+        found = _of_samples(_side(data, accepted), accepted)
     _check_kind(found, accepted)
     return found
 
 
-def of_sample_set(data: SampleSet, accepted: Accepted, *, side: str = "") -> Inputs:
-    """One side of a data set that was read already."""
+def of_sample_set(data: SampleSet, accepted: Accepted, *, side: str) -> Inputs:
+    """The side "train" or "test" of a data set that was read already."""
     found = _of_samples(_chosen(data, side), accepted)
     _check_kind(found, accepted)
     return found
 
 
-def _side(data: Any, accepted: Accepted, side: str) -> tuple[str, Samples, tuple[str, ...]]:
+def _side(data: Any, accepted: Accepted) -> _Found:
     if isinstance(data, ImageSet):
         data = SampleSet.of(data)
     if is_samples(data):
-        return "samples", data, ()
+        return "samples", data, (), False
     if not isinstance(data, SampleSet):
         is_folder = isinstance(data, str | Path) and str(data) not in DATASETS
-        size = accepted.shape[-2:] if is_folder and accepted.dtype == "uint8" else None
-        data = as_sample_set(data, test_share=0, resize=size if size and len(size) == 2 else None)
-    return _chosen(data, side)
+        is_resized = is_folder and accepted.dtype == "uint8" and len(accepted.shape) == 3
+        data = as_sample_set(
+            data,
+            test_share=0,
+            resize=accepted.shape[1:] if is_resized else None,  # type: ignore[arg-type]
+            columns=accepted.columns or None,
+            task=accepted.task,
+        )
+    return _chosen(data, "train" if data.test is None else "test")
 
 
-def _chosen(data: SampleSet, side: str) -> tuple[str, Samples, tuple[str, ...]]:
-    samples = data.train if side == "train" or (not side and data.test is None) else data.test
-    if samples is None:
-        raise DataError(f"{data.name} has no {side} side")
-    return data.name, samples, data.class_names
+def _chosen(data: SampleSet, side: str) -> _Found:
+    samples = data.train if side == "train" else data.test
+    assert samples is not None, "asked for by those who have looked"
+    return data.name, samples, data.class_names, data.test is not None
 
 
-def _of_samples(found: tuple[str, Samples, tuple[str, ...]], accepted: Accepted) -> Inputs:
-    name, samples, class_names = found
+def _of_samples(found: _Found, accepted: Accepted) -> Inputs:
+    name, samples, class_names, has_side = found
     inputs, targets = stored(samples)
     if samples.labels is not None:
         targets = _renumbered(name, targets, class_names, accepted)
-    return Inputs(name, samples.ids.tolist(), inputs, targets)
+    return Inputs(name, samples.ids.tolist(), inputs, targets, has_side)
 
 
 def _renumbered(
@@ -163,6 +189,23 @@ def _pictures(data: Any) -> tuple[list[int | str], list[tuple[str, Any]], str] |
     if not given or not all(hasattr(each, "convert") and hasattr(each, "mode") for each in given):
         return None
     return list(range(len(given))), [(f"picture {n}", p) for n, p in enumerate(given)], "pictures"
+
+
+def _features(data: Any, accepted: Accepted) -> tuple[str, Array] | None:
+    """Name and features of a table without a column to predict."""
+    if len(accepted.shape) != 1 or isinstance(data, ImageSet | SampleSet):
+        return None
+    if isinstance(data, str | Path):
+        if not Path(data).is_file() or Path(data).suffix.lower() not in TABLE_SUFFIXES:
+            return None
+        data = read_table(Path(data))
+    columns, how = columns_of(data), reading(columns=accepted.columns)
+    labels = {how.column("label")} if how.column("label") else set(LABEL_NAMES)
+    if columns is None or any(name in labels or name.lower() in labels for name in columns.names):
+        return None
+    others = [how.column("client"), *(n for n in columns.names if n.lower() in CLIENT_NAMES)]
+    names = feature_names(columns, how.column("features"), others)
+    return columns.where, features_of(columns, names)
 
 
 def _with_channels(pictures: Array, accepted: Accepted, where: str) -> Array:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedprune.config import RunConfig
-from fedprune.given import given_task, is_given, name_model
+from fedprune.given import is_given, name_dataset
 from fedprune.local.data import split
-from fedprune.local.network import TorchNetwork
 from fedprune.local.site import split_seed
-from fedprune.rounds.folder import CONFIG, MODEL, read_model, stored_config
+from fedprune.rounds.folder import stored_config
 from fedprune.trained.evaluation import (
     ClassScore,
     Evaluation,
@@ -27,16 +25,15 @@ from fedprune.trained.evaluation import (
     client_scores,
     fairness,
 )
-from fedprune.trained.inputs import Accepted, Inputs, of_sample_set, read_inputs
+from fedprune.trained.inputs import Accepted, Inputs, accepted_inputs, of_sample_set, read_inputs
 from fedprune.trained.predictions import Predictions
 from prunelab.data.batches import Preprocessing
+from prunelab.data.checked import note
+from prunelab.data.datasets import DATASETS
 from prunelab.data.tensors import batch_of, prepare, tensor_of
 from prunelab.errors import DataError, ModelError, RunError
-from prunelab.training.task import Classification, MultiLabel, Task, forward, make_task
-from sparsemodel.layers.from_state import carried_tensors, load_state_, sparse_model
-from sparsemodel.runtime.state import SparseState
+from prunelab.training.task import CausalLM, Classification, MultiLabel, Task, forward
 from sparsemodel.storage.export import Exported, export
-from sparsemodel.storage.state_file import load_state
 
 BATCH = 256  # samples at a time
 _NEEDED = ("model", "input_shape", "inputs", "num_classes", "preprocessing")
@@ -66,7 +63,7 @@ class Trained:
     @cached_property
     def accepted(self) -> Accepted:
         """The inputs that it takes."""
-        return _accepted(self.metadata, self.class_names)
+        return accepted_inputs(self.metadata, self.class_names)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,42 +84,53 @@ class Trained:
                 model's.
         """
         inputs = read_inputs(data, self.accepted)
+        kind: str = "values"
+        finished: nn.Module = nn.Identity()
+        if isinstance(self.task, Classification):
+            kind, finished = "classes", nn.Softmax(1)
+        elif isinstance(self.task, MultiLabel):
+            kind, finished = "labels", nn.Sigmoid()
         found = []
         with torch.no_grad():
             for rows in _batches(len(inputs)):
-                outputs = self._outputs(self._batch(inputs, rows))
-                if isinstance(self.task, Classification):
-                    outputs = outputs[:, : self.accepted.num_classes].softmax(1)
-                elif isinstance(self.task, MultiLabel):
-                    outputs = outputs.sigmoid()
-                found.append(outputs.float().reshape(len(rows), -1))
+                outputs = self._outputs(self._batch(inputs, rows)).float().reshape(len(rows), -1)
+                found.append(finished(outputs[:, : self.accepted.num_classes]))
         values = torch.cat(found).numpy()
-        kind = "values"
-        if isinstance(self.task, Classification):
-            kind = "classes"
-        elif isinstance(self.task, MultiLabel):
-            kind = "labels"
-        names = self.names
-        if len(names) != values.shape[1]:
-            count = values.shape[1]
-            names = ("value",) if count == 1 else tuple(f"value {k}" for k in range(count))
-        return Predictions(inputs.ids, values, names, kind)
+        return Predictions(inputs.ids, values, self._columns(values.shape[1]), kind)
 
     def evaluate(self, data: Any = None) -> Evaluation:
         """Loss and metric, precision and recall of each class, and how clients are served.
 
         Args:
-            data: anything labelled that `predict` takes; None: the run's own data, its test side,
-                which no training has touched, and each client's own samples that were set aside
-                from training.
+            data: anything labelled that `predict` takes; None, or the run's own data: their test
+                side, which no training has touched, and each client's own samples that were set
+                aside from training.
 
         Raises:
             DataError: as `predict`, or data without labels.
             RunError: no data were given, and the run's own cannot be had.
         """
-        if data is not None:
-            return self._evaluated(read_inputs(data, self.accepted))
-        return self._on_own_data()
+        if data is None or self._is_own(data):
+            return self._on_own_data()
+        inputs = read_inputs(data, self.accepted)
+        if self.folder is None and isinstance(data, str | Path) and not inputs.has_side:
+            note(
+                f"{data} has no test side, so that all samples count; if the model was trained on "
+                "it, those it has seen are among them: give the run's folder in place of the file"
+            )
+        return self._evaluated(inputs)
+
+    def _is_own(self, data: Any) -> bool:
+        """Whether data are those of the run, whose training samples are no test of it."""
+        if self.folder is None:
+            return False
+        config = stored_config(self.folder)
+        own = config.data.dataset
+        if isinstance(data, str | Path):
+            return str(data) not in DATASETS and Path(data).resolve() == Path(own).resolve()
+        with suppress(DataError):
+            return name_dataset(data, seed=config.seed) == own
+        return False
 
     def export(
         self, path: str | Path, *, format: str | None = None, force: bool = False
@@ -140,6 +148,12 @@ class Trained:
             metadata=dict(self.metadata),
             force=force,
         )
+
+    def _columns(self, count: int) -> tuple[str, ...]:
+        """What so many outputs are called."""
+        if len(self.names) == count:
+            return self.names
+        return ("value",) if count == 1 else tuple(f"value {k}" for k in range(count))
 
     def _batch(self, inputs: Inputs, rows: np.ndarray[Any, Any]) -> Any:
         """A batch as the task takes it; samples without targets get zeros, which nobody reads."""
@@ -231,90 +245,10 @@ class Trained:
         accepted, random = self.accepted, torch.Generator().manual_seed(0)
         if accepted.dtype == "int64":
             ids = torch.randint(1, 8, (2, *accepted.shape), generator=random)
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            texts: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            return texts | ({"use_cache": False} if isinstance(self.task, CausalLM) else {})
         first = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
         return torch.randn(2, *accepted.shape, generator=random).to(first.dtype)
-
-
-def load_trained(
-    path: Path, *, model: str | nn.Module | Callable[..., nn.Module] | None = None
-) -> Trained:
-    """What `fedprune.load` gives."""
-    folder, config = _folder_of(path), None
-    if folder is not None:
-        config = stored_config(folder)
-        if not (folder / MODEL).exists():
-            raise RunError(f"the run in {folder} has no model yet; continue it with --resume")
-    state, metadata = load_state(path) if folder is None else read_model(folder)
-    missing = [key for key in _NEEDED if key not in metadata]
-    if missing:
-        raise ModelError(
-            f"{path} does not say {', '.join(missing)}: it was not written by a run of this "
-            "release; read it by sparsemodel.load(path, model)"
-        )
-    name = metadata["model"] if model is None else name_model(model)
-    class_names = tuple(map(str, json.loads(metadata.get("class_names", "[]"))))
-    return Trained(
-        model=_network(path, state, metadata, name, config),
-        preprocessing=Preprocessing.from_metadata(metadata),
-        class_names=class_names,
-        metadata=metadata,
-        folder=folder,
-        task=make_task(given_task(metadata.get("task", "classification"))),
-    )
-
-
-def _folder_of(path: Path) -> Path | None:
-    """The run's folder that was named, or whose model file was; None of a file by itself."""
-    if path.is_dir():
-        return path
-    return path.parent if path.name == MODEL and (path.parent / CONFIG).exists() else None
-
-
-def _network(
-    path: Path, state: SparseState, metadata: Mapping[str, str], name: str, config: RunConfig | None
-) -> nn.Module:
-    """The network that a state is of, in evaluation mode."""
-    accepted = _accepted(metadata, ())
-    widths = [config.model.width] if config else [0, int(metadata.get("width") or 0)]
-    problem = ""
-    for width in dict.fromkeys(widths):
-        own = config or RunConfig.parse(
-            {"method.name": "fedavg", "seed": int(metadata.get("seed", 0)), "model.width": width}
-        )
-        own = replace(own, model=replace(own.model, name=name))
-        network = TorchNetwork(
-            own, accepted.num_classes, accepted.shape, metadata.get("task", "classification")
-        )
-        try:
-            built = network.empty_model()
-        except ModelError as error:
-            problem = str(error)
-            continue
-        shapes = {key: tuple(value.shape) for key, value in carried_tensors(built).items()}
-        if shapes == state.shapes():
-            return _filled(built, state.ordered(shapes)).eval()
-        problem = f"{name!r} has other parameters than the file"
-    cure = (
-        "; the run was given it as an object: name what builds it, --model module:function "
-        "(in Python: load(path, model=...))"
-        if ":" not in name
-        else "; it is not the network of the run any more"
-    )
-    raise ModelError(f"{path}: {problem}{cure}")
-
-
-def _filled(built: nn.Module, state: SparseState) -> nn.Module:
-    if state.patterns is not None:
-        return sparse_model(built, state)
-    load_state_(built, state)
-    return built
-
-
-def _accepted(metadata: Mapping[str, str], class_names: tuple[str, ...]) -> Accepted:
-    shape = tuple(int(size) for size in metadata["input_shape"].split("x") if size)
-    count = metadata["num_classes"]
-    return Accepted(metadata["inputs"], shape, class_names, int(count) if count else None)
 
 
 def _listening(task: Classification, seen: list[Tensor]) -> Classification:

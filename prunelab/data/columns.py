@@ -123,7 +123,8 @@ def typed(values: Sequence[Any]) -> Sequence[Any]:
 def _of_hugging_face(data: Any, where: str) -> Columns:
     plain = data.with_format(None)
     names: dict[str, tuple[str, ...]] = {}
-    pictures, arrays = [], []
+    pictures: list[str] = []
+    dtypes: dict[str, str] = {}
     for name, feature in data.features.items():
         inner = getattr(feature, "feature", feature)  # of lists: classes of several a sample
         if getattr(inner, "names", None):
@@ -131,11 +132,11 @@ def _of_hugging_face(data: Any, where: str) -> Columns:
         if type(feature).__name__ == "Image":
             pictures.append(name)
         if type(feature).__name__ in ("Array2D", "Array3D", "Array4D", "Array5D"):
-            arrays.append(name)
+            dtypes[name] = feature.dtype
 
     def read(name: str) -> Any:
-        if name in arrays:  # as lists they would lose their type
-            return data.with_format("numpy")[name][:]
+        if name in dtypes:  # as lists they would lose their type
+            return np.array(plain[name][:], dtypes[name])
         # A column of pictures is decoded as it is walked through, not all at once.
         return plain[name] if name in pictures else plain[name][:]
 

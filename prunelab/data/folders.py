@@ -54,7 +54,7 @@ def read_classes(folder: Path, *, class_names: Sequence[str] | None = None) -> C
 
     Args:
         class_names: of the run, or of another side: their order numbers the classes, and one may
-            be missing here; empty: folders are called by numbers; None: in the order of the names.
+            be missing here; by default those of the folders, sorted.
 
     Raises:
         DataError: no folder of a class, no picture, or a class that is none of those; damaged
@@ -68,13 +68,6 @@ def read_classes(folder: Path, *, class_names: Sequence[str] | None = None) -> C
             "parquet files, or train.csv)"
         )
     names = tuple(class_names or ()) or tuple(path.name for path in found)
-    if class_names == () and all(name.isdecimal() for name in names):
-        names = tuple(map(str, range(max(map(int, names)) + 1)))  # numbers, as the run has them
-    elif class_names == ():
-        raise DataError(
-            f"{folder} has classes with names, such as {names[0]!r}, and the run numbers them; "
-            "call the folders 0, 1, 2 and so on"
-        )
     unknown = [path.name for path in found if path.name not in names]
     if unknown:
         raise DataError(
@@ -106,7 +99,7 @@ def read_classes(folder: Path, *, class_names: Sequence[str] | None = None) -> C
                 raise DataError(f"{files[row]} cannot be read: {error}") from None
             yield str(files[row]), data
 
-    return ClassFolders(np.array(labels, np.int64), cells, () if class_names == () else names)
+    return ClassFolders(np.array(labels, np.int64), cells, names)
 
 
 def _named(folder: Path, names: Sequence[str]) -> list[Path]:

@@ -32,6 +32,7 @@ from prunelab.data.sides import SampleSet
 from prunelab.data.tables import read_table
 from prunelab.errors import DataError
 from prunelab.runs.imported import imported
+from prunelab.training.task import task_of
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 TEST_NAMES = ("test", "validation")
@@ -174,7 +175,9 @@ def sample_set_of(data: Any, how: Reading, *, seed: int = 0, name: str = "given"
         train = side_of(data, how)
     names = tuple(getattr(train.samples, "class_names", ()))
     if test is not None:
-        tested = side_of(test, replace(how, class_names=names)).samples
+        # What the training side's labels are, though those of few test samples look otherwise.
+        as_trained = replace(how, class_names=names, task=task_of(train.samples))
+        tested = side_of(test, as_trained).samples
         return _both(train, tested, names, name)
     labels = train.samples.labels
     held = held_out(

@@ -87,7 +87,11 @@ def write_own_store(
             samples of another task or shape; says what the run has.
     """
     run = expected or Expected()
-    how = replace(how or Reading(), test_share=0.0, class_names=run.class_names)
+    names = run.class_names
+    if names == () and run.num_classes is not None:  # folders are called by their number then
+        names = tuple(map(str, range(run.num_classes)))
+    how = how or Reading()
+    how = replace(how, test_share=0.0, class_names=names, task=run.task or how.task)
     # Not kept by this process: the store has it.
     found = load_sample_set.__wrapped__(path, how=how)
     samples = found.train
@@ -107,9 +111,10 @@ def write_own_store(
         if largest >= run.num_classes:
             raise DataError(f"{path}: has the class {largest}; the run has {run.num_classes}")
         num_classes = run.num_classes
+    classes = found.class_names if run.class_names is None else run.class_names
     return write_store(
         folder, inputs, targets,
-        num_classes=num_classes, name=found.name, task=task, class_names=found.class_names,
+        num_classes=num_classes, name=found.name, task=task, class_names=classes,
         made_for=made_for,
     )  # fmt: skip
 

@@ -41,7 +41,7 @@ class MaskCallback(LoopCallback):
                 "trained under another mask, or none; give the mask it was trained under, or start "
                 "a new run from its weights"
             )
-        self._held = HeldMask(model, self.mask, optimizers)
+        self._held = HeldMask(model, self.mask, *optimizers)
 
     def end(self, model: nn.Module) -> None:
         if self._held is not None:

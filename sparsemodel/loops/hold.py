@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -40,17 +40,16 @@ class HeldMask:
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    >>> with HeldMask(model, Mask({"weight": torch.tensor([[True, False]])}), [optimizer]):
+    >>> with HeldMask(model, Mask({"weight": torch.tensor([[True, False]])}), optimizer):
     ...     model(torch.ones(1, 2)).sum().backward()
     ...     optimizer.step()
     >>> model.weight[0, 1].item()
     0.0
     """
 
-    def __init__(self, model: nn.Module, mask: Mask, optimizers: Iterable[Optimizer] = ()) -> None:
+    def __init__(self, model: nn.Module, mask: Mask, *optimizers: Optimizer) -> None:
         weights = masked_weights(model, mask)
         pairs = [(weight, ~mask[name].to(weight.device)) for name, weight in weights.items()]
-        optimizers = list(optimizers)
         _zero(pairs)
         for optimizer in optimizers:
             _forget(optimizer, pairs)
@@ -87,13 +86,10 @@ def masked_weights(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
     """
     parameters = dict(_bare_parameters(model))
     names = {name: name.replace(f"{COMPILED}.", "") for name in mask}
-    first = next(iter(names.values()))
-    starts = [name.removesuffix(first) for name in parameters if f".{name}".endswith(f".{first}")]
-    fitting = [
-        start for start in starts if all(start + name in parameters for name in names.values())
-    ]
-    if "" in fitting:
-        fitting = [""]
+    fitting = _places(parameters, list(names.values()))
+    if not fitting:  # a mask of what DistributedDataParallel gave
+        names = {name: own.removeprefix("module.") for name, own in names.items()}
+        fitting = _places(parameters, list(names.values()))
     if not fitting:
         missing = [name for name in names.values() if name not in parameters]
         raise MaskError(
@@ -119,6 +115,14 @@ def masked_weights(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
                 "mask is held on whole weights alone: train by DistributedDataParallel"
             )
     return weights
+
+
+def _places(parameters: Mapping[str, nn.Parameter], names: list[str]) -> list[str]:
+    """What to put before the names so that all of them are parameters: nothing, where that does."""
+    first = names[0]
+    starts = [name.removesuffix(first) for name in parameters if f".{name}".endswith(f".{first}")]
+    fitting = [start for start in starts if all(start + name in parameters for name in names)]
+    return [""] if "" in fitting else fitting
 
 
 def num_not_zero(model: nn.Module, mask: Mask) -> int:

@@ -58,7 +58,8 @@ def export(
 
     The file's content is read again and run on the example, on its first sample alone and on the
     example twice over; every output is the model's to 1e-5 of the largest. The batch may have any
-    size in all formats. The model is exported in evaluation mode, and stays as it is.
+    size in all formats, and texts (whole numbers [B, T]) any length where the model allows it. The
+    model is exported in evaluation mode, and stays as it is.
 
     Args:
         path: the file; its folder must exist.

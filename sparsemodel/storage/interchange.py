@@ -47,9 +47,16 @@ class Inputs:
         """The same with a function's result in the place of every tensor."""
         return self._mapped(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
 
-    def dimensions(self, first: Any) -> Inputs:
-        """What is free in shapes: the first dimension of every tensor."""
-        return self._mapped(lambda leaf: {0: first} if isinstance(leaf, Tensor) else None)
+    def dimensions(self, batch: Any) -> Inputs:
+        """What is free in shapes: the batch, and the length of texts if the model allows it."""
+
+        def free(leaf: Any) -> dict[int, Any] | None:
+            if not isinstance(leaf, Tensor):
+                return None
+            is_text = leaf.dim() == 2 and not leaf.is_floating_point()
+            return {0: batch, 1: torch.export.Dim.AUTO} if is_text else {0: batch}
+
+        return self._mapped(free)
 
     def _mapped(self, function: Callable[[Any], Any]) -> Inputs:
         return Inputs(*pytree.tree_map(function, (self.args, dict(self.named))))

@@ -182,8 +182,16 @@ def at_work(mark: str) -> list[str]:
 def test_flower_engine_gives_the_bits_of_inline(finished: Path, tmp_path: Path) -> None:
     """Through SuperLink, `flwr run` and Ray: same digest, same bytes, and nothing left running."""
     out = tmp_path / "flower run"
-    done = fedprune("run", "--engine", "flower", *OPTIONS, "--out", str(out), cwd=tmp_path)
+    (tmp_path / "sheet.py").write_text(
+        "class Sheet:\n"
+        "    def start(self, config, folder): self.rounds = []\n"
+        "    def log(self, metrics, step): self.rounds.append(step)\n"
+        "    def finish(self, summary): print(len(summary) > 9, self.rounds, file=open('s', 'w'))\n"
+    )
+    arguments = ["run", "--engine", "flower", *OPTIONS, "--tracker", "sheet:Sheet"]
+    done = fedprune(*arguments, "--out", str(out), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "s").read_text() == "True [1, 2, 3, 4]\n"  # of a server in another process
     assert digest(out) == digest(finished)
     ours, theirs = read_summary(out), read_summary(finished)
     for key in ("bytes_up", "bytes_down", "test_accuracy", "train_flops_ratio"):

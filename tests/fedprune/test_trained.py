@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from federation import tiny
 from PIL import Image
 from processes import Command
+from safetensors.torch import load_file
 from torch import nn
 
 import fedprune
@@ -26,11 +28,11 @@ from fedprune.rounds.folder import prepare
 from fedprune.rounds.workspace import open_workspace
 from fedprune.trained.evaluation import ClientScore, class_scores, fairness
 from prunelab.data.datasets import ImageSet, load_dataset
-from prunelab.data.samples import TargetSamples
+from prunelab.data.samples import ImageSamples, TargetSamples, TokenSamples
 from prunelab.data.sides import SampleSet
-from prunelab.errors import DataError, ModelError, RunError
+from prunelab.errors import DataError, DataWarning, ModelError, RunError
 from sparsemodel.errors import CheckpointError, ExportError
-from sparsemodel.layers.sparsify import sparse_layers
+from sparsemodel.layers.sparsify import densify, sparse_layers
 
 CONFIG = tiny(method__name="magnitude", training__local_epochs=4)
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -230,6 +232,46 @@ def test_inputs_of_another_kind_are_refused(result: Result) -> None:
         result.evaluate(images)
 
 
+def test_training_samples_are_no_test(tmp_path: Path) -> None:
+    """Data without a test side of their own: those that the run set aside, and no others."""
+    digits = load_dataset("digits", num_train=200)
+    pair = (digits.train_images, digits.train_labels)
+    for label, image in zip(digits.train_labels.tolist(), digits.train_images[:, 0], strict=True):
+        folder = tmp_path / "own digits" / NAMES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.numpy()).save(folder / f"{len(list(folder.iterdir()))}.png")
+    for number, data in enumerate([pair, str(tmp_path / "own digits")]):
+        done = fedprune.run(
+            model="resnet8", data=data, method="fedavg", rounds=1, clients=2,
+            folder=tmp_path / f"run{number}", settings={"model.width": 4},
+        )  # fmt: skip
+        found = done.evaluate(data)
+        assert found == done.evaluate()
+        assert 0 < found.samples < 60
+        assert found.accuracy == done.summary["test_accuracy"]
+    assert done.class_names == tuple(sorted(NAMES))
+    shutil.copy(done.folder / "model.safetensors", tmp_path / "mine.safetensors")
+    with pytest.warns(DataWarning, match="has no test side, so that all samples count"):
+        assert fedprune.load(tmp_path / "mine.safetensors").evaluate(data).samples == 200
+
+
+def test_clients_that_test_are_measured_on_their_test_samples(tmp_path: Path) -> None:
+    """What no training and no choice has seen; there is no other test side."""
+    digits = load_dataset("digits", num_train=300)
+    done = fedprune.run(
+        model="resnet8", data=SampleSet("own", ImageSamples.of(digits), None), method="fedavg",
+        rounds=2, clients=3, folder=tmp_path / "run",
+        settings={"model.width": 4, "federation.evaluate": "clients"},
+    )  # fmt: skip
+    found = done.evaluate()
+    assert found.clients_on == "test"
+    (tested,) = [line["test_clients"] for line in done.metrics if line.get("round") == 2]
+    assert [(own.samples, own.metric) for own in found.clients] == [
+        (own["samples"], own["metric"]) for own in tested
+    ]
+    assert found.samples == sum(own["samples"] for own in tested)
+
+
 def regressor(input_shape: tuple[int, ...]) -> nn.Module:
     return nn.Sequential(nn.Linear(input_shape[0], 8), nn.ReLU(), nn.Linear(8, 1))
 
@@ -256,9 +298,62 @@ def test_numbers_are_predicted_and_exported(tmp_path: Path) -> None:
     assert found.metric == pytest.approx(np.abs(predicted.values[:, 0] - targets[60:]).mean())
     assert (found.classes, found.accuracy) == ((), None)
     mine = fedprune.load(done.folder)
-    assert done.export(tmp_path / "model.onnx").difference < 1e-5
+    assert done.export(tmp_path / "model.pt2").difference < 1e-5
     assert done.evaluate().clients[1].samples > 0
     assert mine.names == ()
+
+
+def test_tables_with_and_without_the_column_to_predict(tmp_path: Path) -> None:
+    """By the columns of the run, in files that are read as the run's was."""
+    random = np.random.default_rng(0)
+    features = np.round(random.normal(size=(60, 2)), 3)
+    header, prices = "a,b,price", features @ [1.0, -2.0]
+    lines = [f"{a},{b},{price:.4f}" for (a, b), price in zip(features, prices, strict=True)]
+    (tmp_path / "old.csv").write_text("\n".join([header, *lines[:40]]))
+    (tmp_path / "new.csv").write_text("\n".join([header, *lines[40:]]))
+    bare = [line.rpartition(",")[0] for line in ["a,b,", *lines[40:]]]
+    (tmp_path / "bare.csv").write_text("\n".join(bare))
+    done = fedprune.run(
+        model=f"{__name__}:regressor", data=str(tmp_path / "old.csv"), method="fedavg", rounds=1,
+        clients=2, folder=tmp_path / "run",
+        settings={"data.columns": "label=price", "data.partition": "iid", "training.lr": 0.01},
+    )  # fmt: skip
+    predicted = done.predict(tmp_path / "bare.csv")
+    assert len(predicted) == 20
+    assert np.array_equal(done.predict(tmp_path / "new.csv").values, predicted.values)
+    found = done.evaluate(tmp_path / "new.csv")
+    assert found.metric == pytest.approx(np.abs(predicted.values[:, 0] - prices[40:]).mean(), 1e-3)
+
+
+def bert() -> nn.Module:
+    import transformers  # noqa: PLC0415
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 30, "num_labels": 2}
+    config = transformers.BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    return transformers.BertForSequenceClassification(config)
+
+
+def texts(count: int, seed: int) -> TokenSamples:
+    """Of two classes with words of their own, some shorter than others."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 2, count)
+    ids, mask = random.integers(3, 15, (count, 6)) + 12 * labels[:, None], np.ones((count, 6), int)
+    mask[::3, 4:] = 0
+    return TokenSamples(ids, mask, labels, class_names=("bad", "good"))
+
+
+def test_texts_are_told_apart_and_the_model_goes_out(tmp_path: Path) -> None:
+    data = SampleSet("texts", texts(60, 0), texts(40, 1), class_names=("bad", "good"))
+    done = fedprune.run(
+        model=bert, data=data, method=fedprune.Magnitude(density=0.5), rounds=1, clients=2,
+        folder=tmp_path / "run", settings={"training.optimizer": "adam", "training.lr": 0.01},
+    )  # fmt: skip
+    found, predicted = done.evaluate(), done.predict(data)
+    assert found.accuracy == done.summary["test_accuracy"]
+    assert {score.name for score in found.classes} == set(predicted.classes) | {"bad", "good"}
+    hits = np.array(predicted.classes) == np.array(["bad", "good"])[data.test.labels.numpy()]
+    assert float(hits.mean()) == found.accuracy
+    assert done.export(tmp_path / "model.pt2").difference < 1e-5
 
 
 def test_a_network_that_was_an_object_is_named_again(
@@ -316,28 +411,34 @@ def test_evaluate_on_the_command_line(result: Result, tmp_path: Path) -> None:
     assert json.loads(done.stdout) == json.loads(json.dumps(found.to_dict()))
 
 
-@pytest.mark.parametrize("format", ["dense", "torch", "onnx", "program"])
-def test_export_on_the_command_line(format: str, result: Result, tmp_path: Path) -> None:
+def test_export_on_the_command_line(result: Result, tmp_path: Path) -> None:
     """Beside the model, never over it, and not twice without --force."""
     run = tmp_path / "run"
     shutil.copytree(result.folder, run)
     before = (run / "model.safetensors").read_bytes()
-    done = command("export", "run", "--format", format, cwd=tmp_path)
+    done = command("export", "run", "--format", "onnx", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    (path,) = run.glob("exported.*")
-    assert str(path.relative_to(tmp_path)) in done.stdout
-    again = command("export", "run", "--format", format, cwd=tmp_path)
-    assert again.returncode == 1
-    assert "--force" in again.stderr
-    assert (run / "model.safetensors").read_bytes() == before
-    if format == "onnx":
-        import onnxruntime  # noqa: PLC0415
+    assert f"run{os.sep}exported.onnx" in done.stdout
+    done = command("export", "run", "--format", "onnx", cwd=tmp_path)
+    assert (done.returncode, "--force" in done.stderr) == (1, True)
+    import onnxruntime  # noqa: PLC0415
 
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        stored = session.get_modelmeta().custom_metadata_map
-        assert (stored["dataset"], stored["preprocessing"]) == (
-            "digits", json.dumps(result.preprocessing.to_dict()),
-        )  # fmt: skip
+    session = onnxruntime.InferenceSession(
+        run / "exported.onnx", providers=["CPUExecutionProvider"]
+    )
+    stored = session.get_modelmeta().custom_metadata_map
+    assert stored["dataset"] == "digits"
+    assert stored["preprocessing"] == json.dumps(result.preprocessing.to_dict())
+    images = load_dataset("digits").test_images.numpy()
+    (logits,) = session.run(None, {"x": result.preprocessing.apply(images)})
+    named = np.array(result.predict("digits").classes)
+    assert np.array_equal(logits.argmax(1).astype(str), named)
+    done = command("export", "run", "--format", "dense", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (run / "model.safetensors").read_bytes() == before
+    assert (
+        load_file(run / "exported.safetensors").keys() == densify(result.model).state_dict().keys()
+    )
 
 
 def test_predict_on_the_command_line(result: Result, pictures: Path, tmp_path: Path) -> None:

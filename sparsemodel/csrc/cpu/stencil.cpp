@@ -107,9 +107,10 @@ void set_layout(const Stencil& s, Tiling* t) {
     t->packed_cols = t->tile_cols + s.w.extent;
     t->pitch = t->packed_cols - (t->tiles_w == 1 ? shared_zeros(s.w) : 0);
     t->plane = ((t->packed_rows - 1) * t->pitch + t->packed_cols) * t->lanes;
-    // Channels in different cache sets. Only where results end with whole blocks: otherwise the
-    // last block reaches into the gap, which is never written.
-    if (t->lanes % kBlockFloats == 0 && t->plane % 1024 == 0) t->plane += kBlockFloats;
+    // Channels in different cache sets, where they are packed. Only where results end with whole
+    // blocks: otherwise the last block reaches into the gap, which is never written.
+    if (!t->direct && t->lanes % kBlockFloats == 0 && t->plane % 1024 == 0)
+        t->plane += kBlockFloats;
     t->packed_floats = s.source_channels * s.source_slots() * t->plane + kSlack;
 }
 

@@ -104,7 +104,8 @@ Layer random_layer() {
                  0, 0, side, uniform(2, 3), 1, 1, uniform(1, 2), uniform(1, 2), 1, uniform(1, 2),
                  groups};
         } else if (uniform(0, 5) == 0) {  // linear
-            g = {g.batch, uniform(1, 40), uniform(1, 30), 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1};
+            const int rows = uniform(0, 3) ? g.batch : 1024;
+            g = {rows, uniform(1, 40), uniform(1, 30), 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1};
         }
         g.out_h = out_size(g.in_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h);
         g.out_w = out_size(g.in_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w);

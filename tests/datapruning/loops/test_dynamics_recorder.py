@@ -82,7 +82,7 @@ def watched(witness: Witness, made: Any) -> Any:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"eval_strategy": "steps", "eval_steps": 2, "gradient_accumulation_steps": 4},
+        {"eval_strategy": "steps", "eval_steps": 1, "gradient_accumulation_steps": 4},
         {"dataloader_num_workers": 2, "bf16": True, "num_train_epochs": 3},
         {"label_smoothing_factor": 0.1, "learning_rate": 0.05},
     ],
@@ -224,14 +224,18 @@ def test_lightning_resumes(tmp_path: Path) -> None:
     witness.check(again, epochs=3)
 
 
-def test_a_loop_of_ones_own() -> None:
+def test_a_loop_of_ones_own(tmp_path: Path) -> None:
     """Both samples' logits by hand: margins 1 and −2, then 3 and 2."""
     recorder = datapruning.DynamicsRecorder([("a", 0), ("b", 1)])
     for first, second in ((1.0, -2.0), (3.0, 2.0)):
         recorder.record(torch.tensor([1]), torch.tensor([[0.0, second]]), torch.tensor([1]))
         recorder.record(torch.tensor([0]), torch.tensor([[first, 0.0]]), torch.tensor([0]))
         recorder.close_epoch()
-    assert recorder.table("aum").scores.tolist() == [-2.0, 0.0]
+    table = recorder.table("aum")
+    assert table.scores.tolist() == [-2.0, 0.0]
+    table.write(tmp_path / "aum.parquet")
+    again = datapruning.ScoreTable.read(tmp_path / "aum.parquet")
+    assert again.content() == table.content()
     assert recorder.table("dyn-unc", options={"window": 2}).scores[0] > 0
 
 

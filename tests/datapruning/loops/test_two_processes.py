@@ -49,7 +49,7 @@ def loop(rank: int, world: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03, weight_decay=0.1)
     recorder = datapruning.DynamicsRecorder((inputs, labels))
     largest = 0.0
-    with sparsemodel.HeldMask(model, mask, [optimizer]):
+    with sparsemodel.HeldMask(model, mask, optimizer):
         for epoch in range(EPOCHS):
             order = torch.randperm(31, generator=torch.Generator().manual_seed(epoch))
             order = torch.cat([order, order[:1]])

@@ -47,7 +47,7 @@ from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.state import SparseState, Tensors
 
 NOTHING: frozenset[str] = frozenset()
-SCORES = Expected(fields=["losses", "correct"])
+SCORES = Expected(fields=["losses", "metrics"])
 PROGRAM = ProgramText("a program", "0123456789abcdef0123")
 DTYPES = ("fp32", "fp16", "bf16", "int8")
 Shapes = dict[str, tuple[int, ...]]
@@ -324,7 +324,7 @@ def test_selection_messages_round_trip(work: Workspace, pool: Pool) -> None:
     assert decoded.fields["counts"] == [list(each.values()) for each in pool.counts]
     # A client that holds the pool is sent statistics only, whose names travel once.
     request = pool_request(
-        pool, "score", tensors=statistics, expected=SCORES, check=_check_scores(2)
+        pool, "score", tensors=statistics, expected=SCORES, check=_check_scores(2, "accuracy")
     )
     light = encode(request, held=first.held)
     assert frames(light.record) == {"t0", "t1"}
@@ -341,7 +341,7 @@ def test_selection_messages_round_trip(work: Workspace, pool: Pool) -> None:
     )
     check_parts(measured, pool_request(pool, "measure", expected=_statistics(names)))
     assert all(same_tensors(measured.tensors[c], statistics[c]) for c in statistics)
-    score = Reply(5, {"losses": [1.5, 2.5], "correct": [3, 4]})
+    score = Reply(5, {"losses": [1.5, 2.5], "metrics": [3, 4]})
     back = wire.decode_reply(
         wire.encode_reply(score, request, dtype="int8"), request, shapes=work.shapes
     )
@@ -684,7 +684,7 @@ def test_numbers_that_are_not_finite_do_not_leave_a_client() -> None:
 
 
 def test_losses_must_be_finite_and_as_many_as_candidates(work: Workspace, pool: Pool) -> None:
-    request = pool_request(pool, "score", expected=SCORES, check=_check_scores(2))
+    request = pool_request(pool, "score", expected=SCORES, check=_check_scores(2, "accuracy"))
     for losses, correct in (
         ("[1.0, 1e999]", "[1, 1]"),
         ("[1.0]", "[1]"),
@@ -693,7 +693,7 @@ def test_losses_must_be_finite_and_as_many_as_candidates(work: Workspace, pool: 
         ("[1.0, 2.0]", "[1, -1]"),
         ('{"0": 1.0}', "[1, 1]"),
     ):
-        text = f'{{"n": 5, "f": {{"losses": {losses}, "correct": {correct}}}}}'
+        text = f'{{"n": 5, "f": {{"losses": {losses}, "metrics": {correct}}}}}'
         record = RecordDict({"c": ConfigRecord({"h": text})})
         with pytest.raises(ClientError):
             check(wire.decode_reply(record, request, shapes=work.shapes), request)
@@ -810,13 +810,13 @@ def _real_replies() -> tuple[list[RecordDict], list[Request]]:
     statistics = {str(c): {n: pool.union.values[n] for n in names} for c in range(2)}
     train = train_request(RunState(0, state), growth={name: 2})
     measure = pool_request(pool, "measure", expected=_statistics(names))
-    score = pool_request(pool, "score", expected=SCORES, check=_check_scores(2))
+    score = pool_request(pool, "score", expected=SCORES, check=_check_scores(2, "accuracy"))
     free = np.setdiff1d(np.arange(pattern.num_weights), pattern.positions())[:2]
     entries = {MODEL: {name: (free, np.ones(2, np.float32))}}
     answers = [
         (train, Reply(3, {"loss": 1.0}, {MODEL: state}, entries, resources=Resources(1, 2))),
         (measure, Reply(3, tensors=statistics)),
-        (score, Reply(3, {"losses": [1.0, 2.0], "correct": [1, 2]})),
+        (score, Reply(3, {"losses": [1.0, 2.0], "metrics": [1, 2]})),
         (Request(DESCRIBE), describe_reply(ClientInfo(0, 3, 1, [2, 2]))),
     ]
     records = [wire.encode_reply(reply, request, dtype="fp32") for request, reply in answers]

@@ -277,7 +277,7 @@ def test_the_dense_run_beside_it_answers_whether_pruning_was_worth_it(tmp_path: 
 def test_magnitude_pruning_beside_it_is_compared_as_well(tmp_path: Path) -> None:
     """At the same density alone; its own page is compared with the dense run only."""
     folder = make_run(tmp_path / "tiny", finished=summary())
-    others = {"own": 0.05, "another": 0.2}
+    others = {"own": SETTINGS["method.density"], "another": 0.5}
     for name, density in others.items():
         settings = {"method.name": "magnitude", "method.density": density}
         values = summary(method="magnitude", test_accuracy=0.9, bytes_up=2_940_000)

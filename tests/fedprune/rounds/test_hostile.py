@@ -184,12 +184,13 @@ LIES: list[tuple[str, str, Spoil]] = [
     *((DESCRIBE, f"labels {str(h)[:9]}", field(labels=h)) for h in (
         [], [1] * 200_000, [2**62] + [0] * 9, [-1] * 10, [0] * 10, None, "labels", [0.5] * 10)),
     *((DESCRIBE, f"dev {d}", field(dev=d)) for d in (0, 10**8, 2**62, -1, None)),
+    *((DESCRIBE, f"test {d}", field(test=d)) for d in (1, 10**8, 2**62, -1, None)),
     *(("measure", f"variance {v}", statistic("running_var", v))
       for v in (-1e-9, -1e5, 1e7, math.nan, math.inf)),
     *(("measure", f"mean {v}", statistic("running_mean", v)) for v in (2e3, -1e9, math.nan)),
     *(("score", f"losses {v}", field(losses=[v, 1.0]))
       for v in (-1e308, -1e-9, 1e308, math.nan, math.inf, "low", None, [1.0])),
-    *(("score", f"correct {c}", field(correct=[c, 0])) for c in (-1, 10**6, 2**62, 0.5, None)),
+    *(("score", f"correct {c}", field(metrics=[c, 0])) for c in (-1, 10**6, 2**62, 0.5, None)),
     *(("train", f"loss {v}", field(loss=v)) for v in (-1.0, 1e308, math.nan, -math.inf, "low")),
 ]  # fmt: skip
 

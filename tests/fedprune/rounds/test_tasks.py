@@ -14,16 +14,19 @@ from torch.nn import functional
 
 import fedprune
 from fedprune import Result
-from fedprune.errors import ConfigError
+from fedprune.errors import ClientError, ConfigError
+from fedprune.exchange.messages import Reply
 from fedprune.local.data import Split
 from fedprune.local.shares import open_client
 from fedprune.local.site import TRAIN, split_seed
+from fedprune.rounds.evaluation import evaluation_request
 from fedprune.rounds.folder import stored_config
 from fedprune.rounds.workspace import Workspace, open_workspace
 from prunelab.data.samples import TargetSamples, TokenSamples
 from prunelab.errors import DataError, ModelError
 from prunelab.training.loop import evaluate
 from prunelab.training.task import CausalLM, MultiLabel, Regression, Supervised, TextClassification
+from sparsemodel.runtime.state import SparseState
 
 COUNT = 120
 Array = np.ndarray[Any, Any]
@@ -281,6 +284,18 @@ def test_clients_test_samples_decide_nothing(
     assert other.summary["test_accuracy"] != plain.summary["test_accuracy"]
     values = plain.state.values
     assert all(np.array_equal(values[n], v) for n, v in other.state.values.items())
+
+
+@pytest.mark.parametrize(
+    ("loss", "hits"),
+    [(-1.0, 1), (float("nan"), 1), ("low", 1), (1.0, 6), (1.0, -1), (1.0, 0.5), (1.0, None)],
+)
+def test_what_a_client_that_tests_cannot_say(loss: Any, hits: Any) -> None:
+    state = SparseState({"w": np.ones(2, np.float32)})
+    request = evaluation_request(state, 1, metric="accuracy")
+    request.check(Reply(5, {"loss": 2.0, "metric": 5.0}))
+    with pytest.raises(ClientError):
+        request.check(Reply(5, {"loss": loss, "metric": hits}))
 
 
 # --- what cannot be ------------------------------------------------------------------------------

@@ -196,6 +196,16 @@ def test_names_have_the_numbers_of_the_training_side_on_both() -> None:
         as_sample_set({"test": (PIXELS, NAMES)})
 
 
+def test_the_labels_of_a_small_test_side_are_what_the_training_sides_are() -> None:
+    """Whole numbers among floats, and rows with a single 1, are no classes there."""
+    prices = {"train": (PIXELS, RANDOM.normal(size=12)), "test": (PIXELS[:2], [1, 2])}
+    hot = np.array([[1, 1, 0], [0, 0, 1]] * 6)
+    several = {"train": (PIXELS, hot), "test": (PIXELS[:1], np.array([[0, 1, 0]]))}
+    for data, shape in ((prices, (2,)), (several, (1, 3))):
+        test: Any = as_sample_set(data).test
+        assert test.targets.shape == shape
+
+
 def test_a_dataset_dict_of_texts() -> None:
     texts = {"text": ["a good one", "bad"] * 5, "label": ["pos", "neg"] * 5}
     sides = datasets.DatasetDict(
@@ -266,7 +276,7 @@ def test_pictures_of_several_sizes_are_brought_to_one() -> None:
         samples: Any = as_samples(data, resize="6x5")
     assert samples.images.shape == (12, 1, 6, 5)
     assert torch.equal(samples.images[0, 0], torch.from_numpy(PIXELS[0]))  # of that size already
-    flat = as_samples((np.full((3, 6, 9, 3), 7, np.uint8), [0, 1, 0]), resize=5)
+    flat = as_samples((np.full((3, 3, 6, 9), 7, np.uint8), [0, 1, 0]), resize=5)
     assert isinstance(flat, ImageSamples)
     assert flat.images.shape == (3, 3, 5, 5)
     assert bool((flat.images == 7).all())

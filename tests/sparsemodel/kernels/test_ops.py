@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from torch.nn import functional
 
 from sparsemodel.errors import MaskError, SparseModelError
@@ -138,6 +138,9 @@ def test_conv2d_and_its_gradients_equal_the_dense_ones(
         assert x.grad is not None
 
 
+# Rows that fill pages are where packed planes would lie further apart.
+@example([1024], (24, 40), 0.3, False, True, False, 1, 0)
+@example([2, 8, 64], (24, 40), 0.3, True, False, False, 2, 0)
 @settings(max_examples=100, deadline=None)
 @given(
     leading=st.lists(st.integers(1, 5), max_size=3),

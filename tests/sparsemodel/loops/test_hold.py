@@ -18,12 +18,24 @@ import sparsemodel
 from sparsemodel.errors import MaskError
 from sparsemodel.loops.hold import masked_weights
 
+
+class Langevin(torch.optim.SGD):
+    """Moves every weight in each step, whatever its gradient."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data += 0.01 * torch.randn_like(parameter)
+
+
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "adam": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
     "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+    "noise": lambda p: Langevin(p, lr=0.1, momentum=0.9),
     "ours": lambda p: sparsemodel.SparseAdam(p, lr=0.1),
 }
 
@@ -58,7 +70,7 @@ def test_pruned_weights_are_zero_after_each_step(name: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     mask = sparsemodel.prune(model, density=0.2)
-    with sparsemodel.HeldMask(model, mask, [optimizer]):
+    with sparsemodel.HeldMask(model, mask, optimizer):
         assert largest_pruned(model, mask) == 0
         for images, labels in batches():
             functional.cross_entropy(model(images), labels).backward()
@@ -79,7 +91,7 @@ def test_active_weights_train_as_those_of_a_sparse_model() -> None:
 
     def train(model: nn.Module) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-        held = sparsemodel.HeldMask(model, mask, [optimizer]) if model is dense else None
+        held = sparsemodel.HeldMask(model, mask, optimizer) if model is dense else None
         for number, (images, labels) in enumerate(batches()):
             functional.cross_entropy(model(images), labels).backward()
             if number % 2:
@@ -100,7 +112,7 @@ def test_an_infinite_gradient_of_a_pruned_weight_is_nothing() -> None:
     weight = nn.Parameter(torch.ones(2))
     model = nn.ParameterDict({"w": weight})
     mask = sparsemodel.Mask({"w": torch.tensor([True, False])})
-    with sparsemodel.HeldMask(model, mask, [torch.optim.SGD([weight], lr=1.0)]):
+    with sparsemodel.HeldMask(model, mask, torch.optim.SGD([weight], lr=1.0)):
         (weight * torch.tensor([1.0, torch.inf])).nansum().backward()
     assert weight.grad is not None
     assert weight.grad.tolist() == [1.0, 0.0]
@@ -110,10 +122,10 @@ def test_released_or_forgotten_it_leaves_nothing_behind() -> None:
     model = make_net()
     mask = sparsemodel.prune(model, density=0.2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(RuntimeError), sparsemodel.HeldMask(model, mask, [optimizer]):
+    with pytest.raises(RuntimeError), sparsemodel.HeldMask(model, mask, optimizer):
         raise RuntimeError
     sparsemodel.sparsify(model, mask)  # refuses hooks on parameters
-    held = sparsemodel.HeldMask(model, mask, [optimizer])
+    held = sparsemodel.HeldMask(model, mask, optimizer)
     del held
     sparsemodel.sparsify(model, mask)
     images, labels = batches(1)[0]
@@ -135,6 +147,7 @@ def test_names_are_found_through_wrappers_and_in_parts() -> None:
     model = make_net()
     mask = sparsemodel.prune(model, density=0.2)
     of_compiled = sparsemodel.Mask({f"_orig_mod.{name}": mask[name] for name in mask})
+    of_wrapped = sparsemodel.Mask({f"module.{name}": mask[name] for name in mask})
     compiled = torch.compile(model, backend="eager")
     for wrapped in (
         compiled,
@@ -144,7 +157,7 @@ def test_names_are_found_through_wrappers_and_in_parts() -> None:
         Holder(compiled),
         DataParallel(Holder(model)),
     ):
-        for given in (mask, of_compiled):
+        for given in (mask, of_compiled, of_wrapped):
             found = masked_weights(wrapped, given)
             assert list(found) == list(given)
             assert all(
@@ -196,7 +209,7 @@ def test_a_compiled_model() -> None:
     mask = sparsemodel.prune(model, density=0.2)
     compiled = torch.compile(model, backend="aot_eager")
     optimizer = torch.optim.AdamW(compiled.parameters(), lr=0.1)
-    with sparsemodel.HeldMask(compiled, mask, [optimizer]):
+    with sparsemodel.HeldMask(compiled, mask, optimizer):
         for images, labels in batches(2):
             functional.cross_entropy(compiled(images), labels).backward()
             assert not any(p.grad[~mask[n]].any() for n, p in model.named_parameters() if n in mask)
@@ -210,7 +223,7 @@ def test_frozen_weights_are_zeroed_and_stay() -> None:
     mask = sparsemodel.prune(model, density=0.2)
     model[2].requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with sparsemodel.HeldMask(model, mask, [optimizer]):
+    with sparsemodel.HeldMask(model, mask, optimizer):
         images, labels = batches(1)[0]
         functional.cross_entropy(model(images), labels).backward()
         optimizer.step()

@@ -188,6 +188,29 @@ def test_the_model_stays_as_it_is(tmp_path: Path) -> None:
     assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
 
 
+class OfTexts(nn.Module):
+    """Classes of texts, whatever their length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.out = nn.Embedding(20, 8), nn.Linear(8, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.out(self.words(ids).mean(1))
+        return logits
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".pt2"])
+@torch.no_grad()
+def test_texts_may_be_of_any_length(ending: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, path = OfTexts().eval(), tmp_path / f"model{ending}"
+    sparsemodel.export(model, path, example=torch.arange(12).reshape(2, 6))
+    for length in (3, 9):
+        ids = torch.arange(4 * length).reshape(4, length) % 20
+        torch.testing.assert_close(read(path, model, ids), model(ids), rtol=1e-5, atol=1e-6)
+
+
 class TwoInputs(nn.Module):
     """Two tensors and a switch, a mapping of outputs; `shared` is tied."""
 

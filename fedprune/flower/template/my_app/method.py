@@ -10,16 +10,15 @@ from fedprune import Magnitude
 from fedprune.methods import Local, Reply, Request, RunState, train, train_request
 
 
-def train_with_short_steps(request: Request, local: Local) -> Reply:
-    """The client's half: local training whose gradients are cut to a norm of `max_norm`."""
-    max_norm = float(request.fields["max_norm"])
+def train_with_l1(request: Request, local: Local) -> Reply:
+    """The client's half: local training with the penalty `l1` · ‖weights‖₁."""
+    l1 = float(request.fields["l1"])
 
-    def shorten(values: Mapping[str, Any], gradients: Mapping[str, Any]) -> None:
-        norm = np.sqrt(sum(float(np.vdot(gradient, gradient)) for gradient in gradients.values()))
-        for gradient in gradients.values():
-            gradient[...] = gradient * min(1.0, max_norm / max(norm, 1e-12))
+    def add_penalty(values: Mapping[str, Any], gradients: Mapping[str, Any]) -> None:
+        for name, gradient in gradients.items():
+            gradient[...] += l1 * np.sign(values[name])
 
-    return train(request, local, correction=shorten)
+    return train(request, local, correction=add_penalty)
 
 
 @dataclass(frozen=True)
@@ -28,19 +27,19 @@ class MyMethod(Magnitude):
 
     Attributes:
         server_rate: 1 takes the mean.
-        max_norm: of a client's gradients.
+        l1: weight of the penalty.
     """
 
     name: ClassVar[str] = "my-method"
-    actions = {"train": train_with_short_steps}  # noqa: RUF012
+    actions = {"train": train_with_l1}  # noqa: RUF012
 
     density: float = 0.2
     server_rate: float = 0.9
-    max_norm: float = 5.0
+    l1: float = 1e-4
 
     def request(self, state: RunState) -> Request:
         """The server's half, before a round: what the clients are asked."""
-        return train_request(state, fields={"max_norm": self.max_norm})
+        return train_request(state, fields={"l1": self.l1})
 
     def update(self, state: RunState, *, mean: Any, growth: Any) -> RunState:
         """The server's half, after a round: the next state."""
