@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from datapruning.selection.table import ScoreTable, Subset
     from datapruning.students.train import train
     from prunelab.data.samples import ImageSamples, TokenSamples
+    from prunelab.data.streamed import stream
     from prunelab.data.text import tokenized
     from prunelab.training.loop import TrainingConfig, evaluate
     from prunelab.training.task import (
@@ -47,6 +48,7 @@ else:
             "datapruning.selection.table": "ScoreTable Subset",
             "datapruning.students.train": "train",
             "prunelab.data.samples": "ImageSamples TokenSamples",
+            "prunelab.data.streamed": "stream",
             "prunelab.data.text": "tokenized",
             "prunelab.training.loop": "TrainingConfig evaluate",
             "prunelab.training.task": (
@@ -77,6 +79,7 @@ __all__ = [
     "indexed",
     "score",
     "select",
+    "stream",
     "tokenized",
     "train",
 ]

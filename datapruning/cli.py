@@ -124,6 +124,10 @@ def score(  # noqa: PLR0917 - the command's options
     threads: Threads = 1,
     shard_size: Annotated[int, typer.Option(help="Samples of a part.")] = 4096,
     settings: Options = None,
+    streamed: Annotated[
+        bool,
+        typer.Option("--stream", help="Read the folder's parquet or tar files as they are needed."),
+    ] = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -132,6 +136,8 @@ def score(  # noqa: PLR0917 - the command's options
     from datapruning.scoring.score import dense_path, table_paths  # noqa: PLC0415
     from datapruning.scoring.score import score as run_score  # noqa: PLC0415
     from prunelab.data.given import described, load_sample_set  # noqa: PLC0415
+    from prunelab.data.sides import SampleSet  # noqa: PLC0415
+    from prunelab.data.streamed import stream  # noqa: PLC0415
     from prunelab.training.loop import TrainingConfig  # noqa: PLC0415
     from prunelab.training.task import ImageClassification  # noqa: PLC0415
 
@@ -145,10 +151,17 @@ def score(  # noqa: PLR0917 - the command's options
     dense = table_paths(dense_path(out), names) if density is not None and check else {}
     is_new = force or not page.exists() or not all(path.exists() for path in dense.values())
     with progress_bar() as progress, warnings_shown():
-        say(described(load_sample_set(dataset, how=how)))
+        data: Any = dataset
+        if streamed:
+            data = stream(dataset, resize=how.resize, columns=dict(how.columns))
+            both = SampleSet(data.name, data, None, class_names=data.class_names)
+        else:
+            both = load_sample_set(dataset, how=how)
+        say(described(both))
         tables = run_score(
-            dataset, method=names, model=model, out=out,
-            reading=how, task=None if layer is None else ImageClassification(layer=layer),
+            data, method=names, model=model, out=out,
+            reading=None if streamed else how,
+            task=None if layer is None else ImageClassification(layer=layer),
             training=TrainingConfig(epochs=epochs, batch_size=batch_size, lr=lr),
             seed=seed, density=density, check=check, runs=runs, early=early,
             options=_assignments(settings), engine=engine, device=device, threads=threads,

@@ -25,6 +25,7 @@ from benchmarks import (
     sparse_layers,
     sparse_memory,
     sparse_step,
+    stream_memory,
     timing,
 )
 from benchmarks import round as whole_rounds
@@ -289,6 +290,24 @@ def test_round_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = found["start bytes, fedtiny"]
     assert sent.peer < sent.ours < 3 * sent.peer  # places travel beside the values
     assert found["peak, magnitude"].ours * 2 == found["peak laying out, magnitude"].ours
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_stream_memory_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sides run in fresh processes with torch there."""
+
+    def measured(*case: Any, **named: Any) -> dict[str, float]:
+        return in_a_process(stream_memory.measure, *case, **named)
+
+    monkeypatch.setattr(stream_memory, "measured", measured)
+    rows = checked(list(stream_memory.rows((100, 300), threads=1, workers=[0])))
+    found = {r.case: r for r in rows}
+    for kind in ("parquet", "tar"):
+        peak, above = (found[f"{kind} 300 images, peak{x}"] for x in ("", " above imports"))
+        assert above.ours < peak.ours
+        assert above.peer < peak.peer
+        assert found[f"{kind} 300 images, an image"].peer_name == "DataLoader, 0 workers"
+    assert {r.unit for r in rows} == {"MiB", "ms"}
 
 
 @pytest.mark.parametrize("benchmark", [sparse_layers, sparse_step, sparse_memory])

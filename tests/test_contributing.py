@@ -59,7 +59,7 @@ EXAMPLES = {
     "a setting of every run": Example(
         "setting_of_every_run",
         ("tests/fedprune/test_config.py::test_flower_app_lists_every_key_with_its_default",),
-        obeys=("fedprune/local/training.py",),
+        obeys=("fedprune/local/optimizer.py",),
     ),
     "a data set": Example("data_set"),
     "a network": Example(

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunelab.data.batches import batches
-from prunelab.data.samples import Samples
+from prunelab.data.samples import Samples, shuffled
 from prunelab.errors import DataError, ModelError, RunError, check_settings
 from prunelab.networks import build_model
 from prunelab.runs.seeds import generator, rng, stream_seed
@@ -213,8 +212,8 @@ def _train_epoch(
     """One pass over the images; the mean loss."""
     order, random = rng(seed, _ORDER, epoch), generator(seed, _VIEWS, epoch)
     device = next(networks.parameters()).device
-    drawn = batches(len(samples), batch_size=config.batch_size, rng=order)
-    parts = [torch.from_numpy(part) for part in drawn]
+    everything = torch.arange(len(samples))
+    parts = shuffled(samples, everything, batch_size=config.batch_size, rng=order)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for index, rows in enumerate(parts):
         rate = cosine(epoch + index / len(parts), value=config.lr, end=config.epochs)

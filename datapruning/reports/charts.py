@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from prunelab.pages import plots
 from prunelab.pages.plots import ACCENT, GRID, HALF, INK, MUTED, SECOND, WHOLE
+
+if TYPE_CHECKING:
+    from prunelab.data.checked import Array
 
 BINS = 40
 LARGEST = 1e150  # the sizes of a chart's axes would not be finite much above
@@ -18,8 +21,8 @@ FEW_METHODS = 9
 
 
 def histogram_chart(
-    scores: Sequence[float],
-    kept: Sequence[float] | None,
+    scores: Array | Sequence[float],
+    kept: Array | Sequence[float] | None,
     *,
     name: str,
     label: str,
@@ -36,7 +39,7 @@ def histogram_chart(
     """
     import numpy as np  # noqa: PLC0415
 
-    low, high = min(scores), max(scores)
+    low, high = float(np.min(scores)), float(np.max(scores))
     span, largest = high - low, max(abs(low), abs(high))
     if span <= max(1e-12 * largest, 1e-290):  # as good as equal: bins would have no width
         span = max(largest, 1.0)

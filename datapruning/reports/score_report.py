@@ -31,7 +31,8 @@ from datapruning.selection.select import select
 from datapruning.selection.table import ScoreTable, Subset
 from prunelab.data.given import load_sample_set
 from prunelab.data.reading import reading
-from prunelab.data.samples import ImageSamples
+from prunelab.data.samples import ImageSamples, Samples
+from prunelab.data.streamed import StreamedImages, stream
 from prunelab.errors import PrunelabError
 from prunelab.pages.page import (
     Fact,
@@ -251,7 +252,7 @@ def _histogram(shown: _Shown) -> Section:
         return Section(title, [Text(f"No chart: scores beyond ±{LARGEST:g} have no scale.")])
     inside = None
     if kept is not None:
-        inside = table.scores[known & torch.isin(table.ids, kept.ids)].tolist()
+        inside = table.scores[known & torch.isin(table.ids, kept.ids)].numpy()
     known_method = METHODS.get(table.method)
     note = "" if known_method is None else known_method.summary
     if kept is not None:
@@ -262,7 +263,7 @@ def _histogram(shown: _Shown) -> Section:
                 "have the same scores."
             )
     chart = histogram_chart(
-        table.scores[known].tolist(),
+        table.scores[known].numpy(),
         inside,
         name=table.method,
         label=f"{title}: {int(known.sum())} samples",
@@ -335,22 +336,24 @@ def _proxy(table: ScoreTable, path: Path) -> Section | None:
 
 def _galleries(tables: Sequence[ScoreTable]) -> list[Section]:
     """The most and the least kept samples of each class, by each table."""
-    samples, names = _samples(tables[0])
+    samples, names = _scored(tables[0])
     if samples is None or tables[0].labels is None:
         gone = "No pictures: the data set is not at hand, or is not the one that was scored."
         return [Section("Most and least kept", [Text(gone)], wide=True)]
     count = PICTURES if len(tables) == 1 else PICTURES // 2
-    return [_gallery(table, samples.images, names, count=count) for table in tables]
+    return [_gallery(table, samples, names, count=count) for table in tables]
 
 
-def _gallery(table: ScoreTable, images: Tensor, names: Sequence[str], *, count: int) -> Section:
+def _gallery(
+    table: ScoreTable, samples: ImageSamples | StreamedImages, names: Sequence[str], *, count: int
+) -> Section:
     assert table.labels is not None, "tables of the same data have the same labels"
     classes = table.labels.unique().tolist()
     rows = []
     for label in classes[:MOST_CLASSES]:
         named = f"{label} ({names[label]})" if label < len(names) else str(label)
         groups = [
-            _pictures(table, images, side, named=named)
+            _pictures(table, samples, side, named=named)
             for side in extremes(table.scores, table.labels, label, count=count)
         ]
         rows.append(GalleryRow(f"class {named}", groups))
@@ -362,30 +365,40 @@ def _gallery(table: ScoreTable, images: Tensor, names: Sequence[str], *, count: 
     return Section(title, [Text(what, is_note=True), gallery], wide=True)
 
 
-def _pictures(table: ScoreTable, images: Tensor, rows: Tensor, *, named: str) -> list[Picture]:
+def _pictures(
+    table: ScoreTable, samples: ImageSamples | StreamedImages, rows: Tensor, *, named: str
+) -> list[Picture]:
     ids, scores = table.ids[rows].tolist(), table.scores[rows].tolist()
     alts = [
         f"sample {name}, class {named}, score {score:.3g}"
         for name, score in zip(ids, scores, strict=True)
     ]
-    return pictures(images[rows], list(map(str, ids)), alts)
+    images = samples.images[rows] if isinstance(samples, ImageSamples) else samples.pixels(rows)
+    return pictures(images, list(map(str, ids)), alts)
 
 
-def _samples(table: ScoreTable) -> tuple[ImageSamples | None, Sequence[str]]:
+def _scored(table: ScoreTable) -> tuple[ImageSamples | StreamedImages | None, Sequence[str]]:
     """The images that were scored, if they can be loaded and are the same; names of classes."""
     source = table.provenance.get("source")
     if not source:
         return None, ()
+    samples: Samples
     try:
-        how = table.provenance.get("reading")
-        dataset = load_sample_set(source, how=reading(**how) if how else None)
+        if isinstance(source, dict):
+            streamed = stream(**source)
+            samples, names = streamed, streamed.class_names
+        else:
+            how = table.provenance.get("reading")
+            dataset = load_sample_set(source, how=reading(**how) if how else None)
+            samples, names = dataset.train, dataset.class_names
+        if not isinstance(samples, ImageSamples | StreamedImages):
+            return None, names
+        if isinstance(samples, ImageSamples) and samples.images.dim() != 4:
+            return None, names
+        is_same = samples.fingerprint == table.fingerprint and torch.equal(samples.ids, table.ids)
     except (PrunelabError, OSError):
         return None, ()
-    samples = dataset.train
-    if not isinstance(samples, ImageSamples) or samples.images.dim() != 4:
-        return None, dataset.class_names
-    is_same = samples.fingerprint == table.fingerprint and torch.equal(samples.ids, table.ids)
-    return (samples if is_same else None), dataset.class_names
+    return (samples if is_same else None), names
 
 
 def _provenance(tables: Sequence[ScoreTable]) -> Section:

@@ -198,7 +198,8 @@ def observe_shard(recipe: Recipe, number: int) -> float:
     if recipe.parts.has_shard(number):
         return 0.0
     started = time.process_time()
-    rows = torch.arange(len(recipe.samples)).split(recipe.shard_size)[number]
+    start = number * recipe.shard_size
+    rows = torch.arange(start, min(start + recipe.shard_size, len(recipe.samples)))
     columns = {"id": recipe.samples.ids[rows]}
     with computing(recipe.threads):
         for name, method in recipe.methods.items():

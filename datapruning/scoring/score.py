@@ -28,6 +28,7 @@ from prunelab.data.given import load_sample_set
 from prunelab.data.objects import as_samples
 from prunelab.data.reading import Reading
 from prunelab.data.samples import ImageSamples, Samples
+from prunelab.data.streamed import StreamedImages
 from prunelab.errors import RunError
 from prunelab.networks import Network, check_model
 from prunelab.runs.folder import locked, write_file
@@ -72,7 +73,8 @@ def score(
 
     Args:
         data: what `as_samples` takes: a data set's name, a folder of parquet files, arrays
-            (images, labels), a torch or Hugging Face data set, or samples.
+            (images, labels), a torch or Hugging Face data set, or samples, such as `stream` makes
+            of files that do not fit into memory.
         method: a name in METHODS, a `Method`, or a function (logits, labels) -> scores of a
             trained model; or several, which then share the models they can.
         model: a name, "module:function", or a function that makes an untrained model (see
@@ -236,12 +238,14 @@ def _check_dense(
     score(data, method=methods, out=dense_path(Path(out)), **settings)
 
 
-def _samples(data: Any, reading: Reading | None) -> tuple[Samples, str, str]:
+def _samples(data: Any, reading: Reading | None) -> tuple[Samples, str, str | dict[str, Any]]:
     """Samples, the data set's name, and what to load it by ("" for samples of the caller's)."""
     if not isinstance(data, str | Path):
         samples = as_samples(data)
-        if isinstance(samples, ImageSamples):
+        if isinstance(samples, ImageSamples | StreamedImages):
             warn_of_gaps(samples.labels)
+        if isinstance(samples, StreamedImages):
+            return samples, samples.name, samples.opened_with
         return samples, type(data).__name__, ""
     dataset = load_sample_set(str(data), how=reading)
     is_path = Path(data).exists() and dataset.name != str(data)
@@ -431,7 +435,7 @@ def _table(
     settings: Mapping[str, Any],
     *,
     dataset: str,
-    source: str,
+    source: str | dict[str, Any],
     reading: Reading | None,
 ) -> ScoreTable:
     scores, confidence = scores.double().cpu(), None

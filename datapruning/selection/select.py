@@ -365,7 +365,7 @@ def _shares(sizes: Tensor, count: int) -> Tensor:
 def _absent(what: str, of: Tensor, kept: Tensor) -> list[str]:
     """A sentence for each class or group of which nothing was kept."""
     names, sizes = of.unique(return_counts=True)
-    left = set(of[kept].tolist())
+    left = set(of[kept].unique().tolist())
     return [
         f"no sample of {what} {name} is kept; the data have {size}"
         for name, size in zip(names.tolist(), sizes.tolist(), strict=True)

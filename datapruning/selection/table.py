@@ -192,14 +192,16 @@ class Subset:
                 f"the subset was chosen from {self.dataset} (fingerprint {self.fingerprint}), but "
                 f"these data have fingerprint {samples.fingerprint}; score and select them anew"
             )
-        row_of = {int(name): row for row, name in enumerate(samples.ids.tolist())}
-        missing = [name for name in self.ids.tolist() if name not in row_of]
-        if missing:
+        order = samples.ids.argsort()
+        ids = samples.ids[order]
+        place = torch.searchsorted(ids, self.ids).clamp(max=len(ids) - 1)
+        missing = self.ids[ids[place] != self.ids]
+        if len(missing):
             raise SelectionError(
                 f"{len(missing)} of {len(self)} kept ids are not in the data, the first: "
-                f"{missing[0]}"
+                f"{int(missing[0])}"
             )
-        return torch.tensor([row_of[name] for name in self.ids.tolist()]).sort().values
+        return order[place].sort().values
 
     def write(self, path: Path) -> None:
         """Write atomically: a reader finds the old file or the whole new one."""

@@ -12,6 +12,7 @@ from torch import nn
 from fedprune.config import RunConfig
 from fedprune.given import given_task, name_model
 from fedprune.local.network import TorchNetwork
+from fedprune.methods.base import Method
 from fedprune.rounds.folder import CONFIG, MODEL, read_model, stored_config
 from fedprune.trained.inputs import accepted_inputs
 from fedprune.trained.model import Trained
@@ -69,7 +70,7 @@ def _network(
     problem = ""
     for width in dict.fromkeys(widths):
         own = config or RunConfig.parse(
-            {"method.name": "fedavg", "seed": int(metadata.get("seed", 0)), "model.width": width}
+            {"method.name": Method.name, "seed": int(metadata.get("seed", 0)), "model.width": width}
         )
         own = replace(own, model=replace(own.model, name=name))
         network = TorchNetwork(

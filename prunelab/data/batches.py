@@ -139,9 +139,13 @@ def batches(num_samples: int, *, batch_size: int, rng: np.random.Generator) -> I
     >>> [len(batch) for batch in batches(9, batch_size=4, rng=np.random.default_rng(0))]
     [4, 5]
     """
-    order = rng.permutation(num_samples)
-    starts = [batch_size * i for i in range(num_batches(num_samples, batch_size=batch_size))]
-    for start, end in pairwise([*starts, num_samples]):
+    return parted(rng.permutation(num_samples), batch_size=batch_size)
+
+
+def parted(order: Integers, *, batch_size: int) -> Iterator[Integers]:
+    """Batches of an order of samples, of the sizes that `batches` have."""
+    starts = range(0, batch_size * num_batches(len(order), batch_size=batch_size), batch_size)
+    for start, end in pairwise([*starts, len(order)]):
         yield order[start:end]
 
 

@@ -21,7 +21,7 @@ LABEL, CLIENT = "label", "client"
 
 _FILE = re.compile(
     r"(?P<number>[-_.]?(part|shard|chunk)?[-_.]?\d+([-_.]of[-_.](?P<total>\d+))?"
-    r"(?P<mark>[-_.][0-9a-f]{16})?)?\.parquet"
+    r"(?P<mark>[-_.][0-9a-f]{16})?)?\.(parquet|tar)"
 )
 """What follows the name of a side: nothing, or a number, "-of-" how many, the hub's older mark."""
 
@@ -102,7 +102,7 @@ def holds_tables(folder: Path, name: str, columns: Mapping[str, str]) -> bool:
     return bool(found) and not any(found)
 
 
-def side_files(folder: Path, names: Sequence[str]) -> list[Path]:
+def side_files(folder: Path, names: Sequence[str], *, suffix: str = ".parquet") -> list[Path]:
     """The files of the first of these sides that a folder has, in order.
 
     They are called NAME.parquet or numbered (NAME-00000-of-00002.parquet, NAME_1.parquet;
@@ -114,7 +114,7 @@ def side_files(folder: Path, names: Sequence[str]) -> list[Path]:
         DataError: no such files, several that could be meant, or one of several missing.
     """
     for name in names:
-        called = _called(folder, name)
+        called = _called(folder, name, suffix)
         shown = [p for p in called if not any(x[0] in "._" for x in p.relative_to(folder).parts)]
         if not shown:
             continue
@@ -128,14 +128,14 @@ def side_files(folder: Path, names: Sequence[str]) -> list[Path]:
             )
         return found
     raise DataError(
-        f"no {names[0]}*.parquet in {folder}; expected train*.parquet and test*.parquet"
+        f"no {names[0]}*{suffix} in {folder}; expected train*{suffix} and test*{suffix}"
     )
 
 
-def _called(folder: Path, name: str) -> list[Path]:
+def _called(folder: Path, name: str, suffix: str = ".parquet") -> list[Path]:
     return [
         path
-        for path in sorted(path for path in folder.rglob("*.parquet") if path.is_file())
+        for path in sorted(path for path in folder.rglob(f"*{suffix}") if path.is_file())
         if path.name.startswith(name) or (path.parent != folder and path.parent.name == name)
     ]
 
@@ -192,19 +192,8 @@ def _read(path: Path, columns: Mapping[str, str]) -> _Part:
     try:
         # Not read_table, to_numpy or take: they import pandas and more, for half a second.
         file = pyarrow.parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        image = image_column(names, columns)
-        label, client = columns.get("label", LABEL), columns.get("client", CLIENT)
-        if image is None or label not in names:
-            pictures = columns.get("image") or f"{IMAGE_COLUMNS[0]} (or {IMAGE_COLUMNS[1]})"
-            raise DataError(
-                f"{path}: expected columns {pictures} and {label}, got {sorted(names)}; say which "
-                "are meant by columns, such as image=picture,label=kind"
-            )
-        wanted = [name for name in (image, label, client) if name in names]
-        twice = next((name for name in wanted if names.count(name) > 1), None)
-        if twice is not None:
-            raise DataError(f"{path} has two columns {twice!r}; rename one of them")
+        image, label, client = picture_columns(path, file.schema_arrow.names, columns)
+        wanted = [name for name in (image, label, client) if name in file.schema_arrow.names]
         table = file.read(columns=wanted)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"cannot read {path}: {error}") from None
@@ -218,6 +207,28 @@ def _read(path: Path, columns: Mapping[str, str]) -> _Part:
     if labels is not None and not labels[1]:
         values = labels[0].tolist()
     return _Part(path, table[image], values, groups, names_of_classes)
+
+
+def picture_columns(
+    path: Path, names: Sequence[str], columns: Mapping[str, str]
+) -> tuple[str, str, str]:
+    """What the columns of pictures, labels and clients are called; the last need not be there.
+
+    Raises:
+        DataError: a column is missing, or there are two of its name.
+    """
+    image = image_column(names, columns)
+    label, client = columns.get("label", LABEL), columns.get("client", CLIENT)
+    if image is None or label not in names:
+        pictures = columns.get("image") or f"{IMAGE_COLUMNS[0]} (or {IMAGE_COLUMNS[1]})"
+        raise DataError(
+            f"{path}: expected columns {pictures} and {label}, got {sorted(names)}; say which "
+            "are meant by columns, such as image=picture,label=kind"
+        )
+    twice = next((n for n in (image, label, client) if list(names).count(n) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path} has two columns {twice!r}; rename one of them")
+    return image, label, client
 
 
 def image_column(names: Sequence[str], columns: Mapping[str, str]) -> str | None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunelab.data.batches import Integers, parted
 from prunelab.data.checked import (
     checked,
     checked_images,
@@ -55,6 +56,15 @@ class Augmentable(Protocol):
 
     def augmented_batch(self, rows: Tensor, *, rng: np.random.Generator) -> Any:
         """As `Samples.batch`, each sample changed at random."""
+        ...
+
+
+@runtime_checkable
+class Ordered(Protocol):
+    """Samples that are read fast in some orders alone."""
+
+    def training_order(self, rows: Tensor, *, rng: np.random.Generator) -> Integers:
+        """All places in `rows`, int64 [B], in a random order that is read fast."""
         ...
 
 
@@ -238,6 +248,17 @@ class TokenSamples:
             "attention_mask": mask[:, :length],
             "labels": targets if targets.dim() == 1 else targets[:, :length],
         }
+
+
+def shuffled(
+    samples: Samples, rows: Tensor, *, batch_size: int, rng: np.random.Generator
+) -> list[Tensor]:
+    """The rows (int64 [B]) of each batch of an epoch, in the order that suits the samples."""
+    if isinstance(samples, Ordered):
+        order = samples.training_order(rows, rng=rng)
+    else:
+        order = rng.permutation(len(rows))
+    return [rows[torch.from_numpy(part)] for part in parted(order, batch_size=batch_size)]
 
 
 def taken(samples: Samples, rows: Tensor) -> Samples:

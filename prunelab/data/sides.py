@@ -10,6 +10,7 @@ from torch import Tensor
 from prunelab.data.checked import count_classes, whole_numbers
 from prunelab.data.datasets import ImageSet, fingerprint
 from prunelab.data.samples import ImageSamples, Samples, TargetSamples, TokenSamples
+from prunelab.data.streamed import StreamedImages
 from prunelab.errors import DataError
 
 
@@ -96,6 +97,8 @@ def _kind(samples: Samples) -> str:
     """What has to be alike on both sides."""
     if isinstance(samples, ImageSamples):
         return f"{samples.images.dtype} {list(samples.images.shape[1:])} with labels"
+    if isinstance(samples, StreamedImages):
+        return f"{torch.uint8} {list(samples.input_shape)} with labels"
     if isinstance(samples, TargetSamples):
         inputs, targets = samples.inputs, samples.targets
         return f"{inputs.dtype} {list(inputs.shape[1:])} with targets {list(targets.shape[1:])}"

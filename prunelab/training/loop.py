@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunelab.data.batches import batches, num_batches
+from prunelab.data.batches import num_batches
 from prunelab.data.objects import as_samples
-from prunelab.data.samples import Augmentable, Samples, check_targets
+from prunelab.data.samples import Augmentable, Samples, check_targets, shuffled
 from prunelab.errors import RunError, check_settings
 from prunelab.runs.seeds import rng, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
@@ -335,16 +335,14 @@ def _train_epoch(
 ) -> None:
     epoch = len(progress.losses)
     order = rng(seed, _ORDER, epoch)
-    drawn = batches(len(rows), batch_size=config.batch_size, rng=order)
-    parts = [torch.from_numpy(part) for part in drawn]
+    parts = shuffled(samples, rows, batch_size=config.batch_size, rng=order)
     if config.steps is not None:
         parts = parts[: config.steps - progress.steps]
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     seen = 0
     model.train()
-    for index, part in enumerate(parts):
+    for index, chosen in enumerate(parts):
         _set_lr(optimizer, config, progress.steps, epoch + index / len(parts))
-        chosen = rows[part]
         batch = to_device(_batch(samples, chosen, config, order), device)
 
         def look(logits: Tensor, labels: Tensor, rows: Tensor = chosen) -> None:

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunelab import networks
-from prunelab.data.samples import NO_LOSS, ImageSamples, Samples, TargetSamples, TokenSamples
+from prunelab.data.samples import (
+    NO_LOSS,
+    ImageSamples,
+    Ordered,
+    Samples,
+    TargetSamples,
+    TokenSamples,
+)
 from prunelab.errors import ModelError
 from prunelab.runs.imported import imported
 from sparsemodel.layers.linear_and_conv import SparseLinear
@@ -318,7 +325,8 @@ def _telling_rows(samples: Samples) -> Tensor:
     if isinstance(samples, TokenSamples):
         longest = int(samples.attention_mask.sum(1).argmax())
         return torch.tensor([longest, int(samples.input_ids.amax(1).argmax())])
-    return torch.tensor([0, len(samples) - 1])
+    last = len(samples) - 1
+    return torch.tensor([0, min(1, last) if isinstance(samples, Ordered) else last])
 
 
 def _described(samples: Samples, batch: Any) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import Command
+from sharded import images, write_shards
 
 from datapruning.cli import main
 from datapruning.scoring.methods import METHODS
@@ -436,3 +437,20 @@ def test_real_process_fails_with_one_line_and_with_debug_with_a_trace(tmp_path: 
     done = Command("datapruning", *command, "--debug", cwd=tmp_path).ended()
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+def test_score_streams_a_folder_of_shards(tmp_path: Path) -> None:
+    names = [("ant", "bee", "cow")[number % 3] for number in range(60)]
+    write_shards(tmp_path / "shards", "tar", images(60, (1, 8, 8)), names, [25, 60])
+    arguments = ["--method", "el2n", "--stream", "--epochs", "1"]
+    done = datapruning("score", "shards", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = ScoreTable.read(tmp_path / "scores.parquet")
+    assert len(table) == 60
+    assert table.dataset == "shards"
+    page = (tmp_path / "scores.html").read_text(encoding="utf-8")
+    assert "class 2 (cow)" in page
+    assert "data:image/png" in page
+    done = datapruning("score", "digits", *arguments, "--out", "d.parquet", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "digits: no such folder, file or pattern of files" in done.stderr

@@ -556,7 +556,7 @@ def test_refusals() -> None:
 def test_configuration_names_all_problems() -> None:
     with pytest.raises(RunError) as caught:
         TrainingConfig(epochs=0, batch_size=0, lr=-1.0, momentum=1.0, steps=0, optimizer="lion")
-    for what in ("epochs", "batch_size", "lr", "momentum", "steps", "sgd, adamw, got 'lion'"):
+    for what in ("epochs", "batch_size", "lr", "momentum", "steps", "sgd, adam, adamw, got 'lion'"):
         assert what in str(caught.value)
 
 
