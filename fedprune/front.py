@@ -104,14 +104,17 @@ class Result:
 
 
 def load(
-    path: str | Path, *, model: str | nn.Module | Callable[..., nn.Module] | None = None
+    path: str | Path,
+    *,
+    model: str | nn.Module | Callable[..., nn.Module] | None = None,
+    task: str | Task | Callable[[], Task] | None = None,
 ) -> Trained:
     """A model that a run left, with all that its use needs.
 
     Args:
         path: a run's folder, or its model.safetensors.
-        model: the network, where the run was given an object that this process does not have: what
-            `run` takes.
+        model, task: the network and the task, where the run was given objects that this process
+            does not have: what `run` takes.
 
     Raises:
         CheckpointError: no such file, or a damaged one.
@@ -119,7 +122,7 @@ def load(
     """
     from fedprune.trained.loading import load_trained  # noqa: PLC0415
 
-    return load_trained(Path(path), model=model)
+    return load_trained(Path(path), model=model, task=task)
 
 
 def run(
@@ -198,13 +201,15 @@ def run(
     }
     values |= {key: value for key, value in named.items() if value is not None}
     values |= settings or {}
-    made = _with_data(RunConfig.parse(values), data)
-    path = Path(folder) if folder is not None else default_folder(made, resume=resume)
+    path = None if folder is None else Path(folder)
+    if path is None or not (resume and (path / CONFIG).exists()):
+        made = _with_data(RunConfig.parse(values), data)
+        path = path or default_folder(made, resume=resume)
     if resume and (path / CONFIG).exists():  # what was not given is what it was
         stored = stored_settings(path)
+        for key in _MAY_BE_OBJECTS & values.keys():
+            values[key] = continue_as(values[key], str(stored.get(key, "")))
         made = _with_data(RunConfig.parse(continued(stored, values)), data)
-        name = continue_as(made.model.name, str(stored.get("model.name", "")))
-        made = replace(made, model=replace(made.model, name=name))
     if is_given(made.data.dataset) and (made.data.num_train or made.data.num_test):
         raise ConfigError(
             "data.num_train and data.num_test are for data sets by name; cut these data yourself"
@@ -230,6 +235,15 @@ def run(
         made, path, engine=engine, resume=resume, progress=progress, tracker=follower
     )
     return Result(path, summary)
+
+
+_MAY_BE_OBJECTS = {
+    "model.name",
+    "training.task",
+    "training.optimizer",
+    "training.schedule",
+    "data.partition",
+}
 
 
 def _with_data(config: RunConfig, data: Any) -> RunConfig:

@@ -47,14 +47,15 @@ def importable_name(value: Any) -> str:
 
 
 def continue_as(name: str, stored: str) -> str:
-    """The name of a given function in a run that is continued, where it is called `stored`.
+    """The name of what was given, in a run that is continued, where it is called `stored`.
 
-    The same function, defined again, is another object, and would have a number of its own.
+    The same function or object, made again, is another one, and would have a number of its own.
     """
-    if name not in _models or stored.partition("#")[0] != name.partition("#")[0]:
-        return name
-    _models[stored] = _models[name]
-    return stored
+    for table in (_models, _objects):
+        if name in table and stored.partition("#")[0] == name.partition("#")[0]:
+            table[stored] = table[name]
+            return stored
+    return name
 
 
 def given_model(name: str) -> Any:
@@ -69,10 +70,13 @@ def name_object(value: Any) -> str:
     """
     if isinstance(value, str):
         return value
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return importable_name(value) or _enter(
-        _objects, f"{named.__module__}:{named.__qualname__}", value
-    )
+    if path := importable_name(value):
+        return path
+    is_named = hasattr(value, "__qualname__")
+    named = value if is_named else type(value)
+    # An object is not what its class would make: "()" is nothing that could be imported.
+    name = f"{named.__module__}:{named.__qualname__}{'' if is_named else '()'}"
+    return _enter(_objects, name, value)
 
 
 def given_object(name: str) -> Any:

@@ -62,9 +62,9 @@ class TrainingConfig:
     `task` is what the model is trained for: a name in prunelab.training.task.TASKS or
     "module:function" that gives a Task; empty: what the samples are for. `optimizer` is "sgd" (with
     `momentum`), "adam", "adamw", or "module:function" that gives a rule (see
-    fedprune/local/optimizer.py); `schedule`, of the learning rate over rounds, "cosine", "linear",
-    "constant", or "module:function" of (rounds done, rounds) -> factor. Gradients of a step are
-    scaled down to the norm `clip_norm`; 0: never.
+    fedprune/local/optimizer.py; `momentum` and `weight_decay` are not for it). `schedule`, of the
+    learning rate over rounds, is "cosine", "linear", "constant", or "module:function" of (rounds
+    done, rounds) -> factor. Gradients of a step are scaled down to the norm `clip_norm`; 0: never.
 
     `execution` is how a masked model is computed: "sparse" (active weights only), "masked",
     "dense", or "auto": sparse on a CPU that has the native kernels, else masked. `cohort` is how

@@ -136,7 +136,7 @@ class ClientInfo:
 
 
 MAX_LOSS = 2.0**40
-"""Mean cross-entropy beyond which a model is no candidate for anything; sums of it are finite."""
+"""Mean loss beyond which a model is no candidate for anything; sums of it are finite."""
 
 DESCRIBE = "describe"
 """The question that every client answers, whatever the method: its ClientInfo."""
@@ -212,7 +212,7 @@ def counts(fields: Fields, key: str, length: int) -> list[int]:
 
 
 def loss(fields: Fields, key: str, samples: int = 1) -> float:
-    """A field that is a sum of cross-entropies: 0 or more, and no more than can be.
+    """A field that is a sum of losses: 0 or more, and no more than can be.
 
     Raises:
         ClientError: it is not.
@@ -227,7 +227,7 @@ def loss(fields: Fields, key: str, samples: int = 1) -> float:
 
 
 def losses(fields: Fields, key: str, length: int, samples: int) -> list[float]:
-    """A field that is a list of so many sums of cross-entropies over so many samples.
+    """A field that is a list of so many sums of losses over so many samples.
 
     Raises:
         ClientError: it is not.

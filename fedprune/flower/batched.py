@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
-from torch.nn.modules.dropout import _DropoutNd
 
 from fedprune.exchange.messages import MODEL, Reply, Request
 from fedprune.flower.client import encode_answer, guarded, open_request
@@ -26,8 +27,10 @@ from fedprune.local.training import (
     train,
 )
 from fedprune.rounds.workspace import compute_device
+from prunelab.data.tensors import batch_of
 from prunelab.runs.threads import computing
 from prunelab.training.steps import is_classification
+from prunelab.training.task import forward
 
 Job = tuple[Request, Local]
 
@@ -115,7 +118,7 @@ def train_together(
         replies, size = _train_jobs(jobs, size=size, measure=measure)
     elif jobs:
         action = jobs[0][1].config.method.actions["train"]
-        replies = [guarded(partial(action, *job)) for job in jobs]
+        replies = [guarded(partial(action, request, _masked(local))) for request, local in jobs]
     outcome, answers = iter(replies), []
     for (message, _), entry in zip(messages, decoded, strict=True):
         answer = next(outcome) if isinstance(entry, tuple) else entry
@@ -126,14 +129,28 @@ def train_together(
     return answers, size
 
 
+def _masked(local: Local) -> Local:
+    """The same place, computing with dense kernels as the stack does."""
+    training = replace(local.config.training, execution="masked")
+    return replace(local, config=replace(local.config, training=training))
+
+
 def _trains_together(local: Local) -> bool:
     config = local.config
     if config.method.actions["train"] is not train or not is_plain(config.training):
         return False
-    layers = local.network.build().modules()
-    return is_classification(local.network.task()) and not any(
-        isinstance(layer, _DropoutNd) and layer.p > 0 for layer in layers
-    )
+    return is_classification(local.network.task()) and not _draws(local)
+
+
+@torch.no_grad()
+def _draws(local: Local) -> bool:
+    """Whether the network draws random numbers while it trains, as dropout does; by trying."""
+    model = local.network.build().train()
+    batch = batch_of(local.data.train.inputs[:2], local.data.train.targets[:2])
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        forward(model, batch)
+        return not torch.equal(before, torch.get_rng_state())
 
 
 def _opened(record: RecordDict, context: Context) -> Job:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from fedprune.given import given_model, given_task
 from prunelab.networks import (
     build_model,
-    float_state,
     is_wholly_exchanged,
     narrow_width,
     uninitialised,
 )
-from prunelab.training.task import Task, make_task
+from prunelab.training.task import TEXT_TASKS, Task, make_task
+from sparsemodel.layers.from_state import carried_tensors
 
 if TYPE_CHECKING:
     from fedprune.config import RunConfig
@@ -57,26 +59,40 @@ class TorchNetwork:
         with uninitialised():
             return self.model()
 
-    @cached_property
+    @property
     def _is_exchanged(self) -> bool:
         """Whether a state holds all of the network's weights: none is frozen."""
+        return is_wholly_exchanged(self._outline)
+
+    @cached_property
+    def _outline(self) -> nn.Module:
+        """The network without values, on no memory where its code allows that."""
+        # Whatever its code raises without values is no harm.
+        with uninitialised(), suppress(Exception), torch.device("meta"):
+            return self.model()
         with uninitialised():
-            return is_wholly_exchanged(self.model())
+            return self.model()
 
     def reference(self, *, width: int | None = None) -> nn.Module:
         """The full network that savings are measured against, or one of another width, float32."""
         return build_model(
             given_model(self.config.model_name),
             num_classes=self.num_classes,
-            input_shape=self.input_shape,
+            input_shape=self._image_shape,
             seed=self.config.seed,
             width=width or self.config.model.width or None,
         ).float()
 
+    @property
+    def _image_shape(self) -> tuple[int, ...] | None:
+        """What networks are told of the inputs: nothing of texts, whose length varies."""
+        return None if self.kind in TEXT_TASKS else self.input_shape
+
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the float state, in the order in which states hold it."""
-        return {name: tuple(value.shape) for name, value in float_state(self.skeleton).items()}
+        tensors = carried_tensors(self._outline)
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     @cached_property
     def skeleton(self) -> nn.Module:
@@ -87,6 +103,6 @@ class TorchNetwork:
         return narrow_width(
             given_model(self.config.model_name),
             num_classes=self.num_classes,
-            input_shape=self.input_shape,
+            input_shape=self._image_shape,
             max_bytes=max_bytes,
         )

@@ -9,12 +9,14 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fedprune.local.model import (
     Correction,
@@ -60,13 +62,40 @@ def open_torch_model(
 
 
 def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
-    """A network to fill with a state, on no memory where its code allows that."""
+    """A network to fill with a state: its weights on no memory where its code allows that.
+
+    What a state does not carry (tables, positions, frozen weights) has the values of the code.
+    """
     try:
         with torch.device("meta"):
             model = build()
+        if not fixed_tensors(model):
+            return model
+        if all(p.requires_grad for p in model.parameters()):
+            with _weights_on_meta():
+                return build()
     except Exception:  # whatever a network's own code raises without values
         return build()
-    return build() if fixed_tensors(model) else model
+    return build()
+
+
+@contextmanager
+def _weights_on_meta() -> Iterator[None]:
+    """Inside, each parameter is on "meta" once a module has it; buffers have their values."""
+    register = nn.Module.register_parameter
+    seen = WeakIdKeyDictionary()  # what modules share they share here
+
+    def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            empty = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            module._parameters[name] = seen.setdefault(parameter, empty)
+
+    setattr(nn.Module, "register_parameter", registered)  # noqa: B010 - types forbid the other way
+    try:
+        yield
+    finally:
+        setattr(nn.Module, "register_parameter", register)  # noqa: B010
 
 
 def module_state(model: nn.Module, order: Iterable[str], patterns: Patterns | None) -> SparseState:

@@ -105,6 +105,11 @@ class Workspace:
         dataset, skeleton, task = self.dataset, self.torch.skeleton, self.torch.task
         check_targets(dataset.train)
         check_fits(task, skeleton, dataset.train, num_classes=dataset.num_classes)
+        if self.config.data.augment and len(self.torch.input_shape) != 3:
+            raise ConfigError(
+                "data.augment is for images, and these inputs are "
+                f"{list(self.torch.input_shape)}; turn it off"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         described: dict[str, Any] = {
             "num_classes": dataset.num_classes,

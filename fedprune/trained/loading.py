@@ -18,7 +18,7 @@ from fedprune.trained.inputs import accepted_inputs
 from fedprune.trained.model import Trained
 from prunelab.data.batches import Preprocessing
 from prunelab.errors import ModelError, RunError
-from prunelab.training.task import make_task
+from prunelab.training.task import Task, make_task
 from sparsemodel.layers.from_state import carried_tensors, load_state_, sparse_model
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.state_file import load_state
@@ -27,7 +27,10 @@ _NEEDED = ("model", "input_shape", "inputs", "num_classes", "preprocessing")
 
 
 def load_trained(
-    path: Path, *, model: str | nn.Module | Callable[..., nn.Module] | None = None
+    path: Path,
+    *,
+    model: str | nn.Module | Callable[..., nn.Module] | None = None,
+    task: str | Task | Callable[[], Task] | None = None,
 ) -> Trained:
     """What `fedprune.load` gives."""
     folder, config = _folder_of(path), None
@@ -50,7 +53,7 @@ def load_trained(
         class_names=class_names,
         metadata=metadata,
         folder=folder,
-        task=make_task(given_task(metadata.get("task", "classification"))),
+        task=make_task(task or given_task(metadata.get("task", "classification"))),
     )
 
 

@@ -7,6 +7,7 @@ takes from the hub. A function of your own may load pre-trained ones.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def _hugging_face(
     transformers = _transformers(name)
     if width is not None:
         raise _fixed(width)
-    config = transformers.AutoConfig.from_pretrained(name)
+    config = transformers.AutoConfig.from_pretrained(os.path.expanduser(name))
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", torch.float32)
     if num_classes is not None:
         config.num_labels = num_classes

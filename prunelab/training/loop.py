@@ -142,7 +142,8 @@ class Evaluation:
     """Sums over samples, so that results of several parts can be added.
 
     Attributes:
-        num_correct: samples whose largest logit is at the label; None for a task without classes.
+        num_correct: samples whose largest logit is at the label; None for a task without classes,
+            or with another metric.
         metric_sum: of the task's metric; None where it has none.
     """
 
@@ -268,7 +269,8 @@ def evaluate(
         for part in chosen.split(EVALUATION_BATCH):
             loss, metric = add(to_device(samples.batch(part), device))
             loss_sum, metric_sum = loss_sum + loss, metric_sum + metric
-    num_correct = int(metric_sum) if isinstance(task, Classification) else None
+    is_hits = isinstance(task, Classification) and task.metric_name == Classification.metric_name
+    num_correct = int(metric_sum) if is_hits else None
     measured = metric_sum if task.metric_name else None
     return Evaluation(loss_sum, num_correct, len(chosen), measured)
 

@@ -129,9 +129,12 @@ def is_planned(model: nn.Module, task: Task) -> bool:
 
 
 def is_classification(task: Task) -> bool:
-    """Whether a task is the programs': softmax cross-entropy of the logits of images."""
+    """Whether a task is the programs': softmax cross-entropy and hits of the logits of images."""
+    kind: Any = type(task)
     return (
-        type(task).loss is Classification.loss and type(task).logits is ImageClassification.logits  # type: ignore[attr-defined]
+        isinstance(task, ImageClassification)
+        and (kind.loss, kind.measure) == (Classification.loss, Classification.measure)
+        and (kind.logits, kind.labels) == (ImageClassification.logits, ImageClassification.labels)
     )
 
 

@@ -128,7 +128,7 @@ class Supervised(Task):
     Args:
         loss: differentiable, low is good; such as torch's with reduction="none".
         metric: what is reported beside the loss; None: nothing.
-        metric_name: what the metric is called.
+        metric_name: what the metric is called; "accuracy" is for hits, 0 or 1 a sample.
         layer: as of `ImageClassification`.
 
     >>> task = Supervised(nn.HuberLoss(reduction="none"))
@@ -251,6 +251,9 @@ TASKS: dict[str, Callable[[], Task]] = {
     "text-classification": TextClassification,
     "causal-lm": CausalLM,
 }
+
+
+TEXT_TASKS = ("text-classification", "causal-lm")
 
 
 def task_of(samples: Samples) -> str:

@@ -9,9 +9,13 @@ from little_clients import network_from, random_mask, samples, state_of
 from torch import nn
 from torch.nn import functional
 
+from fedprune.config import RunConfig
 from fedprune.exchange.messages import MODEL
+from fedprune.given import name_model
 from fedprune.local.cohort import Member, train_cohort
 from fedprune.local.model import Sgd, open_model
+from fedprune.local.network import TorchNetwork
+from fedprune.local.torch_models import skeleton
 from fedprune.local.training import train_epochs
 from fedprune.settings import TrainingConfig
 from sparsemodel.kernels.cpu import library as cpu
@@ -83,3 +87,41 @@ def test_frozen_parameters_and_tables_stay(kind: str) -> None:
             if name in FROZEN:
                 assert np.array_equal(values, start.values[name]), name
             np.testing.assert_allclose(values, expected.values[name], rtol=2e-3, atol=2e-5)
+
+
+class Tables(nn.Module):
+    """Weights that are shared, and a table that no state carries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.Parameter(torch.ones(64, 64))
+        self.first, self.second = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+        self.first.weight, self.second.weight = shared, shared
+        self.last = nn.Linear(64, 3)
+        self.register_buffer("order", torch.arange(64).flip(0), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.second(self.first(x.flatten(1)[:, self.order])))  # type: ignore[no-any-return]
+
+
+def test_a_skeleton_holds_tables_and_no_weight() -> None:
+    empty = skeleton(Tables)
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+    assert empty.first.weight is empty.second.weight
+    assert torch.equal(empty.order, torch.arange(64).flip(0))
+    assert {p.device.type for p in Tables().parameters()} == {"cpu"}  # nothing stays changed
+
+
+def test_shapes_are_learnt_without_a_dense_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[str] = []
+
+    def build(num_classes: int) -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Linear(32, num_classes))
+        devices.append(model[1].weight.device.type)
+        return model
+
+    name = name_model(build)
+    network = TorchNetwork(RunConfig.parse({"model.name": name}), 3, (1, 8, 8), "classification")
+    assert network.shapes["2.weight"] == (3, 32)
+    network.empty_model()
+    assert devices == ["meta", "cpu"]  # the second was asked for

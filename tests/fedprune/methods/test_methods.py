@@ -381,7 +381,7 @@ def test_clients_measure_and_score_on_their_development_split(tmp_path: Path) ->
     scoring = pool_request(pool, "score", tensors=reply.tensors)
     found = score(scoring, place)
     assert found.fields == score(scoring, dataclasses.replace(place, data=other)).fields
-    assert all(0 <= hits <= found.num_examples for hits in found.fields["correct"])
+    assert all(0 <= hits <= found.num_examples for hits in found.fields["metrics"])
     for question, action in ((request, measure), (scoring, score)):
         with pytest.raises(ClientError, match="no development sample"):
             action(question, dataclasses.replace(place, data=empty))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ import fedprune
 from fedprune import Result
 from fedprune.errors import ClientError, ConfigError
 from fedprune.exchange.messages import Reply
+from fedprune.given import given_task, name_object
 from fedprune.local.data import Split
 from fedprune.local.shares import open_client
 from fedprune.local.site import TRAIN, split_seed
@@ -25,7 +27,15 @@ from fedprune.rounds.workspace import Workspace, open_workspace
 from prunelab.data.samples import TargetSamples, TokenSamples
 from prunelab.errors import DataError, ModelError
 from prunelab.training.loop import evaluate
-from prunelab.training.task import CausalLM, MultiLabel, Regression, Supervised, TextClassification
+from prunelab.training.task import (
+    CausalLM,
+    ImageClassification,
+    MultiLabel,
+    Regression,
+    Supervised,
+    TextClassification,
+    make_task,
+)
 from sparsemodel.runtime.state import SparseState
 
 COUNT = 120
@@ -237,11 +247,105 @@ def test_texts_with_classes(tmp_path: Path) -> None:
     assert found.accuracy == pytest.approx(results[0].summary["test_accuracy"], abs=1e-9)
 
 
+class Best3(ImageClassification):
+    """A metric of its own, on a loss that programs know."""
+
+    metric_name = "top 3"
+
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        self.count = count
+
+    def measure(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, labels = self.logits(model, batch), self.labels(batch)
+        hits = (logits.topk(self.count).indices == labels[:, None]).any(1)
+        return functional.cross_entropy(logits, labels, reduction="none"), hits.float()
+
+
+def test_a_metric_of_ones_own_is_the_same_however_clients_compute(tmp_path: Path) -> None:
+    found = {}
+    for execution in ("sparse", "masked"):
+        result = run(
+            tmp_path / execution, method="magnitude", task=Best3(5), rounds=1,
+            **digits(evaluate="server", **{"training.execution": execution}),
+        )  # fmt: skip
+        found[execution] = result.summary["test_metric"]
+    assert found["sparse"] == pytest.approx(found["masked"], abs=0.05)
+    data = workspace_of(result).dataset.test
+    measured = evaluate(result.model, data, Best3(5))
+    assert measured.metric == pytest.approx(found["masked"])
+    assert (measured.num_correct, measured.accuracy != measured.accuracy) == (None, True)
+
+
+def test_an_object_is_not_what_its_class_would_make() -> None:
+    """Top 5 of an object; the class of the same name would make top 3."""
+    name = name_object(Best3(5))
+    assert "Best3()" in name
+    assert make_task(given_task(name)).count == 5  # type: ignore[attr-defined]
+    other = name_object(Best3)
+    assert other != name
+    assert make_task(given_task(other)).count == 3  # type: ignore[attr-defined]
+    with pytest.raises(ModelError, match="Best3"):
+        make_task("test_tasks:Best3()")
+
+
+def test_a_loaded_run_is_told_its_task_again(tmp_path: Path) -> None:
+    result = run(tmp_path, method="magnitude", task=Best3(5), rounds=1, **digits(evaluate="server"))
+    named = {"task": Best3(5), "method": "magnitude", "rounds": 1, **digits(evaluate="server")}
+    resumed = run(tmp_path, resume=True, **named)  # the same task, made anew
+    assert resumed.summary == result.summary
+    again = fedprune.load(result.folder, task=Best3(5))
+    assert again.evaluate().metric == pytest.approx(result.summary["test_metric"])
+
+
+class Drawing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.last = nn.Linear(64, 32), nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = functional.dropout(self.fc(x.flatten(1)).relu(), 0.4, self.training)
+        return self.last(hidden)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("cohort", [1, 2])
+def test_the_batched_engine_draws_by_the_seed(cohort: int, tmp_path: Path) -> None:
+    """Whatever a network draws with, and however torch was seeded: the inline engine's bits."""
+    settings = {**digits(evaluate="server")["settings"], "training.cohort": cohort}
+    values = []
+    for engine in ("batched", "inline"):
+        torch.manual_seed(len(values))
+        result = run(
+            tmp_path / engine, model=Drawing, data="digits", engine=engine, rounds=1,
+            method="magnitude", settings={**settings, "training.execution": "masked"},
+        )  # fmt: skip
+        values.append(result.state.values)
+    assert all(np.array_equal(values[0][name], v) for name, v in values[1].items())
+
+
+def test_a_run_goes_on_with_the_columns_that_it_began_with(tmp_path: Path) -> None:
+    inputs, values = features()
+    frame = pd.DataFrame(inputs, columns=list("abcdef")).assign(price=values)
+    first = run(tmp_path, model=one, data=frame, settings={"data.columns": "label=price"})
+    again = fedprune.run(folder=first.folder, model=one, data=frame, resume=True)
+    assert again.summary == first.summary
+
+
+@pytest.mark.slow
+def test_a_network_of_transformers_by_its_folder(tmp_path: Path) -> None:
+    model = classifier(2)
+    model.config.save_pretrained(tmp_path / "bert")
+    data = {"train": texts(labels=True), "test": texts(labels=True)}
+    result = run(tmp_path, model=f"hf/{tmp_path / 'bert'}", data=data, rounds=1, optimizer="adam")
+    assert result.summary["metric"] == "accuracy"
+
+
 # --- clients that test ---------------------------------------------------------------------------
 
 
-def digits(*, evaluate: str) -> dict[str, Any]:
+def digits(*, evaluate: str, **more: Any) -> dict[str, Any]:
     settings = {"data.num_train": 300, "data.num_test": 60, "federation.evaluate": evaluate}
+    settings |= more
     return {"data": "digits", "model": "resnet8", "settings": settings}
 
 
@@ -311,6 +415,8 @@ def test_what_does_not_go_together(tmp_path: Path) -> None:
         run(tmp_path, model=one, data=data, settings={"data.partition": "pathological"})
     with pytest.raises(ConfigError, match=r"training\.optimizer: expected sgd, adam, adamw or mod"):
         run(tmp_path, model=one, data=data, optimizer="adamm")
+    with pytest.raises(ConfigError, match=r"data\.augment is for images"):
+        run(tmp_path, model=one, data=data, settings={"data.augment": True})
     with pytest.raises(ConfigError, match="do not have this run's data: give"):
         run(tmp_path, model="resnet8", data=TargetSamples(*data), engine="flower")
     assert list(tmp_path.iterdir()) == []
