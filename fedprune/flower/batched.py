@@ -155,7 +155,7 @@ def _draws(local: Local) -> bool:
 
 def _opened(record: RecordDict, context: Context) -> Job:
     request, local = open_request(record, context)
-    require_samples(len(local.data.train))
+    require_samples(len(local.data.train), request)
     return request, local
 
 

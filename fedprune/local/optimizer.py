@@ -181,7 +181,15 @@ def make_rule(training: TrainingConfig) -> Rule | None:
     name = training.optimizer
     if name in OPTIMIZERS:
         return OPTIMIZERS[name](training)
-    rule: Rule = _found("training.optimizer", name)()
+    make = _found("training.optimizer", name)
+    try:
+        rule: Rule = make()
+    except Exception as error:  # whatever it raises
+        raise ConfigError(
+            f"training.optimizer: {name!r} cannot be called without arguments ({error}); expected "
+            "what makes a rule (docs/tasks.md); torch's own are named: "
+            f"{', '.join(OPTIMIZERS)}"
+        ) from error
     if not callable(rule):
         raise ConfigError(
             f"training.optimizer: {name!r} made a {type(rule).__name__}; expected a function of "
@@ -198,7 +206,14 @@ def schedule_factor(training: TrainingConfig, round_index: int) -> float:
     """
     name = training.schedule
     schedule = SCHEDULES.get(name) or _found("training.schedule", name)
-    factor = float(schedule(round_index, training.rounds))
+    try:
+        factor = float(schedule(round_index, training.rounds))
+    except Exception as error:  # whatever it raises
+        raise ConfigError(
+            f"training.schedule: {name!r} fails for round {round_index} of {training.rounds} "
+            f"({type(error).__name__}: {error}); expected a function of (rounds done, rounds) that "
+            "gives a factor"
+        ) from error
     if not 0 <= factor < math.inf:
         raise ConfigError(
             f"training.schedule: {name!r} gives {factor} for round {round_index}; expected a "

@@ -37,7 +37,7 @@ def train(request: Request, local: Local, *, correction: Correction | None = Non
     Raises:
         ClientError: too few samples.
     """
-    require_samples(len(local.data.train))
+    require_samples(len(local.data.train), request)
     training, own = local.config.training, local.data.train
     optimizer = Optimizer(training, request.round_index, correction=correction)
     model = local.open(request.state(MODEL))
@@ -80,10 +80,13 @@ def evaluate(request: Request, local: Local) -> Reply:
     return Reply(len(test), {"loss": score.loss_sum, "metric": score.metric_sum})
 
 
-def require_samples(count: int) -> None:
-    """Raise ClientError unless a client with so many training samples can train."""
-    if count < 2:
-        raise ClientError(f"{count} training sample(s); batch norm needs at least 2")
+def require_samples(count: int, request: Request) -> None:
+    """Raise ClientError unless a client with so many training samples can train the model."""
+    names = request.state(MODEL).values
+    has_norms = any(name.endswith("running_mean") for name in names)
+    if count < 1 + has_norms:
+        why = "batch norm needs at least 2" if has_norms else "there is nothing to train on"
+        raise ClientError(f"{count} training sample(s); {why}")
 
 
 def train_epochs(

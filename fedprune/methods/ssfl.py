@@ -44,7 +44,7 @@ def saliency(request: Request, local: Local) -> Reply:
     batches = count(request.fields, "batches")
     if batches < 1:
         raise ClientError("field 'batches': expected at least 1, got 0")
-    require_samples(len(data.train))
+    require_samples(len(data.train), request)
     model = local.open(start)
     sums = {name: 0.0 * start.values[name] for name in wanted}
     samples = 0

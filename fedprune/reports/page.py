@@ -186,9 +186,12 @@ def _used(run: _Run) -> dict[str, Any]:
         "model.blocks": config.model.blocks or "found from the modules",
         "training.task": run.task or config.training.task or "what the samples are for",
         "training.clip_norm": config.training.clip_norm or "never",
+        **({"data.partition": "iid (no classes)"} if _has_no_classes(run) else {}),
         "data.num_train": data.num_train or "all",
         "data.num_test": data.num_test or "all",
-        "data.alpha": data.alpha if data.partition == "dirichlet" else NOT_USED,
+        "data.alpha": data.alpha
+        if data.partition == "dirichlet" and not _has_no_classes(run)
+        else NOT_USED,
         "data.classes_per_client": data.classes_per_client
         if data.partition == "pathological"
         else NOT_USED,
@@ -197,6 +200,13 @@ def _used(run: _Run) -> dict[str, Any]:
         "training.cohort": f"at most {config.cohort} (batched engine)",
         "federation.clients_per_round": config.clients_per_round,
     }
+
+
+def _has_no_classes(run: _Run) -> bool:
+    """Whether the samples could not be divided by classes, though that was asked for."""
+    clients = run.start.get("clients") or []
+    without = bool(clients) and max(len(entry["labels"]) for entry in clients) == 1
+    return without and run.config.data.partition == "dirichlet"
 
 
 def _quality(run: _Run) -> Section:

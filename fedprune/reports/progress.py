@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,8 @@ class Watch:
         self._folder, self._config = folder, config
         self._show = show or self._print
         self._num_shown = 0
-        self._times: list[float] = []
+        self._now = 0.0
+        self._marks: list[tuple[float, int]] = []  # when rounds were seen to be complete
 
     def heading(self) -> None:
         """Say what runs and where, and what was made of what the settings leave open."""
@@ -60,6 +59,7 @@ class Watch:
 
     def __call__(self) -> None:
         fresh = read_metrics(self._folder)[self._num_shown :]
+        self._now = time.monotonic()
         for line in fresh:
             self._show(line)
             for skipped in line.get("skipped", []):
@@ -68,8 +68,10 @@ class Watch:
                     f"{skipped['client']} left out: {escaped(skipped['reason'])}",
                     soft_wrap=True,
                 )
-        if not self._num_shown:
-            self._times.clear()  # the rounds of a run that goes on were no time in coming
+        # Of several rounds at once the last; those that were there before were no time in coming.
+        rounds = [int(line["round"]) for line in fresh if is_round(line)]
+        if rounds and self._num_shown:
+            self._marks = [*self._marks[-RECENT + 1 :], (self._now, rounds[-1])]
         self._num_shown += len(fresh)
 
     def _print(self, line: Mapping[str, Any]) -> None:
@@ -78,7 +80,10 @@ class Watch:
             if line.get("no_program"):
                 # Wrapped at words: the reason may be long.
                 console.print(
-                    escaped(f"clients compute by torch modules: {line['no_program']}"),
+                    escaped(
+                        "clients compute by torch modules, which takes torch and more memory: "
+                        f"{line['no_program']}"
+                    ),
                     highlight=False,
                 )
         elif is_round(line):
@@ -86,11 +91,12 @@ class Watch:
 
     def _left(self, line: Mapping[str, Any]) -> float | None:
         """Seconds that the other rounds will take; None before that can be said."""
-        self._times = [*self._times[-RECENT + 1 :], time.monotonic()]
-        if len(self._times) < 2 or not self._num_shown:
+        number = int(line["round"])
+        if not self._marks or number <= self._marks[0][1]:
             return None
-        each = statistics.mean(after - before for before, after in pairwise(self._times))
-        return each * (self._config.training.rounds - int(line["round"]))
+        began, first = self._marks[0]
+        each = (self._now - began) / (number - first)
+        return each * (self._config.training.rounds - number)
 
 
 def is_round(line: Mapping[str, Any]) -> bool:

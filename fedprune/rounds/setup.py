@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -223,7 +224,11 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
         raise RunError(json.loads(done.stdout.splitlines()[-1]))
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise RunError(f"setting up failed: {last[0]}") from RuntimeError(done.stderr)
+        places = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', done.stderr)
+        where = "{}, line {}, in {}".format(*places[-1]) if places else "no place is known"
+        raise RunError(
+            f"setting up failed: {last[0]} ({where}); --debug shows the trace"
+        ) from RuntimeError(done.stderr)
     for text in json.loads(done.stdout.splitlines()[-1]):
         warnings.warn(text, DataWarning, stacklevel=2)
 

@@ -195,7 +195,8 @@ class Workspace:
         """The network's program, or why it has none."""
         network = self.torch
         if not is_classification(network.task) or len(network.input_shape) != 3:
-            return "", f"programs are for classes of images, not for {network.task_name}"
+            what = f"{network.task_name} of {list(network.input_shape)}"
+            return "", f"programs are for classes of images [C, H, W], not for {what}"
         try:
             return program_of(network.skeleton, network.input_shape).text(), ""
         except PlanError as error:

@@ -92,7 +92,8 @@ def _network(
         "; the run was given it as an object: name what builds it, --model module:function "
         "(in Python: load(path, model=...))"
         if ":" not in name
-        else "; it is not the network of the run any more"
+        else "; it has to be what the run was given: go to the folder that it was started in, or "
+        "name it by --model module:function"
     )
     raise ModelError(f"{path}: {problem}{cure}")
 

@@ -295,7 +295,12 @@ def _finite(array: Array, where: str) -> Array:
             "leave it out or mend it"
         )
     low, high = float(array[:_LOOKED_AT].min()), float(array[:_LOOKED_AT].max())
-    if array.ndim > 2 and 0 <= low < high <= 255:
+    if array.ndim > 2 and 0 <= low < high <= 1:
+        note(
+            "images are floats between 0 and 1, and are fed to the network as they are; bytes "
+            "(uint8) would be normalised to -2 ... 2"
+        )
+    elif array.ndim > 2 and 0 <= low < high <= 255:
         # Of no place and in the same words each time, so that Python shows it once.
         note(
             "images are floats between 0 and 255, and are fed to the network as they are; give "

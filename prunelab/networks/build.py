@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from prunelab.errors import ModelError
 from prunelab.networks.builtin import ADJUSTABLE_WIDTH, MODELS, refuse_width
@@ -60,7 +62,7 @@ def build_model(
             name of the hub, of which the configuration alone is read), whose weights are drawn,
             too; "module:function", imported from the working folder or from what is installed; a
             function or class, called with those of num_classes, input_shape, seed and width that
-            it has parameters for (one parameter of another name is the seed); or a network, which
+            it has parameters for; or a network, which
             is copied with its weights.
         num_classes: None where samples have no classes; names of image networks need it.
         input_shape: (channels, height, width) of one image; None where samples are none. Of
@@ -85,7 +87,9 @@ def build_model(
         return _named(model, num_classes, input_shape, seed=seed, width=width)
     if isinstance(model, nn.Module):
         refuse_width(type(model).__name__, width)
-        return copy.deepcopy(model)
+        own = copy.deepcopy(model)
+        _settle(own, type(model).__name__, input_shape, seed)
+        return own
     function = _imported(model) if isinstance(model, str) else model
     if not callable(function):
         raise ModelError(
@@ -99,7 +103,26 @@ def build_model(
         raise ModelError(
             f"{title(function)} returned a {type(built).__name__}, expected a torch.nn.Module"
         )
+    _settle(built, title(function), input_shape, seed)
     return built
+
+
+@torch.no_grad()
+def _settle(model: nn.Module, name: str, input_shape: tuple[int, ...] | None, seed: int) -> None:
+    """Let lazy layers learn their sizes from a blank input."""
+    if not any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        return
+    if input_shape is None:
+        raise ModelError(f"{name} has lazy layers: run it once on a batch before it is given")
+    try:
+        with drawing(seed):
+            model.eval()(torch.zeros(2, *input_shape))
+    except Exception as error:  # whatever the network's own code raises
+        raise ModelError(
+            f"{name} has lazy layers, and does not fit inputs {[2, *input_shape]}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    model.train()
 
 
 def _named(
@@ -191,12 +214,20 @@ def _arguments(
     elif own in needed:
         raise ModelError(f"{title(function)} has a parameter {own} without a default; give it one")
     needed = [name for name in needed if name != own]
-    if len(needed) == 1 and len(parameters) == 1:
-        return {needed[0]: offered["seed"]}
     if needed:
+        close = [difflib.get_close_matches(name, offered, n=1) for name in needed]
+        hint = f" (did you mean {close[0][0]!r}?)" if close[0] else ""
         raise ModelError(
-            f"{title(function)} has parameters {needed}; a model's function may ask for "
+            f"{title(function)} has parameters {needed}{hint}; a model's function may ask for "
             f"{', '.join(offered)}: wrap it in one that does"
+        )
+    absent = [p.name for p in parameters if p.default is p.empty and offered.get(p.name) is None]
+    absent = [name for name in absent if name in offered]
+    if absent:
+        raise ModelError(
+            f"{title(function)} asks for {' and '.join(absent)}, which these samples do not have; "
+            "give the parameter a default, or build the network with as many outputs as there are "
+            "targets"
         )
     return {p.name: offered[p.name] for p in parameters if offered.get(p.name) is not None}
 

@@ -368,3 +368,30 @@ def test_narrow_width_draws_nothing_and_holds_no_large_model() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert 4 * resnet8_floats(width, channels=3, num_classes=10) <= 10**13
     assert 4 * resnet8_floats(width + 1, channels=3, num_classes=10) > 10**13
+
+
+def test_a_parameter_of_another_name_is_not_guessed() -> None:
+    with pytest.raises(ModelError, match=r"parameters \['classes'\] \(did you mean 'num_classes'"):
+        build_model(lambda classes: nn.Linear(4, classes), num_classes=3, input_shape=(4,), seed=7)
+
+
+def test_samples_without_classes_have_no_number_of_them_to_give() -> None:
+    def net(num_classes: int) -> nn.Module:
+        return nn.Linear(4, num_classes)
+
+    with pytest.raises(ModelError, match="asks for num_classes, which these samples do not have"):
+        build_model(net, num_classes=None, input_shape=(4,), seed=0)
+
+
+def test_lazy_layers_learn_their_sizes_from_the_samples() -> None:
+    def lazy(num_classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(num_classes))
+
+    models = [build_model(lazy, num_classes=3, input_shape=(1, 4, 4), seed=0) for _ in range(2)]
+    assert models[0].training
+    assert tuple(models[0][1].weight.shape) == (8, 16)
+    assert torch.equal(models[0][3].weight, models[1][3].weight)
+    given = build_model(lazy(3), num_classes=3, input_shape=(1, 4, 4), seed=0)
+    assert tuple(given[3].weight.shape) == (3, 8)
+    with pytest.raises(ModelError, match="lazy layers: run it once on a batch"):
+        build_model(lazy, num_classes=3, input_shape=None, seed=0)

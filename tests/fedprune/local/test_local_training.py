@@ -311,3 +311,19 @@ def test_automatic_execution_without_native_kernels_is_masked(
     assert isinstance(explicit, torch_models.SparseModules)
     loss = explicit.step(*samples(8), sgd=SGD)
     assert loss == pytest.approx(model.step(*samples(8), sgd=SGD), rel=1e-5)
+
+
+def test_one_sample_is_enough_where_there_is_no_batch_norm() -> None:
+    def plain() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+    for build, trains in ((plain, True), (narrow, False)):
+        network = network_from(build)
+        place = local(*samples(1), training=TrainingConfig(lr=0.1), network=network)
+        request = train_request(RunState(0, state_of(build())))
+        if trains:
+            before, after = request.state(MODEL), train(request, place).states[MODEL]
+            assert any((after.values[n] != v).any() for n, v in before.values.items())
+        else:
+            with pytest.raises(ClientError, match="batch norm needs at least 2"):
+                train(request, place)

@@ -144,6 +144,11 @@ def test_a_rule_and_a_schedule_of_ones_own() -> None:
         ({"optimizer": "math:pi"}, "'math:pi' is a float, expected a function"),
         ({"optimizer": "builtins:int"}, "'builtins:int' made a int; expected a function of"),
         ({"schedule": "nowhere:schedule"}, "training.schedule 'nowhere:schedule': cannot import"),
+        (
+            {"optimizer": "torch.optim:Adam"},
+            "without arguments .* sgd, adam, adamw",
+        ),
+        ({"schedule": "math:sqrt"}, "'math:sqrt' fails for round 0 of 4 .TypeError"),
         ({"schedule": "operator:sub"}, r"'operator:sub' gives -4.0 for round 0"),
     ],
 )

@@ -47,6 +47,23 @@ def test_what_is_left_is_told_by_rounds_that_were_seen(
     assert printed[2][0].endswith("left 10 s")
 
 
+def test_rounds_that_are_seen_together_are_told_by_the_time_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two rounds in 10 s: of the six that are left, one takes 5 s."""
+    config = tiny(training__rounds=9)
+    prepare(tmp_path, config.toml())
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(progress, "say", print)
+    watch = Watch(tmp_path, config)
+    for numbers in ([0], [1], [2, 3]):
+        for number in numbers:
+            append_metrics(tmp_path, a_round(number))
+        watch()
+    assert capsys.readouterr().out.splitlines()[-1].endswith("left 30 s")
+
+
 def test_clients_left_out_are_warnings_whatever_else_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
