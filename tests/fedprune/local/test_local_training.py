@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from little_clients import local, narrow, network_from, random_mask, samples, state_of
+from torch import nn
 from torch.nn import functional
 
 from fedprune.config import TrainingConfig
