@@ -319,7 +319,9 @@ def _read(
             f"missing or does not fit; {_AGAIN[kind]}"
         )
     stored = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
-    table, about = stored.read(), json.loads(stored.metadata.metadata.get(_META, b"{}"))
+    # One thread: a worker that lets go of our bytes while Python ends aborts the process.
+    table = stored.read(use_threads=False)
+    about = json.loads(stored.metadata.metadata.get(_META, b"{}"))
     if about.pop("kind", None) != kind:
         raise error(
             f"{path} is not a {kind} file of datapruning; it has columns "
