@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunelab.data.checked import Array, checked, checked_labels, count_classes, whole_numbers
+from prunelab.data.checked import Array, checked, checked_groups, checked_labels, count_classes
 from prunelab.data.folders import read_classes, side_folders
 from prunelab.data.parquet import has_side, read_side
 from prunelab.data.pictures import decoded
@@ -83,12 +83,8 @@ class ImageSet:
         object.__setattr__(self, "num_classes", num_classes)
         object.__setattr__(self, "fingerprint", self.fingerprint or fingerprint(*found.values()))
         if self.train_groups is not None:
-            groups = whole_numbers(self.train_groups, f"{self.name}: natural clients")
-            if groups.shape != self.train_labels.shape:
-                raise DataError(
-                    f"{self.name}: {len(groups)} natural clients for {len(self.train_labels)} "
-                    "training samples; expected one each"
-                )
+            count = len(self.train_labels)
+            groups = checked_groups(self.train_groups, count, where=self.name)
             object.__setattr__(self, "train_groups", groups)
 
     @property

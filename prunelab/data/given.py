@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunelab.data.columns import Columns, columns_of
+from prunelab.data.columns import Columns, columns_of, typed
 from prunelab.data.datasets import (
     DATASETS,
     ImageSet,
@@ -273,8 +273,9 @@ def _joined_columns(folder: Path, parts: list[Columns | None]) -> Columns:
     for part in files[1:]:
         if part.names != files[0].names:
             raise DataError(f"{part.where}: {part.listed}; {files[0].where} has others")
+    def joined(name: str) -> list[Any]:
+        return [value for part in files for value in (part.fields or part.read)(name)]
+
     return replace(
-        files[0],
-        read=lambda name: [value for part in files for value in part.read(name)],
-        where=str(folder),
+        files[0], read=lambda name: typed(joined(name)), where=str(folder), fields=joined
     )

@@ -19,6 +19,7 @@ from prunelab.data.columns import (
     TEXT_NAMES,
     Columns,
     check_filled,
+    client_numbers,
     columns_of,
 )
 from prunelab.data.datasets import ImageSet
@@ -198,7 +199,11 @@ def _listed(labels: Any) -> Any:
 def _of_columns(columns: Columns, how: Reading) -> Side:
     """Pictures, texts or numbers, whichever the columns hold."""
     client = columns.pick(how.column("client"), CLIENT_NAMES, "client")
-    groups = None if client is None else _groups(columns, client)
+    groups = None
+    if client is not None:
+        names_of_clients = (columns.fields or columns.read)(client)
+        numbers = client_numbers(names_of_clients, f"{columns.where}, column {client!r}")
+        groups = whole_numbers(numbers, "clients")
     label = columns.pick(how.column("label"), LABEL_NAMES, "label")
     image = None if how.column("features") or how.column("text") else _image_column(columns, how)
     if image is None and not how.column("features"):
@@ -255,20 +260,6 @@ def _texts(columns: Columns, text: str | None, label: str | None, how: Reading) 
         columns, how.tokenizer, text=text, label=label, max_length=how.max_length,
         class_names=how.class_names,
     )  # fmt: skip
-
-
-def _groups(columns: Columns, client: str) -> Tensor:
-    """Names of natural clients as 0, 1, 2 in their order, int64 [N]."""
-    values = columns.read(client)
-    check_filled(values, f"{columns.where}, column {client!r}")
-    kinds = {type(value) for value in values}
-    if len(kinds) > 1 or not kinds <= {int, str}:
-        raise DataError(
-            f"{columns.where}: column {client!r} holds "
-            f"{' and '.join(sorted(kind.__name__ for kind in kinds))}; expected one name or whole "
-            "number for each sample"
-        )
-    return whole_numbers(np.unique(values, return_inverse=True)[1], "clients")
 
 
 def _joined(

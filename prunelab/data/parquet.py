@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from prunelab.data.checked import Array, note
+from prunelab.data.columns import client_numbers
 from prunelab.data.labels import as_classes
 from prunelab.data.tables import named_classes, parquet_table
 from prunelab.errors import DataError
@@ -79,7 +80,8 @@ def read_side(
 
     groups = None
     if has_groups == {True}:
-        groups = _groups([name for part in parts for name in part.groups or ()], files[0])
+        names_of_clients = [name for part in parts for name in part.groups or ()]
+        groups = client_numbers(names_of_clients, f"{files[0]}: column {CLIENT!r}")
     labels, found = as_classes(
         [label for part in parts for label in part.labels],
         class_names=class_names or parts[0].class_names or class_names,
@@ -239,15 +241,3 @@ def image_column(names: Sequence[str], columns: Mapping[str, str]) -> str | None
 
 def _bytes(cell: Any) -> Any:
     return cell.get("bytes") if isinstance(cell, dict) else cell
-
-
-def _groups(names: list[Any], path: Path) -> Array:
-    """Names of clients as 0, 1, 2 in their order, int64 [N]."""
-    kinds = {"text" if isinstance(name, str) else type(name).__name__ for name in names}
-    has_nan = kinds == {"float"} and bool(np.isnan(names).any())
-    if len(kinds) > 1 or kinds & {"list", "dict"} or has_nan:
-        raise DataError(
-            f"{path}: column {CLIENT!r} holds {'NaN' if has_nan else ' and '.join(sorted(kinds))}; "
-            "expected one name or whole number for each sample, of one type in all files"
-        )
-    return np.unique(names, return_inverse=True)[1].astype(np.int64)

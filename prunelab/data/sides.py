@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunelab.data.checked import count_classes, whole_numbers
+from prunelab.data.checked import checked_groups, count_classes
 from prunelab.data.datasets import ImageSet, fingerprint
 from prunelab.data.samples import ImageSamples, Samples, TargetSamples, TokenSamples
 from prunelab.data.streamed import StreamedImages
@@ -68,12 +68,7 @@ class SampleSet:
             )
         object.__setattr__(self, "num_classes", num_classes)
         if self.train_groups is not None:
-            groups = whole_numbers(self.train_groups, f"{self.name}: natural clients")
-            if groups.shape != (len(self.train),):
-                raise DataError(
-                    f"{self.name}: {len(groups)} natural clients for {len(self.train)} training "
-                    "samples; expected one each"
-                )
+            groups = checked_groups(self.train_groups, len(self.train), where=self.name)
             object.__setattr__(self, "train_groups", groups)
         if not self.fingerprint:
             sides = [self.train] if self.test is None else [self.train, self.test]

@@ -330,7 +330,9 @@ def test_a_table_of_numbers(tmp_path: Path) -> None:
             "column 'town': row 0 is 'a', no number; write categories as",
         ),
         ("a,y\n1,2\n,3\n", "", "column 'a': row 1 has no value"),
-        ("a,y\n1,2\nnan,3\n", "", "column 'a': row 1 has no value"),
+        ("a,y\n1,2\nnan,3\n", "", "column 'a': row 1 is 'nan', no number"),
+        ("a,y\n1,2\ninf,3\n", "", "column 'a': row 1 is 'inf', no number"),
+        ("a,y\n1,2\n1_0,3\n", "", "column 'a': row 1 is '1_0', no number"),
         ("a,y\n1,x\n2,\n", "", "column 'y': row 1 has no label"),
         ("a,y\n1,2\n1e99,3\n", "", "column 'a': row 1 is not finite"),
         ("y,label,a\n1,2,3\n", "", "the label could be 'y' or 'label'"),
@@ -344,6 +346,19 @@ def test_a_table_of_numbers(tmp_path: Path) -> None:
 def test_tables_that_are_none(text: str, columns: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         as_sample_set(table(tmp_path / "t.csv", text), columns=columns, test_share=0)
+
+
+def test_what_is_written_otherwise_is_called_otherwise(tmp_path: Path) -> None:
+    """Names such as 01 and 1_1 are no numbers; clients are names, in the order of numbers."""
+    text = "a,y,client\n1,01,1_1\n2,1,11\n3,01,11\n4,1,9\n"
+    both = as_sample_set(table(tmp_path / "t.csv", text), test_share=0)
+    assert (both.class_names, labels_of(both.train)) == (("01", "1"), [0, 1, 0, 1])
+    assert both.train_groups is not None
+    assert both.train_groups.tolist() == [1, 0, 0, 2]
+    text = "a,y,client\n1,0,10\n2,1,9\n3,0,9\n"
+    both = as_sample_set(table(tmp_path / "whole.csv", text), test_share=0)
+    assert both.train_groups is not None
+    assert both.train_groups.tolist() == [1, 0, 0]
 
 
 def test_features_of_very_different_sizes_are_mentioned() -> None:
