@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from prunelab.data.datasets import (
     sources,
     subset,
 )
-from prunelab.data.objects import Side, has_partitions, is_grouped, side_of
+from prunelab.data.objects import Side, divided_split, has_partitions, is_grouped, side_of
 from prunelab.data.parquet import has_side, holds_tables, side_files
 from prunelab.data.reading import TEST_SHARE, Reading, reading
 from prunelab.data.samples import ImageSamples, Samples, taken
@@ -44,7 +44,7 @@ def as_sample_set(
     seed: int = 0,
     test_share: float = TEST_SHARE,
     resize: int | str | tuple[int, int] | None = None,
-    columns: Mapping[str, str] | str | None = None,
+    columns: Mapping[str, str | Sequence[str]] | str | None = None,
     task: str | None = None,
     tokenizer: Callable[..., Any] | None = None,
     max_length: int = 128,
@@ -176,7 +176,9 @@ def sample_set_of(data: Any, how: Reading, *, seed: int = 0, name: str = "given"
     names = tuple(getattr(train.samples, "class_names", ()))
     if test is not None:
         # What the training side's labels are, though those of few test samples look otherwise.
-        as_trained = replace(how, class_names=names, task=task_of(train.samples))
+        task = task_of(train.samples)
+        lists = train.were_lists if task == "multi-label" else None
+        as_trained = replace(how, class_names=names, task=task, lists=lists)
         tested = side_of(test, as_trained).samples
         return _both(train, tested, names, name)
     labels = train.samples.labels
@@ -237,10 +239,12 @@ def _made(name: str) -> Any:
 
 
 def _central_test(data: Any) -> Any:
-    """The test split of a federated data set, which it does not divide."""
+    """The test split of a federated data set, if it is not what the clients share."""
     if not hasattr(data, "load_split"):
         return None
     for name in TEST_NAMES:
+        if name == divided_split(data):
+            continue
         try:
             return data.load_split(name)
         except ValueError:  # there is none of that name

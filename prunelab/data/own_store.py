@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prunelab.data.given import load_sample_set
+from prunelab.data.objects import called_as
 from prunelab.data.reading import Reading, reading
 from prunelab.data.samples import ImageSamples, stored
 from prunelab.data.store import SampleStore, write_store
@@ -95,7 +96,7 @@ def write_own_store(
     how = replace(how, test_share=0.0, class_names=names, task=run.task or how.task)
     # Not kept by this process: the store has it.
     found = load_sample_set.__wrapped__(path, how=how)
-    samples = found.train
+    samples = called_as(found.train, found.class_names, names, where=path)
     task = task_of(samples)
     if run.task and task != run.task:
         raise DataError(f"{path}: samples are for {task}, those of the run for {run.task}")
@@ -107,6 +108,8 @@ def write_own_store(
             f"{path}: inputs are {list(shape)}, the run's {list(run.input_shape)}{cure}"
         )
     num_classes = found.num_classes
+    if num_classes is not None and names:
+        num_classes = len(names)
     if run.num_classes is not None and isinstance(samples, ImageSamples):
         largest = int(samples.labels.max())
         if largest >= run.num_classes:

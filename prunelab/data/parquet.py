@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from prunelab.data.checked import Array, note
 from prunelab.data.columns import client_numbers
@@ -82,11 +83,20 @@ def read_side(
     if has_groups == {True}:
         names_of_clients = [name for part in parts for name in part.groups or ()]
         groups = client_numbers(names_of_clients, f"{files[0]}: column {CLIENT!r}")
-    labels, found = as_classes(
-        [label for part in parts for label in part.labels],
-        class_names=class_names or parts[0].class_names or class_names,
-        where=str(parts[0].path if len(parts) == 1 else folder),
-    )
+    where = str(parts[0].path if len(parts) == 1 else folder)
+    # Each file may number its classes in an order of its own.
+    known = class_names or next((p.class_names for p in parts if p.class_names), class_names)
+    if known:
+        of_parts = [
+            as_classes(
+                part.labels, class_names=known, own_names=part.class_names, where=str(part.path)
+            )[0]
+            for part in parts
+        ]
+        labels, found = torch.cat(of_parts), tuple(known)
+    else:
+        values = [label for part in parts for label in part.labels]
+        labels, found = as_classes(values, class_names=known, where=where)
     return Pictures(labels.numpy(), cells, groups, found)
 
 

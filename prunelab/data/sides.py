@@ -77,12 +77,13 @@ class SampleSet:
     @classmethod
     def of(cls, images: ImageSet) -> SampleSet:
         """The same of labelled images."""
+        names = images.class_names
         return cls(
             images.name,
-            ImageSamples(images.train_images, images.train_labels),
-            ImageSamples(images.test_images, images.test_labels),
+            ImageSamples(images.train_images, images.train_labels, class_names=names),
+            ImageSamples(images.test_images, images.test_labels, class_names=names),
             num_classes=images.num_classes,
-            class_names=images.class_names,
+            class_names=names,
             train_groups=images.train_groups,
             fingerprint=images.fingerprint,
         )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
 from fedprune.config import RunConfig
 from fedprune.local.private import REFUSAL, private_store, samples_of_run
+from prunelab.data.datasets import ImageSet
 from prunelab.data.own_store import RunSamples, main, write_own_store
 from prunelab.data.reading import reading
 from prunelab.data.store import open_store, write_store
@@ -40,6 +42,24 @@ def test_classes_are_numbered_as_the_run_has_them_and_one_may_be_missing(tmp_pat
     run = RunSamples("classification", 3, RUN.class_names, (2,))
     store = write_own_store(str(table), tmp_path / "second", expected=run)
     assert (store.targets.tolist(), store.inputs.tolist()) == ([1, 0], [[1, 2], [3, 4]])
+
+
+def test_classes_with_names_of_their_own_go_by_name(tmp_path: Path) -> None:
+    """In a file's metadata, and in what a function of the node's gives."""
+    order = ("dog", "zebra")
+    data = datasets.Dataset.from_dict({"img": PIXELS[:2].tolist(), "label": [0, 1]})
+    data = data.cast_column("label", datasets.ClassLabel(names=list(order)))
+    data.select_columns("label").add_column("a", [0.5, 1.5]).to_parquet(tmp_path / "t.parquet")
+    run = RunSamples(class_names=RUN.class_names)
+    store = write_own_store(str(tmp_path / "t.parquet"), tmp_path / "store", expected=run)
+    assert (store.targets.tolist(), store.num_classes) == ([2, 0], 3)
+    own = ImageSet("own", PIXELS[:2], [0, 1], PIXELS[:2], [0, 1], class_names=order)  # type: ignore[arg-type]
+    node_data.append(own)
+    store = write_own_store(f"{__name__}:node_data.pop", tmp_path / "second", expected=RUN)
+    assert (store.targets.tolist(), store.class_names) == ([2, 0], RUN.class_names)
+
+
+node_data: list[ImageSet] = []
 
 
 def test_folders_called_by_numbers_are_those_classes(tmp_path: Path) -> None:
