@@ -68,7 +68,9 @@ def private_store(
     except Exception:  # whatever it says, it may hold a cell
         _log.exception("%s: cannot be used as the node's own data", path)
         raise DataError(REFUSAL) from None
-    raise DataError("the node's own data have not been read yet: the node has to join the run first")
+    raise DataError(
+        "the node's own data have not been read yet: the node has to join the run first"
+    )
 
 
 def _store(
@@ -126,7 +128,11 @@ def _check_store(store: SampleStore, expected: Mapping[str, Any]) -> None:
             f"{', '.join(names[1])}; write the store again in the run's order"
         )
     # Texts are of any length.
-    compared = ("task", "num_classes", *(() if store.inputs.dtype.kind == "i" else ("input_shape",)))
+    compared = (
+        "task",
+        "num_classes",
+        *(() if store.inputs.dtype.kind == "i" else ("input_shape",)),
+    )
     for what in compared:
         wanted = expected.get(what)
         if wanted and found[what] != wanted:

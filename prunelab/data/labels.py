@@ -232,7 +232,9 @@ def _has_names(values: Any) -> bool:
 
 def _flat(values: Any) -> Any:
     """Names of which each lies in a list of its own, beside each other."""
-    are_lists = isinstance(values, list | tuple) and all(isinstance(v, list | tuple) for v in values)
+    are_lists = isinstance(values, list | tuple) and all(
+        isinstance(v, list | tuple) for v in values
+    )
     if are_lists and len(values) and all(len(v) == 1 and isinstance(v[0], str) for v in values):
         return [value[0] for value in values]
     return values
@@ -250,9 +252,7 @@ def _are_lists_of_classes(values: Any, class_names: Sequence[str], lists: bool |
         return lists
     has_texts = any(isinstance(part, str) for cell in values for part in cell)
     lengths = {len(cell) for cell in values}
-    is_hot = lengths == {len(class_names)} and all(
-        p in (0, 1) for cell in values for p in cell
-    )
+    is_hot = lengths == {len(class_names)} and all(p in (0, 1) for cell in values for p in cell)
     return has_texts or len(lengths) > 1 or (bool(class_names) and not is_hot)
 
 

@@ -35,7 +35,7 @@ from prunelab.data.datasets import ImageSet
 from prunelab.data.features import feature_names, features_of
 from prunelab.data.labels import renumbered, targets_of
 from prunelab.data.pictures import decoded, is_picture
-from prunelab.data.reading import Reading, reading
+from prunelab.data.reading import TEST_NAMES, Reading, reading
 from prunelab.data.samples import ImageSamples, Samples, TargetSamples, taken
 from prunelab.data.sides import SampleSet
 from prunelab.data.text import tokenized_columns
@@ -205,8 +205,12 @@ def has_partitions(data: Any) -> bool:
 
 def is_grouped(data: Any) -> bool:
     """Whether it is a mapping of sides: of data sets, and not of columns or items."""
-    sided = isinstance(data, Mapping) and {"train", "test", "validation"} & set(data)
-    return bool(sided)
+    if not isinstance(data, Mapping):
+        return False
+    # A column may well be called "val".
+    return bool({"train", "test", "validation"} & set(data)) or 0 < len(data) == len(
+        set(data) & set(TEST_NAMES)
+    )
 
 
 def is_pair(data: Any) -> bool:

@@ -125,13 +125,14 @@ def side_files(folder: Path, names: Sequence[str], *, suffix: str = ".parquet") 
     Raises:
         DataError: no such files, several that could be meant, or one of several missing.
     """
-    for name in names:
+    for place, name in enumerate(names):
         called = _called(folder, name, suffix)
         shown = [p for p in called if not any(x[0] in "._" for x in p.relative_to(folder).parts)]
         if not shown:
             continue
         found = _nearest(folder, name, shown)
-        left = [str(path.relative_to(folder)) for path in called if path not in found]
+        others = {path for side in names[place:] for path in _called(folder, side, suffix)}
+        left = [str(path.relative_to(folder)) for path in sorted(others.difference(found))]
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             note(

@@ -9,6 +9,10 @@ from typing import Any
 from prunelab.errors import DataError
 
 ROLES = ("image", "text", "features", "label", "client")
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "validation", "valid", "val")
+"""What sides are called, as folders, files and keys; of several the first is meant."""
+
 TEST_SHARE = 0.2  # of data without a test side
 KINDS = ("classification", "regression", "multi-label")
 

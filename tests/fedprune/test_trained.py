@@ -213,7 +213,9 @@ def test_names_of_classes_go_with_the_model(named: Result) -> None:
     assert [score.count > 0 for score in scores] == [True, True] + [False] * 8
     assert scores[5].recall is None
     strange = ImageSet("own", *sides, *sides, class_names=("ten", *NAMES[1:]))
-    with pytest.raises(DataError, match="own has the class 'ten', which is none of the classes 'zero'"):
+    with pytest.raises(
+        DataError, match="own has the class 'ten', which is none of the classes 'zero'"
+    ):
         named.evaluate(strange)
 
 

@@ -123,9 +123,7 @@ def test_a_function_of_a_node_is_asked_again_when_it_joins(
     code = "import numpy\ndef two(): return numpy.full((3, 8, 8), {}, 'uint8'), ['ant'] * 3\n"
     for value in (1, 2):
         Path("node_data_here.py").write_text(code.format(value), encoding="utf-8")
-        folder = private_store(
-            RunConfig(), "node_data_here:two", tmp_path, expected=RUN.to_dict()
-        )
+        folder = private_store(RunConfig(), "node_data_here:two", tmp_path, expected=RUN.to_dict())
         assert open_store(folder).inputs.max() == value
     Path("node_data_here.py").write_text("def two(): raise ValueError('Alice Smith')\n")
     with pytest.raises(DataError) as refused:

@@ -226,7 +226,9 @@ def test_numbers_with_names_of_their_own_go_by_name(tmp_path: Path) -> None:
         as_sample_set({"train": train, "test": called(("owl", "dog"), [0])}, columns=columns)
     with pytest.warns(DataWarning, match="their numbers are taken as they are"):
         as_sample_set({"train": (PIXELS, CODES), "test": _Called(("u", "v"))})
-    given: Any = as_sample_set({"train": (PIXELS, NAMES), "test": as_samples(_Called(("dog", "ant")))})
+    given: Any = as_sample_set(
+        {"train": (PIXELS, NAMES), "test": as_samples(_Called(("dog", "ant")))}
+    )
     assert labels_of(given.test) == [2, 0]
     # The same of parquet files, of two sides and of the parts of one.
     image = [{"bytes": _png(one), "path": None} for one in PIXELS[:2]]
@@ -421,7 +423,7 @@ def test_pictures_of_several_sizes_are_brought_to_one() -> None:
     data = datasets.Dataset.from_dict({"image": cells, "label": CODES})
     with pytest.raises(DataError, match=r"row 1 is uint8 of shape \(1, 7, 9\).*--resize 32"):
         as_samples(data)
-    with pytest.warns(DataWarning, match="pictures of 2 sizes were brought to 6x5"):
+    with pytest.warns(DataWarning, match="data: pictures of several sizes were brought to 6x5"):
         samples: Any = as_samples(data, resize="6x5")
     assert samples.images.shape == (12, 1, 6, 5)
     assert torch.equal(samples.images[0, 0], torch.from_numpy(PIXELS[0]))  # of that size already
@@ -617,6 +619,58 @@ def test_one_picture_of_a_class_stays_with_the_training_side(tmp_path: Path) -> 
     assert both.test is not None
     assert labels_of(both.train) == [0] * 8 + [1]
     assert labels_of(both.test) == [0, 0]
+
+
+def test_sides_are_known_by_the_same_names_everywhere(tmp_path: Path) -> None:
+    """And those that are not read are named."""
+    two = (PIXELS[:2], ["dog", "cat"])
+    both = as_sample_set({"train": (PIXELS, NAMES), "val": two})
+    assert both.test is not None
+    assert len(both.test) == 2
+    with pytest.warns(DataWarning, match="given: the test side is test; not read: validation"):
+        as_sample_set({"train": (PIXELS, NAMES), "validation": two, "test": two})
+    with pytest.warns(DataWarning, match="the test side is set aside; not read: unsupervised"):
+        as_sample_set({"train": (PIXELS, NAMES), "unsupervised": 1}, test_share=0.3)
+    with pytest.raises(DataError, match="expected the sides train and test, got val"):
+        as_sample_set({"val": two})
+    table(tmp_path / "train.csv", "a,y\n1,u\n2,v\n")
+    table(tmp_path / "val.csv", "a,y\n4,v\n")
+    both = as_sample_set(str(tmp_path))
+    assert both.test is not None
+    assert labels_of(both.test) == [1]
+    table(tmp_path / "test.tsv", "a\ty\n4\tu\n")
+    load_sample_set.cache_clear()
+    with pytest.warns(DataWarning, match=r"the test side is test; not read: val\.csv"):
+        both = as_sample_set(str(tmp_path))
+    assert both.test is not None
+    assert labels_of(both.test) == [0]
+    frame = pandas.DataFrame({"img": [_png(one) for one in PIXELS], "label": NAMES})
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("train", "val", "valid"):
+        frame.to_parquet(folder / f"{name}.parquet")
+    with pytest.warns(DataWarning, match=r"the valid side is valid\.parquet; not read: val\.parq"):
+        both = as_sample_set(folder)
+    assert both.test is not None
+    assert len(both.test) == 12
+
+
+def test_a_folder_that_is_a_side_is_no_class(tmp_path: Path) -> None:
+    pictures(tmp_path / "seg_train")
+    pictures(tmp_path / "seg_test")
+    with pytest.raises(DataError, match=r"seg_test holds folders alone, so it is no class"):
+        as_sample_set(tmp_path)
+    pictures(tmp_path / "classes", ["trainer", "contest", "other"] * 4)
+    assert as_sample_set(tmp_path / "classes", test_share=0).num_classes == 3
+
+
+def test_folders_called_by_whole_numbers_are_in_their_order(tmp_path: Path) -> None:
+    names = [str(number) for number in range(12)]
+    pictures(tmp_path / "numbers", names)
+    both = as_sample_set(tmp_path / "numbers", test_share=0)
+    assert both.class_names == tuple(names)
+    train: Any = both.train
+    assert torch.equal(train.images[:, 0], torch.from_numpy(PIXELS))
 
 
 # --- by name -------------------------------------------------------------------------------------
