@@ -53,9 +53,9 @@ def as_sample_set(
 
     Args:
         data: a name, folder, file or "module:function" (see `load_sample_set`); a function that
-            gives any of these; a mapping of sides with "train" and "test" (or what
-            `reading.TEST_NAMES` has besides); a federated data set or a partitioner of flwr-datasets, whose partitions are the clients;
-            or anything that `prunelab.data.objects.as_samples` takes.
+            gives any of these; a mapping of sides with "train" and "test" (or another of
+            `reading.TEST_NAMES`); a federated data set or a partitioner of flwr-datasets, whose
+            partitions are the clients; or anything that `prunelab.data.objects.as_samples` takes.
         seed: decides what is set aside.
         test_share: of every class (of samples without classes: of all), set aside for the test
             where there is no test side; 0: there is none then.
@@ -291,6 +291,11 @@ def _joined_columns(folder: Path, parts: list[Columns | None]) -> Columns:
     for part in files[1:]:
         if part.names != files[0].names:
             raise DataError(f"{part.where}: {part.listed}; {files[0].where} has others")
+        if part.class_names != files[0].class_names:
+            raise DataError(
+                f"{part.where} names or numbers classes in another way than {files[0].where}; "
+                "write both alike"
+            )
 
     def joined(name: str) -> list[Any]:
         return [value for part in files for value in (part.fields or part.read)(name)]

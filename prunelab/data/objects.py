@@ -149,7 +149,7 @@ def called_as(
     """
     if not own_names or not class_names or tuple(own_names) == class_names:
         return samples
-    if isinstance(samples, ImageSamples):
+    if type(samples) is ImageSamples:
         labels, names = renumbered(samples.labels, tuple(own_names), class_names, where=where)
         return ImageSamples(samples.images, labels, ids=samples.ids, class_names=names)
     raise DataError(

@@ -108,8 +108,9 @@ def with_target(columns: str, target: str) -> str:
 def _size(resize: int | str | tuple[int, int] | None) -> tuple[int, int] | None:
     if resize is None or resize == "":
         return None
-    is_one = not isinstance(resize, tuple | list)
-    parts = str(resize).lower().split("x") if is_one else list(resize)
+    parts: list[Any] = str(resize).lower().split("x")
+    if isinstance(resize, tuple | list):
+        parts = list(resize)
     try:
         sides = [int(part) for part in parts]
     except (TypeError, ValueError):

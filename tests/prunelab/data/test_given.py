@@ -230,6 +230,10 @@ def test_numbers_with_names_of_their_own_go_by_name(tmp_path: Path) -> None:
         {"train": (PIXELS, NAMES), "test": as_samples(_Called(("dog", "ant")))}
     )
     assert labels_of(given.test) == [2, 0]
+    for number, names in enumerate((("u", "v"), ("v", "u"))):
+        called(names, [0, 1]).to_parquet(tmp_path / f"train_{number}.parquet")
+    with pytest.raises(DataError, match="train_1.parquet names or numbers classes in another way"):
+        as_sample_set(tmp_path, columns=columns)
     # The same of parquet files, of two sides and of the parts of one.
     image = [{"bytes": _png(one), "path": None} for one in PIXELS[:2]]
     for name, names in (("train_0", "ab"), ("train_1", "ba"), ("test", "bac")):
@@ -282,11 +286,26 @@ def test_numbers_among_the_names_of_classes_are_names(tmp_path: Path) -> None:
     assert (both.class_names, labels_of(both.test)) == (("1", "2", "a"), [1, 0])
     train = (PIXELS[:3], ["1", "2", "a"])
     for labels in ([1, 2], [0]):
-        with pytest.raises(DataError, match="the label . could be the class '.' or the place ."):
+        with pytest.raises(DataError, match=r"the label \d could be the class '\d' or the"):
             as_sample_set({"train": train, "test": (PIXELS[: len(labels)], labels)})
     plain = as_sample_set({"train": (PIXELS[:3], ["0", "1", "2"]), "test": (PIXELS[:2], [2, 0])})
     assert plain.test is not None
     assert labels_of(plain.test) == [2, 0]
+
+
+def test_whole_numbers_are_the_folders_that_are_called_so(tmp_path: Path) -> None:
+    """Also from 10 on, where texts would be sorted otherwise."""
+    pictures(tmp_path, [str(number) for number in range(12)])
+    sides = {
+        "train": ImageFolder(str(tmp_path), transform=PILToTensor()),  # 0, 1, 10, 11, 2, ...
+        "test": (PIXELS, list(range(12))),
+    }
+    with pytest.raises(DataError, match="the label 2 could be the class '2' or the place 2"):
+        as_sample_set(sides)
+    folders = as_sample_set(tmp_path, test_share=0).train
+    found = as_sample_set({"train": folders, "test": (PIXELS[:, None], list(range(12)))})
+    assert found.test is not None
+    assert labels_of(found.test) == labels_of(folders)
 
 
 def test_lists_of_classes_are_no_rows_of_0_and_1_where_the_other_side_has_lists() -> None:
