@@ -232,7 +232,9 @@ def test_numbers_with_names_of_their_own_go_by_name(tmp_path: Path) -> None:
     assert labels_of(given.test) == [2, 0]
     for number, names in enumerate((("u", "v"), ("v", "u"))):
         called(names, [0, 1]).to_parquet(tmp_path / f"train_{number}.parquet")
-    with pytest.raises(DataError, match=r"train_1\.parquet names or numbers classes in another way"):
+    with pytest.raises(
+        DataError, match=r"train_1\.parquet names or numbers classes in another way"
+    ):
         as_sample_set(tmp_path, columns=columns)
     # The same of parquet files, of two sides and of the parts of one.
     image = [{"bytes": _png(one), "path": None} for one in PIXELS[:2]]
