@@ -139,7 +139,8 @@ def _enter(table: dict[str, Any], name: str, value: Any) -> str:
 def _are_same(one: SampleSet, other: SampleSet) -> bool:
     """Whether two data sets of one fingerprint are the same in the rest, too."""
     groups = [None if s.train_groups is None else s.train_groups.tolist() for s in (one, other)]
-    return one.num_classes == other.num_classes and groups[0] == groups[1]
+    are_called_alike = one.class_names == other.class_names
+    return are_called_alike and one.num_classes == other.num_classes and groups[0] == groups[1]
 
 
 def _content(model: Any) -> str:

@@ -22,7 +22,7 @@ from fedprune.exchange.messages import DESCRIBE, MODEL, ClientInfo, Reply, Reque
 from fedprune.flower import wire
 from fedprune.flower.client import LAUNCH_SECTION, SETUP, run_config, takes_nodes
 from fedprune.flower.launch import failure_file
-from fedprune.local.private import described
+from fedprune.local.private import samples_of_run
 from fedprune.local.site import setup_folder
 from fedprune.reports.page import write_report
 from fedprune.rounds import folder as runfolder
@@ -164,7 +164,7 @@ class GridCohort:
                 break
             self._check_launcher()
             time.sleep(0.1)
-        request = Request(DESCRIBE, fields=described(self._setup.data))
+        request = Request(DESCRIBE, fields=samples_of_run(self._setup.data))
         record = self._encode(request, frozenset(), program=wire.ProgramText()).record
         pending = {self._send(node, record, DESCRIBE, "join"): node for node in nodes}
         claims: dict[int, list[int]] = {}

@@ -1,11 +1,13 @@
 """A node's own data: a store as it is; anything else is made one when the node joins.
 
-Needs no torch itself: reading pictures or tables is the work of a child process.
+Needs no torch itself: reading pictures or tables is the work of a child process. What goes wrong
+is told in full on the node alone: errors travel to the server, and they name files and cells.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -19,15 +21,18 @@ from filelock import FileLock
 from prunelab.data.store import HEADER, SampleStore, open_store
 from prunelab.errors import DataError
 from prunelab.runs.children import ended_with_parent
+from prunelab.runs.imported import IMPORTED
 from prunelab.runs.version import __version__
 
 if TYPE_CHECKING:
     from fedprune.config import RunConfig
 
-REFUSED = 3  # exit status of the child whose last line is what a user can mend
+REFUSAL = "the node's own data cannot be read or are not what the run's are; its log says why"
+
+_log = logging.getLogger(__name__)
 
 
-def described(store: SampleStore) -> dict[str, Any]:
+def samples_of_run(store: SampleStore) -> dict[str, Any]:
     """What a run's samples are, for nodes that have samples of their own."""
     return {
         "task": store.task,
@@ -45,60 +50,96 @@ def private_store(
     Args:
         path: a store, or what `prunelab.data.own_store.write_own_store` takes.
         cache: where a store is made.
-        expected: what the run says when a node joins (see `described`): the store is made then,
-            anew if the data or the run have changed; None: it was made.
+        expected: what the run says when a node joins (see `samples_of_run`): the store is made
+            then, anew if the files or the run have changed, and always of "module:function", whose
+            data may be others each time; None: it was made.
 
     Raises:
-        DataError: no such data, or data that are not what the run's are.
+        DataError: no such data, or data that are not what the run's are. Its text, which the server
+            reads, is REFUSAL; the node's log has what happened.
     """
+    try:
+        folder = _store(config, path, cache, expected)
+        if folder is not None:
+            store = open_store(folder)
+            if expected:
+                _check_store(store, expected)
+            return folder
+    except Exception:  # whatever it says, it may hold a cell
+        _log.exception("%s: cannot be used as the node's own data", path)
+        raise DataError(REFUSAL) from None
+    raise DataError(
+        "the node's own data have not been read yet: the node has to join the run first"
+    )
+
+
+def _store(
+    config: RunConfig, path: str, cache: Path, expected: Mapping[str, Any] | None
+) -> Path | None:
+    """The folder of the store; None where it is still to be made and nothing is expected."""
     if (Path(path) / HEADER).is_file():
-        if expected:
-            _check_store(open_store(Path(path)), expected)
         return Path(path)
     where = str(Path(path).resolve()) if Path(path).exists() else path
     folder = cache / f"own-{_digest(where, config.digest)}"
     if expected is None:
-        if not folder.exists():
-            raise DataError(f"{path} has not been read yet: the node has to join the run first")
-        return folder
+        return folder if folder.exists() else None
     stamp = _digest(__version__, dict(expected), _files(Path(path)))
     with FileLock(f"{folder}.lock"):
-        try:
-            open_store(folder, made_for=stamp)
-        except DataError:
+        if not _is_made(folder, stamp) or IMPORTED.fullmatch(path):
             shutil.rmtree(folder, ignore_errors=True)
             _make(config, path, folder, expected, stamp)
     return folder
+
+
+def _is_made(folder: Path, stamp: str) -> bool:
+    try:
+        open_store(folder, made_for=stamp)
+    except DataError:
+        return False
+    return True
 
 
 def _make(
     config: RunConfig, path: str, folder: Path, expected: Mapping[str, Any], stamp: str
 ) -> None:
     data = config.data
-    how = {"resize": data.resize, "columns": data.columns, "task": config.training.task}
-    task = {"path": path, "folder": str(folder), "how": how, "made_for": stamp}
-    command = [sys.executable, "-m", "fedprune.local.make_private"]
+    options = {
+        "resize": data.resize, "columns": data.columns, "task": config.training.task,
+        "expected": json.dumps(dict(expected)), "made-for": stamp,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "prunelab.data.own_store"]
+    command += [f"--{name}={value}" for name, value in options.items()]
     done = subprocess.run(
-        ended_with_parent(*command),
-        input=json.dumps({**task, "expected": dict(expected)}),
+        ended_with_parent(*command, "--", path, str(folder)),
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise DataError(last[0]) from (
-            None if done.returncode == REFUSED else RuntimeError(done.stderr)
-        )
+        raise DataError(done.stderr.strip() or f"{path}: exit status {done.returncode}")
 
 
 def _check_store(store: SampleStore, expected: Mapping[str, Any]) -> None:
-    names = tuple(expected.get("class_names", ()))
-    if store.class_names and names and store.class_names != names:
+    found = samples_of_run(store)
+    names = found["class_names"], list(expected.get("class_names") or ())
+    if all(names) and names[0] != names[1]:
         raise DataError(
-            f"{store.folder} numbers the classes {', '.join(store.class_names)}, the run "
-            f"{', '.join(names)}; write the store again in the run's order"
+            f"{store.folder} numbers the classes {', '.join(names[0])}, the run "
+            f"{', '.join(names[1])}; write the store again in the run's order"
         )
+    # Texts are of any length.
+    compared = (
+        "task",
+        "num_classes",
+        *(() if store.inputs.dtype.kind == "i" else ("input_shape",)),
+    )
+    for what in compared:
+        wanted = expected.get(what)
+        if wanted and found[what] != wanted:
+            raise DataError(
+                f"{store.folder}: its {what} is {found[what]}, the run's {wanted}; write the store "
+                "again for this run"
+            )
 
 
 def _files(path: Path) -> list[list[Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from prunelab.data.columns import CLIENT_NAMES, LABEL_NAMES, columns_of
 from prunelab.data.datasets import DATASETS, ImageSet
 from prunelab.data.features import feature_names, features_of
 from prunelab.data.folders import PICTURE_SUFFIXES
-from prunelab.data.given import TABLE_SUFFIXES, as_sample_set
+from prunelab.data.given import TABLE_SUFFIXES, load_sample_set, sample_set_of
+from prunelab.data.labels import as_classes
 from prunelab.data.objects import is_array, is_samples
 from prunelab.data.pictures import decoded
 from prunelab.data.reading import reading
@@ -123,13 +124,16 @@ def _side(data: Any, accepted: Accepted) -> _Found:
     if not isinstance(data, SampleSet):
         is_folder = isinstance(data, str | Path) and str(data) not in DATASETS
         is_resized = is_folder and accepted.dtype == "uint8" and len(accepted.shape) == 3
-        data = as_sample_set(
-            data,
-            test_share=0,
+        how = reading(
             resize=accepted.shape[1:] if is_resized else None,  # type: ignore[arg-type]
             columns=accepted.columns or None,
             task=accepted.task,
+            test_share=0,
         )
+        # The classes that these data lack keep the model's numbers.
+        how = replace(how, class_names=accepted.class_names or None)
+        is_named = isinstance(data, str | Path)
+        data = load_sample_set(str(data), how=how) if is_named else sample_set_of(data, how)
     return _chosen(data, "train" if data.test is None else "test")
 
 
@@ -151,18 +155,12 @@ def _renumbered(
     name: str, labels: Array, class_names: tuple[str, ...], accepted: Accepted
 ) -> Array:
     """Labels by the model's numbers of its classes, told by their names where both have some."""
-    if class_names and accepted.class_names and class_names != accepted.class_names:
-        used = np.unique(labels)
-        unknown = [class_names[k] for k in used if class_names[k] not in accepted.class_names]
-        if unknown:
-            raise DataError(
-                f"{name} has the class {unknown[0]!r}, which the model does not know; it knows "
-                f"{', '.join(accepted.class_names)}"
-            )
-        numbers = np.zeros(len(class_names), np.int64)
-        for label in used:
-            numbers[label] = accepted.class_names.index(class_names[label])
-        return numbers[labels]
+    known = accepted.class_names
+    if not known and accepted.num_classes and all(name.isdecimal() for name in class_names):
+        known = tuple(map(str, range(accepted.num_classes)))
+    if known:
+        found, _ = as_classes(labels, class_names=known, own_names=class_names, where=name)
+        return found.numpy()
     if accepted.num_classes is not None and labels.max() >= accepted.num_classes:
         raise DataError(
             f"{name} has the label {labels.max()}; the model knows the classes 0 to "

@@ -186,6 +186,20 @@ def whole_numbers(values: Any, what: str) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
+def checked_groups(groups: Any, count: int, *, where: str) -> Tensor:
+    """The natural client of each of `count` training samples, int64 [N].
+
+    Raises:
+        DataError: something else than whole numbers, or another number of them.
+    """
+    found = whole_numbers(groups, f"{where}: natural clients")
+    if found.shape != (count,):
+        raise DataError(
+            f"{where}: {len(found)} natural clients for {count} training samples; expected one each"
+        )
+    return found
+
+
 def count_classes(train: Tensor, test: Tensor | None = None, *, where: str = "") -> int:
     """One more than the largest training label; numbers without a sample are named in a warning.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from prunelab.data.checked import Array
 from prunelab.data.tables import Table
 from prunelab.errors import DataError
 
@@ -15,6 +17,9 @@ IMAGE_NAMES = ("image", "img", "images", "pixel_values", "input", "inputs", "x")
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "targets", "y")
 TEXT_NAMES = ("text", "sentence", "content", "document", "review")
 CLIENT_NAMES = ("client",)
+
+_WHOLE = re.compile(r"[+-]?(0|[1-9]\d*)", re.ASCII)
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Columns:
         class_names: of the columns whose numbers are classes with a name.
         pictures: names of the columns that are known to hold pictures.
         where: what errors begin with, such as a file.
+        fields: as `read`, before texts of numbers are taken as numbers; None: the same.
     """
 
     names: tuple[str, ...]
@@ -34,6 +40,7 @@ class Columns:
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     pictures: tuple[str, ...] = ()
     where: str = "data"
+    fields: Callable[[str], Sequence[Any]] | None = None
 
     def pick(self, wanted: str | None, usual: Sequence[str], what: str) -> str | None:
         """The column that is wanted, or the one of a usual name; None where there is none.
@@ -83,7 +90,7 @@ def columns_of(data: Any, *, where: str = "data") -> Columns | None:
     elif isinstance(data, Table):
         found = Columns(
             tuple(data.column_names), lambda name: typed(data[name]), data.class_names,
-            where=str(data.path),
+            where=str(data.path), fields=data.__getitem__,
         )  # fmt: skip
     elif hasattr(data, "column_names") and hasattr(data, "with_format"):
         found = _of_hugging_face(data, where)
@@ -104,20 +111,52 @@ def check_filled(values: Iterable[Any], where: str, *, what: str = "value") -> N
 
 
 def typed(values: Sequence[Any]) -> Sequence[Any]:
-    """Fields of a text file as whole numbers or floats where all of them are such.
+    """Fields of a text file as whole numbers or floats where all of them are written as such.
 
-    >>> typed(["1", "2"]), typed(["1", ".5", ""]), typed(["1", "a"])
-    ([1, 2], [1.0, 0.5, None], ['1', 'a'])
+    Whole numbers have no leading zeros: 01 and 1 may be two names.
+
+    >>> typed(["1", "2"]), typed(["1", ".5", ""]), typed(["1", "a"]), typed(["01", "1_1"])
+    ([1, 2], [1.0, 0.5, None], ['1', 'a'], ['01', '1_1'])
     """
     filled = [value for value in values if value != ""]
     if not filled or not all(isinstance(value, str) for value in filled):
         return values
-    for kind in (int, float):
-        try:
-            return [None if value == "" else kind(value) for value in values]
-        except ValueError:
-            continue
+    texts = [value.strip() for value in filled]
+    if all(_WHOLE.fullmatch(text) for text in texts):
+        return [None if value == "" else int(value) for value in values]
+    is_padded = any(text.lstrip("+-").isdecimal() and not _WHOLE.fullmatch(text) for text in texts)
+    if not is_padded and all(_DECIMAL.fullmatch(text) for text in texts):
+        return [None if value == "" else float(value) for value in values]
     return values
+
+
+def client_numbers(values: Sequence[Any], where: str) -> Array:
+    """Names of natural clients as 0, 1, 2 in their order, int64 [N]; 9 comes before 10.
+
+    Raises:
+        DataError: a cell without a name, or with none that is a text or a whole number; all have to
+            be of one type.
+    """
+    check_filled(values, where)
+    kinds = {"text" if isinstance(value, str) else type(value).__name__ for value in values}
+    if len(kinds) > 1 or not kinds <= {"int", "text"}:
+        raise DataError(
+            f"{where} holds {' and '.join(sorted(kinds))}; expected one name or whole number for "
+            "each sample, of one type in all files"
+        )
+    number = {name: place for place, name in enumerate(in_order(set(values)))}
+    return np.array([number[value] for value in values], np.int64)
+
+
+def in_order(names: Iterable[Any]) -> list[Any]:
+    """Names sorted: as numbers where all are whole numbers, else as texts.
+
+    >>> in_order(["10", "9", "0"]), in_order(["10", "9", "a"])
+    (['0', '9', '10'], ['10', '9', 'a'])
+    """
+    found = list(names)
+    are_whole = all(isinstance(name, str) and name.isascii() and name.isdigit() for name in found)
+    return sorted(found, key=lambda name: (int(name), name)) if are_whole else sorted(found)
 
 
 def _of_hugging_face(data: Any, where: str) -> Columns:

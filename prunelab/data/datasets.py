@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunelab.data.checked import Array, checked, checked_labels, count_classes, whole_numbers
+from prunelab.data.checked import Array, checked, checked_groups, checked_labels, count_classes
 from prunelab.data.folders import read_classes, side_folders
 from prunelab.data.parquet import has_side, read_side
 from prunelab.data.pictures import decoded
-from prunelab.data.reading import Reading
+from prunelab.data.reading import TEST_NAMES, Reading
 from prunelab.errors import DataError
 from prunelab.runs.seeds import rng
 
@@ -83,12 +83,8 @@ class ImageSet:
         object.__setattr__(self, "num_classes", num_classes)
         object.__setattr__(self, "fingerprint", self.fingerprint or fingerprint(*found.values()))
         if self.train_groups is not None:
-            groups = whole_numbers(self.train_groups, f"{self.name}: natural clients")
-            if groups.shape != self.train_labels.shape:
-                raise DataError(
-                    f"{self.name}: {len(groups)} natural clients for {len(self.train_labels)} "
-                    "training samples; expected one each"
-                )
+            count = len(self.train_labels)
+            groups = checked_groups(self.train_groups, count, where=self.name)
             object.__setattr__(self, "train_groups", groups)
 
     @property
@@ -144,7 +140,7 @@ def load_dataset(
 
     Args:
         name: one of DATASETS; a folder of class folders; or a folder of parquet files (see
-            `parquet.side_files`) of the sides train and test (or validation) with columns img or
+            `parquet.side_files`) of the sides train and test (or val) with columns img or
             image, label, and optionally client. Without a test side a fifth of every class is it.
         num_train, num_test: keep a stratified subset of so many; only those are decoded.
         seed: decides the subsets.
@@ -335,8 +331,7 @@ def _hub(path: str, config: str | None, image: str, label: str) -> tuple[Source,
 
 def _parquet_folder(folder: Path, how: Reading) -> tuple[Source, Source | None]:
     sides: list[Source] = []
-    # A validation file is the test side only where there is no test file.
-    for names in (("train",), ("test", "validation")):
+    for names in (("train",), TEST_NAMES):
         if sides and not has_side(folder, names):
             return sides[0], None
         known = sides[0].class_names if sides else how.class_names
@@ -350,12 +345,12 @@ def _class_folders(folder: Path, how: Reading) -> tuple[Source, Source | None]:
     train_folder, test_folder = side_folders(folder)
     train = read_classes(train_folder, class_names=how.class_names)
     source = Source(
-        train.labels, _decoding(train.cells, str(train_folder)), class_names=train.class_names
+        train.labels, _decoding(train.cells, str(folder)), class_names=train.class_names
     )
     if test_folder is None:
         return source, None
     test = read_classes(test_folder, class_names=train.class_names)
-    return source, Source(test.labels, _decoding(test.cells, str(test_folder)))
+    return source, Source(test.labels, _decoding(test.cells, str(folder)))
 
 
 def _columns(dataset: Any, image: str, label: str) -> Source:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from prunelab.data.checked import Array, note
-from prunelab.data.columns import Columns, check_filled
+from prunelab.data.columns import Columns, check_filled, typed
 from prunelab.errors import DataError
 
 ROW_NUMBERS = ("", "id", "index", "unnamed: 0")
@@ -68,6 +68,9 @@ def _numbers(values: Any, where: str) -> Array:
         ) from None
     if array.dtype.kind in ("U", "O"):
         check_filled(values, where)
+        for row, value in enumerate(values):  # of texts the first that is no number, not any
+            if isinstance(value, str) and isinstance(typed([value])[0], str):
+                _number(value, row, where)
         array = np.array([[_number(v, row, where)] for row, v in enumerate(values)])
     if array.dtype.kind not in "biuf":
         raise DataError(f"{where}: {array.dtype}; expected numbers")

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from prunelab.data.checked import Array, note
+from prunelab.data.columns import in_order
+from prunelab.data.reading import TEST_NAMES, TRAIN_NAMES
 from prunelab.errors import DataError
 
 PICTURE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 )
-TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "testing", "val", "valid", "validation")
-"""What folders of the sides are called; of several the first is meant."""
+_SIDES = ("train", "test", "val")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ClassFolders:
     Attributes:
         labels: int64 [N].
         cells: row numbers -> the file and the bytes of each picture.
-        class_names: of the folders, in sorted order.
+        class_names: of the folders, in sorted order: of whole numbers, 9 before 10.
     """
 
     labels: Array
@@ -54,19 +54,24 @@ def read_classes(folder: Path, *, class_names: Sequence[str] | None = None) -> C
 
     Args:
         class_names: of the run, or of another side: their order numbers the classes, and one may
-            be missing here; by default those of the folders, sorted.
+            be missing here; by default those of the folders, sorted: as numbers where all are
+            whole numbers, else as texts.
 
     Raises:
-        DataError: no folder of a class, no picture, or a class that is none of those; damaged
-            pictures once they are read, by name.
+        DataError: no folder of a class, one that is a side instead, no picture, or a class that is
+            none of those; damaged pictures once they are read, by name.
     """
-    found = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    shown = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    found = [folder / name for name in in_order(shown)]
     others = sum(path.is_file() for path in folder.iterdir())
     if not found:
         raise DataError(
             f"{folder} has no folders of classes; expected {folder.name}/CLASS/picture.png (or "
             "parquet files, or train.csv)"
         )
+    for path in found:
+        if path.name.lower().startswith(_SIDES) or path.name.lower().endswith(_SIDES):
+            _check_no_side(path)
     names = tuple(class_names or ()) or tuple(path.name for path in found)
     unknown = [path.name for path in found if path.name not in names]
     if unknown:
@@ -105,6 +110,16 @@ def read_classes(folder: Path, *, class_names: Sequence[str] | None = None) -> C
 def _named(folder: Path, names: Sequence[str]) -> list[Path]:
     folders = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
     return [folders[name] for name in names if name in folders]
+
+
+def _check_no_side(folder: Path) -> None:
+    """Refuse a folder of folders alone, which its name calls a side."""
+    inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if inside and all(path.is_dir() for path in inside):
+        raise DataError(
+            f"{folder} holds folders alone, so it is no class; is it a side? Call the folders of "
+            f"the sides {folder.parent.name}/train and {folder.parent.name}/test"
+        )
 
 
 def _is_picture(path: Path) -> bool:

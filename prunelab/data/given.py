@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunelab.data.columns import Columns, columns_of
+from prunelab.data.checked import note
+from prunelab.data.columns import Columns, columns_of, typed
 from prunelab.data.datasets import (
     DATASETS,
     ImageSet,
@@ -24,9 +25,9 @@ from prunelab.data.datasets import (
     sources,
     subset,
 )
-from prunelab.data.objects import Side, has_partitions, is_grouped, side_of
+from prunelab.data.objects import Side, divided_split, has_partitions, is_grouped, side_of
 from prunelab.data.parquet import has_side, holds_tables, side_files
-from prunelab.data.reading import TEST_SHARE, Reading, reading
+from prunelab.data.reading import TEST_NAMES, TEST_SHARE, Reading, reading
 from prunelab.data.samples import ImageSamples, Samples, taken
 from prunelab.data.sides import SampleSet
 from prunelab.data.tables import read_table
@@ -35,7 +36,6 @@ from prunelab.runs.imported import imported
 from prunelab.training.task import task_of
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
-TEST_NAMES = ("test", "validation")
 
 
 def as_sample_set(
@@ -44,7 +44,7 @@ def as_sample_set(
     seed: int = 0,
     test_share: float = TEST_SHARE,
     resize: int | str | tuple[int, int] | None = None,
-    columns: Mapping[str, str] | str | None = None,
+    columns: Mapping[str, str | Sequence[str]] | str | None = None,
     task: str | None = None,
     tokenizer: Callable[..., Any] | None = None,
     max_length: int = 128,
@@ -53,9 +53,9 @@ def as_sample_set(
 
     Args:
         data: a name, folder, file or "module:function" (see `load_sample_set`); a function that
-            gives any of these; a mapping of sides with "train" and "test" (or "validation"); a
-            federated data set or a partitioner of flwr-datasets, whose partitions are the clients;
-            or anything that `prunelab.data.objects.as_samples` takes.
+            gives any of these; a mapping of sides with "train" and "test" (or another of
+            `reading.TEST_NAMES`); a federated data set or a partitioner of flwr-datasets, whose
+            partitions are the clients; or anything that `prunelab.data.objects.as_samples` takes.
         seed: decides what is set aside.
         test_share: of every class (of samples without classes: of all), set aside for the test
             where there is no test side; 0: there is none then.
@@ -170,13 +170,18 @@ def sample_set_of(data: Any, how: Reading, *, seed: int = 0, name: str = "given"
         if "train" not in data:
             raise DataError(f"expected the sides train and test, got {', '.join(map(str, data))}")
         train = side_of(data["train"], how)
-        test = next((data[side] for side in TEST_NAMES if side in data), None)
+        named = next((side for side in TEST_NAMES if side in data), None)
+        test = None if named is None else data[named]
+        left = [str(side) for side in data if side not in ("train", named)]
+        _note_left(name, named or "set aside", left)
     else:
         train = side_of(data, how)
     names = tuple(getattr(train.samples, "class_names", ()))
     if test is not None:
         # What the training side's labels are, though those of few test samples look otherwise.
-        as_trained = replace(how, class_names=names, task=task_of(train.samples))
+        task = task_of(train.samples)
+        lists = train.were_lists if task == "multi-label" else None
+        as_trained = replace(how, class_names=names, task=task, lists=lists)
         tested = side_of(test, as_trained).samples
         return _both(train, tested, names, name)
     labels = train.samples.labels
@@ -237,10 +242,12 @@ def _made(name: str) -> Any:
 
 
 def _central_test(data: Any) -> Any:
-    """The test split of a federated data set, which it does not divide."""
+    """The test split of a federated data set, if it is not what the clients share."""
     if not hasattr(data, "load_split"):
         return None
     for name in TEST_NAMES:
+        if name == divided_split(data):
+            continue
         try:
             return data.load_split(name)
         except ValueError:  # there is none of that name
@@ -257,12 +264,23 @@ def _is_folder_of_tables(folder: Path, how: Reading) -> bool:
 
 def _tables_of_folder(folder: Path) -> dict[str, Columns]:
     sides = {}
-    for name in ("train", *TEST_NAMES):
-        texts = [path for s in TABLE_SUFFIXES[:2] if (path := folder / f"{name}{s}").is_file()]
-        if texts or has_side(folder, (name,)):
-            files = texts or side_files(folder, (name,))
-            sides[name] = _joined_columns(folder, [columns_of(read_table(path)) for path in files])
+    for side, names in (("train", ("train",)), ("test", TEST_NAMES)):
+        called = [f"{name}{suffix}" for name in names for suffix in TABLE_SUFFIXES[:2]]
+        texts = [folder / name for name in called if (folder / name).is_file()]
+        if texts:
+            files = [path for path in texts if path.stem == texts[0].stem]
+            _note_left(folder, texts[0].stem, [path.name for path in texts if path not in files])
+        elif has_side(folder, names):
+            files = side_files(folder, names)
+        else:
+            continue
+        sides[side] = _joined_columns(folder, [columns_of(read_table(path)) for path in files])
     return sides
+
+
+def _note_left(where: str | Path, side: str, left: Sequence[str]) -> None:
+    if left:
+        note(f"{where}: the test side is {side}; not read: {', '.join(left)}")
 
 
 def _joined_columns(folder: Path, parts: list[Columns | None]) -> Columns:
@@ -273,8 +291,15 @@ def _joined_columns(folder: Path, parts: list[Columns | None]) -> Columns:
     for part in files[1:]:
         if part.names != files[0].names:
             raise DataError(f"{part.where}: {part.listed}; {files[0].where} has others")
+        if part.class_names != files[0].class_names:
+            raise DataError(
+                f"{part.where} names or numbers classes in another way than {files[0].where}; "
+                "write both alike"
+            )
+
+    def joined(name: str) -> list[Any]:
+        return [value for part in files for value in (part.fields or part.read)(name)]
+
     return replace(
-        files[0],
-        read=lambda name: [value for part in files for value in part.read(name)],
-        where=str(folder),
+        files[0], read=lambda name: typed(joined(name)), where=str(folder), fields=joined
     )

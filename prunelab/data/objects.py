@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    default_collate,
+    default_convert,
+)
 
-from prunelab.data.checked import Array, array_of, checked_images, whole_numbers
+from prunelab.data.checked import Array, array_of, checked_images, note, whole_numbers
 from prunelab.data.columns import (
     CLIENT_NAMES,
     IMAGE_NAMES,
@@ -19,14 +28,15 @@ from prunelab.data.columns import (
     TEXT_NAMES,
     Columns,
     check_filled,
+    client_numbers,
     columns_of,
 )
 from prunelab.data.datasets import ImageSet
 from prunelab.data.features import feature_names, features_of
-from prunelab.data.labels import targets_of
+from prunelab.data.labels import renumbered, targets_of
 from prunelab.data.pictures import decoded, is_picture
-from prunelab.data.reading import Reading, reading
-from prunelab.data.samples import ImageSamples, Samples, TargetSamples
+from prunelab.data.reading import TEST_NAMES, Reading, reading
+from prunelab.data.samples import ImageSamples, Samples, TargetSamples, taken
 from prunelab.data.sides import SampleSet
 from prunelab.data.text import tokenized_columns
 from prunelab.errors import DataError
@@ -36,17 +46,22 @@ Groups = Tensor | None
 
 @dataclass(frozen=True)
 class Side:
-    """Samples, and the natural client of each, int64 [N], where the data say it."""
+    """Samples, and the natural client of each, int64 [N], where the data say it.
+
+    Attributes:
+        were_lists: several classes a sample, given as lists of classes.
+    """
 
     samples: Samples
     groups: Groups = None
+    were_lists: bool = False
 
 
 def as_samples(
     data: Any,
     *,
     resize: int | str | tuple[int, int] | None = None,
-    columns: Mapping[str, str] | str | None = None,
+    columns: Mapping[str, str | Sequence[str]] | str | None = None,
     task: str | None = None,
     tokenizer: Callable[..., Any] | None = None,
     max_length: int = 128,
@@ -93,21 +108,54 @@ def side_of(data: Any, how: Reading) -> Side:
     Raises:
         DataError: as `as_samples`.
     """
+    if isinstance(data, type):
+        raise DataError(f"data is the class {data.__name__}; give one of it: {data.__name__}(...)")
     if is_loader(data):
         data = _dataset_of_loader(data)
+    if _is_streamed(data):
+        raise DataError(
+            f"data is a {type(data).__name__}, which is read in one go and has no samples by "
+            "number; load it without streaming=True, or give one with __getitem__ and __len__"
+        )
     if is_samples(data):
-        side = Side(data)
-    elif isinstance(data, SampleSet):
-        side = Side(data.train, data.train_groups)
-    elif isinstance(data, ImageSet):
-        side = Side(ImageSamples.of(data), data.train_groups)
+        side = Side(called_as(data, getattr(data, "class_names", ()), how.class_names))
+    elif isinstance(data, ImageSet | SampleSet):
+        both = SampleSet.of(data) if isinstance(data, ImageSet) else data
+        samples = called_as(both.train, both.class_names, how.class_names, where=both.name)
+        side = Side(samples, both.train_groups)
     elif has_partitions(data):
         side = _of_partitions(data, how)
     elif is_pair(data):
-        side = Side(_of_pair(data[0], data[1], how))
+        side = _of_pair(data[0], data[1], how)
     else:
         side = _of_columns_or_items(data, how)
     return side
+
+
+def called_as(
+    samples: Samples,
+    own_names: Sequence[str],
+    class_names: tuple[str, ...] | None,
+    *,
+    where: str = "data",
+) -> Samples:
+    """Samples with the numbers that others give to their classes.
+
+    Args:
+        own_names, class_names: as of `labels.renumbered`.
+
+    Raises:
+        DataError: as that, or samples of several classes each whose names are not those.
+    """
+    if not own_names or not class_names or tuple(own_names) == class_names:
+        return samples
+    if type(samples) is ImageSamples:
+        labels, names = renumbered(samples.labels, tuple(own_names), class_names, where=where)
+        return ImageSamples(samples.images, labels, ids=samples.ids, class_names=names)
+    raise DataError(
+        f"{where}: its classes are {', '.join(own_names)}, those of the other side "
+        f"{', '.join(class_names)}; number both alike"
+    )
 
 
 def _of_columns_or_items(data: Any, how: Reading) -> Side:
@@ -122,11 +170,17 @@ def _of_columns_or_items(data: Any, how: Reading) -> Side:
         return _of_columns(columns, how)
     is_listed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     if is_listed and not isinstance(data, str | bytes) and not is_array(data):
-        return Side(samples_of_items(data, how))
+        return _side_of_items(data, how)
     raise DataError(
         f"data is a {type(data).__name__}; expected (images, labels), a torch data set of (image, "
         "label), a Hugging Face data set, a frame of pandas, samples, or the name of a data set"
     )
+
+
+def _is_streamed(data: Any) -> bool:
+    """Whether it is a data set of torch's or Hugging Face's without samples by number."""
+    is_huggings = hasattr(data, "column_names") and hasattr(data, "with_format")
+    return isinstance(data, IterableDataset) or (is_huggings and not hasattr(data, "__len__"))
 
 
 def is_samples(data: Any) -> bool:
@@ -151,8 +205,12 @@ def has_partitions(data: Any) -> bool:
 
 def is_grouped(data: Any) -> bool:
     """Whether it is a mapping of sides: of data sets, and not of columns or items."""
-    sided = isinstance(data, Mapping) and {"train", "test", "validation"} & set(data)
-    return bool(sided)
+    if not isinstance(data, Mapping):
+        return False
+    # A column may well be called "val".
+    return bool({"train", "test", "validation"} & set(data)) or 0 < len(data) == len(
+        set(data) & set(TEST_NAMES)
+    )
 
 
 def is_pair(data: Any) -> bool:
@@ -172,7 +230,7 @@ def _is_frame(data: Any) -> bool:
     return hasattr(data, "iloc") and hasattr(data, "columns")
 
 
-def _of_pair(inputs: Any, labels: Any, how: Reading) -> Samples:
+def _of_pair(inputs: Any, labels: Any, how: Reading) -> Side:
     if _is_frame(inputs):
         columns = columns_of(inputs)
         assert columns is not None
@@ -191,20 +249,30 @@ def _of_pair(inputs: Any, labels: Any, how: Reading) -> Samples:
 
 
 def _listed(labels: Any) -> Any:
-    """Labels as they are; those of pandas as a list."""
+    """Labels as they are; those of pandas as lists."""
+    if _is_frame(labels):
+        columns = columns_of(labels)
+        assert columns is not None
+        return [list(row) for row in zip(*map(columns.read, columns.names), strict=True)]
     return labels.tolist() if hasattr(labels, "iloc") else labels
 
 
 def _of_columns(columns: Columns, how: Reading) -> Side:
     """Pictures, texts or numbers, whichever the columns hold."""
     client = columns.pick(how.column("client"), CLIENT_NAMES, "client")
-    groups = None if client is None else _groups(columns, client)
+    groups = None
+    if client is not None:
+        names_of_clients = (columns.fields or columns.read)(client)
+        numbers = client_numbers(names_of_clients, f"{columns.where}, column {client!r}")
+        groups = whole_numbers(numbers, "clients")
     label = columns.pick(how.column("label"), LABEL_NAMES, "label")
     image = None if how.column("features") or how.column("text") else _image_column(columns, how)
     if image is None and not how.column("features"):
         text = columns.pick(how.column("text"), TEXT_NAMES, "text")
         if text is not None or how.tokenizer is not None:
             return Side(_texts(columns, text, label, how), groups)
+    if columns.names and not len(columns.read(columns.names[0])):
+        raise DataError(f"{columns.where}: no samples")
     if label is None:
         raise DataError(
             f"{columns.where}: no column is called as a label is ({', '.join(LABEL_NAMES)}); "
@@ -221,7 +289,9 @@ def _of_columns(columns: Columns, how: Reading) -> Side:
         names = feature_names(columns, how.column("features"), (label, client))
         inputs = features_of(columns, names)
     names_of_classes = columns.class_names.get(label, ())
-    return Side(_joined(inputs, values, how, names_of_classes, where), groups)
+    fields = columns.fields(label) if columns.fields else None
+    joined = _joined(inputs, values, how, names_of_classes, where, fields=fields)
+    return replace(joined, groups=groups)
 
 
 def _image_column(columns: Columns, how: Reading) -> str | None:
@@ -257,33 +327,28 @@ def _texts(columns: Columns, text: str | None, label: str | None, how: Reading) 
     )  # fmt: skip
 
 
-def _groups(columns: Columns, client: str) -> Tensor:
-    """Names of natural clients as 0, 1, 2 in their order, int64 [N]."""
-    values = columns.read(client)
-    check_filled(values, f"{columns.where}, column {client!r}")
-    kinds = {type(value) for value in values}
-    if len(kinds) > 1 or not kinds <= {int, str}:
-        raise DataError(
-            f"{columns.where}: column {client!r} holds "
-            f"{' and '.join(sorted(kind.__name__ for kind in kinds))}; expected one name or whole "
-            "number for each sample"
-        )
-    return whole_numbers(np.unique(values, return_inverse=True)[1], "clients")
-
-
 def _joined(
-    inputs: Any, values: Any, how: Reading, class_names: Sequence[str], where: str
-) -> Samples:
+    inputs: Any,
+    values: Any,
+    how: Reading,
+    class_names: Sequence[str],
+    where: str,
+    *,
+    fields: Sequence[Any] | None = None,
+) -> Side:
     """Samples of inputs and what is to be predicted of each."""
-    names = how.class_names or class_names or how.class_names
-    targets = targets_of(values, class_names=names, kind=how.kind, where=where)
+    targets = targets_of(
+        values, class_names=how.class_names, own_names=class_names, fields=fields, kind=how.kind,
+        lists=how.lists, where=where,
+    )  # fmt: skip
     if len(inputs) != len(targets.values):
         raise DataError(
             f"{where}: {len(inputs)} images but {len(targets.values)} labels; expected one of each "
             "a sample"
         )
     kind = ImageSamples if targets.are_classes else TargetSamples
-    return kind(inputs, targets.values, class_names=targets.class_names)
+    samples = kind(inputs, targets.values, class_names=targets.class_names)
+    return Side(samples, were_lists=targets.were_lists)
 
 
 def _images_of(cells: Iterator[tuple[str, Any]], how: Reading) -> Array:
@@ -325,7 +390,10 @@ def samples_of_items(data: Any, how: Reading | None = None) -> Samples:
     Raises:
         DataError: as `as_samples`.
     """
-    how = how or Reading()
+    return _side_of_items(data, how or Reading()).samples
+
+
+def _side_of_items(data: Any, how: Reading) -> Side:
     if not len(data):
         raise DataError("data holds no samples")
     labels: list[Any] = []
@@ -389,26 +457,62 @@ def _class_names_of(data: Any) -> tuple[str, ...]:
 
 
 def _dataset_of_loader(loader: Any) -> Any:
+    """The samples that a loader reads: its data set, or the part that its sampler names."""
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
         raise DataError(
             f"the DataLoader's data set, a {type(dataset).__name__}, is read in one go and has no "
             "samples by number; give one with __getitem__ and __len__"
         )
-    return dataset
+    if loader.collate_fn not in (default_collate, default_convert, None):
+        note("the DataLoader's collate_fn is left out: samples are read from its data set")
+    batches = getattr(loader, "batch_sampler", None)
+    is_plain = batches is None or type(batches) is BatchSampler
+    sampler = getattr(batches if is_plain and batches is not None else loader, "sampler", None)
+    rows = getattr(sampler, "indices", None)
+    if is_plain and rows is not None and not callable(rows):
+        return _part(dataset, sorted(map(int, rows)))
+    if is_plain and (sampler is None or _is_of_all(sampler, dataset)):
+        return dataset
+    odd = sampler if is_plain else batches
+    raise DataError(
+        f"the DataLoader draws its samples by a {type(odd).__name__}, which does not say which "
+        "they are; give the data set, or a Subset of it"
+    )
+
+
+def _is_of_all(sampler: Any, dataset: Any) -> bool:
+    """Whether a sampler of torch's reads each sample of the data set once."""
+    if isinstance(sampler, RandomSampler):
+        is_whole = not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+    else:
+        is_whole = isinstance(sampler, SequentialSampler)
+    return is_whole and len(sampler.data_source) == len(dataset)
+
+
+def _part(dataset: Any, rows: list[int]) -> Any:
+    if is_samples(dataset):
+        return taken(dataset, torch.tensor(rows, dtype=torch.int64))
+    return dataset.select(rows) if hasattr(dataset, "select") else Subset(dataset, rows)
 
 
 # --- partitions of flwr-datasets -----------------------------------------------------------------
+
+
+def divided_split(data: Any) -> str | None:
+    """The split of a federated data set that its clients share; None of a partitioner."""
+    partitioners = getattr(data, "partitioners", None)
+    if partitioners is None:
+        return None
+    return "train" if "train" in partitioners else str(next(iter(partitioners)))
 
 
 def _of_partitions(data: Any, how: Reading) -> Side:
     """All samples of all partitions, the number of the partition as the client."""
     import datasets  # noqa: PLC0415
 
-    partitioners = getattr(data, "partitioners", None)
-    split = None
-    if partitioners is not None:  # a federated data set, with a partitioner for each split
-        split = "train" if "train" in partitioners else next(iter(partitioners))
+    split = divided_split(data)
+    if split is not None:
         first = data.load_partition(0, split)
         load: Callable[[int], Any] = lambda number: data.load_partition(number, split)  # noqa: E731
         count = data.partitioners[split].num_partitions

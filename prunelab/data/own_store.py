@@ -2,12 +2,13 @@
 
     python -m prunelab.data.own_store PATH FOLDER --classes cat,dog [--resize 32]
 
-makes one beforehand; nodes of a run make theirs when they join.
+makes one beforehand; nodes of a run make theirs when they join, by the same command.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prunelab.data.given import load_sample_set
+from prunelab.data.objects import called_as
 from prunelab.data.reading import Reading, reading
 from prunelab.data.samples import ImageSamples, stored
 from prunelab.data.store import SampleStore, write_store
@@ -25,7 +27,7 @@ REFUSED = 3  # exit status where the last line says what a user can mend
 
 
 @dataclass(frozen=True)
-class Expected:
+class RunSamples:
     """What a run's samples are, which those of a node have to be as well.
 
     Attributes:
@@ -41,7 +43,7 @@ class Expected:
     input_shape: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Expected:
+    def of(cls, values: Mapping[str, Any]) -> RunSamples:
         """Of `to_dict`."""
         names, count = values.get("class_names"), values.get("num_classes")
         return cls(
@@ -67,7 +69,7 @@ def write_own_store(
     folder: Path,
     *,
     how: Reading | None = None,
-    expected: Expected | None = None,
+    expected: RunSamples | None = None,
     made_for: str = "",
 ) -> SampleStore:
     """Write a store of all that a node has; of data with two sides, of the training side.
@@ -86,7 +88,7 @@ def write_own_store(
         DataError: as `load_sample_set` and `write_store`, a class that the run does not know, or
             samples of another task or shape; says what the run has.
     """
-    run = expected or Expected()
+    run = expected or RunSamples()
     names = run.class_names
     if names == () and run.num_classes is not None:  # folders are called by their number then
         names = tuple(map(str, range(run.num_classes)))
@@ -94,7 +96,7 @@ def write_own_store(
     how = replace(how, test_share=0.0, class_names=names, task=run.task or how.task)
     # Not kept by this process: the store has it.
     found = load_sample_set.__wrapped__(path, how=how)
-    samples = found.train
+    samples = called_as(found.train, found.class_names, names, where=path)
     task = task_of(samples)
     if run.task and task != run.task:
         raise DataError(f"{path}: samples are for {task}, those of the run for {run.task}")
@@ -106,6 +108,8 @@ def write_own_store(
             f"{path}: inputs are {list(shape)}, the run's {list(run.input_shape)}{cure}"
         )
     num_classes = found.num_classes
+    if num_classes is not None and names:
+        num_classes = len(names)
     if run.num_classes is not None and isinstance(samples, ImageSamples):
         largest = int(samples.labels.max())
         if largest >= run.num_classes:
@@ -127,12 +131,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes", help="the run's classes in its order, commas between them")
     parser.add_argument("--resize", default="", help="N or HxW pixels")
     parser.add_argument("--columns", default="", help="such as image=picture,label=kind")
+    parser.add_argument("--task", default="", help="where labels could be meant in several ways")
+    parser.add_argument("--expected", type=json.loads, help="what a run tells its nodes, as JSON")
+    parser.add_argument("--made-for", default="", help="a mark that the store bears")
     given = parser.parse_args(arguments)
     names = None if given.classes is None else tuple(filter(None, given.classes.split(",")))
+    run = RunSamples(class_names=names)
+    if given.expected is not None:
+        run = RunSamples.of(given.expected)
     try:
-        how = reading(resize=given.resize, columns=given.columns)
+        how = reading(resize=given.resize, columns=given.columns, task=given.task)
         store = write_own_store(
-            given.path, given.folder, how=how, expected=Expected(class_names=names)
+            given.path, given.folder, how=how, expected=run, made_for=given.made_for
         )
     except PrunelabError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from prunelab.data.checked import Array, note
+from prunelab.data.columns import client_numbers
 from prunelab.data.labels import as_classes
 from prunelab.data.tables import named_classes, parquet_table
 from prunelab.errors import DataError
@@ -79,12 +81,22 @@ def read_side(
 
     groups = None
     if has_groups == {True}:
-        groups = _groups([name for part in parts for name in part.groups or ()], files[0])
-    labels, found = as_classes(
-        [label for part in parts for label in part.labels],
-        class_names=class_names or parts[0].class_names or class_names,
-        where=str(parts[0].path if len(parts) == 1 else folder),
-    )
+        names_of_clients = [name for part in parts for name in part.groups or ()]
+        groups = client_numbers(names_of_clients, f"{files[0]}: column {CLIENT!r}")
+    where = str(parts[0].path if len(parts) == 1 else folder)
+    # Each file may number its classes in an order of its own.
+    known = class_names or next((p.class_names for p in parts if p.class_names), class_names)
+    if known:
+        of_parts = [
+            as_classes(
+                part.labels, class_names=known, own_names=part.class_names, where=str(part.path)
+            )[0]
+            for part in parts
+        ]
+        labels, found = torch.cat(of_parts), tuple(known)
+    else:
+        values = [label for part in parts for label in part.labels]
+        labels, found = as_classes(values, class_names=known, where=where)
     return Pictures(labels.numpy(), cells, groups, found)
 
 
@@ -113,13 +125,14 @@ def side_files(folder: Path, names: Sequence[str], *, suffix: str = ".parquet") 
     Raises:
         DataError: no such files, several that could be meant, or one of several missing.
     """
-    for name in names:
+    for place, name in enumerate(names):
         called = _called(folder, name, suffix)
         shown = [p for p in called if not any(x[0] in "._" for x in p.relative_to(folder).parts)]
         if not shown:
             continue
         found = _nearest(folder, name, shown)
-        left = [str(path.relative_to(folder)) for path in called if path not in found]
+        others = {path for side in names[place:] for path in _called(folder, side, suffix)}
+        left = [str(path.relative_to(folder)) for path in sorted(others.difference(found))]
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             note(
@@ -239,15 +252,3 @@ def image_column(names: Sequence[str], columns: Mapping[str, str]) -> str | None
 
 def _bytes(cell: Any) -> Any:
     return cell.get("bytes") if isinstance(cell, dict) else cell
-
-
-def _groups(names: list[Any], path: Path) -> Array:
-    """Names of clients as 0, 1, 2 in their order, int64 [N]."""
-    kinds = {"text" if isinstance(name, str) else type(name).__name__ for name in names}
-    has_nan = kinds == {"float"} and bool(np.isnan(names).any())
-    if len(kinds) > 1 or kinds & {"list", "dict"} or has_nan:
-        raise DataError(
-            f"{path}: column {CLIENT!r} holds {'NaN' if has_nan else ' and '.join(sorted(kinds))}; "
-            "expected one name or whole number for each sample, of one type in all files"
-        )
-    return np.unique(names, return_inverse=True)[1].astype(np.int64)

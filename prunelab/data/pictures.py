@@ -62,7 +62,8 @@ def decoded(
     if not arrays:
         raise DataError(f"{where}: no samples")
     if resize is not None and len(sizes) > 1:
-        note(f"{where}: pictures of {len(sizes)} sizes were brought to {resize[0]}x{resize[1]}")
+        # Without a number, so that two sides of one place say the same, which is shown once.
+        note(f"{where}: pictures of several sizes were brought to {resize[0]}x{resize[1]}")
     channels = max(len(array) for array in arrays) if are_pictures else 0
     if are_pictures:
         seen[_COLOURED] = sum(len(array) < channels for array in arrays)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prunelab.errors import DataError
 
 ROLES = ("image", "text", "features", "label", "client")
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "validation", "valid", "val")
+"""What sides are called, as folders, files and keys; of several the first is meant."""
+
 TEST_SHARE = 0.2  # of data without a test side
 KINDS = ("classification", "regression", "multi-label")
 
@@ -25,6 +29,8 @@ class Reading:
             where there is no test side; 0: there is none then.
         tokenizer, max_length: for texts, as `tokenized` takes them.
         class_names: of another side, whose numbers the names of classes get; None: there is none.
+        lists: whether another side gives several classes a sample as lists of classes, or as rows
+            of 0 and 1; None: as they look.
 
     Raises:
         DataError: an unknown role, or a share that is none.
@@ -37,6 +43,7 @@ class Reading:
     tokenizer: Callable[..., Any] | None = None
     max_length: int = 128
     class_names: tuple[str, ...] | None = None
+    lists: bool | None = None
 
     def __post_init__(self) -> None:
         unknown = [role for role, _ in self.columns if role not in ROLES]
@@ -67,7 +74,7 @@ class Reading:
 def reading(
     *,
     resize: int | str | tuple[int, int] | None = None,
-    columns: Mapping[str, str] | str | None = None,
+    columns: Mapping[str, str | Sequence[str]] | str | None = None,
     task: str | None = None,
     test_share: float = TEST_SHARE,
     tokenizer: Callable[..., Any] | None = None,
@@ -78,7 +85,7 @@ def reading(
     Args:
         resize: 32 or "32" (both sides), "HxW" such as "32x48", or (height, width); "" for none.
         columns: {"image": "picture", "label": "kind"}, or "image=picture,label=kind". Several
-            features are joined by "+": "features=age+height".
+            features are a list, or joined by "+": "features=age+height".
 
     Raises:
         DataError: as `Reading`, or a text that is no such thing.
@@ -101,7 +108,9 @@ def with_target(columns: str, target: str) -> str:
 def _size(resize: int | str | tuple[int, int] | None) -> tuple[int, int] | None:
     if resize is None or resize == "":
         return None
-    parts = str(resize).lower().split("x") if isinstance(resize, int | str) else list(resize)
+    parts: list[Any] = str(resize).lower().split("x")
+    if isinstance(resize, tuple | list):
+        parts = list(resize)
     try:
         sides = [int(part) for part in parts]
     except (TypeError, ValueError):
@@ -111,11 +120,13 @@ def _size(resize: int | str | tuple[int, int] | None) -> tuple[int, int] | None:
     return sides[0], sides[-1]
 
 
-def _pairs(columns: Mapping[str, str] | str | None) -> tuple[tuple[str, str], ...]:
+def _pairs(columns: Mapping[str, str | Sequence[str]] | str | None) -> tuple[tuple[str, str], ...]:
     if not columns:
         return ()
     if isinstance(columns, Mapping):
-        return tuple((role, name) for role, name in columns.items())
+        # A column may be called by a number, and several are given in a list.
+        lists = {r: n if isinstance(n, list | tuple) else [n] for r, n in columns.items()}
+        return tuple((role, "+".join(map(str, names))) for role, names in lists.items())
     pairs = [part.partition("=") for part in columns.split(",")]
     if not all(equals and name.strip() for _, equals, name in pairs):
         raise DataError(f"columns {columns!r}: expected role=column, such as image=picture")

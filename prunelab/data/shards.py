@@ -23,13 +23,14 @@ from torch import Tensor
 from prunelab.data.batches import Integers
 from prunelab.data.checked import checked_label, checked_labels
 from prunelab.data.parquet import side_files
+from prunelab.data.reading import TEST_NAMES
 from prunelab.errors import DataError
 
 SUFFIXES = (".parquet", ".tar")
 BLOCK_BYTES = 1 << 20
 """About as many bytes of pictures are read at a time."""
 
-_SIDES = ("train", "test", "val")
+_SIDES = ("train", *TEST_NAMES)
 
 
 @dataclass(frozen=True)

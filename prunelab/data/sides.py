@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunelab.data.checked import count_classes, whole_numbers
+from prunelab.data.checked import checked_groups, count_classes
 from prunelab.data.datasets import ImageSet, fingerprint
 from prunelab.data.samples import ImageSamples, Samples, TargetSamples, TokenSamples
 from prunelab.data.streamed import StreamedImages
@@ -68,12 +68,7 @@ class SampleSet:
             )
         object.__setattr__(self, "num_classes", num_classes)
         if self.train_groups is not None:
-            groups = whole_numbers(self.train_groups, f"{self.name}: natural clients")
-            if groups.shape != (len(self.train),):
-                raise DataError(
-                    f"{self.name}: {len(groups)} natural clients for {len(self.train)} training "
-                    "samples; expected one each"
-                )
+            groups = checked_groups(self.train_groups, len(self.train), where=self.name)
             object.__setattr__(self, "train_groups", groups)
         if not self.fingerprint:
             sides = [self.train] if self.test is None else [self.train, self.test]
@@ -82,12 +77,13 @@ class SampleSet:
     @classmethod
     def of(cls, images: ImageSet) -> SampleSet:
         """The same of labelled images."""
+        names = images.class_names
         return cls(
             images.name,
-            ImageSamples(images.train_images, images.train_labels),
-            ImageSamples(images.test_images, images.test_labels),
+            ImageSamples(images.train_images, images.train_labels, class_names=names),
+            ImageSamples(images.test_images, images.test_labels, class_names=names),
             num_classes=images.num_classes,
-            class_names=images.class_names,
+            class_names=names,
             train_groups=images.train_groups,
             fingerprint=images.fingerprint,
         )

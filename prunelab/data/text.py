@@ -79,7 +79,9 @@ def tokenized_columns(
         return TokenSamples(input_ids, mask, np.where(mask == 1, input_ids, NO_LOSS))
     classes, names = as_classes(
         columns.read(label),
-        class_names=class_names or columns.class_names.get(label, class_names),
+        class_names=class_names,
+        own_names=columns.class_names.get(label, ()),
+        fields=columns.fields(label) if columns.fields else None,
         where=f"{columns.where}, column {label!r}",
     )
     return TokenSamples(input_ids, mask, classes, class_names=names)

@@ -161,11 +161,15 @@ def progress_bar(console: Console = console) -> Iterator[Any]:
 
 @contextmanager
 def warnings_shown() -> Iterator[None]:
-    """Warnings of these packages as one line each; others as Python shows them."""
+    """Warnings of these packages as one line each, and once; others as Python shows them."""
     original = warnings.showwarning
+    shown: set[str] = set()
 
     def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
         if issubclass(category, PrunelabWarning):
+            if str(message) in shown:
+                return
+            shown.add(str(message))
             errors.print(
                 f"[yellow]warning:[/yellow] {escaped(message)}", soft_wrap=True, highlight=False
             )

@@ -16,6 +16,7 @@ from torch import nn
 
 import fedprune
 from fedprune.front import Result
+from fedprune.given import given_dataset, name_dataset
 from fedprune.methods.base import RunState
 from prunelab.data.datasets import ImageSet, fingerprint
 from prunelab.errors import DataWarning
@@ -309,3 +310,9 @@ def test_the_seed_of_a_configuration_splits_given_data(tmp_path: Path) -> None:
     by_setting = run(tmp_path / "setting", settings={"seed": 3})
     assert by_name.summary["dataset"] == by_setting.summary["dataset"]
     assert by_name.summary["dataset"] != run(tmp_path / "zero").summary["dataset"]
+
+
+def test_data_whose_classes_are_called_otherwise_are_other_data() -> None:
+    names = [name_dataset((IMAGES, [f"{word}{label}" for label in LABELS])) for word in "ab"]
+    found = [given_dataset(name) for name in names]
+    assert [data.class_names for data in found if data] == [("a0", "a1", "a2"), ("b0", "b1", "b2")]

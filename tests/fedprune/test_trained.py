@@ -27,6 +27,7 @@ from fedprune.local.site import split_seed
 from fedprune.rounds.folder import prepare
 from fedprune.rounds.workspace import open_workspace
 from fedprune.trained.evaluation import ClientScore, class_scores, fairness
+from fedprune.trained.inputs import Accepted, read_inputs
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.data.samples import ImageSamples, TargetSamples, TokenSamples
 from prunelab.data.sides import SampleSet
@@ -213,8 +214,31 @@ def test_names_of_classes_go_with_the_model(named: Result) -> None:
     assert [score.count > 0 for score in scores] == [True, True] + [False] * 8
     assert scores[5].recall is None
     strange = ImageSet("own", *sides, *sides, class_names=("ten", *NAMES[1:]))
-    with pytest.raises(DataError, match="own has the class 'ten', which the model does not know"):
+    with pytest.raises(
+        DataError, match="own has the class 'ten', which is none of the classes 'zero'"
+    ):
         named.evaluate(strange)
+
+
+def test_numbers_among_the_names_of_a_models_classes_are_names(tmp_path: Path) -> None:
+    """The classes 1, 2 and a of a table are no places where a table to evaluate on lacks a."""
+    accepted = Accepted("float32", (2,), ("1", "2", "a"), 3)
+    (tmp_path / "own.csv").write_text("u,v,label\n1,2,2\n3,4,1\n", encoding="utf-8")
+    found = read_inputs(tmp_path / "own.csv", accepted)
+    assert found.targets is not None
+    assert found.targets.tolist() == [1, 0]
+    with pytest.raises(DataError, match="the label 1 could be the class '1' or the place 1"):
+        read_inputs((np.zeros((1, 2), np.float32), [1]), accepted)
+    strange = ImageSamples(np.zeros((1, 2), np.float32), [1])
+    with pytest.raises(DataError, match="the label 1 could be the class '1' or the place 1"):
+        read_inputs(strange, accepted)
+    names = ("0", "10", "2")
+    folders = ImageSamples(np.zeros((3, 2), np.float32), [1, 2, 0], class_names=names)
+    counted = Accepted("float32", (2,), (), 11)
+    both = SampleSet("own", folders, folders, class_names=names)
+    targets = read_inputs(both, counted).targets
+    assert targets is not None
+    assert targets.tolist() == [10, 2, 0]
 
 
 def test_inputs_of_another_kind_are_refused(result: Result) -> None:

@@ -16,8 +16,9 @@ from fedprune.flower import client, server
 from fedprune.flower.client import SETUP
 from fedprune.flower.inline import InlineGrid
 from fedprune.flower.launch import launch_values
+from fedprune.local.private import REFUSAL
 from fedprune.rounds.folder import prepare, read_metrics
-from prunelab.data.own_store import Expected, write_own_store
+from prunelab.data.own_store import RunSamples, write_own_store
 
 NAMES = ("ant", "bee", "cow")
 
@@ -61,7 +62,7 @@ def test_class_folders_of_a_node_give_the_bits_of_their_store(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     data = pictures(tmp_path / "data", NAMES, each=20, seed=0)
     own = pictures(tmp_path / "own", ("cow", "bee"), each=15, seed=1)
-    store = write_own_store(str(own), tmp_path / "store", expected=Expected(class_names=NAMES))
+    store = write_own_store(str(own), tmp_path / "store", expected=RunSamples(class_names=NAMES))
     assert np.bincount(store.targets).tolist() == [0, 15, 15]
     by_folder, _ = federated(tmp_path / "folder", data, own)
     by_store, _ = federated(tmp_path / "by-store", data, store.folder)
@@ -72,12 +73,15 @@ def test_class_folders_of_a_node_give_the_bits_of_their_store(
 
 @pytest.mark.slow
 def test_a_node_with_a_class_that_the_run_does_not_know_is_left_out_and_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """In its own log: names, files and cells of a node stay there."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     data = pictures(tmp_path / "data", NAMES, each=20, seed=0)
     own = pictures(tmp_path / "own", ("cow",), each=4, seed=1)
     (own / "cow").rename(own / "owl")
     out, _ = federated(tmp_path / "run", data, own)
     skipped = [entry for line in read_metrics(out) for entry in line.get("skipped", [])]
-    assert any("the class 'owl', which is none of 'ant'" in entry["reason"] for entry in skipped)
+    assert any(entry["reason"].endswith(REFUSAL) for entry in skipped)
+    assert not any("owl" in entry["reason"] or "own/" in entry["reason"] for entry in skipped)
+    assert "the class 'owl', which is none of 'ant'" in caplog.text

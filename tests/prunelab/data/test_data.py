@@ -20,7 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from prunelab.data.datasets import DATASETS, _columns, load_dataset
-from prunelab.errors import DataError
+from prunelab.errors import DataError, DataWarning
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,8 @@ def test_several_files_of_plain_bytes_are_one_gray_data_set(tmp_path: Path) -> N
     # With a test file there, validation is no longer the test side.
     pq.write_table(pa.table({"image": images[:1], "label": [0]}), tmp_path / "test.parquet")
     load_dataset.cache_clear()
-    assert len(load_dataset(str(tmp_path)).test_labels) == 1
+    with pytest.warns(DataWarning, match=r"side is test\.parquet; not read: validation\.parquet"):
+        assert len(load_dataset(str(tmp_path)).test_labels) == 1
 
 
 def test_a_subset_is_stratified_and_decided_by_the_seed(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,16 @@ from flwr_datasets.partitioner import IidPartitioner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from torchvision.datasets import FakeData, ImageFolder
 from torchvision.transforms import PILToTensor, RandomCrop
 
@@ -196,6 +206,127 @@ def test_names_have_the_numbers_of_the_training_side_on_both() -> None:
         as_sample_set({"test": (PIXELS, NAMES)})
 
 
+def called(names: tuple[str, ...], labels: list[int]) -> datasets.Dataset:
+    """Numbers of classes with names of their own."""
+    return datasets.Dataset.from_dict(
+        {"a": [float(k) for k in labels], "text": ["word"] * len(labels), "label": labels}
+    ).cast_column("label", datasets.ClassLabel(names=list(names)))
+
+
+def test_numbers_with_names_of_their_own_go_by_name(tmp_path: Path) -> None:
+    """The two sides number their classes in different orders, and one may lack some."""
+    train, test = called(("cat", "dog"), [0, 1, 0, 1]), called(("owl", "dog", "cat"), [1, 2, 2])
+    columns = {"features": "a"}
+    both = as_sample_set({"train": train, "test": test}, columns=columns)
+    assert both.test is not None
+    assert (both.class_names, labels_of(both.test)) == (("cat", "dog"), [1, 0, 0])
+    texts: Any = as_sample_set({"train": train, "test": test}, tokenizer=lambda text: [1, 2])
+    assert texts.test.labels.tolist() == [1, 0, 0]
+    with pytest.raises(DataError, match="class 'owl', which is none of the classes 'cat', 'dog'"):
+        as_sample_set({"train": train, "test": called(("owl", "dog"), [0])}, columns=columns)
+    with pytest.warns(DataWarning, match="their numbers are taken as they are"):
+        as_sample_set({"train": (PIXELS, CODES), "test": _Called(("u", "v"))})
+    given: Any = as_sample_set(
+        {"train": (PIXELS, NAMES), "test": as_samples(_Called(("dog", "ant")))}
+    )
+    assert labels_of(given.test) == [2, 0]
+    for number, names in enumerate((("u", "v"), ("v", "u"))):
+        called(names, [0, 1]).to_parquet(tmp_path / f"train_{number}.parquet")
+    with pytest.raises(
+        DataError, match=r"train_1\.parquet names or numbers classes in another way"
+    ):
+        as_sample_set(tmp_path, columns=columns)
+    # The same of parquet files, of two sides and of the parts of one.
+    image = [{"bytes": _png(one), "path": None} for one in PIXELS[:2]]
+    for name, names in (("train_0", "ab"), ("train_1", "ba"), ("test", "bac")):
+        part = datasets.Dataset.from_dict({"img": image, "label": [0, 1]})
+        part = part.cast_column("label", datasets.ClassLabel(names=list(names)))
+        part.to_parquet(tmp_path / f"{name}.parquet")
+    both = as_sample_set(tmp_path)
+    assert both.test is not None
+    assert both.class_names == ("a", "b")
+    assert (labels_of(both.train), labels_of(both.test)) == ([0, 1, 1, 0], [1, 0])
+
+
+class _Called:
+    """Two pictures with classes by number, which have names of their own."""
+
+    def __init__(self, classes: tuple[str, ...]) -> None:
+        self.classes = list(classes)
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, row: int) -> tuple[Any, int]:
+        return PIXELS[row], row
+
+
+def _png(pixels: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def test_image_folders_of_which_one_lacks_a_class(tmp_path: Path) -> None:
+    pictures(tmp_path / "train")
+    pictures(tmp_path / "test", ["dog", "cat"], PIXELS[:2])
+    sides = {
+        side: ImageFolder(str(tmp_path / side), transform=PILToTensor())
+        for side in ("train", "test")
+    }
+    both = as_sample_set(sides)
+    assert both.test is not None
+    assert labels_of(both.test) == [1, 2]
+
+
+def test_numbers_among_the_names_of_classes_are_names(tmp_path: Path) -> None:
+    """One side of a table alone looks like numbers; elsewhere it could be either."""
+    table(tmp_path / "train.csv", "a,y\n1,1\n2,2\n3,a\n")
+    table(tmp_path / "test.csv", "a,y\n1,2\n2,1\n")
+    both = as_sample_set(str(tmp_path))
+    assert both.test is not None
+    assert (both.class_names, labels_of(both.test)) == (("1", "2", "a"), [1, 0])
+    train = (PIXELS[:3], ["1", "2", "a"])
+    for labels in ([1, 2], [0]):
+        with pytest.raises(DataError, match=r"the label \d could be the class '\d' or the"):
+            as_sample_set({"train": train, "test": (PIXELS[: len(labels)], labels)})
+    plain = as_sample_set({"train": (PIXELS[:3], ["0", "1", "2"]), "test": (PIXELS[:2], [2, 0])})
+    assert plain.test is not None
+    assert labels_of(plain.test) == [2, 0]
+
+
+def test_whole_numbers_are_the_folders_that_are_called_so(tmp_path: Path) -> None:
+    """Also from 10 on, where texts would be sorted otherwise."""
+    pictures(tmp_path, [str(number) for number in range(12)])
+    sides = {
+        "train": ImageFolder(str(tmp_path), transform=PILToTensor()),  # 0, 1, 10, 11, 2, ...
+        "test": (PIXELS, list(range(12))),
+    }
+    with pytest.raises(DataError, match="the label 2 could be the class '2' or the place 2"):
+        as_sample_set(sides)
+    folders = as_sample_set(tmp_path, test_share=0).train
+    found = as_sample_set({"train": folders, "test": (PIXELS[:, None], list(range(12)))})
+    assert found.test is not None
+    assert labels_of(found.test) == labels_of(folders)
+
+
+def test_lists_of_classes_are_no_rows_of_0_and_1_where_the_other_side_has_lists() -> None:
+    for train, test, expected in (
+        ([[0], [0, 1]], [[0, 1], [1, 0]], [[1, 1], [1, 1]]),
+        ([[0], [0, 1], [1]], [[0], [1]], [[1, 0], [0, 1]]),
+        ([["a"], ["a", "b"]], [["b"]], [[0, 1]]),
+        (np.array([[1, 1], [0, 1]]), [[0, 1], [1, 0]], [[0, 1], [1, 0]]),
+    ):
+        sides = {"train": (PIXELS[: len(train)], train), "test": (PIXELS[: len(test)], test)}
+        if isinstance(train, list):
+            sides = {
+                side: {"x": list(images), "label": labels}  # type: ignore[misc]
+                for side, (images, labels) in sides.items()
+            }
+        found: Any = as_sample_set(sides).test
+        assert found.targets.tolist() == expected
+
+
 def test_the_labels_of_a_small_test_side_are_what_the_training_sides_are() -> None:
     """Whole numbers among floats, and rows with a single 1, are no classes there."""
     prices = {"train": (PIXELS, RANDOM.normal(size=12)), "test": (PIXELS[:2], [1, 2])}
@@ -231,6 +362,47 @@ def test_data_sets_of_torchvision_name_their_classes(tmp_path: Path) -> None:
     assert torch.equal(samples.images[1], folder[3][0])
     fake = as_samples(FakeData(4, (3, 8, 8), 3, transform=PILToTensor()))
     assert isinstance(fake, ImageSamples)
+
+
+def test_a_loader_gives_the_samples_that_its_sampler_names() -> None:
+    """Or test samples would be trained on."""
+    data = TensorDataset(torch.arange(20.0)[:, None].repeat(1, 3), torch.arange(20) % 2)
+    sides = {
+        "train": DataLoader(data, sampler=SubsetRandomSampler(range(15))),
+        "test": DataLoader(data, batch_size=2, sampler=SubsetRandomSampler([17, 16, 19])),
+    }
+    both: Any = as_sample_set(sides)
+    assert both.train.images[:, 0].tolist() == list(range(15))
+    assert both.test.images[:, 0].tolist() == [16, 17, 19]
+    hugging = datasets.Dataset.from_dict({"a": list(range(20)), "y": [0, 1] * 10})
+    found: Any = as_samples(DataLoader(hugging, sampler=SubsetRandomSampler([3, 1])))  # type: ignore[arg-type]
+    assert found.images.tolist() == [[1], [3]]
+    for loader in (
+        DataLoader(data, shuffle=True, drop_last=True, batch_size=3),
+        DataLoader(data, batch_size=None),
+        DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, drop_last=False)),
+    ):
+        assert len(as_samples(loader)) == 20
+    with pytest.warns(DataWarning, match="collate_fn is left out"):
+        assert len(as_samples(DataLoader(data, collate_fn=lambda items: items))) == 20
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": WeightedRandomSampler([1.0] * 20, 5)},
+        {"sampler": RandomSampler(range(20), replacement=True)},
+        {"sampler": RandomSampler(range(20), num_samples=5)},
+        {"sampler": SequentialSampler(range(5))},
+        {"sampler": [1, 2]},
+        {"batch_sampler": [[1, 2], [3]]},
+        {"batch_sampler": BatchSampler(WeightedRandomSampler([1.0] * 20, 5), 2, drop_last=False)},
+    ],
+)
+def test_a_loader_that_does_not_say_which_samples_it_reads(options: dict[str, Any]) -> None:
+    data = TensorDataset(torch.zeros(20, 3), torch.arange(20) % 2)
+    with pytest.raises(DataError, match="give the data set, or a Subset of it"):
+        as_samples(DataLoader(data, **options))
 
 
 def test_random_transforms_are_refused(tmp_path: Path) -> None:
@@ -272,7 +444,7 @@ def test_pictures_of_several_sizes_are_brought_to_one() -> None:
     data = datasets.Dataset.from_dict({"image": cells, "label": CODES})
     with pytest.raises(DataError, match=r"row 1 is uint8 of shape \(1, 7, 9\).*--resize 32"):
         as_samples(data)
-    with pytest.warns(DataWarning, match="pictures of 2 sizes were brought to 6x5"):
+    with pytest.warns(DataWarning, match="data: pictures of several sizes were brought to 6x5"):
         samples: Any = as_samples(data, resize="6x5")
     assert samples.images.shape == (12, 1, 6, 5)
     assert torch.equal(samples.images[0, 0], torch.from_numpy(PIXELS[0]))  # of that size already
@@ -283,6 +455,39 @@ def test_pictures_of_several_sizes_are_brought_to_one() -> None:
     for size in ("0", "3x", "axb", "2x3x4"):
         with pytest.raises(DataError, match="expected N or HxW in pixels"):
             as_samples(data, resize=size)
+
+
+def test_what_is_written_in_another_way_is_the_same() -> None:
+    frame = pandas.DataFrame({"a": [1.0, 2, 3], "b": [0.5, 1, 2], "label": ["u", "v", "u"]})
+    expected = as_samples(frame)
+    for samples in (
+        as_samples((frame[["a", "b"]], frame[["label"]])),
+        as_samples((frame[["a", "b"]], np.array([["u"], ["v"], ["u"]]))),
+        as_samples((frame[["a", "b"]], [["u"], ["v"], ["u"]])),
+        as_samples(frame, columns={"features": ["a", "b"]}),
+        as_samples(frame.rename(columns={"a": 0}), columns={"features": [0, "b"]}),  # type: ignore[list-item]
+    ):
+        assert samples.fingerprint == expected.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((PIXELS[:2], ["cat", 3]), "row 1 has the label 3 among names such as 'cat'"),
+        ((PIXELS[:2], [["cat", 3], ["dog"]]), "some labels are texts"),
+        (TensorDataset, r"data is the class TensorDataset; give one of it: TensorDataset\("),
+        (datasets.Dataset.from_dict({"a": [1], "y": [0]}).to_iterable_dataset(), "streaming=True"),
+        (pandas.DataFrame({"a": [], "label": []}), "no samples"),
+    ],
+)
+def test_data_that_are_none(data: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        as_samples(data)
+
+
+def test_a_size_that_is_none() -> None:
+    with pytest.raises(DataError, match=r"resize 8.0: expected N or HxW"):
+        as_samples((PIXELS, CODES), resize=8.0)  # type: ignore[arg-type]
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -330,7 +535,9 @@ def test_a_table_of_numbers(tmp_path: Path) -> None:
             "column 'town': row 0 is 'a', no number; write categories as",
         ),
         ("a,y\n1,2\n,3\n", "", "column 'a': row 1 has no value"),
-        ("a,y\n1,2\nnan,3\n", "", "column 'a': row 1 has no value"),
+        ("a,y\n1,2\nnan,3\n", "", "column 'a': row 1 is 'nan', no number"),
+        ("a,y\n1,2\ninf,3\n", "", "column 'a': row 1 is 'inf', no number"),
+        ("a,y\n1,2\n1_0,3\n", "", "column 'a': row 1 is '1_0', no number"),
         ("a,y\n1,x\n2,\n", "", "column 'y': row 1 has no label"),
         ("a,y\n1,2\n1e99,3\n", "", "column 'a': row 1 is not finite"),
         ("y,label,a\n1,2,3\n", "", "the label could be 'y' or 'label'"),
@@ -344,6 +551,19 @@ def test_a_table_of_numbers(tmp_path: Path) -> None:
 def test_tables_that_are_none(text: str, columns: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         as_sample_set(table(tmp_path / "t.csv", text), columns=columns, test_share=0)
+
+
+def test_what_is_written_otherwise_is_called_otherwise(tmp_path: Path) -> None:
+    """Names such as 01 and 1_1 are no numbers; clients are names, in the order of numbers."""
+    text = "a,y,client\n1,01,1_1\n2,1,11\n3,01,11\n4,1,9\n"
+    both = as_sample_set(table(tmp_path / "t.csv", text), test_share=0)
+    assert (both.class_names, labels_of(both.train)) == (("01", "1"), [0, 1, 0, 1])
+    assert both.train_groups is not None
+    assert both.train_groups.tolist() == [1, 0, 0, 2]
+    text = "a,y,client\n1,0,10\n2,1,9\n3,0,9\n"
+    both = as_sample_set(table(tmp_path / "whole.csv", text), test_share=0)
+    assert both.train_groups is not None
+    assert both.train_groups.tolist() == [1, 0, 0]
 
 
 def test_features_of_very_different_sizes_are_mentioned() -> None:
@@ -422,6 +642,58 @@ def test_one_picture_of_a_class_stays_with_the_training_side(tmp_path: Path) -> 
     assert labels_of(both.test) == [0, 0]
 
 
+def test_sides_are_known_by_the_same_names_everywhere(tmp_path: Path) -> None:
+    """And those that are not read are named."""
+    two = (PIXELS[:2], ["dog", "cat"])
+    both = as_sample_set({"train": (PIXELS, NAMES), "val": two})
+    assert both.test is not None
+    assert len(both.test) == 2
+    with pytest.warns(DataWarning, match="given: the test side is test; not read: validation"):
+        as_sample_set({"train": (PIXELS, NAMES), "validation": two, "test": two})
+    with pytest.warns(DataWarning, match="the test side is set aside; not read: unsupervised"):
+        as_sample_set({"train": (PIXELS, NAMES), "unsupervised": 1}, test_share=0.3)
+    with pytest.raises(DataError, match="expected the sides train and test, got val"):
+        as_sample_set({"val": two})
+    table(tmp_path / "train.csv", "a,y\n1,u\n2,v\n")
+    table(tmp_path / "val.csv", "a,y\n4,v\n")
+    both = as_sample_set(str(tmp_path))
+    assert both.test is not None
+    assert labels_of(both.test) == [1]
+    table(tmp_path / "test.tsv", "a\ty\n4\tu\n")
+    load_sample_set.cache_clear()
+    with pytest.warns(DataWarning, match=r"the test side is test; not read: val\.csv"):
+        both = as_sample_set(str(tmp_path))
+    assert both.test is not None
+    assert labels_of(both.test) == [0]
+    frame = pandas.DataFrame({"img": [_png(one) for one in PIXELS], "label": NAMES})
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("train", "val", "valid"):
+        frame.to_parquet(folder / f"{name}.parquet")
+    with pytest.warns(DataWarning, match=r"the valid side is valid\.parquet; not read: val\.parq"):
+        both = as_sample_set(folder)
+    assert both.test is not None
+    assert len(both.test) == 12
+
+
+def test_a_folder_that_is_a_side_is_no_class(tmp_path: Path) -> None:
+    pictures(tmp_path / "seg_train")
+    pictures(tmp_path / "seg_test")
+    with pytest.raises(DataError, match=r"seg_test holds folders alone, so it is no class"):
+        as_sample_set(tmp_path)
+    pictures(tmp_path / "classes", ["trainer", "contest", "other"] * 4)
+    assert as_sample_set(tmp_path / "classes", test_share=0).num_classes == 3
+
+
+def test_folders_called_by_whole_numbers_are_in_their_order(tmp_path: Path) -> None:
+    names = [str(number) for number in range(12)]
+    pictures(tmp_path / "numbers", names)
+    both = as_sample_set(tmp_path / "numbers", test_share=0)
+    assert both.class_names == tuple(names)
+    train: Any = both.train
+    assert torch.equal(train.images[:, 0], torch.from_numpy(PIXELS))
+
+
 # --- by name -------------------------------------------------------------------------------------
 
 
@@ -479,6 +751,11 @@ def test_a_federated_data_set_brings_its_test_split(
             dataset=str(home), partitioners={"train": 4}, shuffle=False
         )
         both = as_sample_set(federated)
+        swapped = flwr_datasets.FederatedDataset(
+            dataset=str(home), partitioners={"test": 2}, shuffle=False
+        )
+        alone = as_sample_set(swapped, test_share=0)
+    assert (len(alone.train), alone.test) == (4, None)
     assert both.test is not None
     assert (len(both.train), len(both.test)) == (12, 4)
     assert both.train_groups is not None

@@ -354,7 +354,7 @@ def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
     [
         (["a", 1], "column 'client' holds int and text"),
         ([[1], [2]], "column 'client' holds list"),
-        ([float("nan"), 1.0], "column 'client' holds NaN"),
+        ([float("nan"), 1.0], "column 'client': row 0 has no value"),
         (["a", None], "column 'client' has 1 empty cells"),
     ],
 )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import warnings
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.text import Text
 
-from prunelab.pages.console import console, escaped
+from prunelab.errors import DataWarning
+from prunelab.pages.console import console, escaped, warnings_shown
 
 
 @given(
@@ -29,3 +32,10 @@ def test_the_console_makes_no_pictures_of_words() -> None:
     out = io.StringIO()
     Console(file=out, emoji=console._emoji).print(escaped("client :smile: [x]"))
     assert out.getvalue() == "client :smile: [x]\n"
+
+
+def test_what_is_warned_of_twice_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings_shown():
+        for word in ("sizes", "sizes", "gray"):
+            warnings.warn(word, DataWarning, stacklevel=1)
+    assert capsys.readouterr().err.splitlines() == ["warning: sizes", "warning: gray"]
