@@ -150,6 +150,8 @@ class ParquetShards:
             for value in batch.column(0).to_pylist():
                 self.labels.add(value, f"{file.path}: row {row}")
                 row += 1
+        if row != opened.metadata.num_rows:
+            raise ValueError(f"{row} labels where {opened.metadata.num_rows} are said to be")
 
     def _starts_of_files(self) -> Integers:
         """The row at which each file begins."""
