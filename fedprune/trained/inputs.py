@@ -144,6 +144,8 @@ def _of_samples(found: _Found, accepted: Accepted) -> Inputs:
     inputs, targets = stored(samples)
     if samples.labels is not None:
         targets = _renumbered(name, targets, class_names, accepted)
+    elif class_names and accepted.class_names and class_names != accepted.class_names:
+        targets = _reordered(name, targets, class_names, accepted.class_names)
     return Inputs(name, samples.ids.tolist(), inputs, targets, has_side)
 
 
@@ -153,12 +155,7 @@ def _renumbered(
     """Labels by the model's numbers of its classes, told by their names where both have some."""
     if class_names and accepted.class_names and class_names != accepted.class_names:
         used = np.unique(labels)
-        unknown = [class_names[k] for k in used if class_names[k] not in accepted.class_names]
-        if unknown:
-            raise DataError(
-                f"{name} has the class {unknown[0]!r}, which the model does not know; it knows "
-                f"{', '.join(accepted.class_names)}"
-            )
+        _check_known(name, [class_names[k] for k in used], accepted.class_names)
         numbers = np.zeros(len(class_names), np.int64)
         for label in used:
             numbers[label] = accepted.class_names.index(class_names[label])
@@ -169,6 +166,26 @@ def _renumbered(
             f"{accepted.num_classes - 1}"
         )
     return labels
+
+
+def _reordered(
+    name: str, targets: Array, class_names: tuple[str, ...], known: tuple[str, ...]
+) -> Array:
+    """Several labels a sample by the model's order of its classes; those never given are 0."""
+    used = np.flatnonzero(targets.any(axis=0))
+    _check_known(name, [class_names[k] for k in used], known)
+    made = np.zeros((len(targets), len(known)), targets.dtype)
+    made[:, [known.index(class_names[k]) for k in used]] = targets[:, used]
+    return made
+
+
+def _check_known(name: str, found: Sequence[str], known: tuple[str, ...]) -> None:
+    unknown = [each for each in found if each not in known]
+    if unknown:
+        raise DataError(
+            f"{name} has the class {unknown[0]!r}, which the model does not know; it knows "
+            f"{', '.join(known)}"
+        )
 
 
 def _pictures(data: Any) -> tuple[list[int | str], list[tuple[str, Any]], str] | None:
@@ -182,6 +199,8 @@ def _pictures(data: Any) -> tuple[list[int | str], list[tuple[str, Any]], str] |
             files = [entry for entry in inside if entry.suffix.lower() in PICTURE_SUFFIXES]
             if not files or len(files) < len(inside):
                 return None
+        elif path.suffix.lower() in PICTURE_SUFFIXES and not path.exists():
+            raise DataError(f"{path}: no such file")
         else:
             return None
         return [file.name for file in files], [(str(f), f.read_bytes()) for f in files], path.name
