@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect as python_inspect
 import json
 import math
-import os
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from fedprune.config import (
     read_toml,
 )
 from fedprune.errors import USER_ERRORS
+from fedprune.given import name_dataset
 from fedprune.methods import BASELINES, DEFAULT_METHOD, METHODS, method_class
 from fedprune.methods.base import Method as FederatedMethod
 from fedprune.trained import commands
@@ -426,9 +426,8 @@ def _values(path: Path | None, options: dict[str, Any]) -> dict[str, Any]:
 
 def _build_config(values: Mapping[str, Any]) -> RunConfig:
     dataset = values.get("data.dataset")
-    if isinstance(dataset, str) and os.path.exists(dataset):
-        # Workers of the simulation run elsewhere; a relative path would not mean the same.
-        values = {**values, "data.dataset": str(Path(dataset).resolve())}
+    if isinstance(dataset, str):
+        values = {**values, "data.dataset": name_dataset(dataset)}
     return RunConfig.parse(values)
 
 
