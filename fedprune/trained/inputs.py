@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from prunelab.data.columns import CLIENT_NAMES, LABEL_NAMES, columns_of
 from prunelab.data.datasets import DATASETS, ImageSet
 from prunelab.data.features import feature_names, features_of
 from prunelab.data.folders import PICTURE_SUFFIXES
-from prunelab.data.given import TABLE_SUFFIXES, as_sample_set
-from prunelab.data.objects import is_array, is_samples
+from prunelab.data.given import TABLE_SUFFIXES, load_sample_set, sample_set_of
+from prunelab.data.objects import is_array, is_grouped, is_samples
 from prunelab.data.pictures import decoded
 from prunelab.data.reading import reading
 from prunelab.data.samples import Samples, stored
@@ -38,6 +39,8 @@ class Accepted:
         class_names: of its classes, or of its outputs; empty where nobody named them.
         num_classes: None where it tells no classes apart.
         columns, task: of the data that it was trained on, as `as_sample_set` takes them.
+        feature_names: of the columns that are its inputs, in their order; empty where there were
+            none.
     """
 
     dtype: str
@@ -46,6 +49,7 @@ class Accepted:
     num_classes: int | None = None
     columns: str = ""
     task: str = ""
+    feature_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +81,7 @@ def accepted_inputs(metadata: Mapping[str, str], class_names: tuple[str, ...]) -
     return Accepted(
         metadata["inputs"], shape, class_names, int(count) if count else None,
         metadata.get("columns", ""), metadata.get("task", ""),
+        tuple(map(str, json.loads(metadata.get("feature_names", "[]")))),
     )  # fmt: skip
 
 
@@ -123,12 +128,13 @@ def _side(data: Any, accepted: Accepted) -> _Found:
     if not isinstance(data, SampleSet):
         is_folder = isinstance(data, str | Path) and str(data) not in DATASETS
         is_resized = is_folder and accepted.dtype == "uint8" and len(accepted.shape) == 3
-        data = as_sample_set(
-            data,
-            test_share=0,
-            resize=accepted.shape[1:] if is_resized else None,  # type: ignore[arg-type]
-            columns=accepted.columns or None,
-            task=accepted.task,
+        size: Any = accepted.shape[1:] if is_resized else None
+        how = reading(test_share=0, resize=size, columns=accepted.columns, task=accepted.task)
+        how = replace(how, feature_names=accepted.feature_names)
+        data = (
+            load_sample_set(str(data), how=how)
+            if isinstance(data, str | Path)
+            else sample_set_of(data, how)
         )
     return _chosen(data, "train" if data.test is None else "test")
 
@@ -212,7 +218,7 @@ def _pictures(data: Any) -> tuple[list[int | str], list[tuple[str, Any]], str] |
 
 def _features(data: Any, accepted: Accepted) -> tuple[str, Array] | None:
     """Name and features of a table without a column to predict."""
-    if len(accepted.shape) != 1 or isinstance(data, ImageSet | SampleSet):
+    if len(accepted.shape) != 1 or isinstance(data, ImageSet | SampleSet) or is_grouped(data):
         return None
     if isinstance(data, str | Path):
         if not Path(data).is_file() or Path(data).suffix.lower() not in TABLE_SUFFIXES:
@@ -223,7 +229,7 @@ def _features(data: Any, accepted: Accepted) -> tuple[str, Array] | None:
     if columns is None or any(name in labels or name.lower() in labels for name in columns.names):
         return None
     others = [how.column("client"), *(n for n in columns.names if n.lower() in CLIENT_NAMES)]
-    names = feature_names(columns, how.column("features"), others)
+    names = feature_names(columns, accepted.feature_names or how.features, others)
     return columns.where, features_of(columns, names)
 
 

@@ -176,8 +176,10 @@ def _of_pair(inputs: Any, labels: Any, how: Reading) -> Samples:
     if _is_frame(inputs):
         columns = columns_of(inputs)
         assert columns is not None
-        inputs = features_of(columns, columns.names)
-        return _joined(inputs, _listed(labels), how, (), "data")
+        names = feature_names(columns, how.feature_names or columns.names, ())
+        made = _joined(features_of(columns, names), _listed(labels), how, (), "data")
+        made.feature_names = tuple(names)
+        return made
     if not is_array(inputs):
         inputs = _images_of(
             ((f"the image of sample {row}", cell) for row, cell in enumerate(inputs)), how
@@ -200,8 +202,8 @@ def _of_columns(columns: Columns, how: Reading) -> Side:
     client = columns.pick(how.column("client"), CLIENT_NAMES, "client")
     groups = None if client is None else _groups(columns, client)
     label = columns.pick(how.column("label"), LABEL_NAMES, "label")
-    image = None if how.column("features") or how.column("text") else _image_column(columns, how)
-    if image is None and not how.column("features"):
+    image = None if how.features or how.column("text") else _image_column(columns, how)
+    if image is None and not how.features:
         text = columns.pick(how.column("text"), TEXT_NAMES, "text")
         if text is not None or how.tokenizer is not None:
             return Side(_texts(columns, text, label, how), groups)
@@ -212,16 +214,18 @@ def _of_columns(columns: Columns, how: Reading) -> Side:
             "--target ... of a command"
         )
     where = f"{columns.where}, column {label!r}"
-    values = columns.read(label)
+    values, features = columns.read(label), list[str]()
     check_filled(values if isinstance(values, list) else (), where, what="label")
     if image is not None:
         cells = ((f"{columns.where}, row {r}", _cell(c)) for r, c in enumerate(columns.read(image)))
         inputs = _images_of(cells, how)
     else:
-        names = feature_names(columns, how.column("features"), (label, client))
-        inputs = features_of(columns, names)
+        features = feature_names(columns, how.features, (label, client))
+        inputs = features_of(columns, features)
     names_of_classes = columns.class_names.get(label, ())
-    return Side(_joined(inputs, values, how, names_of_classes, where), groups)
+    made = _joined(inputs, values, how, names_of_classes, where)
+    made.feature_names = tuple(features)
+    return Side(made, groups)
 
 
 def _image_column(columns: Columns, how: Reading) -> str | None:
@@ -273,7 +277,7 @@ def _groups(columns: Columns, client: str) -> Tensor:
 
 def _joined(
     inputs: Any, values: Any, how: Reading, class_names: Sequence[str], where: str
-) -> Samples:
+) -> ImageSamples | TargetSamples:
     """Samples of inputs and what is to be predicted of each."""
     names = how.class_names or class_names or how.class_names
     targets = targets_of(values, class_names=names, kind=how.kind, where=where)

@@ -25,6 +25,8 @@ class Reading:
             where there is no test side; 0: there is none then.
         tokenizer, max_length: for texts, as `tokenized` takes them.
         class_names: of another side, whose numbers the names of classes get; None: there is none.
+        feature_names: columns that are the features, in this order, whatever `columns` says; empty:
+            it is not known.
 
     Raises:
         DataError: an unknown role, or a share that is none.
@@ -37,6 +39,7 @@ class Reading:
     tokenizer: Callable[..., Any] | None = None
     max_length: int = 128
     class_names: tuple[str, ...] | None = None
+    feature_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [role for role, _ in self.columns if role not in ROLES]
@@ -48,6 +51,12 @@ class Reading:
     def column(self, role: str) -> str | None:
         """The column that was named for a role."""
         return dict(self.columns).get(role)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The columns that were named as features; empty where none were."""
+        named = self.column("features")
+        return self.feature_names or (tuple(named.split("+")) if named else ())
 
     def to_dict(self) -> dict[str, Any]:
         """What `reading` makes the same of, as JSON has it; a tokenizer is left out."""

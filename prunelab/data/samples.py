@@ -81,6 +81,7 @@ class ImageSamples:
     """
 
     labels: Tensor
+    feature_names: tuple[str, ...] = ()  # of the columns that vectors came from
 
     def __init__(
         self, images: Any, labels: Any, *, ids: Any = None, class_names: Sequence[str] = ()
@@ -124,6 +125,7 @@ class TargetSamples:
     """
 
     labels = None
+    feature_names: tuple[str, ...] = ()  # of the columns that inputs came from
 
     def __init__(
         self, inputs: Any, targets: Any, *, ids: Any = None, class_names: Sequence[str] = ()

@@ -538,9 +538,12 @@ def test_several_labels_go_by_their_names(tmp_path: Path) -> None:
 
     def table(names: tuple[str, ...], features: Any) -> list[dict[str, Any]]:
         return [
-            {"a": a, "b": b, "c": c, "label": [n for n, v in zip(names, (a, b, c), strict=True) if v > 0]}
-            for a, b, c in features.tolist()
-        ]  # fmt: skip
+            {
+                **dict(zip("abc", row, strict=True)),
+                "label": [n for n, v in zip(names, row, strict=True) if v > 0],
+            }
+            for row in features.tolist()
+        ]
 
     done = fedprune.run(
         model=f"{__name__}:three", data=table(("ant", "bee", "cat"), random.normal(size=(200, 3))),
@@ -581,3 +584,37 @@ def test_clients_with_data_of_their_own_are_left_out(result: Result, tmp_path: P
 def test_a_picture_that_is_not_there(result: Result) -> None:
     with pytest.raises(DataError, match=r"nothere\.png: no such file"):
         result.predict("nothere.png")
+
+
+def test_features_go_by_their_names(tmp_path: Path) -> None:
+    """Whatever the order of the columns, with others beside them; a missing one is named."""
+    pandas = pytest.importorskip("pandas")
+    values = np.random.default_rng(0).normal(size=(300, 2))
+    frame = pandas.DataFrame({"a+": values[:, 0], "b": values[:, 1], "label": values @ [1, -1] > 0})
+    frame["label"] = frame["label"].astype(int)
+    for number, data in enumerate([frame[:200], (frame[["a+", "b"]][:200], frame["label"][:200])]):
+        done = fedprune.run(
+            model=f"{__name__}:flat", data=data, method="fedavg", rounds=3, clients=2,
+            folder=tmp_path / f"run{number}", settings={"training.local_epochs": 3},
+        )  # fmt: skip
+        new = frame[200:]
+        other = new.assign(more=1.0)[["label", "b", "more", "a+"]]
+        expected = done.evaluate(new)
+        assert expected.accuracy is not None
+        assert expected.accuracy > 0.9
+        assert done.evaluate(other) == expected
+        pair = (other.drop(columns="label"), other["label"])
+        assert done.evaluate(pair).accuracy == expected.accuracy
+        assert done.evaluate({"train": frame, "test": other}).accuracy == expected.accuracy
+        predicted = done.predict(new[["a+", "b"]])
+        assert np.array_equal(done.predict(other.drop(columns="label")).values, predicted.values)
+        assert np.array_equal(done.predict(other).values, predicted.values)
+        assert np.array_equal(
+            done.predict(new[["a+", "b"]].to_numpy(np.float32)).values, predicted.values
+        )
+        for wrong in (new.rename(columns={"b": "q"}), new[["a+"]]):
+            with pytest.raises(DataError, match="no column 'b' for the features"):
+                done.predict(wrong)
+    other[:40].to_csv(tmp_path / "new.csv", index=False)
+    with pytest.warns(DataWarning, match="has no test side"):
+        assert done.evaluate(tmp_path / "new.csv").accuracy == done.evaluate(new[:40]).accuracy
