@@ -10,6 +10,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
@@ -138,3 +139,36 @@ def test_streams_are_thinned_by_place(kept: Kept) -> None:
     streamed = kept.of(hugging_face().to_iterable_dataset())
     assert isinstance(streamed, datasets.IterableDataset)
     assert [row["weight"] for row in streamed] == [k / 4 for k in IDS]
+
+
+def test_a_stream_in_shards_keeps_the_same_samples_however_it_is_read(kept: Kept) -> None:
+    """By workers, in another order, by one of two nodes: places are those of the whole stream."""
+    stream = hugging_face().to_iterable_dataset(num_shards=4)
+    chosen = kept.of(stream)
+    expected = [k / 4 for k in IDS]
+    assert chosen.features == stream.features
+    assert [row["weight"] for row in chosen] == expected
+    assert all(
+        np.array_equal(np.asarray(row["image"]), IMAGES[k, 0])
+        for k, row in zip(IDS, chosen, strict=True)
+    )
+    for seed in (2, 3, 42):
+        shuffled = chosen.shuffle(seed=seed, buffer_size=3)
+        assert sorted(row["weight"] for row in shuffled) == expected
+    nodes = [split_dataset_by_node(chosen, rank, 2) for rank in (0, 1)]
+    assert sorted(row["weight"] for node in nodes for row in node) == expected
+    loader = DataLoader(chosen.select_columns("weight"), batch_size=None, num_workers=2)
+    assert sorted(float(row["weight"]) for row in loader) == expected
+
+
+def test_labels_that_are_texts_are_selected(kept: Kept) -> None:
+    """As they were scored: numbered by all of the samples."""
+    data = hugging_face().cast_column("label", datasets.Value("string"))
+    data = data.map(lambda row: {"label": ["cat", "dog"][int(row["label"])]})
+    table = datapruning.score(data, method="random")
+    subset = table.select(keep=5, policy="random", seed=0)
+    chosen = subset.of(data)
+    assert chosen.features == data.features
+    assert chosen["weight"][:] == [k / 4 for k in subset.indices]
+    with pytest.raises(SelectionError, match="these data have fingerprint"):
+        kept_of(None).of(data.select(range(N - 1, -1, -1)))
