@@ -62,13 +62,13 @@ def save_pretrained(
         model: sparsified, or plain with zeros at the pruned weights; stays as it is.
         mask: of a plain model. A sparsified one has its own.
         tokenizer: is saved beside.
-        force: write into a folder that holds a model already.
+        force: write into a folder that is not empty, over what is in it.
         options: for transformers' `save_pretrained`, such as `max_shard_size`.
 
     Raises:
         ModelError: no model of transformers, or no mask.
         MaskError: a mask that does not fit, or pruned weights that are not zero.
-        RunError: a folder that holds a model already, or that cannot be written.
+        RunError: a folder that is not empty, or that cannot be written.
     """
     folder = Path(folder)
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
@@ -86,9 +86,9 @@ def save_pretrained(
             "or a sparsified model; a dense model has its own save_pretrained"
         )
     check_zeros(model, mask)
-    if (folder / "config.json").exists() and not force:
-        raise RunError(f"{folder} holds a model already; overwrite it with force=True")
     try:
+        if folder.exists() and any(folder.iterdir()) and not force:
+            raise RunError(f"{folder} is not empty; write into it with force=True")
         folder.mkdir(parents=True, exist_ok=True)
         # Never a mask beside other weights: it goes first and comes last.
         (folder / MASK_FILE).unlink(missing_ok=True)

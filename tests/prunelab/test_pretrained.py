@@ -114,8 +114,14 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     model = llama()
     sparse = sparsemodel.sparsify(model, prune(model, density=0.3))
     prunelab.save_pretrained(sparse, tmp_path)
-    with pytest.raises(RunError, match="holds a model already; overwrite it with force=True"):
+    with pytest.raises(RunError, match="is not empty; write into it with force=True"):
         prunelab.save_pretrained(sparse, tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model.safetensors").write_bytes(b"of a run")
+    with pytest.raises(RunError, match="is not empty"):
+        prunelab.save_pretrained(sparse, run)
+    assert (run / "model.safetensors").read_bytes() == b"of a run"
     other = sparsemodel.sparsify(model, prune(model, density=0.2))
     prunelab.save_pretrained(other, tmp_path, force=True)
     assert mask_of(prunelab.from_pretrained(tmp_path)).digest() == mask_of(other).digest()
