@@ -67,7 +67,13 @@ def _thinned(stream: Any, subset: Subset) -> Any:
 
 
 def _kept_items(stream: Iterable[Any], kept: frozenset[int]) -> Iterator[Any]:
-    return (item for place, item in enumerate(stream) if place in kept)
+    worker = get_worker_info()
+    if worker is not None and worker.num_workers > 1:
+        raise SelectionError(
+            "several workers each see a part of a stream, and not whose place is which; use one "
+            "worker at most"
+        )
+    yield from (item for place, item in enumerate(stream) if place in kept)
 
 
 class KeptStream(IterableDataset[Any]):
@@ -81,12 +87,6 @@ class KeptStream(IterableDataset[Any]):
         self._dataset, self._kept = dataset, frozenset(subset.indices.tolist())
 
     def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        if worker is not None and worker.num_workers > 1:
-            raise SelectionError(
-                "several workers each see a part of a stream, and not whose place is which; use "
-                "one worker at most"
-            )
         return _kept_items(self._dataset, self._kept)
 
 

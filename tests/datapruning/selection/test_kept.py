@@ -142,7 +142,7 @@ def test_streams_are_thinned_by_place(kept: Kept) -> None:
 
 
 def test_a_stream_in_shards_keeps_the_same_samples_however_it_is_read(kept: Kept) -> None:
-    """By workers, in another order, by one of two nodes: places are those of the whole stream."""
+    """By a worker, in another order, by two nodes: places are those of the whole stream."""
     stream = hugging_face().to_iterable_dataset(num_shards=4)
     chosen = kept.of(stream)
     expected = [k / 4 for k in IDS]
@@ -157,8 +157,11 @@ def test_a_stream_in_shards_keeps_the_same_samples_however_it_is_read(kept: Kept
         assert sorted(row["weight"] for row in shuffled) == expected
     nodes = [split_dataset_by_node(chosen, rank, 2) for rank in (0, 1)]
     assert sorted(row["weight"] for node in nodes for row in node) == expected
-    loader = DataLoader(chosen.select_columns("weight"), batch_size=None, num_workers=2)
-    assert sorted(float(row["weight"]) for row in loader) == expected
+    weights = chosen.select_columns("weight")
+    loader = DataLoader(weights, batch_size=None, num_workers=1)
+    assert [float(row["weight"]) for row in loader] == expected
+    with pytest.raises(SelectionError, match="use one worker at most"):
+        list(DataLoader(weights, batch_size=None, num_workers=2))
 
 
 def test_labels_that_are_texts_are_selected(kept: Kept) -> None:
