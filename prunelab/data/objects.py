@@ -58,9 +58,10 @@ def as_samples(
 
     Args:
         data: `Samples` (returned as they are); a name, folder, file or "module:function" (the
-            training side; see `as_sample_set`); an `ImageSet` or `SampleSet` (its training side);
-            a pair (inputs, labels) of arrays, tensors or lists; a torch data set, or a DataLoader
-            of one; a data set of Hugging Face, a frame of pandas, a list of mappings or a mapping
+            training side: all there is, without a test side); an `ImageSet` or `SampleSet` (its
+            training side); a pair (inputs, labels) of arrays, tensors or lists; a torch data set,
+            or a DataLoader of one; a data set of Hugging Face, a frame of pandas, a list of
+            mappings or a mapping
             of columns, with a column of pictures, of texts, or columns of numbers, beside the
             label; or flwr-datasets' partitions. Labels are what `targets_of` takes.
         resize: pixels that pictures are brought to, as `reading` takes it.
@@ -78,8 +79,9 @@ def as_samples(
     torch.Size([4, 1, 8, 8])
     """
     how = reading(
-        resize=resize, columns=columns, task=task, tokenizer=tokenizer, max_length=max_length
-    )
+        resize=resize, columns=columns, task=task, test_share=0, tokenizer=tokenizer,
+        max_length=max_length,
+    )  # fmt: skip
     if isinstance(data, str | Path):
         from prunelab.data.given import load_sample_set  # noqa: PLC0415 - reads objects itself
 

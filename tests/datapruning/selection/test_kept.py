@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSa
 import datapruning
 from datapruning.errors import SelectionError, SubsetWarning
 from datapruning.selection.table import Subset as Kept
+from prunelab.data.given import load_sample_set
+from prunelab.data.reading import reading
 
 N = 30
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, 1, 8, 8), dtype=np.uint8)
@@ -175,3 +177,25 @@ def test_labels_that_are_texts_are_selected(kept: Kept) -> None:
     assert chosen["weight"][:] == [k / 4 for k in subset.indices]
     with pytest.raises(SelectionError, match="these data have fingerprint"):
         kept_of(None).of(data.select(range(N - 1, -1, -1)))
+
+
+def test_a_file_is_scored_whole_and_ids_are_its_rows(tmp_path: Any) -> None:
+    """Also where a part of it is set aside: then its ids are no rows of what is left."""
+    values = np.random.default_rng(0).normal(size=(50, 2))
+    frame = pandas.DataFrame(values, columns=["a", "b"]).assign(label=values[:, 0] > 0)
+    frame["label"] = frame["label"].astype(int)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    table = datapruning.score(tmp_path / "t.csv", method="random")
+    subset = table.select(keep=7, policy="random", seed=0)
+    assert len(table) == 50
+    assert subset.of(frame).equals(frame.iloc[subset.indices])
+    assert isinstance(subset.of(str(tmp_path / "t.csv")), datapruning.KeptSamples)
+    how = reading(columns="label=label", test_share=0.4)
+    part = datapruning.score(tmp_path / "t.csv", method="random", reading=how)
+    expected = load_sample_set(str(tmp_path / "t.csv"), how=how).train
+    assert part.ids.tolist() == expected.ids.tolist()
+    rows = torch.from_numpy(values.astype(np.float32))[part.ids]
+    assert torch.equal(expected.batch(torch.arange(30))[0], rows)
+    kept = part.select(keep=30, policy="random", seed=0)
+    with pytest.raises(SelectionError, match="is no row of 30 samples"):
+        _ = kept.indices
