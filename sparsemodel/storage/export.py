@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from sparsemodel.errors import ExportError
 from sparsemodel.layers.sparsify import densify
