@@ -227,10 +227,14 @@ def test_lightning_resumes(tmp_path: Path) -> None:
 
 
 def test_what_was_broken_off_does_not_mix_into_the_next_run(tmp_path: Path) -> None:
-    """By a signal in the middle of an epoch; the model is trained anew, with the same recorder."""
+    """In the middle of an epoch; another model is trained with the same recorder."""
     recorder, witness = datapruning.DynamicsRecorder(Points()), Witness()
 
     class Broken(pytorch_lightning.Callback):
+        def on_fit_start(self, trainer: Any, module: nn.Module) -> None:
+            for parameter in module.parameters():
+                nn.init.normal_(parameter)  # other logits than the next run's
+
         def on_train_batch_start(self, *given: Any) -> None:
             if given[-1] == 2:
                 raise RuntimeError("broken off")
