@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect as python_inspect
 import json
 import math
-import os
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from fedprune.config import (
     read_toml,
 )
 from fedprune.errors import USER_ERRORS
+from fedprune.given import name_dataset
 from fedprune.methods import BASELINES, DEFAULT_METHOD, METHODS, method_class
 from fedprune.methods.base import Method as FederatedMethod
 from fedprune.trained import commands
@@ -170,6 +170,7 @@ def run(  # noqa: PLR0917 - the command's options
         del values["method.density"]
     run_config = _build_config(values)
     follower = None if tracker is None else tracker_of(tracker)
+    missing = _missing_dense(run_config, folder) if baseline else None
     was_complete = resume and (folder / runfolder.SUMMARY).exists()
     watch = Watch(folder, run_config)
     summary = runner.run(
@@ -178,11 +179,14 @@ def run(  # noqa: PLR0917 - the command's options
     )  # fmt: skip
     if was_complete:
         say(f"already complete: {folder}")
-    if baseline:
-        _run_dense(run_config, folder, engine=engine)
     show_table(["", ""], summary_rows(summary), title="result")
     say(f"model:  {folder / runfolder.MODEL}")
     say(f"report: {folder / runfolder.REPORT}")
+    if missing is not None:
+        from fedprune.reports.page import write_report  # noqa: PLC0415
+
+        _compared([cell for cell, _ in missing], [path for _, path in missing], engine, console)
+        write_report(folder)
 
 
 @cli.command()
@@ -343,19 +347,26 @@ def _paragraphs(text: str) -> list[str]:
     ]
 
 
-def _run_dense(config: RunConfig, folder: Path, *, engine: str) -> None:
-    """The same run without pruning beside it, unless it is there, and the page that compares."""
+def _missing_dense(config: RunConfig, folder: Path) -> list[tuple[RunConfig, Path]] | None:
+    """The same run without pruning, if there is none beside; None where nothing is pruned.
+
+    Raises:
+        RunError: its folder holds something else.
+    """
     from fedprune.reports.baseline import runs_beside  # noqa: PLC0415
-    from fedprune.reports.page import write_report  # noqa: PLC0415
+    from fedprune.rounds import folder as runfolder  # noqa: PLC0415
 
     if config.method.name == FederatedMethod.name:
         errors.print("note: --baseline has no effect: this method prunes nothing")
-        return
-    if not any(other.is_dense for other in runs_beside(folder, config)):
-        values = for_method(config.flat(), FederatedMethod.name)
-        dense = _build_config({**values, METHOD_NAME: FederatedMethod.name})
-        _compared([dense], [folder.with_name(f"{folder.name}-dense")], engine, console)
-    write_report(folder)
+        return None
+    if any(other.is_dense for other in runs_beside(folder, config)):
+        return []
+    values = for_method(config.flat(), FederatedMethod.name)
+    dense = _build_config({**values, METHOD_NAME: FederatedMethod.name})
+    named = folder.resolve() if folder.name in {"", ".."} else folder
+    path = named.with_name(f"{named.name}-dense")
+    runfolder.check_usable(path, dense, resume=(path / runfolder.CONFIG).exists())
+    return [(dense, path)]
 
 
 def _say_under(watch: Any) -> Any:
@@ -426,9 +437,8 @@ def _values(path: Path | None, options: dict[str, Any]) -> dict[str, Any]:
 
 def _build_config(values: Mapping[str, Any]) -> RunConfig:
     dataset = values.get("data.dataset")
-    if isinstance(dataset, str) and os.path.exists(dataset):
-        # Workers of the simulation run elsewhere; a relative path would not mean the same.
-        values = {**values, "data.dataset": str(Path(dataset).resolve())}
+    if isinstance(dataset, str):
+        values = {**values, "data.dataset": name_dataset(dataset)}
     return RunConfig.parse(values)
 
 

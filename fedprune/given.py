@@ -90,7 +90,7 @@ def given_task(name: str) -> Any:
 
 
 def name_dataset(data: Any, *, seed: int = 0, how: Reading | None = None) -> str:
-    """A name or folder as it is; of other data a name under which `given_dataset` has them.
+    """A name as it is, a path whole; of other data a name under which `given_dataset` has them.
 
     A function that can be imported is called "module:function", which works everywhere.
 
@@ -101,19 +101,19 @@ def name_dataset(data: Any, *, seed: int = 0, how: Reading | None = None) -> str
     Raises:
         DataError: it is none of these.
     """
-    if isinstance(data, str | Path):
-        return str(data)
-    if inspect.isfunction(data) and (path := importable_name(data)):
-        return path
-    from prunelab.data.given import sample_set_of  # noqa: PLC0415
-    from prunelab.data.reading import Reading  # noqa: PLC0415
+    if name := _name_of(data):
+        return name
+    return _enter(_datasets, *_called(data, seed, how))
 
-    found = sample_set_of(data, how or Reading(), seed=seed)
-    name = f"{found.name}@{found.fingerprint}"
-    for known, other in _datasets.items():
-        if known.partition("#")[0] == name and _are_same(found, other):
-            return known
-    return _enter(_datasets, name, found)
+
+def is_dataset(data: Any, name: str, *, seed: int = 0, how: Reading | None = None) -> bool:
+    """Whether `name_dataset` would call the data so; others are not kept."""
+    if own := _name_of(data):
+        return name in {own, str(data)}
+    if "@" not in name:  # of nothing that was given as an object
+        return False
+    called, found = _called(data, seed, how)
+    return called == name and _enter(_datasets, called, found) == name
 
 
 def given_dataset(name: str) -> SampleSet | None:
@@ -124,6 +124,30 @@ def given_dataset(name: str) -> SampleSet | None:
 def is_given(name: str) -> bool:
     """Whether the name is that of something given, which this process alone knows."""
     return name in _models or name in _datasets or name in _objects
+
+
+def _name_of(data: Any) -> str:
+    """The name of data that every process can have by one; "" of others."""
+    if isinstance(data, str | Path):
+        from prunelab.data.datasets import DATASETS  # noqa: PLC0415
+
+        name, path = str(data), Path(data)
+        # A relative path would not mean the same to who reads the run from elsewhere.
+        return str(path.resolve()) if name not in DATASETS and path.exists() else name
+    return importable_name(data) if inspect.isfunction(data) else ""
+
+
+def _called(data: Any, seed: int, how: Reading | None) -> tuple[str, SampleSet]:
+    """What data are called by their content; the same that are known by their name there."""
+    from prunelab.data.given import sample_set_of  # noqa: PLC0415
+    from prunelab.data.reading import Reading  # noqa: PLC0415
+
+    found = sample_set_of(data, how or Reading(), seed=seed)
+    name = f"{found.name}@{found.fingerprint}"
+    for known, other in _datasets.items():
+        if known.partition("#")[0] == name and _are_same(found, other):
+            return known, other
+    return name, found
 
 
 def _enter(table: dict[str, Any], name: str, value: Any) -> str:

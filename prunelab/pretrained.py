@@ -7,11 +7,11 @@ model; `sparsemodel.save` writes a file of the active weights alone, which trans
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from prunelab.errors import ModelError, RunError
@@ -19,12 +19,13 @@ from prunelab.runs.folder import write_file
 from sparsemodel.codec import Limits, decode_mask, encode_mask
 from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.layers.sparsify import densify, mask_of, sparse_layers, sparsify
-from sparsemodel.masks.mask import Mask, weights_under
+from sparsemodel.masks.mask import Mask, num_not_zero, weights_under
 from sparsemodel.storage.sealed import read_sealed_json, sealed_json
 
 MASK_FILE = "fedprune_mask.json"
 _OF = "mask of a pretrained model"
 _CURE = "save the model again by prunelab.save_pretrained"
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 _LIMITS = Limits(max_elements=2**31 - 1)  # its checksum is looked at first
 
 
@@ -62,13 +63,13 @@ def save_pretrained(
         model: sparsified, or plain with zeros at the pruned weights; stays as it is.
         mask: of a plain model. A sparsified one has its own.
         tokenizer: is saved beside.
-        force: write into a folder that holds a model already.
+        force: write into a folder that is not empty, over what is in it.
         options: for transformers' `save_pretrained`, such as `max_shard_size`.
 
     Raises:
         ModelError: no model of transformers, or no mask.
         MaskError: a mask that does not fit, or pruned weights that are not zero.
-        RunError: a folder that holds a model already, or that cannot be written.
+        RunError: a folder that is not empty, or that cannot be written.
     """
     folder = Path(folder)
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
@@ -86,9 +87,9 @@ def save_pretrained(
             "or a sparsified model; a dense model has its own save_pretrained"
         )
     check_zeros(model, mask)
-    if (folder / "config.json").exists() and not force:
-        raise RunError(f"{folder} holds a model already; overwrite it with force=True")
     try:
+        if folder.exists() and any(folder.iterdir()) and not force:
+            raise RunError(f"{folder} is not empty; write into it with force=True")
         folder.mkdir(parents=True, exist_ok=True)
         # Never a mask beside other weights: it goes first and comes last.
         (folder / MASK_FILE).unlink(missing_ok=True)
@@ -115,18 +116,21 @@ def from_pretrained(
         model_class: what reads it, such as `transformers.AutoModelForCausalLM`; by default the
             class that the model's configuration names.
         sparse: of sparse layers, else plain with zeros (`pretrained_mask` has the mask).
-        options: for transformers' `from_pretrained`, such as `dtype`.
+        options: for transformers' `from_pretrained`, such as `dtype` or `revision`.
 
     Raises:
         ModelError: transformers is missing, or it has no such class.
-        RunError: no mask beside the model, a damaged one, or one of other weights.
+        RunError: no such folder or repository, no mask beside the model, a damaged one, or one of
+            other weights.
         SparseModelError: a layer under the mask has no sparse form (`sparsemodel.sparsify`), such
             as GPT-2's Conv1D: give sparse=False.
     """
     transformers = _transformers()
-    mask = pretrained_mask(folder)
+    of_hub = {name: options[name] for name in _HUB if name in options}
+    mask = pretrained_mask(folder, **of_hub)
     if model_class is None:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        trust = {k: v for k, v in options.items() if k == "trust_remote_code"}
+        config = transformers.AutoConfig.from_pretrained(folder, **of_hub, **trust)
         name = next(iter(config.architectures or ()), "")
         model_class = getattr(transformers, name, None)
         if model_class is None:
@@ -150,18 +154,18 @@ def from_pretrained(
         raise type(error)(f"{error}; or read the masked model: sparse=False") from error
 
 
-def pretrained_mask(folder: str | Path) -> Mask:
+def pretrained_mask(folder: str | Path, **of_hub: Any) -> Mask:
     """The mask beside a pruned model.
+
+    Args:
+        folder: or the name of a repository of the hub.
+        of_hub: how that is read: revision, token, cache_dir, as transformers takes them.
 
     Raises:
         RunError: there is none, or it is damaged.
     """
-    path = Path(folder) / MASK_FILE
-    if not Path(folder).is_dir():
-        from transformers.utils import cached_file  # noqa: PLC0415
-
-        found = cached_file(str(folder), MASK_FILE, _raise_exceptions_for_missing_entries=False)
-        path = path if found is None else Path(found)
+    is_here = Path(folder).is_dir()
+    path = Path(folder) / MASK_FILE if is_here else _of_hub(str(folder), of_hub)
     try:
         values = read_sealed_json(path, of=_OF, error=RunError, cure=_CURE)
     except FileNotFoundError:
@@ -172,11 +176,26 @@ def pretrained_mask(folder: str | Path) -> Mask:
     return Mask.from_csr(decode_mask(base64.b64decode(values["mask"]), limits=_LIMITS))
 
 
-@torch.no_grad()
+def _of_hub(name: str, options: Mapping[str, Any]) -> Path:
+    """The mask's file of a repository, as transformers keeps it; none there where it has none."""
+    from transformers.utils import cached_file  # noqa: PLC0415
+
+    reason = ""
+    try:
+        for wanted in (MASK_FILE, "config.json"):
+            found = cached_file(
+                name, wanted, _raise_exceptions_for_missing_entries=False, **options
+            )
+            if found is not None:
+                return Path(found).with_name(MASK_FILE)
+    except OSError as error:
+        reason = f" ({str(error).strip().partition(chr(10))[0]})"
+    raise RunError(f"{name}: no such folder or repository{reason}; check the name")
+
+
 def check_zeros(model: nn.Module, mask: Mask) -> None:
     """Raise MaskError unless a mask fits a model whose pruned weights are zero."""
-    for name, weight in weights_under(mask, model).items():
-        count = int(weight[~mask[name].to(weight.device)].count_nonzero())
+    for name, count in num_not_zero(mask, weights_under(mask, model)).items():
         if count:
             raise MaskError(
                 f"{count} weights of {name!r} are pruned by the mask and not zero; call "

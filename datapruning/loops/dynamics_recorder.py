@@ -194,6 +194,8 @@ class DynamicsRecorder(LoopCallback):
 
     def begin(self, model: nn.Module, optimizers: Iterable[Optimizer], *, resumed: bool) -> None:
         self._model = type(model).__name__
+        if not resumed:  # what is open is of a run that was broken off
+            self._batches, self._epoch = [], None
 
     def end(self, model: nn.Module) -> None:
         self._unhook()

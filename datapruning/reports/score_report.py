@@ -389,7 +389,7 @@ def _scored(table: ScoreTable) -> tuple[ImageSamples | StreamedImages | None, Se
             samples, names = streamed, streamed.class_names
         else:
             how = table.provenance.get("reading")
-            dataset = load_sample_set(source, how=reading(**how) if how else None)
+            dataset = load_sample_set(source, how=reading(**(how or {"test_share": 0})))
             samples, names = dataset.train, dataset.class_names
         if not isinstance(samples, ImageSamples | StreamedImages):
             return None, names

@@ -23,7 +23,7 @@ from datapruning.scoring.parts import Parts, open_parts
 from datapruning.scoring.steps import mean_confidence
 from datapruning.selection.table import OR_FORCE, ScoreTable
 from prunelab.data.checked import warn_of_gaps
-from prunelab.data.datasets import fingerprint
+from prunelab.data.datasets import DATASETS, fingerprint
 from prunelab.data.given import load_sample_set
 from prunelab.data.objects import as_samples
 from prunelab.data.reading import Reading
@@ -83,7 +83,7 @@ def score(
         out: parquet file of the table; with several methods NAME.parquet becomes
             NAME-METHOD.parquet. None: nothing is left on disk, and nothing can be resumed.
         reading: how data of a name, folder or file are taken (see `prunelab.data.reading`), such as
-            the columns of a table; also what is set aside for a test.
+            the columns of a table; also what is set aside for a test. None: nothing is.
         task: None: what the samples are for.
         training: of each model; None: TrainingConfig().
         density: train and score with a sparse model that keeps this share of its weights.
@@ -247,8 +247,9 @@ def _samples(data: Any, reading: Reading | None) -> tuple[Samples, str, str | di
         if isinstance(samples, StreamedImages):
             return samples, samples.name, samples.opened_with
         return samples, type(data).__name__, ""
-    dataset = load_sample_set(str(data), how=reading)
-    is_path = Path(data).exists() and dataset.name != str(data)
+    # Nothing is tested here, so that ids are the rows of a file.
+    dataset = load_sample_set(str(data), how=reading or Reading(test_share=0))
+    is_path = Path(data).exists() and str(data) not in DATASETS
     return dataset.train, dataset.name, str(Path(data).resolve() if is_path else data)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +51,29 @@ def kept_of(dataset: Any, subset: Subset) -> Any:
 
 def _thinned(stream: Any, subset: Subset) -> Any:
     """A data set without rows, of Hugging Face or torch, less what is not kept."""
-    if hasattr(stream, "features"):
-        kept = frozenset(subset.indices.tolist())
-        return stream.filter(lambda _, row: row in kept, with_indices=True)
-    return KeptStream(stream, subset)
+    if not hasattr(stream, "features"):
+        return KeptStream(stream, subset)
+    import datasets  # noqa: PLC0415
+
+    features = stream.features
+    if features and hasattr(stream, "decode"):
+        stream = stream.decode(False)  # pictures pass as the bytes they are
+    # A filter would count the rows of each shard, worker and shuffled order from 0.
+    return datasets.IterableDataset.from_generator(
+        _kept_items,
+        features=features,
+        gen_kwargs={"stream": stream, "kept": frozenset(subset.indices.tolist())},
+    )
+
+
+def _kept_items(stream: Iterable[Any], kept: frozenset[int]) -> Iterator[Any]:
+    worker = get_worker_info()
+    if worker is not None and worker.num_workers > 1:
+        raise SelectionError(
+            "several workers each see a part of a stream, and not whose place is which; use one "
+            "worker at most"
+        )
+    yield from (item for place, item in enumerate(stream) if place in kept)
 
 
 class KeptStream(IterableDataset[Any]):
@@ -68,13 +87,7 @@ class KeptStream(IterableDataset[Any]):
         self._dataset, self._kept = dataset, frozenset(subset.indices.tolist())
 
     def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        if worker is not None and worker.num_workers > 1:
-            raise SelectionError(
-                "several workers each see a part of a stream, and not whose place is which; use "
-                "one worker at most"
-            )
-        return (item for place, item in enumerate(self._dataset) if place in self._kept)
+        return _kept_items(self._dataset, self._kept)
 
 
 class KeptSamples(TorchSubset[Any]):
@@ -134,8 +147,12 @@ def has_items(dataset: Any) -> bool:
         return False
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or not len(dataset):
         return False
-    # Names of classes get their numbers from all of the samples.
-    return not isinstance(_label_of(dataset[0], 0), str | list)
+    return not _has_named_labels(dataset)
+
+
+def _has_named_labels(dataset: Any) -> bool:
+    """Whether labels are names of classes, which get their numbers from all of the samples."""
+    return len(dataset) > 0 and isinstance(_label_of(dataset[0], 0), str | list)
 
 
 def _check_count(count: int, subset: Subset) -> None:
@@ -150,6 +167,8 @@ def _rows_of_items(dataset: Any, subset: Subset) -> Tensor:
     """The rows that are kept, once the data set is known to be of the same samples."""
     _check_count(len(dataset), subset)
     if subset.labels is not None:
+        if _has_named_labels(dataset):
+            return subset.rows(as_samples(dataset))
         step = max(1, len(subset) // _NUM_COMPARED)
         for place in range(0, len(subset), step):
             row, expected = int(subset.ids[place]), int(subset.labels[place])

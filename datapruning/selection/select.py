@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -120,7 +121,12 @@ def select(
         policy=policy_name,
         seed=seed,
         method="" if function is random else table.method,
-        provenance={"keep": keep, "options": settings, "drawn": drawn, "notes": notes},
+        provenance={
+            "keep": keep if isinstance(keep, float) else count,
+            "options": settings,
+            "drawn": drawn,
+            "notes": notes,
+        },
         labels=None if labels is None else labels[kept],
         num_classes=None if labels is None else int(labels.max()) + 1,
     )
@@ -184,7 +190,7 @@ class _FreshRandom:
 
 def _count(keep: float | int, num_samples: int) -> int:
     """The number of samples to keep."""
-    if isinstance(keep, bool) or not isinstance(keep, int | float):
+    if isinstance(keep, bool) or not isinstance(keep, Integral | float):
         raise SelectionError(f"keep must be a share or a number of samples, got {keep!r}")
     if isinstance(keep, float):
         if not 0 < keep <= 1:
@@ -198,7 +204,7 @@ def _count(keep: float | int, num_samples: int) -> int:
         return count
     if not 1 <= keep <= num_samples:
         raise SelectionError(f"keep = {keep}: expected 1 to {num_samples}, the samples there are")
-    return keep
+    return int(keep)
 
 
 def _check_scores(table: ScoreTable, count: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from fedprune.config import RunConfig
 from fedprune.errors import ConfigError, TrackerWarning
-from fedprune.rounds.folder import METRICS, SUMMARY, read_metrics, read_summary
+from fedprune.rounds.folder import CONFIG, METRICS, SUMMARY, read_metrics, read_summary
 from prunelab.runs.folder import run_name
 from prunelab.runs.imported import imported
 
@@ -174,11 +174,18 @@ def tracker_of(given: str | Tracker) -> Tracker:
                 "module:Class"
             )
         try:
-            made = imported(given)()
+            make = imported(given)
         except ImportError as error:
             raise ConfigError(f"tracker {given!r} cannot be imported: {error}") from None
-        except TypeError as error:
-            raise ConfigError(f"tracker {given!r} is called without arguments: {error}") from None
+        if not callable(make):
+            raise ConfigError(f"tracker {given!r} is a {type(make).__name__}, no class")
+        try:
+            made = make()
+        except Exception as error:
+            raise ConfigError(
+                f"tracker {given!r} could not be made without arguments: "
+                f"{type(error).__name__}: {error}"
+            ) from error
     if isinstance(made, type) or not isinstance(made, Tracker):
         raise ConfigError(
             f"tracker {given!r}: expected an object with the methods start, log and finish"
@@ -256,7 +263,8 @@ def numbers_of(line: Mapping[str, Any]) -> dict[str, float]:
 
 def identity(folder: Path) -> str:
     """16 hexadecimal digits of the run in a folder, the same when it is continued."""
-    return sha256(f"{run_name(folder)} {folder.resolve()}".encode()).hexdigest()[:16]
+    made = (folder / CONFIG).stat().st_mtime_ns  # one that is made anew has the same name
+    return sha256(f"{run_name(folder)} {folder.resolve()} {made}".encode()).hexdigest()[:16]
 
 
 def _last_event(folder: Path) -> int:

@@ -46,6 +46,7 @@ __all__ = [
     "SUMMARY",
     "Checkpoint",
     "RunFolder",
+    "check_usable",
     "default_folder",
     "discard_unstarted",
     "has_checkpoint",
@@ -130,8 +131,15 @@ def prepare(path: Path, config: RunConfig, *, resume: bool) -> None:
     Raises:
         RunError: it cannot be used; the message says why and what to do. Nothing is changed.
     """
+    check_usable(path, config, resume=resume)
     if not resume:
         runfolder.prepare(path, config.toml())
+
+
+def check_usable(path: Path, config: RunConfig, *, resume: bool) -> None:
+    """Raise RunError where `prepare` would; nothing is made."""
+    if not resume:
+        runfolder.refuse_used(path)
         return
     if not (path / CONFIG).exists():
         raise RunError(f"nothing to resume in {path}: it has no {CONFIG}")

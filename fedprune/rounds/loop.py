@@ -187,6 +187,7 @@ def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
             "task": config.training.task or setup.data.task,
             "num_classes": str(setup.data.num_classes or ""),
             "class_names": json.dumps(setup.data.class_names),
+            "feature_names": json.dumps(setup.data.feature_names),
             "input_shape": "x".join(map(str, setup.data.input_shape)),
             "inputs": str(setup.data.inputs.dtype),
             **setup.data.preprocessing.to_metadata(),

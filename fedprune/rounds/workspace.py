@@ -116,6 +116,7 @@ class Workspace:
             "name": dataset.name,
             "task": self.torch.kind,
             "class_names": dataset.class_names,
+            "feature_names": dataset.feature_names,
             "made_for": self.config.digest,
         }
         write_shares(folder / TRAIN, *stored(dataset.train), self.shares, **described)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from prunelab.data.features import feature_names, features_of
 from prunelab.data.folders import PICTURE_SUFFIXES
 from prunelab.data.given import TABLE_SUFFIXES, load_sample_set, sample_set_of
 from prunelab.data.labels import as_classes
-from prunelab.data.objects import is_array, is_samples
+from prunelab.data.objects import is_array, is_grouped, is_samples
 from prunelab.data.pictures import decoded
 from prunelab.data.reading import reading
 from prunelab.data.samples import Samples, stored
@@ -39,6 +40,8 @@ class Accepted:
         class_names: of its classes, or of its outputs; empty where nobody named them.
         num_classes: None where it tells no classes apart.
         columns, task: of the data that it was trained on, as `as_sample_set` takes them.
+        feature_names: of the columns that are its inputs, in their order; empty where there were
+            none.
     """
 
     dtype: str
@@ -47,6 +50,7 @@ class Accepted:
     num_classes: int | None = None
     columns: str = ""
     task: str = ""
+    feature_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +82,7 @@ def accepted_inputs(metadata: Mapping[str, str], class_names: tuple[str, ...]) -
     return Accepted(
         metadata["inputs"], shape, class_names, int(count) if count else None,
         metadata.get("columns", ""), metadata.get("task", ""),
+        tuple(map(str, json.loads(metadata.get("feature_names", "[]")))),
     )  # fmt: skip
 
 
@@ -131,7 +136,11 @@ def _side(data: Any, accepted: Accepted) -> _Found:
             test_share=0,
         )
         # The classes that these data lack keep the model's numbers.
-        how = replace(how, class_names=accepted.class_names or None)
+        how = replace(
+            how,
+            class_names=accepted.class_names or None,
+            feature_names=accepted.feature_names,
+        )
         is_named = isinstance(data, str | Path)
         data = load_sample_set(str(data), how=how) if is_named else sample_set_of(data, how)
     return _chosen(data, "train" if data.test is None else "test")
@@ -148,6 +157,8 @@ def _of_samples(found: _Found, accepted: Accepted) -> Inputs:
     inputs, targets = stored(samples)
     if samples.labels is not None:
         targets = _renumbered(name, targets, class_names, accepted)
+    elif class_names and accepted.class_names and class_names != accepted.class_names:
+        targets = _reordered(name, targets, class_names, accepted.class_names)
     return Inputs(name, samples.ids.tolist(), inputs, targets, has_side)
 
 
@@ -169,6 +180,26 @@ def _renumbered(
     return labels
 
 
+def _reordered(
+    name: str, targets: Array, class_names: tuple[str, ...], known: tuple[str, ...]
+) -> Array:
+    """Several labels a sample by the model's order of its classes; those never given are 0."""
+    used = np.flatnonzero(targets.any(axis=0))
+    _check_known(name, [class_names[k] for k in used], known)
+    made = np.zeros((len(targets), len(known)), targets.dtype)
+    made[:, [known.index(class_names[k]) for k in used]] = targets[:, used]
+    return made
+
+
+def _check_known(name: str, found: Sequence[str], known: tuple[str, ...]) -> None:
+    unknown = [each for each in found if each not in known]
+    if unknown:
+        raise DataError(
+            f"{name} has the class {unknown[0]!r}, which the model does not know; it knows "
+            f"{', '.join(known)}"
+        )
+
+
 def _pictures(data: Any) -> tuple[list[int | str], list[tuple[str, Any]], str] | None:
     """Names and content of pictures without labels, and what they are called together."""
     if isinstance(data, str | Path) and str(data) not in DATASETS:
@@ -180,6 +211,8 @@ def _pictures(data: Any) -> tuple[list[int | str], list[tuple[str, Any]], str] |
             files = [entry for entry in inside if entry.suffix.lower() in PICTURE_SUFFIXES]
             if not files or len(files) < len(inside):
                 return None
+        elif path.suffix.lower() in PICTURE_SUFFIXES and not path.exists():
+            raise DataError(f"{path}: no such file")
         else:
             return None
         return [file.name for file in files], [(str(f), f.read_bytes()) for f in files], path.name
@@ -191,7 +224,7 @@ def _pictures(data: Any) -> tuple[list[int | str], list[tuple[str, Any]], str] |
 
 def _features(data: Any, accepted: Accepted) -> tuple[str, Array] | None:
     """Name and features of a table without a column to predict."""
-    if len(accepted.shape) != 1 or isinstance(data, ImageSet | SampleSet):
+    if len(accepted.shape) != 1 or isinstance(data, ImageSet | SampleSet) or is_grouped(data):
         return None
     if isinstance(data, str | Path):
         if not Path(data).is_file() or Path(data).suffix.lower() not in TABLE_SUFFIXES:
@@ -202,7 +235,7 @@ def _features(data: Any, accepted: Accepted) -> tuple[str, Array] | None:
     if columns is None or any(name in labels or name.lower() in labels for name in columns.names):
         return None
     others = [how.column("client"), *(n for n in columns.names if n.lower() in CLIENT_NAMES)]
-    names = feature_names(columns, how.column("features"), others)
+    names = feature_names(columns, accepted.feature_names or how.features, others)
     return columns.where, features_of(columns, names)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedprune.given import is_given, name_dataset
-from fedprune.local.data import split
+from fedprune.given import is_dataset, is_given
+from fedprune.local.data import Rows, split
 from fedprune.local.site import split_seed
-from fedprune.rounds.folder import stored_config
+from fedprune.rounds.folder import read_metrics, stored_config
 from fedprune.trained.evaluation import (
     ClassScore,
     Evaluation,
@@ -29,14 +29,12 @@ from fedprune.trained.inputs import Accepted, Inputs, accepted_inputs, of_sample
 from fedprune.trained.predictions import Predictions
 from prunelab.data.batches import Preprocessing
 from prunelab.data.checked import note
-from prunelab.data.datasets import DATASETS
 from prunelab.data.tensors import batch_of, prepare, tensor_of
 from prunelab.errors import DataError, ModelError, RunError
 from prunelab.training.task import CausalLM, Classification, MultiLabel, Task, forward
 from sparsemodel.storage.export import Exported, export
 
 BATCH = 256  # samples at a time
-_NEEDED = ("model", "input_shape", "inputs", "num_classes", "preprocessing")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +92,7 @@ class Trained:
         with torch.no_grad():
             for rows in _batches(len(inputs)):
                 outputs = self._outputs(self._batch(inputs, rows)).float().reshape(len(rows), -1)
-                found.append(finished(outputs[:, : self.accepted.num_classes]))
+                found.append(finished(outputs))
         values = torch.cat(found).numpy()
         return Predictions(inputs.ids, values, self._columns(values.shape[1]), kind)
 
@@ -113,10 +111,10 @@ class Trained:
         if data is None or self._is_own(data):
             return self._on_own_data()
         inputs = read_inputs(data, self.accepted)
-        if self.folder is None and isinstance(data, str | Path) and not inputs.has_side:
+        if isinstance(data, str | Path) and not inputs.has_side:
             note(
-                f"{data} has no test side, so that all samples count; if the model was trained on "
-                "it, those it has seen are among them: give the run's folder in place of the file"
+                f"{data} has no test side: all samples are evaluated, and training samples may be "
+                "among them"
             )
         return self._evaluated(inputs)
 
@@ -125,11 +123,8 @@ class Trained:
         if self.folder is None:
             return False
         config = stored_config(self.folder)
-        own = config.data.dataset
-        if isinstance(data, str | Path):
-            return str(data) not in DATASETS and Path(data).resolve() == Path(own).resolve()
         with suppress(DataError):
-            return name_dataset(data, seed=config.seed) == own
+            return is_dataset(data, config.data.dataset, seed=config.seed, how=config.reading)
         return False
 
     def export(
@@ -165,7 +160,7 @@ class Trained:
 
     def _outputs(self, batch: Any) -> Tensor:
         if isinstance(self.task, Classification):
-            return self.task.logits(self.model, batch)
+            return self.task.logits(self.model, batch)[:, : self.accepted.num_classes]
         outputs = forward(self.model, batch)
         if not isinstance(outputs, Tensor):
             raise ModelError(
@@ -194,7 +189,9 @@ class Trained:
         if inputs.targets is None:
             raise DataError(f"{inputs.name} has no labels to compare with; use predict")
         logits: list[Tensor] = []
-        task = _listening(self.task, logits) if isinstance(self.task, Classification) else self.task
+        task = self.task
+        if isinstance(task, Classification):
+            task = _listening(task, logits, self.accepted.num_classes)
         losses, metrics, predicted = [], [], []
         with torch.no_grad():
             for rows in _batches(len(inputs)):
@@ -221,15 +218,19 @@ class Trained:
         from fedprune.rounds.workspace import open_workspace  # noqa: PLC0415
 
         workspace, with_test = open_workspace(config), config.federation.clients_test
-        data, rows = workspace.dataset, []
-        for client, share in enumerate(workspace.shares):
-            own = split(share, with_test=with_test, seed=split_seed(config, client))
-            rows.append(own.test if with_test else own.dev)
+        data = workspace.dataset
+        shares = [
+            split(share, with_test=with_test, seed=split_seed(config, client))
+            for client, share in enumerate(workspace.shares)
+        ]
+        rows = [own.test if with_test else own.dev for own in shares]
         train = of_sample_set(data, self.accepted, side="train")
         joined = np.concatenate(rows)
         assert train.targets is not None, "training samples have targets"
         held = Inputs(train.name, joined.tolist(), train.inputs[joined], train.targets[joined])
         test = held if data.test is None else of_sample_set(data, self.accepted, side="test")
+        if not _had(self.folder, shares):
+            return self._evaluated(test)
         owners = np.repeat(np.arange(len(rows)), [len(own) for own in rows])
         losses, metrics, _ = self._measured(held)
         clients = client_scores(owners, losses, metrics, num_clients=len(rows))
@@ -251,12 +252,22 @@ class Trained:
         return torch.randn(2, *accepted.shape, generator=random).to(first.dtype)
 
 
-def _listening(task: Classification, seen: list[Tensor]) -> Classification:
-    """The task, which notes the logits that it makes."""
+def _had(folder: Path, shares: Sequence[Rows]) -> bool:
+    """Whether the clients of a run had so many samples each: they may have brought their own."""
+    start: dict[str, Any] = next(iter(read_metrics(folder)), {})
+    expected = {k: (len(own.train), len(own.dev)) for k, own in enumerate(shares)}
+    return all(
+        expected.get(client["client"]) == (client["num_train"], client["num_dev"])
+        for client in start.get("clients", [])
+    )
+
+
+def _listening(task: Classification, seen: list[Tensor], num_classes: int | None) -> Classification:
+    """The task, which notes the logits that it makes: those of the classes there are."""
     noted = copy.copy(task)
 
     def logits(model: nn.Module, batch: Any) -> Tensor:
-        seen[:] = [task.logits(model, batch)]
+        seen[:] = [task.logits(model, batch)[:, :num_classes]]
         return seen[0]
 
     noted.logits = logits  # type: ignore[method-assign]

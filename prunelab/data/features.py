@@ -17,13 +17,15 @@ ROW_NUMBERS = ("", "id", "index", "unnamed: 0")
 _WILD = 1000  # spreads of features that differ more than so are mentioned
 
 
-def feature_names(columns: Columns, wanted: str | None, others: Sequence[str | None]) -> list[str]:
-    """Which columns are features: those wanted, joined by "+", or all but the others.
+def feature_names(
+    columns: Columns, wanted: Sequence[str], others: Sequence[str | None]
+) -> list[str]:
+    """Which columns are features: those wanted, or all but the others where none are.
 
     A column that only numbers the rows is left out, and a warning says so.
     """
-    if wanted is not None:
-        return [str(columns.pick(name, (), "features")) for name in wanted.split("+")]
+    if wanted:
+        return [str(columns.pick(name, (), "features")) for name in wanted]
     found = [name for name in columns.names if name not in others]
     numbering = [n for n in found if n.lower() in ROW_NUMBERS and _is_numbering(columns.read(n))]
     if numbering and len(found) > 1:

@@ -177,30 +177,35 @@ def sample_set_of(data: Any, how: Reading, *, seed: int = 0, name: str = "given"
     else:
         train = side_of(data, how)
     names = tuple(getattr(train.samples, "class_names", ()))
+    features = tuple(getattr(train.samples, "feature_names", ()))
     if test is not None:
         # What the training side's labels are, though those of few test samples look otherwise.
         task = task_of(train.samples)
         lists = train.were_lists if task == "multi-label" else None
-        as_trained = replace(how, class_names=names, task=task, lists=lists)
+        as_trained = replace(how, class_names=names, task=task, lists=lists, feature_names=features)
         tested = side_of(test, as_trained).samples
-        return _both(train, tested, names, name)
+        return _both(train, tested, names, features, name)
     labels = train.samples.labels
     held = held_out(
         None if labels is None else labels.numpy(),
         count=len(train.samples), share=how.test_share, seed=seed, where=name,
     )  # fmt: skip
     if not held.any():
-        return _both(train, None, names, name)
+        return _both(train, None, names, features, name)
     kept, aside = (torch.from_numpy(np.flatnonzero(rows)) for rows in (~held, held))
     groups = None if train.groups is None else train.groups[kept]
-    return _both(Side(taken(train.samples, kept), groups), taken(train.samples, aside), names, name)
+    sides = [taken(train.samples, rows) for rows in (kept, aside)]
+    return _both(Side(sides[0], groups), sides[1], names, features, name)
 
 
-def _both(train: Side, test: Samples | None, names: tuple[str, ...], name: str) -> SampleSet:
+def _both(
+    train: Side, test: Samples | None, names: tuple[str, ...], features: tuple[str, ...], name: str
+) -> SampleSet:
     counted = len(names) if train.samples.labels is not None else 0
     return SampleSet(
         name, train.samples, test,
         num_classes=counted, class_names=names, train_groups=train.groups,
+        feature_names=features,
     )  # fmt: skip
 
 
@@ -229,6 +234,7 @@ def _cut(data: SampleSet, num_train: int | None, num_test: int | None, *, seed: 
         num_classes=data.num_classes,
         class_names=data.class_names,
         train_groups=None if groups is None else groups[chosen],
+        feature_names=data.feature_names,
     )
 
 

@@ -73,9 +73,10 @@ def as_samples(
 
     Args:
         data: `Samples` (returned as they are); a name, folder, file or "module:function" (the
-            training side; see `as_sample_set`); an `ImageSet` or `SampleSet` (its training side);
-            a pair (inputs, labels) of arrays, tensors or lists; a torch data set, or a DataLoader
-            of one; a data set of Hugging Face, a frame of pandas, a list of mappings or a mapping
+            training side: all there is, without a test side); an `ImageSet` or `SampleSet` (its
+            training side); a pair (inputs, labels) of arrays, tensors or lists; a torch data set,
+            or a DataLoader of one; a data set of Hugging Face, a frame of pandas, a list of
+            mappings or a mapping
             of columns, with a column of pictures, of texts, or columns of numbers, beside the
             label; or flwr-datasets' partitions. Labels are what `targets_of` takes.
         resize: pixels that pictures are brought to, as `reading` takes it.
@@ -93,8 +94,9 @@ def as_samples(
     torch.Size([4, 1, 8, 8])
     """
     how = reading(
-        resize=resize, columns=columns, task=task, tokenizer=tokenizer, max_length=max_length
-    )
+        resize=resize, columns=columns, task=task, test_share=0, tokenizer=tokenizer,
+        max_length=max_length,
+    )  # fmt: skip
     if isinstance(data, str | Path):
         from prunelab.data.given import load_sample_set  # noqa: PLC0415 - reads objects itself
 
@@ -234,8 +236,9 @@ def _of_pair(inputs: Any, labels: Any, how: Reading) -> Side:
     if _is_frame(inputs):
         columns = columns_of(inputs)
         assert columns is not None
-        inputs = features_of(columns, columns.names)
-        return _joined(inputs, _listed(labels), how, (), "data")
+        names = feature_names(columns, how.feature_names or columns.names, ())
+        made = _joined(features_of(columns, names), _listed(labels), how, (), "data")
+        return _of_features(made, names)
     if not is_array(inputs):
         inputs = _images_of(
             ((f"the image of sample {row}", cell) for row, cell in enumerate(inputs)), how
@@ -266,8 +269,8 @@ def _of_columns(columns: Columns, how: Reading) -> Side:
         numbers = client_numbers(names_of_clients, f"{columns.where}, column {client!r}")
         groups = whole_numbers(numbers, "clients")
     label = columns.pick(how.column("label"), LABEL_NAMES, "label")
-    image = None if how.column("features") or how.column("text") else _image_column(columns, how)
-    if image is None and not how.column("features"):
+    image = None if how.features or how.column("text") else _image_column(columns, how)
+    if image is None and not how.features:
         text = columns.pick(how.column("text"), TEXT_NAMES, "text")
         if text is not None or how.tokenizer is not None:
             return Side(_texts(columns, text, label, how), groups)
@@ -280,18 +283,25 @@ def _of_columns(columns: Columns, how: Reading) -> Side:
             "--target ... of a command"
         )
     where = f"{columns.where}, column {label!r}"
-    values = columns.read(label)
+    values, features = columns.read(label), list[str]()
     check_filled(values if isinstance(values, list) else (), where, what="label")
     if image is not None:
         cells = ((f"{columns.where}, row {r}", _cell(c)) for r, c in enumerate(columns.read(image)))
         inputs = _images_of(cells, how)
     else:
-        names = feature_names(columns, how.column("features"), (label, client))
-        inputs = features_of(columns, names)
+        features = feature_names(columns, how.features, (label, client))
+        inputs = features_of(columns, features)
     names_of_classes = columns.class_names.get(label, ())
     fields = columns.fields(label) if columns.fields else None
     joined = _joined(inputs, values, how, names_of_classes, where, fields=fields)
-    return replace(joined, groups=groups)
+    return replace(_of_features(joined, features), groups=groups)
+
+
+def _of_features(side: Side, names: Sequence[str]) -> Side:
+    """The same, told which columns its inputs came from."""
+    if isinstance(side.samples, ImageSamples | TargetSamples):
+        side.samples.feature_names = tuple(names)
+    return side
 
 
 def _image_column(columns: Columns, how: Reading) -> str | None:

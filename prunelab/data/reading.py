@@ -31,6 +31,8 @@ class Reading:
         class_names: of another side, whose numbers the names of classes get; None: there is none.
         lists: whether another side gives several classes a sample as lists of classes, or as rows
             of 0 and 1; None: as they look.
+        feature_names: columns that are the features, in this order, whatever `columns` says; empty:
+            it is not known.
 
     Raises:
         DataError: an unknown role, or a share that is none.
@@ -44,6 +46,7 @@ class Reading:
     max_length: int = 128
     class_names: tuple[str, ...] | None = None
     lists: bool | None = None
+    feature_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [role for role, _ in self.columns if role not in ROLES]
@@ -55,6 +58,12 @@ class Reading:
     def column(self, role: str) -> str | None:
         """The column that was named for a role."""
         return dict(self.columns).get(role)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The columns that were named as features; empty where none were."""
+        named = self.column("features")
+        return self.feature_names or (tuple(named.split("+")) if named else ())
 
     def to_dict(self) -> dict[str, Any]:
         """What `reading` makes the same of, as JSON has it; a tokenizer is left out."""

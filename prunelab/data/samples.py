@@ -81,6 +81,7 @@ class ImageSamples:
     """
 
     labels: Tensor
+    feature_names: tuple[str, ...] = ()  # of the columns that vectors came from
 
     def __init__(
         self, images: Any, labels: Any, *, ids: Any = None, class_names: Sequence[str] = ()
@@ -124,6 +125,7 @@ class TargetSamples:
     """
 
     labels = None
+    feature_names: tuple[str, ...] = ()  # of the columns that inputs came from
 
     def __init__(
         self, inputs: Any, targets: Any, *, ids: Any = None, class_names: Sequence[str] = ()
@@ -262,20 +264,22 @@ def shuffled(
 
 
 def taken(samples: Samples, rows: Tensor) -> Samples:
-    """Some of the samples, with ids of their own, int64 [K] rows in any order.
+    """Some of the samples, which keep their ids; int64 [K] rows in any order.
 
     Raises:
         DataError: samples of a class that is none of these three.
     """
-    names = getattr(samples, "class_names", ())
+    names, ids = getattr(samples, "class_names", ()), samples.ids[rows]
     if isinstance(samples, ImageSamples):
-        return ImageSamples(samples.images[rows], samples.labels[rows], class_names=names)
+        return ImageSamples(samples.images[rows], samples.labels[rows], ids=ids, class_names=names)
     if isinstance(samples, TargetSamples):
-        return TargetSamples(samples.inputs[rows], samples.targets[rows], class_names=names)
+        return TargetSamples(
+            samples.inputs[rows], samples.targets[rows], ids=ids, class_names=names
+        )
     if isinstance(samples, TokenSamples):
         return TokenSamples(
             samples.input_ids[rows], samples.attention_mask[rows], samples.targets[rows],
-            class_names=names,
+            ids=ids, class_names=names,
         )  # fmt: skip
     raise DataError(
         f"{type(samples).__name__} cannot be divided into a training and a test side; give both: "

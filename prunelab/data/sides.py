@@ -25,6 +25,7 @@ class SampleSet:
         class_names: of the classes 0, 1, ..., or of several targets, where the data name them.
         train_groups: natural client of each training sample, int64 [N], where there is one.
         fingerprint: hexadecimal digits that name the data; "": of their content.
+        feature_names: of the columns that inputs came from, where they came from some.
 
     Raises:
         DataError: sides of two kinds or shapes, labels that are no such classes, names or groups
@@ -38,6 +39,7 @@ class SampleSet:
     class_names: tuple[str, ...] = ()
     train_groups: Tensor | None = None
     fingerprint: str = ""
+    feature_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         labels = self.train.labels

@@ -35,7 +35,7 @@ from prunelab.data.batches import Integers, Preprocessing
 from prunelab.errors import DataError
 from sparsemodel.storage.sealed import read_sealed_json, sealed_json
 
-FORMAT = 3  # 2: images and labels alone; 1: without checksums of rows and header
+FORMAT = 4  # 3: without names of features; 2: images alone; 1: without checksums of rows
 HEADER = "store.json"
 INPUTS, TARGETS, ROWS = "inputs", "targets", "rows"
 _CHUNK = 1 << 20  # bytes read at a time to check a digest
@@ -56,6 +56,7 @@ class SampleStore:
         task: what the samples are for, a name in prunelab.training.task.TASKS.
         num_classes: targets are 0 ... num_classes - 1; None where they are no classes.
         class_names: of the classes, or of several targets, where the data name them.
+        feature_names: of the columns that inputs came from, where they came from some.
         preprocessing: what the inputs want before a network sees them.
         digest: 32 hexadecimal digits that name all of its content.
         inputs: [N, ...]. Pages that were touched count as memory of the process; to keep a few
@@ -70,6 +71,7 @@ class SampleStore:
     task: str
     num_classes: int | None
     class_names: tuple[str, ...]
+    feature_names: tuple[str, ...]
     preprocessing: Preprocessing
     digest: str
     inputs: Array
@@ -121,6 +123,7 @@ def write_store(
     name: str,
     task: str = IMAGE_TASK,
     class_names: Sequence[str] = (),
+    feature_names: Sequence[str] = (),
     preprocessing: Preprocessing | None = None,
     arrays: Mapping[str, Integers] | None = None,
     made_for: str = "",
@@ -133,7 +136,7 @@ def write_store(
     Args:
         inputs: uint8, float32 or int64 [N, ...], N >= 1.
         targets: int64 [N], with `num_classes`; without, int64 or float32 [N, ...].
-        task, class_names: as of `SampleStore`.
+        task, class_names, feature_names: as of `SampleStore`.
         preprocessing: by default `Preprocessing()`.
         arrays: further int64 arrays; names of small letters, digits and _.
         made_for: what the store belongs to; `open_store` may ask for it.
@@ -154,7 +157,7 @@ def write_store(
         described = {key: _Described.of(array) for key, array in content.items()}
         header = _Header(
             name, num_classes, preprocessing or Preprocessing(), described, made_for, task,
-            tuple(class_names),
+            tuple(class_names), tuple(feature_names),
         )  # fmt: skip
         _check_targets(content[TARGETS], num_classes)
         if content[INPUTS].dtype == np.float32 and not np.isfinite(content[INPUTS]).all():
@@ -203,6 +206,7 @@ def open_store(folder: Path, *, verify: bool = False, made_for: str | None = Non
         task=header.task,
         num_classes=header.num_classes,
         class_names=header.class_names,
+        feature_names=header.feature_names,
         preprocessing=header.preprocessing,
         digest=header.digest(),
         inputs=inputs,
@@ -243,6 +247,7 @@ class _Header:
     made_for: str = ""
     task: str = IMAGE_TASK
     class_names: tuple[str, ...] = ()
+    feature_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = [
@@ -282,6 +287,7 @@ class _Header:
             **asdict(self),
             "preprocessing": self.preprocessing.to_dict(),
             "class_names": list(self.class_names),
+            "feature_names": list(self.feature_names),
         }
 
     @classmethod
@@ -301,7 +307,7 @@ class _Header:
             return cls(
                 str(values["name"]), None if num_classes is None else int(num_classes),
                 preprocessing, arrays, str(values["made_for"]), str(values["task"]),
-                tuple(map(str, values["class_names"])),
+                tuple(map(str, values["class_names"])), tuple(map(str, values["feature_names"])),
             )  # fmt: skip
         except DataError:
             raise

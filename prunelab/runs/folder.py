@@ -54,11 +54,11 @@ def prepare(path: Path, config: str) -> None:
     Raises:
         RunError: the folder is in use or cannot be written; nothing is changed then.
     """
-    _refuse_used(path)
+    refuse_used(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with locked(path):
-            _refuse_used(path)  # another process may have come first
+            refuse_used(path)  # another process may have come first
             write_atomically(path / CONFIG, seal(f"# {BLANK}\n{config}".encode(), CONFIG))
     except OSError as error:
         discard_unstarted(path)
@@ -201,7 +201,8 @@ def _writing(file: Path) -> Iterator[None]:
         raise RunError(f"{file}: cannot be written ({error.strerror})") from None
 
 
-def _refuse_used(path: Path) -> None:
+def refuse_used(path: Path) -> None:
+    """Raise RunError unless a new run can have the folder."""
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; give a folder")
     if (path / CONFIG).exists():

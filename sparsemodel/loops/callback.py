@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from sparsemodel.errors import MaskError
 from sparsemodel.loops.events import LoopCallback
-from sparsemodel.loops.hold import HeldMask, num_not_zero
-from sparsemodel.masks.mask import Mask
+from sparsemodel.loops.hold import HeldMask, masked_weights
+from sparsemodel.masks.mask import Mask, num_not_zero
 
 
 class MaskCallback(LoopCallback):
@@ -35,7 +35,8 @@ class MaskCallback(LoopCallback):
 
     def begin(self, model: nn.Module, optimizers: Iterable[Optimizer], *, resumed: bool) -> None:
         self.end(model)  # of a training that was broken off
-        if resumed and (count := num_not_zero(model, self.mask)):
+        counts = num_not_zero(self.mask, masked_weights(model, self.mask)) if resumed else {}
+        if count := sum(counts.values()):
             raise MaskError(
                 f"in the checkpoint {count} weights are not zero that the mask prunes: it was "
                 "trained under another mask, or none; give the mask it was trained under, or start "

@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from sparsemodel.errors import MaskError
-from sparsemodel.masks.mask import Mask
+from sparsemodel.masks.mask import Mask, check_shape
 
 COMPILED = "_orig_mod"  # torch.compile's name of the module inside
 
@@ -104,11 +104,7 @@ def masked_weights(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
         )
     weights = {name: parameters[fitting[0] + own] for name, own in names.items()}
     for name, weight in weights.items():
-        if weight.shape != mask[name].shape:
-            raise MaskError(
-                f"mask of {name!r}: the model's parameter has shape {tuple(weight.shape)}, the "
-                f"mask {tuple(mask[name].shape)}"
-            )
+        check_shape(name, weight, tuple(mask[name].shape))
         if hasattr(weight, "placements"):
             raise MaskError(
                 f"the weight {name!r} is cut over several processes (FSDP, tensor parallel), and a "
@@ -123,15 +119,6 @@ def _places(parameters: Mapping[str, nn.Parameter], names: list[str]) -> list[st
     starts = [name.removesuffix(first) for name in parameters if f".{name}".endswith(f".{first}")]
     fitting = [start for start in starts if all(start + name in parameters for name in names)]
     return [""] if "" in fitting else fitting
-
-
-def num_not_zero(model: nn.Module, mask: Mask) -> int:
-    """How many pruned weights of a model are not zero."""
-    weights = masked_weights(model, mask)
-    return sum(
-        int(weight.detach()[~mask[name].to(weight.device)].count_nonzero())
-        for name, weight in weights.items()
-    )
 
 
 def _bare_parameters(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:

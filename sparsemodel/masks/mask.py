@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsemodel.errors import DensityError, MaskError
 from sparsemodel.runtime.pattern import Pattern, Patterns, PatternSet
@@ -162,12 +162,25 @@ def weights_under(mask: Mask, model: nn.Module) -> dict[str, nn.Parameter]:
     for name, shape in mask.shapes().items():
         if name not in parameters:
             raise MaskError(f"the model has no parameter {name!r} that the mask names")
-        if tuple(parameters[name].shape) != shape:
-            raise MaskError(
-                f"mask of {name!r}: the model's parameter has shape "
-                f"{tuple(parameters[name].shape)}, the mask {shape}"
-            )
+        check_shape(name, parameters[name], shape)
     return {name: parameters[name] for name in mask}
+
+
+def check_shape(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise MaskError unless a weight has the shape of its mask."""
+    if tuple(weight.shape) != shape:
+        raise MaskError(
+            f"mask of {name!r}: the model's parameter has shape {tuple(weight.shape)}, the mask "
+            f"{shape}"
+        )
+
+
+def num_not_zero(mask: Mask, weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many pruned weights are not zero, of each name that the mask has."""
+    return {
+        name: int(weight.detach()[~mask[name].to(weight.device)].count_nonzero())
+        for name, weight in weights.items()
+    }
 
 
 def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from sparsemodel.errors import ExportError
 from sparsemodel.layers.sparsify import densify
 from sparsemodel.masks.probe import probing
 from sparsemodel.storage.files import write_atomically
 from sparsemodel.storage.header import check_metadata
-from sparsemodel.storage.interchange import FORMATS, Inputs, Run
+from sparsemodel.storage.interchange import FORMATS, Arguments, Run, outputs_of
 
 TOLERANCE = 1e-5
 """How far outputs may differ, as a share of the largest."""
@@ -97,7 +96,7 @@ def export(
             with probing(given):
                 given.eval()
                 batches = _batches(inputs)
-                expected = [_outputs(given(*b.args, **b.named)) for b in batches]
+                expected = [outputs_of(given, batch) for batch in batches]
         except Exception as error:  # whatever the model's own code raises
             raise ExportError(
                 f"{type(model).__name__} cannot be run on the example: {_first(error)}"
@@ -141,12 +140,12 @@ def check_free(path: Path, *, force: bool) -> None:
         raise ExportError(f"{path}: expected a file in a folder that exists")
 
 
-def _inputs(model: nn.Module, example: Any) -> Inputs:
+def _inputs(model: nn.Module, example: Any) -> Arguments:
     """The example as arguments."""
     if isinstance(example, Mapping):
-        inputs = Inputs.named_in_order(model, example)
+        inputs = Arguments.named_in_order(model, example)
     else:
-        inputs = Inputs(example if isinstance(example, tuple) else (example,), {})
+        inputs = Arguments(example if isinstance(example, tuple) else (example,), {})
     sizes = {len(leaf) if leaf.dim() else 0 for leaf in inputs.tensors()}
     if len(sizes) != 1 or sizes == {0}:
         raise ExportError(
@@ -156,7 +155,7 @@ def _inputs(model: nn.Module, example: Any) -> Inputs:
     return inputs.map(lambda leaf: leaf.detach().cpu())
 
 
-def _batches(inputs: Inputs) -> list[Inputs]:
+def _batches(inputs: Arguments) -> list[Arguments]:
     """One sample, the example, and, by which it is traced, twice the example."""
     return [
         inputs.map(lambda leaf: leaf[:1]),
@@ -169,11 +168,9 @@ def _is_on_cpu(model: nn.Module) -> bool:
     return all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _outputs(outputs: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
-
-def _compared(path: Path, run: Run, batches: list[Inputs], expected: list[list[Tensor]]) -> float:
+def _compared(
+    path: Path, run: Run, batches: list[Arguments], expected: list[list[Tensor]]
+) -> float:
     """The largest difference of what a file computes.
 
     Raises:

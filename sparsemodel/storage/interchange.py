@@ -25,14 +25,14 @@ MAX_ONNX_BYTES = 2**31 - 1  # of one protobuf message
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Arguments:
     """What a model is called with: arguments by place, or by name."""
 
     args: tuple[Any, ...]
     named: Mapping[str, Any]
 
     @classmethod
-    def named_in_order(cls, model: nn.Module, named: Mapping[str, Any]) -> Inputs:
+    def named_in_order(cls, model: nn.Module, named: Mapping[str, Any]) -> Arguments:
         """Named arguments in the order of forward's own, in which programs have them."""
         order = list(inspect.signature(model.forward).parameters)
         known = sorted((n for n in named if n in order), key=order.index)
@@ -43,11 +43,11 @@ class Inputs:
         leaves = pytree.tree_leaves((self.args, dict(self.named)))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    def map(self, function: Callable[[Tensor], Any]) -> Inputs:
+    def map(self, function: Callable[[Tensor], Any]) -> Arguments:
         """The same with a function's result in the place of every tensor."""
         return self._mapped(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
 
-    def dimensions(self, batch: Any) -> Inputs:
+    def dimensions(self, batch: Any) -> Arguments:
         """What is free in shapes: the batch, and the length of texts if the model allows it."""
 
         def free(leaf: Any) -> dict[int, Any] | None:
@@ -58,11 +58,11 @@ class Inputs:
 
         return self._mapped(free)
 
-    def _mapped(self, function: Callable[[Any], Any]) -> Inputs:
-        return Inputs(*pytree.tree_map(function, (self.args, dict(self.named))))
+    def _mapped(self, function: Callable[[Any], Any]) -> Arguments:
+        return Arguments(*pytree.tree_map(function, (self.args, dict(self.named))))
 
 
-Run = Callable[[Inputs], list[Tensor]]
+Run = Callable[[Arguments], list[Tensor]]
 
 
 class Format(NamedTuple):
@@ -75,16 +75,16 @@ class Format(NamedTuple):
     """
 
     suffix: str
-    encode: Callable[[nn.Module, Inputs, Mapping[str, str]], bytes]
+    encode: Callable[[nn.Module, Arguments, Mapping[str, str]], bytes]
     decode: Callable[[bytes, nn.Module], Run]
 
 
-def _safetensors(model: nn.Module, _: Inputs, metadata: Mapping[str, str]) -> bytes:
+def _safetensors(model: nn.Module, _: Arguments, metadata: Mapping[str, str]) -> bytes:
     data: bytes = safetensors.torch.save(_state(model), metadata=dict(metadata) or None)
     return data
 
 
-def _torch_file(model: nn.Module, _: Inputs, __: Mapping[str, str]) -> bytes:
+def _torch_file(model: nn.Module, _: Arguments, __: Mapping[str, str]) -> bytes:
     file = io.BytesIO()
     torch.save(_state(model), file)
     return file.getvalue()
@@ -98,7 +98,7 @@ def _from_torch_file(data: bytes, model: nn.Module) -> Run:
     return _loaded(torch.load(io.BytesIO(data), weights_only=True), model)
 
 
-def _program(model: nn.Module, batch: Inputs, metadata: Mapping[str, str]) -> bytes:
+def _program(model: nn.Module, batch: Arguments, metadata: Mapping[str, str]) -> bytes:
     file = io.BytesIO()
     beside = {METADATA: json.dumps(dict(metadata))}
     with _quiet():
@@ -111,7 +111,7 @@ def _from_program(data: bytes, _: nn.Module) -> Run:
         return _running(torch.export.load(io.BytesIO(data)).module())
 
 
-def _onnx(model: nn.Module, batch: Inputs, metadata: Mapping[str, str]) -> bytes:
+def _onnx(model: nn.Module, batch: Arguments, metadata: Mapping[str, str]) -> bytes:
     try:
         import onnx  # noqa: F401, PLC0415
         import onnxscript  # noqa: F401, PLC0415
@@ -148,7 +148,7 @@ def _from_onnx(data: bytes, _: nn.Module) -> Run:
         session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]
 
-    def run(batch: Inputs) -> list[Tensor]:
+    def run(batch: Arguments) -> list[Tensor]:
         tensors = batch.tensors()
         if len(names) != len(tensors):
             raise ExportError(
@@ -186,20 +186,22 @@ def _loaded(state: Mapping[str, Tensor], model: nn.Module) -> Run:
 
 
 def _running(model: nn.Module) -> Run:
-    def run(batch: Inputs) -> list[Tensor]:
-        leaves = pytree.tree_leaves(model(*batch.args, **batch.named))
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return lambda batch: outputs_of(model, batch)
 
-    return run
+
+def outputs_of(model: nn.Module, batch: Arguments) -> list[Tensor]:
+    """All tensors of what a model gives, in their order."""
+    leaves = pytree.tree_leaves(model(*batch.args, **batch.named))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _exported(
-    model: nn.Module, batch: Inputs, shapes: Mapping[str, Any]
+    model: nn.Module, batch: Arguments, shapes: Mapping[str, Any]
 ) -> torch.export.ExportedProgram:
     return torch.export.export(model, batch.args, dict(batch.named), dynamic_shapes=dict(shapes))
 
 
-def _free(model: nn.Module, batch: Inputs) -> dict[str, Any]:
+def _free(model: nn.Module, batch: Arguments) -> dict[str, Any]:
     """By the names of forward's arguments: the first dimension has any size from one up."""
     size = torch.export.Dim("batch", min=1)
     shapes = batch.dimensions(size)

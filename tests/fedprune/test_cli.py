@@ -420,7 +420,21 @@ def test_a_baseline_is_run_beside_and_the_page_compares(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "1/1 r-dense" in done.stdout
     assert read_summary(tmp_path / "r-dense")["method"] == "fedavg"
+    assert done.stdout.index("accuracy") < done.stdout.index("1/1 r-dense")
     assert "is in the folder r-dense" in (tmp_path / "r/report.html").read_text(encoding="utf-8")
+    # Here, and beside a folder that holds something else: told before anything is computed.
+    here, taken = tmp_path / "other/here", tmp_path / "other/here-dense"
+    here.mkdir(parents=True)
+    taken.mkdir()
+    (taken / "mine.txt").write_text("mine")
+    refused = Command("fedprune", *arguments, "--out", ".", cwd=here, columns=200).ended()
+    assert refused.returncode == 1
+    assert "here-dense is not empty and holds no run" in refused.stderr
+    assert not list(here.iterdir())
+    shutil.rmtree(taken)
+    done = Command("fedprune", *arguments, "--out", ".", cwd=here, columns=200).ended()
+    assert done.returncode == 0, done.stderr
+    assert read_summary(taken)["method"] == "fedavg"
 
 
 def test_how_the_data_were_taken_is_said_by_the_command_and_its_child(tmp_path: Path) -> None:

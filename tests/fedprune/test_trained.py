@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fedprune
+from fedprune import given
 from fedprune.front import Result
 from fedprune.local.data import split
 from fedprune.local.site import split_seed
@@ -32,6 +33,7 @@ from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.data.samples import ImageSamples, TargetSamples, TokenSamples
 from prunelab.data.sides import SampleSet
 from prunelab.errors import DataError, DataWarning, ModelError, RunError
+from prunelab.runs.folder import append_metrics, read_metrics
 from sparsemodel.errors import CheckpointError, ExportError
 from sparsemodel.layers.sparsify import densify, sparse_layers
 
@@ -123,7 +125,8 @@ def test_a_file_alone_is_enough(result: Result, tmp_path: Path) -> None:
     found = fedprune.load(tmp_path / "mine.safetensors")
     assert sparse_layers(found.model).keys() == sparse_layers(result.model).keys() != set()
     assert found.names == tuple("0123456789")
-    assert found.evaluate("digits") == result.evaluate("digits")
+    digits = load_dataset("digits")  # more than the run had
+    assert found.evaluate("digits") == result.evaluate(digits)
     with pytest.raises(RunError, match="name the data"):
         found.evaluate()
 
@@ -275,7 +278,7 @@ def test_training_samples_are_no_test(tmp_path: Path) -> None:
         assert found.accuracy == done.summary["test_accuracy"]
     assert done.class_names == tuple(sorted(NAMES))
     shutil.copy(done.folder / "model.safetensors", tmp_path / "mine.safetensors")
-    with pytest.warns(DataWarning, match="has no test side, so that all samples count"):
+    with pytest.warns(DataWarning, match="training samples may be among them"):
         assert fedprune.load(tmp_path / "mine.safetensors").evaluate(data).samples == 200
 
 
@@ -345,7 +348,8 @@ def test_tables_with_and_without_the_column_to_predict(tmp_path: Path) -> None:
     predicted = done.predict(tmp_path / "bare.csv")
     assert len(predicted) == 20
     assert np.array_equal(done.predict(tmp_path / "new.csv").values, predicted.values)
-    found = done.evaluate(tmp_path / "new.csv")
+    with pytest.warns(DataWarning, match="has no test side"):
+        found = done.evaluate(tmp_path / "new.csv")
     assert found.metric == pytest.approx(np.abs(predicted.values[:, 0] - prices[40:]).mean(), 1e-3)
 
 
@@ -483,3 +487,158 @@ def test_predict_on_the_command_line(result: Result, pictures: Path, tmp_path: P
 def test_an_export_over_the_model_itself_is_refused(result: Result) -> None:
     with pytest.raises(ExportError, match="there already"):
         result.export(result.folder / "model.safetensors")
+
+
+def wide(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes + 40))
+
+
+def flat(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(input_shape[0], num_classes))
+
+
+def test_own_data_are_known_however_they_were_read(tmp_path: Path) -> None:
+    """Under a test share and a size of the run's own; other data are not kept."""
+    digits = load_dataset("digits", num_train=120)
+    pair = (digits.train_images, digits.train_labels)
+    done = fedprune.run(
+        model=f"{__name__}:wide", data=pair, method="fedavg", rounds=1, clients=2,
+        folder=tmp_path / "run", settings={"data.test_share": 0.4, "data.resize": "8"},
+    )  # fmt: skip
+    found = done.evaluate(pair)
+    assert found == done.evaluate()
+    assert len(found.clients) == 2
+    known = len(given._datasets)
+    other = done.evaluate((digits.test_images, digits.test_labels))
+    assert other.samples == len(digits.test_labels)
+    assert len(given._datasets) == known
+
+
+def test_own_data_are_known_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path is stored whole."""
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    rows = [f"{a:.3f},{b:.3f},{int(a > b)}" for a, b in random.normal(size=(60, 2))]
+    Path("t.csv").write_text("\n".join(["a,b,label", *rows]))
+    fedprune.run(
+        model=f"{__name__}:flat", data="t.csv", method="fedavg", rounds=1, clients=2, folder="run",
+    )  # fmt: skip
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    mine = fedprune.load("../run")
+    assert mine.evaluate("../t.csv") == mine.evaluate()
+    shutil.copy("../t.csv", "copy.csv")
+    with pytest.warns(DataWarning, match="training samples may be among them"):
+        assert mine.evaluate("copy.csv").samples == 60
+
+
+def test_the_runs_own_name_is_the_runs_own_data(result: Result) -> None:
+    assert result.evaluate("digits") == result.evaluate()
+
+
+def test_outputs_beyond_the_classes_count_nowhere(tmp_path: Path) -> None:
+    """Predictions and evaluation go by one rule, and the loss is of the classes there are."""
+    done = fedprune.run(
+        model=f"{__name__}:wide", data="digits", method="fedavg", rounds=1, clients=2,
+        folder=tmp_path / "run",
+        settings={"data.num_train": 100, "data.num_test": 60, "server.pretrain_epochs": 0},
+    )  # fmt: skip
+    test = load_dataset("digits", num_train=100, num_test=60)
+    images, labels = test.test_images, test.test_labels
+    predicted = done.predict(images)
+    found = done.evaluate(SampleSet("test", ImageSamples(images, labels), None))
+    hits = np.array(list(map(int, predicted.classes))) == labels.numpy()
+    assert found.accuracy == hits.mean()
+    chosen = predicted.values[np.arange(60), labels.numpy()]
+    assert found.loss == pytest.approx(-np.log(chosen).mean(), rel=1e-5)
+
+
+def test_several_labels_go_by_their_names(tmp_path: Path) -> None:
+    """Other orders and missing names are brought to the model's; unknown names are refused."""
+    random = np.random.default_rng(0)
+
+    def table(names: tuple[str, ...], features: Any) -> list[dict[str, Any]]:
+        return [
+            {
+                **dict(zip("abc", row, strict=True)),
+                "label": [n for n, v in zip(names, row, strict=True) if v > 0],
+            }
+            for row in features.tolist()
+        ]
+
+    done = fedprune.run(
+        model=f"{__name__}:three", data=table(("ant", "bee", "cat"), random.normal(size=(200, 3))),
+        task="multi-label", method="fedavg", rounds=3, clients=2, folder=tmp_path / "run",
+        settings={"data.partition": "iid", "training.local_epochs": 3},
+    )  # fmt: skip
+    features = random.normal(size=(50, 3))
+    rows = table(("ant", "bee", "cat"), features)
+    expected = done.evaluate(rows)
+    two = [{**row, "label": [n for n in row["label"] if n != "ant"]} for row in rows]
+    predicted = done.predict(rows).values > 0.5
+    truth = features > 0
+    assert expected.metric == pytest.approx((predicted == truth).mean())
+    truth[:, 0] = False
+    assert done.evaluate(two).metric == pytest.approx((predicted == truth).mean())
+    with pytest.raises(DataError, match="has the class 'zebra', which the model does not know"):
+        done.evaluate(table(("zebra", "bee", "cat"), features))
+
+
+def three(input_shape: tuple[int, ...]) -> nn.Module:
+    return nn.Sequential(nn.Linear(input_shape[0], 3))
+
+
+def test_clients_with_data_of_their_own_are_left_out(result: Result, tmp_path: Path) -> None:
+    """Whose counts are not those of the division: they never had these samples."""
+    folder = shutil.copytree(result.folder, tmp_path / "run")
+    lines = read_metrics(folder)
+    lines[0]["clients"][1]["num_train"] += 1
+    (folder / "metrics.jsonl").unlink()
+    (folder / "summary.json").unlink()
+    for line in lines:
+        append_metrics(folder, line)
+    found = fedprune.load(folder).evaluate()
+    assert (found.clients, found.fairness) == ((), None)
+    assert found.accuracy == result.evaluate().accuracy
+
+
+def test_a_picture_that_is_not_there(result: Result) -> None:
+    with pytest.raises(DataError, match=r"nothere\.png: no such file"):
+        result.predict("nothere.png")
+
+
+def test_features_go_by_their_names(tmp_path: Path) -> None:
+    """Whatever the order of the columns, with others beside them; a missing one is named."""
+    pandas = pytest.importorskip("pandas")
+    values = np.random.default_rng(0).normal(size=(300, 2))
+    frame = pandas.DataFrame({"a+": values[:, 0], "b": values[:, 1], "label": values @ [1, -1] > 0})
+    frame["label"] = frame["label"].astype(int)
+    for number, data in enumerate([frame[:200], (frame[["a+", "b"]][:200], frame["label"][:200])]):
+        done = fedprune.run(
+            model=f"{__name__}:flat", data=data, method="fedavg", rounds=3, clients=2,
+            folder=tmp_path / f"run{number}", settings={"training.local_epochs": 3},
+        )  # fmt: skip
+        new = frame[200:]
+        other = new.assign(more=1.0)[["label", "b", "more", "a+"]]
+        expected = done.evaluate(new)
+        assert expected.accuracy is not None
+        assert expected.accuracy > 0.9
+        assert done.evaluate(other) == expected
+        pair = (other.drop(columns="label"), other["label"])
+        assert done.evaluate(pair).accuracy == expected.accuracy
+        assert done.evaluate({"train": frame, "test": other}).accuracy == expected.accuracy
+        predicted = done.predict(new[["a+", "b"]])
+        assert np.array_equal(done.predict(other.drop(columns="label")).values, predicted.values)
+        assert np.array_equal(done.predict(other).values, predicted.values)
+        assert np.array_equal(
+            done.predict(new[["a+", "b"]].to_numpy(np.float32)).values, predicted.values
+        )
+        for wrong in (new.rename(columns={"b": "q"}), new[["a+"]]):
+            with pytest.raises(DataError, match="no column 'b' for the features"):
+                done.predict(wrong)
+    other[:40].to_csv(tmp_path / "new.csv", index=False)
+    with pytest.warns(DataWarning, match="has no test side"):
+        assert done.evaluate(tmp_path / "new.csv").accuracy == done.evaluate(new[:40]).accuracy

@@ -114,11 +114,39 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     model = llama()
     sparse = sparsemodel.sparsify(model, prune(model, density=0.3))
     prunelab.save_pretrained(sparse, tmp_path)
-    with pytest.raises(RunError, match="holds a model already; overwrite it with force=True"):
+    with pytest.raises(RunError, match="is not empty; write into it with force=True"):
         prunelab.save_pretrained(sparse, tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model.safetensors").write_bytes(b"of a run")
+    with pytest.raises(RunError, match="is not empty"):
+        prunelab.save_pretrained(sparse, run)
+    assert (run / "model.safetensors").read_bytes() == b"of a run"
     other = sparsemodel.sparsify(model, prune(model, density=0.2))
     prunelab.save_pretrained(other, tmp_path, force=True)
     assert mask_of(prunelab.from_pretrained(tmp_path)).digest() == mask_of(other).digest()
+
+
+def test_a_revision_is_one_of_mask_and_weights(tmp_path: Path) -> None:
+    """Of a repository as transformers keeps it on this machine, of which two were read."""
+    model = llama()
+    cache = tmp_path / "models--me--lm"
+    digests = []
+    for revision, density in (("v1", 0.3), ("main", 0.2)):
+        commit = {"v1": "1", "main": "2"}[revision] * 40
+        pruned = sparsemodel.sparsify(model, prune(model, density=density))
+        prunelab.save_pretrained(pruned, cache / "snapshots" / commit)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / revision).write_text(commit)
+        digests.append(mask_of(pruned).digest())
+    options = {"cache_dir": tmp_path, "local_files_only": True}
+    found = [
+        mask_of(prunelab.from_pretrained("me/lm", revision=revision, **options)).digest()
+        for revision in ("v1", "main")
+    ]
+    assert found == digests
+    with pytest.raises(RunError, match="me/other: no such folder or repository"):
+        prunelab.from_pretrained("me/other", **options)
 
 
 def test_refusals_say_what_to_do(tmp_path: Path) -> None:

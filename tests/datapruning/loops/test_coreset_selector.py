@@ -110,6 +110,18 @@ def test_methods_run_on_tables_and_repeat(method: str | Callable[..., Any]) -> N
     assert np.array_equal(again.scores_, selector.scores_)
 
 
+def test_the_number_to_keep_may_be_numpys() -> None:
+    X, y = iris()
+    kept = [
+        datapruning.CoresetSelector("random", keep=keep, policy="random", random_state=0)
+        .fit(X, y)
+        .sample_indices_.tolist()
+        for keep in (5, np.int64(5))
+    ]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 5
+
+
 def test_wrong_labels_are_dropped() -> None:
     X, y = make_blobs(300, centers=[[0, 0], [9, 9], [0, 9]], random_state=0)
     wrong = np.random.default_rng(0).choice(300, 30, replace=False)

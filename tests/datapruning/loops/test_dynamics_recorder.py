@@ -7,12 +7,14 @@ ids and logits itself, and margins, rights and wrongs are counted from those by 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning
 import torch
 from torch import nn
 from torch.nn import functional
@@ -184,7 +186,7 @@ def make_net() -> nn.Module:
 
 def fit(
     folder: Path, recorder: datapruning.DynamicsRecorder, *, witness: Witness | None = None,
-    resume: Path | None = None, **settings: Any,
+    resume: Path | None = None, others: Sequence[Any] = (), **settings: Any,
 ) -> Any:  # fmt: skip
     module = lightning_module(make_net())
     plain = module.training_step
@@ -196,7 +198,7 @@ def fit(
         return step
 
     module.training_step = training_step
-    run = lightning_trainer(folder, callbacks=[recorder], **settings)
+    run = lightning_trainer(folder, callbacks=[recorder, *others], **settings)
     data = datapruning.indexed(Points())
     torch.manual_seed(1)
     run.fit(module, loader(data), loader(data, shuffle=False), ckpt_path=resume, weights_only=True)
@@ -222,6 +224,25 @@ def test_lightning_resumes(tmp_path: Path) -> None:
     again = datapruning.DynamicsRecorder(Points())
     fit(tmp_path, again, witness=witness, max_epochs=3, resume=tmp_path / "one.ckpt")
     witness.check(again, epochs=3)
+
+
+def test_what_was_broken_off_does_not_mix_into_the_next_run(tmp_path: Path) -> None:
+    """In the middle of an epoch; another model is trained with the same recorder."""
+    recorder, witness = datapruning.DynamicsRecorder(Points()), Witness()
+
+    class Broken(pytorch_lightning.Callback):
+        def on_fit_start(self, trainer: Any, module: nn.Module) -> None:
+            for parameter in module.parameters():
+                nn.init.normal_(parameter)  # other logits than the next run's
+
+        def on_train_batch_start(self, *given: Any) -> None:
+            if given[-1] == 2:
+                raise RuntimeError("broken off")
+
+    with pytest.raises(RuntimeError, match="broken off"):
+        fit(tmp_path, recorder, others=[Broken()])
+    fit(tmp_path, recorder, witness=witness)
+    witness.check(recorder, epochs=2)
 
 
 def test_a_loop_of_ones_own(tmp_path: Path) -> None:

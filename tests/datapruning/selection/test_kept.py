@@ -10,12 +10,15 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 import datapruning
 from datapruning.errors import SelectionError, SubsetWarning
 from datapruning.selection.table import Subset as Kept
+from prunelab.data.given import load_sample_set
+from prunelab.data.reading import reading
 
 N = 30
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, 1, 8, 8), dtype=np.uint8)
@@ -138,3 +141,61 @@ def test_streams_are_thinned_by_place(kept: Kept) -> None:
     streamed = kept.of(hugging_face().to_iterable_dataset())
     assert isinstance(streamed, datasets.IterableDataset)
     assert [row["weight"] for row in streamed] == [k / 4 for k in IDS]
+
+
+def test_a_stream_in_shards_keeps_the_same_samples_however_it_is_read(kept: Kept) -> None:
+    """By a worker, in another order, by two nodes: places are those of the whole stream."""
+    stream = hugging_face().to_iterable_dataset(num_shards=4)
+    chosen = kept.of(stream)
+    expected = [k / 4 for k in IDS]
+    assert chosen.features == stream.features
+    assert [row["weight"] for row in chosen] == expected
+    assert all(
+        np.array_equal(np.asarray(row["image"]), IMAGES[k, 0])
+        for k, row in zip(IDS, chosen, strict=True)
+    )
+    for seed in (2, 3, 42):
+        shuffled = chosen.shuffle(seed=seed, buffer_size=3)
+        assert sorted(row["weight"] for row in shuffled) == expected
+    nodes = [split_dataset_by_node(chosen, rank, 2) for rank in (0, 1)]
+    assert sorted(row["weight"] for node in nodes for row in node) == expected
+    weights = chosen.select_columns("weight")
+    loader = DataLoader(weights, batch_size=None, num_workers=1)
+    assert [float(row["weight"]) for row in loader] == expected
+    with pytest.raises(SelectionError, match="use one worker at most"):
+        list(DataLoader(weights, batch_size=None, num_workers=2))
+
+
+def test_labels_that_are_texts_are_selected(kept: Kept) -> None:
+    """As they were scored: numbered by all of the samples."""
+    data = hugging_face().cast_column("label", datasets.Value("string"))
+    data = data.map(lambda row: {"label": ["cat", "dog"][int(row["label"])]})
+    table = datapruning.score(data, method="random")
+    subset = table.select(keep=5, policy="random", seed=0)
+    chosen = subset.of(data)
+    assert chosen.features == data.features
+    assert chosen["weight"][:] == [k / 4 for k in subset.indices]
+    with pytest.raises(SelectionError, match="these data have fingerprint"):
+        kept_of(None).of(data.select(range(N - 1, -1, -1)))
+
+
+def test_a_file_is_scored_whole_and_ids_are_its_rows(tmp_path: Any) -> None:
+    """Also where a part of it is set aside: then its ids are no rows of what is left."""
+    values = np.random.default_rng(0).normal(size=(50, 2))
+    frame = pandas.DataFrame(values, columns=["a", "b"]).assign(label=values[:, 0] > 0)
+    frame["label"] = frame["label"].astype(int)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    table = datapruning.score(tmp_path / "t.csv", method="random")
+    subset = table.select(keep=7, policy="random", seed=0)
+    assert len(table) == 50
+    assert subset.of(frame).equals(frame.iloc[subset.indices])
+    assert isinstance(subset.of(str(tmp_path / "t.csv")), datapruning.KeptSamples)
+    how = reading(columns="label=label", test_share=0.4)
+    part = datapruning.score(tmp_path / "t.csv", method="random", reading=how)
+    expected = load_sample_set(str(tmp_path / "t.csv"), how=how).train
+    assert part.ids.tolist() == expected.ids.tolist()
+    rows = torch.from_numpy(values.astype(np.float32))[part.ids]
+    assert torch.equal(expected.batch(torch.arange(30))[0], rows)
+    kept = part.select(keep=30, policy="random", seed=0)
+    with pytest.raises(SelectionError, match="is no row of 30 samples"):
+        _ = kept.indices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -90,6 +91,11 @@ def test_a_tracker_that_fails_costs_a_warning_not_the_run(
     assert digest(tmp_path / "run") == digest(plain)
 
 
+class Offline:
+    def __init__(self) -> None:
+        raise OSError("no server")
+
+
 def stopped(folder: Path, tracker: Any, *, after: int) -> None:
     """Run, and stop once so many rounds are written."""
 
@@ -122,6 +128,18 @@ def test_a_run_that_goes_on_shows_no_round_twice(tmp_path: Path) -> None:
     runner.run(CONFIG, tmp_path / "run", resume=True, tracker=second)
     assert second.rounds == written(tmp_path / "run")[2:]
     runner.run(CONFIG, tmp_path / "run", resume=True, tracker=Kept(fails_at="start"))  # complete
+
+
+def test_a_run_that_is_made_anew_in_its_folder_is_another(tmp_path: Path) -> None:
+    """A tracker that goes on by identity would lose the rounds that the first one had."""
+    known = set()
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        fedprune.run(CONFIG, tmp_path / "run")
+        known.add(trackers.identity(tmp_path / "run"))
+        runner.run(CONFIG, tmp_path / "run", resume=True)
+        known.add(trackers.identity(tmp_path / "run"))
+    assert len(known) == 2
 
 
 def test_event_files_hold_what_the_run_wrote(plain: Path, tmp_path: Path) -> None:
@@ -193,7 +211,9 @@ def test_mlflow_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("sheet", "unknown tracker 'sheet'; known trackers: tensorboard, wandb, mlflow; or give"),
         ("nowhere:Class", "tracker 'nowhere:Class' cannot be imported"),
-        ("math:sqrt", "tracker 'math:sqrt' is called without arguments: "),
+        ("math:sqrt", "tracker 'math:sqrt' could not be made without arguments: TypeError: "),
+        ("math:pi", "tracker 'math:pi' is a float, no class"),
+        (f"{__name__}:Offline", "could not be made without arguments: OSError: no server"),
         ("collections:OrderedDict", "start, log and finish"),
         (Kept, "expected an object with the methods"),
         (3, "expected an object"),

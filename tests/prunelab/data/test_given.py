@@ -760,3 +760,15 @@ def test_a_federated_data_set_brings_its_test_split(
     assert (len(both.train), len(both.test)) == (12, 4)
     assert both.train_groups is not None
     assert both.train_groups.tolist() == sorted([0, 1, 2, 3] * 3)
+
+
+def test_the_columns_of_a_test_side_are_those_of_the_training_side() -> None:
+    """In its order, with others beside them; names are kept."""
+    train = {"a": [1.0, 2.0], "b": [3.0, 4.0], "label": [0, 1]}
+    test = {"label": [1, 0], "more": [9.0, 9.0], "b": [5.0, 6.0], "a": [7.0, 8.0]}
+    both = as_sample_set({"train": train, "test": test})
+    assert both.feature_names == ("a", "b")
+    assert both.test is not None
+    assert both.test.batch(torch.arange(2))[0].tolist() == [[7.0, 5.0], [8.0, 6.0]]
+    with pytest.raises(DataError, match="no column 'b' for the features"):
+        as_sample_set({"train": train, "test": {"a": [7.0], "label": [1]}})

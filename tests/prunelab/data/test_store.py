@@ -265,7 +265,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda f: (f / "store.json").write_text("[]"), "its checksum does not fit"),
     "no bytes": (lambda f: (f / "store.json").write_bytes(b"\xff\xfe\0"), "damaged"),
     "other kind": (changed_header(lambda h: h.update(of="alpha")), "expected 'store.json', found"),
-    "newer": (changed_header(lambda h: h.update(format=4)), "format 4, this release reads 3"),
+    "newer": (changed_header(lambda h: h.update(format=5)), "format 5, this release reads 4"),
     "no arrays": (changed_header(lambda h: h.pop("arrays")), "damaged .KeyError: 'arrays'"),
     "no targets": (changed_header(lambda h: h["arrays"].pop("targets")), "damaged .KeyError"),
     "a path": (
@@ -321,7 +321,7 @@ def test_verifying_finds_a_changed_bit(intact: Path, tmp_path: Path, name: str) 
 @given(st.recursive(st.none() | st.floats() | st.text(max_size=3), st.lists, max_leaves=3))
 def test_a_field_of_any_other_type_is_refused(intact: Path, value: object) -> None:
     header = json.loads((intact / "store.json").read_text())
-    for field in {"format", "arrays", "preprocessing"} - ({"format"} if value == 3 else set()):
+    for field in {"format", "arrays", "preprocessing"} - ({"format"} if value == 4 else set()):
         with pytest.raises(DataError):
             stores._Header.parse({**header, field: value})
 
