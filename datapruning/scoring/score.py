@@ -27,6 +27,7 @@ from prunelab.data.datasets import DATASETS, fingerprint
 from prunelab.data.given import load_sample_set
 from prunelab.data.objects import as_samples
 from prunelab.data.reading import Reading
+from prunelab.data.reading import reading as make_reading
 from prunelab.data.samples import ImageSamples, Samples
 from prunelab.data.streamed import StreamedImages
 from prunelab.errors import RunError
@@ -50,7 +51,7 @@ def score(
     method: str | Method | Score | Sequence[str | Method | Score],
     model: Network = "resnet8",
     out: Path | str | None = None,
-    reading: Reading | None = None,
+    reading: Reading | Mapping[str, Any] | None = None,
     task: Task | None = None,
     training: TrainingConfig | None = None,
     seed: int = 0,
@@ -82,8 +83,8 @@ def score(
             need one model and no record of its training).
         out: parquet file of the table; with several methods NAME.parquet becomes
             NAME-METHOD.parquet. None: nothing is left on disk, and nothing can be resumed.
-        reading: how data of a name, folder or file are taken (see `prunelab.data.reading`), such as
-            the columns of a table; also what is set aside for a test. None: nothing is.
+        reading: how data of a name, folder or file are taken: what `prunelab.data.reading.reading`
+            takes, such as {"columns": "label=kind", "resize": 32, "test_share": 0.2}.
         task: None: what the samples are for.
         training: of each model; None: TrainingConfig().
         density: train and score with a sparse model that keeps this share of its weights.
@@ -117,6 +118,8 @@ def score(
     """
     methods = named_methods(method)
     names = list(methods)
+    if isinstance(reading, Mapping):
+        reading = make_reading(**reading)
     samples, dataset, source = _samples(data, reading)
     task, training = task or make_task(task_of(samples)), training or TrainingConfig()
     settings = _settings(

@@ -22,6 +22,7 @@ from prunelab.data.store import HEADER, SampleStore, open_store
 from prunelab.errors import DataError
 from prunelab.runs.children import ended_with_parent
 from prunelab.runs.imported import IMPORTED
+from prunelab.runs.stamps import stamp_of
 from prunelab.runs.version import __version__
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _store(
     folder = cache / f"own-{_digest(where, config.digest)}"
     if expected is None:
         return folder if folder.exists() else None
-    stamp = _digest(__version__, dict(expected), _files(Path(path)))
+    stamp = _digest(__version__, dict(expected), stamp_of(path))
     with FileLock(f"{folder}.lock"):
         if not _is_made(folder, stamp) or IMPORTED.fullmatch(path):
             shutil.rmtree(folder, ignore_errors=True)
@@ -140,13 +141,6 @@ def _check_store(store: SampleStore, expected: Mapping[str, Any]) -> None:
                 f"{store.folder}: its {what} is {found[what]}, the run's {wanted}; write the store "
                 "again for this run"
             )
-
-
-def _files(path: Path) -> list[list[Any]]:
-    """Names, sizes and times of the files, which change when the data do."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = [(str(file), file.stat()) for file in files if file.is_file()]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
 
 
 def _digest(*values: Any) -> str:

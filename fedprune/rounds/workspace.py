@@ -43,6 +43,7 @@ from prunelab.networks import (
     uninitialised,
 )
 from prunelab.runs.seeds import stream_seed
+from prunelab.runs.stamps import stamp_of
 from prunelab.training.steps import is_classification
 from prunelab.training.task import check_fits, forward, task_of
 from sparsemodel.errors import PlanError
@@ -210,12 +211,14 @@ def open_workspace(config: RunConfig) -> Workspace:
     Raises:
         ConfigError, DataError, ModelError: a name is unknown, or the data do not allow it.
     """
-    # What was given is part of the key: a function that was defined again keeps its name.
-    return _opened(config, given_model(config.model_name), given_dataset(config.data.dataset))
+    # What was given is part of the key: a function that was defined again keeps its name, and a
+    # folder whose files have changed.
+    name = config.data.dataset
+    return _opened(config, given_model(config.model_name), given_dataset(name), stamp_of(name))
 
 
 @lru_cache(maxsize=1)
-def _opened(config: RunConfig, model: Any, given: SampleSet | None) -> Workspace:
+def _opened(config: RunConfig, model: Any, given: SampleSet | None, stamp: str) -> Workspace:
     if isinstance(model, str):
         check_model(model)
     data = config.data

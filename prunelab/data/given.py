@@ -33,6 +33,7 @@ from prunelab.data.sides import SampleSet
 from prunelab.data.tables import read_table
 from prunelab.errors import DataError
 from prunelab.runs.imported import imported
+from prunelab.runs.stamps import stamp_of
 from prunelab.training.task import task_of
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -77,7 +78,6 @@ def as_sample_set(
     return sample_set_of(data, how, seed=seed)
 
 
-@lru_cache(maxsize=2)
 def load_sample_set(
     name: str,
     *,
@@ -86,7 +86,7 @@ def load_sample_set(
     num_test: int | None = None,
     seed: int = 0,
 ) -> SampleSet:
-    """A data set by name; cached for the process.
+    """A data set by name; kept for the process, and read anew where its files have changed.
 
     Args:
         name: one of DATASETS; a folder of class folders (ROOT/CLASS/picture.png, or the same in
@@ -100,7 +100,26 @@ def load_sample_set(
     Raises:
         DataError: unknown name, no access to the data, or data that are none of these.
     """
+    stamp = "" if name in DATASETS else stamp_of(name)
     how = how or Reading()
+    return _loaded(name, stamp, how=how, num_train=num_train, num_test=num_test, seed=seed)
+
+
+def forget() -> None:
+    """Let go of what was loaded by name."""
+    _loaded.cache_clear()
+
+
+@lru_cache(maxsize=2)
+def _loaded(
+    name: str,
+    stamp: str,
+    *,
+    how: Reading,
+    num_train: int | None,
+    num_test: int | None,
+    seed: int,
+) -> SampleSet:
     path = Path(name)
     if name in DATASETS or (path.is_dir() and not _is_folder_of_tables(path, how)):
         train, test = sources(name, how, seed=seed)

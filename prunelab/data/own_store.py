@@ -95,7 +95,7 @@ def write_own_store(
     how = how or Reading()
     how = replace(how, test_share=0.0, class_names=names, task=run.task or how.task)
     # Not kept by this process: the store has it.
-    found = load_sample_set.__wrapped__(path, how=how)
+    found = load_sample_set(path, how=how)
     samples = called_as(found.train, found.class_names, names, where=path)
     task = task_of(samples)
     if run.task and task != run.task:

@@ -111,14 +111,23 @@ def test_a_class_that_the_test_side_lacks(tmp_path: Path) -> None:
     assert run(tmp_path / "run", data=data).model[3].out_features == 3
 
 
-def test_a_client_of_one_sample_is_left_out(tmp_path: Path) -> None:
+def test_a_client_of_one_sample_is_left_out_where_there_is_batch_norm(tmp_path: Path) -> None:
     images, labels = torch.from_numpy(IMAGES), torch.from_numpy(LABELS)
     groups = torch.tensor([1] * 9 + [0] + [1] * 20 + [2] * 30)
     mark = fingerprint(images, labels)
     data = ImageSet("own", images, labels, images, labels, 3, mark, train_groups=groups)
-    result = run(tmp_path / "run", data=data, clients=3, settings={"data.partition": "natural"})
-    skipped = [entry for line in result.metrics for entry in line.get("skipped", [])]
-    assert ["needs at least 2" in entry["reason"] for entry in skipped] == [True]
+
+    def normed(num_classes: int) -> nn.Module:
+        layers = [nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, num_classes)]
+        return nn.Sequential(*layers)
+
+    for model, expected in ((normed, ["batch norm needs at least 2"]), (network, [])):
+        result = run(
+            tmp_path / str(len(expected)), data=data, model=model, clients=3,
+            settings={"data.partition": "natural"},
+        )  # fmt: skip
+        skipped = [entry for line in result.metrics for entry in line.get("skipped", [])]
+        assert [entry["reason"].partition("; ")[2] for entry in skipped] == expected
 
 
 def natural(tmp_path: Path, given: list[int], *, clients: int, **settings: Any) -> list[str]:

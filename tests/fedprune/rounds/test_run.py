@@ -42,7 +42,7 @@ from fedprune.rounds.run import run
 from fedprune.rounds.setup import Setup
 from fedprune.rounds.workspace import _opened, open_workspace
 from prunelab.data.batches import Integers
-from prunelab.data.given import load_sample_set
+from prunelab.data.given import forget
 from prunelab.data.samples import ImageSamples, stored
 from prunelab.data.tensors import prepare
 from prunelab.errors import DataError, RunError
@@ -185,7 +185,7 @@ def test_test_data_decide_nothing(
         out = run_inline(tiny(), tmp_path / "poisoned")
     finally:
         _opened.cache_clear()
-        load_sample_set.cache_clear()
+        forget()
     assert digest(out) == digest(finished)
     assert read_summary(out)["test_accuracy"] != read_summary(finished)["test_accuracy"]
 

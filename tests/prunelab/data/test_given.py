@@ -33,7 +33,7 @@ from torchvision.datasets import FakeData, ImageFolder
 from torchvision.transforms import PILToTensor, RandomCrop
 
 from datapruning.recommend.language import train_tokenizer
-from prunelab.data.given import as_sample_set, described, load_sample_set
+from prunelab.data.given import as_sample_set, described, forget, load_sample_set
 from prunelab.data.objects import as_samples
 from prunelab.data.reading import reading
 from prunelab.data.samples import ImageSamples, TargetSamples, TokenSamples
@@ -48,9 +48,9 @@ SORTED = ("ant", "cat", "dog")
 
 @pytest.fixture(autouse=True)
 def _fresh_cache() -> Iterator[None]:
-    load_sample_set.cache_clear()
+    forget()
     yield
-    load_sample_set.cache_clear()
+    forget()
 
 
 def pictures(root: Path, names: list[str] | None = None, pixels: Any = PIXELS) -> Path:
@@ -598,7 +598,7 @@ def test_class_folders(tmp_path: Path) -> None:
     (root / "cat" / "notes.txt").write_text("?")
     (root / "README.md").write_text("?")
     (root / ".cache").mkdir()
-    load_sample_set.cache_clear()
+    forget()
     with pytest.warns(DataWarning, match="3 files are hidden or no pictures"):
         assert as_sample_set(root, test_share=0).train.fingerprint == expected
 
@@ -612,7 +612,7 @@ def test_class_folders_of_two_sides_and_a_picture_alone(tmp_path: Path) -> None:
     assert both.test is not None
     assert labels_of(both.test) == [2]
     pictures(tmp_path / "val", ["owl"], PIXELS[:1])
-    load_sample_set.cache_clear()
+    forget()
     with pytest.raises(DataError, match="the class 'owl', which is none of 'ant', 'cat', 'dog'"):
         as_sample_set(tmp_path)
 
@@ -660,7 +660,7 @@ def test_sides_are_known_by_the_same_names_everywhere(tmp_path: Path) -> None:
     assert both.test is not None
     assert labels_of(both.test) == [1]
     table(tmp_path / "test.tsv", "a\ty\n4\tu\n")
-    load_sample_set.cache_clear()
+    forget()
     with pytest.warns(DataWarning, match=r"the test side is test; not read: val\.csv"):
         both = as_sample_set(str(tmp_path))
     assert both.test is not None
@@ -772,3 +772,14 @@ def test_the_columns_of_a_test_side_are_those_of_the_training_side() -> None:
     assert both.test.batch(torch.arange(2))[0].tolist() == [[7.0, 5.0], [8.0, 6.0]]
     with pytest.raises(DataError, match="no column 'b' for the features"):
         as_sample_set({"train": train, "test": {"a": [7.0], "label": [1]}})
+
+
+def test_a_file_that_has_changed_is_read_anew(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    rows = [f"{x},{x % 3}" for x in range(30)]
+    table.write_text("\n".join(["x,label", *rows]))
+    first = load_sample_set(str(table))
+    assert load_sample_set(str(table)) is first
+    table.write_text("\n".join(["x,label", *rows, "30,0"]))
+    again = load_sample_set(str(table))
+    assert len(again.train) + len(again.test) == 31
