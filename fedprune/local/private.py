@@ -40,6 +40,7 @@ def samples_of_run(store: SampleStore) -> dict[str, Any]:
         "num_classes": store.num_classes,
         "class_names": list(store.class_names),
         "input_shape": list(store.input_shape),
+        "feature_names": list(store.feature_names),
     }
 
 

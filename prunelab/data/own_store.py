@@ -18,7 +18,7 @@ from typing import Any
 from prunelab.data.given import load_sample_set
 from prunelab.data.objects import called_as
 from prunelab.data.reading import Reading, reading
-from prunelab.data.samples import ImageSamples, stored
+from prunelab.data.samples import stored
 from prunelab.data.store import SampleStore, write_store
 from prunelab.errors import DataError, PrunelabError
 from prunelab.training.task import task_of
@@ -35,12 +35,14 @@ class RunSamples:
         num_classes: of the run; None: it has no classes, or as many as the node's.
         class_names: of the classes 0, 1, ...; None: the node's own, sorted; empty: numbers alone.
         input_shape: of one input; empty: whatever it is.
+        feature_names: of the columns of a table, in the run's order; empty: the node's own.
     """
 
     task: str = ""
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     input_shape: tuple[int, ...] = ()
+    feature_names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> RunSamples:
@@ -51,6 +53,7 @@ class RunSamples:
             None if count is None else int(count),
             None if names is None else tuple(map(str, names)),
             tuple(map(int, values.get("input_shape", ()))),
+            tuple(map(str, values.get("feature_names", ()))),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,6 +64,7 @@ class RunSamples:
             "num_classes": self.num_classes,
             "class_names": names,
             "input_shape": list(self.input_shape),
+            "feature_names": list(self.feature_names),
         }
 
 
@@ -93,7 +97,10 @@ def write_own_store(
     if names == () and run.num_classes is not None:  # folders are called by their number then
         names = tuple(map(str, range(run.num_classes)))
     how = how or Reading()
-    how = replace(how, test_share=0.0, class_names=names, task=run.task or how.task)
+    how = replace(
+        how, test_share=0.0, class_names=names, task=run.task or how.task,
+        feature_names=run.feature_names,
+    )  # fmt: skip
     # Not kept by this process: the store has it.
     found = load_sample_set(path, how=how)
     samples = called_as(found.train, found.class_names, names, where=path)
@@ -110,7 +117,7 @@ def write_own_store(
     num_classes = found.num_classes
     if num_classes is not None and names:
         num_classes = len(names)
-    if run.num_classes is not None and isinstance(samples, ImageSamples):
+    if run.num_classes is not None and samples.labels is not None:
         largest = int(samples.labels.max())
         if largest >= run.num_classes:
             raise DataError(f"{path}: has the class {largest}; the run has {run.num_classes}")
@@ -119,7 +126,7 @@ def write_own_store(
     return write_store(
         folder, inputs, targets,
         num_classes=num_classes, name=found.name, task=task, class_names=classes,
-        made_for=made_for,
+        feature_names=found.feature_names, made_for=made_for,
     )  # fmt: skip
 
 

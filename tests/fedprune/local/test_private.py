@@ -42,6 +42,13 @@ def test_classes_are_numbered_as_the_run_has_them_and_one_may_be_missing(tmp_pat
     run = RunSamples("classification", 3, RUN.class_names, (2,))
     store = write_own_store(str(table), tmp_path / "second", expected=run)
     assert (store.targets.tolist(), store.inputs.tolist()) == ([1, 0], [[1, 2], [3, 4]])
+    run = RunSamples("classification", 3, RUN.class_names, (2,), ("b", "a"))
+    store = write_own_store(str(table), tmp_path / "third", expected=run)
+    assert (store.inputs.tolist(), store.feature_names) == ([[2, 1], [4, 3]], ("b", "a"))
+    assert RunSamples.of(samples_of_run(store)) == run
+    run = RunSamples("classification", 3, RUN.class_names, (2,), ("b", "c"))
+    with pytest.raises(DataError, match="'c'"):
+        write_own_store(str(table), tmp_path / "fourth", expected=run)
 
 
 def test_classes_with_names_of_their_own_go_by_name(tmp_path: Path) -> None:
