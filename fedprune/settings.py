@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prunelab.data.reading import TEST_SHARE, reading
-from prunelab.errors import DataError
+from prunelab.errors import DataError, close_names
 
 PARTITIONS = ("iid", "dirichlet", "pathological", "natural")
 VALUE_DTYPES = ("fp32", "fp16", "bf16", "int8")
@@ -194,4 +194,5 @@ def _unknown_functions(data: DataConfig, training: TrainingConfig) -> Iterable[s
     }
     for key, (value, known) in functions.items():
         if value not in known and ":" not in value:
-            yield f"{key}: expected {', '.join(known)} or module:function; got {value!r}"
+            close = close_names(value, known)
+            yield f"{key}: expected {', '.join(known)} or module:function; got {value!r}{close}"

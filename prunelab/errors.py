@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 
 
 class PrunelabError(ValueError):
@@ -45,3 +46,13 @@ def check_settings(
     problems = [problem for problem, holds in checks.items() if not holds]
     if problems:
         raise error(f"{what}: {'; '.join(problems)}")
+
+
+def close_names(name: str, known: Iterable[str]) -> str:
+    """A question for the end of a message about an unknown name; "" where none is like it.
+
+    >>> close_names("digitz", ["digits", "cifar10"])
+    "; did you mean 'digits'?"
+    """
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -18,6 +18,7 @@ from datapruning.errors import ScoreError
 from datapruning.scores import dynamics, memorization
 from datapruning.scores.error import el2n, entropy, margin
 from datapruning.scoring import steps
+from prunelab.errors import close_names
 
 NUM_MOMENTS = 5
 """Checkpoints of a run that "spread" keeps, evenly over its epochs."""
@@ -102,7 +103,10 @@ def check_method(name: str) -> Method:
         ScoreError: unknown; the message lists the known ones.
     """
     if name not in METHODS:
-        raise ScoreError(f"unknown method {name!r}; known methods: {', '.join(METHODS)}")
+        raise ScoreError(
+            f"unknown method {name!r}; known methods: {', '.join(METHODS)}"
+            f"{close_names(name, METHODS)}"
+        )
     return METHODS[name]
 
 

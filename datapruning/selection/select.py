@@ -24,6 +24,7 @@ from datapruning.selection.policies import (
     random,
 )
 from datapruning.selection.table import ScoreTable, Subset
+from prunelab.errors import close_names
 from prunelab.runs.seeds import generator
 
 AUTO = "auto"
@@ -236,7 +237,10 @@ def _resolved(
         return policy, []
     if policy != AUTO:
         if policy not in POLICIES:
-            raise SelectionError(f"unknown policy {policy!r}; known: {AUTO}, {', '.join(POLICIES)}")
+            raise SelectionError(
+                f"unknown policy {policy!r}; known: {AUTO}, {', '.join(POLICIES)}"
+                f"{close_names(policy, POLICIES)}"
+            )
         return POLICIES[policy], []
     if labels is None:
         raise SelectionError("policy auto counts samples by class; this table has no labels")

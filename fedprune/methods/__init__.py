@@ -17,6 +17,7 @@ from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSe
 from fedprune.methods.magnitude import Magnitude
 from fedprune.methods.small_dense import SmallDense
 from fedprune.methods.ssfl import SSFL
+from prunelab.errors import close_names
 from prunelab.runs.imported import imported
 
 __all__ = [
@@ -77,6 +78,7 @@ def method_class(name: str) -> type[Method]:
     if ":" not in name:
         raise ConfigError(
             f"unknown method {name!r}; known methods: {', '.join(METHODS)}; or give module:Class"
+            f"{close_names(name, METHODS)}"
         )
     try:
         found = imported(name)

@@ -20,7 +20,7 @@ from prunelab.data.folders import read_classes, side_folders
 from prunelab.data.parquet import has_side, read_side
 from prunelab.data.pictures import decoded
 from prunelab.data.reading import TEST_NAMES, Reading
-from prunelab.errors import DataError
+from prunelab.errors import DataError, close_names
 from prunelab.runs.seeds import rng
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -128,7 +128,8 @@ def check_dataset(name: str) -> None:
     if name not in DATASETS and not Path(name).is_dir():
         raise DataError(
             f"unknown data set {name!r}; known: {', '.join(DATASETS)}; or give a folder of class "
-            "folders or of parquet files, a table (.csv, .tsv, .parquet), or module:function"
+            "folders or of parquet files, a table (.csv, .tsv, .parquet), or module:function; "
+            f"there is no file or folder of that name in {Path.cwd()}{close_names(name, DATASETS)}"
         )
 
 

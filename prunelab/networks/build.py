@@ -13,13 +13,12 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from prunelab.errors import ModelError
+from prunelab.errors import ModelError, close_names
 from prunelab.networks.builtin import ADJUSTABLE_WIDTH, MODELS, refuse_width
 from prunelab.networks.libraries import (
     LIBRARIES,
     build_of_library,
     check_library_name,
-    close_names,
     has_width,
     is_of_library,
     known_names,

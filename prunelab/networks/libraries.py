@@ -6,7 +6,6 @@ takes from the hub. A function of your own may load pre-trained ones.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunelab.errors import ModelError
+from prunelab.errors import ModelError, close_names
 
 # By the beginning of a name: what torchvision calls the size of an image.
 _SIZED = {"vit_": "image_size", "maxvit_": "input_size"}
@@ -86,12 +85,6 @@ def known_names(library: str) -> list[str]:
     except ImportError:
         raise _not_installed("timm/NAME", "timm") from None
     return list(timm.list_models())
-
-
-def close_names(name: str, known: list[str]) -> str:
-    """The names most like one that is not known, as the end of a message; "" where none is."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def _torchvision(
