@@ -206,9 +206,10 @@ def test_floats_are_fed_as_they_are() -> None:
 
 def test_floats_that_look_like_pixels_are_mentioned() -> None:
     """Images without a negative value, up to 1 or 255, have not been normalised."""
-    for high in (1.0, 255.0):
-        with pytest.warns(DataWarning, match="floats between 0 and 255, and are fed to the net"):
-            checked_images(np.array([[[0.0, high]]]))
+    for high in (1, 255):
+        words = f"floats between 0 and {high}, and are fed to the net"
+        with pytest.warns(DataWarning, match=words):
+            checked_images(np.array([[[0.0, float(high)]]]))
     for plain in ([[-1.0, 9.0]], [[0.0, 256.0]], [[0.0, 0.0]]):
         quiet(checked_images, np.array([plain]))
     quiet(checked_images, np.array([[0.0, 1.0]]))  # vectors are no pixels
