@@ -53,7 +53,7 @@ class Cohort(Protocol):
 
 def run(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
     """Run, or continue, until the last round; leaves model, metrics and summary in `folder`."""
-    evaluator = Evaluator(setup, cohort.ask)
+    evaluator = Evaluator(setup, lambda request: cohort.ask(request, clients=_testers(cohort)))
     # Where we stand: the last checkpoint, or the method's own start.
     state = _resumed(setup, folder) or start(setup, cohort, folder)
     while state.round_index < setup.config.training.rounds:
@@ -282,6 +282,11 @@ def _resumed(setup: Setup, folder: RunFolder) -> RunState | None:
             " continue with the network that the run began with, or use another folder"
         )
     return replace(state, model=state.model.ordered(setup.shapes))
+
+
+def _testers(cohort: Cohort) -> list[int]:
+    """The clients that have something to test with."""
+    return [client for client, info in sorted(cohort.clients.items()) if info.num_test]
 
 
 def _nobody(folder: RunFolder, state: RunState, traffic: Traffic) -> RunError:

@@ -371,6 +371,22 @@ def test_clients_test_on_samples_of_their_own(method: str, tmp_path: Path) -> No
     assert down[1] < 1.3 * plain[1]
 
 
+@pytest.mark.filterwarnings("ignore::prunelab.errors.DataWarning")
+def test_a_client_that_is_too_small_to_test_is_not_asked(tmp_path: Path) -> None:
+    """Three samples are two for training and one for development."""
+    inputs, values = features()
+    share = np.array([0, 1, 2]), np.arange(3, 60)
+    result = run(
+        tmp_path, model=one, data=(inputs, values), clients=2, rounds=1,
+        partition=lambda labels, num_clients, seed: share,
+        settings={"federation.evaluate": "clients", "server.pretrain_epochs": 0},
+    )  # fmt: skip
+    line = result.metrics[-1]
+    assert line["clients"] == [0, 1]
+    assert [entry["client"] for entry in line["test_clients"]] == [1]
+    assert line["skipped"] == []
+
+
 @pytest.mark.filterwarnings("ignore:60 test samples are left aside")
 def test_clients_test_samples_decide_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
