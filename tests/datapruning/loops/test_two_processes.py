@@ -116,32 +116,39 @@ def by_lightning(rank: int, world: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def process(what: Any, rank: int, folder: Path, arguments: tuple[Any, ...]) -> None:
-    """One of two."""
+def process(what: Any, rank: int, world: int, folder: Path, arguments: tuple[Any, ...]) -> None:
+    """One of `world`."""
     torch.set_num_threads(1)
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (folder / "port").read_text()}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", **rendezvous}
-    if what is loop:
-        distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.save(what(rank, 2, *arguments), folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+    if world > 1:
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (folder / "port").read_text()}
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {**own, **rendezvous}
+    if world > 1 and what is loop:
+        distributed.init_process_group("gloo", rank=rank, world_size=world)
+    torch.save(what(rank, world, *arguments), folder / f"{rank}-{world}.pt")
+    if world > 1:
+        distributed.destroy_process_group()
 
 
-def by_two(what: Any, folder: Path, *arguments: Any) -> list[dict[str, Any]]:
+def by_processes(world: int, what: Any, folder: Path, *arguments: Any) -> list[dict[str, Any]]:
+    """What each found; also of a single one, since libraries keep settings of earlier trainings."""
     import socket  # noqa: PLC0415
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (folder / "port").write_text(str(free.getsockname()[1]))
-    both = [FORKS.Process(target=process, args=(what, r, folder, arguments)) for r in range(2)]
-    for one in both:
+    everyone = [
+        FORKS.Process(target=process, args=(what, r, world, folder, arguments))
+        for r in range(world)
+    ]
+    for one in everyone:
         one.start()
-    for one in both:
+    for one in everyone:
         one.join(120)
         if one.is_alive():
             one.kill()
-    assert [one.exitcode for one in both] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    assert [one.exitcode for one in everyone] == [0] * world
+    return [torch.load(folder / f"{rank}-{world}.pt") for rank in range(world)]
 
 
 def check(one: dict[str, Any], both: list[dict[str, Any]]) -> None:
@@ -157,16 +164,16 @@ def check(one: dict[str, Any], both: list[dict[str, Any]]) -> None:
 
 
 def test_a_plain_loop(tmp_path: Path) -> None:
-    one = loop(0, 1)
-    both = by_two(loop, tmp_path)
+    (one,) = by_processes(1, loop, tmp_path)
+    both = by_processes(2, loop, tmp_path)
     check(one, both)
     assert len(one["scores"]["aum"].unique()) > 20
 
 
 @pytest.mark.slow
 def test_transformers(tmp_path: Path) -> None:
-    one = by_trainer(0, 1, tmp_path)
-    check(one, by_two(by_trainer, tmp_path, tmp_path))
+    (one,) = by_processes(1, by_trainer, tmp_path, tmp_path)
+    check(one, by_processes(2, by_trainer, tmp_path, tmp_path))
 
 
 @pytest.mark.slow
@@ -174,5 +181,5 @@ def test_transformers(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`:UserWarning")
 def test_lightning(tmp_path: Path) -> None:
-    one = by_lightning(0, 1, tmp_path)
-    check(one, by_two(by_lightning, tmp_path, tmp_path))
+    (one,) = by_processes(1, by_lightning, tmp_path, tmp_path)
+    check(one, by_processes(2, by_lightning, tmp_path, tmp_path))
