@@ -54,17 +54,18 @@ class TorchNetwork:
 
     def empty_model(self) -> nn.Module:
         """The same without drawing its weights, for what overwrites them."""
-        if not self._is_exchanged:
+        if not self._known[1]:
             return self.model()
         with uninitialised():
             return self.model()
 
-    @property
-    def _is_exchanged(self) -> bool:
-        """Whether a state holds all of the network's weights: none is frozen."""
-        return is_wholly_exchanged(self._outline)
-
     @cached_property
+    def _known(self) -> tuple[dict[str, tuple[int, ...]], bool]:
+        """Shapes of the float state, and whether it is all that the network knows."""
+        model = self._outline()  # not kept: where it has values, it is dense
+        shapes = {name: tuple(tensor.shape) for name, tensor in carried_tensors(model).items()}
+        return shapes, is_wholly_exchanged(model)
+
     def _outline(self) -> nn.Module:
         """The network without values, on no memory where its code allows that."""
         # Whatever its code raises without values is no harm.
@@ -88,11 +89,10 @@ class TorchNetwork:
         """What networks are told of the inputs: nothing of texts, whose length varies."""
         return None if self.kind in TEXT_TASKS else self.input_shape
 
-    @cached_property
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the float state, in the order in which states hold it."""
-        tensors = carried_tensors(self._outline)
-        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return self._known[0]
 
     @cached_property
     def skeleton(self) -> nn.Module:

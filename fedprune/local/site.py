@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -136,6 +137,7 @@ def network_for(
         shapes: of its float state; None: to be found out.
     """
 
+    @cache
     def torch_network() -> TorchNetwork:
         from fedprune.local.network import TorchNetwork  # noqa: PLC0415
 

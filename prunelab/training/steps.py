@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -33,47 +32,28 @@ class Loss:
                 f"an objective needs logits, and {type(task).__name__} gives none; use a "
                 "Classification task, or leave out the objective"
             )
-        self._objective = objective
-        self._seen: list[Tensor] = []
-        # A task may have a loss of its own. Its call of self.logits is listened to, since a
-        # second forward pass would cost time and move batch norm's statistics twice.
-        self._task = copy.copy(task)
-        if isinstance(task, Classification):
-            self._original = task
-            self._task.logits = self._listen  # type: ignore[attr-defined]
-
-    def _listen(self, model: nn.Module, batch: Any) -> Tensor:
-        logits = self._original.logits(model, batch)
-        self._seen.append(logits)
-        return logits
-
-    def per_sample(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Loss [B] of the task, and logits [B, C] of a Classification."""
-        losses = self._task.loss(model, batch)
-        return losses, self._take(losses)
+        self._task, self._objective = task, objective
 
     def mean(self, model: nn.Module, batch: Any, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scalar objective, and logits [B, C] of a Classification."""
-        if self._objective is None:
-            losses, logits = self.per_sample(model, batch)
-            return losses.mean(), logits
-        logits = self._original.logits(model, batch)
-        return self._objective(logits, batch, rows), logits
-
-    def _take(self, losses: Tensor) -> Tensor | None:
-        if not isinstance(self._task, Classification):
-            return None
-        if not self._seen or self._seen[-1].shape[0] != losses.shape[0]:
+        task = self._task
+        if not isinstance(task, Classification):
+            return task.loss(model, batch).mean(), None
+        if self._objective is not None:
+            logits = task.logits(model, batch)
+            return self._objective(logits, batch, rows), logits
+        losses, seen = task.loss_and_logits(model, batch)
+        if seen is None:
             raise RunError(
-                f"{type(self._task).__name__}.loss does not call self.logits(model, batch), so "
-                "nothing can be recorded of it; let it do so, or derive from Task"
+                f"{type(task).__name__}.loss does not call self.logits(model, batch), so nothing "
+                "can be recorded of it; let it do so, or derive from Task"
             )
-        logits = self._seen[-1]
-        self._seen.clear()
-        return logits
+        return losses.mean(), seen
 
     def labels(self, batch: Any) -> Tensor:
-        return self._original.labels(batch)
+        """int64 [B], of a Classification."""
+        assert isinstance(self._task, Classification), "only its batches are looked at"
+        return self._task.labels(batch)
 
 
 class Stepper:

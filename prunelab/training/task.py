@@ -77,19 +77,27 @@ class Classification(Task):
 
     def measure(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Loss and whether the largest logit is at the label."""
+        losses, logits = self.loss_and_logits(model, batch)
+        if logits is None:
+            logits = self.logits(model, batch)
+        return losses, (logits.argmax(1) == self.labels(batch)).to(losses.dtype)
+
+    def loss_and_logits(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Loss [B], and the logits [B, C] that it was computed from, of one forward pass.
+
+        None: the loss, which may be a subclass's, does not call self.logits on the batch.
+        """
         seen: list[Tensor] = []
 
         def listen(model: nn.Module, batch: Any) -> Tensor:
             seen.append(self.logits(model, batch))
             return seen[-1]
 
-        # A loss of a subclass calls self.logits: no second forward pass for the metric.
+        # A second forward pass would cost time and move batch norm's statistics twice.
         task = copy.copy(self)
         task.logits = listen  # type: ignore[method-assign]
         losses = task.loss(model, batch)
-        if not seen or len(seen[-1]) != len(losses):
-            seen.append(self.logits(model, batch))
-        return losses, (seen[-1].argmax(1) == self.labels(batch)).to(losses.dtype)
+        return losses, seen[-1] if seen and len(seen[-1]) == len(losses) else None
 
 
 class ImageClassification(Classification):

@@ -25,22 +25,33 @@ def test_the_longest_line_of_a_round_fits_80_columns(left: float | None) -> None
     assert len(round_line(line, rounds=1000, left=left)) <= 80
 
 
+def watched(
+    folder: Path,
+    looks: list[list[int]],
+    rounds: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> list[list[str]]:
+    """The lines of each look, 10 s after the one before, at a run with these new rounds."""
+    config = tiny(training__rounds=rounds)
+    prepare(folder, config.toml())
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(progress, "say", print)
+    watch, printed = Watch(folder, config), []
+    for numbers in looks:
+        for number in numbers:
+            append_metrics(folder, a_round(number))
+        watch()
+        printed.append(capsys.readouterr().out.splitlines())
+    return printed
+
+
 def test_what_is_left_is_told_by_rounds_that_were_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rounds of 10 s: of four, the third leaves 10 s. Two that were there before tell nothing."""
-    config = tiny(training__rounds=5)
-    prepare(tmp_path, config.toml())
-    now = iter(range(0, 1000, 10))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
-    monkeypatch.setattr(progress, "say", print)
-    watch = Watch(tmp_path, config)
-    printed = []
-    for numbers in ([1, 2], [3], [4], [], [5]):
-        for number in numbers:
-            append_metrics(tmp_path, a_round(number))
-        watch()
-        printed.append(capsys.readouterr().out.splitlines())
+    printed = watched(tmp_path, [[1, 2], [3], [4], [], [5]], 5, monkeypatch, capsys)
     assert [["left" in line for line in lines] for lines in printed] == [
         [False, False], [False], [True], [], [True],
     ]  # fmt: skip
@@ -51,17 +62,8 @@ def test_rounds_that_are_seen_together_are_told_by_the_time_of_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two rounds in 10 s: of the six that are left, one takes 5 s."""
-    config = tiny(training__rounds=9)
-    prepare(tmp_path, config.toml())
-    now = iter(range(0, 1000, 10))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
-    monkeypatch.setattr(progress, "say", print)
-    watch = Watch(tmp_path, config)
-    for numbers in ([0], [1], [2, 3]):
-        for number in numbers:
-            append_metrics(tmp_path, a_round(number))
-        watch()
-    assert capsys.readouterr().out.splitlines()[-1].endswith("left 30 s")
+    printed = watched(tmp_path, [[0], [1], [2, 3]], 9, monkeypatch, capsys)
+    assert printed[-1][-1].endswith("left 30 s")
 
 
 def test_clients_left_out_are_warnings_whatever_else_is_shown(
