@@ -35,7 +35,7 @@ from sparsemodel.runtime.program import Program
 LAUNCH_SECTION = "run."
 SETUP = f"{LAUNCH_SECTION}setup"
 CLIENTS = "data.clients"
-_HELD = "held"
+_HELD, _KEPT = "held", "kept"
 
 app = ClientApp()
 T = TypeVar("T")
@@ -84,6 +84,13 @@ def guarded(work: Callable[[], T]) -> T | RecordDict:
 
 def _answer(record: RecordDict, context: Context) -> RecordDict:
     request, local = open_request(record, context)
+    try:
+        return _answer_to(request, local)
+    finally:
+        context.state[_KEPT] = ConfigRecord(dict(local.kept))
+
+
+def _answer_to(request: Request, local: Local) -> RecordDict:
     if request.action == DESCRIBE:
         return wire.encode_reply(describe_reply(_info(local)), request, dtype="fp32")
     if request.action == EVALUATE:
@@ -118,7 +125,8 @@ def open_request(record: RecordDict, context: Context) -> tuple[Request, Local]:
         network = network_of(config, data, program)
     else:
         network = network_of(config, data, None)
-    local = Local(client, data, config, network, message_bytes=received.nbytes())
+    kept = _bytes_of(context, _KEPT)
+    local = Local(client, data, config, network, message_bytes=received.nbytes(), kept=kept)
     return received.request(network.shapes), local
 
 
@@ -157,10 +165,12 @@ _MAX_MASKS = 2
 
 def _held(context: Context) -> wire.Held:
     """What the client was left holding by its last message."""
-    items: dict[str, bytes] = {}
-    if _HELD in context.state:
-        stored = context.state.config_records[_HELD]
-        items = {token: data for token, data in stored.items() if isinstance(data, bytes)}
     for token in list(_masks)[:-_MAX_MASKS]:
         del _masks[token]
-    return wire.Held(items, _masks)
+    return wire.Held(_bytes_of(context, _HELD), _masks)
+
+
+def _bytes_of(context: Context, record: str) -> dict[str, bytes]:
+    """What an earlier message left in a record of the client's state."""
+    stored = context.state.config_records.get(record, ConfigRecord())
+    return {name: data for name, data in stored.items() if isinstance(data, bytes)}

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -45,6 +45,8 @@ class Local:
         config: of the run.
         network: of the run.
         message_bytes: of the question, and of what is kept for the next one.
+        kept: name -> bytes that answers leave here for later ones; a node that was restarted has
+            lost them.
     """
 
     client: int
@@ -52,6 +54,7 @@ class Local:
     config: RunConfig
     network: Network
     message_bytes: int = 0
+    kept: dict[str, bytes] = field(default_factory=dict)
 
     def open(self, state: SparseState) -> LocalModel:
         """The run's network holding `state`."""

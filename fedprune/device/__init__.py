@@ -1,0 +1,1 @@
+"""A device's side of a fleet: its keys, profile, budget and node."""
