@@ -8,14 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedprune.device.home import (
-    DEFAULT,
-    VARIABLE,
-    Profile,
-    init as make_home,
-    own_data,
-    parse_bytes,
-)
+from fedprune.device.home import DEFAULT, VARIABLE, Profile, make_home, own_data, parse_bytes
 from fedprune.errors import ConfigError
 from prunelab.pages.console import say
 

@@ -90,7 +90,7 @@ class Profile:
         write_file(home / PROFILE, tomli_w.dumps(values).encode())
 
 
-def init(home: Path, profile: Profile, *, force: bool = False) -> Path:
+def make_home(home: Path, profile: Profile, *, force: bool = False) -> Path:
     """Make a device's home, with a new pair of keys where it has none; the public key's path.
 
     Args:
