@@ -22,6 +22,7 @@ from fedprune.config import (
     parse_assignments,
     read_toml,
 )
+from fedprune.device.commands import device
 from fedprune.errors import USER_ERRORS
 from fedprune.given import name_dataset
 from fedprune.methods import BASELINES, DEFAULT_METHOD, METHODS, method_class
@@ -107,6 +108,7 @@ Settings = Annotated[
 ]
 for _command in (commands.predict, commands.evaluate, commands.export):
     cli.command()(_command)
+cli.add_typer(device, name="device")
 
 
 @cli.command()
