@@ -132,7 +132,8 @@ def check_dataset(name: str) -> None:
     if name not in DATASETS and not Path(name).is_dir():
         raise DataError(
             f"unknown data set {name!r}; known: {', '.join(DATASETS)}; or give a folder of class "
-            "folders or of parquet files, a table (.csv, .tsv, .parquet), or module:function; "
+            "folders or of parquet files, a table (.csv, .tsv, .parquet), arrays (.npz), or "
+            "module:function; "
             f"there is no file or folder of that name in {Path.cwd()}{close_names(name, DATASETS)}"
         )
 

@@ -43,6 +43,26 @@ class Gathered:
     groups: Array | None = None
 
 
+def gathered(data: Any, how: Reading) -> Gathered | None:
+    """Of the training side of data that are a pair or have columns; None of any other.
+
+    Raises:
+        DataError: as `gathered_pair` and `gathered_columns`.
+    """
+    if is_grouped(data) and "train" in data:
+        data = data["train"]
+    if is_pair(data):
+        return gathered_pair(data[0], data[1], how)
+    columns = None if is_grouped(data) else plain_columns(data)
+    return None if columns is None else gathered_columns(columns, how)
+
+
+def plain_columns(data: Any) -> Columns | None:
+    """The columns of data that are given as they are stored; None where there are none."""
+    has_transform = getattr(data, "format", None) and data.format.get("type") == "custom"
+    return None if has_transform else columns_of(data)
+
+
 def is_grouped(data: Any) -> bool:
     """Whether it is a mapping of sides: of data sets, and not of columns or items."""
     if not isinstance(data, Mapping):

@@ -16,7 +16,6 @@ from prunelab.data.datasets import (
     DATASETS,
     ImageSet,
     Source,
-    check_dataset,
     cut,
     held_out,
     num_classes_of,
@@ -24,19 +23,15 @@ from prunelab.data.datasets import (
     subset,
 )
 from prunelab.data.gathered import is_grouped
+from prunelab.data.named import data_of, names_pictures
 from prunelab.data.objects import Side, divided_split, has_partitions, side_of
 from prunelab.data.reading import TEST_NAMES, TEST_SHARE, Reading, reading
 from prunelab.data.samples import ImageSamples, Samples, taken
 from prunelab.data.sides import SampleSet
 from prunelab.data.table_folders import (
-    TABLE_SUFFIXES,
-    is_folder_of_tables,
     note_left,
-    tables_of_folder,
 )
-from prunelab.data.tables import read_table
 from prunelab.errors import DataError
-from prunelab.runs.imported import imported
 from prunelab.runs.stamps import stamp_of
 from prunelab.training.task import task_of
 
@@ -94,7 +89,8 @@ def load_sample_set(
         name: one of DATASETS; a folder of class folders (ROOT/CLASS/picture.png, or the same in
             ROOT/train and ROOT/test or val); a folder of parquet files with pictures, or of the
             tables train and test; a table (.csv, .tsv, .parquet) of numbers and a target, or of
-            pictures; or "module:function", which gives anything that `as_sample_set` takes.
+            pictures; arrays (a folder of inputs.npy and targets.npy, or a .npz file of both); or
+            "module:function", which gives anything that `as_sample_set` takes.
         how: how it is taken where that is not plain.
         num_train, num_test: keep a stratified subset of so many.
         seed: decides the subsets and what is set aside.
@@ -123,7 +119,7 @@ def _loaded(
     seed: int,
 ) -> SampleSet:
     path = Path(name)
-    if name in DATASETS or (path.is_dir() and not is_folder_of_tables(path, how)):
+    if names_pictures(name, how):
         train, test = sources(name, how, seed=seed)
         num_classes = num_classes_of(train, test, where=name)
         train, test = cut(
@@ -137,18 +133,11 @@ def _loaded(
             class_names=train.class_names,
             train_groups=None if train.groups is None else torch.from_numpy(train.groups),
         )
-    if path.is_dir():
-        data: Any = tables_of_folder(path)
-    elif path.suffix.lower() in TABLE_SUFFIXES:
-        data = read_table(path)
-    elif ":" in name:
-        data = _made(name)
-        if isinstance(data, str | Path):
-            return load_sample_set(
-                str(data), how=how, num_train=num_train, num_test=num_test, seed=seed
-            )
-    else:
-        check_dataset(name)
+    data = data_of(name)
+    if isinstance(data, str | Path):
+        return load_sample_set(
+            str(data), how=how, num_train=num_train, num_test=num_test, seed=seed
+        )
     found = sample_set_of(data, how, seed=seed, name=path.name)
     return _cut(found, num_train, num_test, seed=seed)
 
@@ -257,15 +246,6 @@ def _cut(data: SampleSet, num_train: int | None, num_test: int | None, *, seed: 
         train_groups=None if groups is None else groups[chosen],
         feature_names=data.feature_names,
     )
-
-
-def _made(name: str) -> Any:
-    """What a data factory gives."""
-    try:
-        made = imported(name)
-    except ImportError as error:
-        raise DataError(f"data set {name!r}: {error}") from error
-    return made() if callable(made) and not hasattr(made, "__getitem__") else made
 
 
 def _central_test(data: Any) -> Any:

@@ -35,6 +35,14 @@ class Targets:
     def are_classes(self) -> bool:
         return bool(self.values.dtype.kind == "i")
 
+    @property
+    def task(self) -> str:
+        """What such targets are for, one of `reading.KINDS`."""
+        if self.are_classes:
+            return "classification"
+        are_several = self.values.ndim == 2 and bool(np.isin(self.values, (0, 1)).all())
+        return "multi-label" if are_several else "regression"
+
 
 def targets_of(
     values: Any,

@@ -22,7 +22,7 @@ from torch.utils.data import (
 
 from prunelab.data.arrays import array_of, is_array, note
 from prunelab.data.checked import whole_numbers
-from prunelab.data.columns import IMAGE_NAMES, LABEL_NAMES, Columns, columns_of
+from prunelab.data.columns import IMAGE_NAMES, LABEL_NAMES, Columns
 from prunelab.data.datasets import ImageSet
 from prunelab.data.gathered import (
     Gathered,
@@ -33,6 +33,7 @@ from prunelab.data.gathered import (
     is_grouped,
     is_pair,
     joined,
+    plain_columns,
     text_column,
 )
 from prunelab.data.labels import renumbered
@@ -170,8 +171,7 @@ def _of_columns_or_items(data: Any, how: Reading) -> Side:
             f"data is a mapping of {', '.join(map(repr, data))}; give one of them, such as the "
             "training side"
         )
-    has_transform = getattr(data, "format", None) and data.format.get("type") == "custom"
-    columns = None if has_transform else columns_of(data)
+    columns = plain_columns(data)
     if columns is not None:
         return _of_columns(columns, how)
     is_listed = hasattr(data, "__getitem__") and hasattr(data, "__len__")

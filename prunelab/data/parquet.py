@@ -14,7 +14,7 @@ import numpy as np
 from prunelab.data.arrays import Array, note
 from prunelab.data.columns import client_numbers
 from prunelab.data.labels import as_classes
-from prunelab.data.tables import named_classes, parquet_table
+from prunelab.data.tables import imported_pyarrow, named_classes, parquet_table
 from prunelab.errors import DataError
 
 IMAGE_COLUMNS = ("img", "image")
@@ -199,8 +199,7 @@ class _Part:
 
 
 def _read(path: Path, columns: Mapping[str, str]) -> _Part:
-    import pyarrow.parquet  # noqa: PLC0415
-
+    pyarrow = imported_pyarrow(path)
     try:
         # Not read_table, to_numpy or take: they import pandas and more, for half a second.
         file = pyarrow.parquet.ParquetFile(path)
