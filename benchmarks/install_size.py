@@ -83,10 +83,10 @@ def rows(*, quick: bool) -> Iterator[Row]:
         full = Environment.of(peer, TORCH_CLIENT)
     name = "this environment" if quick else "fedprune[sim]"
     for case, unit, ours, theirs in (
-        ("packages on disk", "MiB", device.megabytes, full.megabytes),
-        ("number of packages", "", device.packages, full.packages),
-        ("a client's memory after its imports", "MiB", device.client, full.client),
-        ("a client's imports", "s", device.seconds, full.seconds),
+        ("disk", "MiB", device.megabytes, full.megabytes),
+        ("packages", "", device.packages, full.packages),
+        ("a client after its imports", "MiB", device.client, full.client),
+        ("imports of a client", "s", device.seconds, full.seconds),
     ):
         yield Row("install_size", f"fedprune[device], {case}", 1.0, ours, theirs, name, unit)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,11 +11,27 @@ import numpy as np
 import pytest
 from light import command_light, run_light
 
+from sparsemodel.extras import EXTRAS
 from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.state_file import save_state
 
+ROOT = Path(__file__).parent.parent
 HAS_DEVICE_COMMANDS = find_spec("fedprune.device.commands") is not None
+
+
+def test_the_base_distribution_brings_nothing_that_an_extra_is_named_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[\[<>=; ]", requirement)[0] for requirement in requirements}
+
+    called = {"sklearn": "scikit-learn", "PIL": "pillow", "pyarrow": "datasets", "ray": "flwr"}
+    for package, extra in EXTRAS.items():
+        name = called.get(package, package)
+        assert name in names(project["optional-dependencies"][extra])
+        assert name == "flwr" or name not in names(project["dependencies"])
+    assert names(project["optional-dependencies"]["device"]) == {"pillow"}
 
 
 def sparse_file(folder: Path) -> Path:
