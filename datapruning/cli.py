@@ -60,8 +60,8 @@ def _how_to_go_on(arguments: Sequence[str]) -> str:
 Dataset = Annotated[
     str,
     typer.Argument(
-        help="A data set's name; a folder of class folders or of parquet; a table (.csv, .tsv, "
-        ".parquet); or module:function."
+        help="A data set's name; a folder of class folders, of parquet or of arrays; a table "
+        "(.csv, .tsv, .parquet); arrays (.npz); or module:function."
     ),
 ]
 Resize = Annotated[str, typer.Option(help="Bring pictures to N or HxW pixels.")]

@@ -66,8 +66,8 @@ Method = Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)}.")]
 Dataset = Annotated[
     str | None,
     typer.Option(
-        help="A data set's name; a folder of class folders or of parquet; a table (.csv, .tsv, "
-        ".parquet); or module:function."
+        help="A data set's name; a folder of class folders, of parquet or of arrays; a table "
+        "(.csv, .tsv, .parquet); arrays (.npz); or module:function."
     ),
 ]
 Resize = Annotated[str | None, typer.Option(help="Bring pictures to N or HxW pixels.")]

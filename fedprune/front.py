@@ -14,6 +14,7 @@ from fedprune.given import continue_as, is_given, name_dataset, name_model, name
 from fedprune.methods import is_given as is_given_method
 from fedprune.methods import method_name
 from fedprune.methods.base import Method
+from sparsemodel.extras import need
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,6 +121,7 @@ def load(
         CheckpointError: no such file, or a damaged one.
         ModelError: a file of something else, a network that is not there, or another one.
     """
+    need("torch", "fedprune.load")
     from fedprune.trained.loading import load_trained  # noqa: PLC0415
 
     return load_trained(Path(path), model=model, task=task)
@@ -179,6 +181,7 @@ def run(
         ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
             what to do. A new folder in which nothing was computed is removed again.
     """
+    need("torch", "fedprune.run")
     from fedprune.reports.trackers import tracker_of  # noqa: PLC0415
     from fedprune.rounds.folder import CONFIG, default_folder, stored_settings  # noqa: PLC0415
     from fedprune.rounds.run import run as run_config  # noqa: PLC0415

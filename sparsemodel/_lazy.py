@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sparsemodel.extras import extras_named
+
 
 def lazy(
     package: str, homes: Mapping[str, str]
@@ -22,7 +24,8 @@ def lazy(
     def __getattr__(name: str) -> Any:  # noqa: N807 - what Python calls for a module
         if name not in home_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(home_of[name]), name)
+        with extras_named(f"{package}.{name}"):
+            value = getattr(importlib.import_module(home_of[name]), name)
         setattr(sys.modules[package], name, value)
         return value
 

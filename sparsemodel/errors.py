@@ -39,5 +39,9 @@ class ProgramError(SparseModelError):
     """A text that describes no program, or a program that cannot be run."""
 
 
+class NotInstalledError(ImportError, SparseModelError):
+    """A package that is not installed; says which extra brings it."""
+
+
 class NativeLibraryWarning(UserWarning):
     """The native kernels cannot be used, so that the slower reference computes instead."""

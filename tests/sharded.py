@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from prunelab.data.checked import Array
+from prunelab.data.arrays import Array
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 

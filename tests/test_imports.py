@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+DEVICE = "torch ray datasets pyarrow sklearn scipy torchvision matplotlib jinja2 pandas"
 
 
 def test_imports_go_one_way() -> None:
@@ -29,10 +30,12 @@ def test_imports_go_one_way() -> None:
         ("datapruning", "torch flwr datasets sklearn torchvision"),
         ("fedprune", "torch flwr ray datasets sklearn torchvision matplotlib"),
         ("fedprune.config", "torch flwr ray datasets sklearn torchvision matplotlib"),
-        ("fedprune.cli", "torch flwr ray datasets sklearn torchvision matplotlib"),
+        ("fedprune.cli", f"{DEVICE} flwr"),
         ("fedprune.methods", "torch flwr ray datasets sklearn torchvision matplotlib"),
         ("fedprune.rounds.loop", "torch flwr ray datasets sklearn torchvision matplotlib"),
-        ("fedprune.flower.client", "torch ray datasets sklearn torchvision matplotlib"),
+        ("fedprune.flower.client", DEVICE),
+        ("fedprune.device.keys", DEVICE),
+        ("prunelab.data.own_store", f"{DEVICE} PIL"),
         ("fedprune.flower.server", "torch ray datasets sklearn torchvision matplotlib"),
     ],
 )

@@ -12,7 +12,7 @@ from prunelab.pages import plots
 from prunelab.pages.plots import ACCENT, GRID, HALF, INK, MUTED, SECOND, WHOLE
 
 if TYPE_CHECKING:
-    from prunelab.data.checked import Array
+    from prunelab.data.arrays import Array
 
 BINS = 40
 LARGEST = 1e150  # the sizes of a chart's axes would not be finite much above

@@ -22,7 +22,7 @@ from datapruning.scoring.methods import METHODS, Method, Score, checked_options,
 from datapruning.scoring.parts import Parts, open_parts
 from datapruning.scoring.steps import mean_confidence
 from datapruning.selection.table import OR_FORCE, ScoreTable
-from prunelab.data.checked import warn_of_gaps
+from prunelab.data.arrays import warn_of_gaps
 from prunelab.data.datasets import DATASETS, fingerprint
 from prunelab.data.given import load_sample_set
 from prunelab.data.objects import as_samples

@@ -12,17 +12,12 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torch.utils.data import Subset as TorchSubset
 
 from datapruning.errors import SelectionError
+from prunelab.data.arrays import is_array
 from prunelab.data.checked import checked_label
 from prunelab.data.columns import LABEL_NAMES
 from prunelab.data.datasets import ImageSet
-from prunelab.data.objects import (
-    as_samples,
-    is_array,
-    is_pair,
-    is_samples,
-    item_of,
-    samples_of_items,
-)
+from prunelab.data.gathered import is_pair
+from prunelab.data.objects import as_samples, is_samples, item_of, samples_of_items
 from prunelab.data.samples import Samples
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from torch import Tensor
 from datapruning.errors import ScoreError, SelectionError
 from datapruning.selection.kept import kept_of
 from datapruning.selection.policies import Policy
-from prunelab.data.checked import array_of, checked_labels, whole_numbers
+from prunelab.data.arrays import array_of
+from prunelab.data.checked import checked_labels, whole_numbers
 from prunelab.data.samples import Samples, checked_ids
 from prunelab.errors import DataError, RunError
 from prunelab.runs.folder import write_file

@@ -23,6 +23,7 @@ from prunelab.errors import DataError
 from prunelab.runs.imported import IMPORTED, source_digest
 from prunelab.runs.seeds import stream_seed
 from prunelab.runs.version import __version__
+from sparsemodel.extras import extras_named
 from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.meter import peak_rss_bytes
@@ -142,7 +143,8 @@ def network_for(
 
     @cache
     def torch_network() -> TorchNetwork:
-        from fedprune.local.network import TorchNetwork  # noqa: PLC0415
+        with extras_named("a network without a program"):
+            from fedprune.local.network import TorchNetwork  # noqa: PLC0415
 
         return TorchNetwork(config, data.num_classes, data.input_shape, data.task)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS, ConfigError
+from sparsemodel.extras import need
 
 if TYPE_CHECKING:
     from fedprune.reports.trackers import Tracker
@@ -46,6 +47,7 @@ def run(
     """
     from fedprune.rounds import folder as runfolder  # noqa: PLC0415
 
+    need("torch", "a run")
     folder = Path(folder)
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")

@@ -34,6 +34,7 @@ from prunelab.data.store import SampleStore, open_store
 from prunelab.errors import DataWarning, RunError
 from prunelab.runs.children import ended_with_parent
 from prunelab.runs.folder import write_file
+from sparsemodel.extras import need
 from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.sealed import read_sealed_json, sealed_json
@@ -211,6 +212,7 @@ def lay_out(config: RunConfig, folder: Path, *, with_start: bool) -> None:
 
         open_workspace(config).lay_out(folder, with_start=with_start)
         return
+    need("torch", "dividing the run's data and describing its network")
     command = [sys.executable, "-m", "fedprune.rounds.lay_out", str(folder)]
     done = subprocess.run(
         ended_with_parent(*command, *["--start"] * with_start),

@@ -28,8 +28,8 @@ from fedprune.local.training import train_epochs
 from fedprune.methods.base import Method
 from fedprune.rounds.setup import TEST, TRAIN, write_facts, write_start
 from fedprune.settings import DataConfig
+from prunelab.data.arrays import note
 from prunelab.data.batches import Integers
-from prunelab.data.checked import note
 from prunelab.data.given import load_sample_set
 from prunelab.data.samples import check_targets, stored
 from prunelab.data.sides import SampleSet

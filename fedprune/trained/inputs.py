@@ -11,18 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunelab.data.checked import checked_images, note
+from prunelab.data.arrays import image_array, is_array, note
 from prunelab.data.columns import CLIENT_NAMES, LABEL_NAMES, columns_of
 from prunelab.data.datasets import DATASETS, ImageSet
 from prunelab.data.features import feature_names, features_of
 from prunelab.data.folders import PICTURE_SUFFIXES
-from prunelab.data.given import TABLE_SUFFIXES, load_sample_set, sample_set_of
+from prunelab.data.gathered import is_grouped
+from prunelab.data.given import load_sample_set, sample_set_of
 from prunelab.data.labels import as_classes
-from prunelab.data.objects import is_array, is_grouped, is_samples
+from prunelab.data.objects import is_samples
 from prunelab.data.pictures import decoded
 from prunelab.data.reading import reading
 from prunelab.data.samples import Samples, stored
 from prunelab.data.sides import SampleSet
+from prunelab.data.table_folders import TABLE_SUFFIXES
 from prunelab.data.tables import read_table
 from prunelab.errors import DataError
 
@@ -106,7 +108,7 @@ def read_inputs(data: Any, accepted: Accepted) -> Inputs:
     elif (features := _features(data, accepted)) is not None:
         found = Inputs(features[0], range(len(features[1])), features[1], None)
     elif is_array(data):
-        array = checked_images(data).numpy()
+        array = image_array(data)
         found = Inputs("array", range(len(array)), array, None)
     else:
         found = _of_samples(_side(data, accepted), accepted)
@@ -171,7 +173,7 @@ def _renumbered(
         known = tuple(map(str, range(accepted.num_classes)))
     if known:
         found, _ = as_classes(labels, class_names=known, own_names=class_names, where=name)
-        return found.numpy()
+        return found
     if accepted.num_classes is not None and labels.max() >= accepted.num_classes:
         raise DataError(
             f"{name} has the label {labels.max()}; the model knows the classes 0 to "

@@ -27,8 +27,8 @@ from fedprune.trained.evaluation import (
 )
 from fedprune.trained.inputs import Accepted, Inputs, accepted_inputs, of_sample_set, read_inputs
 from fedprune.trained.predictions import Predictions
+from prunelab.data.arrays import note
 from prunelab.data.batches import Preprocessing
-from prunelab.data.checked import note
 from prunelab.data.tensors import batch_of, prepare, tensor_of
 from prunelab.errors import DataError, ModelError, RunError
 from prunelab.training.task import CausalLM, Classification, MultiLabel, Task, forward

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from prunelab.data.checked import Array
+from prunelab.data.arrays import Array
 from prunelab.data.tables import Table
 from prunelab.errors import DataError
 

@@ -10,18 +10,20 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from prunelab.data.checked import Array, checked, checked_groups, checked_labels, count_classes
+from prunelab.data.arrays import Array, count_classes, label_array
 from prunelab.data.folders import read_classes, side_folders
 from prunelab.data.parquet import has_side, read_side
 from prunelab.data.pictures import decoded
 from prunelab.data.reading import TEST_NAMES, Reading
 from prunelab.errors import DataError, close_names
 from prunelab.runs.seeds import rng
+
+if TYPE_CHECKING:
+    import torch
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DIGITS_TEST_SHARE = 0.2
@@ -59,6 +61,8 @@ class ImageSet:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        from prunelab.data.checked import checked, checked_groups  # noqa: PLC0415 - need torch
+
         found: dict[str, Any] = {}
         for side, called in (("train", "training"), ("test", "test")):
             found[f"{side}_images"], found[f"{side}_labels"] = checked(
@@ -109,7 +113,7 @@ class Source:
     """
 
     labels: Array
-    images: Callable[[Array, Resize], torch.Tensor]
+    images: Callable[[Array, Resize], Array]
     groups: Array | None = None
     class_names: tuple[str, ...] = ()
 
@@ -128,7 +132,8 @@ def check_dataset(name: str) -> None:
     if name not in DATASETS and not Path(name).is_dir():
         raise DataError(
             f"unknown data set {name!r}; known: {', '.join(DATASETS)}; or give a folder of class "
-            "folders or of parquet files, a table (.csv, .tsv, .parquet), or module:function; "
+            "folders or of parquet files, a table (.csv, .tsv, .parquet), arrays (.npz), or "
+            "module:function; "
             f"there is no file or folder of that name in {Path.cwd()}{close_names(name, DATASETS)}"
         )
 
@@ -157,11 +162,16 @@ def load_dataset(
     num_classes = num_classes_of(train, test, where=name)  # of all: a subset has the same ones
     train, test = cut(train, test, num_train=num_train, num_test=num_test, seed=seed, where=name)
     assert test is not None
+    import torch  # noqa: PLC0415 - what needs no tensors takes `sources`
+
+    def images(side: Source) -> torch.Tensor:
+        return torch.from_numpy(side.images(np.arange(len(side.labels)), None))
+
     return ImageSet(
         name=Path(name).name,
-        train_images=train.images(np.arange(len(train.labels)), None),
+        train_images=images(train),
         train_labels=torch.from_numpy(train.labels),
-        test_images=test.images(np.arange(len(test.labels)), None),
+        test_images=images(test),
         test_labels=torch.from_numpy(test.labels),
         num_classes=num_classes,
         train_groups=None if train.groups is None else torch.from_numpy(train.groups),
@@ -190,7 +200,7 @@ def sources(
     else:
         train, test = _class_folders(Path(name), how)
     labels = [
-        checked_labels(side.labels, where=f"{name}, {what} side").numpy()
+        label_array(side.labels, where=f"{name}, {what} side")
         for what, side in (("training", train), ("test", test))
         if side is not None
     ]
@@ -221,7 +231,7 @@ def cut(
 
 def num_classes_of(train: Source, test: Source | None, *, where: str) -> int:
     """The number of classes that are named, or else are there."""
-    sides = [torch.from_numpy(side.labels) for side in (train, test) if side is not None]
+    sides = [side.labels for side in (train, test) if side is not None]
     return len(train.class_names) or count_classes(*sides, where=where)
 
 
@@ -306,11 +316,11 @@ def _read_idx(folder: Path, name: str, *, num_dims: int) -> Array:
 
 
 def _in_memory(images: Array, labels: Array) -> Source:
-    def taken(index: Array, resize: Resize) -> torch.Tensor:
+    def taken(index: Array, resize: Resize) -> Array:
         if resize is None:
-            return torch.from_numpy(images[index])
+            return images[index]
         cells = ((f"sample {row}", images[row]) for row in index.tolist())
-        return torch.from_numpy(decoded(cells, where="data", resize=resize))
+        return decoded(cells, where="data", resize=resize)
 
     return Source(labels, taken)
 
@@ -372,8 +382,8 @@ def _columns(dataset: Any, image: str, label: str) -> Source:
 
 def _decoding(
     cells: Callable[[Array], Iterable[tuple[str, Any]]], where: str
-) -> Callable[[Array, Resize], torch.Tensor]:
-    return lambda index, resize: torch.from_numpy(decoded(cells(index), where=where, resize=resize))
+) -> Callable[[Array, Resize], Array]:
+    return lambda index, resize: decoded(cells(index), where=where, resize=resize)
 
 
 DATASETS: dict[str, Callable[[], tuple[Source, Source]]] = {
@@ -404,6 +414,8 @@ def subset(labels: Array, count: int | None, *, seed: int, what: str) -> Array:
 
 def fingerprint(*tensors: torch.Tensor) -> str:
     """16 hexadecimal digits of the shapes and bytes of arrays."""
+    import torch  # noqa: PLC0415 - there are tensors
+
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(str(tuple(tensor.shape)).encode())

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prunelab.data.checked import Array, note
+from prunelab.data.arrays import Array, note
 from prunelab.data.columns import Columns, check_filled, typed
 from prunelab.errors import DataError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from prunelab.data.checked import Array, note
+from prunelab.data.arrays import Array, note
 from prunelab.data.columns import in_order
 from prunelab.data.reading import TEST_NAMES, TRAIN_NAMES
 from prunelab.errors import DataError

@@ -12,31 +12,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunelab.data.checked import note
-from prunelab.data.columns import Columns, columns_of, typed
 from prunelab.data.datasets import (
     DATASETS,
     ImageSet,
     Source,
-    check_dataset,
     cut,
     held_out,
     num_classes_of,
     sources,
     subset,
 )
-from prunelab.data.objects import Side, divided_split, has_partitions, is_grouped, side_of
-from prunelab.data.parquet import has_side, holds_tables, side_files
+from prunelab.data.gathered import is_grouped
+from prunelab.data.named import data_of, names_pictures
+from prunelab.data.objects import Side, divided_split, has_partitions, side_of
 from prunelab.data.reading import TEST_NAMES, TEST_SHARE, Reading, reading
 from prunelab.data.samples import ImageSamples, Samples, taken
 from prunelab.data.sides import SampleSet
-from prunelab.data.tables import read_table
+from prunelab.data.table_folders import (
+    note_left,
+)
 from prunelab.errors import DataError
-from prunelab.runs.imported import imported
 from prunelab.runs.stamps import stamp_of
 from prunelab.training.task import task_of
-
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
 
 def as_sample_set(
@@ -92,7 +89,8 @@ def load_sample_set(
         name: one of DATASETS; a folder of class folders (ROOT/CLASS/picture.png, or the same in
             ROOT/train and ROOT/test or val); a folder of parquet files with pictures, or of the
             tables train and test; a table (.csv, .tsv, .parquet) of numbers and a target, or of
-            pictures; or "module:function", which gives anything that `as_sample_set` takes.
+            pictures; arrays (a folder of inputs.npy and targets.npy, or a .npz file of both); or
+            "module:function", which gives anything that `as_sample_set` takes.
         how: how it is taken where that is not plain.
         num_train, num_test: keep a stratified subset of so many.
         seed: decides the subsets and what is set aside.
@@ -121,7 +119,7 @@ def _loaded(
     seed: int,
 ) -> SampleSet:
     path = Path(name)
-    if name in DATASETS or (path.is_dir() and not _is_folder_of_tables(path, how)):
+    if names_pictures(name, how):
         train, test = sources(name, how, seed=seed)
         num_classes = num_classes_of(train, test, where=name)
         train, test = cut(
@@ -135,18 +133,11 @@ def _loaded(
             class_names=train.class_names,
             train_groups=None if train.groups is None else torch.from_numpy(train.groups),
         )
-    if path.is_dir():
-        data: Any = _tables_of_folder(path)
-    elif path.suffix.lower() in TABLE_SUFFIXES:
-        data = read_table(path)
-    elif ":" in name:
-        data = _made(name)
-        if isinstance(data, str | Path):
-            return load_sample_set(
-                str(data), how=how, num_train=num_train, num_test=num_test, seed=seed
-            )
-    else:
-        check_dataset(name)
+    data = data_of(name)
+    if isinstance(data, str | Path):
+        return load_sample_set(
+            str(data), how=how, num_train=num_train, num_test=num_test, seed=seed
+        )
     found = sample_set_of(data, how, seed=seed, name=path.name)
     return _cut(found, num_train, num_test, seed=seed)
 
@@ -192,7 +183,7 @@ def sample_set_of(data: Any, how: Reading, *, seed: int = 0, name: str = "given"
         named = next((side for side in TEST_NAMES if side in data), None)
         test = None if named is None else data[named]
         left = [str(side) for side in data if side not in ("train", named)]
-        _note_left(name, named or "set aside", left)
+        note_left(name, named or "set aside", left)
     else:
         train = side_of(data, how)
     names = tuple(getattr(train.samples, "class_names", ()))
@@ -257,15 +248,6 @@ def _cut(data: SampleSet, num_train: int | None, num_test: int | None, *, seed: 
     )
 
 
-def _made(name: str) -> Any:
-    """What a data factory gives."""
-    try:
-        made = imported(name)
-    except ImportError as error:
-        raise DataError(f"data set {name!r}: {error}") from error
-    return made() if callable(made) and not hasattr(made, "__getitem__") else made
-
-
 def _central_test(data: Any) -> Any:
     """The test split of a federated data set, if it is not what the clients share."""
     if not hasattr(data, "load_split"):
@@ -278,53 +260,3 @@ def _central_test(data: Any) -> Any:
         except ValueError:  # there is none of that name
             continue
     return None
-
-
-def _is_folder_of_tables(folder: Path, how: Reading) -> bool:
-    """Whether it holds the table train, and not pictures."""
-    if any((folder / f"train{suffix}").is_file() for suffix in TABLE_SUFFIXES[:2]):
-        return True
-    return holds_tables(folder, "train", dict(how.columns))
-
-
-def _tables_of_folder(folder: Path) -> dict[str, Columns]:
-    sides = {}
-    for side, names in (("train", ("train",)), ("test", TEST_NAMES)):
-        called = [f"{name}{suffix}" for name in names for suffix in TABLE_SUFFIXES[:2]]
-        texts = [folder / name for name in called if (folder / name).is_file()]
-        if texts:
-            files = [path for path in texts if path.stem == texts[0].stem]
-            _note_left(folder, texts[0].stem, [path.name for path in texts if path not in files])
-        elif has_side(folder, names):
-            files = side_files(folder, names)
-        else:
-            continue
-        sides[side] = _joined_columns(folder, [columns_of(read_table(path)) for path in files])
-    return sides
-
-
-def _note_left(where: str | Path, side: str, left: Sequence[str]) -> None:
-    if left:
-        note(f"{where}: the test side is {side}; not read: {', '.join(left)}")
-
-
-def _joined_columns(folder: Path, parts: list[Columns | None]) -> Columns:
-    """The columns of several files, one below the other."""
-    files = [part for part in parts if part is not None]
-    if len(files) == 1:
-        return files[0]
-    for part in files[1:]:
-        if part.names != files[0].names:
-            raise DataError(f"{part.where}: {part.listed}; {files[0].where} has others")
-        if part.class_names != files[0].class_names:
-            raise DataError(
-                f"{part.where} names or numbers classes in another way than {files[0].where}; "
-                "write both alike"
-            )
-
-    def joined(name: str) -> list[Any]:
-        return [value for part in files for value in (part.fields or part.read)(name)]
-
-    return replace(
-        files[0], read=lambda name: typed(joined(name)), where=str(folder), fields=joined
-    )

@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from prunelab.data.checked import Array, array_of, checked_labels, checked_targets, is_one_hot, note
+from prunelab.data.arrays import (
+    Array,
+    array_of,
+    is_one_hot,
+    label_array,
+    note,
+    target_array,
+)
 from prunelab.errors import DataError
 
 
@@ -21,13 +27,21 @@ class Targets:
         were_lists: several classes a sample, given as lists of classes and not as rows of 0 and 1.
     """
 
-    values: torch.Tensor
+    values: Array
     class_names: tuple[str, ...] = ()
     were_lists: bool = False
 
     @property
     def are_classes(self) -> bool:
-        return not self.values.is_floating_point()
+        return bool(self.values.dtype.kind == "i")
+
+    @property
+    def task(self) -> str:
+        """What such targets are for, one of `reading.KINDS`."""
+        if self.are_classes:
+            return "classification"
+        are_several = self.values.ndim == 2 and bool(np.isin(self.values, (0, 1)).all())
+        return "multi-label" if are_several else "regression"
 
 
 def targets_of(
@@ -55,9 +69,9 @@ def targets_of(
         DataError: values that are none of these, or not of this kind.
 
     >>> targets_of([["sun"], [], ["sun", "rain"]]).values
-    tensor([[0., 1.],
-            [0., 0.],
-            [1., 1.]])
+    array([[0., 1.],
+           [0., 0.],
+           [1., 1.]], dtype=float32)
     """
     if isinstance(values, np.ndarray) and values.ndim == 2 and _has_names(values):
         values = values.tolist()
@@ -69,7 +83,7 @@ def targets_of(
         return Targets(*as_classes(values, class_names=class_names, where=where))
     array = array_of(values, "labels", where)
     if kind == "regression":
-        return Targets(checked_targets(array, where=where))
+        return Targets(target_array(array, where=where))
     flat = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
     if kind == "multi-label" or (not kind and _is_several_hot(flat)):
         if not (array.ndim == 2 and np.isin(array, (0, 1)).all()):
@@ -79,7 +93,7 @@ def targets_of(
             wide = np.zeros((len(array), len(class_names)), array.dtype)
             wide[:, order] = array
             array = wide
-        return Targets(checked_targets(array, where=where), tuple(class_names or own_names))
+        return Targets(target_array(array, where=where), tuple(class_names or own_names))
     if flat.dtype.kind == "f" and not (flat.ndim == 2 and is_one_hot(flat)):
         is_whole = bool((np.isfinite(flat) & (flat == np.floor(flat))).all())
         if kind != "classification":
@@ -88,7 +102,7 @@ def targets_of(
                     f"{where}: labels are floats, and are taken as numbers to predict; if they are "
                     "classes, give whole numbers, or the task classification"
                 )
-            return Targets(checked_targets(array, where=where))
+            return Targets(target_array(array, where=where))
         if not is_whole:
             raise DataError(f"{where}: labels are floats with a fraction; expected classes")
         flat = flat.astype(np.int64)
@@ -105,14 +119,14 @@ def as_classes(
     own_names: Sequence[str] = (),
     fields: Sequence[Any] | None = None,
     where: str = "data",
-) -> tuple[torch.Tensor, tuple[str, ...]]:
+) -> tuple[Array, tuple[str, ...]]:
     """The class of each sample, int64 [N], and the names of the classes where they have some.
 
     A class is known by its name. Numbers without names of their own are places in `class_names`;
     where these hold whole numbers as names ("0", "1", "10"), those names are meant.
 
     Args:
-        values: whole numbers as `checked_labels` takes them, or names: a list, or an array or a
+        values: whole numbers as `label_array` takes them, or names: a list, or an array or a
             column of texts.
         class_names: of another side: what number each name has; empty where it has numbers alone;
             None: there is none, and names are numbered in their sorted order.
@@ -124,15 +138,15 @@ def as_classes(
             have, or a number that could be meant as a name and as a place.
 
     >>> as_classes(["dog", "cat", "dog"])
-    (tensor([1, 0, 1]), ('cat', 'dog'))
+    (array([1, 0, 1]), ('cat', 'dog'))
     >>> as_classes([0, 1], class_names=["dog", "cat"], own_names=["cat", "dog"])
-    (tensor([1, 0]), ('dog', 'cat'))
+    (array([1, 0]), ('dog', 'cat'))
     """
     names = None if class_names is None else tuple(class_names)
     if not _has_names(values):
         if names and fields is not None and set(fields) <= set(names):
-            return torch.tensor(_numbers([fields], names, where)[0]), names
-        labels = checked_labels(values, where=where)
+            return np.array(_numbers([fields], names, where)[0]), names
+        labels = label_array(values, where=where)
         if own_names:
             return renumbered(labels, tuple(own_names), names, where=where)
         if names and any(name.isdecimal() for name in names):
@@ -149,16 +163,16 @@ def as_classes(
             )
     if names is None:
         names = tuple(sorted(set(listed)))
-    return torch.tensor(_numbers([listed], names, where)[0]), names
+    return np.array(_numbers([listed], names, where)[0]), names
 
 
 def renumbered(
-    labels: torch.Tensor,
+    labels: Array,
     own_names: tuple[str, ...],
     class_names: tuple[str, ...] | None,
     *,
     where: str,
-) -> tuple[torch.Tensor, tuple[str, ...]]:
+) -> tuple[Array, tuple[str, ...]]:
     """Classes called `own_names` by the numbers that `class_names` have, and the names they have.
 
     Args:
@@ -178,17 +192,17 @@ def renumbered(
         )
         return labels, own_names
     place = {name: number for number, name in enumerate(class_names)}
-    used = labels.unique().tolist()
+    used = np.unique(labels).tolist()
     unknown = [own_names[number] for number in used if own_names[number] not in place]
     if unknown:
         raise DataError(
             f"{where} has the class {unknown[0]!r}, which is none of the classes "
             f"{_listed(class_names)}"
         )
-    return torch.tensor([place.get(name, -1) for name in own_names])[labels], class_names
+    return np.array([place.get(name, -1) for name in own_names])[labels], class_names
 
 
-def _check_below(labels: torch.Tensor, names: Sequence[str], where: str) -> None:
+def _check_below(labels: Array, names: Sequence[str], where: str) -> None:
     if int(labels.max()) >= len(names):
         raise DataError(
             f"{where}: the label {int(labels.max())} is none of the {len(names)} classes "
@@ -196,9 +210,9 @@ def _check_below(labels: torch.Tensor, names: Sequence[str], where: str) -> None
         )
 
 
-def _check_places(labels: torch.Tensor, names: Sequence[str], where: str) -> None:
+def _check_places(labels: Array, names: Sequence[str], where: str) -> None:
     """Refuse numbers that are not both name and place of the same class."""
-    for number in labels.unique().tolist():
+    for number in np.unique(labels).tolist():
         if number >= len(names) or names[number] != str(number):
             raise DataError(
                 f"{where}: the label {number} could be the class {str(number)!r} or the place "
@@ -268,7 +282,7 @@ def _several(
     if len(are_texts) > 1:
         raise DataError(f"{where}: some labels are texts, others numbers; expected one kind")
     if found and are_texts == {False}:
-        numbers = checked_labels(sorted(found), where=where)
+        numbers = label_array(sorted(found), where=where)
         counted = tuple(map(str, range(int(numbers.max()) + 1)))
         own = tuple(own_names or class_names or counted)
         _check_below(numbers, own, where)
@@ -278,7 +292,7 @@ def _several(
         names = tuple(class_names or own)
     else:
         names = tuple((own_names or sorted(found)) if class_names is None else class_names)
-    hot = torch.zeros(len(cells), len(names))
+    hot = np.zeros((len(cells), len(names)), np.float32)
     for row, cell in enumerate(_numbers(cells, names, where)):
         hot[row, cell] = 1
     return Targets(hot, names, were_lists=True)

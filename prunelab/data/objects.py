@@ -20,22 +20,25 @@ from torch.utils.data import (
     default_convert,
 )
 
-from prunelab.data.checked import Array, array_of, checked_images, note, whole_numbers
-from prunelab.data.columns import (
-    CLIENT_NAMES,
-    IMAGE_NAMES,
-    LABEL_NAMES,
-    TEXT_NAMES,
-    Columns,
-    check_filled,
-    client_numbers,
-    columns_of,
-)
+from prunelab.data.arrays import array_of, is_array, note
+from prunelab.data.checked import whole_numbers
+from prunelab.data.columns import IMAGE_NAMES, LABEL_NAMES, Columns
 from prunelab.data.datasets import ImageSet
-from prunelab.data.features import feature_names, features_of
-from prunelab.data.labels import renumbered, targets_of
-from prunelab.data.pictures import decoded, is_picture
-from prunelab.data.reading import TEST_NAMES, Reading, reading
+from prunelab.data.gathered import (
+    Gathered,
+    client_groups,
+    gathered_columns,
+    gathered_pair,
+    images_of,
+    is_grouped,
+    is_pair,
+    joined,
+    plain_columns,
+    text_column,
+)
+from prunelab.data.labels import renumbered
+from prunelab.data.pictures import is_picture
+from prunelab.data.reading import Reading, reading
 from prunelab.data.samples import ImageSamples, Samples, TargetSamples, taken
 from prunelab.data.sides import SampleSet
 from prunelab.data.text import tokenized_columns
@@ -128,7 +131,7 @@ def side_of(data: Any, how: Reading) -> Side:
     elif has_partitions(data):
         side = _of_partitions(data, how)
     elif is_pair(data):
-        side = _of_pair(data[0], data[1], how)
+        side = _side(gathered_pair(data[0], data[1], how))
     else:
         side = _of_columns_or_items(data, how)
     return side
@@ -152,7 +155,9 @@ def called_as(
     if not own_names or not class_names or tuple(own_names) == class_names:
         return samples
     if type(samples) is ImageSamples:
-        labels, names = renumbered(samples.labels, tuple(own_names), class_names, where=where)
+        labels, names = renumbered(
+            samples.labels.numpy(), tuple(own_names), class_names, where=where
+        )
         return ImageSamples(samples.images, labels, ids=samples.ids, class_names=names)
     raise DataError(
         f"{where}: its classes are {', '.join(own_names)}, those of the other side "
@@ -166,8 +171,7 @@ def _of_columns_or_items(data: Any, how: Reading) -> Side:
             f"data is a mapping of {', '.join(map(repr, data))}; give one of them, such as the "
             "training side"
         )
-    has_transform = getattr(data, "format", None) and data.format.get("type") == "custom"
-    columns = None if has_transform else columns_of(data)
+    columns = plain_columns(data)
     if columns is not None:
         return _of_columns(columns, how)
     is_listed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
@@ -177,6 +181,28 @@ def _of_columns_or_items(data: Any, how: Reading) -> Side:
         f"data is a {type(data).__name__}; expected (images, labels), a torch data set of (image, "
         "label), a Hugging Face data set, a frame of pandas, samples, or the name of a data set"
     )
+
+
+def _of_columns(columns: Columns, how: Reading) -> Side:
+    """Pictures, texts or numbers, whichever the columns hold."""
+    text, are_texts = text_column(columns, how)
+    if not are_texts or how.tokenizer is None:
+        return _side(gathered_columns(columns, how))
+    samples = tokenized_columns(
+        columns, how.tokenizer, text=text, max_length=how.max_length, class_names=how.class_names,
+        label=columns.pick(how.column("label"), LABEL_NAMES, "label"),
+    )  # fmt: skip
+    _, groups = client_groups(columns, how)
+    return Side(samples, None if groups is None else torch.from_numpy(groups))
+
+
+def _side(found: Gathered) -> Side:
+    targets = found.targets
+    kind = ImageSamples if targets.are_classes else TargetSamples
+    samples = kind(found.inputs, targets.values, class_names=targets.class_names)
+    samples.feature_names = found.feature_names
+    groups = None if found.groups is None else torch.from_numpy(found.groups)
+    return Side(samples, groups, targets.were_lists)
 
 
 def _is_streamed(data: Any) -> bool:
@@ -190,11 +216,6 @@ def is_samples(data: Any) -> bool:
     return hasattr(data, "ids") and callable(getattr(data, "batch", None))
 
 
-def is_array(value: Any) -> bool:
-    """Whether an object is a tensor or an array of numbers."""
-    return isinstance(value, Tensor | np.ndarray)
-
-
 def is_loader(data: Any) -> bool:
     """Whether it is a DataLoader of torch, or one like it."""
     return hasattr(data, "dataset") and hasattr(data, "batch_size") and hasattr(data, "collate_fn")
@@ -203,166 +224,6 @@ def is_loader(data: Any) -> bool:
 def has_partitions(data: Any) -> bool:
     """Whether it is a partitioner of flwr-datasets', or a federated data set."""
     return hasattr(data, "load_partition")
-
-
-def is_grouped(data: Any) -> bool:
-    """Whether it is a mapping of sides: of data sets, and not of columns or items."""
-    if not isinstance(data, Mapping):
-        return False
-    # A column may well be called "val".
-    return bool({"train", "test", "validation"} & set(data)) or 0 < len(data) == len(
-        set(data) & set(TEST_NAMES)
-    )
-
-
-def is_pair(data: Any) -> bool:
-    """Whether data are (images, labels) of all samples, and not a data set of two items."""
-    if not isinstance(data, tuple | list) or len(data) != 2:
-        return False
-    images, labels = data
-    if is_array(images) or _is_frame(images):
-        return is_array(labels) or isinstance(labels, list | tuple) or hasattr(labels, "__array__")
-    return isinstance(images, list | tuple) and (
-        is_array(labels)
-        or (isinstance(labels, list) and all(isinstance(x, int | str | float) for x in labels))
-    )
-
-
-def _is_frame(data: Any) -> bool:
-    return hasattr(data, "iloc") and hasattr(data, "columns")
-
-
-def _of_pair(inputs: Any, labels: Any, how: Reading) -> Side:
-    if _is_frame(inputs):
-        columns = columns_of(inputs)
-        assert columns is not None
-        names = feature_names(columns, how.feature_names or columns.names, ())
-        made = _joined(features_of(columns, names), _listed(labels), how, (), "data")
-        return _of_features(made, names)
-    if not is_array(inputs):
-        inputs = _images_of(
-            ((f"the image of sample {row}", cell) for row, cell in enumerate(inputs)), how
-        )
-    elif how.resize is not None:
-        images = checked_images(inputs).numpy()
-        inputs = _images_of(
-            ((f"the image of sample {row}", cell) for row, cell in enumerate(images)), how
-        )
-    return _joined(inputs, _listed(labels), how, (), "data")
-
-
-def _listed(labels: Any) -> Any:
-    """Labels as they are; those of pandas as lists."""
-    if _is_frame(labels):
-        columns = columns_of(labels)
-        assert columns is not None
-        return [list(row) for row in zip(*map(columns.read, columns.names), strict=True)]
-    return labels.tolist() if hasattr(labels, "iloc") else labels
-
-
-def _of_columns(columns: Columns, how: Reading) -> Side:
-    """Pictures, texts or numbers, whichever the columns hold."""
-    client = columns.pick(how.column("client"), CLIENT_NAMES, "client")
-    groups = None
-    if client is not None:
-        names_of_clients = (columns.fields or columns.read)(client)
-        numbers = client_numbers(names_of_clients, f"{columns.where}, column {client!r}")
-        groups = whole_numbers(numbers, "clients")
-    label = columns.pick(how.column("label"), LABEL_NAMES, "label")
-    image = None if how.features or how.column("text") else _image_column(columns, how)
-    if image is None and not how.features:
-        text = columns.pick(how.column("text"), TEXT_NAMES, "text")
-        if text is not None or how.tokenizer is not None:
-            return Side(_texts(columns, text, label, how), groups)
-    if columns.names and not len(columns.read(columns.names[0])):
-        raise DataError(f"{columns.where}: no samples")
-    if label is None:
-        raise DataError(
-            f"{columns.where}: no column is called as a label is ({', '.join(LABEL_NAMES)}); "
-            f"{columns.listed}; say which is to be predicted: columns={{'label': ...}}, or "
-            "--target ... of a command"
-        )
-    where = f"{columns.where}, column {label!r}"
-    values, features = columns.read(label), list[str]()
-    check_filled(values if isinstance(values, list) else (), where, what="label")
-    if image is not None:
-        cells = ((f"{columns.where}, row {r}", _cell(c)) for r, c in enumerate(columns.read(image)))
-        inputs = _images_of(cells, how)
-    else:
-        features = feature_names(columns, how.features, (label, client))
-        inputs = features_of(columns, features)
-    names_of_classes = columns.class_names.get(label, ())
-    fields = columns.fields(label) if columns.fields else None
-    joined = _joined(inputs, values, how, names_of_classes, where, fields=fields)
-    return replace(_of_features(joined, features), groups=groups)
-
-
-def _of_features(side: Side, names: Sequence[str]) -> Side:
-    """The same, told which columns its inputs came from."""
-    if isinstance(side.samples, ImageSamples | TargetSamples):
-        side.samples.feature_names = tuple(names)
-    return side
-
-
-def _image_column(columns: Columns, how: Reading) -> str | None:
-    wanted = how.column("image")
-    if wanted is not None or not columns.pictures:
-        found = columns.pick(wanted, (), "image")
-        usual = [name for name in columns.names if name.lower() in IMAGE_NAMES]
-        return found or columns.only([n for n in usual if _is_image(columns.first(n))], "image")
-    named = [name for name in columns.pictures if name.lower() in IMAGE_NAMES]
-    return columns.only(named or columns.pictures, "image")
-
-
-def _is_image(cell: Any) -> bool:
-    """Whether a cell can be an image: no number and no text."""
-    return not (cell is None or isinstance(cell, str | int | float | np.generic))
-
-
-def _cell(cell: Any) -> Any:
-    """A picture as parquet files and undecoded columns have it: its bytes."""
-    return cell["bytes"] if isinstance(cell, Mapping) and "bytes" in cell else cell
-
-
-def _texts(columns: Columns, text: str | None, label: str | None, how: Reading) -> Samples:
-    if how.tokenizer is None:
-        raise DataError(
-            f"{columns.where}: column {text!r} holds texts, which need a tokenizer: "
-            "datapruning.tokenized(data, tokenizer) makes samples of them; or name columns of "
-            "numbers: columns={'features': 'a+b'}"
-        )
-    return tokenized_columns(
-        columns, how.tokenizer, text=text, label=label, max_length=how.max_length,
-        class_names=how.class_names,
-    )  # fmt: skip
-
-
-def _joined(
-    inputs: Any,
-    values: Any,
-    how: Reading,
-    class_names: Sequence[str],
-    where: str,
-    *,
-    fields: Sequence[Any] | None = None,
-) -> Side:
-    """Samples of inputs and what is to be predicted of each."""
-    targets = targets_of(
-        values, class_names=how.class_names, own_names=class_names, fields=fields, kind=how.kind,
-        lists=how.lists, where=where,
-    )  # fmt: skip
-    if len(inputs) != len(targets.values):
-        raise DataError(
-            f"{where}: {len(inputs)} images but {len(targets.values)} labels; expected one of each "
-            "a sample"
-        )
-    kind = ImageSamples if targets.are_classes else TargetSamples
-    samples = kind(inputs, targets.values, class_names=targets.class_names)
-    return Side(samples, were_lists=targets.were_lists)
-
-
-def _images_of(cells: Iterator[tuple[str, Any]], how: Reading) -> Array:
-    return decoded(cells, where="data", resize=how.resize)
 
 
 # --- data sets with items ------------------------------------------------------------------------
@@ -418,14 +279,14 @@ def _side_of_items(data: Any, how: Reading) -> Side:
                 first.append(np.array(cell) if is_array(cell) else cell)
             yield f"the image of sample {row}", cell
 
-    images = _images_of(cells(), how)
+    images = images_of(cells(), how)
     again = _checked_cell(item_of(data[0], 0, how)[0], 0)
     if not np.array_equal(np.asarray(again), np.asarray(first[0]), equal_nan=is_array(again)):
         raise DataError(
             "sample 0 is another one each time it is read; leave random transforms out "
             "(TrainingConfig(augment=True) has crops and flips for training)"
         )
-    return _joined(images, labels, how, _class_names_of(data), "data")
+    return _side(joined(images, labels, how, class_names=_class_names_of(data)))
 
 
 def _plain(label: Any) -> Any:

@@ -2,7 +2,9 @@
 
     python -m prunelab.data.own_store PATH FOLDER --classes cat,dog [--resize 32]
 
-makes one beforehand; nodes of a run make theirs when they join, by the same command.
+makes one beforehand; nodes of a run make theirs when they join, by the same command. numpy and
+Pillow are enough for class folders, tables of text and arrays; parquet needs pyarrow, and data sets
+of torch's, torch.
 """
 
 from __future__ import annotations
@@ -15,13 +17,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prunelab.data.given import load_sample_set
-from prunelab.data.objects import called_as
+import numpy as np
+
+from prunelab.data.arrays import Array, count_classes, image_array
+from prunelab.data.datasets import num_classes_of, sources
+from prunelab.data.gathered import gathered
+from prunelab.data.named import data_of, names_pictures
 from prunelab.data.reading import Reading, reading
-from prunelab.data.samples import stored
-from prunelab.data.store import SampleStore, write_store
+from prunelab.data.store import IMAGE_TASK, SampleStore, write_store
 from prunelab.errors import DataError, PrunelabError
-from prunelab.training.task import task_of
+from sparsemodel.errors import NotInstalledError
+from sparsemodel.extras import extras_named
 
 REFUSED = 3  # exit status where the last line says what a user can mend
 
@@ -82,13 +88,14 @@ def write_own_store(
 
     Args:
         path: what `load_sample_set` takes: a folder of class folders or of parquet files, a table,
-            or "module:function".
+            arrays (inputs.npy and targets.npy, or a .npz), or "module:function".
         folder: of the store; must not be there.
         how: how the data are taken.
         expected: what the run's samples are.
         made_for: as of `write_store`.
 
     Raises:
+        NotInstalledError: they need Pillow, or torch, which is not there.
         DataError: as `load_sample_set` and `write_store`, a class that the run does not know, or
             samples of another task or shape; says what the run has.
     """
@@ -101,39 +108,88 @@ def write_own_store(
         how, test_share=0.0, class_names=names, task=run.task or how.task,
         feature_names=run.feature_names,
     )  # fmt: skip
-    # Not kept by this process: the store has it.
-    found = load_sample_set(path, how=how)
-    samples = called_as(found.train, found.class_names, names, where=path)
-    task = task_of(samples)
-    if run.task and task != run.task:
-        raise DataError(f"{path}: samples are for {task}, those of the run for {run.task}")
-    inputs, targets = stored(samples)
-    shape = tuple(inputs.shape[1:])
-    if run.input_shape and inputs.dtype.kind != "i" and shape != run.input_shape:
+    with extras_named(path):
+        own = _own(path, how)
+    if run.task and own.task != run.task:
+        raise DataError(f"{path}: samples are for {own.task}, those of the run for {run.task}")
+    shape = tuple(own.inputs.shape[1:])
+    if run.input_shape and own.inputs.dtype.kind != "i" and shape != run.input_shape:
         cure = "; bring pictures to its size by data.resize" if len(shape) == 3 else ""
         raise DataError(
             f"{path}: inputs are {list(shape)}, the run's {list(run.input_shape)}{cure}"
         )
-    num_classes = found.num_classes
+    num_classes = own.num_classes
     if num_classes is not None and names:
         num_classes = len(names)
-    if run.num_classes is not None and samples.labels is not None:
-        largest = int(samples.labels.max())
+    if run.num_classes is not None and own.num_classes is not None:
+        largest = int(own.targets.max())
         if largest >= run.num_classes:
             raise DataError(f"{path}: has the class {largest}; the run has {run.num_classes}")
         num_classes = run.num_classes
-    classes = found.class_names if run.class_names is None else run.class_names
+    classes = own.class_names if run.class_names is None else run.class_names
     return write_store(
-        folder, inputs, targets,
-        num_classes=num_classes, name=found.name, task=task, class_names=classes,
-        feature_names=found.feature_names, made_for=made_for,
+        folder, own.inputs, own.targets,
+        num_classes=num_classes, name=own.name, task=own.task, class_names=classes,
+        feature_names=own.feature_names, made_for=made_for,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Own:
+    """All of a node's samples, as a store has them; of data with two sides, the training side."""
+
+    name: str
+    task: str
+    inputs: Array
+    targets: Array
+    num_classes: int | None
+    class_names: tuple[str, ...] = ()
+    feature_names: tuple[str, ...] = ()
+
+
+def _own(path: str, how: Reading) -> _Own:
+    """Read with numpy (and Pillow for pictures), but for what needs torch by its nature."""
+    name = Path(path).name
+    if names_pictures(path, how):
+        train, test = sources(path, how)
+        images = image_array(train.images(np.arange(len(train.labels)), how.resize))
+        count = num_classes_of(train, test, where=path)
+        return _Own(name, IMAGE_TASK, images, train.labels, count, train.class_names)
+    data = data_of(path)
+    if isinstance(data, str | Path):
+        return _own(str(data), how)
+    found = gathered(data, how)
+    if found is None:
+        return _of_sample_set(data, how, name)
+    targets, names = found.targets, found.targets.class_names
+    num_classes = None
+    if targets.are_classes:
+        num_classes = len(names) or count_classes(targets.values, where=name)
+    return _Own(
+        name, targets.task, image_array(found.inputs), targets.values, num_classes, names,
+        found.feature_names,
+    )  # fmt: skip
+
+
+def _of_sample_set(data: Any, how: Reading, name: str) -> _Own:
+    """Data sets of torch's, samples, partitions."""
+    from prunelab.data.given import sample_set_of  # noqa: PLC0415 - needs torch
+    from prunelab.data.objects import called_as  # noqa: PLC0415
+    from prunelab.data.samples import stored  # noqa: PLC0415
+    from prunelab.training.task import task_of  # noqa: PLC0415
+
+    found = sample_set_of(data, how, name=name)
+    samples = called_as(found.train, found.class_names, how.class_names, where=found.name)
+    return _Own(
+        found.name, task_of(samples), *stored(samples), found.num_classes, found.class_names,
+        found.feature_names,
     )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; a refusal is one line."""
     parser = argparse.ArgumentParser("python -m prunelab.data.own_store", description=__doc__)
-    parser.add_argument("path", help="class folders, parquet, a table, or module:function")
+    parser.add_argument("path", help="class folders, parquet, a table, .npz, or module:function")
     parser.add_argument("folder", type=Path, help="of the store")
     parser.add_argument("--classes", help="the run's classes in its order, commas between them")
     parser.add_argument("--resize", default="", help="N or HxW pixels")
@@ -151,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         store = write_own_store(
             given.path, given.folder, how=how, expected=run, made_for=given.made_for
         )
-    except PrunelabError as error:
+    except (PrunelabError, NotInstalledError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(REFUSED) from None
     print(f"{store.folder}: {len(store):,} samples")

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from prunelab.data.checked import Array, note
+from prunelab.data.arrays import Array, note
 from prunelab.data.columns import client_numbers
 from prunelab.data.labels import as_classes
-from prunelab.data.tables import named_classes, parquet_table
+from prunelab.data.tables import imported_pyarrow, named_classes, parquet_table
 from prunelab.errors import DataError
 
 IMAGE_COLUMNS = ("img", "image")
@@ -93,11 +92,11 @@ def read_side(
             )[0]
             for part in parts
         ]
-        labels, found = torch.cat(of_parts), tuple(known)
+        labels, found = np.concatenate(of_parts), tuple(known)
     else:
         values = [label for part in parts for label in part.labels]
         labels, found = as_classes(values, class_names=known, where=where)
-    return Pictures(labels.numpy(), cells, groups, found)
+    return Pictures(labels, cells, groups, found)
 
 
 def has_side(folder: Path, names: Sequence[str]) -> bool:
@@ -200,8 +199,7 @@ class _Part:
 
 
 def _read(path: Path, columns: Mapping[str, str]) -> _Part:
-    import pyarrow.parquet  # noqa: PLC0415
-
+    pyarrow = imported_pyarrow(path)
     try:
         # Not read_table, to_numpy or take: they import pandas and more, for half a second.
         file = pyarrow.parquet.ParquetFile(path)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from prunelab.data.arrays import Array
 from prunelab.data.batches import Integers
-from prunelab.data.checked import Array
 from prunelab.data.parquet import picture_columns
 from prunelab.data.shards import BLOCK_BYTES, Labels, ShardFile, blocks_of
 from prunelab.data.tables import named_classes

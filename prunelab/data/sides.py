@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunelab.data.checked import checked_groups, count_classes
+from prunelab.data.arrays import count_classes
+from prunelab.data.checked import checked_groups
 from prunelab.data.datasets import ImageSet, fingerprint
 from prunelab.data.samples import ImageSamples, Samples, TargetSamples, TokenSamples
 from prunelab.data.streamed import StreamedImages

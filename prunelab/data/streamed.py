@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunelab.data.arrays import Array, note
 from prunelab.data.batches import Integers
-from prunelab.data.checked import Array, note
 from prunelab.data.parquet_shards import ParquetShards
 from prunelab.data.pictures import pixels, resized
 from prunelab.data.reading import reading

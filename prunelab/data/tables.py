@@ -65,8 +65,7 @@ def read_table(path: Path) -> Table:
 
 def parquet_table(path: Path) -> Table:
     """A parquet file; a column that nobody asks for may be of any type."""
-    import pyarrow.parquet  # noqa: PLC0415
-
+    pyarrow = imported_pyarrow(path)
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except FileNotFoundError:
@@ -83,6 +82,19 @@ def parquet_table(path: Path) -> Table:
 
     names = named_classes(file.schema_arrow)
     return Table(path, file.schema_arrow.names, values, class_names=names)
+
+
+def imported_pyarrow(path: Path) -> Any:
+    """The package that reads parquet.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        import pyarrow.parquet  # noqa: PLC0415
+    except ModuleNotFoundError:
+        raise DataError(f"{path}: parquet needs pyarrow: pip install pyarrow") from None
+    return pyarrow
 
 
 def named_classes(schema: Any) -> dict[str, tuple[str, ...]]:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from prunelab.errors import PrunelabWarning
 from prunelab.runs.version import __version__
+from sparsemodel.extras import extras_named
 
 console = Console(emoji=False)
 errors = Console(stderr=True, emoji=False)
@@ -43,7 +45,7 @@ def run_command(
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        with warnings_shown():
+        with extras_named(" ".join([Path(sys.argv[0]).name, *arguments[:1]])), warnings_shown():
             cli(arguments, standalone_mode=True)
     except expected as error:
         if debug:

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from light import run_light
 from PIL import Image
 
 from fedprune.config import RunConfig
@@ -180,3 +181,19 @@ def test_the_command_makes_a_store_beforehand(
     with pytest.raises(SystemExit, match="3"):
         main([path, str(tmp_path / "no"), "--classes", "cat"])
     assert "the class 'ant', which is none of 'cat'" in capsys.readouterr().err
+
+
+def test_a_node_without_torch_makes_its_store_as_one_with_it(tmp_path: Path) -> None:
+    path = pictures(tmp_path / "own", ["dog", "ant"])
+    code = f"""
+from pathlib import Path
+from fedprune.config import RunConfig
+from fedprune.local.private import private_store
+print(private_store(RunConfig(), {path!r}, Path("."), expected={RUN.to_dict()!r}))
+"""
+    done = run_light("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    store = write_own_store(path, tmp_path / "store", expected=RUN)
+    made = open_store(tmp_path / done.stdout.strip(), verify=True)
+    assert np.array_equal(made.inputs, store.inputs)
+    assert np.array_equal(made.targets, store.targets)

@@ -18,14 +18,8 @@ from long import FACTOR
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from prunelab.data.checked import (
-    MOST_CLASSES,
-    checked,
-    checked_images,
-    checked_label,
-    checked_labels,
-    count_classes,
-)
+from prunelab.data.arrays import MOST_CLASSES, count_classes
+from prunelab.data.checked import checked, checked_images, checked_label, checked_labels
 from prunelab.data.datasets import ImageSet
 from prunelab.data.objects import as_samples
 from prunelab.data.samples import ImageSamples, TokenSamples

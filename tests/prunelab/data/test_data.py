@@ -294,7 +294,7 @@ def test_a_data_set_of_the_hub_gives_the_same_pictures() -> None:
     ).cast_column("image", datasets.Image())
     side = _columns(table, "image", "fine_label")
     assert side.labels.tolist() == [5, 4] * 3
-    assert torch.equal(side.images(np.array([1, 4]), None), pixels(images)[[1, 4]])
+    assert np.array_equal(side.images(np.array([1, 4]), None), pixels(images)[[1, 4]])
 
 
 def test_importing_is_light_and_no_network_is_a_clear_error(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from prunelab.data.checked import Array
+from prunelab.data.arrays import Array
 from prunelab.data.datasets import load_dataset
 from prunelab.data.objects import as_samples
 from prunelab.data.parquet import read_side, side_files
