@@ -1,0 +1,214 @@
+"""A device joins a real SuperLink, goes on when its SuperNode dies, and ends in words or cleanly."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from benchmarks.deployment import submit
+from fedprune.config import RunConfig
+from fedprune.device.home import ANSWER, JOINED, Profile, make_home, read_json
+from fedprune.device.node import _Child, join
+from fedprune.device.status import rows_of, status_of
+from fedprune.flower import simulation
+from fedprune.rounds.folder import prepare, read_summary
+from fedprune.rounds.setup import lay_out
+from prunelab.errors import RunError
+from prunelab.runs.temporary import temporary_folder
+
+
+def certificates(folder: Path) -> Path:
+    """An authority, and a server's certificate for this machine of it."""
+    folder.mkdir()
+    now = datetime.datetime.now(datetime.UTC)
+    authority, server = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+
+    def named(name: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+    def builder(name: str, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder().subject_name(named(name)).issuer_name(named("ca"))
+            .public_key(key.public_key()).serial_number(x509.random_serial_number())
+            .not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+        )  # fmt: skip
+
+    own = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
+    root = (
+        builder("ca", authority).add_extension(x509.BasicConstraints(True, None), critical=True)
+        .add_extension(own, critical=False).sign(authority, hashes.SHA384())
+    )  # fmt: skip
+    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    leaf = builder("localhost", server).add_extension(here, critical=False)
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
+    signed = leaf.add_extension(issuer, critical=False).sign(authority, hashes.SHA384())
+    (folder / "ca.crt").write_bytes(root.public_bytes(Encoding.PEM))
+    (folder / "server.pem").write_bytes(signed.public_bytes(Encoding.PEM))
+    (folder / "server.key").write_bytes(
+        server.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption())
+    )
+    return folder
+
+
+@contextmanager
+def tls_superlink(home: Path, pki: Path) -> Iterator[str]:
+    """A SuperLink that asks nodes for their keys; its address."""
+    port = simulation.free_port()
+    command = ["flower-superlink", "--ssl-ca-certfile", str(pki / "ca.crt"), "--ssl-certfile",
+               str(pki / "server.pem"), "--ssl-keyfile", str(pki / "server.key"),
+               "--enable-supernode-auth", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
+    environment = simulation.private_environment(home, commands=simulation.commands(home))
+    with (home / "superlink.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while "running on" not in (home / "superlink.log").read_text():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+@pytest.mark.slow
+def test_a_server_or_a_device_that_is_not_trusted_is_told_in_a_line(tmp_path: Path) -> None:
+    """Not tried again: nothing would change."""
+    home, told = tmp_path / "device", list[str]()
+    make_home(home, Profile(client=0))
+    ours, others = certificates(tmp_path / "ours"), certificates(tmp_path / "others")
+    with temporary_folder() as temporary, tls_superlink(temporary, ours) as address:
+        for root, says in (
+            (others / "ca.crt", rf"the certificate of {address} is not the one expected"),
+            (ours / "ca.crt", rf"{address} refuses this device's key: it is not registered"),
+        ):
+            with pytest.raises(RunError, match=says):
+                join(home, address, root_certificates=root, say=told.append)
+    assert told == []
+    rows = dict(rows_of(status_of(home)))
+    assert rows["node"] == "given up"
+    assert "fedprune server register" in rows["why"]
+
+
+def joined(home: Path, *, besides: str = "") -> str:
+    """The node's number, once it has joined."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = read_json(home / JOINED)
+        if found.get("state") == "joined" and found["node"] != besides:
+            return str(found["node"])
+        time.sleep(0.1)
+    raise AssertionError(f"not joined: {read_json(home / JOINED)}")
+
+
+def processes(of: Path) -> list[int]:
+    """Ids of the SuperNodes that were started for a home."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"flower-supernode" in command and str(of).encode() in command:
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_device_answers_a_run_and_outlives_its_supernode(tmp_path: Path) -> None:
+    """A whole run by Flower's own processes, then kill -9; a second join is refused meanwhile."""
+    device = tmp_path / "device"
+    make_home(device, Profile(client=0, threads=1, budget=10**9))
+    config = RunConfig.parse(
+        {
+            "data.clients": 1, "data.num_train": 120, "data.num_test": 30, "model.width": 4,
+            "training.rounds": 1, "training.local_epochs": 1, "method.name": "magnitude",
+            "method.density": 0.3,
+        }
+    )  # fmt: skip
+    with temporary_folder() as home:
+        port = simulation.free_port()
+        environment = simulation.private_environment(home, commands=simulation.commands(home))
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{port}"\n'
+            "insecure = true\n"
+        )
+        out, setup = tmp_path / "run", home / "setup"
+        prepare(out, config, resume=False)
+        lay_out(config, setup, with_start=True)
+        app = simulation.write_app(home / "app", config, out, resume=False, setup=setup)
+        command = [sys.executable, "-m", "fedprune", "device", "join", f"127.0.0.1:{port}"]
+        command += ["--insecure", "--home", str(device)]
+        with simulation.superlink(home, port, environment):
+            with (tmp_path / "join.log").open("w") as log:
+                process = subprocess.Popen(command, stdout=log, stderr=log)
+            try:
+                node = joined(device)
+                assert status_of(device)["alive"]
+                second = subprocess.run(command, capture_output=True, text=True, check=False)
+                assert second.returncode == 1
+                assert "another process is running" in second.stderr
+                submit([str(app), "own"], environment, home)
+                (supernode,) = processes(device)
+                os.kill(supernode, signal.SIGKILL)
+                assert joined(device, besides=node)
+            finally:
+                process.terminate()
+                status = process.wait(timeout=30)
+    assert status == 0
+    assert not processes(device)
+    assert read_summary(out)["test_accuracy"] > 0
+    answer = read_json(device / ANSWER)
+    assert (answer["action"], answer["round"]) == ("train", 0)
+    assert "error" not in answer
+    assert 10**8 < answer["peak_rss_bytes"] < 2 * 10**8
+    lines = (tmp_path / "join.log").read_text().splitlines()
+    assert [line.split(" as ")[0] for line in lines] == [
+        f"joined 127.0.0.1:{port}",
+        "the SuperNode was ended with status -9; starting it again in 1 s",
+        f"joined 127.0.0.1:{port}",
+    ]
+    assert dict(rows_of(status_of(device)))["node"] == "ended"
+
+
+def test_a_home_without_a_number_or_a_key_is_refused(tmp_path: Path) -> None:
+    make_home(tmp_path, Profile())
+    with pytest.raises(RunError, match="--force --client 0"):
+        join(tmp_path, "127.0.0.1:1")
+    with pytest.raises(RunError, match="there is no such file"):
+        join(tmp_path, "127.0.0.1:1", root_certificates=tmp_path / "ca.crt")
+
+
+def test_what_flower_says_is_told_once() -> None:
+    """Lines of flwr 1.42: a server that is away, and a SuperExec that has lost its SuperNode."""
+    child = _Child("there:9092")
+    retry = "\x1b[93mWARNING \x1b[0m:   Connection attempt failed, retrying in 0.34 seconds"
+    told = [child.hear(line) for line in [retry] * 4]
+    assert list(filter(None, told)) == ["there:9092 does not answer; trying until it does"]
+    assert (
+        child.hear("\x1b[92mINFO \x1b[0m:      SuperNode ID: 42") == "joined there:9092 as node 42"
+    )
+    away, back = child.hear(retry), child.hear("INFO: Connection successful after 1.00 seconds")
+    assert (away, back) == ("", "")  # one lost beat is no news
+    child.hear(retry)
+    assert child.hear(retry) == "there:9092 does not answer; trying until it does"
+    assert child.hear("Connection successful after 9 s") == "there:9092 answers again"
+    child.hear("INFO:     Shutting down")
+    assert [child.hear(retry) for _ in range(3)] == ["", "", ""]
