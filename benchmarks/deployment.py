@@ -33,13 +33,16 @@ sys.exit(flwr_clientapp())
 """
 
 
-def clientapp_peaks(config: RunConfig, setup: Path, home: Path) -> list[int]:
+def clientapp_peaks(
+    config: RunConfig, setup: Path, home: Path, *, device: Path | None = None
+) -> list[int]:
     """Run a configuration of one client; bytes at the peak of each process that answered.
 
     Args:
         config: of a run with one client.
         setup: the folder of what the run starts from.
         home: an empty folder for everything that is written.
+        device: the home of the device that the node is; None: it is none.
 
     Raises:
         RunError: Flower did not complete the run; says why.
@@ -59,7 +62,7 @@ def clientapp_peaks(config: RunConfig, setup: Path, home: Path) -> list[int]:
     )
     with (
         simulation.superlink(home, port, environment, "--disable-runtime-dependency-installation"),
-        supernode(home, port, environment),
+        supernode(home, port, environment, device=device),
     ):
         submit([str(app), "own"], environment, home)
     return [int(line) for line in notes.read_text().splitlines()]
@@ -83,11 +86,17 @@ def submit(arguments: list[str], environment: dict[str, str], home: Path) -> Non
 
 @contextmanager
 def supernode(
-    home: Path, port: int, environment: dict[str, str], *, client: int = 0
+    home: Path,
+    port: int,
+    environment: dict[str, str],
+    *,
+    client: int = 0,
+    device: Path | None = None,
 ) -> Iterator[None]:
     """A node of one client, for as long as the context lasts."""
     command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
-    command += ["--port", str(simulation.free_port()), "--node-config", f"partition-id={client}"]
+    node = f"partition-id={client}" + ("" if device is None else f' home="{device}"')
+    command += ["--port", str(simulation.free_port()), "--node-config", node]
     command = ended_with_parent(*command)
     with (home / f"supernode{client}.log").open("w") as log:
         process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from fedprune.device import memory
 from fedprune.device.home import ANSWER, Profile, write_json
+from prunelab.errors import RunError
 from sparsemodel.storage.meter import peak_rss_bytes
 
 if TYPE_CHECKING:
     from fedprune.exchange.messages import Request
     from fedprune.local.site import Local
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Device:
     def remember(self, run: int, records: memory.Records) -> None:
         """Keep what the node holds of a run."""
         if self.home is not None:
-            memory.remember(self.home, run, records)
+            with _trying():
+                memory.remember(self.home, run, records)
 
     def fitted(self, request: Request, local: Local, told: dict[str, Any]) -> Local:
         """The client's place under the device's threads and budget.
@@ -97,4 +102,14 @@ class Device:
                     "seconds": time.monotonic() - started,
                     "peak_rss_bytes": peak_rss_bytes(),
                 }
-                write_json(self.home / ANSWER, told)
+                with _trying():
+                    write_json(self.home / ANSWER, told)
+
+
+@contextmanager
+def _trying() -> Iterator[None]:
+    """An answer is worth more than what is said of it: a full disk ends none."""
+    try:
+        yield
+    except (RunError, OSError) as error:
+        _log.warning("%s", error)

@@ -29,6 +29,7 @@ from fedprune.device.home import (
     NODE_CONFIG,
     PRIVATE,
     PUBLIC,
+    TEMPORARY,
     Profile,
     read_json,
     write_json,
@@ -271,7 +272,13 @@ def _write_node_config(home: Path, profile: Profile) -> None:
 
 
 def _environment(home: Path) -> dict[str, str]:
-    return {**os.environ, **QUIET, "FLWR_HOME": str(home.resolve() / "flwr"), "PATH": _path()}
+    """Quiet, and everything that is written lies in the home: a store of the samples is made once,
+    not after each start of the machine.
+    """
+    own = home.resolve() / TEMPORARY
+    own.mkdir(exist_ok=True, mode=0o700)
+    places = {"FLWR_HOME": str(home.resolve() / "flwr"), "TMPDIR": str(own)}
+    return {**os.environ, **QUIET, **places, "PATH": _path()}
 
 
 def _path() -> str:

@@ -84,7 +84,7 @@ def test_too_small_a_budget_is_refused_before_training(laid_out: tuple[RunConfig
     with pytest.raises(RunError) as refused:
         under(config, folder, 30 * 10**6)
     assert re.search(
-        r"the device's budget of 30\.0 MB is too small: the process would need [\d.]+ MB as the run "
-        r"is set, and [\d.]+ MB with batches of 2; [\d.]+ MB of them before it begins",
+        r"the device's budget of 30\.0 MB is too small: the process would need [\d.]+ MB as the "
+        r"run is set, and [\d.]+ MB with batches of 2; [\d.]+ MB of them before it begins",
         str(refused.value),
     ), refused.value

@@ -1,4 +1,4 @@
-"""A device joins a real SuperLink, goes on when its SuperNode dies, and ends in words or cleanly."""
+"""A device joins a real SuperLink, outlives its SuperNode, and ends in words or cleanly."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ print(json.dumps([told.total, probing, trained, resident("VmHWM") - before]))
         ("vgg11_bn", 0.02, 4, True, 2, (3, 64, 64)),
     ],
 )
-def test_the_estimate_is_at_or_above_the_peak_and_close(
+def test_the_estimate_is_at_or_above_the_peak_and_close(  # noqa: PLR0917 - a case's parts
     model: str, density: float, batch: int, recompute: bool, threads: int, shape: tuple[int, ...]
 ) -> None:
     """In a process of its own; growth lets go of training's memory first."""
