@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedprune.config import RunConfig
+from fedprune.device.home import Profile, make_home
 from fedprune.flower import simulation
 from prunelab.errors import RunError
 from prunelab.runs.children import ended_with_parent
@@ -33,16 +35,13 @@ sys.exit(flwr_clientapp())
 """
 
 
-def clientapp_peaks(
-    config: RunConfig, setup: Path, home: Path, *, device: Path | None = None
-) -> list[int]:
+def clientapp_peaks(config: RunConfig, setup: Path, home: Path) -> list[int]:
     """Run a configuration of one client; bytes at the peak of each process that answered.
 
     Args:
         config: of a run with one client.
         setup: the folder of what the run starts from.
         home: an empty folder for everything that is written.
-        device: the home of the device that the node is; None: it is none.
 
     Raises:
         RunError: Flower did not complete the run; says why.
@@ -62,7 +61,7 @@ def clientapp_peaks(
     )
     with (
         simulation.superlink(home, port, environment, "--disable-runtime-dependency-installation"),
-        supernode(home, port, environment, device=device),
+        supernode(home, port, environment),
     ):
         submit([str(app), "own"], environment, home)
     return [int(line) for line in notes.read_text().splitlines()]
@@ -86,24 +85,41 @@ def submit(arguments: list[str], environment: dict[str, str], home: Path) -> Non
 
 @contextmanager
 def supernode(
-    home: Path,
-    port: int,
-    environment: dict[str, str],
-    *,
-    client: int = 0,
-    device: Path | None = None,
-) -> Iterator[None]:
-    """A node of one client, for as long as the context lasts."""
+    home: Path, port: int, environment: dict[str, str], *, client: int = 0
+) -> Iterator[int]:
+    """Flower's node of one client, for as long as the context lasts; its process group."""
     command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
-    node = f"partition-id={client}" + ("" if device is None else f' home="{device}"')
-    command += ["--port", str(simulation.free_port()), "--node-config", node]
-    command = ended_with_parent(*command)
-    with (home / f"supernode{client}.log").open("w") as log:
+    command += ["--port", str(simulation.free_port()), "--node-config", f"partition-id={client}"]
+    with _running(command, home / f"supernode{client}.log", environment) as group:
+        yield group
+
+
+@contextmanager
+def device(home: Path, port: int, environment: dict[str, str], *, client: int = 0) -> Iterator[int]:
+    """The same by `fedprune device join`."""
+    own = home / f"device{client}"
+    if not own.exists():
+        make_home(own, Profile(client=client))
+    command = [sys.executable, "-m", "fedprune", "device", "join", f"127.0.0.1:{port}"]
+    command += ["--insecure", "--home", str(own)]
+    with _running(command, home / f"device{client}.log", environment) as group:
+        yield group
+
+
+@contextmanager
+def _running(command: list[str], log: Path, environment: dict[str, str]) -> Iterator[int]:
+    """A command with a process group of its own, which ends with the context."""
+    with log.open("w") as file:
         process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            ended_with_parent(*command),
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
-        yield
+        yield process.pid
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # a caller may have killed it
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=30)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedprune.device import memory
 from fedprune.device.home import ANSWER, Profile, write_json
 from prunelab.errors import RunError
 from sparsemodel.storage.meter import peak_rss_bytes
@@ -44,16 +43,6 @@ class Device:
             return cls()
         home = Path(str(node_config["home"]))
         return cls(home, Profile.read(home))
-
-    def recall(self, run: int) -> dict[str, dict[str, bytes]]:
-        """What the node held of a run when it was last asked: record -> name -> bytes."""
-        return {} if self.home is None else memory.recall(self.home, run)
-
-    def remember(self, run: int, records: memory.Records) -> None:
-        """Keep what the node holds of a run."""
-        if self.home is not None:
-            with _trying():
-                memory.remember(self.home, run, records)
 
     def fitted(self, request: Request, local: Local, told: dict[str, Any]) -> Local:
         """The client's place under the device's threads and budget.
@@ -102,14 +91,8 @@ class Device:
                     "seconds": time.monotonic() - started,
                     "peak_rss_bytes": peak_rss_bytes(),
                 }
-                with _trying():
+                # An answer is worth more than what is said of it: a full disk ends none.
+                try:
                     write_json(self.home / ANSWER, told)
-
-
-@contextmanager
-def _trying() -> Iterator[None]:
-    """An answer is worth more than what is said of it: a full disk ends none."""
-    try:
-        yield
-    except (RunError, OSError) as error:
-        _log.warning("%s", error)
+                except RunError as error:
+                    _log.warning("%s", error)
