@@ -13,12 +13,14 @@ first round alone: start is from the message to the end of its first step, after
 
 "deployment" is the same run of the runtime on a SuperLink and a SuperNode: the high-water mark
 of Flower's own `flwr-clientapp` processes; its peer is the dense client's process of the
-other rows. Works on Linux alone.
+other rows. "run-local" is `fedprune device run-local` on the same pictures, without Flower, for
+two epochs under a budget that asks for recomputing. Works on Linux alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import subprocess
 import sys
@@ -55,6 +57,7 @@ MODEL, BATCH, SAMPLES = "resnet18", 16, 500
 DENSITIES = (0.01, 0.05)
 EXECUTIONS = {"runtime": "auto", "modules": "sparse", "masked": "masked", "dense": "dense"}
 PEER = "dense"
+ALONE_BUDGET = "100MB"  # too small for resnet18 without recomputing
 PHASES = {"1": "train", "2": "train with growth"}  # what the server calls them -> what we do
 CLIENT = "from benchmarks.client_process import main; main()"
 MIB = 2**20
@@ -159,11 +162,25 @@ def rows(
                     case = f"{model} b{BATCH} {phase}, {way}"
                     if way != PEER:
                         yield Row(BENCH, case, density, peak, peer, PEER, unit)
+            yield _alone(model, density, place, found[PEER]["all"])
             if deployed:
                 lay_out(config, place / "setup", with_start=True)
                 peaks = clientapp_peaks(config, place / "setup", place / "deployed")
                 case = f"{model} b{BATCH} all, deployment"
                 yield Row(BENCH, case, density, max(peaks) / MIB, found[PEER]["all"], PEER, "MiB")
+
+
+def _alone(model: str, density: float, place: Path, peer: float) -> Row:
+    """Of a device that trains by itself; its own account of the kernel's figure."""
+    store, out = open_store(place / "setup-runtime" / TRAIN), place / "alone"
+    command = [sys.executable, "-m", "fedprune", "device", "run-local", "--data", str(store.folder)]
+    settings = {"model": model, "density": density, "epochs": 2, "batch-size": BATCH, "out": out,
+                "budget": ALONE_BUDGET, "home": place / "no-device"}  # fmt: skip
+    command += [f"--{name}={value}" for name, value in settings.items()]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    summary = json.loads((out / "summary.json").read_text())
+    case = f"{model} b{summary['batch_size']} all, run-local"
+    return Row(BENCH, case, density, summary["peak_rss_bytes"] / MIB, peer, PEER, "MiB")
 
 
 def measure(config: RunConfig, way: str, place: Path) -> dict[str, float]:

@@ -5,9 +5,9 @@
 A run of one client with 100 random pictures of 3×32×32, progressive pruning with growth every
 fifth round (FedTiny), as a device has it: the real ClientApp in a process of its own, whose home
 has a budget. The settings do not ask for recomputing: the budget does. `ours` is the largest
-high-water mark of resident memory over all rounds, `peer` the budget; the rows beside it say what
-the process would need at least, by its own word, and how many rounds had other batches. Works on
-Linux alone.
+high-water mark of resident memory over all rounds, `peer` the budget; on standard error it says how
+many messages had smaller batches. "joined" is `fedprune device join` on a real SuperLink, and the
+mark that of its process. Works on Linux alone.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message
 
+from benchmarks import fleet
 from benchmarks.client_memory import MIB, MODEL, ClientProcess, settings
+from benchmarks.deployment import device
 from benchmarks.gpu_simulation import write_images
 from benchmarks.rows import Row, add_arguments, show
 from benchmarks.timing import use_threads
@@ -36,6 +39,7 @@ from prunelab.runs.temporary import temporary_folder
 BENCH = "device_budget"
 SAMPLES, ROUNDS = 100, 100
 BUDGETS_MIB = (180, 145, 120)  # room for all, for recomputing, for smaller batches alone
+DEPLOYED_MIB, DEPLOYED_ROUNDS = 165, 20
 DENSITY = 0.01
 
 
@@ -85,6 +89,24 @@ def rows(model: str, *, rounds: int) -> Iterator[Row]:
                 )
             case = f"{model} b16 {rounds} rounds, under {budget} MiB"
             yield Row(BENCH, case, DENSITY, client.peak / MIB, budget, "budget", "MiB")
+        yield deployed(config, folder)
+
+
+def deployed(config: RunConfig, folder: Path) -> Row:
+    """The same on a real SuperLink, by `fedprune device join`."""
+
+    def budgeted(home: Path, port: int, environment: dict[str, str], *, client: int = 0) -> Any:
+        make_home(home / f"device{client}", Profile(budget=DEPLOYED_MIB * MIB, client=client))
+        return device(home, port, environment, client=client)
+
+    rounds = min(config.training.rounds, DEPLOYED_ROUNDS)
+    config = replace(config, training=replace(config.training, rounds=rounds))
+    lay_out(config, folder / "setup-deployed", with_start=True)
+    looked, _ = fleet.run(config, budgeted, folder / "deployed", folder / "setup-deployed")
+    answer = read_json(folder / "deployed" / "device0" / ANSWER)
+    print(f"# joined: {answer.get('fitted')}", file=sys.stderr)
+    case = f"{config.model.name} b16 {rounds} rounds, joined under {DEPLOYED_MIB} MiB"
+    return Row(BENCH, case, DENSITY, looked.peak / MIB, DEPLOYED_MIB, "budget", "MiB")
 
 
 def under(config: RunConfig, folder: Path, budget: int) -> BudgetedClient:

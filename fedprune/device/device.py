@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedprune.device.home import ANSWER, Profile, write_json
+from prunelab.errors import RunError
 from sparsemodel.storage.meter import peak_rss_bytes
 
 if TYPE_CHECKING:
     from fedprune.exchange.messages import Request
     from fedprune.local.site import Local
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,4 +91,8 @@ class Device:
                     "seconds": time.monotonic() - started,
                     "peak_rss_bytes": peak_rss_bytes(),
                 }
-                write_json(self.home / ANSWER, told)
+                # An answer is worth more than what is said of it: a full disk ends none.
+                try:
+                    write_json(self.home / ANSWER, told)
+                except RunError as error:
+                    _log.warning("%s", error)

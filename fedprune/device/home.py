@@ -21,7 +21,7 @@ VARIABLE = "FEDPRUNE_DEVICE_HOME"
 DEFAULT = Path("~/.fedprune/device")
 PRIVATE, PUBLIC = "node", "node.pub"
 PROFILE, LOG = "profile.toml", "node.log"
-JOINED, ANSWER, STATE = "joined.json", "answer.json", "state"
+JOINED, ANSWER, STATE, TEMPORARY = "joined.json", "answer.json", "state", "tmp"
 _UNITS = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30,
 }  # fmt: skip

@@ -33,10 +33,8 @@ def open_program(name: str) -> Program:
     Raises:
         ModelError: no such network or file, or a damaged one.
     """
-    if name in NETWORKS:
-        file = Path(__file__).parent / "programs" / f"{name}.json"
-    else:
-        file = Path(name)
+    own = Path(__file__).parent / "programs" / f"{name}.json"
+    file = own if name in NETWORKS else Path(name)
     if not file.is_file():
         raise ModelError(
             f"no network {name!r}: expected {', '.join(NETWORKS)}, or a file of a program's text"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,16 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import FrameType
 
-from fedprune.device.home import JOINED, LOG, PRIVATE, STATE, Profile, read_json, write_json
+from fedprune.device.home import (
+    JOINED,
+    LOG,
+    PRIVATE,
+    STATE,
+    TEMPORARY,
+    Profile,
+    read_json,
+    write_json,
+)
 from fedprune.errors import ConfigError
 from prunelab.errors import RunError
 from prunelab.runs.folder import locked
@@ -49,7 +59,7 @@ def join(
     config: dict[str, str | int] = {"partition-id": profile.client, "home": str(home.resolve())}
     if profile.data:
         config["data-path"] = profile.data
-    with locked(home, wait=0), _ended_by_signals(), _logging(home):
+    with locked(home, wait=0), _ended_by_signals(), _logging(home), _own_temporary(home):
         # Takes a second, which a refused profile need not.
         from fedprune.flower.node.node import NodeSettings, run_node  # noqa: PLC0415
 
@@ -99,6 +109,22 @@ def _logging(home: Path) -> Iterator[None]:
         root.removeHandler(handler)
         root.setLevel(level)
         handler.close()
+
+
+@contextmanager
+def _own_temporary(home: Path) -> Iterator[None]:
+    """Temporary files lie in the home: a store of the samples outlives a start of the machine."""
+    own, before = home.resolve() / TEMPORARY, os.environ.get("TMPDIR")
+    own.mkdir(exist_ok=True, mode=0o700)
+    os.environ["TMPDIR"], tempfile.tempdir = str(own), None
+    try:
+        yield
+    finally:
+        tempfile.tempdir = None
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from fedprune.local.model import normalization
 from sparsemodel.runtime.trainer import Trainer
 from sparsemodel.storage.meter import peak_rss_bytes
 
-# What Flower's command imports beside the client app.
-_FLOWER = ("flwr.supernode.cli", "fedprune.flower.client")
+# What the process of a node has.
+_NODE = ("fedprune.cli", "fedprune.flower.node.node", "fedprune.flower.client")
 _WARM_STEPS = 2
 
 
@@ -32,7 +32,7 @@ class Trial:
     Attributes:
         model: as of `open_program`.
         steps: that are timed; 0: nothing is trained.
-        flower: whether the process is a node's, with all that Flower imports.
+        flower: whether the process is a node's, with Flower's client in it.
     """
 
     model: str
@@ -59,7 +59,7 @@ class Measured:
 
 def measure(trial: Trial) -> Measured:
     """Try it in this process."""
-    for name in _FLOWER if trial.flower else ():
+    for name in _NODE if trial.flower else ():
         importlib.import_module(name)
     program = open_program(trial.model)
     seconds = []
