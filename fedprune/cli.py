@@ -23,6 +23,7 @@ from fedprune.config import (
     read_toml,
 )
 from fedprune.errors import USER_ERRORS
+from fedprune.fleet.commands import fleet, server
 from fedprune.given import name_dataset
 from fedprune.methods import BASELINES, DEFAULT_METHOD, METHODS, method_class
 from fedprune.methods.base import Method as FederatedMethod
@@ -107,6 +108,8 @@ Settings = Annotated[
 ]
 for _command in (commands.predict, commands.evaluate, commands.export):
     cli.command()(_command)
+cli.add_typer(server, name="server")
+cli.add_typer(fleet, name="fleet")
 
 
 @cli.command()
