@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import ssl
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path

@@ -134,6 +134,36 @@ def nodes(
     show_table(["node", "name", "status", "since", "key"], rows)
 
 
+@fleet.command()
+def up(
+    number: Annotated[int, typer.Option("--nodes", help="How many nodes.")] = 8,
+    folder: Annotated[Path, typer.Option("--dir", help="Where everything is kept.")] = Path(
+        "fleet"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="A folder with one folder of samples for each node.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Run a server and its nodes on this machine until Ctrl-C, with TLS and node keys."""
+    import time  # noqa: PLC0415
+
+    from fedprune.fleet.local import fleet_up  # noqa: PLC0415
+    from fedprune.fleet.processes import POLL_SECONDS  # noqa: PLC0415
+
+    _end_as_interrupted()
+    try:
+        with fleet_up(folder, nodes=number, data=data) as running:
+            say(f"{len(running.nodes)} nodes are online; everything lies in {folder}")
+            say(f"try: fedprune run --superlink {running.server.name} --rounds 5")
+            say("Ctrl-C ends it")
+            while True:
+                running.keep(say)
+                time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        say("ended")
+
+
 def _end_as_interrupted() -> None:
     """Let systemd's SIGTERM end the command as Ctrl-C does."""
 

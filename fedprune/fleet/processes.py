@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from fedprune.flower.simulation import private_environment
 from prunelab.errors import RunError
 from prunelab.runs.children import ended_with_parent
 
@@ -109,19 +110,14 @@ class Kept:
 def flower_environment(state: Path) -> dict[str, str]:
     """What Flower's long-lived processes of one party run in.
 
-    They keep files under `state`, report nothing to anybody, install nothing, look for work ten
-    times a second instead of once, and find this interpreter's commands first.
+    They keep their files under `state`, report nothing to anybody, install nothing, and look for
+    work ten times a second instead of once.
     """
     return {
-        **os.environ,
-        "FLWR_HOME": str(state),
+        **private_environment(state, commands=Path(sys.executable).parent),
         "TMPDIR": str(state),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         "PYTHONUNBUFFERED": "1",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
 
 

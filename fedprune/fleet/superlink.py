@@ -25,7 +25,7 @@ WARN_DAYS = 30
 
 def superlink(server: Server, *, log: Path | None = None) -> Kept:
     """The SuperLink of a server's folder, not yet started."""
-    folder, host = server.folder.resolve(), "0.0.0.0" if server.hosts else "127.0.0.1"  # noqa: S104
+    folder, host = server.folder.resolve(), "0.0.0.0" if server.hosts else "127.0.0.1"
     command = ["flower-superlink", "--enable-supernode-auth", "--isolation", "subprocess"]
     command += ["--host", host, "--port", str(server.port)]
     command += ["--database", str(server.state.resolve() / DATABASE)]
