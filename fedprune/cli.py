@@ -22,6 +22,7 @@ from fedprune.config import (
     parse_assignments,
     read_toml,
 )
+from fedprune.device.commands import device
 from fedprune.errors import USER_ERRORS
 from fedprune.fleet.commands import fleet, server
 from fedprune.given import name_dataset
@@ -110,6 +111,7 @@ for _command in (commands.predict, commands.evaluate, commands.export):
     cli.command()(_command)
 cli.add_typer(server, name="server")
 cli.add_typer(fleet, name="fleet")
+cli.add_typer(device, name="device")
 
 
 @cli.command()

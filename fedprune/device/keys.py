@@ -11,9 +11,10 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_ssh_private_key,
 )
 
-PRIVATE, PUBLIC = "node", "node.pub"
+from fedprune.device.home import PRIVATE, PUBLIC
 
 
 def write_keys(folder: Path) -> tuple[Path, Path]:
@@ -23,10 +24,17 @@ def write_keys(folder: Path) -> tuple[Path, Path]:
         FileExistsError: there is a private key already; it is left as it is.
     """
     key = generate_private_key(SECP384R1())
-    private, public = folder / PRIVATE, folder / PUBLIC
+    private = folder / PRIVATE
     text = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     descriptor = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(text)
+    return private, write_public(folder)
+
+
+def write_public(folder: Path) -> Path:
+    """The public key of the private one in `folder`."""
+    key = load_ssh_private_key((folder / PRIVATE).read_bytes(), None)
+    public = folder / PUBLIC
     public.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
-    return private, public
+    return public

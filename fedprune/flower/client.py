@@ -1,7 +1,8 @@
 """The Flower ClientApp: it answers named questions from a client's own data.
 
 Everything here runs without torch where the network has a program. A client keeps nothing
-between messages but what requests name (wire.py); if it has lost that, it asks for it again.
+between messages but what requests name (wire.py) and what answers leave; if it has lost the former,
+it asks for it again. A device (`fedprune device join`) has both on disk too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedprune.config import RunConfig
+from fedprune.device.device import Device
 from fedprune.errors import USER_ERRORS, ClientError
 from fedprune.exchange.messages import (
     DESCRIBE,
@@ -83,11 +85,19 @@ def guarded(work: Callable[[], T]) -> T | RecordDict:
 
 
 def _answer(record: RecordDict, context: Context) -> RecordDict:
-    request, local = open_request(record, context)
-    try:
-        return _answer_to(request, local)
-    finally:
-        context.state[_KEPT] = ConfigRecord(dict(local.kept))
+    device = Device.of(context.node_config)
+    if not context.state:  # a node that was started again
+        for name, items in device.recall(context.run_id).items():
+            context.state[name] = ConfigRecord(dict(items))
+    with device.answering(context.run_id) as told:
+        request, local = open_request(record, context)
+        local = device.fitted(request, local, told)
+        try:
+            return _answer_to(request, local)
+        finally:
+            context.state[_KEPT] = ConfigRecord(dict(local.kept))
+            records = {name: _bytes_of(context, name) for name in (_HELD, _KEPT)}
+            device.remember(context.run_id, records)
 
 
 def _answer_to(request: Request, local: Local) -> RecordDict:

@@ -15,14 +15,26 @@ if TYPE_CHECKING:  # reading the memory of a process needs no torch
 def peak_rss_bytes() -> int:
     """Largest resident memory of this process so far, in bytes."""
     # Linux's own account of this program; getrusage's holds what ran before exec, too.
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
+    if found := _status("VmHWM:"):
+        return found
     import resource  # noqa: PLC0415 - not there on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process now, in bytes; its peak where only that is told."""
+    return _status("VmRSS:") or peak_rss_bytes()
+
+
+def _status(field: str) -> int:
+    """A figure of Linux's account of this process; 0 elsewhere."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
+        for line in status:
+            if line.startswith(field):
+                return 1024 * int(line.split()[1])
+    return 0
 
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
