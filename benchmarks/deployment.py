@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedprune.config import RunConfig
+from fedprune.device.keys import PRIVATE, write_keys
 from fedprune.flower import simulation
 from fedprune.flower.launch import launch_values
 from prunelab.errors import RunError
@@ -31,6 +32,19 @@ def note():
 atexit.register(note)
 from flwr.supernode.cli import flwr_clientapp
 sys.exit(flwr_clientapp())
+"""
+
+
+DEVICE = """
+import sys, signal
+from pathlib import Path
+from fedprune.flower.node.node import NodeSettings, run_node
+def end(*_):
+    raise SystemExit(0)
+signal.signal(signal.SIGTERM, end)
+home = Path(sys.argv[2])
+run_node(NodeSettings(sys.argv[1], home / "state", home / "node",
+    config={"partition-id": int(sys.argv[3])}), say=lambda text: print(text, flush=True))
 """
 
 
@@ -86,17 +100,39 @@ def submit(arguments: list[str], environment: dict[str, str], home: Path) -> Non
 @contextmanager
 def supernode(
     home: Path, port: int, environment: dict[str, str], *, client: int = 0
-) -> Iterator[None]:
-    """A node of one client, for as long as the context lasts."""
+) -> Iterator[int]:
+    """Flower's node of one client, for as long as the context lasts; its process group."""
     command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
     command += ["--port", str(simulation.free_port()), "--node-config", f"partition-id={client}"]
-    command = ended_with_parent(*command)
-    with (home / f"supernode{client}.log").open("w") as log:
+    with _running(command, home / f"supernode{client}.log", environment) as group:
+        yield group
+
+
+@contextmanager
+def device(home: Path, port: int, environment: dict[str, str], *, client: int = 0) -> Iterator[int]:
+    """The same by `fedprune device join`."""
+    own = home / f"device{client}"
+    own.mkdir(exist_ok=True)
+    if not (own / PRIVATE).exists():
+        write_keys(own)
+    command = [sys.executable, "-c", DEVICE, f"127.0.0.1:{port}", str(own), str(client)]
+    with _running(command, home / f"device{client}.log", environment) as group:
+        yield group
+
+
+@contextmanager
+def _running(command: list[str], log: Path, environment: dict[str, str]) -> Iterator[int]:
+    """A command with a process group of its own, which ends with the context."""
+    with log.open("w") as file:
         process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            ended_with_parent(*command),
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
-        yield
+        yield process.pid
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=30)

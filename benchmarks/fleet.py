@@ -1,0 +1,204 @@
+"""A real fleet on this machine: Flower's SuperNodes beside nodes of one process, in the same run.
+
+    python -m benchmarks.fleet [--quick] [--json]
+
+A SuperLink, and nodes that answer it, as processes of their own.
+
+"round": four nodes share digits (resnet8, density .05, the README's first command for so many); the
+median of the seconds from one line of metrics to the next, of rounds without growth. "node": one
+node of resnet18, batch 16, `training.recompute`, 500 random pictures of 3×32×32, a FedTiny run of
+two rounds, the second with growth; proportional set size of all processes of the node together, by
+the kernel, looked at every tenth of a second, the largest; and the high-water mark of resident
+memory of the process that trains. The models of both kinds of node have to be the same bits. Works
+on Linux alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+from benchmarks.client_memory import BATCH, MIB, MODEL, SAMPLES, settings
+from benchmarks.deployment import device, submit, supernode
+from benchmarks.gpu_simulation import write_images
+from benchmarks.rows import Row, add_arguments, show
+from fedprune.config import RunConfig
+from fedprune.flower import simulation
+from fedprune.rounds.folder import METRICS
+from fedprune.rounds.setup import lay_out
+from prunelab.runs.temporary import temporary_folder
+
+BENCH = "fleet"
+NODES, ROUNDS, QUICK_ROUNDS = 4, 20, 8
+DENSITY = 0.01
+LOOK_SECONDS = 0.1
+Kind = Callable[..., AbstractContextManager[int]]
+KINDS: dict[str, Kind] = {"SuperNode": supernode, "device": device}
+PEER = "SuperNode"
+
+
+@dataclass
+class Looked:
+    """What a look at the run, now and then, saw.
+
+    Attributes:
+        lines: when each line of metrics was there, and the line.
+        parts: command -> bytes, of the node's processes when they held most together.
+        peak: the largest high-water mark of one process of a node, in bytes.
+    """
+
+    lines: list[tuple[float, dict[str, object]]] = field(default_factory=list)
+    parts: dict[str, int] = field(default_factory=dict)
+    peak: int = 0
+
+    def look(self, metrics: Path, group: int) -> None:
+        """Look once."""
+        if metrics.exists():
+            text = metrics.read_text().splitlines()
+            now = time.monotonic()
+            self.lines += [(now, json.loads(line)) for line in text[len(self.lines) :]]
+        parts, peak = memory_of(group)
+        self.peak = max(self.peak, peak)
+        if sum(parts.values()) > sum(self.parts.values()):
+            self.parts = parts
+
+    def round_seconds(self) -> list[float]:
+        """Of rounds in which nothing grew, but for the first and the last, which does more."""
+        pairs = zip(self.lines[1:-2], self.lines[2:-1], strict=True)
+        return [after - before for (before, _), (after, line) in pairs if not line["adjusted"]]
+
+
+def memory_of(group: int) -> tuple[dict[str, int], int]:
+    """Proportional set sizes of a session's processes by command, and the largest high-water
+    mark, in bytes.
+    """
+    parts: dict[str, int] = {}
+    peak = 0
+    for process in Path("/proc").iterdir():
+        try:
+            if not process.name.isdigit() or os.getsid(int(process.name)) != group:
+                continue
+            rollup = (process / "smaps_rollup").read_text()
+            status = (process / "status").read_text()
+            command = (process / "cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        found = re.search(r"^Pss:\s+(\d+) kB", rollup, re.M)
+        mark = re.search(r"^VmHWM:\s+(\d+) kB", status, re.M)
+        if found and mark:
+            name = next((Path(c).name for c in command if "flwr-" in c or "flower-" in c), "node")
+            parts[name] = parts.get(name, 0) + 1024 * int(found[1])
+            peak = max(peak, 1024 * int(mark[1]))
+    return parts, peak
+
+
+@contextmanager
+def _looking(looked: Looked, metrics: Path, group: int) -> Iterator[None]:
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(LOOK_SECONDS):
+            looked.look(metrics, group)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        looked.look(metrics, group)
+
+
+def run(config: RunConfig, kind: Kind, home: Path, setup: Path) -> tuple[Looked, str]:
+    """Run a configuration on nodes of a kind; what was seen, and the digest of the model."""
+    home.mkdir()
+    app = simulation.write_app(home / "app", config, home / "run", resume=False, setup=setup)
+    environment = simulation.private_environment(home, commands=simulation.commands(home))
+    port, looked = simulation.free_port(), Looked()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:{port}"\n'
+        "insecure = true\n"
+    )
+    flags = ["--disable-runtime-dependency-installation"]
+    with ExitStack() as stack:
+        stack.enter_context(simulation.superlink(home, port, environment, *flags))
+        groups = [
+            stack.enter_context(kind(home, port, environment, client=client))
+            for client in range(config.data.clients)
+        ]
+        stack.enter_context(_looking(looked, home / "run" / METRICS, groups[0]))
+        submit([str(app), "own"], environment, home)
+    return looked, sha256((home / "run" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def compared(config: RunConfig, folder: Path) -> dict[str, Looked]:
+    """The same run on both kinds of nodes."""
+    folder.mkdir()
+    lay_out(config, folder / "setup", with_start=True)
+    found = {
+        name: run(config, kind, folder / name, folder / "setup") for name, kind in KINDS.items()
+    }
+    if len({digest for _, digest in found.values()}) != 1:
+        raise RuntimeError("the kinds of nodes give different models")
+    return {name: looked for name, (looked, _) in found.items()}
+
+
+def rows(*, quick: bool) -> Iterator[Row]:
+    """Rows of seconds a round and of memory."""
+    with temporary_folder() as folder:
+        rounds = QUICK_ROUNDS if quick else ROUNDS
+        config = RunConfig.parse({"data.clients": NODES, "training.rounds": rounds})
+        found = compared(config, folder / "digits")
+        seconds = {name: looked.round_seconds() for name, looked in found.items()}
+        for name, each in seconds.items():
+            print(
+                f"# {name}: rounds of {min(each):.2f} to {max(each):.2f} s ({len(each)} of them)",
+                file=sys.stderr,
+            )
+        middle = {name: statistics.median(each) for name, each in seconds.items()}
+        case = f"resnet8, {NODES} nodes: a round, "
+        yield from _rows(case, config.method.target_density, middle, "s")
+
+        images = folder / "images"
+        images.mkdir()
+        write_images(images, num_train=SAMPLES + 10, num_test=20)
+        config = settings(MODEL, DENSITY, images)
+        found = compared(config, folder / MODEL)
+        for name, looked in found.items():
+            parts = ", ".join(f"{part} {size / MIB:.1f}" for part, size in looked.parts.items())
+            print(f"# {name}: proportional set size of {parts} MiB", file=sys.stderr)
+        whole = {name: sum(looked.parts.values()) / MIB for name, looked in found.items()}
+        yield from _rows(f"{MODEL} b{BATCH}: whole node, ", DENSITY, whole, "MiB")
+        peaks = {name: looked.peak / MIB for name, looked in found.items()}
+        yield from _rows(f"{MODEL} b{BATCH}: process that trains, ", DENSITY, peaks, "MiB")
+
+
+def _rows(case: str, density: float, found: dict[str, float], unit: str) -> Iterator[Row]:
+    peer = found[PEER]
+    for name, value in found.items():
+        if name != PEER:
+            yield Row(BENCH, case + name, density, value, peer, PEER, unit)
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{BENCH}", description=__doc__)
+    add_arguments(parser, quick=f"{QUICK_ROUNDS} rounds")
+    arguments = parser.parse_args()
+    show(rows(quick=arguments.quick), arguments)
+
+
+if __name__ == "__main__":
+    main()

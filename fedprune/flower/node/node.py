@@ -1,0 +1,229 @@
+"""A device's node in one process: it fetches messages, answers them, and sends the replies.
+
+Flower's own SuperNode is two processes that stay and a third for every message, and runs whatever
+code a run brings. This node runs the ClientApp that is installed with it and nothing else, keeps
+its modules and data between messages, and looks for the next one soon after the last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Error, Message
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedprune.config import METHOD_SETTINGS
+from fedprune.flower.node.link import HEARTBEAT_SECONDS, Busy, Link, RunIsOver, Unreachable
+from fedprune.flower.node.memory import Memory
+from fedprune.flower.node.parcel import Parcel
+from prunelab.errors import RunError
+from prunelab.runs.imported import IMPORTED
+
+SHORTEST_WAIT, LONGEST_WAIT = 0.05, 3.0  # seconds between two looks for a message
+WAIT_SHARE = 0.1  # of the time since the last message
+RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
+CLIENT_APP_RAISED = 2
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """What a node is told.
+
+    Attributes:
+        address: host:port of the SuperLink.
+        folder: of this node alone, for what it keeps.
+        key: file of its private key.
+        root_certificates: file of the authority of the SuperLink's certificate; None: nothing is
+            encrypted.
+        config: what the ClientApp reads as node config: partition-id, data-path, home.
+        packages: Python packages of this machine whose functions a run may name.
+    """
+
+    address: str
+    folder: Path
+    key: Path
+    root_certificates: Path | None = None
+    config: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    packages: Collection[str] = ()
+
+
+def run_node(
+    settings: NodeSettings,
+    *,
+    stop: threading.Event | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Serve a SuperLink until `stop` is set.
+
+    Args:
+        say: is told in a line what a person may want to know.
+
+    Raises:
+        RunError: what a person has to mend: the key is not registered (any more), say.
+    """
+    stop = stop or threading.Event()
+    memory, tries = Memory(settings.folder), 0
+    link = Link(settings.address, key=settings.key, root_certificates=settings.root_certificates)
+    try:
+        while not stop.is_set():
+            try:
+                node_id = link.activate(last=memory.last_node(settings.address))
+                memory.note_node(settings.address, node_id)
+                say(f"joined {settings.address} as node {node_id}")
+                tries = 0
+                with _Heart(link) as heart:
+                    _Worker(settings, link, memory, node_id).serve(stop, heart)
+            except (Unreachable, Busy) as error:
+                wait = RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)]
+                tries += 1
+                if tries in {1, 5} or not tries % 40:
+                    say(f"{error}; trying again every {wait:g} s")
+                stop.wait(wait)
+    finally:
+        with contextlib.suppress(Unreachable, RunError):
+            link.deactivate(memory.last_node(settings.address))
+        link.close()
+
+
+class _Heart:
+    """Heartbeats, in a thread of their own, for as long as the context lasts.
+
+    Attributes:
+        failure: what a heartbeat found that the worker has to know.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link, self._end = link, threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self.failure: Exception | None = None
+
+    def __enter__(self) -> _Heart:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._end.wait(0.8 * HEARTBEAT_SECONDS):
+            try:
+                self._link.heartbeat()
+            except Unreachable:
+                continue  # the worker sees it, too
+            except Exception as error:
+                self.failure = error
+                return
+
+
+class _Worker:
+    """Answers one message after the other."""
+
+    def __init__(self, settings: NodeSettings, link: Link, memory: Memory, node_id: int) -> None:
+        self._settings, self._link = settings, link
+        self._memory, self._node_id = memory, node_id
+
+    def serve(self, stop: threading.Event, heart: _Heart) -> None:
+        """Work until `stop` is set.
+
+        Raises:
+            Unreachable: the SuperLink does not answer; what was being done is kept.
+            RunError: what a person has to mend.
+        """
+        self._finish()
+        last = time.monotonic()
+        while not stop.is_set():
+            if heart.failure is not None:
+                raise heart.failure
+            parcel = self._link.receive()
+            if parcel is None:
+                wait = WAIT_SHARE * (time.monotonic() - last)
+                stop.wait(min(LONGEST_WAIT, max(SHORTEST_WAIT, wait)))
+                continue
+            self._memory.received(parcel)
+            self._link.confirm(parcel)
+            self._work(parcel)
+            last = time.monotonic()
+
+    def _finish(self) -> None:
+        """What an earlier process of this node, or a SuperLink that was away, left undone."""
+        if (reply := self._memory.answer()) is not None:
+            self._send(reply, 0.0)
+        if (parcel := self._memory.message()) is not None:
+            self._work(parcel)
+
+    def _work(self, parcel: Parcel) -> None:
+        message, began = parcel.open(), time.monotonic()
+        metadata = message.metadata
+        if time.time() > metadata.created_at + metadata.ttl:
+            self._memory.dropped()
+            return
+        try:
+            context = self._memory.context(parcel.run_id) or self._begin(parcel.run_id)
+        except RunIsOver:
+            self._memory.dropped()
+            return
+        # Message's constructor reads these process-wide identities.
+        TaskIdentity.run_id, TaskIdentity.task_id = parcel.run_id, 1
+        TaskIdentity.node_id = context.node_id = self._node_id
+        context.node_config = dict(self._settings.config)
+        reply = Parcel.of(answer(message, context, packages=self._settings.packages))
+        del message
+        self._memory.answered(reply, context)
+        self._send(reply, time.monotonic() - began)
+
+    def _begin(self, run_id: int) -> Context:
+        series, config = self._link.run_of(run_id)
+        return self._memory.begin(run_id, node_id=self._node_id, series=series, config=config)
+
+    def _send(self, reply: Parcel, seconds: float) -> None:
+        with contextlib.suppress(RunIsOver):
+            self._link.send(reply, seconds=seconds)
+        self._memory.sent(reply)
+
+
+def answer(message: Message, context: Context, *, packages: Collection[str] = ()) -> Message:
+    """The ClientApp's answer, or Flower's message of an error.
+
+    Args:
+        packages: whose functions a run may name.
+    """
+    from fedprune.flower.client import app  # noqa: PLC0415 - once there is something to do
+
+    foreign = [name for name in _named_code(context.run_config) if not _is_of(name, packages)]
+    if foreign:
+        reason = (
+            f"the run names code, {foreign[0]}, and this node runs none but fedprune's: install "
+            "it there and name its package when it joins (--allow PACKAGE)"
+        )
+        return Message(Error(code=CLIENT_APP_RAISED, reason=reason), reply_to=message)
+    try:
+        return app(message, context)
+    except Exception as error:  # as Flower does: a client that raises must not end the node
+        _log.exception("a message could not be answered")
+        reason = f"{type(error).__name__}: {error}"
+        return Message(Error(code=CLIENT_APP_RAISED, reason=reason), reply_to=message)
+
+
+def _named_code(values: Mapping[str, Any]) -> list[str]:
+    """What a run's configuration names as "module:name"."""
+    found = []
+    for key, value in values.items():
+        if key.startswith("run.") or not isinstance(value, str):
+            continue
+        texts = value.split('"') if key == METHOD_SETTINGS else [value]
+        found += [text for text in texts if IMPORTED.fullmatch(text)]
+    return found
+
+
+def _is_of(name: str, packages: Collection[str]) -> bool:
+    return name.partition(":")[0].partition(".")[0] in packages
