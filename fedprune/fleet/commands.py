@@ -36,11 +36,12 @@ def init(
 ) -> None:
     """Make a server's folder: authority, certificate, settings, state, and a connection."""
     from fedprune.fleet import server as servers  # noqa: PLC0415
+    from fedprune.fleet.connections import CONFIG, flower_home  # noqa: PLC0415
 
     made = servers.init(folder, hosts=tuple(hosts or ()), name=name, port=port or servers.PORT)
     say(f"made {folder}; keep ca.key and server.key in it to yourself, back the folder up")
     say(f"every node needs {made.authority}")
-    say(f"Flower's commands reach it as {made.name} ({servers.flower_home() / 'config.toml'})")
+    say(f"Flower's commands reach it as {made.name} ({flower_home() / CONFIG})")
     if not made.hosts:
         say("it listens on 127.0.0.1 alone; --host gives it a name for other machines")
     say(f"next: fedprune server start {folder}")
@@ -52,9 +53,8 @@ def renew(folder: Folder, hosts: Hosts = None, debug: Debug = False) -> None:
     from fedprune.fleet import server as servers  # noqa: PLC0415
 
     made, expires = servers.renew(folder, hosts=tuple(hosts or ()))
-    say(
-        f"the certificate of {', '.join(made.hosts) or '127.0.0.1'} is valid until {expires:%Y-%m-%d}"
-    )
+    names = ", ".join(made.hosts) or "127.0.0.1"
+    say(f"the certificate of {names} is valid until {expires:%Y-%m-%d}")
     say("restart the server, which reads it when it starts")
 
 
@@ -75,9 +75,7 @@ def start(
     kept = superlink.superlink(own)
     try:
         superlink.start(own, kept)
-        say(
-            f"the server of {folder} listens on port {own.port}, as {own.name} for Flower's commands"
-        )
+        say(f"{folder} listens on port {own.port}; Flower's commands know it as {own.name}")
         for line in superlink.warnings(own):
             errors.print(f"[yellow]warning:[/yellow] {line}", soft_wrap=True, highlight=False)
         superlink.serve(own, kept, say)

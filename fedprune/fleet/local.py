@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedprune.device.keys import PRIVATE, PUBLIC, write_keys
+from fedprune.device.home import PROFILE, PUBLIC, Profile, make_home
 from fedprune.fleet import nodes as registry
-from fedprune.fleet.processes import POLL_SECONDS, START_SECONDS, Kept, flower_environment
+from fedprune.fleet.processes import START_SECONDS, Kept, flower_environment
 from fedprune.fleet.server import SETTINGS, Server, init
 from fedprune.fleet.superlink import LOG, await_health, superlink
 from fedprune.fleet.superlink import start as start_superlink
@@ -19,6 +19,7 @@ from fedprune.flower.simulation import free_port
 from prunelab.errors import DataError, RunError
 
 NODE_LOG = "node.log"
+LIST_SECONDS = 1.0
 
 
 @dataclass
@@ -26,26 +27,14 @@ class LocalNode:
     """One node of a local fleet.
 
     Attributes:
-        home: its folder: key, state, log.
+        home: the device's home; its log lies there too.
         number: that Flower knows its key by.
         kept: its process.
     """
 
     home: Path
     number: int
-    server: Server
     kept: Kept
-
-    def kill(self) -> None:
-        """Kill it, as a power cut would."""
-        self.kept.kill()
-
-    def restart(self) -> None:
-        """Start it again, after `kill`, without waiting until the SuperLink has missed it."""
-        from fedprune.flower.rejoin import leave  # noqa: PLC0415 - it imports Flower
-
-        leave(self.server.local_address, self.server.authority, self.home / PRIVATE, self.number)
-        self.kept.start()
 
     def log(self) -> str:
         """What it has printed so far."""
@@ -90,7 +79,7 @@ class Fleet:
                     f"{len(missing)} of {len(self.nodes)} nodes do not come online; "
                     f"{first.home / NODE_LOG} says why"
                 )
-            time.sleep(POLL_SECONDS)
+            time.sleep(LIST_SECONDS)
 
     def keep(self, say: Callable[[str], None]) -> None:
         """Start again what has ended, once; to be called now and then."""
@@ -146,42 +135,29 @@ def fleet_up(
             kept.end()
 
 
-def node_command(server: Server, home: Path, *, place: int, data: Path | None = None) -> list[str]:
-    """The command of one node.
-
-    Args:
-        home: its folder, with its key.
-        place: its partition-id.
-        data: its own samples; None: its share of the run's data set.
-    """
-    config = f"partition-id={place}"
-    if data is not None:
-        config += f" data-path={json.dumps(str(data.resolve()))}"
-    command = ["flower-supernode", "--superlink", server.local_address]
-    command += ["--root-certificates", str(server.authority.resolve())]
-    command += ["--auth-supernode-private-key", str((home / PRIVATE).resolve())]
-    command += ["--node-config", config, "--host", "127.0.0.1", "--port", str(free_port())]
-    return command
+def node_command(server: Server, home: Path) -> list[str]:
+    """The command of one node, a device with this home."""
+    return [
+        sys.executable, "-m", "fedprune", "device", "join", server.local_address,
+        "--root-certificates", str(server.authority.resolve()), "--home", str(home.resolve()),
+    ]  # fmt: skip
 
 
 def _node(
     server: Server, home: Path, place: int, own: list[Path], numbers: dict[str, int]
 ) -> LocalNode:
-    state = home / "state"
-    state.mkdir(parents=True, exist_ok=True)
-    if not (home / PRIVATE).exists():
-        write_keys(home)
+    if not (home / PROFILE).exists():
+        make_home(home, Profile(client=place, data=str(own[place].resolve()) if own else ""))
     number = numbers.get(home.name)
     if number is None:
         number = registry.register(server, home / PUBLIC, name=home.name)
-    data = own[place] if own else None
-    kept = Kept(
-        lambda: node_command(server, home, place=place, data=data),
-        # One folder for all: what a run starts from is then laid out once.
-        {**flower_environment(state.resolve()), "TMPDIR": str(server.state.resolve())},
-        home / NODE_LOG,
-    )
-    return LocalNode(home, number, server, kept)
+    # One folder for all: what a run starts from is then laid out once.
+    environment = {
+        **flower_environment(home.resolve() / "flwr"),
+        "TMPDIR": str(server.state.resolve()),
+    }
+    kept = Kept(lambda: node_command(server, home), environment, home / NODE_LOG)
+    return LocalNode(home, number, kept)
 
 
 def _own_data(data: Path | None) -> list[Path]:

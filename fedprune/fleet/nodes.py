@@ -85,13 +85,10 @@ def register(server: Server, key: Path, *, name: str = "") -> int:
         RunError: no key, a key that is known or was revoked, or a server that does not answer.
     """
     known, own = _known(server), fingerprint(key)
-    for number, node in known.items():
-        if node["key"] == own:
-            revoked = {n.number: n.status for n in nodes(server)}.get(int(number)) == REVOKED
-            raise RunError(
-                f"{key} was registered as node {number} already"
-                + (", and revoked for good: make the node a new key" if revoked else "")
-            )
+    for old in [old for old, node in known.items() if node["key"] == own]:
+        states = {str(node.number): node.status for node in nodes(server)}
+        cure = ", and revoked for good: make the node a new key" * (states.get(old) == REVOKED)
+        raise RunError(f"{key} was registered as node {old} already{cure}")
     try:
         answer = _flwr(server, "supernode", "register", str(key.resolve()), server.name)
     except RunError as error:

@@ -41,7 +41,7 @@ def count_nodes(superlink: str) -> int:
     """
     connection(superlink)
     answer = flwr(["supernode", "list", superlink], _environment())
-    count = sum(node["status"] == ONLINE for node in answer["nodes"])
+    count = [node["status"] for node in answer["nodes"]].count(ONLINE)
     if not count:
         raise RunError(
             f"no node of {superlink} is online, and as many clients as nodes were asked for; "
@@ -86,10 +86,10 @@ def run_submitted(
                 number = submissions.submit(config, out, values, say)
                 alive = time.monotonic()
                 status, details = submissions.follow(number)
-            except Unreached as error:
-                status, details = "", str(error)
+            except UnreachedError as error:
+                status, details = "", "its SuperLink does not answer"
                 if not submissions.numbers:
-                    raise RunError(f"{superlink} does not answer: {details}") from None
+                    raise RunError(f"{superlink} does not answer: {error}") from None
             if _stamp(known) != mark:
                 alive = time.monotonic()
             if status == COMPLETED:
@@ -103,14 +103,12 @@ def run_submitted(
                     f"{superlink} has not gone on for {wait:g} s ({details}); "
                     "the last checkpoint is kept, --resume continues from it"
                 )
-            say(
-                f"the run broke off ({details}); waiting for {superlink}, to go on from the last round"
-            )
+            say(f"the run broke off: {details}; it goes on from its last round as soon as it can")
             submissions.await_answer(until=alive + wait)
             resume = True
 
 
-class Unreached(Exception):
+class UnreachedError(Exception):
     """A SuperLink that does not answer."""
 
 
@@ -132,7 +130,7 @@ class Submissions:
         An earlier run that Flower still believes to go on is stopped first.
 
         Raises:
-            Unreached: the SuperLink does not answer.
+            UnreachedError: the SuperLink does not answer.
         """
         if self.numbers:
             with suppress(RunError):
@@ -149,7 +147,7 @@ class Submissions:
             )
         while not (started := _STARTED.search(_read(log))):
             if self._process.poll() is not None:
-                raise Unreached(" ".join(_read(log).split())[-500:] or "it said nothing")
+                raise UnreachedError(" ".join(_read(log).split())[-500:] or "it said nothing")
             self._wait()
         self.numbers.append(started[1])
         say(f"run {started[1]}; flwr log {started[1]} {self._superlink} shows its log")
@@ -159,7 +157,7 @@ class Submissions:
         """Wait until a run has ended; its status, and what Flower says of it.
 
         Raises:
-            Unreached: the SuperLink does not answer any more.
+            UnreachedError: the SuperLink does not answer any more.
         """
         assert self._process is not None
         try:
@@ -190,7 +188,7 @@ class Submissions:
         try:
             found = flwr(["list", self._superlink, "--run-id", number], _environment())["runs"][0]
         except RunError as error:
-            raise Unreached(str(error)) from None
+            raise UnreachedError(str(error)) from None
         return str(found["status"]), str(found.get("details") or found["status"])
 
     def _wait(self) -> None:
