@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from fedprune.trained.commands import Debug
-from prunelab.pages.console import errors, say, show_table
+from prunelab.pages.console import errors, escaped, say, show_table
 
 server = typer.Typer(
     help="The server of a federation: certificates, SuperLink, nodes.", no_args_is_help=True
@@ -72,17 +72,14 @@ def start(
     own = Server.read(folder)
     if port is not None and port != own.port:
         own = move(own, port)
-    kept = superlink.superlink(own)
     try:
-        superlink.start(own, kept)
-        say(f"{folder} listens on port {own.port}; Flower's commands know it as {own.name}")
-        for line in superlink.warnings(own):
-            errors.print(f"[yellow]warning:[/yellow] {line}", soft_wrap=True, highlight=False)
-        superlink.serve(own, kept, say)
+        with superlink.running(own) as kept:
+            say(f"{folder} listens on port {own.port}; Flower's commands know it as {own.name}")
+            for line in superlink.warnings(own):
+                errors.print(f"[yellow]warning:[/yellow] {escaped(line)}", soft_wrap=True)
+            superlink.serve(kept, say)
     except KeyboardInterrupt:
         say("ended")
-    finally:
-        kept.end()
 
 
 @server.command()
@@ -144,10 +141,8 @@ def up(
     debug: Debug = False,
 ) -> None:
     """Run a server and its nodes on this machine until Ctrl-C, with TLS and node keys."""
-    import time  # noqa: PLC0415
-
     from fedprune.fleet.local import fleet_up  # noqa: PLC0415
-    from fedprune.fleet.processes import POLL_SECONDS  # noqa: PLC0415
+    from fedprune.fleet.superlink import serve  # noqa: PLC0415
 
     _end_as_interrupted()
     try:
@@ -155,9 +150,7 @@ def up(
             say(f"{len(running.nodes)} nodes are online; everything lies in {folder}")
             say(f"try: fedprune run --superlink {running.server.name} --rounds 5")
             say("Ctrl-C ends it")
-            while True:
-                running.keep(say)
-                time.sleep(POLL_SECONDS)
+            serve(running.kept(), say)
     except KeyboardInterrupt:
         say("ended")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,14 +81,10 @@ class Fleet:
                 )
             time.sleep(LIST_SECONDS)
 
-    def keep(self, say: Callable[[str], None]) -> None:
-        """Start again what has ended, once; to be called now and then."""
-        for what, kept in (
-            ("the SuperLink", self.superlink),
-            *((f"node {node.home.name}", node.kept) for node in self.nodes),
-        ):
-            if kept.keep() is not None:
-                say(f"{what} had ended; started again")
+    def kept(self) -> dict[str, Kept]:
+        """All processes by name, as `fedprune.fleet.superlink.serve` takes them."""
+        named = {f"node {node.home.name}": node.kept for node in self.nodes}
+        return {"the SuperLink": self.superlink, **named}
 
 
 @contextmanager

@@ -135,14 +135,14 @@ def is_healthy(address: str, authority: Path) -> bool:
         return False
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise RunError where a port cannot be listened on."""
+def check_port(port: int) -> None:
+    """Raise RunError where a port of this machine cannot be listened on."""
     with socket.socket() as tried:
         tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            tried.bind((host, port))
+            tried.bind(("127.0.0.1", port))
         except OSError as error:
             raise RunError(
-                f"port {port} of {host} cannot be used ({error.strerror}); end what uses it, or "
+                f"port {port} cannot be used ({error.strerror}); end what uses it, or "
                 "choose another with --port"
             ) from None

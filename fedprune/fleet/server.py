@@ -27,7 +27,7 @@ class Server:
         name: of the connection in Flower's configuration.
         hosts: names and addresses by which nodes on other machines reach it; none: it listens on
             127.0.0.1 alone.
-        port: that it listens on.
+        port: that nodes reach.
 
     Raises:
         RunError: values that cannot be.
@@ -42,7 +42,7 @@ class Server:
         check_name(self.name)
         check_settings(
             str(self.folder / SETTINGS),
-            {f"port must be 1 to 65535, got {self.port}": 0 < self.port < 2**16}
+            {f"port must be 1 to 65534, got {self.port}": 0 < self.port < 2**16 - 1}
             | {f"not a host: {h!r}": bool(h) and h.isascii() and ":" not in h for h in self.hosts},
         )
 
@@ -57,9 +57,17 @@ class Server:
         return self.folder / STATE
 
     @property
+    def local_port(self) -> int:
+        """That the SuperLink listens on, on this machine alone.
+
+        Where nodes on other machines are served, `port` is the gate's (see gate.py).
+        """
+        return self.port + 1 if self.hosts else self.port
+
+    @property
     def local_address(self) -> str:
         """Where the commands of this machine reach it."""
-        return f"127.0.0.1:{self.port}"
+        return f"127.0.0.1:{self.local_port}"
 
     @classmethod
     def read(cls, folder: Path) -> Server:
@@ -146,6 +154,7 @@ def renew(folder: Path, *, hosts: tuple[str, ...] = ()) -> tuple[Server, datetim
     old = Server.read(folder)
     server = replace(old, hosts=tuple(dict.fromkeys(hosts)) or old.hosts)
     expires = certificates.write_server(folder, server.name, list(server.hosts))
+    server.connect()
     server.write()
     return server, expires
 

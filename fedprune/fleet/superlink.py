@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,9 +27,9 @@ WARN_DAYS = 30
 
 def superlink(server: Server, *, log: Path | None = None) -> Kept:
     """The SuperLink of a server's folder, not yet started."""
-    folder, host = server.folder.resolve(), "0.0.0.0" if server.hosts else "127.0.0.1"
+    folder = server.folder.resolve()
     command = ["flower-superlink", "--enable-supernode-auth", "--isolation", "subprocess"]
-    command += ["--host", host, "--port", str(server.port)]
+    command += ["--host", "127.0.0.1", "--port", str(server.local_port)]
     command += ["--database", str(server.state.resolve() / DATABASE)]
     for option, file in (
         ("ca-certfile", certificates.AUTHORITY),
@@ -36,6 +38,15 @@ def superlink(server: Server, *, log: Path | None = None) -> Kept:
     ):
         command += [f"--ssl-{option}", str(folder / file)]
     return Kept(lambda: command, flower_environment(server.state.resolve()), log)
+
+
+def gate(server: Server) -> Kept:
+    """What nodes on other machines reach, not yet started."""
+    folder = server.folder.resolve()
+    command = [sys.executable, "-m", "fedprune.fleet.gate", str(server.port), server.local_address]
+    command += [str(folder / certificates.AUTHORITY), str(folder / certificates.SERVER)]
+    command += [str(folder / certificates.SERVER_KEY)]
+    return Kept(lambda: command, flower_environment(server.state.resolve()))
 
 
 def start(server: Server, kept: Kept) -> None:
@@ -50,7 +61,8 @@ def start(server: Server, kept: Kept) -> None:
             f"the certificate in {server.folder} has expired; make a new one with "
             f"`fedprune server renew {server.folder}`"
         )
-    check_port("127.0.0.1", server.port)
+    for port in {server.port, server.local_port}:
+        check_port(port)
     kept.start()
     await_health(server, kept)
 
@@ -70,12 +82,33 @@ def await_health(server: Server, kept: Kept) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def serve(server: Server, kept: Kept, say: Callable[[str], None]) -> None:
-    """Keep a started SuperLink running until the process is interrupted."""
+@contextmanager
+def running(server: Server) -> Iterator[dict[str, Kept]]:
+    """The processes of a server by name, for as long as the context lasts.
+
+    Raises:
+        RunError: as `start`.
+    """
+    kept = {"the SuperLink": superlink(server)}
+    if server.hosts:
+        kept["the gate"] = gate(server)
+    try:
+        start(server, kept["the SuperLink"])
+        if server.hosts:
+            kept["the gate"].start()
+        yield kept
+    finally:
+        for process in reversed(kept.values()):
+            process.end()
+
+
+def serve(kept: Mapping[str, Kept], say: Callable[[str], None]) -> None:
+    """Keep processes running until this one is interrupted."""
     while True:
-        status = kept.keep()
-        if status is not None:
-            say(f"the SuperLink ended ({how(status)}); started again")
+        for name, process in kept.items():
+            status = process.keep()
+            if status is not None:
+                say(f"{name} ended ({how(status)}); started again")
         time.sleep(POLL_SECONDS)
 
 
