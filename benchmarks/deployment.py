@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -134,5 +135,6 @@ def _running(command: list[str], log: Path, environment: dict[str, str]) -> Iter
     try:
         yield process.pid
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # a caller may have killed it
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=30)

@@ -80,7 +80,9 @@ def rows(model: str, *, rounds: int) -> Iterator[Row]:
                 file=sys.stderr,
             )
             if client.errors or client.peak > budget * MIB:
-                raise RuntimeError(f"{budget} MiB: {client.peak / MIB:.1f} MiB, {client.errors[:1]}")
+                raise RuntimeError(
+                    f"{budget} MiB: {client.peak / MIB:.1f} MiB, {client.errors[:1]}"
+                )
             case = f"{model} b16 {rounds} rounds, under {budget} MiB"
             yield Row(BENCH, case, DENSITY, client.peak / MIB, budget, "budget", "MiB")
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedprune.local.site import Local
 
 SMALLEST_BATCH = 2  # batch norm needs two
-_ALLOWANCE = 4 << 20  # what imports on the way, Python's own objects and the heap's gaps take
+_ALLOWANCE = 2 << 20  # what imports on the way, Python's own objects and the heap's gaps take
 _BATCH_COPIES = 4  # a batch, and what augmentation makes of it
 _ENTRY_BYTES = 40  # a growth entry on its way from the library's lists into a frame
 _ANSWER_COPIES = 4  # of the values: state, frame, record, Flower's message
@@ -84,7 +84,9 @@ def fitting(local: Local, request: Request, *, budget: int) -> tuple[Local, str]
     needs = {
         choice: max(peak, held + max(
             needed(
-                program, state, choice,
+                program, state,
+                # A plan is made for one sample more: the last batch may be larger by one.
+                batch=choice.batch_size + 1, recompute=choice.recompute,
                 sample_bytes=sample, threads=training.threads, momentum=training.momentum > 0,
                 moments=0 if is_plain(training) else 2, growth=grown,
             )
@@ -106,8 +108,9 @@ def fitting(local: Local, request: Request, *, budget: int) -> tuple[Local, str]
 def needed(
     program: Program,
     state: SparseState,
-    choice: Choice,
     *,
+    batch: int,
+    recompute: bool,
     sample_bytes: int,
     threads: int,
     momentum: bool = True,
@@ -117,15 +120,14 @@ def needed(
     """Bytes that training and answering add to what a process holds, at most.
 
     Args:
+        batch: the largest.
         sample_bytes: of one input as it is stored.
         moments: arrays that the optimiser keeps for each parameter beside momentum.
         growth: entries at pruned places that are asked for.
     """
-    # A plan is made for one sample more: the last batch may be larger by one.
-    batch = choice.batch_size + 1
     held = training_footprint(
         program, state.patterns,
-        batch_size=batch, recompute=choice.recompute, threads=threads, momentum=momentum,
+        batch_size=batch, recompute=recompute, threads=threads, momentum=momentum,
     )  # fmt: skip
     training = held.total + held.values * (1 + moments) + growth * _ENTRY_BYTES
     answering = held.values * _ANSWER_COPIES + growth * _ENTRY_BYTES

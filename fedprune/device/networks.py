@@ -7,7 +7,6 @@ with what torch's networks come to.
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -25,55 +24,43 @@ DEFAULT = "resnet18"
 _SEED_MASK, _SEED_WEIGHTS = 1, 2
 
 
-def open_program(
-    name: str, *, input_shape: tuple[int, ...] | None = None, classes: int | None = None
-) -> Program:
+def open_program(name: str) -> Program:
     """The program of a built-in network, or of a file.
 
     Args:
         name: one of NETWORKS, or a file of a program's text.
-        input_shape: of one sample; None: the program's own.
-        classes: None: the program's own.
 
     Raises:
-        ModelError: no such network or file, or one that does not fit.
+        ModelError: no such network or file, or a damaged one.
     """
     if name in NETWORKS:
-        text = (files(__package__) / "programs" / f"{name}.json").read_text(encoding="utf-8")
-    elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8", errors="replace")
+        file = Path(__file__).parent / "programs" / f"{name}.json"
     else:
+        file = Path(name)
+    if not file.is_file():
         raise ModelError(
-            f"no network {name!r}: expected {', '.join(NETWORKS)}, or a file of a program"
+            f"no network {name!r}: expected {', '.join(NETWORKS)}, or a file of a program's text"
             f"{close_names(name, NETWORKS)}"
         )
     try:
-        return fitted(Program.parse(text), input_shape, classes)
+        return Program.parse(file.read_bytes())
     except SparseModelError as error:
         raise ModelError(f"{name}: {error}") from None
 
 
-def fitted(program: Program, input_shape: tuple[int, ...] | None, classes: int | None) -> Program:
+def for_samples(program: Program, input_shape: tuple[int, ...], classes: int) -> Program:
     """The same network for other samples: its first layer takes their channels, its last gives
     their classes.
 
     Raises:
         ProgramError: it does not fit them.
     """
-    shapes = program.shapes()
-    layers = list(program.layers())
-    first, last = layers[0], layers[-1]
-    if input_shape is not None:
-        out, _, *kernel = shapes[first]
-        shapes[first] = (out, input_shape[0], *kernel)
-    if classes is not None:
-        shapes[last] = (classes, *shapes[last][1:])
-        bias = program.nodes[program.layers()[last]].bias
-        if bias is not None:
-            shapes[bias] = (classes,)
-    return replace(
-        program, input_shape=input_shape or program.input_shape, tensors=tuple(shapes.items())
-    )
+    shapes, layers = program.shapes(), program.layers()
+    first, *_, last = layers
+    shapes[first] = (shapes[first][0], input_shape[0], *shapes[first][2:])
+    for name in program.nodes[layers[last]].parameters():
+        shapes[name] = (classes, *shapes[name][1:])
+    return replace(program, input_shape=input_shape, tensors=tuple(shapes.items()))
 
 
 def random_state(program: Program, *, density: float, seed: int) -> SparseState:

@@ -132,6 +132,21 @@ class Trainer:
         """Forget the steps taken so far, as a new optimiser would."""
         self._momentum.clear()
 
+    def momentum(self) -> dict[str, Array]:
+        """A copy of what steps with momentum have gathered; empty before the first."""
+        return {name: array.copy() for name, array in self._momentum.items()}
+
+    def load_momentum(self, momentum: Values) -> None:
+        """Go on as after the steps that gathered it.
+
+        Raises:
+            SparseModelError: names, shapes or dtypes that are not the trained parameters'.
+        """
+        _check_values(momentum, {name: self._values[name].shape for name in self._trained})
+        self._plan(training=True, momentum=True)
+        for name, array in self._momentum.items():
+            array[...] = momentum[name]
+
     def step(
         self,
         images: Array,

@@ -43,7 +43,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from fedprune.flower.node.parcel import Parcel
 from prunelab.errors import RunError
 
-HEARTBEAT_SECONDS = 10.0  # the least that Flower takes; a silent node is offline after two
+HEARTBEAT_SECONDS = 15.0  # a node that is silent for two of them is offline to Flower
 PULL_TRIES, PULL_SECONDS = 120, 0.25
 GATEWAY = (502, 503, 504)
 
@@ -93,30 +93,34 @@ class Link:
         except (OSError, ValueError) as error:
             raise RunError(f"{root_certificates}: no certificates in it ({error})") from None
 
-    def close(self) -> None:
-        """Close the connection."""
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._client._client.close()  # it has no method for it
 
     def activate(self, *, last: int = 0) -> int:
         """Say that the node is there; its id, which belongs to its key.
 
         Args:
-            last: the id that an earlier process of this node had, which may have been killed: it
-                is signed off first.
+            last: the id that an earlier process of this node had. It goes on under it: were it
+                signed off first, messages on their way would be answered by the SuperLink.
 
         Raises:
             Busy: another process uses the key, or was killed and is still counted as online.
             RunError: the key is not registered, or the certificate is not to be trusted.
         """
         request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_SECONDS)
+        if last:
+            self._node = Node(node_id=last)
+            with contextlib.suppress(RunError):  # another SuperLink, perhaps, at this address
+                self.heartbeat()
+                return last
         try:
             answer = self._call(self._client.ActivateNode, request)
         except _Failed as failed:
             if failed.code != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
                 raise RunError(f"{self._address}: {failed}") from None
-            if last:
-                self.deactivate(last)
-                return self.activate()
             if not self._register():
                 raise Busy("another process uses this node's key, or was killed") from None
             answer = self._call(self._client.ActivateNode, request)
@@ -129,10 +133,15 @@ class Link:
             self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=node_id))
 
     def heartbeat(self) -> None:
-        """Say that the node is still there."""
+        """Say that the node is still there.
+
+        Raises:
+            RunError: the SuperLink does not know it (any more).
+        """
         interval = HEARTBEAT_SECONDS
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=interval)
-        self._call(self._client.SendNodeHeartbeat, request)
+        if not self._call(self._client.SendNodeHeartbeat, request).success:
+            raise _Unknown(self._address, self._key)
 
     def receive(self) -> Parcel | None:
         """The next message for this node, whole; it is not confirmed yet."""

@@ -71,27 +71,27 @@ def run_node(
         RunError: what a person has to mend: the key is not registered (any more), say.
     """
     stop = stop or threading.Event()
-    memory, tries = Memory(settings.folder), 0
-    link = Link(settings.address, key=settings.key, root_certificates=settings.root_certificates)
-    try:
-        while not stop.is_set():
-            try:
-                node_id = link.activate(last=memory.last_node(settings.address))
-                memory.note_node(settings.address, node_id)
-                say(f"joined {settings.address} as node {node_id}")
-                tries = 0
-                with _Heart(link) as heart:
-                    _Worker(settings, link, memory, node_id).serve(stop, heart)
-            except (Unreachable, Busy) as error:
-                wait = RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)]
-                tries += 1
-                if tries in {1, 5} or not tries % 40:
-                    say(f"{error}; trying again every {wait:g} s")
-                stop.wait(wait)
-    finally:
-        with contextlib.suppress(Unreachable, RunError):
-            link.deactivate(memory.last_node(settings.address))
-        link.close()
+    memory, address = Memory(settings.folder), settings.address
+    with Link(address, key=settings.key, root_certificates=settings.root_certificates) as link:
+        try:
+            tries = 0
+            while not stop.is_set():
+                try:
+                    node_id = link.activate(last=memory.last_node(address))
+                    memory.note_node(address, node_id)
+                    say(f"joined {address} as node {node_id}")
+                    tries = 0
+                    with _Heart(link) as heart:
+                        _Worker(settings, link, memory, node_id).serve(stop, heart)
+                except (Unreachable, Busy) as error:
+                    wait = RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)]
+                    tries += 1
+                    if tries in {1, 5} or not tries % 40:
+                        say(f"{error}; trying again every {wait:g} s")
+                    stop.wait(wait)
+        finally:
+            with contextlib.suppress(Unreachable, RunError):
+                link.deactivate(memory.last_node(address))
 
 
 class _Heart:

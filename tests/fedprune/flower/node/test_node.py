@@ -1,0 +1,207 @@
+"""Nodes of one process on a real SuperLink: the bits of inline, whatever is killed in between."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from federation import digest, run_inline, tiny
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from benchmarks.deployment import device, submit
+from fedprune.config import RunConfig
+from fedprune.device.keys import write_keys
+from fedprune.flower import simulation, wire
+from fedprune.flower.node.link import Link, Unreachable
+from fedprune.flower.node.memory import ANSWER, MESSAGE
+from fedprune.flower.node.node import NodeSettings, answer, run_node
+from fedprune.rounds.folder import read_metrics
+from fedprune.rounds.setup import lay_out
+from prunelab.errors import RunError
+from prunelab.runs.temporary import temporary_folder
+
+CLIENTS = 2
+
+
+class Federation:
+    """A SuperLink without authentication; nodes that can be killed and started again."""
+
+    def __init__(self, home: Path, stack: ExitStack) -> None:
+        self.home, self._stack = home, stack
+        self.port = simulation.free_port()
+        self.environment = simulation.private_environment(home, commands=simulation.commands(home))
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:{self.port}"\n'
+            "insecure = true\n"
+        )
+        flags = ["--disable-runtime-dependency-installation"]
+        stack.enter_context(simulation.superlink(home, self.port, self.environment, *flags))
+        self.groups: dict[int, int] = {}
+
+    def start(self, client: int) -> None:
+        node = device(self.home, self.port, self.environment, client=client)
+        self.groups[client] = self._stack.enter_context(node)
+
+    def kill(self, client: int) -> None:
+        os.killpg(self.groups[client], signal.SIGKILL)
+
+    def file(self, client: int, name: str) -> Path:
+        return self.home / f"device{client}" / "state" / name
+
+
+@contextmanager
+def federation() -> Iterator[Federation]:
+    with temporary_folder() as temporary, ExitStack() as stack:
+        home = temporary / "h"
+        home.mkdir()
+        yield Federation(home, stack)
+
+
+@pytest.mark.slow
+def test_nodes_killed_while_they_work_give_the_bits_of_inline(tmp_path: Path) -> None:
+    """With a message that they work on, or an answer that may be half sent."""
+    config = tiny(data__clients=CLIENTS, training__rounds=6)
+    inline = run_inline(config, tmp_path / "inline")
+    killed: list[str] = []
+    with federation() as fleet:
+        setup, out = fleet.home / "setup", tmp_path / "fleet"
+        lay_out(config, setup, with_start=True)
+        app = simulation.write_app(fleet.home / "app", config, out, resume=False, setup=setup)
+        for client in range(CLIENTS):
+            fleet.start(client)
+
+        with ThreadPoolExecutor() as pool:
+            run = pool.submit(submit, [str(app), "own"], fleet.environment, fleet.home)
+            # Here, and not in a thread: the nodes end with the thread that starts them.
+            for client, name in [(0, MESSAGE), (1, MESSAGE), (1, ANSWER)] * 3:
+                while not fleet.file(client, name).exists() and not run.done():
+                    time.sleep(0.001)
+                fleet.kill(client)
+                killed.append(name if fleet.file(client, name).exists() else "")
+                fleet.start(client)
+            run.result()
+    assert killed.count(MESSAGE) >= 3, killed
+    assert digest(out) == digest(inline)
+    skipped = [line["skipped"] for line in read_metrics(out)]
+    assert not any(skipped)
+
+
+def settings(folder: Path, address: str, **changes: object) -> NodeSettings:
+    folder.mkdir(exist_ok=True)
+    if not (folder / "node").exists():
+        write_keys(folder)
+    return NodeSettings(address, folder / "state", folder / "node", **changes)  # type: ignore[arg-type]
+
+
+def test_a_superlink_that_is_away_is_waited_for(tmp_path: Path) -> None:
+    said: list[str] = []
+    stop = threading.Event()
+
+    def say(text: str) -> None:
+        said.append(text)
+        stop.set()
+
+    address = f"127.0.0.1:{simulation.free_port()}"
+    run_node(settings(tmp_path, address), stop=stop, say=say)
+    assert "does not answer" in said[0]
+    assert "trying again every 1 s" in said[0]
+
+
+@pytest.mark.slow
+def test_one_key_is_one_node(tmp_path: Path) -> None:
+    """A process that was killed is followed by one that knows its number; another is not let in."""
+    with federation() as fleet, ExitStack() as links:
+        address = f"127.0.0.1:{fleet.port}"
+
+        def linked(name: str) -> Link:
+            key = settings(tmp_path / name, address).key
+            return links.enter_context(Link(address, key=key, root_certificates=None))
+
+        link, other, stranger = linked("one"), linked("one"), linked("two")
+        node_id = link.activate()
+        with pytest.raises(Exception, match="another process uses this node's key"):
+            other.activate()
+        assert other.activate(last=node_id) == node_id  # as after kill -9
+        other.heartbeat()
+        other.deactivate(node_id)
+        assert link.activate() == node_id
+        with pytest.raises(RunError, match="does not know this node"):
+            stranger.heartbeat()
+        assert link.receive() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "is missing; fedprune device init makes one"),
+        (b"nonsense", "is no private key of OpenSSH's"),
+    ],
+)
+def test_keys_that_are_none_are_refused(text: bytes | None, message: str, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    if text is not None:
+        key.write_bytes(text)
+    with pytest.raises(RunError, match=message):
+        Link("127.0.0.1:1", key=key, root_certificates=None)
+
+
+def test_certificates_that_are_none_are_refused(tmp_path: Path) -> None:
+    write_keys(tmp_path)
+    for content in (b"nonsense", None):
+        file = tmp_path / "ca.crt"
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(RunError, match=r"ca.crt: no certificates in it"):
+            Link("127.0.0.1:1", key=tmp_path / "node", root_certificates=file)
+
+
+def asked(config: RunConfig, **values: str) -> Message:
+    """The answer of a node to a message of a run that is configured so."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    question = Message(wire.build_record({"a": "describe", "r": 0}, {}), 1, "query", group_id="1")
+    question.metadata.__dict__["_message_id"] = "1"
+    run = {**config.flower(), **{key.replace("__", "."): text for key, text in values.items()}}
+    context = Context(1, 1, {"partition-id": 0}, RecordDict(), run)
+    return answer(question, context, packages=["mine"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("training__schedule", "os:system"),
+        ("data__partition", "subprocess:run"),
+        ("method__settings", '{"criterion": "os:system"}'),
+        ("model__name", "minefield:net"),
+    ],
+)
+def test_code_that_a_run_names_is_not_run(key: str, value: str) -> None:
+    """Of no package that the node's owner did not name."""
+    reply = asked(tiny(), **{key: value})
+    assert "the run names code" in str(reply.error.reason)
+    assert "--allow PACKAGE" in str(reply.error.reason)
+
+
+def test_code_of_packages_that_the_owner_names_is_run() -> None:
+    reply = asked(tiny(), training__schedule="mine:schedule")
+    assert not reply.has_error()
+    header, _ = wire.read_record(reply.content)
+    assert "mine" in header["skip"]  # which is not installed: it was looked for
+
+
+def test_a_message_that_nobody_could_answer_is_told(tmp_path: Path) -> None:
+    question = asked(tiny(), run__out="x:y")
+    assert not question.has_error()  # where a run is written is no code
+
+
+def test_unreachable_is_no_run_error() -> None:
+    """Else a node would end where it should wait."""
+    assert not issubclass(Unreachable, RunError)
