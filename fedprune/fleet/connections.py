@@ -78,7 +78,7 @@ def write_connection(home: Path, name: str, *, address: str, root_certificates: 
         text = _without(text, name)
     table = tomli_w.dumps({"superlink": {name: values}})
     text = f"{text.rstrip()}\n\n{table[table.index(f'[superlink.{name}]') :]}"
-    if _parsed(text, path) != {**known, name: values} and path.exists():
+    if path.exists() and not _says(text, {**known, name: values}):
         raise RunError(f"{path} is written in a way that cannot be added to; add yourself: {table}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +102,13 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise RunError(f"{path} is not a TOML file: {error}; correct it or move it away") from None
     return found if isinstance(found, dict) else {}
+
+
+def _says(text: str, connections: dict[str, Any]) -> bool:
+    try:
+        return tomllib.loads(text).get("superlink") == connections
+    except tomllib.TOMLDecodeError:
+        return False
 
 
 def _without(text: str, name: str) -> str:

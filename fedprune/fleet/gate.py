@@ -86,6 +86,7 @@ def main() -> None:
         ssl_certfile=certificate,
         ssl_keyfile=key,
         lifespan="off",
+        ws="none",
         access_log=False,
         log_level="warning",
     )

@@ -156,7 +156,7 @@ def test_the_gate_hands_through_what_nodes_ask_and_nothing_else(tmp_path: Path) 
 
     behind = uvicorn.Server(
         uvicorn.Config(
-            superlink, port=made.local_port, lifespan="off", log_level="error",
+            superlink, port=made.local_port, lifespan="off", ws="none", log_level="error",
             ssl_certfile=made.folder / certificates.SERVER,
             ssl_keyfile=str(made.folder / certificates.SERVER_KEY),
         )
@@ -164,6 +164,7 @@ def test_the_gate_hands_through_what_nodes_ask_and_nothing_else(tmp_path: Path) 
     thread = threading.Thread(target=behind.run)
     thread.start()
     while not behind.started:
+        assert thread.is_alive()
         thread.join(0.05)
 
     async def asked() -> list[httpx.Response]:
