@@ -50,6 +50,10 @@ class Gate:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
+    async def close(self) -> None:
+        """Let go of the connections to the SuperLink."""
+        await self._client.aclose()
+
     async def _answer(
         self, scope: Scope, receive: Receive
     ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:

@@ -87,8 +87,10 @@ def register(server: Server, key: Path, *, name: str = "") -> int:
     known, own = _known(server), fingerprint(key)
     for old in [old for old, node in known.items() if node["key"] == own]:
         states = {str(node.number): node.status for node in nodes(server)}
-        cure = ", and revoked for good: make the node a new key" * (states.get(old) == REVOKED)
-        raise RunError(f"{key} was registered as node {old} already{cure}")
+        if old in states:
+            cure = ", and revoked for good: make the node a new key" * (states[old] == REVOKED)
+            raise RunError(f"{key} was registered as node {old} already{cure}")
+        del known[old]  # the server's state was lost
     try:
         answer = _flwr(server, "supernode", "register", str(key.resolve()), server.name)
     except RunError as error:

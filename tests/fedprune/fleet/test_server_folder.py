@@ -168,8 +168,9 @@ def test_the_gate_hands_through_what_nodes_ask_and_nothing_else(tmp_path: Path) 
         thread.join(0.05)
 
     async def asked() -> list[httpx.Response]:
-        gate = httpx.ASGITransport(Gate(made.local_address, str(made.authority)))
-        async with httpx.AsyncClient(transport=gate, base_url="https://gate") as client:
+        gate = Gate(made.local_address, str(made.authority))
+        through = httpx.ASGITransport(gate)
+        async with httpx.AsyncClient(transport=through, base_url="https://gate") as client:
             good = await client.post(
                 "/v1/fleet/pull-messages", content=b"abc", headers={"x-key": "k"}
             )
@@ -183,7 +184,8 @@ def test_the_gate_hands_through_what_nodes_ask_and_nothing_else(tmp_path: Path) 
                     "/docs",
                 )
             ]
-            return [good, *refused]
+        await gate.close()
+        return [good, *refused]
 
     try:
         good, *refused = asyncio.run(asked())
