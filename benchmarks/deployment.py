@@ -18,6 +18,7 @@ from pathlib import Path
 from fedprune.config import RunConfig
 from fedprune.device.home import Profile, make_home
 from fedprune.flower import simulation
+from fedprune.flower.launch import launch_values
 from prunelab.errors import RunError
 from prunelab.runs.children import ended_with_parent
 
@@ -51,7 +52,8 @@ def clientapp_peaks(config: RunConfig, setup: Path, home: Path) -> list[int]:
     clientapp = own / "flwr-clientapp"
     clientapp.write_text(CLIENTAPP.format(python=sys.executable, notes=str(notes)))
     clientapp.chmod(0o755)
-    app = simulation.write_app(home / "app", config, home / "run", resume=False, setup=setup)
+    launch = launch_values(home / "run", resume=False, setup=setup)
+    app = simulation.write_app(home / "app", config, launch)
     environment = simulation.private_environment(home, commands=simulation.commands(home))
     environment["PATH"] = os.pathsep.join([str(own), environment["PATH"]])
     port = simulation.free_port()

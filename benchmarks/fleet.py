@@ -35,6 +35,7 @@ from benchmarks.gpu_simulation import write_images
 from benchmarks.rows import Row, add_arguments, show
 from fedprune.config import RunConfig
 from fedprune.flower import simulation
+from fedprune.flower.launch import launch_values
 from fedprune.rounds.folder import METRICS
 from fedprune.rounds.setup import lay_out
 from prunelab.runs.temporary import temporary_folder
@@ -124,7 +125,8 @@ def _looking(looked: Looked, metrics: Path, group: int) -> Iterator[None]:
 def run(config: RunConfig, kind: Kind, home: Path, setup: Path) -> tuple[Looked, str]:
     """Run a configuration on nodes of a kind; what was seen, and the digest of the model."""
     home.mkdir()
-    app = simulation.write_app(home / "app", config, home / "run", resume=False, setup=setup)
+    launch = launch_values(home / "run", resume=False, setup=setup)
+    app = simulation.write_app(home / "app", config, launch)
     environment = simulation.private_environment(home, commands=simulation.commands(home))
     port, looked = simulation.free_port(), Looked()
     (home / "config.toml").write_text(

@@ -24,6 +24,7 @@ from fedprune.config import (
 )
 from fedprune.device.commands import device
 from fedprune.errors import USER_ERRORS
+from fedprune.fleet.commands import fleet, server
 from fedprune.given import name_dataset
 from fedprune.methods import BASELINES, DEFAULT_METHOD, METHODS, method_class
 from fedprune.methods.base import Method as FederatedMethod
@@ -108,6 +109,8 @@ Settings = Annotated[
 ]
 for _command in (commands.predict, commands.evaluate, commands.export):
     cli.command()(_command)
+cli.add_typer(server, name="server")
+cli.add_typer(fleet, name="fleet")
 cli.add_typer(device, name="device")
 
 
@@ -131,6 +134,13 @@ def run(  # noqa: PLR0917 - the command's options
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     engine: Engine = "flower",
+    superlink: Annotated[
+        str, typer.Option(help="Submit it to this federation, a connection of Flower's.")
+    ] = "",
+    wait: Annotated[
+        float,
+        typer.Option(help="Seconds after which a federation that has gone is given up."),
+    ] = 600.0,
     tracker: TrackerName = None,
     baseline: Annotated[
         bool,
@@ -164,6 +174,10 @@ def run(  # noqa: PLR0917 - the command's options
     from fedprune.rounds import run as runner  # noqa: PLC0415
 
     values = _values(config, {**parse_assignments(settings or []), **_given(given)})
+    if superlink and not resume and not values.get("data.clients"):
+        from fedprune.fleet.submit import count_nodes  # noqa: PLC0415
+
+        values["data.clients"] = count_nodes(superlink)
     folder = out or runfolder.default_folder(_build_config(own_settings(values)), resume=resume)
     if resume:  # the folder knows its own settings; there is no need to repeat them
         values = continued(_stored(folder), values)
@@ -177,8 +191,11 @@ def run(  # noqa: PLR0917 - the command's options
     watch = Watch(folder, run_config)
     summary = runner.run(
         run_config, folder, engine=engine, resume=resume, progress=watch, say=_say_under(watch),
-        tracker=follower,
+        tracker=follower, superlink=superlink, wait=wait,
     )  # fmt: skip
+    if not summary:
+        say(f"complete; its folder is {folder.resolve()} on the machine of {superlink}")
+        return
     if was_complete:
         say(f"already complete: {folder}")
     show_table(["", ""], summary_rows(summary), title="result")

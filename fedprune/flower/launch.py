@@ -11,6 +11,7 @@ from fedprune.config import RunConfig
 
 Progress = Callable[[], None]
 Say = Callable[[str], None]
+TICKET = ".ticket"
 SETTING_UP = "setting up: samples, network, first weights"
 
 
@@ -41,3 +42,13 @@ def launch_values(out: Path, *, resume: bool, setup: Path) -> dict[str, Any]:
         "run.launcher-pid": os.getpid(),
         "run.setup": str(setup.resolve()),
     }
+
+
+def submit_values(out: Path, *, resume: bool, ticket: str) -> dict[str, Any]:
+    """Keys of Flower's run config of a run that is submitted to a federation.
+
+    Args:
+        out: the run folder, here, or of the same path where the SuperLink is.
+        ticket: what the folder's file TICKET holds.
+    """
+    return {"run.out": str(out.resolve()), "run.resume": resume, "run.ticket": ticket}

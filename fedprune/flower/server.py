@@ -21,7 +21,7 @@ from fedprune.exchange.gate import Gate
 from fedprune.exchange.messages import DESCRIBE, MODEL, ClientInfo, Reply, Request
 from fedprune.flower import wire
 from fedprune.flower.client import LAUNCH_SECTION, SETUP, run_config, takes_nodes
-from fedprune.flower.launch import failure_file
+from fedprune.flower.launch import TICKET, failure_file
 from fedprune.local.private import samples_of_run
 from fedprune.local.site import setup_folder
 from fedprune.reports.page import write_report
@@ -46,14 +46,14 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run or resume the run that the run config describes."""
     path = Path(str(context.run_config.get(f"{LAUNCH_SECTION}out") or f"runs/{context.run_id}"))
-    resume = bool(context.run_config.get(f"{LAUNCH_SECTION}resume", False))
+    resume = _goes_on(context, path)
     config = _config(grid, context, path if resume else None)
     setup = Setup(config, setup_folder(config, str(context.run_config.get(SETUP, ""))))
     launcher = int(context.run_config.get(f"{LAUNCH_SECTION}launcher-pid", 0))
     if not (launcher and path.exists()):  # otherwise the launcher has prepared it
         runfolder.prepare(path, config, resume=resume)
     # Nodes that the command started have what it laid out; others may have a data-path.
-    own_data = SETUP not in context.run_config
+    own_data = not context.run_config.get(SETUP)
     try:
         with runfolder.open_run(path) as folder:
             cohort = GridCohort(
@@ -72,6 +72,21 @@ def main(grid: Grid, context: Context) -> None:
         raise
     if not launcher:  # nobody else writes the report and says where it is
         print(f"report: {write_report(path).resolve()}", flush=True)
+
+
+def _goes_on(context: Context, path: Path) -> bool:
+    """Whether the run has a folder to go on from.
+
+    A run that a command submitted begins in the folder which that has prepared, where it lies on
+    this machine too; submitted again, it goes on wherever it had begun.
+    """
+    resume = bool(context.run_config.get(f"{LAUNCH_SECTION}resume", False))
+    ticket = str(context.run_config.get(f"{LAUNCH_SECTION}ticket", ""))
+    if not ticket:
+        return resume
+    file = path / TICKET
+    prepared = file.exists() and file.read_text(encoding="utf-8") == ticket
+    return (resume or prepared) and (path / runfolder.CONFIG).exists()
 
 
 def _config(grid: Grid, context: Context, resumed: Path | None) -> RunConfig:

@@ -19,10 +19,11 @@ import tempfile
 import time
 import tomllib
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -71,7 +72,7 @@ def run_flower(
         say(SETTING_UP)
         lay_out(config, setup, with_start=not has_checkpoint(out))
         say("starting Flower's SuperLink and simulation, which takes some seconds")
-        app = write_app(home / "app", config, out, resume=resume, setup=setup)
+        app = write_app(home / "app", config, launch_values(out, resume=resume, setup=setup))
         environment = private_environment(home, commands=commands(home))
         (home / "config.toml").write_text(
             '[superlink]\ndefault = "private"\n\n'
@@ -143,14 +144,18 @@ def gpu_share(parallel: int, *, num_gpus: int) -> float:
     return max(1, RAY_STEPS // on_each) / RAY_STEPS
 
 
-def write_app(path: Path, config: RunConfig, out: Path, *, resume: bool, setup: Path) -> Path:
-    """Copy the thin Flower app and give it this run's configuration."""
+def write_app(path: Path, config: RunConfig, launch: Mapping[str, Any]) -> Path:
+    """Copy the thin Flower app and give it this run's configuration.
+
+    Args:
+        launch: keys that say where, not what (launch.py).
+    """
     source = Path(flower_app.__file__).parent
     path.mkdir(parents=True)
     for file in (*source.glob("fedprune_*.py"), source / "LICENSE"):
         shutil.copy(file, path)
     project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))
-    values = {**config.flower(), **launch_values(out, resume=resume, setup=setup)}
+    values = {**config.flower(), **launch}
     project["tool"]["flwr"]["app"]["config"] = values
     (path / "pyproject.toml").write_text(tomli_w.dumps(project), encoding="utf-8")
     return path

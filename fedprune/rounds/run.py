@@ -27,6 +27,8 @@ def run(
     progress: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda text: None,
     tracker: Tracker | None = None,
+    superlink: str = "",
+    wait: float = 600.0,
 ) -> dict[str, Any]:
     """Run or resume one run in `folder`, and leave the report beside it.
 
@@ -37,9 +39,13 @@ def run(
         progress: called a few times a second while metrics.jsonl grows.
         say: is told in a line what is being done before the first round.
         tracker: is shown each round.
+        superlink: the name of a connection of Flower's: the run is submitted to that federation,
+            and no engine is started here.
+        wait: seconds without progress after which a federation that has gone is given up.
 
     Returns:
-        The content of summary.json.
+        The content of summary.json; nothing where the SuperLink is on a machine that does not see
+        this folder: the run has one of the same path there.
 
     Raises:
         ConfigError, DataError, ModelError, RunError, SparseModelError: says what, where and
@@ -72,13 +78,21 @@ def run(
             "inline": run_inline,
             "batched": partial(run_inline, batched=True),
         }
+        start = starts[engine]
+        if superlink:
+            from fedprune.fleet.submit import run_submitted  # noqa: PLC0415
+
+            start = partial(run_submitted, superlink=superlink, wait=wait)
         try:
             with _followed(tracker, folder, config, progress) as look:
-                starts[engine](config, folder, resume=resume, progress=look, say=say)
+                start(config, folder, resume=resume, progress=look, say=say)
         except USER_ERRORS:
             if not resume:  # a run that was there before is not ours to remove
                 runfolder.discard_unstarted(folder)
             raise
+        if superlink and not (folder / runfolder.SUMMARY).exists():
+            runfolder.discard_unstarted(folder)
+            return {}
         write_report(folder)
     return runfolder.read_summary(folder)
 

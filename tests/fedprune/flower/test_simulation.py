@@ -213,7 +213,9 @@ def test_the_app_that_is_submitted_has_the_run_s_configuration(
     config = tiny(data__dataset=dataset, training__lr=rate, method__density=density)
     with tempfile.TemporaryDirectory() as temporary:
         out, setup = Path(temporary) / 'a "run"', Path(temporary) / "setup"
-        app = write_app(Path(temporary) / "app", config, out, resume=True, setup=setup)
+        app = write_app(
+            Path(temporary) / "app", config, launch_values(out, resume=True, setup=setup)
+        )
         project = tomllib.loads((app / "pyproject.toml").read_text(encoding="utf-8"))
     values = project["tool"]["flwr"]["app"]["config"]
     launch = {key: values.pop(key) for key in list(values) if key.startswith("run.")}

@@ -1,0 +1,1 @@
+"""The server's side of a fleet: certificates, a SuperLink that is kept running, nodes, runs."""

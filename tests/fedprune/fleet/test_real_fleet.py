@@ -1,0 +1,216 @@
+"""A real federation on loopback: TLS, node keys, four nodes with data of their own."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from federation import digest, tiny
+from flwr.app import Context, RecordDict
+from long import FACTOR
+from PIL import Image
+from processes import Command
+from sklearn.datasets import load_digits
+
+from fedprune.config import RunConfig
+from fedprune.device.home import PUBLIC, Profile, make_home
+from fedprune.fleet import nodes as registry
+from fedprune.fleet.certificates import AUTHORITY
+from fedprune.fleet.local import Fleet, fleet_up, node_command
+from fedprune.fleet.processes import flower_environment
+from fedprune.fleet.server import init
+from fedprune.fleet.submit import count_nodes
+from fedprune.flower import client, server
+from fedprune.flower.inline import InlineGrid
+from fedprune.flower.launch import launch_values
+from fedprune.rounds.folder import prepare, read_metrics
+from prunelab.errors import RunError
+
+CLIENTS = 4
+CONFIG = tiny(
+    training__rounds=3, method__adjust_until=2, federation__timeout=120.0, server__pretrain_epochs=1
+)
+
+
+def digit_parts(root: Path) -> Path:
+    """Digits as class folders, in four parts that have no sample in common."""
+    digits = load_digits()
+    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        folder = root / f"part{number % CLIENTS}" / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((15 * image).astype(np.uint8)).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return digit_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="module")
+def expected(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model that the inline engine makes of the same parts."""
+    root = tmp_path_factory.mktemp("inline")
+    out = root / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(root))
+        prepare(out, CONFIG, resume=False)
+        values = {**CONFIG.flower(), **launch_values(out, resume=False, setup=out)}
+        del values["run.setup"]
+        nodes = InlineGrid(client.app, run_config=values, num_nodes=CLIENTS)
+        for number in range(CLIENTS):
+            own = nodes.contexts[1000 + number].node_config
+            own["data-path"] = str(parts / f"part{number}")
+        server.app(
+            nodes,
+            Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=values),
+        )
+    assert not any(line.get("skipped") for line in read_metrics(out))
+    return digest(out)
+
+
+@pytest.fixture(scope="module")
+def fleet(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    root = tmp_path_factory.mktemp("fleet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLWR_HOME", str(root / "flower"))
+        with fleet_up(root, data=parts, name="loopback") as running:
+            yield running
+
+
+def submitted(config: RunConfig, folder: Path, name: str) -> Command:
+    """The command that submits a run and follows it."""
+    settings = folder.with_suffix(".toml")
+    settings.write_text(config.toml(), encoding="utf-8")
+    return Command(
+        "fedprune", "run", "--config", str(settings), "--superlink", name, "--out", str(folder),
+        cwd=folder.parent,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_submitted_run_has_the_bits_of_inline_though_its_superlink_was_killed(
+    fleet: Fleet, expected: str, tmp_path: Path
+) -> None:
+    name = fleet.server.name
+    assert count_nodes(name) == CLIENTS
+    moment = random.Random(3).uniform(4, 12)
+    command = submitted(CONFIG, tmp_path / "run", name)
+    time.sleep(moment)
+    fleet.superlink.kill()
+    fleet.restart_superlink()
+    done = command.ended()
+    assert done.returncode == 0, done.stderr
+    assert "the run broke off" in done.stdout
+    assert f"round   3/{CONFIG.training.rounds}" in done.stdout
+    assert (tmp_path / "run" / "report.html").exists()
+    assert not any(line.get("skipped") for line in read_metrics(tmp_path / "run"))
+    assert digest(tmp_path / "run") == expected
+    environment = flower_environment(fleet.server.state)
+    latest, first = registry.flwr(["list", name], environment)["runs"]
+    assert (latest["status"], first["status"]) == ("finished:completed", "finished:stopped")
+    assert latest["run-id"] in done.stdout
+    log = ["flwr", "log", latest["run-id"], name, "--show"]
+    shown = subprocess.run(log, env=environment, capture_output=True, text=True, check=True)
+    assert "report:" in shown.stdout
+
+
+@pytest.mark.slow
+def test_who_may_not_join_is_told_so(fleet: Fleet, tmp_path: Path) -> None:
+    stranger, revoked = tmp_path / "stranger", tmp_path / "revoked"
+    for home in (stranger, revoked):
+        make_home(home, Profile(client=0))
+    registry.register(fleet.server, revoked / PUBLIC, name="revoked")
+    registry.revoke(fleet.server, str(revoked / PUBLIC))
+    other = init(tmp_path / "other", name="other", port=9)
+    joining = {
+        "stranger": node_command(fleet.server, stranger),
+        "revoked": node_command(fleet.server, revoked),
+        "deceived": [
+            str(other.authority) if part.endswith(AUTHORITY) else part
+            for part in node_command(fleet.server, stranger)
+        ],
+    }
+    told = {}
+    for who, command in joining.items():
+        environment = flower_environment(tmp_path / f"{who}-state")
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=100, check=False
+        )
+        assert done.returncode == 1, who
+        told[who] = done.stderr.splitlines()[-1]
+    assert "register" in told["stranger"]
+    assert "register" in told["revoked"]
+    assert "certificate" in told["deceived"]
+    states = {node.name: node.status for node in registry.nodes(fleet.server)}
+    assert states["revoked"] == "revoked"
+    with pytest.raises(RunError, match="revoked for good"):
+        registry.register(fleet.server, revoked / PUBLIC)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(FACTOR == 1, reason="takes minutes: pytest --hypothesis-profile=long")
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_killed_at_random_leaves_a_finished_run(
+    fleet: Fleet, expected: str, tmp_path: Path, seed: int
+) -> None:
+    """And the same bits, where no reply was lost."""
+    draw = random.Random(seed)
+    victims = draw.sample(range(CLIENTS), 2)
+    kills = sorted((draw.uniform(2, 60), victim) for victim in (-1, *victims))
+    command, began = submitted(CONFIG, tmp_path / "run", fleet.server.name), time.monotonic()
+    for moment, victim in kills:
+        while command.is_running() and time.monotonic() < began + moment:
+            time.sleep(0.1)
+        if victim < 0:
+            fleet.superlink.kill()
+            fleet.restart_superlink()
+        else:
+            fleet.nodes[victim].kept.kill()
+            fleet.nodes[victim].kept.start()
+    done = command.ended(timeout=1200)
+    assert done.returncode == 0, done.stderr
+    if not any(line.get("skipped") for line in read_metrics(tmp_path / "run")):
+        assert digest(tmp_path / "run") == expected
+    fleet.await_nodes(seconds=200)
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_no_process(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from fedprune.fleet.local import fleet_up\n"
+        "with fleet_up(Path(sys.argv[1]), nodes=1, name='short') as fleet:\n"
+        "    print('up', flush=True); time.sleep(600)"
+    )
+    environment = {**os.environ, "FLWR_HOME": str(tmp_path / "flower")}
+    command = [sys.executable, "-c", code, str(tmp_path / "short-lived")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        assert len(_naming(tmp_path)) > 3
+        process.kill()
+    deadline = time.monotonic() + 60
+    while _naming(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert _naming(tmp_path) == []
+
+
+def _naming(folder: Path) -> list[str]:
+    """The command lines that name a folder, and what runs in an environment that does."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if str(folder).encode() in text:
+            found.append(text[:200].decode(errors="replace"))
+    return found
