@@ -46,7 +46,7 @@ class Gate:
         self._known: dict[int, ClientInfo] = {}
 
     def admit(self, reply: Reply) -> ClientInfo:
-        """Who a node says that it is; `check` holds it to that from now on.
+        """Who a node says that it is; `know` holds it to that.
 
         Raises:
             ClientError: no client of this run can be that.
@@ -75,8 +75,11 @@ class Gate:
                 f"{info.num_train} and {info.num_dev}, the run gave it {share.num_train} and "
                 f"{share.num_dev}"
             )
-        self._known[info.client] = info
         return info
+
+    def know(self, info: ClientInfo) -> None:
+        """What a client is believed to be from now on."""
+        self._known[info.client] = info
 
     def weights(self, clients: Collection[int], *, on: str) -> dict[int, int]:
         """What each of these clients counts for in a mean over all of them: at least 0.
