@@ -12,6 +12,7 @@ PARTITIONS = ("iid", "dirichlet", "pathological", "natural")
 VALUE_DTYPES = ("fp32", "fp16", "bf16", "int8")
 DEVICES = ("cpu", "cuda")
 EVALUATIONS = ("server", "clients")
+AGGREGATIONS = ("mean", "clipped", "trimmed-mean", "median", "multi-krum")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "linear", "constant")
 EXECUTIONS = ("auto", "sparse", "masked", "dense")
@@ -114,6 +115,11 @@ class FederationConfig:
     `node_keys` says that nodes have registered keys: a client is then its node's for the whole
     run. Without, a node that comes back with a new identity takes its place again.
 
+    `aggregation` makes one model of the answers: "mean", or a rule that withstands lying clients
+    (fedprune/exchange/robust.py): "clipped" (updates cut to the norm `clip`; 0: the median of the
+    round's), "trimmed-mean", "median", "multi-krum". `byzantine` is the share of a round's clients
+    that may lie.
+
     `max_share` is how much of a round's weight one client may have whose samples the run did not
     hand out: nobody but itself knows how many they are. 1 believes every number. `evaluate` says
     who tests the model after each round: the "server", on its test samples, or the "clients", each
@@ -129,6 +135,9 @@ class FederationConfig:
     attempts: int = 3
     over_sample: int = 0
     node_keys: bool = False
+    aggregation: str = "mean"
+    byzantine: float = 0.2
+    clip: float = 0.0
 
     @property
     def clients_test(self) -> bool:
@@ -149,6 +158,7 @@ def problems(
         "training.device": (training.device, DEVICES),
         "training.execution": (training.execution, EXECUTIONS),
         "federation.evaluate": (federation.evaluate, EVALUATIONS),
+        "federation.aggregation": (federation.aggregation, AGGREGATIONS),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
@@ -180,6 +190,7 @@ def problems(
         "server.pretrain_epochs": server.pretrain_epochs,
         "federation.clients_per_round": federation.clients_per_round,
         "federation.over_sample": federation.over_sample,
+        "federation.clip": federation.clip,
     }
     for key, amount in not_negative.items():
         if not amount >= 0:
@@ -211,6 +222,8 @@ def _who_takes_part(federation: FederationConfig, *, clients: int) -> Iterable[s
     asked = federation.clients_per_round or clients
     if federation.quorum > max(1, asked):
         yield f"federation.quorum: {federation.quorum:g} answers of {asked} clients a round"
+    if not 0 <= federation.byzantine < 0.5:
+        yield f"federation.byzantine: expected 0 <= byzantine < 0.5, got {federation.byzantine}"
     if not 0 < federation.max_share <= 1:
         yield f"federation.max_share: expected 0 < max_share <= 1, got {federation.max_share}"
 

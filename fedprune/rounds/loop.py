@@ -9,8 +9,8 @@ from math import ceil
 from typing import Protocol
 
 from fedprune.errors import ClientError
-from fedprune.exchange.aggregate import EntryMean, StateMean
 from fedprune.exchange.messages import MODEL, ClientInfo, Reply, Request
+from fedprune.exchange.robust import Aggregation
 from fedprune.local.model import execution_of
 from fedprune.methods.base import RunState, Start
 from fedprune.rounds.evaluation import Evaluator
@@ -93,7 +93,7 @@ def play_round(
     if config.federation.clients_test:  # who tested the model has it
         request = replace(request, hold=request.hold | {MODEL})
     # 2. Replies are folded into sums as they arrive; only the sums are kept.
-    fold = Fold(setup)
+    fold = Fold(aggregation_of(setup), state.model)
     for client, reply in gather(setup, cohort, folder, request, per_round=config.clients_per_round):
         try:
             fold.add(client, reply)
@@ -210,6 +210,7 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
         rounds=setup.config.training.rounds,
         seed=setup.config.seed,
         metric=setup.metric,
+        aggregation=aggregation_of(setup),
     )
     try:
         state = setup.method.start(server)
@@ -300,16 +301,20 @@ def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
 
 
 class Fold:
-    """Running sums over the replies of a round."""
+    """What is made of the replies of a round.
 
-    def __init__(self, setup: Setup) -> None:
-        device = setup.config.training.device
-        self._mean = StateMean(device=None if device == "cpu" else device)
-        self._growth = EntryMean()
+    Args:
+        before: the model that clients trained.
+    """
+
+    def __init__(self, aggregation: Aggregation, before: SparseState) -> None:
+        self._aggregation = aggregation
+        self._mean = aggregation.states(before=before)
+        self._growth = aggregation.entries()
         self.losses: dict[int, tuple[float, int]] = {}
 
     def add(self, client: int, reply: Reply) -> None:
-        """Fold in one reply, in all sums or, where it is refused, in none.
+        """Fold in one reply, everywhere or, where it is refused, nowhere.
 
         Raises:
             ClientError: a value is not finite or too large.
@@ -319,7 +324,7 @@ class Fold:
         self.losses[client] = (float(reply.fields["loss"]), reply.num_examples)
 
     def mean(self) -> SparseState:
-        """The clients' weighted mean."""
+        """The clients' mean, as the run aggregates."""
         return self._mean.result()
 
     def growth(self) -> Entries:
@@ -332,8 +337,21 @@ class Fold:
 
     def train_loss(self) -> float:
         """The clients' mean loss, added up in the order of clients."""
-        total = sum(self.losses[c][0] * self.losses[c][1] for c in sorted(self.losses))
-        return total / sum(self.samples())
+        ordered = [self.losses[client] for client in sorted(self.losses)]
+        samples = [count for _, count in ordered]
+        sums = [loss * count for loss, count in ordered]
+        return self._aggregation.mean_of(sums, samples=samples, weights=samples)
+
+
+def aggregation_of(setup: Setup) -> Aggregation:
+    """How the run makes one of its clients' answers."""
+    federation, device = setup.config.federation, setup.config.training.device
+    return Aggregation(
+        federation.aggregation,
+        clip=federation.clip,
+        byzantine=federation.byzantine,
+        device=None if device == "cpu" else device,
+    )
 
 
 def sample_clients(
