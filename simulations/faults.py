@@ -6,13 +6,14 @@ is a client that answers with what nobody honest sends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from fedprune.exchange.gate import is_statistic
 from fedprune.exchange.messages import MODEL, Reply, Request
 from fedprune.flower import client, wire
 from fedprune.local.data import Split
@@ -21,6 +22,7 @@ from prunelab.runs.seeds import rng
 from sparsemodel.runtime.pattern import Pattern
 from sparsemodel.runtime.state import Array, SparseState
 
+# These befall the first message of a round; one that is sent again is answered.
 ABSENCES = {
     "killed": "gets its message and dies; the node is gone for a round, then back with a new "
     "identity and an empty state",
@@ -51,6 +53,7 @@ LIES = {
     "no header": "no header",
     "unasked": "a field that nobody asked for",
 }
+FAULTS = {**ABSENCES, **LIES}
 BLOCK = 20
 """Rounds after which other clients are the faulty ones."""
 
@@ -87,15 +90,14 @@ class Liar:
     def __call__(self, kind: str, message: Message, context: Context) -> Message:
         """The reply to a message, wrong in one way."""
         earlier = self.last
-        if kind in BYTES:
+        if kind in BYTES or kind == "stale":
             answer = client.app(message, context).content
             self.last = answer
-            if not wire.wants_resync(answer):
-                if kind == "stale":
-                    answer = earlier or answer
-                else:
-                    header, frames = wire.read_record(answer)
-                    answer = BYTES[kind](header, dict(frames), self.seed)
+            if kind == "stale":
+                answer = earlier or answer
+            elif not wire.wants_resync(answer):
+                header, frames = wire.read_record(answer)
+                answer = BYTES[kind](header, dict(frames), self.seed)
         else:
             answer = client.guarded(lambda: self._answer(kind, message.content, context))
         return Message(answer, reply_to=message)
@@ -105,11 +107,11 @@ class Liar:
         if kind == "label flip":
             local = _flipped(local)
         reply = local.config.method.actions[request.action](request, local)
-        changed = _selection_lie(reply) if request.action != "train" else None
-        if changed is None:
-            generator = rng(self.seed, request.round_index)
-            changed = _changed(kind, reply, request, generator)
-        return client.encode_answer(changed, request, local)
+        if request.action == "train":
+            reply = _changed(kind, reply, request, rng(self.seed, request.round_index))
+        else:
+            reply = _selection_lie(reply)
+        return client.encode_answer(reply, request, local)
 
 
 def _flipped(local: Local) -> Local:
@@ -131,65 +133,93 @@ def _selection_lie(reply: Reply) -> Reply:
 
 def _ruined(values: Mapping[str, Array]) -> dict[str, Array]:
     """Batch-norm statistics that the gate lets through and no model survives."""
-    worth = {"running_mean": 900.0, "running_var": 1e5}
     return {
-        name: np.full_like(value, next((w for end, w in worth.items() if name.endswith(end)), 0.0))
+        name: np.full_like(value, 900.0 if name.endswith("running_mean") else 1e5)
         for name, value in values.items()
+        if is_statistic(name)
     }
 
 
 def _changed(kind: str, reply: Reply, request: Request, generator: np.random.Generator) -> Reply:
-    before, after = request.state(MODEL), reply.states.get(MODEL, request.state(MODEL))
-    factors = {"update x -100": -100.0, "update x 10": 10.0, "sign flip": -1.0}
-    weights = {n: v for n, v in after.values.items() if "running" not in n}
-    if kind in factors:
-        return _with(reply, _scaled(before, weights, factors[kind]))
-    if kind == "noise":
-        update = np.concatenate([(v - before.values[n]).reshape(-1) for n, v in weights.items()])
-        size = 3 * float(np.linalg.norm(update)) / len(update) ** 0.5
-        noise = {
-            n: (before.values[n] + size * generator.standard_normal(v.shape)).astype(np.float32)
-            for n, v in weights.items()
-        }
-        return _with(reply, noise)
-    if kind == "zeros":
-        return _with(reply, {name: np.zeros_like(value) for name, value in weights.items()})
-    if kind == "statistics":
-        return _with(reply, _ruined({n: v for n, v in after.values.items() if "running" in n}))
-    if kind in {"nan", "huge"}:
-        name, value = next(iter(weights.items()))
-        spoiled = value.copy()
-        spoiled.reshape(-1)[0] = np.nan if kind == "nan" else 1e9
-        return _with(reply, {name: spoiled})
-    if kind == "loss":
-        return replace(reply, fields={**reply.fields, "loss": 1e12})
-    if kind == "unasked":
-        return replace(reply, fields={**reply.fields, "more": 1})
+    before = request.state(MODEL)
+    if kind in VALUES:
+        state = reply.states[MODEL]
+        changed = VALUES[kind](before, state.values, generator)
+        return replace(reply, states={MODEL: state.replace(changed)})
+    if kind in FIELDS:
+        return replace(reply, fields={**reply.fields, **FIELDS[kind]})
     if kind == "wrong mask":
-        return replace(reply, states={MODEL: _moved(after)})
+        return replace(reply, states={MODEL: _moved(reply.states[MODEL])})
     if kind == "huge entries":
         return replace(reply, entries={MODEL: _entries(reply, before, generator)})
     return reply
 
 
-def _with(reply: Reply, values: Mapping[str, Array]) -> Reply:
-    return replace(reply, states={MODEL: reply.states[MODEL].replace(dict(values))})
+FIELDS = {"loss": {"loss": 1e12}, "unasked": {"more": 1}}
+Values = dict[str, Array]
 
 
-def _scaled(
-    before: SparseState, weights: Mapping[str, Array], factor: float
-) -> dict[str, Array]:
+def _weights(values: Mapping[str, Array]) -> Values:
+    return {name: value for name, value in values.items() if not is_statistic(name)}
+
+
+def _times(factor: float) -> Callable[[SparseState, Mapping[str, Array], Any], Values]:
     """The update times a factor, or as much of it as the gate's bound on norms allows."""
-    start = float(sum(float(np.vdot(before.values[n], before.values[n])) for n in weights) ** 0.5)
-    length = float(
-        sum(float(np.sum((v - before.values[n]) ** 2)) for n, v in weights.items()) ** 0.5
-    )
-    most = (8 * (start + 1)) / max(length, 1e-9)
-    factor = float(np.clip(factor, -most, most))
+
+    def lie(before: SparseState, values: Mapping[str, Array], _: np.random.Generator) -> Values:
+        most = 8 * (_norm(_weights(before.values)) + 1) / max(_norm(_update(before, values)), 1e-9)
+        used = float(np.clip(factor, -most, most))
+        update = _update(before, values)
+        return {
+            n: (before.values[n] + used * step).astype(np.float32) for n, step in update.items()
+        }
+
+    return lie
+
+
+def _noise(
+    before: SparseState, values: Mapping[str, Array], generator: np.random.Generator
+) -> Values:
+    update = _update(before, values)
+    size = 3 * _norm(update) / sum(step.size for step in update.values()) ** 0.5
     return {
-        n: (before.values[n] + factor * (v - before.values[n])).astype(np.float32)
-        for n, v in weights.items()
+        name: (before.values[name] + size * generator.standard_normal(step.shape)).astype(
+            np.float32
+        )
+        for name, step in update.items()
     }
+
+
+def _one(worth: float) -> Callable[[SparseState, Mapping[str, Array], Any], Values]:
+    """One weight of this value."""
+
+    def lie(before: SparseState, values: Mapping[str, Array], _: np.random.Generator) -> Values:
+        name, value = next(iter(_weights(values).items()))
+        spoiled = value.copy()
+        spoiled.reshape(-1)[0] = worth
+        return {name: spoiled}
+
+    return lie
+
+
+VALUES = {
+    "update x -100": _times(-100.0),
+    "update x 10": _times(10.0),
+    "sign flip": _times(-1.0),
+    "noise": _noise,
+    "zeros": lambda before, values, _: {n: 0 * v for n, v in _weights(values).items()},
+    "statistics": lambda before, values, _: _ruined(values),
+    "nan": _one(np.nan),
+    "huge": _one(1e9),
+}
+
+
+def _update(before: SparseState, values: Mapping[str, Array]) -> Values:
+    return {name: value - before.values[name] for name, value in _weights(values).items()}
+
+
+def _norm(values: Mapping[str, Array]) -> float:
+    return float(sum(float(np.vdot(value, value)) for value in values.values()) ** 0.5)
 
 
 def _moved(state: SparseState) -> SparseState:
@@ -239,6 +269,4 @@ BYTES = {
     "bit flip": _bit_flip,
     "garbage": _garbage,
     "no header": _no_header,
-    "stale": _no_header,
 }
-"""Lies that are told in bytes; "stale" is told by who remembers."""

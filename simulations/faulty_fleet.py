@@ -1,40 +1,26 @@
 """A fleet in which three of ten clients fail in every round, in every way, and the server as well.
 
-The nodes live in this process, and time is virtual: a client that is late costs no seconds. What
-the server does (deadlines, quorum, re-joining, its gate, its checkpoint) is the real thing.
+Runs FedTiny without faults, with them under each robust aggregation, and with them under the plain
+mean. Every run is a process of its own.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
 from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
-
-from benchmarks.process_memory import resident
-from fedprune.config import RunConfig, own_settings
-from fedprune.errors import USER_ERRORS
-from fedprune.exchange.messages import DESCRIBE
-from fedprune.flower import client, server, wire
-from fedprune.flower.inline import InlineGrid
-from fedprune.flower.launch import launch_values
-from fedprune.rounds.folder import prepare, read_metrics
-from fedprune.rounds.setup import lay_out
 from prunelab.pages.units import format_bytes, mean_and_spread
-from prunelab.runs.seeds import rng
 from simulations.command import Call, parse
-from simulations.faults import ABSENCES, LIES, Liar, schedule
+from simulations.faults import FAULTS
+from simulations.faulty_grid import MEMORY_AT, SERVER_KILLS
 from simulations.page import page, table
 from simulations.pruning_cells import Result, run_cells
 
 SHARE = 0.3
-FAULTS = {**ABSENCES, **LIES}
 SETTINGS = {
     "data.dataset": "digits",
     "data.clients": 10,
@@ -46,243 +32,46 @@ SETTINGS = {
     "method.pool_size": 3,
     "method.adjust_every": 5,
     "federation.timeout": 20.0,
-    "federation.quorum": 0.5,
+    "federation.quorum": 0.7,
     "federation.byzantine": SHARE,
 }
-PRESETS: dict[str, int] = {"quick": 40, "small": 200}
-CLEAN, ROBUST, PLAIN = "no faults, mean", "faults, {}", "faults, mean"
-KINDS = ("trimmed-mean", "median", "multi-krum", "clipped")
-MEMORY_AT = (20, 100, 200)
-NODE_IS_GONE = 4  # Flower's code for a node that is unavailable
+PRESETS = {"quick": 40, "small": 200}
+KINDS = ("multi-krum", "trimmed-mean", "clipped", "median")
+CLEAN, PLAIN = "no faults, mean", "faults, mean"
+ROWS = {
+    CLEAN: ("mean", 0.0),
+    PLAIN: ("mean", SHARE),
+    **{f"faults, {kind}": (kind, SHARE) for kind in KINDS},
+}
+"""Row -> aggregation, and the share of the clients that fail."""
 
 
-class ServerKilled(BaseException):
-    """The server's process ends here; nothing catches it."""
-
-
-@dataclass
-class VirtualTime:
-    """A clock that goes on when somebody waits."""
-
-    now: float = 0.0
-
-    def monotonic(self) -> float:
-        """Seconds."""
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        """Let them pass."""
-        self.now += seconds
-
-
-@dataclass
-class Fleet:
-    """What outlives the server: nodes with their state, and what goes wrong.
-
-    Attributes:
-        faults: for the start and each round, client -> how it fails.
-        kills: rounds in which the server dies, each once.
-        memory: round -> bytes that this process held when it began.
-    """
-
-    seed: int
-    faults: Sequence[dict[int, str]]
-    kills: set[int]
-    contexts: dict[int, Context] = field(default_factory=dict)
-    gone: dict[int, int] = field(default_factory=dict)
-    liars: dict[int, Liar] = field(default_factory=dict)
-    memory: dict[int, int] = field(default_factory=dict)
-    round_number: int = 0
-    next_id: int = 5000
-
-    def begin(self, round_number: int) -> None:
-        """A round's first message is on its way."""
-        if round_number == self.round_number:
-            return
-        self.round_number = round_number
-        if round_number in MEMORY_AT:
-            self.memory[round_number] = resident("VmRSS")
-
-    def restart(self, node: int) -> None:
-        """A node comes back with another identity and nothing of what it held."""
-        context = self.contexts.pop(node)
-        self.next_id += 1
-        self.contexts[self.next_id] = Context(
-            run_id=1,
-            node_id=self.next_id,
-            node_config=context.node_config,
-            state=RecordDict(),
-            run_config=context.run_config,
-        )
-
-
-class FaultyGrid(InlineGrid):
-    """An InlineGrid in virtual time, on a fleet whose clients fail as its schedule says."""
-
-    def __init__(self, fleet: Fleet, *, run_config: dict[str, Any], num_nodes: int) -> None:
-        super().__init__(client.app, run_config=run_config, num_nodes=num_nodes)
-        self.clock = VirtualTime()
-        self._fleet = fleet
-        self._ready: dict[str, float] = {}
-        if fleet.contexts:  # the nodes of a server that has been killed
-            for context in fleet.contexts.values():
-                context.run_config = run_config
-            self.contexts = fleet.contexts
-        fleet.contexts = self.contexts
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Nodes that are up; one that was killed is back after a whole round."""
-        fleet = self._fleet
-        for node, killed_in in list(fleet.gone.items()):
-            if fleet.round_number > killed_in:
-                del fleet.gone[node]
-                fleet.restart(node)
-        return [node for node in self.contexts if node not in fleet.gone]
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Messages arrive at once; answers take a while."""
-        messages = list(messages)
-        headers = [wire.read_record(message.content)[0] for message in messages]
-        ids = list(super().push_messages(messages))
-        for message_id, message, header in zip(ids, messages, headers, strict=True):
-            wait = 0.0
-            if header["a"] != DESCRIBE:
-                number = header["r"] + 1 if header["a"] == "train" else 0
-                self._fleet.begin(number)
-                who = self._client(message)
-                if number in self._fleet.kills and who == number % len(self.contexts):
-                    self._fleet.kills.discard(number)
-                    raise ServerKilled
-                wait = float(rng(self._fleet.seed, number, who).uniform(0.5, 10.0))
-            self._ready[message_id] = self.clock.now + wait
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Answers that are there by now."""
-        for message_id in message_ids:
-            if self._ready.get(message_id, 0.0) > self.clock.now:
-                continue
-            message = self._messages.get(message_id)
-            for reply in super().pull_messages([message_id]):
-                yield reply
-                if message is not None and self._fault(message) == "duplicate":
-                    yield reply
-
-    def _client(self, message: Message) -> int:
-        context = self.contexts[message.metadata.dst_node_id]
-        return int(context.node_config["partition-id"])
-
-    def _fault(self, message: Message) -> str:
-        header, _ = wire.read_record(message.content)
-        if header["a"] == DESCRIBE or message.metadata.dst_node_id not in self.contexts:
-            return ""
-        number = header["r"] + 1 if header["a"] == "train" else 0
-        return self._fleet.faults[number].get(self._client(message), "")
-
-    def _work(self, message: Message) -> Message | None:
-        fleet, node, kind = self._fleet, message.metadata.dst_node_id, self._fault(message)
-        if node not in self.contexts or node in fleet.gone:
-            return None
-        context = self.contexts[node]
-        if kind in LIES and kind != "duplicate":
-            liar = fleet.liars.setdefault(self._client(message), Liar(fleet.seed))
-            return liar(kind, message, context)
-        if kind == "killed":
-            fleet.gone[node] = fleet.round_number
-        elif kind == "restarted":
-            fleet.restart(node)
-        elif kind == "failing":
-            return Message(Error(code=2, reason="no power"), reply_to=message)
-        elif kind == "slow":
-            super()._work(message)
-        elif kind == "forgetful" and not context.state.config_records.get("again"):
-            context.state.clear()
-            context.state["again"] = wire.ConfigRecord({"once": fleet.round_number})
-            return super()._work(message)
-        elif kind != "silent":
-            return super()._work(message)
-        return None
-
-
-def run_cell(setting: str, kind: str, seed: int, rounds: int) -> Result:
-    """One run, to its end whatever happens to the server; in this process alone."""
-    faulty = setting != CLEAN
-    values = {**SETTINGS, "seed": seed, "training.rounds": rounds, "federation.aggregation": kind}
-    config = RunConfig.parse(own_settings(values))
-    share = SHARE if faulty else 0.0
-    plan = schedule(
-        seed, num_clients=config.data.clients, rounds=rounds, share=share, kinds=list(FAULTS)
-    )
-    kills = rng(seed, 1).choice(rounds, size=4, replace=False) + 1 if faulty else []
-    fleet = Fleet(seed, plan, {int(number) for number in kills})
-    with tempfile.TemporaryDirectory() as folder:
-        out, setup = Path(folder) / "run", Path(folder) / "setup"
-        prepare(out, config, resume=False)
-        lay_out(config, setup, with_start=True)
-        killed, aborted = 0, ""
-        while True:
-            launch = launch_values(out, resume=killed > 0, setup=setup)
-            run_config = {**config.flower(), **launch}
-            grid = FaultyGrid(fleet, run_config=run_config, num_nodes=config.data.clients)
-            context = Context(
-                run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=run_config
-            )
-            try:
-                server.app(grid, context)
-            except ServerKilled:
-                killed += 1
-                continue
-            except USER_ERRORS as error:
-                aborted = str(error)
-            break
-        lines = read_metrics(out)
-    done = [line for line in lines if "event" not in line]
-    return {
-        "accuracy": done[-1]["test_accuracy"] if done else 0.0,
-        "rounds": len(done),
-        "aborted": aborted,
-        "below_quorum": sum(line.get("event") == "below-quorum" for line in lines),
-        "left_out": sum(len(line.get("skipped", [])) for line in lines),
-        "answers": sum(len(line["clients"]) for line in done),
-        "server_killed": killed,
-        "memory": fleet.memory,
-        "curve": [line["test_accuracy"] for line in done[19::20]],
-    }
-
-
-def in_a_process_of_its_own(setting: str, kind: str, seed: int, rounds: int) -> Result:
-    """The cell, in a fresh process: what it holds is its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(run_cell, setting, kind, seed, rounds).result()
-
-
-def settings_of(kinds: Sequence[str]) -> list[tuple[str, str]]:
-    """(setting, aggregation) of each row."""
-    return [(CLEAN, "mean"), *((ROBUST.format(k), k) for k in kinds), (PLAIN, "mean")]
+def run_alone(settings: Mapping[str, Any], share: float) -> Result:
+    """One run in a fresh process: what it holds is its own."""
+    command = [sys.executable, "-m", "simulations.faulty_grid", json.dumps(settings), str(share)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    result: Result = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
     call = parse("faulty_fleet", list(PRESETS))
     rounds = PRESETS[call.preset]
-    rows = settings_of(KINDS)
-    cells = {
-        f"{setting.replace(', ', '-').replace(' ', '-')}-s{seed}": partial(
-            in_a_process_of_its_own, setting, kind, seed, rounds
-        )
-        for seed in call.seeds
-        for setting, kind in rows
-    }
-    results = run_cells(cells, call.out, settings={**SETTINGS, "rounds": rounds})
-    by_row = {
-        setting: [results[name] for name in cells if name.startswith(
-            f"{setting.replace(', ', '-').replace(' ', '-')}-s"
-        )]
-        for setting, _ in rows
-    }
-    call.save(_page(call, by_row, rounds))
+    cells, names = {}, dict[str, list[str]]()
+    for row, (kind, share) in ROWS.items():
+        for seed in call.seeds:
+            own = {"seed": seed, "training.rounds": rounds, "federation.aggregation": kind}
+            name = f"{row.replace(', ', '-').replace(' ', '-')}-s{seed}"
+            cells[name] = partial(run_alone, {**SETTINGS, **own}, share)
+            names.setdefault(row, []).append(name)
+    results = run_cells(cells, call.out, settings={**SETTINGS, "training.rounds": rounds})
+    rows = {row: [results[name] for name in own] for row, own in names.items()}
+    call.save(_page(call, rows, rounds))
 
 
-def _page(call: Call, by_row: dict[str, list[Result]], rounds: int) -> str:
+def _page(call: Call, rows: dict[str, list[Result]], rounds: int) -> str:
     body = [
         table(
             ["setting", "accuracy, %", "aborted runs", "rounds asked again", "answers left out",
@@ -295,7 +84,7 @@ def _page(call: Call, by_row: dict[str, list[Result]], rounds: int) -> str:
                     *(str(sum(r[key] for r in own)) for key in
                       ("below_quorum", "left_out", "answers", "server_killed")),
                 ]
-                for setting, own in by_row.items()
+                for setting, own in rows.items()
             ],
         ),
         "",
@@ -312,7 +101,7 @@ def _page(call: Call, by_row: dict[str, list[Result]], rounds: int) -> str:
                         if number <= rounds
                     ),
                 ]
-                for setting, own in by_row.items()
+                for setting, own in rows.items()
             ],
         ),
         "",
@@ -320,7 +109,7 @@ def _page(call: Call, by_row: dict[str, list[Result]], rounds: int) -> str:
         "",
         *(f"- **{kind}**: {what}" for kind, what in FAULTS.items()),
     ]  # fmt: skip
-    everybody = [result for own in by_row.values() for result in own]
+    everybody = [result for own in rows.values() for result in own]
     return page(
         "A fleet that fails",
         command=call.command,
@@ -328,7 +117,8 @@ def _page(call: Call, by_row: dict[str, list[Result]], rounds: int) -> str:
         used=f", {call.threads} used",
         notes=[
             f"in every round {SHARE:.0%} of the clients fail, each in a way dealt from all below; "
-            "other clients every 20 rounds; the server is killed in four rounds and resumed",
+            "other clients every 20 rounds;"
+            f"the server is killed {SERVER_KILLS} times a run, and resumed",
             "accuracy on the test side after the last round, mean ± sample standard deviation over "
             "the seeds; sums over the seeds in the other columns",
             "test data decide nothing; nothing was tuned",
