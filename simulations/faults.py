@@ -71,7 +71,7 @@ def schedule(
     deck: list[str] = []
     result = []
     for round_number in range(rounds + 1):
-        if round_number % BLOCK in {0, 1}:  # the start, and rounds 1, 21, ...
+        if round_number == 0 or round_number % BLOCK == 1:  # the start, and rounds 1, 21, ...
             order = generator.permutation(num_clients).tolist()
             faulty = sorted(order[: round(share * num_clients)])
         if len(deck) < len(faulty):
