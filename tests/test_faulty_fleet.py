@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pytest
+
 from simulations.faults import BLOCK, FAULTS, schedule
 from simulations.faulty_fleet import ROWS, SETTINGS
 from simulations.faulty_grid import SERVER_KILLS, run_fleet
@@ -26,6 +28,7 @@ def test_a_schedule_deals_every_fault_as_often_to_everybody() -> None:
         assert len({tuple(faults) for faults in plan[begin : begin + BLOCK]}) == 1
 
 
+@pytest.mark.slow
 def test_a_small_fleet_ends() -> None:
     """Every fault once at least, and a server that is killed."""
     little: dict[str, Any] = {
