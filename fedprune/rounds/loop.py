@@ -141,13 +141,13 @@ def gather(
 ) -> Iterator[tuple[int, Reply]]:
     """Ask the clients of a round until a quorum has answered, or all attempts are made.
 
-    Answers count whenever they come: clients that have answered are not asked again, so that a
-    round which had to be asked twice gives the result of one in which nobody was missing.
+    Answers count whenever they come: clients that have answered are not asked again, so that of
+    all clients a round that had to be asked twice gives the result of one that had not.
 
     Args:
         per_round: how many clients a round has.
     """
-    federation, answered = setup.config.federation, set[int]()
+    federation, answered, asked = setup.config.federation, set[int](), set[int]()
     for attempt in range(1, federation.attempts + 1):
         quorum = quorum_of(setup, cohort, per_round)
         cohort.look(least=quorum - len(answered), besides=answered)
@@ -158,7 +158,9 @@ def gather(
             request.round_index,
             count=missing + federation.over_sample,
             besides=answered,
+            last=asked,
         )
+        asked.update(chosen)
         enough = missing if federation.over_sample else 0
         for client, reply in cohort.ask(request, clients=chosen, among=answered, enough=enough):
             answered.add(client)
@@ -355,7 +357,13 @@ def aggregation_of(setup: Setup) -> Aggregation:
 
 
 def sample_clients(
-    setup: Setup, cohort: Cohort, round_index: int, *, count: int, besides: Collection[int] = ()
+    setup: Setup,
+    cohort: Cohort,
+    round_index: int,
+    *,
+    count: int,
+    besides: Collection[int],
+    last: Collection[int],
 ) -> list[int]:
     """The clients of one round: a seeded draw without replacement, ascending.
 
@@ -363,12 +371,14 @@ def sample_clients(
 
     Args:
         besides: clients that are not to be drawn.
+        last: clients that are drawn where there are no others.
     """
     clients = sorted(cohort.clients)
     order = rng(SEED_SAMPLING, setup.config.seed, round_index).permutation(len(clients))
     drawn = [clients[i] for i in order.tolist() if clients[i] not in besides]
     connected = cohort.connected
-    return sorted(sorted(drawn, key=lambda client: client not in connected)[:count])
+    drawn.sort(key=lambda client: (client not in connected, client in last))
+    return sorted(drawn[:count])
 
 
 def _resumed(setup: Setup, folder: RunFolder) -> RunState | None:

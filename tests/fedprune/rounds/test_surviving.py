@@ -144,6 +144,16 @@ def test_a_round_below_quorum_is_asked_again_of_those_who_did_not_answer(
     assert times == [1, 2, 1, 2]
 
 
+def test_others_are_asked_where_there_are_others(tmp_path: Path) -> None:
+    settings = {"federation__clients_per_round": 2, "federation__quorum": 2.0}
+    usual, _ = run(tmp_path / "usual", **settings)
+    drawn = set(rounds(usual)[1]["clients"])
+    grid = silent("train", 2, who=drawn, times=99)
+    out, _ = run(tmp_path / "run", grid, **settings)
+    assert rounds(out)[1]["clients"] == sorted({0, 1, 2, 3} - drawn)
+    assert len(events(out)) == 1
+
+
 def test_a_quorum_that_is_met_waits_for_the_others_once(tmp_path: Path) -> None:
     grid = silent("train", 2, who={1, 3}, times=1)
     out, seen = run(tmp_path / "run", grid, federation__quorum=2.0)
