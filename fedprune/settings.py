@@ -12,6 +12,7 @@ PARTITIONS = ("iid", "dirichlet", "pathological", "natural")
 VALUE_DTYPES = ("fp32", "fp16", "bf16", "int8")
 DEVICES = ("cpu", "cuda")
 EVALUATIONS = ("server", "clients")
+AGGREGATIONS = ("mean", "clipped", "trimmed-mean", "median", "multi-krum")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "linear", "constant")
 EXECUTIONS = ("auto", "sparse", "masked", "dense")
@@ -107,6 +108,18 @@ class ServerConfig:
 class FederationConfig:
     """Who takes part in a round. `clients_per_round` 0 asks everybody; `timeout` in seconds.
 
+    A round needs usable answers of `quorum`: below 1 a share of the round's clients, from 1 on a
+    number of them. Those that did not answer are asked again, up to `attempts` times in all, then
+    the run ends. `over_sample` asks so many more clients than `clients_per_round` and takes the
+    answers that come first: which ones decides the result, so that it is off by default.
+    `node_keys` says that nodes have registered keys: a client is then its node's for the whole
+    run. Without, a node that comes back with a new identity takes its place again.
+
+    `aggregation` makes one model of the answers: "mean", or a rule that withstands lying clients
+    (fedprune/exchange/robust.py): "clipped" (updates cut to the norm `clip`; 0: the median of the
+    round's), "trimmed-mean", "median", "multi-krum". `byzantine` is the share of a round's clients
+    that may lie.
+
     `max_share` is how much of a round's weight one client may have whose samples the run did not
     hand out: nobody but itself knows how many they are. 1 believes every number. `evaluate` says
     who tests the model after each round: the "server", on its test samples, or the "clients", each
@@ -118,6 +131,13 @@ class FederationConfig:
     value_dtype: str = "fp32"
     max_share: float = 0.5
     evaluate: str = "server"
+    quorum: float = 1.0
+    attempts: int = 3
+    over_sample: int = 0
+    node_keys: bool = False
+    aggregation: str = "mean"
+    byzantine: float = 0.2
+    clip: float = 0.0
 
     @property
     def clients_test(self) -> bool:
@@ -138,6 +158,7 @@ def problems(
         "training.device": (training.device, DEVICES),
         "training.execution": (training.execution, EXECUTIONS),
         "federation.evaluate": (federation.evaluate, EVALUATIONS),
+        "federation.aggregation": (federation.aggregation, AGGREGATIONS),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
@@ -154,6 +175,7 @@ def problems(
         "training.local_epochs": training.local_epochs,
         "training.threads": training.threads,
         "server.per_class": server.per_class,
+        "federation.attempts": federation.attempts,
     }
     for key, count in at_least_one.items():
         if count < 1:
@@ -167,12 +189,13 @@ def problems(
         "training.cohort": training.cohort,
         "server.pretrain_epochs": server.pretrain_epochs,
         "federation.clients_per_round": federation.clients_per_round,
+        "federation.over_sample": federation.over_sample,
+        "federation.clip": federation.clip,
     }
     for key, amount in not_negative.items():
         if not amount >= 0:
             yield f"{key}: expected 0 or more, got {amount}"
-    if not 0 < federation.max_share <= 1:
-        yield f"federation.max_share: expected 0 < max_share <= 1, got {federation.max_share}"
+    yield from _who_takes_part(federation, clients=data.clients)
     if training.batch_size < 2:
         yield f"training.batch_size: batch norm needs at least 2, got {training.batch_size}"
     if not 0 <= training.momentum < 1:
@@ -184,6 +207,25 @@ def problems(
     ):
         if not 0 < number < float("inf"):
             yield f"{key}: expected a positive number, got {number}"
+
+
+def _who_takes_part(federation: FederationConfig, *, clients: int) -> Iterable[str]:
+    if federation.over_sample > 0 and not federation.clients_per_round:
+        yield "federation.over_sample: everybody is asked already; set federation.clients_per_round"
+    if not 0 < federation.quorum < float("inf") or (
+        federation.quorum > 1 and not federation.quorum.is_integer()
+    ):
+        yield (
+            "federation.quorum: expected a share below 1 or a whole number of clients, got "
+            f"{federation.quorum}"
+        )
+    asked = federation.clients_per_round or clients
+    if federation.quorum > max(1, asked):
+        yield f"federation.quorum: {federation.quorum:g} answers of {asked} clients a round"
+    if not 0 <= federation.byzantine < 0.5:
+        yield f"federation.byzantine: expected 0 <= byzantine < 0.5, got {federation.byzantine}"
+    if not 0 < federation.max_share <= 1:
+        yield f"federation.max_share: expected 0 < max_share <= 1, got {federation.max_share}"
 
 
 def _unknown_functions(data: DataConfig, training: TrainingConfig) -> Iterable[str]:

@@ -21,6 +21,7 @@ from benchmarks import (
     choice_fit,
     client_memory,
     network_support,
+    robust_sums,
     round_process,
     sparse_layers,
     sparse_memory,
@@ -352,3 +353,12 @@ def test_support_of_networks_is_what_it_says() -> None:
     row = network_support.support("net", build)
     assert (row.way, row.layers) in {("program", 1), ("modules", 1)}
     assert row.error < 1e-4
+
+
+def test_sums_of_every_kind_are_beside_flower_s() -> None:
+    found = checked(list(robust_sums.rows("resnet8", [0.05], 5, by=time.perf_counter)))
+    peers = {entry.case.rpartition(", ")[2]: entry.peer_name for entry in found}
+    assert peers["median"] == "Flower's FedMedian"
+    assert peers["multi-krum"] == "Flower's MultiKrum"
+    assert len(found) == 6
+    assert found[-1].ratio > 10  # bytes

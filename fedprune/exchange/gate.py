@@ -46,7 +46,7 @@ class Gate:
         self._known: dict[int, ClientInfo] = {}
 
     def admit(self, reply: Reply) -> ClientInfo:
-        """Who a node says that it is; `check` holds it to that from now on.
+        """Who a node says that it is; `know` holds it to that.
 
         Raises:
             ClientError: no client of this run can be that.
@@ -75,8 +75,11 @@ class Gate:
                 f"{info.num_train} and {info.num_dev}, the run gave it {share.num_train} and "
                 f"{share.num_dev}"
             )
-        self._known[info.client] = info
         return info
+
+    def know(self, info: ClientInfo) -> None:
+        """What a client is believed to be from now on."""
+        self._known[info.client] = info
 
     def weights(self, clients: Collection[int], *, on: str) -> dict[int, int]:
         """What each of these clients counts for in a mean over all of them: at least 0.
@@ -165,7 +168,7 @@ def check_parts(reply: Reply, request: Request) -> None:
 
 def _check_state(state: SparseState, before: SparseState) -> None:
     """Statistics that can be, and weights that training in its senses reaches from `before`."""
-    _check_values({n: value for n, value in state.values.items() if _is_statistic(n)})
+    _check_values({n: value for n, value in state.values.items() if is_statistic(n)})
     norm, start = _norm(state.values), _norm(before.values)
     if not norm <= MAX_GROWTH * (start + 1):
         raise ClientError(f"weights of norm {norm:.3g} after {start:.3g}: {DIVERGED}")
@@ -192,12 +195,13 @@ def _check_values(tensors: Tensors) -> None:
 def _norm(values: Tensors) -> float:
     """The Euclidean norm of all weights; statistics are none."""
     squares = (
-        float(np.vdot(value, value)) for name, value in values.items() if not _is_statistic(name)
+        float(np.vdot(value, value)) for name, value in values.items() if not is_statistic(name)
     )
     return float(sum(squares) ** 0.5)
 
 
-def _is_statistic(name: str) -> bool:
+def is_statistic(name: str) -> bool:
+    """Whether a tensor of a state is a batch norm's running mean or variance."""
     return name.endswith(("running_mean", "running_var"))
 
 

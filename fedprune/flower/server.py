@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
@@ -18,10 +18,11 @@ from flwr.serverapp import Grid, ServerApp
 from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS, ClientError
 from fedprune.exchange.gate import Gate
-from fedprune.exchange.messages import DESCRIBE, MODEL, ClientInfo, Reply, Request
+from fedprune.exchange.messages import DESCRIBE, MODEL, Reply, Request
 from fedprune.flower import wire
 from fedprune.flower.client import LAUNCH_SECTION, SETUP, run_config, takes_nodes
 from fedprune.flower.launch import TICKET, failure_file
+from fedprune.flower.roster import Roster
 from fedprune.local.private import samples_of_run
 from fedprune.local.site import setup_folder
 from fedprune.reports.page import write_report
@@ -151,7 +152,6 @@ class GridCohort:
         self._config = setup.config
         self._launcher_pid = launcher_pid
         self._told_clients = setup.config.data.clients if tell_clients else 0
-        self._nodes: dict[int, int] = {}
         self._held: dict[int, frozenset[str]] = {}
         self._last_mask: Patterns | None = None
         self._traffic = Traffic()
@@ -163,8 +163,26 @@ class GridCohort:
             own_data=own_data,
             max_share=setup.config.federation.max_share,
         )
-        self.clients: dict[int, ClientInfo] = {}
+        describe = Request(DESCRIBE, fields=samples_of_run(setup.data))
+        self._description = self._encode(describe, frozenset(), program=wire.ProgramText()).record
+        self._roster = Roster(
+            grid,
+            self._gate,
+            ask=lambda node: self._send(node, self._description, DESCRIBE, "join"),
+            read=lambda message: wire.decode_reply(_content(message), describe, shapes={}),
+            note=self.skip,
+            node_keys=setup.config.federation.node_keys,
+        )
+        self._joining: dict[str, float] = {}  # when to give up on those asked who they are
+        self.clients = self._roster.clients
         self.stacked = bool(getattr(grid, "stacked", False))
+        # A grid may bring a time of its own, with `monotonic` and `sleep`.
+        self._clock = getattr(grid, "clock", time)
+
+    @property
+    def connected(self) -> set[int]:
+        """The clients that can be asked, as far as was seen at the last look."""
+        return self._roster.connected()
 
     def join(self) -> None:
         """Wait for the nodes and learn which client each of them is.
@@ -173,35 +191,54 @@ class GridCohort:
             RunError: no node, or none with data, is there within two minutes.
         """
         expected = self._config.data.clients
-        deadline = time.monotonic() + JOIN_SECONDS
+        deadline = self._clock.monotonic() + JOIN_SECONDS
         while len(nodes := list(self._grid.get_node_ids())) < expected:
-            if time.monotonic() > deadline:
+            if self._clock.monotonic() > deadline:
                 break
             self._check_launcher()
-            time.sleep(0.1)
-        request = Request(DESCRIBE, fields=samples_of_run(self._setup.data))
-        record = self._encode(request, frozenset(), program=wire.ProgramText()).record
-        pending = {self._send(node, record, DESCRIBE, "join"): node for node in nodes}
-        claims: dict[int, list[int]] = {}
-        for node, message in self._replies(pending):
-            try:
-                reply = wire.decode_reply(_content(message), request, shapes={})
-                info = self._gate.admit(reply)
-            except (ClientError, SparseModelError) as error:
-                self.skip(-1, f"node {node}: {error}")
-                continue
-            claims.setdefault(info.client, []).append(node)
-            self.clients[info.client], self._nodes[info.client] = info, node
-        for client, own in claims.items():
-            if len(own) > 1:  # whom to believe, nothing says: neither
-                del self.clients[client], self._nodes[client]
-                self.skip(
-                    client,
-                    f"nodes {', '.join(map(str, sorted(own)))} all say that they are client "
-                    f"{client}; give each node a partition-id of its own",
-                )
+            self._clock.sleep(0.1)
+        self._look()
+        while self._joining:  # nobody is bound before all have been heard: see Roster
+            self._check_launcher()
+            self._clock.sleep(POLL_SECONDS)
+            self._hear()
+        self._roster.bind()
         if not self.clients:
             raise RunError(f"none of {len(nodes)} nodes answered; {self._traffic.skipped[:3]}")
+
+    def look(self, *, least: int = 0, besides: Collection[int] = ()) -> None:
+        """See which nodes have come or gone since the last look.
+
+        Args:
+            least: waits, up to two minutes, until so many clients are connected.
+            besides: clients that do not count for that.
+        """
+        deadline = self._clock.monotonic() + JOIN_SECONDS
+        while True:
+            self._look()
+            self._roster.bind()
+            there = self.connected.difference(besides)
+            if len(there) >= least or self._clock.monotonic() > deadline:
+                return
+            self._check_launcher()
+            self._clock.sleep(0.1)
+
+    def _look(self) -> None:
+        limit = self._clock.monotonic() + self._config.federation.timeout
+        pending = self._roster.find()
+        self._joining = {asked: self._joining.get(asked, limit) for asked in pending}
+        self._hear()
+
+    def _hear(self) -> None:
+        """Take what nodes have said of themselves by now."""
+        for asked, limit in list(self._joining.items()):
+            messages = [(asked, message) for message in self._grid.pull_messages([asked])]
+            self._roster.hear(messages[:1])  # the first answer counts
+            if not messages and self._clock.monotonic() < limit:
+                continue
+            if not messages:
+                self._roster.give_up(asked)
+            del self._joining[asked]
 
     def skip(self, client: int, reason: str) -> None:
         """Note that a client's answer could not be used."""
@@ -216,19 +253,33 @@ class GridCohort:
         return taken
 
     def ask(
-        self, request: Request, *, clients: list[int] | None = None
+        self,
+        request: Request,
+        *,
+        clients: list[int] | None = None,
+        among: Collection[int] = (),
+        enough: int = 0,
     ) -> Iterator[tuple[int, Reply]]:
         """Send to each client what it lacks, and yield checked replies as they arrive.
 
         A client that lacks what a message refers to asks for a re-sync and is sent everything.
+
+        Args:
+            clients: by number; None: all.
+            among: those who share the weight with them, as of one round.
+            enough: replies after which nobody is waited for; 0: all.
         """
         # Clients that hold the same are sent the same: it is encoded once.
         envelopes: dict[frozenset[str], wire.Envelope] = {}
         pending: dict[str, int] = {}
         clients = sorted(self.clients) if clients is None else clients
-        weights = self._gate.weights(clients, on=request.on)
+        weights = self._gate.weights({*clients, *among}, on=request.on)
         for client in clients:
-            pending[self._request(client, request, envelopes)] = client
+            try:
+                pending[self._request(client, request, envelopes)] = client
+            except ClientError as error:
+                self._held[client] = frozenset()
+                self.skip(client, str(error))
         after = next(iter(envelopes.values())).held if envelopes else frozenset()
         resynced: set[int] = set()
         for client, message in self._replies(pending):
@@ -248,6 +299,11 @@ class GridCohort:
                 continue
             self._held[client] = after
             yield client, reply
+            enough -= 1
+            if enough == 0:
+                break
+        for client in pending.values():  # not needed: they may have got the message, or not
+            self._held[client] = self._held.get(client, frozenset()) & after
         if MODEL in request.states:
             self._last_mask = request.states[MODEL].patterns
 
@@ -258,11 +314,16 @@ class GridCohort:
         if held not in envelopes:
             envelopes[held] = self._encode(request, held, program=self._program)
         envelope = envelopes[held]
-        self._traffic.down.append(envelope.size)
-        self._traffic.mask += envelope.mask_size
         trains = request.action == TRAIN
         group = str(request.round_index + 1) if trains else request.action
-        return self._send(self._nodes[client], envelope.record, request.action, group)
+        node, sent = self._roster.nodes[client], ""
+        if client in self.connected:
+            sent = self._send(node, envelope.record, request.action, group)
+        if not sent:
+            raise ClientError("its node is not connected")
+        self._traffic.down.append(envelope.size)
+        self._traffic.mask += envelope.mask_size
+        return sent
 
     def _encode(
         self, request: Request, held: frozenset[str], *, program: wire.ProgramText
@@ -282,17 +343,15 @@ class GridCohort:
         ttl = self._config.federation.timeout
         message = Message(record, node, kind, group_id=group, ttl=ttl)
         sent = list(self._grid.push_messages([message]))
-        if not sent:
-            raise RunError(f"Flower did not accept a message for node {node}")
-        return sent[0]
+        return sent[0] if sent else ""  # "": the node has left the federation
 
     def _replies(self, pending: dict[str, int]) -> Iterator[tuple[int, Message]]:
         """Replies one at a time, until all have come or the time is over.
 
         `pending` maps message ids to clients and may grow while replies are consumed.
         """
-        deadline = time.monotonic() + self._config.federation.timeout
-        while pending and time.monotonic() < deadline:
+        deadline = self._clock.monotonic() + self._config.federation.timeout
+        while pending and self._clock.monotonic() < deadline:
             self._check_launcher()
             arrived = False
             for message_id in list(pending):
@@ -302,7 +361,7 @@ class GridCohort:
                     if message_id in pending:  # the first answer counts
                         yield pending.pop(message_id), message
             if not arrived:
-                time.sleep(POLL_SECONDS)
+                self._clock.sleep(POLL_SECONDS)
         for client in pending.values():
             self._held[client] = frozenset()
             self.skip(client, f"no answer within {self._config.federation.timeout:g} s")

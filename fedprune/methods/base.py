@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fedprune.errors import ConfigError
 from fedprune.exchange.messages import MODEL, Expected, Reply, Request, loss
+from fedprune.exchange.robust import MEAN, Aggregation
 from fedprune.local.training import train
 from sparsemodel.runtime.state import Entries, SparseState
 
@@ -64,6 +65,7 @@ class Start:
         rounds: of the whole run.
         seed: of the run.
         metric: what the task's metric is called: "accuracy" of classes; "": there is none.
+        aggregation: makes one of what clients answer, as the run's settings say.
     """
 
     state: Callable[[], SparseState]
@@ -73,6 +75,7 @@ class Start:
     rounds: int
     seed: int
     metric: str = "accuracy"
+    aggregation: Aggregation = MEAN
 
 
 class Builder(Protocol):

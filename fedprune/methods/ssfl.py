@@ -20,7 +20,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedprune.errors import ClientError
-from fedprune.exchange.aggregate import StateMean
 from fedprune.exchange.messages import MODEL, Expected, Reply, Request, count
 from fedprune.local.model import Sgd
 from fedprune.local.training import SEED_GROWTH, epoch_batches, require_samples, train
@@ -98,7 +97,7 @@ class SSFL(Method):
             states={MODEL: state},
             expected=Expected(tensors={SALIENCY: layers}),
         )
-        mean = StateMean()
+        mean = server.aggregation.states()
         for _, reply in server.ask(request):
             mean.add(SparseState(reply.tensors[SALIENCY]), weight=reply.weight)
         if mean.num_replies == 0:

@@ -63,7 +63,7 @@ __all__ = [
 
 CHECKPOINT = "checkpoint.safetensors"
 # Settings that change no bit of the result, so a resumed run may differ in them.
-FREE_ON_RESUME = {"federation.timeout"}
+FREE_ON_RESUME = {"federation.timeout", "federation.quorum", "federation.attempts"}
 
 
 @dataclass(frozen=True)

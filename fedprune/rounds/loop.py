@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from math import ceil
 from typing import Protocol
 
 from fedprune.errors import ClientError
-from fedprune.exchange.aggregate import EntryMean, StateMean
 from fedprune.exchange.messages import MODEL, ClientInfo, Reply, Request
+from fedprune.exchange.robust import Aggregation
 from fedprune.local.model import execution_of
 from fedprune.methods.base import RunState, Start
 from fedprune.rounds.evaluation import Evaluator
@@ -29,17 +30,35 @@ class Cohort(Protocol):
     """The clients, as the loop sees them; flower/server.py makes one out of Flower's Grid.
 
     Attributes:
-        clients: by number.
+        clients: by number, those that are not connected now among them.
+        connected: those that are.
         stacked: whether the clients of a round are trained together, on masked dense weights.
     """
 
     clients: dict[int, ClientInfo]
     stacked: bool
 
+    @property
+    def connected(self) -> set[int]: ...
+
+    def look(self, *, least: int = 0, besides: Collection[int] = ()) -> None:
+        """See who has come or gone; wait a while for so many connected ones `besides` these."""
+        ...
+
     def ask(
-        self, request: Request, *, clients: list[int] | None = None
+        self,
+        request: Request,
+        *,
+        clients: list[int] | None = None,
+        among: Collection[int] = (),
+        enough: int = 0,
     ) -> Iterator[tuple[int, Reply]]:
-        """Send to these clients (all, by default) and yield checked replies as they arrive."""
+        """Send to these clients (all, by default) and yield checked replies as they arrive.
+
+        Args:
+            among: others of the same round: all share the weight.
+            enough: replies after which nobody is waited for; 0: all.
+        """
         ...
 
     def skip(self, client: int, reason: str) -> None:
@@ -73,10 +92,9 @@ def play_round(
     request = replace(setup.method.request(state), report_resources=last)
     if config.federation.clients_test:  # who tested the model has it
         request = replace(request, hold=request.hold | {MODEL})
-    chosen = sample_clients(setup, sorted(cohort.clients), state.round_index)
     # 2. Replies are folded into sums as they arrive; only the sums are kept.
-    fold = Fold(setup)
-    for client, reply in cohort.ask(request, clients=chosen):
+    fold = Fold(aggregation_of(setup), state.model)
+    for client, reply in gather(setup, cohort, folder, request, per_round=config.clients_per_round):
         try:
             fold.add(client, reply)
         except ClientError as error:
@@ -84,8 +102,8 @@ def play_round(
             continue
         totals.count_resources(reply)
     traffic = cohort.take_traffic()
-    if not fold.losses:
-        raise _nobody(folder, state, traffic)
+    if len(fold.losses) < quorum_of(setup, cohort, config.clients_per_round):
+        raise _nobody(folder, state, traffic, len(fold.losses))
     # 3. The method makes the next state of what it got.
     updated = setup.method.update(state, mean=fold.mean(), growth=fold.growth())
     # 4. The new model is evaluated on test data, for the record only.
@@ -118,13 +136,73 @@ def play_round(
     return updated
 
 
+def gather(
+    setup: Setup, cohort: Cohort, folder: RunFolder, request: Request, *, per_round: int
+) -> Iterator[tuple[int, Reply]]:
+    """Ask the clients of a round until a quorum has answered, or all attempts are made.
+
+    Answers count whenever they come: clients that have answered are not asked again, so that of
+    all clients a round that had to be asked twice gives the result of one that had not.
+
+    Args:
+        per_round: how many clients a round has.
+    """
+    federation, answered, asked = setup.config.federation, set[int](), set[int]()
+    for attempt in range(1, federation.attempts + 1):
+        quorum = quorum_of(setup, cohort, per_round)
+        cohort.look(least=quorum - len(answered), besides=answered)
+        missing = min(per_round, len(cohort.clients)) - len(answered)
+        chosen = sample_clients(
+            setup,
+            cohort,
+            request.round_index,
+            count=missing + federation.over_sample,
+            besides=answered,
+            last=asked,
+        )
+        asked.update(chosen)
+        enough = missing if federation.over_sample else 0
+        for client, reply in cohort.ask(request, clients=chosen, among=answered, enough=enough):
+            answered.add(client)
+            yield client, reply
+        if len(answered) >= quorum:
+            return
+        folder.append(
+            {
+                "event": "below-quorum",
+                "round": request.round_index + 1,
+                "asked": request.action,
+                "attempt": attempt,
+                "answered": sorted(answered),
+                "quorum": quorum,
+            }
+        )
+
+
+def quorum_of(setup: Setup, cohort: Cohort, per_round: int) -> int:
+    """How many answers a round of so many clients needs."""
+    quorum = setup.config.federation.quorum
+    if quorum >= 1:
+        return int(quorum)
+    return max(1, ceil(quorum * min(per_round, len(cohort.clients))))
+
+
 def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
     """Let the method begin."""
 
     def ask(request: Request) -> Iterator[tuple[int, Reply]]:
         samples = sum(info.num_dev for info in cohort.clients.values())
         folder.totals.count_passes(setup, request.forward_passes, samples)
-        yield from cohort.ask(request)
+        everybody = len(cohort.clients)
+        replies = list[int]()
+        for client, reply in gather(setup, cohort, folder, request, per_round=everybody):
+            replies.append(client)
+            yield client, reply
+        if replies and len(replies) < quorum_of(setup, cohort, everybody):
+            raise RunError(
+                f"only {len(replies)} of {everybody} clients answered {request.action!r}, fewer "
+                "than federation.quorum asks for"
+            )
 
     server = Start(
         state=setup.start_state,
@@ -134,6 +212,7 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
         rounds=setup.config.training.rounds,
         seed=setup.config.seed,
         metric=setup.metric,
+        aggregation=aggregation_of(setup),
     )
     try:
         state = setup.method.start(server)
@@ -224,16 +303,20 @@ def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
 
 
 class Fold:
-    """Running sums over the replies of a round."""
+    """What is made of the replies of a round.
 
-    def __init__(self, setup: Setup) -> None:
-        device = setup.config.training.device
-        self._mean = StateMean(device=None if device == "cpu" else device)
-        self._growth = EntryMean()
+    Args:
+        before: the model that clients trained.
+    """
+
+    def __init__(self, aggregation: Aggregation, before: SparseState) -> None:
+        self._aggregation = aggregation
+        self._mean = aggregation.states(before=before)
+        self._growth = aggregation.entries()
         self.losses: dict[int, tuple[float, int]] = {}
 
     def add(self, client: int, reply: Reply) -> None:
-        """Fold in one reply, in all sums or, where it is refused, in none.
+        """Fold in one reply, everywhere or, where it is refused, nowhere.
 
         Raises:
             ClientError: a value is not finite or too large.
@@ -243,7 +326,7 @@ class Fold:
         self.losses[client] = (float(reply.fields["loss"]), reply.num_examples)
 
     def mean(self) -> SparseState:
-        """The clients' weighted mean."""
+        """The clients' mean, as the run aggregates."""
         return self._mean.result()
 
     def growth(self) -> Entries:
@@ -256,15 +339,46 @@ class Fold:
 
     def train_loss(self) -> float:
         """The clients' mean loss, added up in the order of clients."""
-        total = sum(self.losses[c][0] * self.losses[c][1] for c in sorted(self.losses))
-        return total / sum(self.samples())
+        ordered = [self.losses[client] for client in sorted(self.losses)]
+        samples = [count for _, count in ordered]
+        sums = [loss * count for loss, count in ordered]
+        return self._aggregation.mean_of(sums, samples=samples, weights=samples)
 
 
-def sample_clients(setup: Setup, clients: list[int], round_index: int) -> list[int]:
-    """The clients of one round: a seeded draw without replacement, ascending."""
-    config = setup.config
-    order = rng(SEED_SAMPLING, config.seed, round_index).permutation(len(clients))
-    return sorted(clients[i] for i in order[: config.clients_per_round].tolist())
+def aggregation_of(setup: Setup) -> Aggregation:
+    """How the run makes one of its clients' answers."""
+    federation, device = setup.config.federation, setup.config.training.device
+    return Aggregation(
+        federation.aggregation,
+        clip=federation.clip,
+        byzantine=federation.byzantine,
+        device=None if device == "cpu" else device,
+    )
+
+
+def sample_clients(
+    setup: Setup,
+    cohort: Cohort,
+    round_index: int,
+    *,
+    count: int,
+    besides: Collection[int],
+    last: Collection[int],
+) -> list[int]:
+    """The clients of one round: a seeded draw without replacement, ascending.
+
+    Those that are not connected give way to the next of the draw, where there are others.
+
+    Args:
+        besides: clients that are not to be drawn.
+        last: clients that are drawn where there are no others.
+    """
+    clients = sorted(cohort.clients)
+    order = rng(SEED_SAMPLING, setup.config.seed, round_index).permutation(len(clients))
+    drawn = [clients[i] for i in order.tolist() if clients[i] not in besides]
+    connected = cohort.connected
+    drawn.sort(key=lambda client: (client not in connected, client in last))
+    return sorted(drawn[:count])
 
 
 def _resumed(setup: Setup, folder: RunFolder) -> RunState | None:
@@ -289,11 +403,12 @@ def _testers(cohort: Cohort) -> list[int]:
     return [client for client, info in sorted(cohort.clients.items()) if info.num_test]
 
 
-def _nobody(folder: RunFolder, state: RunState, traffic: Traffic) -> RunError:
+def _nobody(folder: RunFolder, state: RunState, traffic: Traffic, answers: int) -> RunError:
     folder.append({"event": "no-reply", "round": state.round_index + 1, **skips(traffic)})
+    what = f"only {answers} clients gave a usable answer, fewer than federation.quorum asks for"
     return RunError(
-        f"round {state.round_index + 1}: no client gave a usable answer{_reasons(traffic)}; "
-        "the last checkpoint is kept, --resume continues from it"
+        f"round {state.round_index + 1}: {what if answers else 'no client gave a usable answer'}"
+        f"{_reasons(traffic)}; the last checkpoint is kept, --resume continues from it"
     )
 
 

@@ -93,7 +93,11 @@ class FedTiny(Method):
         )
         pool = candidate_pool(server.state(), counts)
         winner, statistics, account = select_candidate(
-            pool, server.ask, adaptive=self.adaptive_selection, metric=server.metric
+            pool,
+            server.ask,
+            adaptive=self.adaptive_selection,
+            metric=server.metric,
+            aggregation=server.aggregation,
         )
         return RunState(
             round_index=0,

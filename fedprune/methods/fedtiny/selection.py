@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedprune.errors import ClientError
-from fedprune.exchange.aggregate import StateMean
 from fedprune.exchange.messages import Expected, Reply, Request, losses, metrics
+from fedprune.exchange.robust import MEAN, Aggregation
 from fedprune.local.model import LocalModel
 from fedprune.methods.fedtiny.pool import Pool, pool_request, received_pool
 from prunelab.errors import RunError
@@ -79,7 +79,12 @@ def _candidates(
 
 
 def select_candidate(
-    pool: Pool, ask: Ask, *, adaptive: bool, metric: str
+    pool: Pool,
+    ask: Ask,
+    *,
+    adaptive: bool,
+    metric: str,
+    aggregation: Aggregation = MEAN,
 ) -> tuple[int, Tensors, dict[str, Any]]:
     """Run both steps over the clients and choose.
 
@@ -96,7 +101,9 @@ def select_candidate(
     if adaptive:
         expected = Expected(tensors={str(number): names for number in range(size)})
         request = pool_request(pool, "measure", expected=expected)
-        statistics = pool_statistics((reply for _, reply in ask(request)), size)
+        statistics = pool_statistics(
+            (reply for _, reply in ask(request)), size, aggregation=aggregation
+        )
     else:
         statistics = [{name: pool.union.values[name] for name in names}] * size
     # Losses of all clients are kept and added in client order: the sum must not depend on
@@ -112,25 +119,24 @@ def select_candidate(
     if not scores:
         raise RunError("candidate selection: no client could evaluate the candidates")
     ordered = [scores[client] for client in sorted(scores)]
-    total = sum(reply.weight for reply in ordered)
-
-    counted = [reply.weight / reply.num_examples for reply in ordered]  # 1.0, unless capped
+    samples = [reply.num_examples for reply in ordered]
+    weights = [reply.weight for reply in ordered]
 
     def means(key: str) -> list[float]:
-        pairs = list(zip(counted, ordered, strict=True))
-        return [sum(part * r.fields[key][c] for part, r in pairs) / total for c in range(size)]
+        sums = [[reply.fields[key][c] for reply in ordered] for c in range(size)]
+        return [aggregation.mean_of(own, samples=samples, weights=weights) for own in sums]
 
     mean_losses = means("losses")
     winner = min(range(size), key=lambda c: (mean_losses[c], c))
     assert pool.union.patterns is not None
-    weights = {name: p.num_weights for name, p in pool.union.patterns.items()}
+    sizes = {name: p.num_weights for name, p in pool.union.patterns.items()}
     account = {
         "adaptive": adaptive,
         "winner": winner,
         "losses": mean_losses,
         "metrics": means("metrics"),
         "densities": [
-            {name: count / weights[name] for name, count in each.items()} for each in pool.counts
+            {name: count / sizes[name] for name, count in each.items()} for each in pool.counts
         ],
         "clients": sorted(scores),
     }
@@ -140,15 +146,17 @@ def select_candidate(
 STATISTICS = (".running_mean", ".running_var")
 
 
-def pool_statistics(replies: Iterable[Reply], num_candidates: int) -> list[Tensors]:
-    """Pooled statistics of every candidate, weighted by the clients' samples.
+def pool_statistics(
+    replies: Iterable[Reply], num_candidates: int, *, aggregation: Aggregation = MEAN
+) -> list[Tensors]:
+    """Pooled statistics of every candidate, by default weighted by the clients' samples.
 
     μ = Σ p_k μ_k and σ² = Σ p_k (σ_k² + μ_k²) − μ²: those of the union of the data.
 
     Raises:
         RunError: no client measured anything.
     """
-    means = [StateMean() for _ in range(num_candidates)]
+    means = [aggregation.states() for _ in range(num_candidates)]
     for reply in replies:
         for number, mean in enumerate(means):
             mean.add(SparseState(reply.tensors[str(number)]), weight=reply.weight)

@@ -22,6 +22,7 @@ def test_a_share_that_the_run_handed_out_is_known() -> None:
     strict = gate(own_data=False)
     for info in SHARES.values():
         assert strict.admit(describe_reply(info)) == info
+        strict.know(info)
     assert strict.weights([0, 2], on="train") == {0: 90, 2: 90}
     assert strict.weights([1], on="dev") == {1: 10}
     for other in (ClientInfo(1, 91, 9, [60, 40]), ClientInfo(1, 90, 10, [40, 60])):
@@ -34,7 +35,7 @@ def test_samples_of_its_own_count_up_to_a_share_of_the_round() -> None:
     for max_share, weight in ((0.5, 180), (0.25, 60), (1.0, 900)):
         open_gate = gate(own_data=True, max_share=max_share)
         for info in (SHARES[0], SHARES[1], ClientInfo(2, 900, 100, [1000, 0])):
-            open_gate.admit(describe_reply(info))
+            open_gate.know(open_gate.admit(describe_reply(info)))
         assert open_gate.weights([0, 1, 2], on="train") == {0: 90, 1: 90, 2: weight}
         assert open_gate.weights([2], on="train") == {2: 900}
         request = Request("ask", expected=Expected())

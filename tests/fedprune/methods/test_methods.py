@@ -17,6 +17,7 @@ from torch import nn
 from fedprune.config import RunConfig, own_settings
 from fedprune.errors import ClientError, ConfigError
 from fedprune.exchange.messages import MODEL, Reply, Request
+from fedprune.exchange.robust import Aggregation
 from fedprune.local.data import Split
 from fedprune.local.model import Network, open_model
 from fedprune.local.site import Local, open_data
@@ -349,6 +350,42 @@ def test_the_winner_becomes_the_model_with_its_statistics(tmp_path: Path) -> Non
     for name, value in expected.values.items():
         same = np.array_equal(state.model.values[name], value)
         assert same == (".running_" not in name)
+
+
+@pytest.mark.parametrize("kind", ["median", "multi-krum"])
+def test_a_liar_does_not_choose_the_candidate(kind: str, tmp_path: Path) -> None:
+    """One of four with statistics and losses that the gate lets through."""
+    work = open_workspace(small())
+    counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=3, seed=1)
+    pool = candidate_pool(beginning(work).state(), counts)
+    _, honest = local_ask(work, tmp_path)
+
+    def ask(request: Request) -> Iterator[tuple[int, Reply]]:
+        for client, reply in honest(request):
+            if client:
+                yield client, reply
+            elif request.action == "score":
+                worst = [1e9 if c == wanted else 0.0 for c in range(3)]
+                yield client, dataclasses.replace(reply, fields={**reply.fields, "losses": worst})
+            else:
+                tensors = {
+                    number: {
+                        name: np.full_like(v, 900.0 if name.endswith("mean") else 1e5)
+                        for name, v in each.items()
+                    }
+                    for number, each in reply.tensors.items()
+                }
+                yield client, dataclasses.replace(reply, tensors=tensors)
+
+    rule = Aggregation(kind, byzantine=0.25)
+    options = {"adaptive": True, "metric": "accuracy"}
+    wanted, _, _ = select_candidate(pool, honest, **options, aggregation=rule)
+    winner, statistics, account = select_candidate(pool, ask, **options, aggregation=rule)
+    assert account["losses"][winner] < 20
+    assert all(np.abs(value).max() < 50 for value in statistics.values())
+    misled, ruined, _ = select_candidate(pool, ask, **options)
+    assert misled != wanted
+    assert max(value.max() for value in ruined.values()) > 1e4
 
 
 def test_vanilla_selection_does_not_adapt(tmp_path: Path) -> None:
