@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fedprune.exchange.uplink import Uplink
 from prunelab.data.reading import TEST_SHARE, reading
 from prunelab.errors import DataError, close_names
 
@@ -111,13 +112,26 @@ class FederationConfig:
     hand out: nobody but itself knows how many they are. 1 believes every number. `evaluate` says
     who tests the model after each round: the "server", on its test samples, or the "clients", each
     on a tenth of its own that neither trains nor chooses anything; then the server needs none.
+
+    Values travel as `value_dtype`; those of a trained model on its way up as `uplink_dtype` ("":
+    the same), and of its weights the share `uplink_topk` alone that changed most, 1 for all. With
+    `error_feedback` a client keeps what was lost that way and adds it to its next answer; a node
+    that was restarted, or a run that is resumed, begins without.
     """
 
     clients_per_round: int = 0
     timeout: float = 600.0
     value_dtype: str = "fp32"
+    uplink_dtype: str = ""
+    uplink_topk: float = 1.0
+    error_feedback: bool = True
     max_share: float = 0.5
     evaluate: str = "server"
+
+    @property
+    def uplink(self) -> Uplink:
+        """How a trained model travels up."""
+        return Uplink(self.uplink_dtype or self.value_dtype, self.uplink_topk, self.error_feedback)
 
     @property
     def clients_test(self) -> bool:
@@ -135,6 +149,7 @@ def problems(
     """Every reason why these sections cannot be used."""
     choices = {
         "federation.value_dtype": (federation.value_dtype, VALUE_DTYPES),
+        "federation.uplink_dtype": (federation.uplink_dtype or "fp32", VALUE_DTYPES),
         "training.device": (training.device, DEVICES),
         "training.execution": (training.execution, EXECUTIONS),
         "federation.evaluate": (federation.evaluate, EVALUATIONS),
@@ -171,8 +186,10 @@ def problems(
     for key, amount in not_negative.items():
         if not amount >= 0:
             yield f"{key}: expected 0 or more, got {amount}"
-    if not 0 < federation.max_share <= 1:
-        yield f"federation.max_share: expected 0 < max_share <= 1, got {federation.max_share}"
+    for name in ("uplink_topk", "max_share"):
+        share = getattr(federation, name)
+        if not 0 < share <= 1:
+            yield f"federation.{name}: expected 0 < {name} <= 1, got {share}"
     if training.batch_size < 2:
         yield f"training.batch_size: batch norm needs at least 2, got {training.batch_size}"
     if not 0 <= training.momentum < 1:
