@@ -186,10 +186,12 @@ def problems(
     for key, amount in not_negative.items():
         if not amount >= 0:
             yield f"{key}: expected 0 or more, got {amount}"
-    for name in ("uplink_topk", "max_share"):
-        share = getattr(federation, name)
-        if not 0 < share <= 1:
-            yield f"federation.{name}: expected 0 < {name} <= 1, got {share}"
+    shares = {"uplink_topk": federation.uplink_topk, "max_share": federation.max_share}
+    yield from (
+        f"federation.{name}: expected 0 < {name} <= 1, got {share}"
+        for name, share in shares.items()
+        if not 0 < share <= 1
+    )
     if training.batch_size < 2:
         yield f"training.batch_size: batch norm needs at least 2, got {training.batch_size}"
     if not 0 <= training.momentum < 1:

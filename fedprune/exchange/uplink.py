@@ -8,13 +8,14 @@ feedback adds it to the next change (Seide et al., 1-bit stochastic gradient des
 that are not always drawn: Li and Li, Analysis of error feedback in federated non-convex
 optimization, ICML 2023).
 
-The largest are the largest of the whole model: no other choice of as many leaves less behind.
-Where they are costs about log2 C(n, k) bits, by the codec's own code for sets. Values are rounded
-to nearest: with error feedback a bias does not last, and stochastic rounding would double the mean
+The largest are the largest of all weights: no other choice of as many leaves less behind. Where
+they are costs about log2 C(n, k) bits, by the codec's own code for sets. Values are rounded to
+nearest: with error feedback a bias does not last, and stochastic rounding would double the mean
 square of what is left over.
 
-Batch-norm statistics are no sums of changes: they are measured anew by every training. They travel
-whole, as bf16, which no rounding makes negative.
+Batch-norm statistics travel whole and as they are, not as changes, in bf16, whose rounding makes
+no variance negative. A share of them alone costs more accuracy than bytes; they leave no residual,
+for training measures them anew.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.state import Array, SparseState, Tensors
 
 VALUES, CHOSEN, STATISTICS = UPDATE = ("u", "k", "b")
-"""Kinds of frames: changes, of which weights they are, and batch-norm statistics."""
+"""Kinds of frames: changes of weights, of which weights they are, and statistics."""
+
 STATISTICS_DTYPE = "bf16"
 
 
@@ -74,8 +76,8 @@ def compress(
         residual: what earlier calls left over, under these patterns; None: nothing.
 
     Returns:
-        Frames by kind, and the new residual: the change and the old residual, less what
-        `decompress` makes of the frames; of weights, float32.
+        Frames by kind, and the new residual: the change of the weights and the old residual, less
+        what `decompress` makes of the frames; float32.
 
     Raises:
         ClientError: a change is not finite.
@@ -87,7 +89,7 @@ def compress(
     >>> decompress(frames, received, Uplink(topk=0.25)).values["w"], left.values["w"]
     (array([1., 2., 3., 2.], dtype=float32), array([0.5, 0. , 0. , 0. ], dtype=float32))
     """
-    changes = {}
+    changes: dict[str, Array] = {}
     with np.errstate(over="ignore", invalid="ignore"):
         for name, start in weights(received).values.items():
             changes[name] = trained.values[name] - start
@@ -123,9 +125,8 @@ def decompress(frames: Mapping[str, bytes], sent: SparseState, uplink: Uplink) -
         raise ClientError(f"parts of an update: expected {sorted(expected)}, got {sorted(frames)}")
     old = weights(sent)
     changes = _decode(frames, old, uplink)
-    told: dict[str, Array] = {}
     with np.errstate(over="ignore", invalid="ignore"):  # the gate refuses what is not finite
-        told |= {name: value + changes[name] for name, value in old.values.items()}
+        told = {name: start + changes[name] for name, start in old.values.items()}
     if statistics:
         shapes = {name: value.shape for name, value in statistics.items()}
         told |= decode_state(frames[STATISTICS], shapes=shapes, patterns=None).values
@@ -144,11 +145,11 @@ def _statistics(state: SparseState) -> Tensors:
     return {name: value for name, value in state.values.items() if name.endswith(names)}
 
 
-def _encode(total: SparseState, uplink: Uplink) -> dict[str, bytes]:
+def _encode(changes: SparseState, uplink: Uplink) -> dict[str, bytes]:
     if uplink.topk == 1:
-        return {VALUES: encode_state(total, dtype=uplink.dtype)}
-    flat = np.concatenate([value.reshape(-1) for value in total.values.values()])
-    name, kept = _line(total), largest(np.abs(flat), _count(len(flat), uplink))
+        return {VALUES: encode_state(changes, dtype=uplink.dtype)}
+    flat = np.concatenate([value.reshape(-1) for value in changes.values.values()])
+    name, kept = _line(changes), largest(np.abs(flat), _count(len(flat), uplink))
     whole = Patterns({name: Pattern.full(flat.shape)})
     chosen = Patterns({name: whole[name].subset(kept)})
     return {
@@ -158,17 +159,15 @@ def _encode(total: SparseState, uplink: Uplink) -> dict[str, bytes]:
 
 
 def _decode(frames: Mapping[str, bytes], like: SparseState, uplink: Uplink) -> Tensors:
-    """The changes of every weight, zero where none was sent."""
+    """The changes of tensors like these, zero where none was sent."""
     if uplink.topk == 1:
         frame = frames[VALUES]
         return decode_state(frame, shapes=like.shapes(), patterns=like.patterns).values
     name, sizes = _line(like), [value.size for value in like.values.values()]
     shape = (sum(sizes),)
     chosen = decode_mask_delta(frames[CHOSEN], base=Patterns({name: Pattern.full(shape)}))
-    if chosen.num_active != _count(shape[0], uplink):
-        raise ClientError(
-            f"changes of {chosen.num_active} weights: expected {_count(shape[0], uplink)}"
-        )
+    if chosen.num_active != (count := _count(shape[0], uplink)):
+        raise ClientError(f"changes of {chosen.num_active} weights: expected {count}")
     values = decode_state(frames[VALUES], shapes={name: shape}, patterns=chosen)
     parts = np.split(values.dense_layer(name), np.cumsum(sizes)[:-1])
     items = zip(like.values.items(), parts, strict=True)
@@ -181,7 +180,7 @@ def _count(size: int, uplink: Uplink) -> int:
 
 
 def _line(state: SparseState) -> str:
-    """The name under which all weights lie in a line, one for each mask and network.
+    """The name under which all values lie in a line, one for each mask and network.
 
     It does not travel; the digests in frames cover it, so one of another mask is refused.
     """
