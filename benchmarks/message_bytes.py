@@ -3,8 +3,8 @@
     python -m benchmarks.message_bytes [--quick] [--json]
 
 Both sides are Flower records of the same model, sized by the same function: every object as
-the transport sends it, headers included. Masks and mask differences are compared with their
-entropy (ratio: entropy / bytes, at most 1).
+the transport sends it, headers included. Masks, mask differences, and which weights' changes
+travel up, are compared with their entropy (ratio: entropy / bytes, at most 1).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import numpy as np
 from flwr.app import ArrayRecord, RecordDict
 from torch import nn
 
-from fedprune.exchange.messages import MODEL, Request
-from fedprune.flower.wire import ProgramText, encode_request, record_bytes
+from fedprune.exchange.messages import MODEL, Reply, Request
+from fedprune.exchange.uplink import CHOSEN, Uplink, compress, weights
+from fedprune.flower.wire import ProgramText, encode_reply, encode_request, record_bytes
 from prunelab.networks import build_model, float_state
 from sparsemodel.codec import (
     encode_mask,
@@ -32,13 +33,14 @@ from sparsemodel.masks.distribution import uniform
 from sparsemodel.masks.mask import prunable_parameters
 from sparsemodel.plans.program import program_of
 from sparsemodel.runtime.adjust import prune_and_grow, prune_to_largest
-from sparsemodel.runtime.pattern import Patterns
+from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.state import SparseState
 
 INPUT = (3, 32, 32)
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2)
 MODELS = ("resnet8", "resnet20", "resnet18", "vgg11_bn")
 SHARE_MOVED = 0.3  # FedTiny's largest step: alpha
+UPLINKS = tuple(Uplink(*way) for way in (("fp16", 1.0), ("int8", 1.0), ("int8", 0.1)))
 
 
 def rows(models: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -68,6 +70,20 @@ def rows(models: tuple[str, ...]) -> Iterator[dict[str, Any]]:
                 peer=limit,
                 peer_name="1.05 d dense + unpruned",
             )
+            for uplink in UPLINKS:
+                sent, which = uplink_message(state, uplink)
+                case = f"{name}, up, {uplink.dtype}, {uplink.topk:.0%}"
+                yield row(
+                    case, density, ours=sent, peer=dense, peer_name="dense ArrayRecord of Flower"
+                )
+                if which:
+                    size = sum(v.size for v in weights(state).values.values())
+                    some = np.arange(math.ceil(uplink.topk * size))
+                    one = Patterns({"all": Pattern.from_positions((size,), some)})
+                    bound = mask_entropy_bytes(one)
+                    yield row(
+                        f"{case}: which", density, ours=which, peer=bound, peer_name="entropy"
+                    )
             entropy = mask_entropy_bytes(state.patterns)
             yield row(
                 f"{name}, mask",
@@ -101,6 +117,20 @@ def steady_round(state: SparseState, program: ProgramText) -> int:
     first = encode_request(request, program=program, held=frozenset(), base=None, dtype="fp32")
     again = encode_request(request, program=program, held=first.held, base=None, dtype="fp32")
     return again.size
+
+
+def uplink_message(state: SparseState, uplink: Uplink) -> tuple[int, int]:
+    """Bytes of an answer in a steady round, and those in it that say which weights it is of."""
+    random = np.random.default_rng(0)
+    trained = {
+        name: value + 0.01 * random.standard_normal(value.shape, np.float32)
+        for name, value in state.values.items()
+    }
+    update, _ = compress(SparseState(trained, state.patterns), state, uplink)
+    request = Request("train", states={MODEL: state})
+    reply = Reply(100, {"loss": 0.1}, {MODEL: state})
+    record = encode_reply(reply, request, dtype=uplink.dtype, update=update)
+    return record_bytes(record), len(update.get(CHOSEN, b""))
 
 
 def pruned(model: nn.Module, density: float) -> SparseState:

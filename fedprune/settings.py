@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fedprune.exchange.uplink import Uplink
 from prunelab.data.reading import TEST_SHARE, reading
 from prunelab.errors import DataError, close_names
 
@@ -124,11 +125,19 @@ class FederationConfig:
     hand out: nobody but itself knows how many they are. 1 believes every number. `evaluate` says
     who tests the model after each round: the "server", on its test samples, or the "clients", each
     on a tenth of its own that neither trains nor chooses anything; then the server needs none.
+
+    Values travel as `value_dtype`; those of a trained model on its way up as `uplink_dtype` ("":
+    the same), and of its weights the share `uplink_topk` alone that changed most, 1 for all. With
+    `error_feedback` a client keeps what was lost that way and adds it to its next answer; a node
+    that was restarted, or a run that is resumed, begins without.
     """
 
     clients_per_round: int = 0
     timeout: float = 600.0
     value_dtype: str = "fp32"
+    uplink_dtype: str = ""
+    uplink_topk: float = 1.0
+    error_feedback: bool = True
     max_share: float = 0.5
     evaluate: str = "server"
     quorum: float = 1.0
@@ -138,6 +147,11 @@ class FederationConfig:
     aggregation: str = "mean"
     byzantine: float = 0.2
     clip: float = 0.0
+
+    @property
+    def uplink(self) -> Uplink:
+        """How a trained model travels up."""
+        return Uplink(self.uplink_dtype or self.value_dtype, self.uplink_topk, self.error_feedback)
 
     @property
     def clients_test(self) -> bool:
@@ -155,6 +169,7 @@ def problems(
     """Every reason why these sections cannot be used."""
     choices = {
         "federation.value_dtype": (federation.value_dtype, VALUE_DTYPES),
+        "federation.uplink_dtype": (federation.uplink_dtype or "fp32", VALUE_DTYPES),
         "training.device": (training.device, DEVICES),
         "training.execution": (training.execution, EXECUTIONS),
         "federation.evaluate": (federation.evaluate, EVALUATIONS),
@@ -224,8 +239,12 @@ def _who_takes_part(federation: FederationConfig, *, clients: int) -> Iterable[s
         yield f"federation.quorum: {federation.quorum:g} answers of {asked} clients a round"
     if not 0 <= federation.byzantine < 0.5:
         yield f"federation.byzantine: expected 0 <= byzantine < 0.5, got {federation.byzantine}"
-    if not 0 < federation.max_share <= 1:
-        yield f"federation.max_share: expected 0 < max_share <= 1, got {federation.max_share}"
+    shares = {"uplink_topk": federation.uplink_topk, "max_share": federation.max_share}
+    yield from (
+        f"federation.{name}: expected 0 < {name} <= 1, got {share}"
+        for name, share in shares.items()
+        if not 0 < share <= 1
+    )
 
 
 def _unknown_functions(data: DataConfig, training: TrainingConfig) -> Iterable[str]:

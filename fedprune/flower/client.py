@@ -8,6 +8,7 @@ it asks for it again. A device (`fedprune device join`) has both on disk, too.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -20,13 +21,16 @@ from fedprune.errors import USER_ERRORS, ClientError
 from fedprune.exchange.messages import (
     DESCRIBE,
     EVALUATE,
+    MODEL,
     ClientInfo,
     Reply,
     Request,
     describe_reply,
 )
+from fedprune.exchange.uplink import compress
 from fedprune.flower import wire
 from fedprune.local.model import Network
+from fedprune.local.residual import keep, recall
 from fedprune.local.site import Local, network_of, open_data
 from fedprune.local.training import evaluate
 from sparsemodel.runtime.memory import give_back
@@ -92,7 +96,12 @@ def _answer(record: RecordDict, context: Context) -> RecordDict:
         try:
             return _answer_to(request, local)
         finally:
-            context.state[_KEPT] = ConfigRecord(dict(local.kept))
+            remember(local, context)
+
+
+def remember(local: Local, context: Context) -> None:
+    """Leave for later messages what answers have kept."""
+    context.state[_KEPT] = ConfigRecord(dict(local.kept))
 
 
 def _answer_to(request: Request, local: Local) -> RecordDict:
@@ -136,8 +145,18 @@ def open_request(record: RecordDict, context: Context) -> tuple[Request, Local]:
 
 
 def encode_answer(reply: Reply, request: Request, local: Local) -> RecordDict:
-    """The record of a method's answer."""
-    return wire.encode_reply(reply, request, dtype=local.config.federation.value_dtype)
+    """The record of a method's answer; what is lost of its model is left in `local.kept`."""
+    uplink, update = local.config.federation.uplink, None
+    if MODEL in reply.states and not uplink.exact:
+        received = request.state(MODEL)
+        before = recall(local.kept, received) if uplink.error_feedback else None
+        update, left = compress(reply.states[MODEL], received, uplink, residual=before)
+        if uplink.error_feedback:
+            keep(local.kept, left)
+    if reply.resources is not None:
+        held = reply.resources.state_bytes + sum(map(len, local.kept.values()))
+        reply = replace(reply, resources=replace(reply.resources, state_bytes=held))
+    return wire.encode_reply(reply, request, dtype=uplink.dtype, update=update)
 
 
 def _number(context: Context, config: RunConfig) -> int:

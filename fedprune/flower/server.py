@@ -274,6 +274,9 @@ class GridCohort:
         pending: dict[str, int] = {}
         clients = sorted(self.clients) if clients is None else clients
         weights = self._gate.weights({*clients, *among}, on=request.on)
+        federation, asked = self._config.federation, request
+        if not federation.uplink.exact:  # what comes back is the change to what arrived
+            asked = wire.as_received(request, dtype=federation.value_dtype)
         for client in clients:
             try:
                 pending[self._request(client, request, envelopes)] = client
@@ -291,7 +294,9 @@ class GridCohort:
                     self._held[client] = frozenset()
                     pending[self._request(client, request, envelopes)] = client
                     continue
-                reply = wire.decode_reply(record, request, shapes=self._setup.shapes)
+                reply = wire.decode_reply(
+                    record, asked, shapes=self._setup.shapes, uplink=federation.uplink
+                )
                 reply = self._gate.check(client, reply, request, weights[client])
             except (ClientError, SparseModelError) as error:
                 self._held[client] = frozenset()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -25,7 +25,8 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 
 from fedprune.errors import DIVERGED, ClientError
-from fedprune.exchange.messages import Fields, Reply, Request, Resources
+from fedprune.exchange.messages import MODEL, Fields, Reply, Request, Resources
+from fedprune.exchange.uplink import EXACT, UPDATE, Uplink, decompress
 from sparsemodel.codec import (
     decode_entries,
     decode_mask,
@@ -313,6 +314,17 @@ def _can_differ(base: Patterns, patterns: Patterns, held: frozenset[str]) -> boo
     return same_layers and mask_token(base) in held
 
 
+def as_received(request: Request, *, dtype: str) -> Request:
+    """A request with the model as clients read it where values travel as `dtype`."""
+    if dtype == "fp32" or MODEL not in request.states:
+        return request
+    model = request.states[MODEL]
+    read = decode_state(
+        encode_state(model, dtype=dtype), shapes=model.shapes(), patterns=model.patterns
+    )
+    return replace(request, states={**request.states, MODEL: read})
+
+
 @dataclass(frozen=True)
 class Received:
     """A request as a client reads it, part by part: what it brings is decoded when asked for.
@@ -432,14 +444,24 @@ def _mask_bytes(
 # --- client to server --------------------------------------------------------------------------
 
 
-def encode_reply(reply: Reply, request: Request, *, dtype: str) -> RecordDict:
-    """The record of an answer to `request`."""
+def encode_reply(
+    reply: Reply, request: Request, *, dtype: str, update: Frames | None = None
+) -> RecordDict:
+    """The record of an answer to `request`.
+
+    Args:
+        dtype: how states travel.
+        update: frames of exchange/uplink.py, in place of the model's state.
+    """
     frames: Frames = {}
     header: dict[str, Any] = {"n": reply.num_examples}
     if reply.states:
         header["s"] = list(reply.states)
-    for place, state in enumerate(reply.states.values()):
-        frames[f"w{place}"] = encode_state(state, dtype=dtype)
+    for place, (name, state) in enumerate(reply.states.items()):
+        if update is not None and name == MODEL:
+            frames |= {f"{kind}{place}": data for kind, data in update.items()}
+        else:
+            frames[f"w{place}"] = encode_state(state, dtype=dtype)
     entries = {name: some for name, some in reply.entries.items() if some}
     if entries:
         header["e"] = list(entries)
@@ -470,11 +492,14 @@ def wants_resync(record: RecordDict) -> bool:
     return bool(read_record(record)[0].get("resync", False))
 
 
-def decode_reply(record: RecordDict, request: Request, *, shapes: Shapes) -> Reply:
+def decode_reply(
+    record: RecordDict, request: Request, *, shapes: Shapes, uplink: Uplink = EXACT
+) -> Reply:
     """Server side: what a client answered to `request`.
 
     Args:
         shapes: of the model's tensors, in its order.
+        uplink: how the model travels; unless exactly, `request` must be as the client read it.
 
     Raises:
         ClientError, CodecError: it cannot take part, or the reply is damaged, of other shapes,
@@ -483,13 +508,17 @@ def decode_reply(record: RecordDict, request: Request, *, shapes: Shapes) -> Rep
     header, frames = read_record(record)
     if "skip" in header:
         raise ClientError(str(header["skip"]))
-    _check_keys(header, frames)
-    states = {
-        name: decode_state(
-            _frame(frames, f"w{place}"), shapes=shapes, patterns=_asked(request, name).patterns
-        )
-        for place, name in enumerate(_names(header, "s"))
-    }
+    _check_keys(header, frames, uplink)
+    states = {}
+    for place, name in enumerate(_names(header, "s")):
+        asked = _asked(request, name)
+        if name == MODEL and not uplink.exact:
+            keys = {kind: f"{kind}{place}" for kind in UPDATE}
+            update = {kind: frames[key] for kind, key in keys.items() if key in frames}
+            states[name] = decompress(update, asked, uplink)
+        else:
+            frame = _frame(frames, f"w{place}")
+            states[name] = decode_state(frame, shapes=shapes, patterns=asked.patterns)
     entries = {}
     for place, name in enumerate(_names(header, "e")):
         patterns = _asked(request, name).patterns
@@ -506,14 +535,14 @@ def decode_reply(record: RecordDict, request: Request, *, shapes: Shapes) -> Rep
     )
 
 
-def _check_keys(header: Fields, frames: Frames) -> None:
+def _check_keys(header: Fields, frames: Frames, uplink: Uplink) -> None:
     """Whether a reply has the parts that it names and no others."""
     if not set(header) <= set("nsetkfu"):
         raise ClientError(f"unknown keys in the header: {str(sorted(header)[:9])[:100]}")
-    named = {
-        f"{kind}{place}" for kind, key in (("w", "s"), ("e", "e"), ("t", "t"))
-        for place in range(len(_field(header, key, list, [])))
-    }  # fmt: skip
+    named = {f"{key}{place}" for key in "et" for place in range(len(_field(header, key, list, [])))}
+    for place, name in enumerate(_names(header, "s")):
+        kinds = ("w",) if uplink.exact or name != MODEL else UPDATE
+        named |= {f"{kind}{place}" for kind in kinds}
     if not set(frames) <= named:
         raise ClientError(f"frames that it does not name: {sorted(set(frames) - named)[:5]!s}")
 

@@ -56,6 +56,10 @@ def test_text_values_take_the_type_of_their_key() -> None:
         ({"training.momentum": 1.0}, "momentum"),
         ({"seed": -1}, "seed"),
         ({"federation.value_dtype": "fp8"}, "fp32, fp16, bf16, int8"),
+        ({"federation.uplink_dtype": "fp8"}, "federation.uplink_dtype: .*fp16, bf16, int8; got"),
+        ({"federation.uplink_topk": 0}, "federation.uplink_topk: expected 0 < uplink_topk <= 1"),
+        ({"federation.uplink_topk": 30}, "uplink_topk <= 1, got 30"),
+        ({"federation.max_share": 0}, "federation.max_share: expected 0 < max_share <= 1"),
         ({"pruning.density": 0.1}, "unknown config key 'pruning.density'"),
         ({"method.name": "fedtini"}, "unknown method 'fedtini'; known methods: fedavg, magnitude"),
         ({"method.name": "fedavg", "method.density": 0.1}, "'method.density' of method 'fedavg'"),
@@ -201,6 +205,8 @@ SECTIONS: dict[str, st.SearchStrategy[Any]] = {
     "training.execution": st.sampled_from(EXECUTIONS),
     "server.pretrain_epochs": st.integers(0, 10**6),
     "federation.value_dtype": st.sampled_from(VALUE_DTYPES),
+    "federation.uplink_dtype": st.sampled_from(["", *VALUE_DTYPES]),
+    "federation.uplink_topk": st.floats(0, 1, exclude_min=True),
 }
 DENSITY = st.floats(0, 1, exclude_min=True)
 OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {

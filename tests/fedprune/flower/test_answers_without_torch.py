@@ -102,6 +102,7 @@ TORCH = ["torch", "torchvision", "datasets", "pyarrow", "sklearn", "flwr_dataset
     [
         ("fedtiny", {}),
         ("fedtiny", {"data__augment": True, "federation__value_dtype": "bf16"}),
+        ("fedtiny", {"federation__uplink_dtype": "int8", "federation__uplink_topk": 0.3}),
         ("fedprox", {"method__mu": 0.1}),
     ],
 )

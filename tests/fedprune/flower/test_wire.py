@@ -31,6 +31,7 @@ from fedprune.exchange.messages import (
     describe_reply,
     number,
 )
+from fedprune.exchange.uplink import EXACT, Uplink, compress, decompress
 from fedprune.flower import wire
 from fedprune.flower.wire import Held, NeedsResync, ProgramText
 from fedprune.methods.base import RunState, train_request
@@ -309,6 +310,33 @@ def test_values_travel_in_the_run_s_type_and_tensors_exactly(
             largest = float(abs(value).max(initial=0))
             error = abs(message.states[MODEL].values[name] - value).max(initial=0)
             assert error <= bounds[dtype] * largest
+
+
+@pytest.mark.parametrize(
+    ("dtype", "share"), [("fp32", 0.3), *((t, s) for t in DTYPES[1:] for s in (1.0, 0.3))]
+)
+def test_a_model_travels_up_as_the_change_to_what_arrived(
+    dtype: str, share: float, work: Workspace, pool: Pool
+) -> None:
+    """Sent in few bits, answered in as few: the two sides start from the same numbers."""
+    state, uplink = pool.candidate(0), Uplink(dtype, share)
+    request = train_request(RunState(0, state))
+    arrived = decode(encode(request, dtype=dtype).record, Held())
+    asked = wire.as_received(request, dtype=dtype)
+    assert same(asked.states[MODEL], arrived.states[MODEL])
+    trained = state.replace({name: value * 1.01 for name, value in state.values.items()})
+    update, _ = compress(trained, arrived.states[MODEL], uplink)
+    reply = Reply(1, {"loss": 0.0}, {MODEL: trained})
+    record = wire.encode_reply(reply, arrived, dtype=dtype, update=update)
+    assert frames(record) == ({"u0", "b0"} if share == 1 else {"u0", "k0", "b0"})
+    back = wire.decode_reply(record, asked, shapes=work.shapes, uplink=uplink)
+    check(back, request)
+    assert same(back.states[MODEL], decompress(update, arrived.states[MODEL], uplink))
+    # A model that travels whole where a change was asked for is refused, and the other way round.
+    whole = wire.encode_reply(reply, arrived, dtype=dtype)
+    for sent, way in ((whole, uplink), (record, EXACT)):
+        with pytest.raises(ClientError, match="frames that it does not name"):
+            wire.decode_reply(sent, asked, shapes=work.shapes, uplink=way)
 
 
 def test_selection_messages_round_trip(work: Workspace, pool: Pool) -> None:
