@@ -16,6 +16,13 @@ from fedprune.exchange.gate import Gate
 from fedprune.exchange.messages import ClientInfo, Reply
 from sparsemodel.errors import SparseModelError
 
+LOST = (3, 4)  # Flower's codes of a message, and of a reply, parts of which never came
+
+
+def is_lost(message: Message) -> bool:
+    """Whether this is in place of a reply of which parts are missing: its node was killed."""
+    return message.has_error() and message.error.code in LOST
+
 
 class Roster:
     """The clients of a run and the nodes that they are at.
@@ -83,6 +90,9 @@ class Roster:
         for message_id, message in messages:
             node = self._asked.pop(message_id, None)
             if node is None:
+                continue
+            if is_lost(message):
+                self._online.discard(node)  # the next look finds it, and asks again
                 continue
             try:
                 self._claims[node] = self._gate.admit(self._read(message))

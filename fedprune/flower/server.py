@@ -22,7 +22,7 @@ from fedprune.exchange.messages import DESCRIBE, MODEL, Reply, Request
 from fedprune.flower import wire
 from fedprune.flower.client import LAUNCH_SECTION, SETUP, run_config, takes_nodes
 from fedprune.flower.launch import TICKET, failure_file
-from fedprune.flower.roster import Roster
+from fedprune.flower.roster import Roster, is_lost
 from fedprune.local.private import samples_of_run
 from fedprune.local.site import setup_folder
 from fedprune.reports.page import write_report
@@ -201,7 +201,7 @@ class GridCohort:
         while self._joining:  # nobody is bound before all have been heard: see Roster
             self._check_launcher()
             self._clock.sleep(POLL_SECONDS)
-            self._hear()
+            self._look()  # who was asked in vain is asked again
         self._roster.bind()
         if not self.clients:
             raise RunError(f"none of {len(nodes)} nodes answered; {self._traffic.skipped[:3]}")
@@ -262,7 +262,8 @@ class GridCohort:
     ) -> Iterator[tuple[int, Reply]]:
         """Send to each client what it lacks, and yield checked replies as they arrive.
 
-        A client that lacks what a message refers to asks for a re-sync and is sent everything.
+        A client that lacks what a message refers to asks for a re-sync and is sent everything, as
+        is one whose reply was lost on its way.
 
         Args:
             clients: by number; None: all.
@@ -284,18 +285,19 @@ class GridCohort:
                 self._held[client] = frozenset()
                 self.skip(client, str(error))
         after = next(iter(envelopes.values())).held if envelopes else frozenset()
-        resynced: set[int] = set()
+        again: set[int] = set()
         for client, message in self._replies(pending):
             try:
-                record = _content(message)
-                self._traffic.up.append(wire.record_bytes(record))
-                if wire.wants_resync(record) and client not in resynced:
-                    resynced.add(client)
+                record = None if is_lost(message) else _content(message)
+                if record is not None:
+                    self._traffic.up.append(wire.record_bytes(record))
+                if client not in again and (record is None or wire.wants_resync(record)):
+                    again.add(client)
                     self._held[client] = frozenset()
                     pending[self._request(client, request, envelopes)] = client
                     continue
                 reply = wire.decode_reply(
-                    record, asked, shapes=self._setup.shapes, uplink=federation.uplink
+                    _content(message), asked, shapes=self._setup.shapes, uplink=federation.uplink
                 )
                 reply = self._gate.check(client, reply, request, weights[client])
             except (ClientError, SparseModelError) as error:

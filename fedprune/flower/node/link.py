@@ -45,7 +45,7 @@ from prunelab.errors import RunError
 
 HEARTBEAT_SECONDS = 15.0  # a node that is silent for two of them is offline to Flower
 PULL_TRIES, PULL_SECONDS = 120, 0.25
-GATEWAY = (502, 503, 504)
+SERVER_ERROR = 500
 
 T = TypeVar("T")
 
@@ -167,6 +167,9 @@ class Link:
 
         Args:
             seconds: that the answer took, for Flower's own account.
+
+        Raises:
+            RunIsOver: nobody waits for it.
         """
         request = PushMessagesRequest(
             node=self._node,
@@ -174,7 +177,10 @@ class Link:
             message_object_trees=[parcel.tree],
             clientapp_runtime_list=[seconds],
         )
-        answer = self._call(self._client.PushMessages, request)
+        try:
+            answer = self._call(self._client.PushMessages, request)
+        except _Failed:
+            raise RunIsOver from None
         for object_id in answer.objects_to_push:
             content = PushObjectRequest(
                 node=self._node,
@@ -234,7 +240,7 @@ class Link:
 
     def _told(self, response: httpx.Response) -> Exception:
         """What a status other than 200 means."""
-        if response.status_code in GATEWAY:
+        if response.status_code >= SERVER_ERROR:
             return Unreachable(f"{self._address} answers {response.status_code}")
         if response.status_code == httpx.codes.UNAUTHORIZED:
             return _Unknown(self._address, self._key)

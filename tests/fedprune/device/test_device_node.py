@@ -26,6 +26,7 @@ from fedprune.device.node import join
 from fedprune.device.status import rows_of, status_of
 from fedprune.errors import ConfigError
 from fedprune.flower import simulation
+from fedprune.flower.launch import launch_values
 from fedprune.rounds.folder import prepare, read_summary
 from fedprune.rounds.setup import lay_out
 from prunelab.data.store import write_store
@@ -141,7 +142,8 @@ def test_a_device_answers_a_run_and_ends_cleanly(tmp_path: Path) -> None:
         out, setup = tmp_path / "run", home / "setup"
         prepare(out, config, resume=False)
         lay_out(config, setup, with_start=True)
-        app = simulation.write_app(home / "app", config, out, resume=False, setup=setup)
+        launch = launch_values(out, resume=False, setup=setup)
+        app = simulation.write_app(home / "app", config, launch)
         command = [sys.executable, "-m", "fedprune", "device", "join", f"127.0.0.1:{port}"]
         command += ["--insecure", "--home", str(device)]
         with simulation.superlink(home, port, environment):

@@ -20,6 +20,7 @@ from benchmarks.deployment import device, submit
 from fedprune.config import RunConfig
 from fedprune.device.keys import write_keys
 from fedprune.flower import simulation, wire
+from fedprune.flower.launch import launch_values
 from fedprune.flower.node.link import Link, Unreachable
 from fedprune.flower.node.memory import ANSWER, MESSAGE
 from fedprune.flower.node.node import NodeSettings, answer, run_node
@@ -74,7 +75,8 @@ def test_nodes_killed_while_they_work_give_the_bits_of_inline(tmp_path: Path) ->
     with federation() as fleet:
         setup, out = fleet.home / "setup", tmp_path / "fleet"
         lay_out(config, setup, with_start=True)
-        app = simulation.write_app(fleet.home / "app", config, out, resume=False, setup=setup)
+        launch = launch_values(out, resume=False, setup=setup)
+        app = simulation.write_app(fleet.home / "app", config, launch)
         for client in range(CLIENTS):
             fleet.start(client)
 
