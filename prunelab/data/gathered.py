@@ -60,7 +60,8 @@ def gathered(data: Any, how: Reading) -> Gathered | None:
 def plain_columns(data: Any) -> Columns | None:
     """The columns of data that are given as they are stored; None where there are none."""
     has_transform = getattr(data, "format", None) and data.format.get("type") == "custom"
-    return None if has_transform else columns_of(data)
+    is_streamed = hasattr(data, "with_format") and not hasattr(data, "__len__")
+    return None if has_transform or is_streamed else columns_of(data)
 
 
 def is_grouped(data: Any) -> bool:
@@ -107,7 +108,7 @@ def gathered_pair(inputs: Any, labels: Any, how: Reading) -> Gathered:
 
 def text_column(columns: Columns, how: Reading) -> tuple[str | None, bool]:
     """The column of texts, and whether texts are meant: there are some, or there is a tokenizer."""
-    if how.features or (how.column("text") is None and _image_column(columns, how) is not None):
+    if how.features or _image_column(columns, how) is not None:
         return None, False
     text = columns.pick(how.column("text"), TEXT_NAMES, "text")
     return text, text is not None or how.tokenizer is not None
@@ -138,7 +139,7 @@ def gathered_columns(columns: Columns, how: Reading) -> Gathered:
             "datapruning.tokenized(data, tokenizer) makes samples of them; or name columns of "
             "numbers: columns={'features': 'a+b'}"
         )
-    image = None if how.features or how.column("text") else _image_column(columns, how)
+    image = _image_column(columns, how)
     if columns.names and not len(columns.read(columns.names[0])):
         raise DataError(f"{columns.where}: no samples")
     if label is None:
@@ -211,6 +212,9 @@ def _listed(labels: Any) -> Any:
 
 
 def _image_column(columns: Columns, how: Reading) -> str | None:
+    """The column of pictures; None where there is none, or something else is named."""
+    if how.features or how.column("text"):
+        return None
     wanted = how.column("image")
     if wanted is not None or not columns.pictures:
         found = columns.pick(wanted, (), "image")

@@ -28,9 +28,7 @@ from prunelab.data.objects import Side, divided_split, has_partitions, side_of
 from prunelab.data.reading import TEST_NAMES, TEST_SHARE, Reading, reading
 from prunelab.data.samples import ImageSamples, Samples, taken
 from prunelab.data.sides import SampleSet
-from prunelab.data.table_folders import (
-    note_left,
-)
+from prunelab.data.table_folders import note_left
 from prunelab.errors import DataError
 from prunelab.runs.stamps import stamp_of
 from prunelab.training.task import task_of
