@@ -116,7 +116,7 @@ def joined(home: Path) -> None:
 def test_a_device_answers_a_run_and_ends_cleanly(tmp_path: Path) -> None:
     """Under a budget; a second join from its home is refused meanwhile."""
     device = tmp_path / "device"
-    make_home(device, Profile(client=0, threads=1, budget=10**9)))
+    make_home(device, Profile(client=0, threads=1, budget=10**9))
     config = RunConfig.parse(
         {
             "data.clients": 1, "data.num_train": 120, "data.num_test": 30, "model.width": 4,
