@@ -11,6 +11,7 @@ ends with the bits of one that was not.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -70,6 +71,8 @@ def run_local(
         data = open_client(store.folder, 0, seed=stream_seed(_SEED_SPLIT, run.seed))
         name, program, state = _model(run, store)
         if before is not None:
+            if before.data != store.digest:
+                raise DataError(f"{run.data} has changed since the run began; give another --out")
             state = before.state.ordered(program.shapes())
         batch_size, recompute = _fitting(
             run if before is None else replace(run, batch_size=before.batch_size),
@@ -93,7 +96,7 @@ def run_local(
             )  # fmt: skip
             state, momentum = trainer.state(), trainer.momentum()
             trainer.release()  # what a file is made in takes no memory beside what a step takes
-            Checkpoint(run, batch_size, state, momentum, epochs).write(out)
+            Checkpoint(run, store.digest, batch_size, state, momentum, epochs).write(out)
         _save(out, name, run, store, state)
         from prunelab.runs.version import __version__  # noqa: PLC0415 - 4 MB, after the peak
 
@@ -237,6 +240,8 @@ def _train(
             )  # fmt: skip
             loss += mean * len(index)
         right = trainer.evaluate(held_out.inputs, held_out.targets)[1] if len(held_out) else 0
+        if not math.isfinite(loss):
+            raise RunError(f"epoch {epoch + 1}: training has diverged; is --lr {run.lr} too high?")
         yield {
             "loss": loss / len(own),
             "accuracy": right / max(1, len(held_out)),

@@ -20,7 +20,7 @@ from sparsemodel.runtime.footprint import training_footprint
 from sparsemodel.runtime.memory import give_back
 from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import SparseState
-from sparsemodel.storage.meter import peak_rss_bytes, rss_bytes
+from sparsemodel.storage.meter import rss_bytes
 
 if TYPE_CHECKING:
     from fedprune.exchange.messages import Request
@@ -78,11 +78,11 @@ def fitting(local: Local, request: Request, *, budget: int) -> tuple[Local, str]
     program = local.network.program
     assert program is not None, "the runtime's networks have one"
     give_back()
-    held, peak = rss_bytes(), peak_rss_bytes()
+    held = rss_bytes()
     sample = local.data.train.inputs[:1].nbytes
     grown = sum(growth_counts(request).values()) if "grow" in request.fields else 0
     needs = {
-        choice: max(peak, held + max(
+        choice: held + max(
             needed(
                 program, state,
                 # A plan is made for one sample more: the last batch may be larger by one.
@@ -91,16 +91,16 @@ def fitting(local: Local, request: Request, *, budget: int) -> tuple[Local, str]
                 moments=0 if is_plain(training) else 2, growth=grown,
             )
             for state in states
-        ))
+        )
         for choice in choices(training.batch_size, recompute=training.recompute)
     }  # fmt: skip
     for choice, need in needs.items():
         if need <= budget:
             return _with(local, choice), _told(choice, training.batch_size, need)
-    first, last = min(needs.values()), next(iter(needs.values()))
+    asked, least = next(iter(needs.values())), min(needs.values())
     raise ClientError(
         f"the device's budget of {format_bytes(budget)} is too small: the process would need "
-        f"{format_bytes(last)} as the run is set, and {format_bytes(first)} with batches of "
+        f"{format_bytes(asked)} as the run is set, and {format_bytes(least)} with batches of "
         f"{SMALLEST_BATCH}; {format_bytes(held)} of them before it begins"
     )
 

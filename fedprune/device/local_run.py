@@ -56,9 +56,10 @@ class LocalRun:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run is: what it trains, and what was said of each epoch."""
+    """Where a run is: what it trains on which data, and what was said of each epoch."""
 
     run: LocalRun
+    data: str  # digest of the store
     batch_size: int
     state: SparseState
     momentum: dict[str, Array]
@@ -67,7 +68,12 @@ class Checkpoint:
     def write(self, out: Path) -> None:
         """Replace the one before in one step."""
         gathered = {MOMENTUM + name: array for name, array in self.momentum.items()}
-        known = {"run": asdict(self.run), "batch_size": self.batch_size, "epochs": self.epochs}
+        known = {
+            "run": asdict(self.run),
+            "data": self.data,
+            "batch_size": self.batch_size,
+            "epochs": self.epochs,
+        }
         save_state(
             out / CHECKPOINT,
             SparseState({**self.state.values, **gathered}, self.state.patterns),
@@ -91,6 +97,6 @@ class Checkpoint:
             else:
                 values[name] = array
         return cls(
-            LocalRun(**known["run"]), known["batch_size"], SparseState(values, state.patterns),
-            momentum, known["epochs"],
+            LocalRun(**known["run"]), known["data"], known["batch_size"],
+            SparseState(values, state.patterns), momentum, known["epochs"],
         )  # fmt: skip

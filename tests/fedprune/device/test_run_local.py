@@ -20,7 +20,7 @@ from fedprune.device.alone import LocalRun, run_local
 from fedprune.device.local_run import CHECKPOINT, Checkpoint
 from fedprune.device.networks import open_program, random_state
 from prunelab.data.store import write_store
-from prunelab.errors import ModelError, RunError
+from prunelab.errors import DataError, ModelError, RunError
 from prunelab.runs.folder import MODEL, SUMMARY
 from sparsemodel.errors import SparseModelError
 from sparsemodel.runtime.trainer import Trainer
@@ -144,11 +144,19 @@ def test_a_checkpoint_is_gone_on_from_with_its_own_settings_alone(
     data: Path, tmp_path: Path
 ) -> None:
     state = random_state(open_program("resnet8"), density=0.3, seed=0)
-    Checkpoint(LocalRun(**given(data)), 16, state, {}, []).write(tmp_path)
+    Checkpoint(LocalRun(**given(data)), "other data", 16, state, {}, []).write(tmp_path)
     with pytest.raises(RunError, match="continue it with --resume"):
         run_local(given(data), tmp_path)
     with pytest.raises(RunError, match=r"other settings: epochs was 6, now 9"):
         run_local({"epochs": 9}, tmp_path, resume=True)
+    with pytest.raises(DataError, match="has changed since the run began"):
+        run_local({}, tmp_path, resume=True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_training_that_diverges_is_told(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"diverged; is --lr 1e\+30 too high"):
+        run_local(given(data, lr=1e30), tmp_path)
 
 
 def test_momentum_that_was_loaded_goes_on_as_if_it_had_been_gathered() -> None:
