@@ -134,22 +134,30 @@ def test_who_may_not_join_is_told_so(fleet: Fleet, tmp_path: Path) -> None:
     registry.register(fleet.server, revoked / PUBLIC, name="revoked")
     registry.revoke(fleet.server, str(revoked / PUBLIC))
     other = init(tmp_path / "other", name="other", port=9)
+    make_home(tmp_path / "deceived", Profile(client=0))
     joining = {
         "stranger": node_command(fleet.server, stranger),
         "revoked": node_command(fleet.server, revoked),
         "deceived": [
             str(other.authority) if part.endswith(AUTHORITY) else part
-            for part in node_command(fleet.server, stranger)
+            for part in node_command(fleet.server, tmp_path / "deceived")
         ],
     }
-    told = {}
-    for who, command in joining.items():
-        environment = flower_environment(tmp_path / f"{who}-state")
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=100, check=False
+    running = {
+        who: subprocess.Popen(
+            command,
+            env=flower_environment(tmp_path / f"{who}-state"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        assert done.returncode == 1, who
-        told[who] = done.stderr.splitlines()[-1]
+        for who, command in joining.items()
+    }
+    told = {}
+    for who, process in running.items():
+        _, printed = process.communicate(timeout=100)
+        assert process.returncode == 1, who
+        told[who] = printed.splitlines()[-1]
     assert "register" in told["stranger"]
     assert "register" in told["revoked"]
     assert "certificate" in told["deceived"]
