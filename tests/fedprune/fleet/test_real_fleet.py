@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from fedprune.fleet.local import Fleet, fleet_up, node_command
 from fedprune.fleet.processes import flower_environment
 from fedprune.fleet.server import init
 from fedprune.fleet.submit import count_nodes
+from fedprune.fleet.superlink import gate
 from fedprune.flower import client, server
 from fedprune.flower.inline import InlineGrid
 from fedprune.flower.launch import launch_values
@@ -134,9 +136,16 @@ def test_who_may_not_join_is_told_so(fleet: Fleet, tmp_path: Path) -> None:
     registry.register(fleet.server, revoked / PUBLIC, name="revoked")
     registry.revoke(fleet.server, str(revoked / PUBLIC))
     other = init(tmp_path / "other", name="other", port=9)
+    # As from another machine.
+    outside = replace(fleet.server, hosts=("localhost",), port=fleet.server.port - 1)
+    through = gate(outside)
+    through.start()
     make_home(tmp_path / "deceived", Profile(client=0))
     joining = {
-        "stranger": node_command(fleet.server, stranger),
+        "stranger": [
+            f"127.0.0.1:{outside.port}" if part == outside.local_address else part
+            for part in node_command(fleet.server, stranger)
+        ],
         "revoked": node_command(fleet.server, revoked),
         "deceived": [
             str(other.authority) if part.endswith(AUTHORITY) else part
@@ -158,6 +167,8 @@ def test_who_may_not_join_is_told_so(fleet: Fleet, tmp_path: Path) -> None:
         _, printed = process.communicate(timeout=100)
         assert process.returncode == 1, who
         told[who] = printed.splitlines()[-1]
+    through.end()
+    assert f"127.0.0.1:{outside.port} " in told["stranger"]
     assert "register" in told["stranger"]
     assert "register" in told["revoked"]
     assert "certificate" in told["deceived"]
