@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedprune.config import RunConfig
-from fedprune.device.keys import PRIVATE, write_keys
+from fedprune.device.home import Profile, make_home
 from fedprune.flower import simulation
 from fedprune.flower.launch import launch_values
 from prunelab.errors import RunError
@@ -33,19 +33,6 @@ def note():
 atexit.register(note)
 from flwr.supernode.cli import flwr_clientapp
 sys.exit(flwr_clientapp())
-"""
-
-
-DEVICE = """
-import sys, signal
-from pathlib import Path
-from fedprune.flower.node.node import NodeSettings, run_node
-def end(*_):
-    raise SystemExit(0)
-signal.signal(signal.SIGTERM, end)
-home = Path(sys.argv[2])
-run_node(NodeSettings(sys.argv[1], home / "state", home / "node",
-    config={"partition-id": int(sys.argv[3])}), say=lambda text: print(text, flush=True))
 """
 
 
@@ -113,10 +100,10 @@ def supernode(
 def device(home: Path, port: int, environment: dict[str, str], *, client: int = 0) -> Iterator[int]:
     """The same by `fedprune device join`."""
     own = home / f"device{client}"
-    own.mkdir(exist_ok=True)
-    if not (own / PRIVATE).exists():
-        write_keys(own)
-    command = [sys.executable, "-c", DEVICE, f"127.0.0.1:{port}", str(own), str(client)]
+    if not own.exists():
+        make_home(own, Profile(client=client))
+    command = [sys.executable, "-m", "fedprune", "device", "join", f"127.0.0.1:{port}"]
+    command += ["--insecure", "--home", str(own)]
     with _running(command, home / f"device{client}.log", environment) as group:
         yield group
 

@@ -47,6 +47,9 @@ def init(  # noqa: PLR0917 - the command's options
     budget: Budget = "0",
     threads: Annotated[int, typer.Option(help="Of training; 0: as many as a run says.")] = 0,
     client: Annotated[int, typer.Option(help="Its number in runs, 0 first; each another.")] = -1,
+    allow: Annotated[
+        str, typer.Option(help="Installed packages whose functions a run may name: a,b.")
+    ] = "",
     force: Annotated[
         bool, typer.Option("--force", help="Replace the profile; keys are never replaced.")
     ] = False,
@@ -54,7 +57,7 @@ def init(  # noqa: PLR0917 - the command's options
 ) -> None:
     """Make this device: a pair of keys, and a profile of what it may use."""
     home = home.expanduser()
-    profile = Profile(parse_bytes(budget), threads, own_data(data) if data else "", client)
+    profile = Profile(parse_bytes(budget), threads, own_data(data) if data else "", client, allow)
     public = make_home(home, profile, force=force)
     say(f"public key: {public}")
     say("next, at the server:   fedprune server register node.pub")
@@ -67,13 +70,11 @@ def join(
     root_certificates: Annotated[
         Path | None, typer.Option(help="The certificate of the server's authority, ca.crt.")
     ] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Neither TLS nor keys; for trying out.")
-    ] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS; for trying out.")] = False,
     home: Home = DEFAULT,
     debug: Debug = False,
 ) -> None:
-    """Take part in the runs of a server, until a signal ends it; what dies is started again."""
+    """Take part in the runs of a server, until a signal ends it."""
     from fedprune.device import node  # noqa: PLC0415
 
     if insecure == (root_certificates is not None):

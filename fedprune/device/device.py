@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedprune.device import memory
 from fedprune.device.home import ANSWER, Profile, write_json
 from sparsemodel.storage.meter import peak_rss_bytes
 
@@ -40,15 +39,6 @@ class Device:
             return cls()
         home = Path(str(node_config["home"]))
         return cls(home, Profile.read(home))
-
-    def recall(self, run: int) -> dict[str, dict[str, bytes]]:
-        """What the node held of a run when it was last asked: record -> name -> bytes."""
-        return {} if self.home is None else memory.recall(self.home, run)
-
-    def remember(self, run: int, records: memory.Records) -> None:
-        """Keep what the node holds of a run."""
-        if self.home is not None:
-            memory.remember(self.home, run, records)
 
     def fitted(self, request: Request, local: Local, told: dict[str, Any]) -> Local:
         """The client's place under the device's threads and budget.

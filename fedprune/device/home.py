@@ -20,7 +20,7 @@ from prunelab.runs.imported import IMPORTED
 VARIABLE = "FEDPRUNE_DEVICE_HOME"
 DEFAULT = Path("~/.fedprune/device")
 PRIVATE, PUBLIC = "node", "node.pub"
-PROFILE, NODE_CONFIG, LOG = "profile.toml", "node.toml", "supernode.log"
+PROFILE, LOG = "profile.toml", "node.log"
 JOINED, ANSWER, STATE = "joined.json", "answer.json", "state"
 _UNITS = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30,
@@ -36,6 +36,8 @@ class Profile:
         threads: of training; 0: as many as a run says.
         data: its own samples: a folder, a file or "module:function"; empty: a share of the run's.
         client: its number in runs, from 0 on; -1: not said yet.
+        allow: Python packages of the device whose functions a run may name, with commas between
+            them; a run's own code is never run.
 
     Raises:
         ConfigError: one of them is out of its range.
@@ -45,6 +47,12 @@ class Profile:
     threads: int = 0
     data: str = ""
     client: int = -1
+    allow: str = ""
+
+    @property
+    def packages(self) -> frozenset[str]:
+        """Names of the packages in `allow`."""
+        return frozenset(filter(None, self.allow.replace(" ", "").split(",")))
 
     def __post_init__(self) -> None:
         check_settings(

@@ -39,9 +39,8 @@ def rows_of(status: dict[str, Any]) -> list[list[str]]:
         state = "not running (it was killed)"
     rows = [["home", status["home"]], ["node", state]]
     if joined:
-        rows.append(["server", f"{joined['superlink']}, node {joined.get('node') or 'not known'}"])
-    if error := joined.get("error"):
-        rows.append(["why", error])
+        rows.append(["server", joined["superlink"]])
+        rows.append(["said last", joined.get("text") or "nothing"])
     rows.append(["client", str(status["client"]) if status["client"] >= 0 else "not said"])
     rows.append(["budget", format_bytes(status["budget"]) if status["budget"] else "none"])
     rows.append(["data", status["data"] or "its share of a run's"])

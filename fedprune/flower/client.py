@@ -2,7 +2,7 @@
 
 Everything here runs without torch where the network has a program. A client keeps nothing
 between messages but what requests name (wire.py) and what answers leave; if it has lost the former,
-it asks for it again. A device (`fedprune device join`) has both on disk too.
+it asks for it again. A device (`fedprune device join`) has both on disk, too.
 """
 
 from __future__ import annotations
@@ -86,9 +86,6 @@ def guarded(work: Callable[[], T]) -> T | RecordDict:
 
 def _answer(record: RecordDict, context: Context) -> RecordDict:
     device = Device.of(context.node_config)
-    if not context.state:  # a node that was started again
-        for name, items in device.recall(context.run_id).items():
-            context.state[name] = ConfigRecord(dict(items))
     with device.answering(context.run_id) as told:
         request, local = open_request(record, context)
         local = device.fitted(request, local, told)
@@ -96,8 +93,6 @@ def _answer(record: RecordDict, context: Context) -> RecordDict:
             return _answer_to(request, local)
         finally:
             context.state[_KEPT] = ConfigRecord(dict(local.kept))
-            records = {name: _bytes_of(context, name) for name in (_HELD, _KEPT)}
-            device.remember(context.run_id, records)
 
 
 def _answer_to(request: Request, local: Local) -> RecordDict:

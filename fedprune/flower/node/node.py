@@ -60,12 +60,12 @@ def run_node(
     settings: NodeSettings,
     *,
     stop: threading.Event | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    tell: Callable[[str, str], None] = lambda state, text: None,
 ) -> None:
     """Serve a SuperLink until `stop` is set.
 
     Args:
-        say: is told in a line what a person may want to know.
+        tell: is told how the node is, "joined" or "waiting", and in a line why.
 
     Raises:
         RunError: what a person has to mend: the key is not registered (any more), say.
@@ -79,7 +79,7 @@ def run_node(
                 try:
                     node_id = link.activate(last=memory.last_node(address))
                     memory.note_node(address, node_id)
-                    say(f"joined {address} as node {node_id}")
+                    tell("joined", f"joined {address} as node {node_id}")
                     tries = 0
                     with _Heart(link) as heart:
                         _Worker(settings, link, memory, node_id).serve(stop, heart)
@@ -87,7 +87,7 @@ def run_node(
                     wait = RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)]
                     tries += 1
                     if tries in {1, 5} or not tries % 40:
-                        say(f"{error}; trying again every {wait:g} s")
+                        tell("waiting", f"{error}; trying again every {wait:g} s")
                     stop.wait(wait)
         finally:
             with contextlib.suppress(Unreachable, RunError):

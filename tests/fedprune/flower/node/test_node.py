@@ -105,13 +105,13 @@ def test_a_superlink_that_is_away_is_waited_for(tmp_path: Path) -> None:
     said: list[str] = []
     stop = threading.Event()
 
-    def say(text: str) -> None:
-        said.append(text)
+    def tell(state: str, text: str) -> None:
+        said.append(f"{state}: {text}")
         stop.set()
 
     address = f"127.0.0.1:{simulation.free_port()}"
-    run_node(settings(tmp_path, address), stop=stop, say=say)
-    assert "does not answer" in said[0]
+    run_node(settings(tmp_path, address), stop=stop, tell=tell)
+    assert said[0].startswith(f"waiting: {address} does not answer")
     assert "trying again every 1 s" in said[0]
 
 
