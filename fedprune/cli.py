@@ -23,7 +23,7 @@ from fedprune.config import (
     read_toml,
 )
 from fedprune.device.commands import device
-from fedprune.errors import USER_ERRORS
+from fedprune.errors import USER_ERRORS, ConfigError
 from fedprune.fleet.commands import fleet, server
 from fedprune.given import name_dataset
 from fedprune.methods import BASELINES, DEFAULT_METHOD, METHODS, method_class
@@ -174,6 +174,8 @@ def run(  # noqa: PLR0917 - the command's options
     from fedprune.rounds import run as runner  # noqa: PLC0415
 
     values = _values(config, {**parse_assignments(settings or []), **_given(given)})
+    if superlink and baseline:
+        raise ConfigError("--baseline runs here: give it without --superlink, with an --engine")
     if superlink and not resume and not values.get("data.clients"):
         from fedprune.fleet.submit import count_nodes  # noqa: PLC0415
 

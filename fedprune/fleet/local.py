@@ -159,6 +159,8 @@ def _node(
 def _own_data(data: Path | None) -> list[Path]:
     if data is None:
         return []
+    if not data.is_dir():
+        raise DataError(f"{data} is not a folder; it takes one with a folder for each node")
     found = sorted(path for path in data.iterdir() if path.is_dir() and path.name[0] != ".")
     if not found:
         raise DataError(f"{data} has no folders; it takes one for each node")

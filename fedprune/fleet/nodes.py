@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
@@ -31,8 +32,13 @@ from sparsemodel.storage.files import write_atomically
 
 NODES = "nodes.json"
 ONLINE, REVOKED = "online", "revoked"
+UNREACHED = "Connection to the SuperLink is unavailable"
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _STATES = {"registered": "never seen", "unregistered": REVOKED}
+
+
+class UnreachedError(RunError):
+    """A SuperLink that does not answer."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,7 @@ def flwr(arguments: list[str], environment: Mapping[str, str]) -> dict[str, Any]
 
     Raises:
         RunError: it failed; says why in a line.
+        UnreachedError: because the SuperLink does not answer.
     """
     done = subprocess.run(
         ["flwr", *arguments, "--format", "json"],
@@ -165,9 +172,18 @@ def flwr(arguments: list[str], environment: Mapping[str, str]) -> dict[str, Any]
     start = done.stdout.find("{")
     answer = json.loads(done.stdout[start:]) if start >= 0 else {}
     if done.returncode or not answer.get("success"):
-        told = str(answer.get("error-message") or done.stderr or done.stdout)
-        raise RunError(f"flwr {' '.join(arguments[:2])} failed: {' '.join(told.split())[-1000:]}")
+        text = answer.get("error-message") or done.stderr or done.stdout
+        raise failure(f"flwr {' '.join(arguments[:2])}", str(text))
     return dict(answer)
+
+
+def failure(command: str, text: str) -> RunError:
+    """The error of one of Flower's commands, by what it printed, in a line."""
+    if UNREACHED in text:
+        where = re.search(r"Using SuperLink: (.+)", text)
+        return UnreachedError(f"{where[1] if where else 'the SuperLink'} does not answer")
+    words = " ".join(text.translate(dict.fromkeys(map(ord, "│╭╮╰╯─"), " ")).split())
+    return RunError(f"{command} failed: {words[-1000:] or 'it says nothing'}")
 
 
 def _flwr(server: Server, *arguments: str) -> dict[str, Any]:

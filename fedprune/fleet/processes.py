@@ -111,12 +111,12 @@ def flower_environment(state: Path) -> dict[str, str]:
     """What Flower's long-lived processes of one party run in.
 
     They keep their files under `state`, report nothing to anybody, install nothing, and look for
-    work ten times a second instead of once.
+    work twice a second instead of once.
     """
     return {
         **private_environment(state, commands=Path(sys.executable).parent),
         "TMPDIR": str(state),
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
         "PYTHONUNBUFFERED": "1",
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import subprocess
 import sys
@@ -14,19 +13,19 @@ from pathlib import Path
 
 from fedprune.config import RunConfig
 from fedprune.fleet.connections import connection
-from fedprune.fleet.nodes import ONLINE, flwr
+from fedprune.fleet.nodes import ONLINE, UnreachedError, flwr
 from fedprune.flower.launch import TICKET, Progress, Say, submit_values
 from fedprune.flower.simulation import write_app
 from fedprune.rounds import folder as runfolder
 from prunelab.errors import RunError
 from prunelab.runs.children import ended_with_parent
+from prunelab.runs.folder import locked
 from prunelab.runs.temporary import temporary_folder
 
 WAIT_SECONDS = 600.0
-POLL_SECONDS = 2.0
+POLL_SECONDS, PROGRESS_SECONDS = 2.0, 0.25
 COMPLETED, STOPPED = "finished:completed", "finished:stopped"
 _RAISED = "ServerApp failed with exception: "
-_STARTED = re.compile(r"started run (\d+)")
 _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
@@ -76,40 +75,40 @@ def run_submitted(
     """
     connection(superlink)
     with temporary_folder() as home, _ticket(out) as ticket:
-        known = out.resolve() / runfolder.CHECKPOINT
-        submissions = Submissions(superlink, home, progress)
-        alive = time.monotonic()
+        submissions = Submissions(superlink, home, out, progress)
+        number, alive = "", time.monotonic()
         while True:
-            mark = _stamp(known)
+            mark = _stamp(out)
             try:
-                values = submit_values(out, resume=resume, ticket=ticket)
-                number = submissions.submit(config, out, values, say)
-                alive = time.monotonic()
+                if not number:
+                    values = submit_values(out, resume=resume, ticket=ticket)
+                    number = submissions.submit(config, values)
+                    say(f"run {number}; flwr log {number} {superlink} shows its log")
+                    alive = time.monotonic()
                 status, details = submissions.follow(number)
             except UnreachedError as error:
-                status, details = "", "its SuperLink does not answer"
                 if not submissions.numbers:
-                    raise RunError(f"{superlink} does not answer: {error}") from None
-            if _stamp(known) != mark:
-                alive = time.monotonic()
+                    raise
+                status, details = "", str(error)
             if status == COMPLETED:
                 return
             if status == STOPPED:
                 raise RunError(f"run {number} was stopped; continue it with --resume")
-            if details.startswith(_RAISED) and _stamp(known) == mark:
+            if _stamp(out) != mark:
+                alive = time.monotonic()
+            elif details.startswith(_RAISED):
                 raise RunError(details.removeprefix(_RAISED))
             if time.monotonic() > alive + wait:
                 raise RunError(
-                    f"{superlink} has not gone on for {wait:g} s ({details}); "
-                    "the last checkpoint is kept, --resume continues from it"
+                    f"nothing has gone on for {wait:g} s: {details}; the last checkpoint is kept, "
+                    "--resume continues from it"
                 )
-            say(f"the run broke off: {details}; it goes on from its last round as soon as it can")
-            submissions.await_answer(until=alive + wait)
-            resume = True
-
-
-class UnreachedError(Exception):
-    """A SuperLink that does not answer."""
+            if status:
+                say(f"run {number} broke off: {details}; it is submitted again, to go on")
+                number, resume = "", True
+            else:
+                say(f"{details}; waiting until it does")
+                submissions.await_answer(until=alive + wait)
 
 
 class Submissions:
@@ -117,41 +116,31 @@ class Submissions:
 
     Args:
         home: an empty folder for apps and logs.
+        out: the run folder.
     """
 
-    def __init__(self, superlink: str, home: Path, progress: Progress) -> None:
-        self._superlink, self._home, self._progress = superlink, home, progress
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, superlink: str, home: Path, out: Path, progress: Progress) -> None:
+        self._superlink, self._home, self._out = superlink, home, out
+        self._progress = progress
         self.numbers: list[str] = []
 
-    def submit(self, config: RunConfig, out: Path, values: dict[str, object], say: Say) -> str:
+    def submit(self, config: RunConfig, values: dict[str, object]) -> str:
         """Submit the app; Flower's number of the run.
 
         An earlier run that Flower still believes to go on is stopped first.
 
         Raises:
             UnreachedError: the SuperLink does not answer.
+            RunError: it does not take the run.
         """
         if self.numbers:
-            with suppress(RunError):
-                flwr(["stop", self.numbers[-1], self._superlink], _environment())
-        place = len(self.numbers)
-        app = self._home / f"app{place}"
+            self._stop(self.numbers[-1])
+        app = self._home / f"app{len(self.numbers)}"
         if not app.exists():
             write_app(app, config, values)
-        log = self._home / f"run{place}.log"
-        command = ended_with_parent("flwr", "run", str(app), self._superlink, "--stream")
-        with log.open("w") as file:
-            self._process = subprocess.Popen(
-                command, env={**os.environ, **_environment()}, stdout=file, stderr=file
-            )
-        while not (started := _STARTED.search(_read(log))):
-            if self._process.poll() is not None:
-                raise UnreachedError(" ".join(_read(log).split())[-500:] or "it said nothing")
-            self._wait()
-        self.numbers.append(started[1])
-        say(f"run {started[1]}; flwr log {started[1]} {self._superlink} shows its log")
-        return started[1]
+        number = str(flwr(["run", str(app), self._superlink], _environment())["run-id"])
+        self.numbers.append(number)
+        return number
 
     def follow(self, number: str) -> tuple[str, str]:
         """Wait until a run has ended; its status, and what Flower says of it.
@@ -159,22 +148,17 @@ class Submissions:
         Raises:
             UnreachedError: the SuperLink does not answer any more.
         """
-        assert self._process is not None
         try:
-            while self._process.poll() is None:
-                self._wait()
-            while not (found := self._status(number))[0].startswith("finished"):
-                for _ in range(int(POLL_SECONDS / 0.25)):
-                    self._wait()
+            while True:
+                self._await_end_of_log(number)
+                status, details = self._status(number)
+                if status.startswith("finished"):
+                    return status, details
+                if self._nobody_works():
+                    return "gone", "its ServerApp has gone"
         except KeyboardInterrupt:
-            with suppress(RunError):
-                flwr(["stop", number, self._superlink], _environment())
+            self._stop(number)
             raise
-        finally:
-            self._process.kill()
-            self._process.wait()
-            self._progress()
-        return found
 
     def await_answer(self, *, until: float) -> None:
         """Wait until the SuperLink answers, at most until a moment of `time.monotonic`."""
@@ -184,16 +168,36 @@ class Submissions:
                 return
             time.sleep(POLL_SECONDS)
 
-    def _status(self, number: str) -> tuple[str, str]:
+    def _await_end_of_log(self, number: str) -> None:
+        """Wait until a run's log ends: with the run, or with the connection."""
+        command = ended_with_parent("flwr", "log", number, self._superlink, "--stream")
+        with (self._home / f"{number}.log").open("ab") as log:
+            process = subprocess.Popen(
+                command, env={**os.environ, **_environment()}, stdout=log, stderr=log
+            )
         try:
-            found = flwr(["list", self._superlink, "--run-id", number], _environment())["runs"][0]
-        except RunError as error:
-            raise UnreachedError(str(error)) from None
+            while process.poll() is None:
+                self._progress()
+                time.sleep(PROGRESS_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+            self._progress()
+
+    def _nobody_works(self) -> bool:
+        try:
+            with locked(self._out, wait=0):
+                return True
+        except RunError:
+            return False
+
+    def _status(self, number: str) -> tuple[str, str]:
+        found = flwr(["list", self._superlink, "--run-id", number], _environment())["runs"][0]
         return str(found["status"]), str(found.get("details") or found["status"])
 
-    def _wait(self) -> None:
-        self._progress()
-        time.sleep(0.25)
+    def _stop(self, number: str) -> None:
+        with suppress(RunError):
+            flwr(["stop", number, self._superlink], _environment())
 
 
 @contextmanager
@@ -207,12 +211,10 @@ def _ticket(out: Path) -> Iterator[str]:
         file.unlink(missing_ok=True)
 
 
-def _stamp(file: Path) -> float:
+def _stamp(out: Path) -> float:
+    """When the last checkpoint was written."""
+    file = out / runfolder.CHECKPOINT
     return file.stat().st_mtime if file.exists() else 0.0
-
-
-def _read(log: Path) -> str:
-    return log.read_text(encoding="utf-8", errors="replace")
 
 
 def _environment() -> dict[str, str]:
