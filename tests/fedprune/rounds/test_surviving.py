@@ -316,6 +316,15 @@ def test_those_who_are_not_there_give_way_to_the_next_of_the_draw(tmp_path: Path
     assert drawn[1] - {away} < found[1]
 
 
+@pytest.mark.parametrize("method", ["ssfl", "fedavg", "fedprox"])
+def test_methods_know_nothing_of_how_answers_become_one(method: str, tmp_path: Path) -> None:
+    settings = {"method__name": method, "federation__byzantine": 0.25}
+    kinds = ("mean", "trimmed-mean")
+    outs = [run(tmp_path / k, federation__aggregation=k, **settings)[0] for k in kinds]
+    assert [len(rounds(out)) for out in outs] == [ROUNDS] * 2
+    assert digest(outs[0]) != digest(outs[1])
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
