@@ -11,6 +11,7 @@ from simulations.uplink_bytes import (
     EXACT,
     PRESETS,
     Way,
+    feedback_rows,
     result_rows,
     run_one,
     ways,
@@ -52,6 +53,15 @@ def test_table_by_hand() -> None:
         ["fp32", "1", "–", "95.0 ± 1.4", "", "2.00 kB", "20.0 kB", "6.00 kB"],
         ["int8", "0.1", "on", "93.5 ± 2.1", "-1.5 ± 0.7", "300 B", "3.00 kB", "900 B"],
     ]
+
+
+def test_feedback_by_hand() -> None:
+    """+1 and +3: 2.0 ± 1.4, two of two; the exact way has none."""
+    on, off = Way("int8", 0.1, error_feedback=True), Way("int8", 0.1)
+    results = {(0.05, EXACT, 0): result(0.9, 1)}
+    for seed, (with_it, without) in enumerate(((0.91, 0.90), (0.93, 0.90))):
+        results[0.05, on, seed], results[0.05, off, seed] = result(with_it, 1), result(without, 1)
+    assert feedback_rows(results) == [["0.05", "0.1", "+2.0 ± 1.4", "2 of 2"]]
 
 
 def test_a_cell_is_run_once(tmp_path: Path) -> None:

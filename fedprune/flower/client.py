@@ -147,16 +147,21 @@ def open_request(record: RecordDict, context: Context) -> tuple[Request, Local]:
 def encode_answer(reply: Reply, request: Request, local: Local) -> RecordDict:
     """The record of a method's answer; what is lost of its model is left in `local.kept`."""
     uplink, update = local.config.federation.uplink, None
+    kept = dict(local.kept)
     if MODEL in reply.states and not uplink.exact:
         received = request.state(MODEL)
         before = recall(local.kept, received) if uplink.error_feedback else None
         update, left = compress(reply.states[MODEL], received, uplink, residual=before)
         if uplink.error_feedback:
-            keep(local.kept, left)
+            keep(kept, left)
     if reply.resources is not None:
-        held = reply.resources.state_bytes + sum(map(len, local.kept.values()))
+        held = reply.resources.state_bytes + sum(map(len, kept.values()))
         reply = replace(reply, resources=replace(reply.resources, state_bytes=held))
-    return wire.encode_reply(reply, request, dtype=uplink.dtype, update=update)
+    record = wire.encode_reply(reply, request, dtype=uplink.dtype, update=update)
+    # Not before: an answer that cannot be sent has told nothing.
+    local.kept.clear()
+    local.kept.update(kept)
+    return record
 
 
 def _number(context: Context, config: RunConfig) -> int:

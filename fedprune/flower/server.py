@@ -276,7 +276,8 @@ class GridCohort:
         clients = sorted(self.clients) if clients is None else clients
         weights = self._gate.weights({*clients, *among}, on=request.on)
         federation, asked = self._config.federation, request
-        if not federation.uplink.exact:  # what comes back is the change to what arrived
+        if MODEL in request.expected.states and not federation.uplink.exact:
+            # What comes back is the change to what arrived.
             asked = wire.as_received(request, dtype=federation.value_dtype)
         for client in clients:
             try:
