@@ -140,7 +140,7 @@ def check_parts(reply: Reply, request: Request) -> None:
     """Raise ClientError unless a reply holds what `request` expects, with values that can be."""
     expected = request.expected
     parts = (
-        ("fields", reply.fields, expected.fields),
+        ("fields", reply.fields, {*expected.fields, *expected.sums}),
         ("states", reply.states, expected.states),
         ("tensors", reply.tensors, expected.tensors),
     )

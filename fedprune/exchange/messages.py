@@ -38,6 +38,7 @@ class Reply:
         states: states by name; one that the request has too is under the request's patterns.
         entries: for states of the request: single entries at pruned places.
         tensors: dictionaries of whole tensors of the model, by name.
+        masked: all of it under masks (fedprune/privacy); the rest is empty then.
         weight: what it counts for in whatever is averaged; the server says (gate.py), and by
             default it is `num_examples`. It does not travel.
     """
@@ -48,6 +49,7 @@ class Reply:
     entries: Mapping[str, Entries] = field(default_factory=dict)
     tensors: Mapping[str, Tensors] = field(default_factory=dict)
     resources: Resources | None = None
+    masked: bytes = b""
     weight: int = -1
 
     def __post_init__(self) -> None:
@@ -61,12 +63,15 @@ class Expected:
 
     Attributes:
         fields, states: their names; a state is under the request's patterns of that name.
+        sums: fields that are sums over the client's samples: name -> how many numbers a list of
+            them has; 0: it is one number, no list.
         tensors: name of each dictionary -> the tensors in it.
         growth: layer -> how many entries at pruned places of the model at most.
     """
 
     fields: Collection[str] = ()
     states: Collection[str] = ()
+    sums: Mapping[str, int] = field(default_factory=dict)
     tensors: Mapping[str, Collection[str]] = field(default_factory=dict)
     growth: Mapping[str, int] = field(default_factory=dict)
 

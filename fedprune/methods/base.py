@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fedprune.errors import ConfigError
 from fedprune.exchange.messages import MODEL, Expected, Reply, Request, loss
+from fedprune.exchange.pooled import Pooled, Pooler, pooled
 from fedprune.local.training import train
 from sparsemodel.runtime.state import Entries, SparseState
 
@@ -64,6 +65,7 @@ class Start:
         rounds: of the whole run.
         seed: of the run.
         metric: what the task's metric is called: "accuracy" of classes; "": there is none.
+        pooler: adds up answers where single ones are not to be seen; then `ask` fails.
     """
 
     state: Callable[[], SparseState]
@@ -73,6 +75,13 @@ class Start:
     rounds: int
     seed: int
     metric: str = "accuracy"
+    pooler: Pooler | None = None
+
+    def pooled(self, request: Request) -> Pooled:
+        """Every client's answer added up: all that a method has under secure aggregation."""
+        if self.pooler is not None:
+            return self.pooler(request)
+        return pooled(self.ask(request), request.expected)
 
 
 class Builder(Protocol):

@@ -20,14 +20,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedprune.errors import ClientError
-from fedprune.exchange.aggregate import StateMean
 from fedprune.exchange.messages import MODEL, Expected, Reply, Request, count
 from fedprune.local.model import Sgd
 from fedprune.local.training import SEED_GROWTH, epoch_batches, require_samples, train
 from fedprune.methods.base import Method, RunState, Start
 from prunelab.errors import RunError
 from sparsemodel.runtime.adjust import carry
-from sparsemodel.runtime.state import SparseState, Tensors
+from sparsemodel.runtime.state import Tensors
 
 if TYPE_CHECKING:
     from fedprune.local.site import Local
@@ -98,12 +97,10 @@ class SSFL(Method):
             states={MODEL: state},
             expected=Expected(tensors={SALIENCY: layers}),
         )
-        mean = StateMean()
-        for _, reply in server.ask(request):
-            mean.add(SparseState(reply.tensors[SALIENCY]), weight=reply.weight)
-        if mean.num_replies == 0:
+        pooled = server.pooled(request)
+        if not pooled.clients:
             raise RunError("ssfl: no client could measure saliency")
-        found = mean.result().values
+        found = pooled.tensors[SALIENCY]
         scores = {name: found[name] for name in layers}  # whoever answered first
         return RunState(0, carry(state, _largest_of_all(scores, self.density)))
 

@@ -16,7 +16,9 @@ from torch import nn
 
 from fedprune.config import RunConfig, own_settings
 from fedprune.errors import ClientError, ConfigError
-from fedprune.exchange.messages import MODEL, Reply, Request
+from fedprune.exchange.messages import MODEL, Expected, Reply, Request
+from fedprune.exchange.pooled import Pooler
+from fedprune.exchange.pooled import pooled as add_up
 from fedprune.local.data import Split
 from fedprune.local.model import Network, open_model
 from fedprune.local.site import Local, open_data
@@ -32,7 +34,7 @@ from fedprune.methods.fedtiny.pool import (
     received_pool,
 )
 from fedprune.methods.fedtiny.progressive import adjust, is_adjustment_round
-from fedprune.methods.fedtiny.selection import measure, pool_statistics, score, select_candidate
+from fedprune.methods.fedtiny.selection import measure, score, select_candidate
 from fedprune.rounds.setup import NETWORK, Setup
 from fedprune.rounds.workspace import Workspace, open_workspace
 from fedprune.settings import TrainingConfig
@@ -71,6 +73,11 @@ def fedtiny(config: RunConfig) -> FedTiny:
 def nobody(request: Request) -> Iterator[tuple[int, Reply]]:
     """No client answers."""
     yield from ()
+
+
+def pooling(ask: Any) -> Pooler:
+    """Answers added up."""
+    return lambda request: add_up(ask(request), request.expected)
 
 
 def beginning(work: Workspace, ask: Any = nobody) -> Start:
@@ -248,7 +255,7 @@ def test_pooled_statistics_are_those_of_the_union(sparse: bool) -> None:
     model = open_model(network_of(plain), state, TrainingConfig())
     parts = [images[:3], images[3:43], images[43:]]
     replies = [Reply(len(part), tensors={"0": model.statistics(part)}) for part in parts]
-    pooled = pool_statistics(replies, 1)[0]
+    pooled = add_up(enumerate(replies), Expected()).tensors["0"]
     union = prepare(torch.from_numpy(images)).double()
     assert pooled["norm.running_mean"].item() == pytest.approx(union.mean().item(), abs=1e-5)
     variance = union.var(unbiased=False).item()
@@ -307,7 +314,7 @@ def test_selection_takes_the_smallest_weighted_loss_and_its_statistics(tmp_path:
     counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=3, seed=1)
     pool = candidate_pool(beginning(work).state(), counts)
     asked, ask = local_ask(work, tmp_path)
-    winner, statistics, account = select_candidate(pool, ask, adaptive=True, metric="accuracy")
+    winner, statistics, account = select_candidate(pool, pooling(ask), adaptive=True, metric="accuracy")
     assert asked == ["measure", "score"]
     assert account["losses"][winner] == min(account["losses"])
     # Only running statistics are aggregated: scale and shift (γ, β) stay the server's.
@@ -356,7 +363,7 @@ def test_vanilla_selection_does_not_adapt(tmp_path: Path) -> None:
     counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=2, seed=1)
     pool = candidate_pool(beginning(work).state(), counts)
     asked, ask = local_ask(work, tmp_path)
-    _, statistics, account = select_candidate(pool, ask, adaptive=False, metric="accuracy")
+    _, statistics, account = select_candidate(pool, pooling(ask), adaptive=False, metric="accuracy")
     assert asked == ["score"]
     assert not account["adaptive"]
     assert all(np.array_equal(v, pool.union.values[name]) for name, v in statistics.items())
@@ -390,13 +397,13 @@ def test_clients_measure_and_score_on_their_development_split(tmp_path: Path) ->
 
 
 def test_selection_without_an_answer_is_an_error() -> None:
-    with pytest.raises(RunError, match="no client could measure"):
-        pool_statistics([], 2)
     work = open_workspace(small())
     counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=2, seed=1)
     pool = Pool(candidate_pool(beginning(work).state(), counts).union, counts)
+    with pytest.raises(RunError, match="no client could measure"):
+        select_candidate(pool, pooling(nobody), adaptive=True, metric="accuracy")
     with pytest.raises(RunError, match="no client could evaluate"):
-        select_candidate(pool, nobody, adaptive=False, metric="accuracy")
+        select_candidate(pool, pooling(nobody), adaptive=False, metric="accuracy")
 
 
 # --- progressive pruning -----------------------------------------------------------------------
