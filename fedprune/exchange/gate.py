@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedprune.errors import DIVERGED, ClientError
-from fedprune.exchange.messages import MODEL, ClientInfo, Reply, Request, client_info
+from fedprune.exchange.messages import MODEL, SPEC, ClientInfo, Reply, Request, client_info
 from sparsemodel.runtime.fixed_sum import MAX_ABSOLUTE_VALUE, MAX_TOTAL_WEIGHT
 from sparsemodel.runtime.state import SparseState, Tensors
 
@@ -30,6 +30,8 @@ class Gate:
         shares: client -> what the run gave it; empty where it is not known.
         own_data: whether a client may bring other samples than its share.
         max_share: of one round's samples that a client with samples of its own may stand for.
+        with_labels: whether clients tell how many samples of each class they have.
+        equal_weights: whether every client counts for 1 in a mean.
     """
 
     def __init__(
@@ -40,8 +42,13 @@ class Gate:
         shares: Mapping[int, ClientInfo],
         own_data: bool,
         max_share: float,
+        with_labels: bool = True,
+        equal_weights: bool = False,
     ) -> None:
-        self._num_clients, self._num_classes = num_clients, num_classes
+        self._num_clients, self._num_classes = num_clients, num_classes if with_labels else 0
+        self._equal_weights = equal_weights
+        if not with_labels:
+            shares = {c: replace(share, label_histogram=[]) for c, share in shares.items()}
         self._shares, self._own_data, self._max_share = shares, own_data, max_share
         self._known: dict[int, ClientInfo] = {}
 
@@ -63,10 +70,11 @@ class Gate:
                 f"counts of {len(info.label_histogram)} classes: expected {self._num_classes}"
             )
         total, most = info.num_train + info.num_dev, MAX_TOTAL_WEIGHT // self._num_clients
-        if sum(info.label_histogram) != total or total > most or info.num_test > most:
+        labels = sum(info.label_histogram) if self._num_classes else total
+        if labels != total or total > most or info.num_test > most:
             raise ClientError(
                 f"{info.num_train} samples for training and {info.num_dev} for development, and "
-                f"{sum(info.label_histogram)} labels: expected equal sums, at most {most}"
+                f"{labels} labels: expected equal sums, at most {most}"
             )
         share = self._shares.get(info.client)
         if share is not None and not self._own_data and info != share:
@@ -84,6 +92,8 @@ class Gate:
         As many as the samples it announced; one with samples of its own at most `max_share` of
         them all, as far as that can be.
         """
+        if self._equal_weights:
+            return dict.fromkeys(clients, 1)
         samples = {c: _samples(self._known[c], on) for c in clients}
         own = [c for c in clients if self._known[c] != self._shares.get(c)]
         return capped(samples, own, self._max_share)
@@ -108,6 +118,8 @@ class Gate:
                 MAX_HELD_BYTES
             ):
                 raise ClientError("an account of memory that was not asked for, or cannot be")
+        if bool(reply.masked) != (SPEC in request.fields):
+            raise ClientError("an answer under masks that was not asked for, or one without")
         check_parts(reply, request)
         request.check(reply)
         return replace(reply, weight=weight)

@@ -20,6 +20,9 @@ Fields = Mapping[str, Any]
 MODEL = "model"
 """The name under which the global model travels, and its growth entries."""
 
+SPEC = "secure"
+"""The field of a request that asks for an answer under masks (fedprune/privacy/vector.py)."""
+
 
 @dataclass(frozen=True)
 class Resources:

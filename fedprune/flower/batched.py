@@ -13,7 +13,7 @@ from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedprune.exchange.messages import MODEL, Reply, Request
-from fedprune.flower.client import encode_answer, guarded, open_request
+from fedprune.flower.client import encode_answer, guarded, open_request, remember
 from fedprune.flower.inline import CLIENT_APP_RAISED, InlineGrid
 from fedprune.local.cohort import Member, train_cohort, train_in_cohorts
 from fedprune.local.cohort_memory import fitting_cohort
@@ -120,10 +120,11 @@ def train_together(
         action = jobs[0][1].config.method.actions["train"]
         replies = [guarded(partial(action, request, _masked(local))) for request, local in jobs]
     outcome, answers = iter(replies), []
-    for (message, _), entry in zip(messages, decoded, strict=True):
+    for (message, context), entry in zip(messages, decoded, strict=True):
         answer = next(outcome) if isinstance(entry, tuple) else entry
         if isinstance(answer, Reply) and isinstance(entry, tuple):
             answer = guarded(partial(encode_answer, answer, *entry))
+            remember(entry[1], context)
         assert isinstance(answer, RecordDict)
         answers.append(Message(answer, reply_to=message))
     return answers, size

@@ -23,10 +23,11 @@ from fedprune.exchange.messages import (
     Request,
     describe_reply,
 )
-from fedprune.flower import wire
+from fedprune.flower import secure, wire
 from fedprune.local.model import Network
 from fedprune.local.site import Local, network_of, open_data
 from fedprune.local.training import evaluate
+from fedprune.privacy.answers import protected
 from sparsemodel.runtime.memory import give_back
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.program import Program
@@ -83,11 +84,30 @@ def guarded(work: Callable[[], T]) -> T | RecordDict:
 
 
 def _answer(record: RecordDict, context: Context) -> RecordDict:
+    header, frames = wire.read_record(record)
+    if secure.is_step(header):
+        return _answer_to_step(header, frames, context)
     request, local = open_request(record, context)
     try:
         return _answer_to(request, local)
     finally:
-        context.state[_KEPT] = ConfigRecord(dict(local.kept))
+        remember(local, context)
+
+
+def remember(local: Local, context: Context) -> None:
+    """Leave what a client keeps for its later messages."""
+    context.state[_KEPT] = ConfigRecord(dict(local.kept))
+
+
+def _answer_to_step(header: secure.Header, frames: wire.Frames, context: Context) -> RecordDict:
+    """The answer to a step of a secure sum, which takes neither data nor network."""
+    kept = _bytes_of(context, _KEPT)
+    clients = secure.num_clients(header) if takes_nodes(context) else 0
+    config = run_config(context, clients=clients)
+    try:
+        return secure.answer(header, frames, kept, config=config, client=_number(context, config))
+    finally:
+        context.state[_KEPT] = ConfigRecord(dict(kept))
 
 
 def _answer_to(request: Request, local: Local) -> RecordDict:
@@ -131,7 +151,8 @@ def open_request(record: RecordDict, context: Context) -> tuple[Request, Local]:
 
 
 def encode_answer(reply: Reply, request: Request, local: Local) -> RecordDict:
-    """The record of a method's answer."""
+    """The record of a method's answer, as the run's privacy settings let it go."""
+    reply = protected(reply, request, local)
     return wire.encode_reply(reply, request, dtype=local.config.federation.value_dtype)
 
 
@@ -149,7 +170,11 @@ def _number(context: Context, config: RunConfig) -> int:
 def _info(local: Local) -> ClientInfo:
     data = local.data
     return ClientInfo(
-        local.client, len(data.train), len(data.dev), data.label_histogram(), len(data.test)
+        local.client,
+        len(data.train),
+        len(data.dev),
+        [] if local.config.privacy.hides_labels else data.label_histogram(),
+        len(data.test),
     )
 
 

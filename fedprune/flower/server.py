@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -19,7 +20,8 @@ from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS, ClientError
 from fedprune.exchange.gate import Gate
 from fedprune.exchange.messages import DESCRIBE, MODEL, ClientInfo, Reply, Request
-from fedprune.flower import wire
+from fedprune.exchange.pooled import Pooled
+from fedprune.flower import secure, wire
 from fedprune.flower.client import LAUNCH_SECTION, SETUP, run_config, takes_nodes
 from fedprune.flower.launch import failure_file
 from fedprune.local.private import samples_of_run
@@ -147,6 +149,8 @@ class GridCohort:
             shares=setup.shares(),
             own_data=own_data,
             max_share=setup.config.federation.max_share,
+            with_labels=not setup.config.privacy.hides_labels,
+            equal_weights=setup.config.privacy.dp != "none",
         )
         self.clients: dict[int, ClientInfo] = {}
         self.stacked = bool(getattr(grid, "stacked", False))
@@ -199,6 +203,42 @@ class GridCohort:
         """What was sent since the last call."""
         taken, self._traffic = self._traffic, Traffic()
         return taken
+
+    def count_traffic(self, traffic: Traffic) -> None:
+        """Count what was sent."""
+        self._traffic = traffic.joined(self._traffic)
+
+    def ask_sum(self, request: Request, *, clients: list[int] | None = None) -> Pooled:
+        """Ask these clients (all, by default) so that nothing is seen but the sum."""
+        clients = sorted(self.clients) if clients is None else clients
+        return secure.ask_sum(
+            self,
+            request,
+            weights=self._gate.weights(clients, on=request.on),
+            num_clients=self._config.data.clients,
+            shapes=self._setup.shapes,
+            threshold=self._config.privacy.threshold,
+        )
+
+    def deliver(
+        self, records: Mapping[int, RecordDict], action: str
+    ) -> Iterator[tuple[int, Mapping[str, Any], wire.Frames]]:
+        """Send each client its record, whatever it holds, and yield what they answer."""
+        pending = {}
+        for client, record in records.items():
+            self._traffic.down.append(wire.record_bytes(record))
+            pending[self._send(self._nodes[client], record, action, action)] = client
+        for client, message in self._replies(pending):
+            try:
+                record = _content(message)
+                self._traffic.up.append(wire.record_bytes(record))
+                header, frames = wire.read_record(record)
+                if "skip" in header:
+                    raise ClientError(str(header["skip"]))
+            except (ClientError, SparseModelError) as error:
+                self.skip(client, str(error))
+                continue
+            yield client, header, frames
 
     def ask(
         self, request: Request, *, clients: list[int] | None = None

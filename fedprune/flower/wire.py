@@ -448,6 +448,8 @@ def encode_reply(reply: Reply, request: Request, *, dtype: str) -> RecordDict:
         assert patterns is not None, "entries are at pruned places"
         frames[f"e{place}"] = encode_entries(some, patterns=patterns)
     _encode_tensors(reply.tensors, header, frames)
+    if reply.masked:
+        header["x"], frames["x"] = True, reply.masked
     if reply.fields:
         header["f"] = dict(reply.fields)
     if reply.resources is not None:
@@ -503,17 +505,19 @@ def decode_reply(record: RecordDict, request: Request, *, shapes: Shapes) -> Rep
         entries=entries,
         tensors=_decode_tensors(header, frames, shapes),
         resources=_resources(_field(header, "u", str)) if "u" in header else None,
+        masked=_frame(frames, "x") if "x" in header else b"",
     )
 
 
 def _check_keys(header: Fields, frames: Frames) -> None:
     """Whether a reply has the parts that it names and no others."""
-    if not set(header) <= set("nsetkfu"):
+    if not set(header) <= set("nsetkfux"):
         raise ClientError(f"unknown keys in the header: {str(sorted(header)[:9])[:100]}")
     named = {
         f"{kind}{place}" for kind, key in (("w", "s"), ("e", "e"), ("t", "t"))
         for place in range(len(_field(header, key, list, [])))
     }  # fmt: skip
+    named |= {"x"} & set(header)
     if not set(frames) <= named:
         raise ClientError(f"frames that it does not name: {sorted(set(frames) - named)[:5]!s}")
 

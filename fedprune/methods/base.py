@@ -133,6 +133,15 @@ class Method:
         if not 0 < density <= 1:
             yield f"density: expected 0 < density <= 1, got {density}"
 
+    def unaccounted(self) -> Iterable[str]:
+        """Every reason why differential privacy does not cover what the method asks of clients."""
+        others = sorted(set(self.actions) - {"train"})
+        if others:
+            yield (
+                f"{self.name} asks clients for {', '.join(others)}, and privacy.dp covers training "
+                "alone; use a method that does not, such as magnitude"
+            )
+
     def build_model(self, build: Builder, widest: WidthRule) -> nn.Module:
         """The network of this run.
 

@@ -65,8 +65,9 @@ class Secrets:
         talk, mask: its private keys.
         publics: client -> both public keys, of those that can take part.
         threshold: how many have to stay.
+        weight: what its vector counts for.
         seed: of its own mask.
-        shares: its own share of its seed.
+        share: its own share of its seed.
         clients: those under whose masks its vector went out; empty before.
     """
 
@@ -76,6 +77,7 @@ class Secrets:
     mask: str
     publics: dict[int, str] = field(default_factory=dict)
     threshold: int = 0
+    weight: int = 0
     seed: str = ""
     share: str = ""
     clients: list[int] = field(default_factory=list)
@@ -118,6 +120,7 @@ def share(
     session: str,
     publics: Mapping[int, bytes],
     *,
+    weight: int,
     at_least: int,
     threshold_share: float,
 ) -> tuple[bytes, dict[int, bytes]]:
@@ -125,6 +128,7 @@ def share(
 
     Args:
         publics: client -> its public keys, the own ones among them.
+        weight: what this client's vector will count for.
         at_least: how many they have to be.
         threshold_share: of them, more than which has to stay.
 
@@ -149,7 +153,7 @@ def share(
     if len(set(publics.values())) < len(publics):
         raise ClientError("secure sum: two clients with the same keys")
     own.publics = {client: keys.hex() for client, keys in sorted(publics.items())}
-    own.threshold, seed = threshold, new_key()
+    own.threshold, own.weight, seed = threshold, weight, new_key()
     own.seed = seed.hex()
     seeds = create_shares(seed, threshold, len(publics))
     masks = create_shares(bytes.fromhex(own.mask), threshold, len(publics))
@@ -162,6 +166,15 @@ def share(
             sealed[client] = ChaCha20Poly1305(key).encrypt(_NONCE, seed_share + mask_share, None)
     own.keep(kept)
     return commitment(seed), sealed
+
+
+def weight_of(kept: Mapping[str, bytes], session: str) -> int:
+    """What the client's vector counts for in a sum.
+
+    Raises:
+        ClientError: it has begun none of that name.
+    """
+    return Secrets.of(kept, session).weight
 
 
 def mask(

@@ -338,6 +338,8 @@ def _clients(run: _Run) -> Section | None:
         f"{sum(entry['num_dev'] for entry in clients):,} development samples."
     )
     labels = [entry["labels"] for entry in clients]
+    if max(map(len, labels)) == 0:
+        return Section("What the clients hold", [Text(f"{note} Their classes stay with them.")])
     if max(map(len, labels)) == 1:
         return Section("What the clients hold", [Text(f"{note} They have no classes.")])
     note += (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
-from fedprune.exchange.messages import Reply, Request
+from fedprune.exchange.messages import Reply, Request, Resources
 from fedprune.local.training import growth_counts
 from fedprune.rounds.evaluation import Tested
 from fedprune.rounds.setup import Setup
@@ -31,6 +32,24 @@ class Traffic:
             self.mask + later.mask,
             self.skipped + later.skipped,
         )
+
+
+def stacked(steps: Iterable[Traffic]) -> Traffic:
+    """A question in several steps, as one message a client; the largest of each step together."""
+    total = Traffic()
+    for step in steps:
+        total = Traffic(
+            _added(total.up, step.up),
+            _added(total.down, step.down),
+            total.mask + step.mask,
+            total.skipped + step.skipped,
+        )
+    return total
+
+
+def _added(sizes: list[int], more: list[int]) -> list[int]:
+    descending = (sorted(some, reverse=True) for some in (sizes, more))
+    return [a + b for a, b in zip_longest(*descending, fillvalue=0)]
 
 
 @dataclass
@@ -75,9 +94,13 @@ class Totals:
 
     def count_resources(self, reply: Reply) -> None:
         """The largest that any client held."""
-        if reply.resources is not None:
-            self.state_bytes = max(self.state_bytes, reply.resources.state_bytes)
-            self.peak_rss_bytes = max(self.peak_rss_bytes, reply.resources.peak_rss_bytes)
+        self.count_held(reply.resources)
+
+    def count_held(self, resources: Resources | None) -> None:
+        """What a client held, or several at most."""
+        if resources is not None:
+            self.state_bytes = max(self.state_bytes, resources.state_bytes)
+            self.peak_rss_bytes = max(self.peak_rss_bytes, resources.peak_rss_bytes)
 
     def count_training(
         self, setup: Setup, request: Request, model: SparseState, num_examples: list[int]

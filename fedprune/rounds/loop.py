@@ -9,7 +9,8 @@ from typing import Protocol
 
 from fedprune.errors import ClientError
 from fedprune.exchange.aggregate import EntryMean, StateMean
-from fedprune.exchange.messages import MODEL, ClientInfo, Reply, Request
+from fedprune.exchange.messages import MODEL, ClientInfo, Reply, Request, Resources
+from fedprune.exchange.pooled import Pooled, Pooler
 from fedprune.local.model import execution_of
 from fedprune.methods.base import RunState, Start
 from fedprune.rounds.evaluation import Evaluator
@@ -42,6 +43,10 @@ class Cohort(Protocol):
         """Send to these clients (all, by default) and yield checked replies as they arrive."""
         ...
 
+    def ask_sum(self, request: Request, *, clients: list[int] | None = None) -> Pooled:
+        """Ask these clients (all, by default) so that nothing is seen but the sum."""
+        ...
+
     def skip(self, client: int, reason: str) -> None:
         """Note that a client's answer could not be used."""
         ...
@@ -53,7 +58,11 @@ class Cohort(Protocol):
 
 def run(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
     """Run, or continue, until the last round; leaves model, metrics and summary in `folder`."""
-    evaluator = Evaluator(setup, lambda request: cohort.ask(request, clients=_testers(cohort)))
+    evaluator = Evaluator(
+        setup,
+        lambda request: cohort.ask(request, clients=_testers(cohort)),
+        pooler=_sums(setup, lambda request: cohort.ask_sum(request, clients=_testers(cohort))),
+    )
     # Where we stand: the last checkpoint, or the method's own start.
     state = _resumed(setup, folder) or start(setup, cohort, folder)
     while state.round_index < setup.config.training.rounds:
@@ -76,6 +85,10 @@ def play_round(
     chosen = sample_clients(setup, sorted(cohort.clients), state.round_index)
     # 2. Replies are folded into sums as they arrive; only the sums are kept.
     fold = Fold(setup)
+    if config.privacy.secure_aggregation:  # nobody's answer is seen alone
+        fold.take(cohort.ask_sum(request, clients=chosen), cohort)
+        totals.count_held(fold.resources)
+        chosen = []
     for client, reply in cohort.ask(request, clients=chosen):
         try:
             fold.add(client, reply)
@@ -121,10 +134,23 @@ def play_round(
 def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
     """Let the method begin."""
 
-    def ask(request: Request) -> Iterator[tuple[int, Reply]]:
+    def count_passes(request: Request) -> None:
         samples = sum(info.num_dev for info in cohort.clients.values())
         folder.totals.count_passes(setup, request.forward_passes, samples)
+
+    def ask(request: Request) -> Iterator[tuple[int, Reply]]:
+        if setup.config.privacy.secure_aggregation:
+            raise RunError(
+                f"method {setup.config.method.name!r} asks {request.action!r} of single clients, "
+                "and privacy.secure_aggregation hides them; a method that calls server.pooled "
+                "works with both"
+            )
+        count_passes(request)
         yield from cohort.ask(request)
+
+    def ask_sum(request: Request) -> Pooled:
+        count_passes(request)
+        return cohort.ask_sum(request)
 
     server = Start(
         state=setup.start_state,
@@ -134,6 +160,7 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
         rounds=setup.config.training.rounds,
         seed=setup.config.seed,
         metric=setup.metric,
+        pooler=_sums(setup, ask_sum),
     )
     try:
         state = setup.method.start(server)
@@ -230,7 +257,9 @@ class Fold:
         device = setup.config.training.device
         self._mean = StateMean(device=None if device == "cpu" else device)
         self._growth = EntryMean()
+        self._pooled: Pooled | None = None
         self.losses: dict[int, tuple[float, int]] = {}
+        self.resources: Resources | None = None
 
     def add(self, client: int, reply: Reply) -> None:
         """Fold in one reply, in all sums or, where it is refused, in none.
@@ -242,13 +271,19 @@ class Fold:
         self._growth.add(reply.entries.get(MODEL, {}), weight=reply.weight)
         self.losses[client] = (float(reply.fields["loss"]), reply.num_examples)
 
+    def take(self, pooled: Pooled, cohort: Cohort) -> None:
+        """Take means that were made elsewhere; of single clients only their samples are known."""
+        self._pooled, self.resources = pooled, pooled.resources
+        for client in pooled.clients:
+            self.losses[client] = (pooled.fields["loss"], cohort.clients[client].num_train)
+
     def mean(self) -> SparseState:
         """The clients' weighted mean."""
-        return self._mean.result()
+        return self._pooled.states[MODEL] if self._pooled else self._mean.result()
 
     def growth(self) -> Entries:
         """The mean of their growth entries."""
-        return self._growth.result()
+        return self._pooled.growth if self._pooled else self._growth.result()
 
     def samples(self) -> list[int]:
         """Each client's number of samples."""
@@ -282,6 +317,11 @@ def _resumed(setup: Setup, folder: RunFolder) -> RunState | None:
             " continue with the network that the run began with, or use another folder"
         )
     return replace(state, model=state.model.ordered(setup.shapes))
+
+
+def _sums(setup: Setup, pooler: Pooler) -> Pooler | None:
+    """How answers are added up where nobody's is seen alone."""
+    return pooler if setup.config.privacy.secure_aggregation else None
 
 
 def _testers(cohort: Cohort) -> list[int]:
