@@ -72,7 +72,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         found = [f"seed: expected 0 or more, got {self.seed}"] if self.seed < 0 else []
-        found += problems(*(getattr(self, section) for section in _SECTIONS))
+        found += problems(**{section: getattr(self, section) for section in _SECTIONS})
         if self.privacy.dp != "none":
             found += [f"method.name: {why}" for why in self.method.unaccounted()]
         if found:
@@ -104,7 +104,7 @@ class RunConfig:
             method = kind(**parts["method"])
         except ConfigError as error:
             found = [str(error)]
-            found += problems(*(sections[section] for section in _SECTIONS))
+            found += problems(**sections)
             raise ConfigError("; ".join(found)) from None
         return cls(**parts[""], method=method, **sections)
 

@@ -154,8 +154,13 @@ class PrivacyConfig:
         """Whether clients keep to themselves which classes they have."""
         return self.secure_aggregation or self.dp != "none"
 
+    def seeds_noise(self, simulated: bool) -> bool:
+        """Whether noise comes from the run's seed."""
+        return self.noise == "seed" or (self.noise == "auto" and simulated)
+
 
 def problems(
+    *,
     data: DataConfig,
     model: ModelConfig,
     training: TrainingConfig,
@@ -239,10 +244,7 @@ def _private(
     if privacy.secure_aggregation and (asked == 1 or data.clients == 1):
         yield "privacy.secure_aggregation: a sum over one client is that client's; ask more"
     if privacy.dp != "none" and federation.clients_test:
-        yield (
-            "federation.evaluate: tests by clients are not covered by privacy.dp; use "
-            '"server"'
-        )
+        yield ('federation.evaluate: tests by clients are not covered by privacy.dp; use "server"')
 
 
 def _unknown_functions(data: DataConfig, training: TrainingConfig) -> Iterable[str]:

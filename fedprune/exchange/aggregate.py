@@ -174,10 +174,11 @@ class StateMean:
 
     Args:
         device: as of `WeightedMean`.
+        updates: whether the states are differences; their statistics have plain means.
     """
 
-    def __init__(self, *, device: str | None = None) -> None:
-        self._device = device
+    def __init__(self, *, device: str | None = None, updates: bool = False) -> None:
+        self._device, self._updates = device, updates
         self._mean: WeightedMean | None = None
         self._order: list[str] = []
         self._patterns: Patterns | None = None
@@ -222,7 +223,11 @@ class StateMean:
         self, like: SparseState, words: NDArray[np.uint64], *, width: int, weight: int, replies: int
     ) -> None:
         """Begin with sums that were made elsewhere, of states like this one; see WeightedMean."""
-        self._mean, self._order, self._patterns = self._empty(like), list(like.values), like.patterns
+        self._mean, self._order, self._patterns = (
+            self._empty(like),
+            list(like.values),
+            like.patterns,
+        )
         shapes = {name: value.shape for name, value in like.values.items()}
         self._mean.take(shapes, words, width=width, weight=weight, num_replies=replies)
 
@@ -230,7 +235,7 @@ class StateMean:
         pairs = [
             (name, f"{stem}running_var")
             for name in like.values
-            if (stem := name.removesuffix("running_mean")) != name
+            if (stem := name.removesuffix("running_mean")) != name and not self._updates
         ]
         return WeightedMean(pairs, device=self._device)
 

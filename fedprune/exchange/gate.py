@@ -166,7 +166,10 @@ def check_parts(reply: Reply, request: Request) -> None:
             )
         _check_values(tensors)
     for name, state in reply.states.items():
-        _check_state(state, request.states[name])
+        if expected.norm:
+            _check_update(state, expected.norm)
+        else:
+            _check_state(state, request.states[name])
     for name, entries in reply.entries.items():
         most = expected.growth if name == MODEL else {}
         for layer, (indices, _) in entries.items():
@@ -181,6 +184,13 @@ def _check_state(state: SparseState, before: SparseState) -> None:
     norm, start = _norm(state.values), _norm(before.values)
     if not norm <= MAX_GROWTH * (start + 1):
         raise ClientError(f"weights of norm {norm:.3g} after {start:.3g}: {DIVERGED}")
+
+
+def _check_update(update: SparseState, most: float) -> None:
+    squares = (float(np.vdot(v, v)) for v in map(np.float64, update.values.values()))
+    norm = sum(squares) ** 0.5
+    if not norm <= most:
+        raise ClientError(f"an update of norm {norm:.6g}: expected at most {most:.6g}")
 
 
 def _check_values(tensors: Tensors) -> None:

@@ -70,6 +70,7 @@ class Expected:
             them has; 0: it is one number, no list.
         tensors: name of each dictionary -> the tensors in it.
         growth: layer -> how many entries at pruned places of the model at most.
+        norm: where positive, states are updates, of at most that norm, and not weights.
     """
 
     fields: Collection[str] = ()
@@ -77,6 +78,7 @@ class Expected:
     sums: Mapping[str, int] = field(default_factory=dict)
     tensors: Mapping[str, Collection[str]] = field(default_factory=dict)
     growth: Mapping[str, int] = field(default_factory=dict)
+    norm: float = 0.0
 
 
 @dataclass(frozen=True)

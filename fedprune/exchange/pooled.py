@@ -67,10 +67,11 @@ class Sums:
     Args:
         per_sample: fields that are sums over a client's samples: name -> numbers in a list of
             them; 0: no list.
+        updates: as of `StateMean`.
     """
 
-    def __init__(self, per_sample: Mapping[str, int]) -> None:
-        self._per_sample = per_sample
+    def __init__(self, per_sample: Mapping[str, int], *, updates: bool = False) -> None:
+        self._per_sample, self._updates = per_sample, updates
         self._states: dict[str, StateMean] = {}
         self._tensors: dict[str, StateMean] = {}
         self._fields = WeightedMean()
@@ -89,7 +90,9 @@ class Sums:
             (self._tensors, {n: SparseState(some) for n, some in reply.tensors.items()}),
         ):
             for name, state in held.items():
-                means.setdefault(name, StateMean()).add(state, weight=reply.weight)
+                means.setdefault(name, StateMean(updates=self._updates)).add(
+                    state, weight=reply.weight
+                )
         numbers = {name: self._numbers(name, reply) for name in reply.fields}
         self._lists |= {name for name in numbers if isinstance(reply.fields[name], list)}
         if numbers:
@@ -123,7 +126,7 @@ class Sums:
         for means, states in ((self._states, like.states), (self._tensors, like.tensors)):
             for name in sorted(states):
                 end = start + _words_of(states[name].values)
-                means[name] = mean = StateMean()
+                means[name] = mean = StateMean(updates=self._updates)
                 mean.take(
                     states[name], words[start:end], width=width, weight=weight, replies=num_replies
                 )

@@ -146,7 +146,15 @@ def open_request(record: RecordDict, context: Context) -> tuple[Request, Local]:
     else:
         network = network_of(config, data, None)
     kept = _bytes_of(context, _KEPT)
-    local = Local(client, data, config, network, message_bytes=received.nbytes(), kept=kept)
+    local = Local(
+        client,
+        data,
+        config,
+        network,
+        message_bytes=received.nbytes(),
+        kept=kept,
+        simulated=SETUP in context.run_config,
+    )
     return received.request(network.shapes), local
 
 

@@ -136,7 +136,9 @@ def ask_sum(
     before, sent = cohort.take_traffic(), []
     session = f"{request.action} {request.round_index} {secrets.token_hex(16)}"
     begun = {_SESSION: session, _NUM_CLIENTS: num_clients}
-    one = _Sum(cohort, request, begun, dict(weights), shapes, threshold)
+    one = _Sum(
+        cohort, request, begun=begun, weights=dict(weights), shapes=shapes, threshold=threshold
+    )
     try:
         for step in (one.keys, one.shares, one.masked, one.unmask):
             step()
@@ -156,6 +158,7 @@ class _Sum:
         self,
         cohort: Clients,
         request: Request,
+        *,
         begun: Header,
         weights: dict[int, int],
         shapes: wire.Shapes,
@@ -306,6 +309,4 @@ def _cut(data: bytes, clients: list[int], size: int) -> dict[int, bytes]:
     """
     if len(data) != size * len(clients) or len(set(clients)) != len(clients):
         raise ClientError(f"secure sum: {len(data)} bytes for {len(clients)} clients")
-    return {
-        client: data[place * size : (place + 1) * size] for place, client in enumerate(clients)
-    }
+    return {client: data[place * size : (place + 1) * size] for place, client in enumerate(clients)}

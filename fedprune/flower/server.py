@@ -153,6 +153,7 @@ class GridCohort:
             equal_weights=setup.config.privacy.dp != "none",
         )
         self.clients: dict[int, ClientInfo] = {}
+        self.simulated = not own_data
         self.stacked = bool(getattr(grid, "stacked", False))
 
     def join(self) -> None:

@@ -5,8 +5,8 @@ are they would tell a client's places; laid out densely they would take the whol
 into an invertible Bloom lookup table instead (Goodrich and Mitzenmacher, Allerton 2011): an entry
 is added to one cell of each of four rows, chosen by a hash of its place. Tables of all clients are
 added up, under masks, and of the sum's cells those that hold one place only are read, taken out,
-and so on until the table is empty. Sums are exact. Whoever reads the sum learns of each place, besides
-the sum of its values, how many clients named it.
+and so on until the table is empty. Sums are exact. Whoever reads the sum learns of each place,
+besides the sum of its values, how many clients named it.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
-import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -89,7 +89,7 @@ class Secrets:
         Raises:
             ClientError: it has begun none of that name, or has lost them.
         """
-        values = json.loads(kept[SECRET]) if SECRET in kept else {"session": None}
+        values: dict[str, Any] = json.loads(kept.get(SECRET, b'{"session": null}'))
         if values["session"] != session:
             raise ClientError(f"secure sum {session!r:.60}: its keys are not here (any more)")
         values["publics"] = {int(client): keys for client, keys in values["publics"].items()}
@@ -110,8 +110,8 @@ class Secrets:
 def advertise(kept: dict[str, bytes], session: str, own: int) -> bytes:
     """Begin a sum: two fresh key pairs, of which this gives the public keys, 64 bytes."""
     talk, mask = X25519PrivateKey.generate(), X25519PrivateKey.generate()
-    private = [key.private_bytes_raw().hex() for key in (talk, mask)]
-    Secrets(session, own, *private).keep(kept)
+    private = {"talk": talk.private_bytes_raw().hex(), "mask": mask.private_bytes_raw().hex()}
+    Secrets(session, own, **private).keep(kept)
     return public_bytes(talk) + public_bytes(mask)
 
 

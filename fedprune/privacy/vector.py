@@ -73,12 +73,14 @@ class Spec:
             return None
         match given:
             case {
-                "session": str(session), "clients": list(clients), "sums": dict(sums), **rest
-            } if set(rest) == {"width", "cells"} and len(clients) <= MAX_CLIENTS:  # fmt: skip
-                width, cells = count(rest, "width"), count(rest, "cells")
+                "session": str(session),
+                "clients": list(clients),
+                "width": int(width),
+                "cells": int(cells),
+                "sums": dict(sums),
+            } if len(clients) <= MAX_CLIENTS and 5 <= width <= 8 and 0 <= cells <= MAX_CELLS:
                 listed = [count({"clients": client}, "clients") for client in clients]
-                if 5 <= width <= 8 and cells <= MAX_CELLS:
-                    return cls(session, listed, width, cells, sums)
+                return cls(session, listed, width, cells, sums)
         raise ClientError(f"field {SPEC!r}: {given!r:.90} is no description of a sum")
 
     def asked(self, request: Request) -> Request:
@@ -87,8 +89,11 @@ class Spec:
         return replace(request, fields=fields, expected=Expected(), check=lambda reply: None)
 
 
-def vector_of(reply: Reply, request: Request, spec: Spec) -> Words:
+def vector_of(reply: Reply, request: Request, spec: Spec, *, norm: float = 0.0) -> Words:
     """A reply, times its weight, as numbers modulo 2^64: uint64 [n].
+
+    Args:
+        norm: as of `Expected`.
 
     Raises:
         ClientError: it holds values that the server could not refuse under masks: not finite,
@@ -100,9 +105,10 @@ def vector_of(reply: Reply, request: Request, spec: Spec) -> Words:
         states=list(reply.states),
         tensors={name: list(some) for name, some in reply.tensors.items()},
         growth=counts,
+        norm=norm,
     )
     check_parts(reply, replace(request, expected=expected))
-    sums = Sums(spec.sums)
+    sums = Sums(spec.sums, updates=norm > 0)
     sums.add(reply)
     words = sums.words()
     if not spec.cells:
@@ -147,7 +153,7 @@ def pooled_of(
     """
     layout, weight = Layout.of(request, shapes), sum(weights.values())
     end = layout.num_words()
-    sums = Sums(request.expected.sums)
+    sums = Sums(request.expected.sums, updates=request.expected.norm > 0)
     sums.take(total[:end], layout, width=spec.width, weight=weight, num_replies=len(weights))
     complete = True
     if spec.cells:

@@ -30,7 +30,8 @@ class Tested:
 
     Attributes:
         loss, metric: means over the samples.
-        clients: of each client that tested on its own and may be seen alone: number, samples, loss, metric.
+        clients: of each client that tested on its own: number, samples, loss, metric; empty where
+            nobody's answer is seen alone.
     """
 
     loss: float

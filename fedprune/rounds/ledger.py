@@ -70,6 +70,7 @@ class Totals:
     test_accuracy: float | None = 0.0
     test_metric: float | None = None
     test_loss: float | None = None
+    epsilon: float | None = None
 
     def count_start(self, traffic: Traffic, num_clients: int) -> None:
         """Bytes before the first round; those of the start are for one client, on average."""

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Protocol
+from random import SystemRandom
+from typing import Any, Protocol
 
 from fedprune.errors import ClientError
 from fedprune.exchange.aggregate import EntryMean, StateMean
-from fedprune.exchange.messages import MODEL, ClientInfo, Reply, Request, Resources
+from fedprune.exchange.messages import MODEL, ClientInfo, Fields, Reply, Request, Resources
 from fedprune.exchange.pooled import Pooled, Pooler
 from fedprune.local.model import execution_of
 from fedprune.methods.base import RunState, Start
+from fedprune.privacy.accounting import epsilon
+from fedprune.privacy.noise import question, released
+from fedprune.privacy.randomness import new_key, seeded_key
 from fedprune.rounds.evaluation import Evaluator
 from fedprune.rounds.folder import RunFolder, save_model
 from fedprune.rounds.ledger import Traffic, mask_change, skips
@@ -32,10 +38,12 @@ class Cohort(Protocol):
     Attributes:
         clients: by number.
         stacked: whether the clients of a round are trained together, on masked dense weights.
+        simulated: whether they are parts of this run, and nobody's devices.
     """
 
     clients: dict[int, ClientInfo]
     stacked: bool
+    simulated: bool
 
     def ask(
         self, request: Request, *, clients: list[int] | None = None
@@ -63,6 +71,8 @@ def run(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
         lambda request: cohort.ask(request, clients=_testers(cohort)),
         pooler=_sums(setup, lambda request: cohort.ask_sum(request, clients=_testers(cohort))),
     )
+    if setup.config.privacy.dp != "none":  # whether it can be accounted for, before it is spent
+        epsilon(setup.config.privacy, releases=1, asked=1, clients=1)
     # Where we stand: the last checkpoint, or the method's own start.
     state = _resumed(setup, folder) or start(setup, cohort, folder)
     while state.round_index < setup.config.training.rounds:
@@ -82,10 +92,15 @@ def play_round(
     request = replace(setup.method.request(state), report_resources=last)
     if config.federation.clients_test:  # who tested the model has it
         request = replace(request, hold=request.hold | {MODEL})
-    chosen = sample_clients(setup, sorted(cohort.clients), state.round_index)
+    privacy = config.privacy
+    if privacy.dp != "none":
+        request = question(request, privacy)
+    seeded = privacy.dp != "central" or privacy.seeds_noise(cohort.simulated)
+    chosen = sample_clients(setup, sorted(cohort.clients), state.round_index, seeded=seeded)
+    asked = len(chosen)
     # 2. Replies are folded into sums as they arrive; only the sums are kept.
     fold = Fold(setup)
-    if config.privacy.secure_aggregation:  # nobody's answer is seen alone
+    if privacy.secure_aggregation:  # nobody's answer is seen alone
         fold.take(cohort.ask_sum(request, clients=chosen), cohort)
         totals.count_held(fold.resources)
         chosen = []
@@ -100,7 +115,11 @@ def play_round(
     if not fold.losses:
         raise _nobody(folder, state, traffic)
     # 3. The method makes the next state of what it got.
-    updated = setup.method.update(state, mean=fold.mean(), growth=fold.growth())
+    mean = fold.mean()
+    if privacy.dp != "none":
+        key = seeded_key("noise", config.seed, state.round_index) if seeded else new_key()
+        mean = released(state.model, mean, privacy, num_clients=len(fold.losses), key=key)
+    updated = setup.method.update(state, mean=mean, growth=fold.growth())
     # 4. The new model is evaluated on test data, for the record only.
     tested = evaluator.evaluate(updated.model, round_index=updated.round_index)
     traffic = traffic.joined(cohort.take_traffic())
@@ -108,6 +127,11 @@ def play_round(
     # 5. The round is counted and written down.
     totals.count_round(traffic, request)
     totals.count_training(setup, request, state.model, fold.samples())
+    if privacy.dp != "none":
+        releases = _releases(setup, sorted(cohort.clients), updated.round_index)
+        totals.epsilon = epsilon(
+            privacy, releases=releases, asked=asked, clients=len(cohort.clients)
+        )
     adjusted, entropy = mask_change(state.model, updated.model)
     folder.append(
         {
@@ -125,6 +149,7 @@ def play_round(
             "mask_bytes": traffic.mask,
             "adjusted": adjusted,
             "mask_change_entropy_bytes": entropy,
+            **_spent(setup, folder),
             **skips(traffic),
         }
     )
@@ -245,6 +270,7 @@ def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
             "state_bytes_dense": 3 * 4 * reference.num_parameters,
             "peak_rss_bytes": max(totals.peak_rss_bytes, peak_rss_bytes()),
             "seconds": round(totals.seconds, 3),
+            **_spent(setup, folder),
             "version": __version__,
         }
     )
@@ -255,7 +281,8 @@ class Fold:
 
     def __init__(self, setup: Setup) -> None:
         device = setup.config.training.device
-        self._mean = StateMean(device=None if device == "cpu" else device)
+        updates = setup.config.privacy.dp != "none"
+        self._mean = StateMean(device=None if device == "cpu" else device, updates=updates)
         self._growth = EntryMean()
         self._pooled: Pooled | None = None
         self.losses: dict[int, tuple[float, int]] = {}
@@ -269,13 +296,13 @@ class Fold:
         """
         self._mean.add(reply.states[MODEL], weight=reply.weight)
         self._growth.add(reply.entries.get(MODEL, {}), weight=reply.weight)
-        self.losses[client] = (float(reply.fields["loss"]), reply.num_examples)
+        self.losses[client] = (_loss(reply.fields), reply.num_examples)
 
     def take(self, pooled: Pooled, cohort: Cohort) -> None:
         """Take means that were made elsewhere; of single clients only their samples are known."""
         self._pooled, self.resources = pooled, pooled.resources
         for client in pooled.clients:
-            self.losses[client] = (pooled.fields["loss"], cohort.clients[client].num_train)
+            self.losses[client] = (_loss(pooled.fields), cohort.clients[client].num_train)
 
     def mean(self) -> SparseState:
         """The clients' weighted mean."""
@@ -289,15 +316,24 @@ class Fold:
         """Each client's number of samples."""
         return [count for _, count in self.losses.values()]
 
-    def train_loss(self) -> float:
-        """The clients' mean loss, added up in the order of clients."""
+    def train_loss(self) -> float | None:
+        """The clients' mean loss, added up in the order of clients; None where it is not told."""
         total = sum(self.losses[c][0] * self.losses[c][1] for c in sorted(self.losses))
-        return total / sum(self.samples())
+        mean = total / sum(self.samples())
+        return None if math.isnan(mean) else mean
 
 
-def sample_clients(setup: Setup, clients: list[int], round_index: int) -> list[int]:
-    """The clients of one round: a seeded draw without replacement, ascending."""
+def sample_clients(
+    setup: Setup, clients: list[int], round_index: int, *, seeded: bool = True
+) -> list[int]:
+    """The clients of one round: a draw without replacement, ascending.
+
+    Args:
+        seeded: by the run's seed; otherwise nobody can know it beforehand or afterwards.
+    """
     config = setup.config
+    if not seeded:
+        return sorted(SystemRandom().sample(clients, min(config.clients_per_round, len(clients))))
     order = rng(SEED_SAMPLING, config.seed, round_index).permutation(len(clients))
     return sorted(clients[i] for i in order[: config.clients_per_round].tolist())
 
@@ -317,6 +353,26 @@ def _resumed(setup: Setup, folder: RunFolder) -> RunState | None:
             " continue with the network that the run began with, or use another folder"
         )
     return replace(state, model=state.model.ordered(setup.shapes))
+
+
+def _releases(setup: Setup, clients: list[int], rounds: int) -> int:
+    """Rounds so far; of noise that clients add themselves, answers of the busiest client."""
+    if setup.config.privacy.dp == "central":
+        return rounds
+    drawn = Counter(c for index in range(rounds) for c in sample_clients(setup, clients, index))
+    return max(drawn.values())
+
+
+def _spent(setup: Setup, folder: RunFolder) -> dict[str, Any]:
+    """What differential privacy amounts to so far; empty where there is none."""
+    privacy = setup.config.privacy
+    if privacy.dp == "none":
+        return {}
+    return {"epsilon": folder.totals.epsilon, "delta": privacy.delta}
+
+
+def _loss(fields: Fields) -> float:
+    return float(fields.get("loss", math.nan))
 
 
 def _sums(setup: Setup, pooler: Pooler) -> Pooler | None:

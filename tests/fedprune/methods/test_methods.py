@@ -314,7 +314,9 @@ def test_selection_takes_the_smallest_weighted_loss_and_its_statistics(tmp_path:
     counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=3, seed=1)
     pool = candidate_pool(beginning(work).state(), counts)
     asked, ask = local_ask(work, tmp_path)
-    winner, statistics, account = select_candidate(pool, pooling(ask), adaptive=True, metric="accuracy")
+    winner, statistics, account = select_candidate(
+        pool, pooling(ask), adaptive=True, metric="accuracy"
+    )
     assert asked == ["measure", "score"]
     assert account["losses"][winner] == min(account["losses"])
     # Only running statistics are aggregated: scale and shift (γ, β) stay the server's.
