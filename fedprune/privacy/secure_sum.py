@@ -110,8 +110,8 @@ class Secrets:
 def advertise(kept: dict[str, bytes], session: str, own: int) -> bytes:
     """Begin a sum: two fresh key pairs, of which this gives the public keys, 64 bytes."""
     talk, mask = X25519PrivateKey.generate(), X25519PrivateKey.generate()
-    private = {"talk": talk.private_bytes_raw().hex(), "mask": mask.private_bytes_raw().hex()}
-    Secrets(session, own, **private).keep(kept)
+    private = (key.private_bytes_raw().hex() for key in (talk, mask))
+    Secrets(session, own, talk=next(private), mask=next(private)).keep(kept)
     return public_bytes(talk) + public_bytes(mask)
 
 
