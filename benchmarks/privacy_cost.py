@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from flwr.common import ndarrays_to_parameters
 from flwr.common.secure_aggregation.secaggplus_constants import Key
 
 from benchmarks.message_bytes import INPUT, SHARE_MOVED, pruned
+from benchmarks.rows import Row, add_arguments, show
 from fedprune.config import RunConfig
 from fedprune.exchange.messages import MODEL, Reply, Request
 from fedprune.exchange.pooled import pooled
@@ -42,6 +43,7 @@ CLIENTS = 8
 SAMPLES = 5_000  # of a client
 DENSITIES = (0.01, 0.05, 0.2)
 MODELS = ("resnet8", "resnet18")
+FLOWER = "Flower's SecAgg+, dense"
 
 
 class Cohort:
@@ -99,13 +101,13 @@ class Cohort:
         self.traffic = traffic.joined(self.traffic)
 
 
-def rows(models: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def rows(models: Iterable[str], densities: Iterable[float] = DENSITIES) -> Iterator[Row]:
     """Rows of every model and density: a round that moves values, and one that grows its masks."""
     for name in models:
         model = build_model(name, num_classes=10, input_shape=INPUT, seed=0)
         dense = {n: tuple(v.shape) for n, v in float_state(model).items()}
         theirs, seconds = flower_client([v.numpy() for v in float_state(model).values()])
-        for density in DENSITIES:
+        for density in densities:
             state = pruned(model, density)
             for kind, grows in (("values", False), ("values and growth", True)):
                 request, replies = asked(state, grows=grows)
@@ -124,21 +126,12 @@ def rows(models: tuple[str, ...]) -> Iterator[dict[str, Any]]:
                     assert np.array_equal(found.states[MODEL].values[layer], value)
                 for layer, entries in plain.growth.items():
                     assert np.array_equal(found.growth[layer][1], entries[1])
-                case, size = f"{name}, {kind}", max(cohort.traffic.up)
-                yield row(case, density, size, clear, "the same in the clear", "B")
+                case, size = f"{name}, {kind}", max(cohort.traffic.up) / 1000
+                row = partial(Row, "privacy_cost", case, density)
+                yield row(size, clear / 1000, "the same in the clear", "kB")
                 if not grows:
-                    yield row(case, density, size, theirs, "Flower's SecAgg+, dense", "B")
-                    own = cohort.seconds / CLIENTS
-                    yield row(case, density, own, seconds, "Flower's SecAgg+, dense", "s")
-
-
-def row(
-    case: str, density: float, ours: float, theirs: float, peer_name: str, unit: str
-) -> dict[str, Any]:
-    return {
-        "bench": "privacy_cost", "case": case, "density": density, "ours": ours, "peer": theirs,
-        "peer_name": peer_name, "unit": unit, "ratio": theirs / ours,
-    }  # fmt: skip
+                    yield row(size, theirs / 1000, FLOWER, "kB")
+                    yield row(cohort.seconds / CLIENTS, seconds, FLOWER, "s")
 
 
 def asked(state: SparseState, *, grows: bool) -> tuple[Request, dict[int, Reply]]:
@@ -206,19 +199,9 @@ def flower_client(arrays: list[np.ndarray[Any, Any]]) -> tuple[int, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.privacy_cost")
-    parser.add_argument("--quick", action="store_true", help="resnet8 only")
-    parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    add_arguments(parser, quick="resnet8 only")
     arguments = parser.parse_args()
-    for entry in rows(MODELS[:1] if arguments.quick else MODELS):
-        if arguments.json:
-            print(json.dumps(entry), flush=True)
-            continue
-        shown = "{:>13,.0f} B" if entry["unit"] == "B" else "{:>13.3f} s"
-        print(
-            f"{entry['case']:<30} d={entry['density']:<5g}{shown.format(entry['ours'])}  "
-            f"{entry['ratio']:8.3f} x  {entry['peer_name']} ({shown.format(entry['peer']).strip()})",
-            flush=True,
-        )
+    show(rows(MODELS[:1] if arguments.quick else MODELS), arguments)
 
 
 if __name__ == "__main__":

@@ -212,10 +212,14 @@ class GridCohort:
     def ask_sum(self, request: Request, *, clients: list[int] | None = None) -> Pooled:
         """Ask these clients (all, by default) so that nothing is seen but the sum."""
         clients = sorted(self.clients) if clients is None else clients
+        weights = self._gate.weights(clients, on=request.on)
+        for client in [client for client, weight in weights.items() if weight == 0]:
+            del weights[client]
+            self.skip(client, f"it has no samples for {request.action!r}")
         return secure.ask_sum(
             self,
             request,
-            weights=self._gate.weights(clients, on=request.on),
+            weights=weights,
             num_clients=self._config.data.clients,
             shapes=self._setup.shapes,
             threshold=self._config.privacy.threshold,
