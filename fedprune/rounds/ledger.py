@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from fedprune.exchange.messages import Reply, Request, Resources
+from fedprune.exchange.messages import Request, Resources
 from fedprune.local.training import growth_counts
 from fedprune.rounds.evaluation import Tested
 from fedprune.rounds.setup import Setup
@@ -93,12 +93,8 @@ class Totals:
         self.test_metric = None if tested is None or not metric else tested.metric
         self.test_accuracy = self.test_metric if metric == "accuracy" else None
 
-    def count_resources(self, reply: Reply) -> None:
-        """The largest that any client held."""
-        self.count_held(reply.resources)
-
     def count_held(self, resources: Resources | None) -> None:
-        """What a client held, or several at most."""
+        """What a client held, or several at most: the largest of all counts."""
         if resources is not None:
             self.state_bytes = max(self.state_bytes, resources.state_bytes)
             self.peak_rss_bytes = max(self.peak_rss_bytes, resources.peak_rss_bytes)

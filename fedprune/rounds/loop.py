@@ -97,20 +97,19 @@ def play_round(
         request = question(request, privacy)
     seeded = privacy.dp != "central" or privacy.seeds_noise(cohort.simulated)
     chosen = sample_clients(setup, sorted(cohort.clients), state.round_index, seeded=seeded)
-    asked = len(chosen)
     # 2. Replies are folded into sums as they arrive; only the sums are kept.
     fold = Fold(setup)
     if privacy.secure_aggregation:  # nobody's answer is seen alone
         fold.take(cohort.ask_sum(request, clients=chosen), cohort)
         totals.count_held(fold.resources)
-        chosen = []
-    for client, reply in cohort.ask(request, clients=chosen):
-        try:
-            fold.add(client, reply)
-        except ClientError as error:
-            cohort.skip(client, str(error))
-            continue
-        totals.count_resources(reply)
+    else:
+        for client, reply in cohort.ask(request, clients=chosen):
+            try:
+                fold.add(client, reply)
+            except ClientError as error:
+                cohort.skip(client, str(error))
+                continue
+            totals.count_held(reply.resources)
     traffic = cohort.take_traffic()
     if not fold.losses:
         raise _nobody(folder, state, traffic)
@@ -130,7 +129,7 @@ def play_round(
     if privacy.dp != "none":
         releases = _releases(setup, sorted(cohort.clients), updated.round_index)
         totals.epsilon = epsilon(
-            privacy, releases=releases, asked=asked, clients=len(cohort.clients)
+            privacy, releases=releases, asked=len(chosen), clients=len(cohort.clients)
         )
     adjusted, entropy = mask_change(state.model, updated.model)
     folder.append(

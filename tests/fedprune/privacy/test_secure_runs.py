@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from scipy import stats
 from fedprune.errors import ConfigError
 from fedprune.flower import client, wire
 from fedprune.flower.batched import BatchedGrid
+from fedprune.methods import Method, RunState, Start, train_request
 from fedprune.privacy.randomness import packed, unpacked
 from fedprune.rounds.folder import read_metrics, read_model
 from prunelab.errors import RunError
@@ -238,6 +240,25 @@ def test_questions_in_the_clear_are_not_answered(tmp_path: Path) -> None:
 
     with pytest.raises(RunError, match="a step of a secure sum, which this run does not have"):
         run_inline(tiny(**SMALL), tmp_path / "other", clients=stepped)
+
+
+@dataclass(frozen=True)
+class Curious(Method):
+    """It looks at each client's answer alone."""
+
+    name: ClassVar[str] = "curious"
+
+    def start(self, server: Start) -> RunState:
+        state = RunState(0, server.state())
+        list(server.ask(train_request(state)))
+        return state
+
+
+def test_a_method_that_looks_at_single_answers_is_told_how_not_to(tmp_path: Path) -> None:
+    settings = {"method__name": f"{__name__}:Curious", "training__rounds": 1}
+    run_inline(tiny(**settings), tmp_path / "plain")
+    with pytest.raises(RunError, match=r"a method that calls server\.pooled works with both"):
+        run_inline(tiny(**settings, privacy__secure_aggregation=True), tmp_path / "run")
 
 
 def test_a_vector_of_another_length_is_left_out(tmp_path: Path) -> None:
