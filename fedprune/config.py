@@ -27,6 +27,7 @@ from fedprune.settings import (
     DataConfig,
     FederationConfig,
     ModelConfig,
+    PrivacyConfig,
     ServerConfig,
     TrainingConfig,
     problems,
@@ -44,6 +45,7 @@ _SECTIONS: dict[str, type[Any]] = {
     "training": TrainingConfig,
     "server": ServerConfig,
     "federation": FederationConfig,
+    "privacy": PrivacyConfig,
 }
 
 
@@ -66,10 +68,13 @@ class RunConfig:
     method: Method = field(default_factory=METHODS[DEFAULT_METHOD])
     server: ServerConfig = field(default_factory=ServerConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     def __post_init__(self) -> None:
         found = [f"seed: expected 0 or more, got {self.seed}"] if self.seed < 0 else []
-        found += problems(self.data, self.model, self.training, self.server, self.federation)
+        found += problems(**{section: getattr(self, section) for section in _SECTIONS})
+        if self.privacy.dp != "none":
+            found += [f"method.name: {why}" for why in self.method.unaccounted()]
         if found:
             raise ConfigError("; ".join(found))
 
@@ -99,7 +104,7 @@ class RunConfig:
             method = kind(**parts["method"])
         except ConfigError as error:
             found = [str(error)]
-            found += problems(*(sections[section] for section in _SECTIONS))
+            found += problems(**sections)
             raise ConfigError("; ".join(found)) from None
         return cls(**parts[""], method=method, **sections)
 

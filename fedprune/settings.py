@@ -14,6 +14,8 @@ VALUE_DTYPES = ("fp32", "fp16", "bf16", "int8")
 DEVICES = ("cpu", "cuda")
 EVALUATIONS = ("server", "clients")
 AGGREGATIONS = ("mean", "clipped", "trimmed-mean", "median", "multi-krum")
+DP = ("none", "central", "local")
+NOISES = ("auto", "seed", "system")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "linear", "constant")
 EXECUTIONS = ("auto", "sparse", "masked", "dense")
@@ -159,12 +161,46 @@ class FederationConfig:
         return self.evaluate == "clients"
 
 
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """What the server learns of a single client; docs/security.md says against whom.
+
+    With `secure_aggregation` it learns sums of answers alone: more than the share `threshold` of
+    the clients asked has to stay until the end of a sum.
+
+    `dp` is differential privacy of whole clients: "central" (the server adds noise to the mean),
+    "local" (each client adds its own) or "none". A client's update is clipped to the norm `clip`;
+    the noise of a sum, or of a client, has the deviation noise_multiplier · clip. Epsilon is told
+    at `delta`. `noise` comes from the "system", which nobody can guess, or from the run's "seed",
+    which a simulation can repeat and everybody can take away; "auto": the seed in simulations.
+    """
+
+    secure_aggregation: bool = False
+    threshold: float = 0.5
+    dp: str = "none"
+    clip: float = 1.0
+    noise_multiplier: float = 1.0
+    delta: float = 1e-5
+    noise: str = "auto"
+
+    @property
+    def hides_labels(self) -> bool:
+        """Whether clients keep to themselves which classes they have."""
+        return self.secure_aggregation or self.dp != "none"
+
+    def seeds_noise(self, simulated: bool) -> bool:
+        """Whether noise comes from the run's seed."""
+        return self.noise == "seed" or (self.noise == "auto" and simulated)
+
+
 def problems(
+    *,
     data: DataConfig,
     model: ModelConfig,
     training: TrainingConfig,
     server: ServerConfig,
     federation: FederationConfig,
+    privacy: PrivacyConfig,
 ) -> Iterable[str]:
     """Every reason why these sections cannot be used."""
     choices = {
@@ -174,6 +210,8 @@ def problems(
         "training.execution": (training.execution, EXECUTIONS),
         "federation.evaluate": (federation.evaluate, EVALUATIONS),
         "federation.aggregation": (federation.aggregation, AGGREGATIONS),
+        "privacy.dp": (privacy.dp, DP),
+        "privacy.noise": (privacy.noise, NOISES),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
@@ -211,6 +249,7 @@ def problems(
         if not amount >= 0:
             yield f"{key}: expected 0 or more, got {amount}"
     yield from _who_takes_part(federation, clients=data.clients)
+    yield from _private(data, federation, privacy)
     if training.batch_size < 2:
         yield f"training.batch_size: batch norm needs at least 2, got {training.batch_size}"
     if not 0 <= training.momentum < 1:
@@ -219,6 +258,8 @@ def problems(
         ("data.alpha", data.alpha),
         ("training.lr", training.lr),
         ("federation.timeout", federation.timeout),
+        ("privacy.clip", privacy.clip),
+        ("privacy.noise_multiplier", privacy.noise_multiplier),
     ):
         if not 0 < number < float("inf"):
             yield f"{key}: expected a positive number, got {number}"
@@ -245,6 +286,34 @@ def _who_takes_part(federation: FederationConfig, *, clients: int) -> Iterable[s
         for name, share in shares.items()
         if not 0 < share <= 1
     )
+
+
+def _private(
+    data: DataConfig, federation: FederationConfig, privacy: PrivacyConfig
+) -> Iterable[str]:
+    """Settings of privacy out of their range, or that others do not go with."""
+    for key, share in (("threshold", privacy.threshold), ("delta", privacy.delta)):
+        if not 0 < share < 1:
+            yield f"privacy.{key}: expected 0 < {key} < 1, got {share}"
+    private = privacy.secure_aggregation or privacy.dp != "none"
+    goes = "with privacy.secure_aggregation and privacy.dp"
+    if private and (federation.value_dtype != "fp32" or not federation.uplink.exact):
+        yield (
+            "federation: value_dtype, uplink_dtype and uplink_topk change what the client has "
+            f"protected; leave them at fp32 and 1 {goes}"
+        )
+    if private and federation.aggregation != "mean":
+        yield (
+            f"federation.aggregation: {federation.aggregation} compares single clients' values; "
+            f'use "mean" {goes}'
+        )
+    if private and federation.over_sample:
+        yield f"federation.over_sample: everybody who is asked counts {goes}; set it to 0"
+    asked = federation.clients_per_round or data.clients
+    if privacy.secure_aggregation and (asked == 1 or data.clients == 1):
+        yield "privacy.secure_aggregation: a sum over one client is that client's; ask more"
+    if privacy.dp != "none" and federation.clients_test:
+        yield ('federation.evaluate: tests by clients are not covered by privacy.dp; use "server"')
 
 
 def _unknown_functions(data: DataConfig, training: TrainingConfig) -> Iterable[str]:

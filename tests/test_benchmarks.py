@@ -21,6 +21,7 @@ from benchmarks import (
     choice_fit,
     client_memory,
     network_support,
+    privacy_cost,
     robust_sums,
     round_process,
     sparse_layers,
@@ -270,6 +271,16 @@ def test_client_memory_rows() -> None:
         assert found[phase].peer > 400  # torch's import alone
     assert found["all"].ours == max(found[phase].ours for phase in ("join", *phases))
     assert {r.unit for r in rows} == {"MiB", "ms"}
+
+
+def test_privacy_cost_rows() -> None:
+    """Masked values of 14 bytes against four in the clear, and against the dense model's eight."""
+    rows = checked(list(privacy_cost.rows(["resnet8"], [0.1])))
+    clear, peer, seconds, growth = rows
+    assert 0.25 < clear.ratio < 4 / 14
+    assert peer.ratio > 3
+    assert seconds.unit == "s"
+    assert growth.ours > clear.ours
 
 
 @needs_kernels

@@ -8,7 +8,8 @@ one by one; nothing else of them is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,9 +98,40 @@ class WeightedMean:
                 means[variance] = np.maximum(means[variance] - means[mean] ** 2, 0.0)
         return {name: value.astype(np.float32) for name, value in means.items()}
 
+    @property
+    def names(self) -> list[str]:
+        """What is added up."""
+        return list(self._sums)
+
     def sum_of(self, name: str) -> Any:
         """The running sum of one array."""
         return self._sums[name]
+
+    def words(self) -> NDArray[np.uint64]:
+        """All sums as numbers modulo 2^64, by name; of sums that numpy holds."""
+        return _joined([self._sums[name].words() for name in sorted(self._sums)])
+
+    def take(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        words: NDArray[np.uint64],
+        *,
+        width: int,
+        weight: int,
+        num_replies: int,
+    ) -> None:
+        """Begin with sums that were made elsewhere: the `words` of all together.
+
+        Args:
+            shapes: name -> shape, of every array.
+            width: bytes of a word.
+        """
+        start = 0
+        for name in sorted(shapes):
+            end = start + 2 * math.prod(shapes[name])
+            self._sums[name] = FixedSum.of_words(shapes[name], words[start:end], width=width)
+            start = end
+        self.total_weight, self.num_replies = weight, num_replies
 
     def _sum(self, shape: tuple[int, ...]) -> Any:
         if self._device is None:
@@ -142,10 +174,11 @@ class StateMean:
 
     Args:
         device: as of `WeightedMean`.
+        updates: whether the states are differences; their statistics have plain means.
     """
 
-    def __init__(self, *, device: str | None = None) -> None:
-        self._device = device
+    def __init__(self, *, device: str | None = None, updates: bool = False) -> None:
+        self._device, self._updates = device, updates
         self._mean: WeightedMean | None = None
         self._order: list[str] = []
         self._patterns: Patterns | None = None
@@ -163,12 +196,7 @@ class StateMean:
         """
         mean = self._mean
         if mean is None:
-            pairs = [
-                (name, f"{stem}running_var")
-                for name in state.values
-                if (stem := name.removesuffix("running_mean")) != name
-            ]
-            mean = WeightedMean(pairs, device=self._device)
+            mean = self._empty(state)
         elif state.patterns != self._patterns:
             raise ClientError("a state under another mask than those before it")
         mean.add(state.values, weight=weight)
@@ -185,6 +213,31 @@ class StateMean:
             raise ClientError("no reply was folded into the mean")
         mean = self._mean.result()
         return SparseState({name: mean[name] for name in self._order}, self._patterns)
+
+    def words(self) -> NDArray[np.uint64]:
+        """As `WeightedMean.words`."""
+        assert self._mean is not None
+        return self._mean.words()
+
+    def take(
+        self, like: SparseState, words: NDArray[np.uint64], *, width: int, weight: int, replies: int
+    ) -> None:
+        """Begin with sums that were made elsewhere, of states like this one; see WeightedMean."""
+        self._mean, self._order, self._patterns = (
+            self._empty(like),
+            list(like.values),
+            like.patterns,
+        )
+        shapes = {name: value.shape for name, value in like.values.items()}
+        self._mean.take(shapes, words, width=width, weight=weight, num_replies=replies)
+
+    def _empty(self, like: SparseState) -> WeightedMean:
+        pairs = [
+            (name, f"{stem}running_var")
+            for name in like.values
+            if (stem := name.removesuffix("running_mean")) != name and not self._updates
+        ]
+        return WeightedMean(pairs, device=self._device)
 
 
 class EntryMean:
@@ -220,9 +273,23 @@ class EntryMean:
             self._indices[name], self._sums[name] = union, total
         self.total_weight += weight
 
+    def sums(self) -> dict[str, tuple[NDArray[np.int64], FixedSum]]:
+        """Layer -> (ascending positions; their sum)."""
+        return {name: (self._indices[name], total) for name, total in self._sums.items()}
+
+    def take(self, sums: Mapping[str, tuple[NDArray[np.int64], FixedSum]], *, weight: int) -> None:
+        """Begin with sums that were made elsewhere."""
+        for name, (indices, total) in sums.items():
+            self._indices[name], self._sums[name] = indices, total
+        self.total_weight = weight
+
     def result(self) -> Entries:
         """Layer -> (ascending positions; mean values)."""
         return {
             name: (indices, self._sums[name].mean(self.total_weight).astype(np.float32))
             for name, indices in self._indices.items()
         }
+
+
+def _joined(parts: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    return np.concatenate(parts) if parts else np.empty(0, np.uint64)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedprune.errors import DIVERGED, ClientError
-from fedprune.exchange.messages import MODEL, ClientInfo, Reply, Request, client_info
+from fedprune.exchange.messages import MODEL, SPEC, ClientInfo, Reply, Request, client_info
 from sparsemodel.runtime.fixed_sum import MAX_ABSOLUTE_VALUE, MAX_TOTAL_WEIGHT
 from sparsemodel.runtime.state import SparseState, Tensors
 
@@ -30,6 +30,8 @@ class Gate:
         shares: client -> what the run gave it; empty where it is not known.
         own_data: whether a client may bring other samples than its share.
         max_share: of one round's samples that a client with samples of its own may stand for.
+        with_labels: whether clients tell how many samples of each class they have.
+        equal_weights: whether every client counts for 1 in a mean.
     """
 
     def __init__(
@@ -40,8 +42,13 @@ class Gate:
         shares: Mapping[int, ClientInfo],
         own_data: bool,
         max_share: float,
+        with_labels: bool = True,
+        equal_weights: bool = False,
     ) -> None:
-        self._num_clients, self._num_classes = num_clients, num_classes
+        self._num_clients, self._num_classes = num_clients, num_classes if with_labels else 0
+        self._equal_weights = equal_weights
+        if not with_labels:
+            shares = {c: replace(share, label_histogram=[]) for c, share in shares.items()}
         self._shares, self._own_data, self._max_share = shares, own_data, max_share
         self._known: dict[int, ClientInfo] = {}
 
@@ -63,10 +70,11 @@ class Gate:
                 f"counts of {len(info.label_histogram)} classes: expected {self._num_classes}"
             )
         total, most = info.num_train + info.num_dev, MAX_TOTAL_WEIGHT // self._num_clients
-        if sum(info.label_histogram) != total or total > most or info.num_test > most:
+        labels = sum(info.label_histogram) if self._num_classes else total
+        if labels != total or total > most or info.num_test > most:
             raise ClientError(
                 f"{info.num_train} samples for training and {info.num_dev} for development, and "
-                f"{sum(info.label_histogram)} labels: expected equal sums, at most {most}"
+                f"{labels} labels: expected equal sums, at most {most}"
             )
         share = self._shares.get(info.client)
         if share is not None and not self._own_data and info != share:
@@ -87,6 +95,8 @@ class Gate:
         As many as the samples it announced; one with samples of its own at most `max_share` of
         them all, as far as that can be.
         """
+        if self._equal_weights:
+            return dict.fromkeys(clients, 1)
         samples = {c: _samples(self._known[c], on) for c in clients}
         own = [c for c in clients if self._known[c] != self._shares.get(c)]
         return capped(samples, own, self._max_share)
@@ -111,6 +121,8 @@ class Gate:
                 MAX_HELD_BYTES
             ):
                 raise ClientError("an account of memory that was not asked for, or cannot be")
+        if bool(reply.masked) != (SPEC in request.fields):
+            raise ClientError("an answer under masks that was not asked for, or one without")
         check_parts(reply, request)
         request.check(reply)
         return replace(reply, weight=weight)
@@ -143,7 +155,7 @@ def check_parts(reply: Reply, request: Request) -> None:
     """Raise ClientError unless a reply holds what `request` expects, with values that can be."""
     expected = request.expected
     parts = (
-        ("fields", reply.fields, expected.fields),
+        ("fields", reply.fields, {*expected.fields, *expected.sums}),
         ("states", reply.states, expected.states),
         ("tensors", reply.tensors, expected.tensors),
     )
@@ -157,7 +169,10 @@ def check_parts(reply: Reply, request: Request) -> None:
             )
         _check_values(tensors)
     for name, state in reply.states.items():
-        _check_state(state, request.states[name])
+        if expected.norm:
+            _check_update(state, expected.norm)
+        else:
+            _check_state(state, request.states[name])
     for name, entries in reply.entries.items():
         most = expected.growth if name == MODEL else {}
         for layer, (indices, _) in entries.items():
@@ -172,6 +187,13 @@ def _check_state(state: SparseState, before: SparseState) -> None:
     norm, start = _norm(state.values), _norm(before.values)
     if not norm <= MAX_GROWTH * (start + 1):
         raise ClientError(f"weights of norm {norm:.3g} after {start:.3g}: {DIVERGED}")
+
+
+def _check_update(update: SparseState, most: float) -> None:
+    squares = (float(np.vdot(v, v)) for v in map(np.float64, update.values.values()))
+    norm = sum(squares) ** 0.5
+    if not norm <= most:
+        raise ClientError(f"an update of norm {norm:.6g}: expected at most {most:.6g}")
 
 
 def _check_values(tensors: Tensors) -> None:

@@ -20,6 +20,9 @@ Fields = Mapping[str, Any]
 MODEL = "model"
 """The name under which the global model travels, and its growth entries."""
 
+SPEC = "secure"
+"""The field of a request that asks for an answer under masks (fedprune/privacy/vector.py)."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -38,6 +41,7 @@ class Reply:
         states: states by name; one that the request has too is under the request's patterns.
         entries: for states of the request: single entries at pruned places.
         tensors: dictionaries of whole tensors of the model, by name.
+        masked: all of it under masks (fedprune/privacy); the rest is empty then.
         weight: what it counts for in whatever is averaged; the server says (gate.py), and by
             default it is `num_examples`. It does not travel.
     """
@@ -48,6 +52,7 @@ class Reply:
     entries: Mapping[str, Entries] = field(default_factory=dict)
     tensors: Mapping[str, Tensors] = field(default_factory=dict)
     resources: Resources | None = None
+    masked: bytes = b""
     weight: int = -1
 
     def __post_init__(self) -> None:
@@ -61,14 +66,19 @@ class Expected:
 
     Attributes:
         fields, states: their names; a state is under the request's patterns of that name.
+        sums: fields that are sums over the client's samples: name -> how many numbers a list of
+            them has; 0: it is one number, no list.
         tensors: name of each dictionary -> the tensors in it.
         growth: layer -> how many entries at pruned places of the model at most.
+        norm: where positive, states are updates, of at most that norm, and not weights.
     """
 
     fields: Collection[str] = ()
     states: Collection[str] = ()
+    sums: Mapping[str, int] = field(default_factory=dict)
     tensors: Mapping[str, Collection[str]] = field(default_factory=dict)
     growth: Mapping[str, int] = field(default_factory=dict)
+    norm: float = 0.0
 
 
 @dataclass(frozen=True)

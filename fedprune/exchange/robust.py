@@ -71,14 +71,15 @@ class Aggregation:
     byzantine: float = 0.2
     device: str | None = None
 
-    def states(self, *, before: SparseState | None = None) -> States:
+    def states(self, *, before: SparseState | None = None, updates: bool = False) -> States:
         """For states of clients.
 
         Args:
             before: what they were trained from; None: they are no weights.
+            updates: whether they are differences, of which there is a plain mean alone.
         """
         if self.kind == "mean":
-            return StateMean(device=self.device)
+            return StateMean(device=self.device, updates=updates)
         return RobustStates(self, before)
 
     def entries(self) -> Growth:

@@ -28,11 +28,12 @@ from fedprune.exchange.messages import (
     describe_reply,
 )
 from fedprune.exchange.uplink import compress
-from fedprune.flower import wire
+from fedprune.flower import secure, wire
 from fedprune.local.model import Network
 from fedprune.local.residual import keep, recall
 from fedprune.local.site import Local, network_of, open_data
 from fedprune.local.training import evaluate
+from fedprune.privacy.answers import protected
 from sparsemodel.runtime.memory import give_back
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.program import Program
@@ -89,6 +90,9 @@ def guarded(work: Callable[[], T]) -> T | RecordDict:
 
 
 def _answer(record: RecordDict, context: Context) -> RecordDict:
+    header, frames = wire.read_record(record)
+    if secure.is_step(header):
+        return _answer_to_step(header, frames, context)
     device = Device.of(context.node_config)
     with device.answering(context.run_id) as told:
         request, local = open_request(record, context)
@@ -102,6 +106,17 @@ def _answer(record: RecordDict, context: Context) -> RecordDict:
 def remember(local: Local, context: Context) -> None:
     """Leave for later messages what answers have kept."""
     context.state[_KEPT] = ConfigRecord(dict(local.kept))
+
+
+def _answer_to_step(header: secure.Header, frames: wire.Frames, context: Context) -> RecordDict:
+    """The answer to a step of a secure sum, which takes neither data nor network."""
+    kept = _bytes_of(context, _KEPT)
+    clients = secure.num_clients(header) if takes_nodes(context) else 0
+    config = run_config(context, clients=clients)
+    try:
+        return secure.answer(header, frames, kept, config=config, client=_number(context, config))
+    finally:
+        context.state[_KEPT] = ConfigRecord(dict(kept))
 
 
 def _answer_to(request: Request, local: Local) -> RecordDict:
@@ -140,12 +155,24 @@ def open_request(record: RecordDict, context: Context) -> tuple[Request, Local]:
     else:
         network = network_of(config, data, None)
     kept = _bytes_of(context, _KEPT)
-    local = Local(client, data, config, network, message_bytes=received.nbytes(), kept=kept)
+    local = Local(
+        client,
+        data,
+        config,
+        network,
+        message_bytes=received.nbytes(),
+        kept=kept,
+        simulated=SETUP in context.run_config,
+    )
     return received.request(network.shapes), local
 
 
 def encode_answer(reply: Reply, request: Request, local: Local) -> RecordDict:
-    """The record of a method's answer; what is lost of its model is left in `local.kept`."""
+    """The record of a method's answer, as the run's privacy settings let it go.
+
+    What is lost of its model on the way is left in `local.kept`.
+    """
+    reply = protected(reply, request, local)
     uplink, update = local.config.federation.uplink, None
     kept = dict(local.kept)
     if MODEL in reply.states and not uplink.exact:
@@ -178,7 +205,11 @@ def _number(context: Context, config: RunConfig) -> int:
 def _info(local: Local) -> ClientInfo:
     data = local.data
     return ClientInfo(
-        local.client, len(data.train), len(data.dev), data.label_histogram(), len(data.test)
+        local.client,
+        len(data.train),
+        len(data.dev),
+        [] if local.config.privacy.hides_labels else data.label_histogram(),
+        len(data.test),
     )
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -19,7 +20,8 @@ from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS, ClientError
 from fedprune.exchange.gate import Gate
 from fedprune.exchange.messages import DESCRIBE, MODEL, Reply, Request
-from fedprune.flower import wire
+from fedprune.exchange.pooled import Pooled
+from fedprune.flower import secure, wire
 from fedprune.flower.client import LAUNCH_SECTION, SETUP, run_config, takes_nodes
 from fedprune.flower.launch import TICKET, failure_file
 from fedprune.flower.roster import Roster, is_lost
@@ -39,6 +41,7 @@ JOIN_SECONDS = 120.0
 SETTLE_SECONDS = 3.0
 MAX_REASON = 500
 TRAIN = "train"
+NOT_CONNECTED = "its node is not connected"
 
 app = ServerApp()
 
@@ -162,6 +165,8 @@ class GridCohort:
             shares=setup.shares(),
             own_data=own_data,
             max_share=setup.config.federation.max_share,
+            with_labels=not setup.config.privacy.hides_labels,
+            equal_weights=setup.config.privacy.dp != "none",
         )
         describe = Request(DESCRIBE, fields=samples_of_run(setup.data))
         self._description = self._encode(describe, frozenset(), program=wire.ProgramText()).record
@@ -175,6 +180,7 @@ class GridCohort:
         )
         self._joining: dict[str, float] = {}  # when to give up on those asked who they are
         self.clients = self._roster.clients
+        self.simulated = not own_data
         self.stacked = bool(getattr(grid, "stacked", False))
         # A grid may bring a time of its own, with `monotonic` and `sleep`.
         self._clock = getattr(grid, "clock", time)
@@ -252,6 +258,49 @@ class GridCohort:
         taken, self._traffic = self._traffic, Traffic()
         return taken
 
+    def count_traffic(self, traffic: Traffic) -> None:
+        """Count what was sent."""
+        self._traffic = traffic.joined(self._traffic)
+
+    def ask_sum(self, request: Request, *, clients: list[int] | None = None) -> Pooled:
+        """Ask these clients (all, by default) so that nothing is seen but the sum."""
+        clients = sorted(self.clients) if clients is None else clients
+        weights = self._gate.weights(clients, on=request.on)
+        for client in [client for client, weight in weights.items() if weight == 0]:
+            del weights[client]
+            self.skip(client, f"it has no samples for {request.action!r}")
+        return secure.ask_sum(
+            self,
+            request,
+            weights=weights,
+            num_clients=self._config.data.clients,
+            shapes=self._setup.shapes,
+            threshold=self._config.privacy.threshold,
+        )
+
+    def deliver(
+        self, records: Mapping[int, RecordDict], action: str
+    ) -> Iterator[tuple[int, Mapping[str, Any], wire.Frames]]:
+        """Send each client its record, whatever it holds, and yield what they answer."""
+        pending = {}
+        for client, record in records.items():
+            if sent := self._sent(client, record, action, action):
+                self._traffic.down.append(wire.record_bytes(record))
+                pending[sent] = client
+            else:
+                self.skip(client, NOT_CONNECTED)
+        for client, message in self._replies(pending):
+            try:
+                record = _content(message)
+                self._traffic.up.append(wire.record_bytes(record))
+                header, frames = wire.read_record(record)
+                if "skip" in header:
+                    raise ClientError(str(header["skip"]))
+            except (ClientError, SparseModelError) as error:
+                self.skip(client, str(error))
+                continue
+            yield client, header, frames
+
     def ask(
         self,
         request: Request,
@@ -324,11 +373,9 @@ class GridCohort:
         envelope = envelopes[held]
         trains = request.action == TRAIN
         group = str(request.round_index + 1) if trains else request.action
-        node, sent = self._roster.nodes[client], ""
-        if client in self.connected:
-            sent = self._send(node, envelope.record, request.action, group)
+        sent = self._sent(client, envelope.record, request.action, group)
         if not sent:
-            raise ClientError("its node is not connected")
+            raise ClientError(NOT_CONNECTED)
         self._traffic.down.append(envelope.size)
         self._traffic.mask += envelope.mask_size
         return sent
@@ -344,6 +391,12 @@ class GridCohort:
             dtype=self._config.federation.value_dtype,
             clients=self._told_clients,
         )
+
+    def _sent(self, client: int, record: RecordDict, action: str, group: str) -> str:
+        """The id of a message to a client's node; "" where that is not connected."""
+        if client not in self.connected:
+            return ""
+        return self._send(self._roster.nodes[client], record, action, group)
 
     def _send(self, node: int, record: RecordDict, action: str, group: str) -> str:
         kind = TRAIN if action == TRAIN else "query"

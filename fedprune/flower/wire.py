@@ -470,6 +470,8 @@ def encode_reply(
         assert patterns is not None, "entries are at pruned places"
         frames[f"e{place}"] = encode_entries(some, patterns=patterns)
     _encode_tensors(reply.tensors, header, frames)
+    if reply.masked:
+        header["x"], frames["x"] = True, reply.masked
     if reply.fields:
         header["f"] = dict(reply.fields)
     if reply.resources is not None:
@@ -532,17 +534,19 @@ def decode_reply(
         entries=entries,
         tensors=_decode_tensors(header, frames, shapes),
         resources=_resources(_field(header, "u", str)) if "u" in header else None,
+        masked=_frame(frames, "x") if "x" in header else b"",
     )
 
 
 def _check_keys(header: Fields, frames: Frames, uplink: Uplink) -> None:
     """Whether a reply has the parts that it names and no others."""
-    if not set(header) <= set("nsetkfu"):
+    if not set(header) <= set("nsetkfux"):
         raise ClientError(f"unknown keys in the header: {str(sorted(header)[:9])[:100]}")
     named = {f"{key}{place}" for key in "et" for place in range(len(_field(header, key, list, [])))}
     for place, name in enumerate(_names(header, "s")):
         kinds = ("w",) if uplink.exact or name != MODEL else UPDATE
         named |= {f"{kind}{place}" for kind in kinds}
+    named |= {"x"} & set(header)
     if not set(frames) <= named:
         raise ClientError(f"frames that it does not name: {sorted(set(frames) - named)[:5]!s}")
 

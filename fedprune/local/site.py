@@ -48,6 +48,7 @@ class Local:
         message_bytes: of the question, and of what is kept for the next one.
         kept: name -> bytes that answers leave here for later ones; a node that was restarted has
             lost them.
+        simulated: whether the run was laid out here, for clients that are none.
     """
 
     client: int
@@ -56,6 +57,7 @@ class Local:
     network: Network
     message_bytes: int = 0
     kept: dict[str, bytes] = field(default_factory=dict)
+    simulated: bool = False
 
     def open(self, state: SparseState) -> LocalModel:
         """The run's network holding `state`."""

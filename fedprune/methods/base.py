@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fedprune.errors import ConfigError
 from fedprune.exchange.messages import MODEL, Expected, Reply, Request, loss
+from fedprune.exchange.pooled import Pooled, Pooler, pooled
 from fedprune.exchange.robust import MEAN, Aggregation
 from fedprune.local.training import train
 from sparsemodel.runtime.state import Entries, SparseState
@@ -66,6 +67,7 @@ class Start:
         seed: of the run.
         metric: what the task's metric is called: "accuracy" of classes; "": there is none.
         aggregation: makes one of what clients answer, as the run's settings say.
+        pooler: adds up answers where single ones are not to be seen; then `ask` fails.
     """
 
     state: Callable[[], SparseState]
@@ -76,6 +78,13 @@ class Start:
     seed: int
     metric: str = "accuracy"
     aggregation: Aggregation = MEAN
+    pooler: Pooler | None = None
+
+    def pooled(self, request: Request) -> Pooled:
+        """Every client's answer added up: all that a method has under secure aggregation."""
+        if self.pooler is not None:
+            return self.pooler(request)
+        return pooled(self.ask(request), request.expected, aggregation=self.aggregation)
 
 
 class Builder(Protocol):
@@ -126,6 +135,15 @@ class Method:
         density = self.target_density
         if not 0 < density <= 1:
             yield f"density: expected 0 < density <= 1, got {density}"
+
+    def unaccounted(self) -> Iterable[str]:
+        """Every reason why differential privacy does not cover what the method asks of clients."""
+        others = sorted(set(self.actions) - {"train"})
+        if others:
+            yield (
+                f"{self.name} asks clients for {', '.join(others)}, and privacy.dp covers training "
+                "alone; use a method that does not, such as magnitude"
+            )
 
     def build_model(self, build: Builder, widest: WidthRule) -> nn.Module:
         """The network of this run.

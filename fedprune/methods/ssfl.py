@@ -26,7 +26,7 @@ from fedprune.local.training import SEED_GROWTH, epoch_batches, require_samples,
 from fedprune.methods.base import Method, RunState, Start
 from prunelab.errors import RunError
 from sparsemodel.runtime.adjust import carry
-from sparsemodel.runtime.state import SparseState, Tensors
+from sparsemodel.runtime.state import Tensors
 
 if TYPE_CHECKING:
     from fedprune.local.site import Local
@@ -97,12 +97,10 @@ class SSFL(Method):
             states={MODEL: state},
             expected=Expected(tensors={SALIENCY: layers}),
         )
-        mean = server.aggregation.states()
-        for _, reply in server.ask(request):
-            mean.add(SparseState(reply.tensors[SALIENCY]), weight=reply.weight)
-        if mean.num_replies == 0:
+        pooled = server.pooled(request)
+        if not pooled.clients:
             raise RunError("ssfl: no client could measure saliency")
-        found = mean.result().values
+        found = pooled.tensors[SALIENCY]
         scores = {name: found[name] for name in layers}  # whoever answered first
         return RunState(0, carry(state, _largest_of_all(scores, self.density)))
 

@@ -125,7 +125,7 @@ def _summary_so_far(
         "rounds": len(rounds),
         "density_target": config.method.target_density if start.get("layer_densities") else None,
         "density": latest.get("density"),
-        **{key: latest[key] for key in ("metric", *TEST_KEYS) if key in latest},
+        **{k: latest[k] for k in ("metric", *TEST_KEYS, "epsilon", "delta") if k in latest},
         "bytes_up": _sum(line.get("bytes_up") for line in lines),
         "bytes_down": _sum(line.get("bytes_down") for line in lines),
     }
@@ -338,6 +338,8 @@ def _clients(run: _Run) -> Section | None:
         f"{sum(entry['num_dev'] for entry in clients):,} development samples."
     )
     labels = [entry["labels"] for entry in clients]
+    if max(map(len, labels)) == 0:
+        return Section("What the clients hold", [Text(f"{note} Their classes stay with them.")])
     if max(map(len, labels)) == 1:
         return Section("What the clients hold", [Text(f"{note} They have no classes.")])
     note += (

@@ -139,6 +139,9 @@ def facts(summary: Mapping[str, Any]) -> list[Fact]:
         ("peak memory", format_bytes(summary.get("peak_rss_bytes")), "resident set"),
         ("time", format_seconds(summary.get("seconds")), ""),
     ]
+    if "epsilon" in summary:
+        spent = rounded(summary["epsilon"])
+        results.append(("epsilon of a client", spent, f"at delta {summary['delta']:g}"))
     return [Fact(label, value, "" if value == NOTHING else note) for label, value, note in results]
 
 

@@ -15,6 +15,7 @@ from fedprune.exchange.messages import (
     loss,
     metrics,
 )
+from fedprune.exchange.pooled import Pooler
 from fedprune.local.model import LocalModel, open_model
 from fedprune.methods.base import Ask
 from fedprune.rounds.setup import Setup
@@ -29,7 +30,8 @@ class Tested:
 
     Attributes:
         loss, metric: means over the samples.
-        clients: of each client that tested on its own: number, samples, loss, metric.
+        clients: of each client that tested on its own: number, samples, loss, metric; empty where
+            nobody's answer is seen alone.
     """
 
     loss: float
@@ -42,10 +44,11 @@ class Evaluator:
 
     Args:
         ask: reaches the clients.
+        pooler: adds up their answers where single ones are not to be seen.
     """
 
-    def __init__(self, setup: Setup, ask: Ask) -> None:
-        self._setup, self._ask = setup, ask
+    def __init__(self, setup: Setup, ask: Ask, *, pooler: Pooler | None = None) -> None:
+        self._setup, self._ask, self._pooler = setup, ask, pooler
         self._model: LocalModel | None = None
         self._dense = False
 
@@ -54,7 +57,10 @@ class Evaluator:
         test = self._setup.test
         if test is None:
             request = evaluation_request(state, round_index, metric=self._setup.metric)
-            return joined(self._ask(request))
+            if self._pooler is None:
+                return joined(self._ask(request))
+            means = self._pooler(request)
+            return Tested(**means.fields) if means.clients else None
         dense = state.patterns is None
         if self._model is None or dense != self._dense:
             training = replace(self._setup.config.training, batch_size=BATCH - 1)
@@ -83,7 +89,7 @@ def evaluation_request(state: SparseState, round_index: int, *, metric: str) -> 
         round_index,
         states={MODEL: state},
         hold=frozenset([MODEL]),
-        expected=Expected(fields=["loss", "metric"]),
+        expected=Expected(sums={"loss": 0, "metric": 0}),
         on="test",
         check=check,
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
-from fedprune.exchange.messages import Reply, Request
+from fedprune.exchange.messages import Request, Resources
 from fedprune.local.training import growth_counts
 from fedprune.rounds.evaluation import Tested
 from fedprune.rounds.setup import Setup
@@ -33,6 +34,24 @@ class Traffic:
         )
 
 
+def stacked(steps: Iterable[Traffic]) -> Traffic:
+    """A question in several steps, as one message a client; the largest of each step together."""
+    total = Traffic()
+    for step in steps:
+        total = Traffic(
+            _added(total.up, step.up),
+            _added(total.down, step.down),
+            total.mask + step.mask,
+            total.skipped + step.skipped,
+        )
+    return total
+
+
+def _added(sizes: list[int], more: list[int]) -> list[int]:
+    descending = (sorted(some, reverse=True) for some in (sizes, more))
+    return [a + b for a, b in zip_longest(*descending, fillvalue=0)]
+
+
 @dataclass
 class Totals:
     """Counters of a run so far; they travel in the checkpoint."""
@@ -51,6 +70,7 @@ class Totals:
     test_accuracy: float | None = 0.0
     test_metric: float | None = None
     test_loss: float | None = None
+    epsilon: float | None = None
 
     def count_start(self, traffic: Traffic, num_clients: int) -> None:
         """Bytes before the first round; those of the start are for one client, on average."""
@@ -73,11 +93,11 @@ class Totals:
         self.test_metric = None if tested is None or not metric else tested.metric
         self.test_accuracy = self.test_metric if metric == "accuracy" else None
 
-    def count_resources(self, reply: Reply) -> None:
-        """The largest that any client held."""
-        if reply.resources is not None:
-            self.state_bytes = max(self.state_bytes, reply.resources.state_bytes)
-            self.peak_rss_bytes = max(self.peak_rss_bytes, reply.resources.peak_rss_bytes)
+    def count_held(self, resources: Resources | None) -> None:
+        """What a client held, or several at most: the largest of all counts."""
+        if resources is not None:
+            self.state_bytes = max(self.state_bytes, resources.state_bytes)
+            self.peak_rss_bytes = max(self.peak_rss_bytes, resources.peak_rss_bytes)
 
     def count_training(
         self, setup: Setup, request: Request, model: SparseState, num_examples: list[int]

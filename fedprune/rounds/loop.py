@@ -3,76 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
-from math import ceil
-from typing import Protocol
+from typing import Any
 
 from fedprune.errors import ClientError
-from fedprune.exchange.messages import MODEL, ClientInfo, Reply, Request
+from fedprune.exchange.messages import MODEL, Fields, Reply, Request, Resources
+from fedprune.exchange.pooled import Pooled, Pooler
 from fedprune.exchange.robust import Aggregation
 from fedprune.local.model import execution_of
 from fedprune.methods.base import RunState, Start
+from fedprune.privacy.accounting import epsilon
+from fedprune.privacy.noise import question, released
+from fedprune.privacy.randomness import new_key, seeded_key
+from fedprune.rounds.asking import Cohort, gather, gather_sum, ordered, quorum_of
 from fedprune.rounds.evaluation import Evaluator
 from fedprune.rounds.folder import RunFolder, save_model
 from fedprune.rounds.ledger import Traffic, mask_change, skips
 from fedprune.rounds.setup import Setup
 from prunelab.errors import RunError
-from prunelab.runs.seeds import rng
 from prunelab.runs.version import __version__
 from sparsemodel.runtime.state import Entries, SparseState
 from sparsemodel.storage.meter import peak_rss_bytes
 
-SEED_SAMPLING = 5  # the first part of a derived seed says what it is for
-
-
-class Cohort(Protocol):
-    """The clients, as the loop sees them; flower/server.py makes one out of Flower's Grid.
-
-    Attributes:
-        clients: by number, those that are not connected now among them.
-        connected: those that are.
-        stacked: whether the clients of a round are trained together, on masked dense weights.
-    """
-
-    clients: dict[int, ClientInfo]
-    stacked: bool
-
-    @property
-    def connected(self) -> set[int]: ...
-
-    def look(self, *, least: int = 0, besides: Collection[int] = ()) -> None:
-        """See who has come or gone; wait a while for so many connected ones `besides` these."""
-        ...
-
-    def ask(
-        self,
-        request: Request,
-        *,
-        clients: list[int] | None = None,
-        among: Collection[int] = (),
-        enough: int = 0,
-    ) -> Iterator[tuple[int, Reply]]:
-        """Send to these clients (all, by default) and yield checked replies as they arrive.
-
-        Args:
-            among: others of the same round: all share the weight.
-            enough: replies after which nobody is waited for; 0: all.
-        """
-        ...
-
-    def skip(self, client: int, reason: str) -> None:
-        """Note that a client's answer could not be used."""
-        ...
-
-    def take_traffic(self) -> Traffic:
-        """What was sent since the last call."""
-        ...
-
 
 def run(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
     """Run, or continue, until the last round; leaves model, metrics and summary in `folder`."""
-    evaluator = Evaluator(setup, lambda request: cohort.ask(request, clients=_testers(cohort)))
+    evaluator = Evaluator(
+        setup,
+        lambda request: cohort.ask(request, clients=_testers(cohort)),
+        pooler=_sums(setup, lambda request: cohort.ask_sum(request, clients=_testers(cohort))),
+    )
+    if setup.config.privacy.dp != "none":  # whether it can be accounted for, before it is spent
+        epsilon(setup.config.privacy, releases=1, asked=1, clients=1)
     # Where we stand: the last checkpoint, or the method's own start.
     state = _resumed(setup, folder) or start(setup, cohort, folder)
     while state.round_index < setup.config.training.rounds:
@@ -92,20 +57,32 @@ def play_round(
     request = replace(setup.method.request(state), report_resources=last)
     if config.federation.clients_test:  # who tested the model has it
         request = replace(request, hold=request.hold | {MODEL})
+    privacy = config.privacy
+    if privacy.dp != "none":
+        request = question(request, privacy)
     # 2. Replies are folded into sums as they arrive; only the sums are kept.
-    fold = Fold(aggregation_of(setup), state.model)
-    for client, reply in gather(setup, cohort, folder, request, per_round=config.clients_per_round):
-        try:
-            fold.add(client, reply)
-        except ClientError as error:
-            cohort.skip(client, str(error))
-            continue
-        totals.count_resources(reply)
+    fold, per_round = Fold(setup, state.model), config.clients_per_round
+    if privacy.secure_aggregation:  # nobody's answer is seen alone
+        fold.take(gather_sum(setup, cohort, folder, request, per_round=per_round), cohort)
+        totals.count_held(fold.resources)
+    else:
+        for client, reply in gather(setup, cohort, folder, request, per_round=per_round):
+            try:
+                fold.add(client, reply)
+            except ClientError as error:
+                cohort.skip(client, str(error))
+                continue
+            totals.count_held(reply.resources)
     traffic = cohort.take_traffic()
-    if len(fold.losses) < quorum_of(setup, cohort, config.clients_per_round):
+    if len(fold.losses) < quorum_of(setup, cohort, per_round):
         raise _nobody(folder, state, traffic, len(fold.losses))
     # 3. The method makes the next state of what it got.
-    updated = setup.method.update(state, mean=fold.mean(), growth=fold.growth())
+    mean = fold.mean()
+    if privacy.dp != "none":
+        seeded = privacy.seeds_noise(cohort.simulated)
+        key = seeded_key("noise", config.seed, state.round_index) if seeded else new_key()
+        mean = released(state.model, mean, privacy, num_clients=len(fold.losses), key=key)
+    updated = setup.method.update(state, mean=mean, growth=fold.growth())
     # 4. The new model is evaluated on test data, for the record only.
     tested = evaluator.evaluate(updated.model, round_index=updated.round_index)
     traffic = traffic.joined(cohort.take_traffic())
@@ -113,6 +90,14 @@ def play_round(
     # 5. The round is counted and written down.
     totals.count_round(traffic, request)
     totals.count_training(setup, request, state.model, fold.samples())
+    if privacy.dp != "none":
+        clients = len(cohort.clients)
+        totals.epsilon = epsilon(
+            privacy,
+            releases=_releases(setup, cohort, updated.round_index),
+            asked=min(per_round, clients),
+            clients=clients,
+        )
     adjusted, entropy = mask_change(state.model, updated.model)
     folder.append(
         {
@@ -130,79 +115,48 @@ def play_round(
             "mask_bytes": traffic.mask,
             "adjusted": adjusted,
             "mask_change_entropy_bytes": entropy,
+            **_spent(setup, folder),
             **skips(traffic),
         }
     )
     return updated
 
 
-def gather(
-    setup: Setup, cohort: Cohort, folder: RunFolder, request: Request, *, per_round: int
-) -> Iterator[tuple[int, Reply]]:
-    """Ask the clients of a round until a quorum has answered, or all attempts are made.
-
-    Answers count whenever they come: clients that have answered are not asked again, so that of
-    all clients a round that had to be asked twice gives the result of one that had not.
-
-    Args:
-        per_round: how many clients a round has.
-    """
-    federation, answered, asked = setup.config.federation, set[int](), set[int]()
-    for attempt in range(1, federation.attempts + 1):
-        quorum = quorum_of(setup, cohort, per_round)
-        cohort.look(least=quorum - len(answered), besides=answered)
-        missing = min(per_round, len(cohort.clients)) - len(answered)
-        chosen = sample_clients(
-            setup,
-            cohort,
-            request.round_index,
-            count=missing + federation.over_sample,
-            besides=answered,
-            last=asked,
-        )
-        asked.update(chosen)
-        enough = missing if federation.over_sample else 0
-        for client, reply in cohort.ask(request, clients=chosen, among=answered, enough=enough):
-            answered.add(client)
-            yield client, reply
-        if len(answered) >= quorum:
-            return
-        folder.append(
-            {
-                "event": "below-quorum",
-                "round": request.round_index + 1,
-                "asked": request.action,
-                "attempt": attempt,
-                "answered": sorted(answered),
-                "quorum": quorum,
-            }
-        )
-
-
-def quorum_of(setup: Setup, cohort: Cohort, per_round: int) -> int:
-    """How many answers a round of so many clients needs."""
-    quorum = setup.config.federation.quorum
-    if quorum >= 1:
-        return int(quorum)
-    return max(1, ceil(quorum * min(per_round, len(cohort.clients))))
-
-
 def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
     """Let the method begin."""
 
-    def ask(request: Request) -> Iterator[tuple[int, Reply]]:
+    def count_passes(request: Request) -> None:
         samples = sum(info.num_dev for info in cohort.clients.values())
         folder.totals.count_passes(setup, request.forward_passes, samples)
+
+    def check_quorum(request: Request, answered: int) -> None:
         everybody = len(cohort.clients)
-        replies = list[int]()
-        for client, reply in gather(setup, cohort, folder, request, per_round=everybody):
-            replies.append(client)
-            yield client, reply
-        if replies and len(replies) < quorum_of(setup, cohort, everybody):
+        if answered and answered < quorum_of(setup, cohort, everybody):
             raise RunError(
-                f"only {len(replies)} of {everybody} clients answered {request.action!r}, fewer "
-                "than federation.quorum asks for"
+                f"only {answered} of {everybody} clients answered {request.action!r}, fewer than "
+                "federation.quorum asks for"
             )
+
+    def ask(request: Request) -> Iterator[tuple[int, Reply]]:
+        if setup.config.privacy.secure_aggregation:
+            raise RunError(
+                f"method {setup.config.method.name!r} asks {request.action!r} of single clients, "
+                "and privacy.secure_aggregation hides them; a method that calls server.pooled "
+                "works with both"
+            )
+        count_passes(request)
+        answered, everybody = 0, len(cohort.clients)
+        for answer in gather(setup, cohort, folder, request, per_round=everybody):
+            answered += 1
+            yield answer
+        check_quorum(request, answered)
+
+    def ask_sum(request: Request) -> Pooled:
+        count_passes(request)
+        everybody = len(cohort.clients)
+        pooled = gather_sum(setup, cohort, folder, request, per_round=everybody)
+        check_quorum(request, len(pooled.clients))
+        return pooled
 
     server = Start(
         state=setup.start_state,
@@ -213,6 +167,7 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
         seed=setup.config.seed,
         metric=setup.metric,
         aggregation=aggregation_of(setup),
+        pooler=_sums(setup, ask_sum),
     )
     try:
         state = setup.method.start(server)
@@ -297,6 +252,7 @@ def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
             "state_bytes_dense": 3 * 4 * reference.num_parameters,
             "peak_rss_bytes": max(totals.peak_rss_bytes, peak_rss_bytes()),
             "seconds": round(totals.seconds, 3),
+            **_spent(setup, folder),
             "version": __version__,
         }
     )
@@ -309,11 +265,14 @@ class Fold:
         before: the model that clients trained.
     """
 
-    def __init__(self, aggregation: Aggregation, before: SparseState) -> None:
-        self._aggregation = aggregation
-        self._mean = aggregation.states(before=before)
+    def __init__(self, setup: Setup, before: SparseState) -> None:
+        self._aggregation = aggregation = aggregation_of(setup)
+        updates = setup.config.privacy.dp != "none"
+        self._mean = aggregation.states(before=before, updates=updates)
         self._growth = aggregation.entries()
+        self._pooled: Pooled | None = None
         self.losses: dict[int, tuple[float, int]] = {}
+        self.resources: Resources | None = None
 
     def add(self, client: int, reply: Reply) -> None:
         """Fold in one reply, everywhere or, where it is refused, nowhere.
@@ -323,26 +282,33 @@ class Fold:
         """
         self._mean.add(reply.states[MODEL], weight=reply.weight)
         self._growth.add(reply.entries.get(MODEL, {}), weight=reply.weight)
-        self.losses[client] = (float(reply.fields["loss"]), reply.num_examples)
+        self.losses[client] = (_loss(reply.fields), reply.num_examples)
+
+    def take(self, pooled: Pooled, cohort: Cohort) -> None:
+        """Take means that were made elsewhere; of single clients only their samples are known."""
+        self._pooled, self.resources = pooled, pooled.resources
+        for client in pooled.clients:
+            self.losses[client] = (_loss(pooled.fields), cohort.clients[client].num_train)
 
     def mean(self) -> SparseState:
         """The clients' mean, as the run aggregates."""
-        return self._mean.result()
+        return self._pooled.states[MODEL] if self._pooled else self._mean.result()
 
     def growth(self) -> Entries:
         """The mean of their growth entries."""
-        return self._growth.result()
+        return self._pooled.growth if self._pooled else self._growth.result()
 
     def samples(self) -> list[int]:
         """Each client's number of samples."""
         return [count for _, count in self.losses.values()]
 
-    def train_loss(self) -> float:
-        """The clients' mean loss, added up in the order of clients."""
-        ordered = [self.losses[client] for client in sorted(self.losses)]
-        samples = [count for _, count in ordered]
-        sums = [loss * count for loss, count in ordered]
-        return self._aggregation.mean_of(sums, samples=samples, weights=samples)
+    def train_loss(self) -> float | None:
+        """The clients' mean loss, added up in the order of clients; None where it is not told."""
+        told = [self.losses[client] for client in sorted(self.losses)]
+        samples = [count for _, count in told]
+        sums = [loss * count for loss, count in told]
+        mean = self._aggregation.mean_of(sums, samples=samples, weights=samples)
+        return None if math.isnan(mean) else mean
 
 
 def aggregation_of(setup: Setup) -> Aggregation:
@@ -354,31 +320,6 @@ def aggregation_of(setup: Setup) -> Aggregation:
         byzantine=federation.byzantine,
         device=None if device == "cpu" else device,
     )
-
-
-def sample_clients(
-    setup: Setup,
-    cohort: Cohort,
-    round_index: int,
-    *,
-    count: int,
-    besides: Collection[int],
-    last: Collection[int],
-) -> list[int]:
-    """The clients of one round: a seeded draw without replacement, ascending.
-
-    Those that are not connected give way to the next of the draw, where there are others.
-
-    Args:
-        besides: clients that are not to be drawn.
-        last: clients that are drawn where there are no others.
-    """
-    clients = sorted(cohort.clients)
-    order = rng(SEED_SAMPLING, setup.config.seed, round_index).permutation(len(clients))
-    drawn = [clients[i] for i in order.tolist() if clients[i] not in besides]
-    connected = cohort.connected
-    drawn.sort(key=lambda client: (client not in connected, client in last))
-    return sorted(drawn[:count])
 
 
 def _resumed(setup: Setup, folder: RunFolder) -> RunState | None:
@@ -396,6 +337,32 @@ def _resumed(setup: Setup, folder: RunFolder) -> RunState | None:
             " continue with the network that the run began with, or use another folder"
         )
     return replace(state, model=state.model.ordered(setup.shapes))
+
+
+def _releases(setup: Setup, cohort: Cohort, rounds: int) -> int:
+    """Rounds so far; of noise that clients add themselves, answers of the busiest client."""
+    if setup.config.privacy.dp == "central":
+        return rounds
+    asked = setup.config.clients_per_round
+    drawn = Counter(c for index in range(rounds) for c in ordered(setup, cohort, index)[:asked])
+    return max(drawn.values())
+
+
+def _spent(setup: Setup, folder: RunFolder) -> dict[str, Any]:
+    """What differential privacy amounts to so far; empty where there is none."""
+    privacy = setup.config.privacy
+    if privacy.dp == "none":
+        return {}
+    return {"epsilon": folder.totals.epsilon, "delta": privacy.delta}
+
+
+def _loss(fields: Fields) -> float:
+    return float(fields.get("loss", math.nan))
+
+
+def _sums(setup: Setup, pooler: Pooler) -> Pooler | None:
+    """How answers are added up where nobody's is seen alone."""
+    return pooler if setup.config.privacy.secure_aggregation else None
 
 
 def _testers(cohort: Cohort) -> list[int]:

@@ -19,6 +19,15 @@ MAX_TOTAL_WEIGHT = 2**27 - 1
 _CHUNK = 1 << 16  # values at a time, so that a large tensor needs little memory besides
 
 
+def word_width(total_weight: int) -> int:
+    """Bytes that hold either word of any sum of that weight.
+
+    >>> word_width(1), word_width(2**11), word_width(2**11 + 1)
+    (5, 6, 7)
+    """
+    return -(-(HIGH_BITS + 20 + 1 + (total_weight - 1).bit_length()) // 8)
+
+
 class FixedSum:
     """A running sum of weighted arrays of one shape."""
 
@@ -58,6 +67,30 @@ class FixedSum:
         """Add another sum at these positions, each once."""
         self._high[positions] += other._high
         self._low[positions] += other._low
+
+    def words(self) -> NDArray[np.uint64]:
+        """The sum as numbers modulo 2^64: all high ones, then all low ones, uint64 [2 n]."""
+        return np.concatenate([self._high, self._low]).view(np.uint64)
+
+    @classmethod
+    def of_words(
+        cls, shape: tuple[int, ...], words: NDArray[np.uint64], *, width: int = 8
+    ) -> FixedSum:
+        """The sum whose `words`, modulo 2^(8 · width), these are; see `word_width`.
+
+        >>> total = FixedSum((1,))
+        >>> total.add(np.float32([-1.5]), None, 2)
+        0
+        >>> cut = total.words() % np.uint64(2**40)
+        >>> FixedSum.of_words((1,), cut, width=word_width(2)).mean(2)
+        array([-1.5])
+        """
+        total = cls(shape)
+        shift = np.int64(64 - 8 * width)
+        high, low = (words.view(np.int64) << shift).reshape(2, -1)
+        total._high[:] = high >> shift  # with its sign
+        total._low[:] = (low.view(np.uint64) >> np.uint64(shift)).view(np.int64)
+        return total
 
     def mean(self, total_weight: int) -> NDArray[np.float64]:
         """The mean that a sum of this weight holds."""

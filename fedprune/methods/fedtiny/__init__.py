@@ -93,11 +93,7 @@ class FedTiny(Method):
         )
         pool = candidate_pool(server.state(), counts)
         winner, statistics, account = select_candidate(
-            pool,
-            server.ask,
-            adaptive=self.adaptive_selection,
-            metric=server.metric,
-            aggregation=server.aggregation,
+            pool, server.pooled, adaptive=self.adaptive_selection, metric=server.metric
         )
         return RunState(
             round_index=0,

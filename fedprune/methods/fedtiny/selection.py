@@ -11,20 +11,19 @@ are those of the union of the clients' data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedprune.errors import ClientError
 from fedprune.exchange.messages import Expected, Reply, Request, losses, metrics
-from fedprune.exchange.robust import MEAN, Aggregation
+from fedprune.exchange.pooled import Pooler
 from fedprune.local.model import LocalModel
 from fedprune.methods.fedtiny.pool import Pool, pool_request, received_pool
 from prunelab.errors import RunError
-from sparsemodel.runtime.state import SparseState, Tensors
+from sparsemodel.runtime.state import Tensors
 
 if TYPE_CHECKING:
     from fedprune.local.site import Local
-    from fedprune.methods.base import Ask
 
 # --- client half -------------------------------------------------------------------------------
 
@@ -79,54 +78,47 @@ def _candidates(
 
 
 def select_candidate(
-    pool: Pool,
-    ask: Ask,
-    *,
-    adaptive: bool,
-    metric: str,
-    aggregation: Aggregation = MEAN,
+    pool: Pool, ask: Pooler, *, adaptive: bool, metric: str
 ) -> tuple[int, Tensors, dict[str, Any]]:
     """Run both steps over the clients and choose.
 
     Args:
+        ask: reaches the clients and adds up their answers. Of statistics μ = Σ p_k μ_k and
+            σ² = Σ p_k (σ_k² + μ_k²) − μ²: those of the union of the data.
         adaptive: False is the ablation "vanilla selection": candidates are evaluated with the
             pre-trained model's statistics and no adaptation takes place.
         metric: what the task's metric is called; for the account alone.
 
     Returns:
         The winner's index, its batch-norm statistics, and a JSON account for the report.
+
+    Raises:
+        RunError: no client could measure, or none could evaluate.
     """
     size = len(pool.counts)
     names = [name for name in pool.union.values if name.endswith(STATISTICS)]
+    statistics: list[Tensors]
     if adaptive:
         expected = Expected(tensors={str(number): names for number in range(size)})
-        request = pool_request(pool, "measure", expected=expected)
-        statistics = pool_statistics(
-            (reply for _, reply in ask(request)), size, aggregation=aggregation
-        )
+        measured = ask(pool_request(pool, "measure", expected=expected))
+        if not measured.clients:
+            raise RunError(
+                "candidate selection: no client could measure the candidates' batch-norm statistics"
+            )
+        statistics = [measured.tensors[str(number)] for number in range(size)]
     else:
         statistics = [{name: pool.union.values[name] for name in names}] * size
-    # Losses of all clients are kept and added in client order: the sum must not depend on
-    # the order in which replies arrive, and it is one number for each client.
     request = pool_request(
         pool,
         "score",
         tensors={str(number): each for number, each in enumerate(statistics)},
-        expected=Expected(fields=["losses", "metrics"]),
+        expected=Expected(sums={"losses": size, "metrics": size}),
         check=_check_scores(size, metric),
     )
-    scores = dict(ask(request))
-    if not scores:
+    scores = ask(request)
+    if not scores.clients:
         raise RunError("candidate selection: no client could evaluate the candidates")
-    ordered = [scores[client] for client in sorted(scores)]
-    samples = [reply.num_examples for reply in ordered]
-    weights = [reply.weight for reply in ordered]
-
-    def means(key: str) -> list[float]:
-        sums = [[reply.fields[key][c] for reply in ordered] for c in range(size)]
-        return [aggregation.mean_of(own, samples=samples, weights=weights) for own in sums]
-
-    mean_losses = means("losses")
+    mean_losses = scores.fields["losses"]
     winner = min(range(size), key=lambda c: (mean_losses[c], c))
     assert pool.union.patterns is not None
     sizes = {name: p.num_weights for name, p in pool.union.patterns.items()}
@@ -134,37 +126,16 @@ def select_candidate(
         "adaptive": adaptive,
         "winner": winner,
         "losses": mean_losses,
-        "metrics": means("metrics"),
+        "metrics": scores.fields["metrics"],
         "densities": [
             {name: count / sizes[name] for name, count in each.items()} for each in pool.counts
         ],
-        "clients": sorted(scores),
+        "clients": list(scores.clients),
     }
     return winner, statistics[winner], account
 
 
 STATISTICS = (".running_mean", ".running_var")
-
-
-def pool_statistics(
-    replies: Iterable[Reply], num_candidates: int, *, aggregation: Aggregation = MEAN
-) -> list[Tensors]:
-    """Pooled statistics of every candidate, by default weighted by the clients' samples.
-
-    μ = Σ p_k μ_k and σ² = Σ p_k (σ_k² + μ_k²) − μ²: those of the union of the data.
-
-    Raises:
-        RunError: no client measured anything.
-    """
-    means = [aggregation.states() for _ in range(num_candidates)]
-    for reply in replies:
-        for number, mean in enumerate(means):
-            mean.add(SparseState(reply.tensors[str(number)]), weight=reply.weight)
-    if means[0].num_replies == 0:
-        raise RunError(
-            "candidate selection: no client could measure the candidates' batch-norm statistics"
-        )
-    return [mean.result().values for mean in means]
 
 
 def _check_scores(size: int, metric: str) -> Any:

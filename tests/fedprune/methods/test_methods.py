@@ -16,8 +16,10 @@ from torch import nn
 
 from fedprune.config import RunConfig, own_settings
 from fedprune.errors import ClientError, ConfigError
-from fedprune.exchange.messages import MODEL, Reply, Request
-from fedprune.exchange.robust import Aggregation
+from fedprune.exchange.messages import MODEL, Expected, Reply, Request
+from fedprune.exchange.pooled import Pooler
+from fedprune.exchange.pooled import pooled as add_up
+from fedprune.exchange.robust import MEAN, Aggregation
 from fedprune.local.data import Split
 from fedprune.local.model import Network, open_model
 from fedprune.local.site import Local, open_data
@@ -33,7 +35,7 @@ from fedprune.methods.fedtiny.pool import (
     received_pool,
 )
 from fedprune.methods.fedtiny.progressive import adjust, is_adjustment_round
-from fedprune.methods.fedtiny.selection import measure, pool_statistics, score, select_candidate
+from fedprune.methods.fedtiny.selection import measure, score, select_candidate
 from fedprune.rounds.setup import NETWORK, Setup
 from fedprune.rounds.workspace import Workspace, open_workspace
 from fedprune.settings import TrainingConfig
@@ -72,6 +74,11 @@ def fedtiny(config: RunConfig) -> FedTiny:
 def nobody(request: Request) -> Iterator[tuple[int, Reply]]:
     """No client answers."""
     yield from ()
+
+
+def pooling(ask: Any, rule: Aggregation = MEAN) -> Pooler:
+    """Answers added up, or made one by another rule."""
+    return lambda request: add_up(ask(request), request.expected, aggregation=rule)
 
 
 def beginning(work: Workspace, ask: Any = nobody) -> Start:
@@ -249,7 +256,7 @@ def test_pooled_statistics_are_those_of_the_union(sparse: bool) -> None:
     model = open_model(network_of(plain), state, TrainingConfig())
     parts = [images[:3], images[3:43], images[43:]]
     replies = [Reply(len(part), tensors={"0": model.statistics(part)}) for part in parts]
-    pooled = pool_statistics(replies, 1)[0]
+    pooled = add_up(enumerate(replies), Expected()).tensors["0"]
     union = prepare(torch.from_numpy(images)).double()
     assert pooled["norm.running_mean"].item() == pytest.approx(union.mean().item(), abs=1e-5)
     variance = union.var(unbiased=False).item()
@@ -308,7 +315,9 @@ def test_selection_takes_the_smallest_weighted_loss_and_its_statistics(tmp_path:
     counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=3, seed=1)
     pool = candidate_pool(beginning(work).state(), counts)
     asked, ask = local_ask(work, tmp_path)
-    winner, statistics, account = select_candidate(pool, ask, adaptive=True, metric="accuracy")
+    winner, statistics, account = select_candidate(
+        pool, pooling(ask), adaptive=True, metric="accuracy"
+    )
     assert asked == ["measure", "score"]
     assert account["losses"][winner] == min(account["losses"])
     # Only running statistics are aggregated: scale and shift (γ, β) stay the server's.
@@ -379,11 +388,11 @@ def test_a_liar_does_not_choose_the_candidate(kind: str, tmp_path: Path) -> None
 
     rule = Aggregation(kind, byzantine=0.25)
     options = {"adaptive": True, "metric": "accuracy"}
-    wanted, _, _ = select_candidate(pool, honest, **options, aggregation=rule)
-    winner, statistics, account = select_candidate(pool, ask, **options, aggregation=rule)
+    wanted, _, _ = select_candidate(pool, pooling(honest, rule), **options)
+    winner, statistics, account = select_candidate(pool, pooling(ask, rule), **options)
     assert account["losses"][winner] < 20
     assert all(np.abs(value).max() < 50 for value in statistics.values())
-    misled, ruined, _ = select_candidate(pool, ask, **options)
+    misled, ruined, _ = select_candidate(pool, pooling(ask), **options)
     assert misled != wanted
     assert max(value.max() for value in ruined.values()) > 1e4
 
@@ -393,7 +402,7 @@ def test_vanilla_selection_does_not_adapt(tmp_path: Path) -> None:
     counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=2, seed=1)
     pool = candidate_pool(beginning(work).state(), counts)
     asked, ask = local_ask(work, tmp_path)
-    _, statistics, account = select_candidate(pool, ask, adaptive=False, metric="accuracy")
+    _, statistics, account = select_candidate(pool, pooling(ask), adaptive=False, metric="accuracy")
     assert asked == ["score"]
     assert not account["adaptive"]
     assert all(np.array_equal(v, pool.union.values[name]) for name, v in statistics.items())
@@ -427,13 +436,13 @@ def test_clients_measure_and_score_on_their_development_split(tmp_path: Path) ->
 
 
 def test_selection_without_an_answer_is_an_error() -> None:
-    with pytest.raises(RunError, match="no client could measure"):
-        pool_statistics([], 2)
     work = open_workspace(small())
     counts = candidate_counts(shapes_of(work.model()), 0.2, num_candidates=2, seed=1)
     pool = Pool(candidate_pool(beginning(work).state(), counts).union, counts)
+    with pytest.raises(RunError, match="no client could measure"):
+        select_candidate(pool, pooling(nobody), adaptive=True, metric="accuracy")
     with pytest.raises(RunError, match="no client could evaluate"):
-        select_candidate(pool, nobody, adaptive=False, metric="accuracy")
+        select_candidate(pool, pooling(nobody), adaptive=False, metric="accuracy")
 
 
 # --- progressive pruning -----------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""What a server learns of a single client: sums under masks, and noise."""
