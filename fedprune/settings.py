@@ -297,11 +297,16 @@ def _private(
             yield f"privacy.{key}: expected 0 < {key} < 1, got {share}"
     private = privacy.secure_aggregation or privacy.dp != "none"
     goes = "with privacy.secure_aggregation and privacy.dp"
-    if private and (federation.value_dtype != "fp32" or not federation.uplink.exact):
-        yield (
-            "federation: value_dtype, uplink_dtype and uplink_topk change what the client has "
-            f"protected; leave them at fp32 and 1 {goes}"
-        )
+    lossy = {
+        "value_dtype": federation.value_dtype != "fp32",
+        "uplink_dtype": federation.uplink_dtype not in {"", "fp32"},
+        "uplink_topk": federation.uplink_topk < 1,
+    }
+    yield from (
+        f"federation.{key}: it changes what the client has protected; leave it out {goes}"
+        for key, does in lossy.items()
+        if private and does
+    )
     if private and federation.aggregation != "mean":
         yield (
             f"federation.aggregation: {federation.aggregation} compares single clients' values; "

@@ -293,7 +293,14 @@ def test_a_vector_of_another_length_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"federation__value_dtype": "fp16"}, "federation.value_dtype: fp16 rounds after"),
+        ({"federation__value_dtype": "fp16"}, "federation.value_dtype: it changes what the client"),
+        ({"federation__uplink_dtype": "int8"}, "federation.uplink_dtype: it changes what the"),
+        ({"federation__uplink_topk": 0.1}, "federation.uplink_topk: it changes what the client"),
+        ({"federation__aggregation": "median"}, "median compares single clients' values"),
+        (
+            {"federation__over_sample": 1, "federation__clients_per_round": 3},
+            "federation.over_sample: everybody who is asked counts",
+        ),
         ({"data__clients": 1}, "a sum over one client is that client's"),
         ({"federation__clients_per_round": 1}, "a sum over one client is that client's"),
         ({"privacy__threshold": 1.0}, "privacy.threshold: expected 0 < threshold < 1"),
