@@ -179,7 +179,7 @@ def _alone(model: str, density: float, place: Path, peer: float) -> Row:
     command += [f"--{name}={value}" for name, value in settings.items()]
     subprocess.run(command, check=True, stdout=sys.stderr)
     summary = json.loads((out / "summary.json").read_text())
-    case = f"{model} b{summary['batch_size']} all, run-local"
+    case = f"{model} b{summary['batch_size']} alone, run-local"
     return Row(BENCH, case, density, summary["peak_rss_bytes"] / MIB, peer, PEER, "MiB")
 
 

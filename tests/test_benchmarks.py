@@ -265,7 +265,8 @@ def test_client_memory_rows() -> None:
     )
     found = {r.case.partition(",")[0].removeprefix("resnet8 b16 "): r for r in rows}
     phases = ["measure", "score", "train", "train with growth"]
-    assert list(found) == ["join", *phases, "all", "start"]
+    assert list(found) == ["join", *phases, "all", "start", "alone"]
+    assert found["alone"].ours < 70  # no Flower
     for phase in phases:
         assert found[phase].ours < 150
         assert found[phase].peer > 400  # torch's import alone
