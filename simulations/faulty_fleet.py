@@ -117,7 +117,7 @@ def _page(call: Call, rows: dict[str, list[Result]], rounds: int) -> str:
         used=f", {call.threads} used",
         notes=[
             f"in every round {SHARE:.0%} of the clients fail, each in a way dealt from all below; "
-            "other clients every 20 rounds;"
+            "other clients every 20 rounds; "
             f"the server is killed {SERVER_KILLS} times a run, and resumed",
             "accuracy on the test side after the last round, mean ± sample standard deviation over "
             "the seeds; sums over the seeds in the other columns",
