@@ -14,8 +14,8 @@ nearest: with error feedback a bias does not last, and stochastic rounding would
 square of what is left over.
 
 Batch-norm statistics travel whole and as they are, not as changes, in bf16, whose rounding makes
-no variance negative. A share of them alone costs more accuracy than bytes; they leave no residual,
-for training measures them anew.
+no variance negative. To tell a share of them alone loses much accuracy for few bytes. They leave no
+residual, for training measures them anew.
 """
 
 from __future__ import annotations
