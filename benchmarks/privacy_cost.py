@@ -60,7 +60,7 @@ class Cohort:
 
     def deliver(
         self, records: Mapping[int, RecordDict], action: str
-    ) -> Iterator[tuple[int, secure.Header, wire.Frames]]:
+    ) -> Iterator[tuple[int, wire.Frames]]:
         for client, record in records.items():
             self.traffic.down.append(wire.record_bytes(record))
             begun = time.perf_counter()
@@ -70,7 +70,7 @@ class Cohort:
             )
             self.seconds += time.perf_counter() - begun
             self.traffic.up.append(wire.record_bytes(answer))
-            yield client, *wire.read_record(answer)
+            yield client, wire.read_record(answer)[1]
 
     def ask(
         self, request: Request, *, clients: list[int] | None = None

@@ -7,7 +7,6 @@ long vector of numbers and made of one, so that clients can add them up under ma
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedprune.errors import ClientError
 from fedprune.exchange.aggregate import EntryMean, StateMean, WeightedMean
-from fedprune.exchange.messages import MODEL, Expected, Reply, Request, Resources
+from fedprune.exchange.messages import MODEL, Expected, Reply, Request, Resources, number
 from fedprune.exchange.robust import MEAN, Aggregation
 from sparsemodel.runtime.fixed_sum import MAX_ABSOLUTE_VALUE
 from sparsemodel.runtime.state import Entries, SparseState, Tensors
@@ -139,9 +137,8 @@ class Sums:
             (self._tensors, {n: SparseState(some) for n, some in reply.tensors.items()}),
         ):
             for name, state in held.items():
-                means.setdefault(name, StateMean(updates=self._updates)).add(
-                    state, weight=reply.weight
-                )
+                mean = means.setdefault(name, StateMean(updates=self._updates))
+                mean.add(state, weight=reply.weight)
         numbers = {name: self._numbers(name, reply) for name in reply.fields}
         self._lists |= {name for name in numbers if isinstance(reply.fields[name], list)}
         if numbers:
@@ -206,12 +203,9 @@ class Sums:
         )
 
     def _numbers(self, name: str, reply: Reply) -> NDArray[np.float64]:
-        value = reply.fields[name]
-        values = _listed(value)
-        if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-            raise ClientError(f"field {name!r}: expected finite numbers, got {value!r:.60}")
+        found = np.array([number({name: each}, name) for each in _listed(reply.fields[name])])
         samples = reply.num_examples if name in self._per_sample else 1
-        return np.clip(np.array(values, np.float64) / samples, -MOST, MOST)
+        return np.clip(found / samples, -MOST, MOST)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ before and after it. They leave alone what a client holds.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -91,7 +91,7 @@ class Clients(Protocol):
 
     def deliver(
         self, records: Mapping[int, RecordDict], action: str
-    ) -> Iterator[tuple[int, Header, wire.Frames]]:
+    ) -> Iterator[tuple[int, wire.Frames]]:
         """Send each client its record and yield what they answer."""
         ...
 
@@ -178,8 +178,7 @@ class _Sum:
     def keys(self) -> None:
         """Public keys of all."""
         records = dict.fromkeys(self._weights, self._step(KEYS))
-        for client, _, data in self._answers(records, KEYS, PUBLIC_BYTES):
-            self._publics[client] = data
+        self._publics = dict(self._answers(records, KEYS, PUBLIC_BYTES))
         self._enough(self._publics, "sent keys")
         self._threshold = threshold_of(len(self._publics), self._share)
 
@@ -188,15 +187,16 @@ class _Sum:
         everyone = sorted(self._publics)
         data = b"".join(self._publics[client] for client in everyone)
         records = {
-            client: self._step(SHARES, data, clients=everyone, weight=self._weights[client])
+            client: self._step(SHARES, data, {_CLIENTS: everyone, _WEIGHT: self._weights[client]})
             for client in everyone
         }
         size = _COMMITMENT_BYTES + SEALED_BYTES * (len(everyone) - 1)
-        for client, _, answer_bytes in self._answers(records, SHARES, size):
-            commitment, rest = answer_bytes[:_COMMITMENT_BYTES], answer_bytes[_COMMITMENT_BYTES:]
+        for client, answered in self._answers(records, SHARES, size):
             others = [other for other in everyone if other != client]
-            self._sealed[client] = _cut(rest, others, SEALED_BYTES)
-            self._announced[client] = Announced(self._publics[client], commitment)
+            self._sealed[client] = _cut(answered[_COMMITMENT_BYTES:], others, SEALED_BYTES)
+            self._announced[client] = Announced(
+                self._publics[client], commitment=answered[:_COMMITMENT_BYTES]
+            )
         self._enough(self._announced, "shared their secrets")
 
     def masked(self) -> None:
@@ -225,9 +225,10 @@ class _Sum:
         for client in self._survivors:
             others = [other for other in clients if other != client]
             data = b"".join(self._sealed[other][client] for other in others)
-            records[client] = self._step(UNMASK, data, clients=others, survivors=self._survivors)
+            listed = {_CLIENTS: others, _SURVIVORS: self._survivors}
+            records[client] = self._step(UNMASK, data, listed)
         size = SHARE_BYTES * len(clients)
-        for client, _, data in self._answers(records, UNMASK, size):
+        for client, data in self._answers(records, UNMASK, size):
             self._told[client] = _cut(data, clients, SHARE_BYTES)
 
     def result(self) -> Pooled:
@@ -255,37 +256,24 @@ class _Sum:
         check_parts(means, self._request)
         return Pooled(**{**vars(pooled), "resources": largest(self._resources)})
 
-    def _step(
-        self,
-        action: str,
-        data: bytes = b"",
-        *,
-        clients: list[int] | None = None,
-        weight: int = 0,
-        survivors: list[int] | None = None,
-    ) -> RecordDict:
-        header: dict[str, Any] = {_ACTION: action, **self._begun}
-        header |= {_CLIENTS: clients} if clients is not None else {}
-        header |= {_WEIGHT: weight} if weight else {}
-        header |= {_SURVIVORS: survivors} if survivors is not None else {}
-        return _record(header, data)
+    def _step(self, action: str, data: bytes = b"", more: Header | None = None) -> RecordDict:
+        return _record({_ACTION: action, **self._begun, **(more or {})}, data)
 
     def _answers(
         self, records: Mapping[int, RecordDict], action: str, size: int
-    ) -> Iterator[tuple[int, Header, bytes]]:
+    ) -> Iterator[tuple[int, bytes]]:
         """The data of the answers that have the right length."""
-        for client, header, frames in self._cohort.deliver(records, action):
+        for client, frames in self._cohort.deliver(records, action):
             data = frames.get(_DATA, b"")
             if len(data) != size:
                 self._cohort.skip(client, f"{action}: {len(data)} bytes, expected {size}")
                 continue
-            yield client, header, data
+            yield client, data
 
-    def _enough(self, clients: Iterable[int], what: str) -> None:
-        num = len(list(clients))
-        if num < self._threshold:
+    def _enough(self, clients: Collection[int], what: str) -> None:
+        if len(clients) < self._threshold:
             raise ClientError(
-                f"secure sum: {num} of {len(self._weights)} clients {what}, and "
+                f"secure sum: {len(clients)} of {len(self._weights)} clients {what}, and "
                 f"{self._threshold} are needed"
             )
 

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -280,8 +279,8 @@ class GridCohort:
 
     def deliver(
         self, records: Mapping[int, RecordDict], action: str
-    ) -> Iterator[tuple[int, Mapping[str, Any], wire.Frames]]:
-        """Send each client its record, whatever it holds, and yield what they answer."""
+    ) -> Iterator[tuple[int, wire.Frames]]:
+        """Send each client its record, whatever it holds, and yield the frames of the answers."""
         pending = {}
         for client, record in records.items():
             if sent := self._sent(client, record, action, action):
@@ -299,7 +298,7 @@ class GridCohort:
             except (ClientError, SparseModelError) as error:
                 self.skip(client, str(error))
                 continue
-            yield client, header, frames
+            yield client, frames
 
     def ask(
         self,

@@ -132,7 +132,7 @@ def test_a_client_refuses_values_that_the_server_could_not(
     with pytest.raises(ClientError, match=message):
         vector_of(bad, spec.asked(request), spec)
     for fields in ({"loss": float("inf")}, {"loss": "much"}, {"loss": [1.0, None]}):
-        with pytest.raises(ClientError, match="expected finite numbers"):
+        with pytest.raises(ClientError, match="expected a finite number"):
             vector_of(replace(reply, fields=fields), spec.asked(request), spec)
 
 
