@@ -122,6 +122,7 @@ def ask_sum(
     num_clients: int,
     shapes: wire.Shapes,
     threshold: float,
+    least: int = 1,
 ) -> Pooled:
     """Ask clients of whom nothing is seen but the sum of their answers.
 
@@ -132,12 +133,19 @@ def ask_sum(
         num_clients: of the run.
         shapes: of the model's tensors.
         threshold: share of the clients, more than which has to stay.
+        least: answers below which the sum is not unmasked: asked again, it would be a second one.
     """
     before, sent = cohort.take_traffic(), []
     session = f"{request.action} {request.round_index} {secrets.token_hex(16)}"
     begun = {_SESSION: session, _NUM_CLIENTS: num_clients}
     one = _Sum(
-        cohort, request, begun=begun, weights=dict(weights), shapes=shapes, threshold=threshold
+        cohort,
+        request,
+        begun=begun,
+        weights=dict(weights),
+        shapes=shapes,
+        threshold=threshold,
+        least=least,
     )
     try:
         for step in (one.keys, one.shares, one.masked, one.unmask):
@@ -163,11 +171,12 @@ class _Sum:
         weights: dict[int, int],
         shapes: wire.Shapes,
         threshold: float,
+        least: int,
     ) -> None:
         self._cohort, self._request, self._begun = cohort, request, begun
         self._session = str(begun[_SESSION])
         self._weights, self._shapes, self._share = weights, shapes, threshold
-        self._threshold = threshold_of(len(weights), threshold)
+        self._threshold, self._least = threshold_of(len(weights), threshold), least
         self._publics: dict[int, bytes] = {}
         self._sealed: dict[int, dict[int, bytes]] = {}
         self._announced: dict[int, Announced] = {}
@@ -216,7 +225,7 @@ class _Sum:
             self._survivors.append(client)
             self._resources.append(reply.resources)
         self._survivors.sort()
-        self._enough(self._survivors, "sent their vector")
+        self._enough(self._survivors, "sent their vector", least=self._least)
 
     def unmask(self) -> None:
         """Shares of what takes the masks away."""
@@ -270,11 +279,11 @@ class _Sum:
                 continue
             yield client, data
 
-    def _enough(self, clients: Collection[int], what: str) -> None:
-        if len(clients) < self._threshold:
+    def _enough(self, clients: Iterable[int], what: str, *, least: int = 0) -> None:
+        num, needed = len(list(clients)), max(self._threshold, least)
+        if num < needed:
             raise ClientError(
-                f"secure sum: {len(clients)} of {len(self._weights)} clients {what}, and "
-                f"{self._threshold} are needed"
+                f"secure sum: {num} of {len(self._weights)} clients {what}, and {needed} are needed"
             )
 
 

@@ -261,8 +261,14 @@ class GridCohort:
         """Count what was sent."""
         self._traffic = traffic.joined(self._traffic)
 
-    def ask_sum(self, request: Request, *, clients: list[int] | None = None) -> Pooled:
-        """Ask these clients (all, by default) so that nothing is seen but the sum."""
+    def ask_sum(
+        self, request: Request, *, clients: list[int] | None = None, least: int = 1
+    ) -> Pooled:
+        """Ask these clients (all, by default) so that nothing is seen but the sum.
+
+        Args:
+            least: answers below which not even that is seen.
+        """
         clients = sorted(self.clients) if clients is None else clients
         weights = self._gate.weights(clients, on=request.on)
         for client in [client for client, weight in weights.items() if weight == 0]:
@@ -275,6 +281,7 @@ class GridCohort:
             num_clients=self._config.data.clients,
             shapes=self._setup.shapes,
             threshold=self._config.privacy.threshold,
+            least=least,
         )
 
     def deliver(

@@ -54,8 +54,14 @@ class Cohort(Protocol):
         """
         ...
 
-    def ask_sum(self, request: Request, *, clients: list[int] | None = None) -> Pooled:
-        """Ask these clients (all, by default) so that nothing is seen but the sum."""
+    def ask_sum(
+        self, request: Request, *, clients: list[int] | None = None, least: int = 1
+    ) -> Pooled:
+        """Ask these clients (all, by default) so that nothing is seen but the sum.
+
+        Args:
+            least: answers below which not even that is seen.
+        """
         ...
 
     def skip(self, client: int, reason: str) -> None:
@@ -99,7 +105,7 @@ def gather_sum(
     for attempt in range(1, setup.config.federation.attempts + 1):
         draw = Draw(setup, cohort, request, per_round)
         chosen, _ = draw.next()
-        pooled = cohort.ask_sum(request, clients=chosen)
+        pooled = cohort.ask_sum(request, clients=chosen, least=draw.quorum)
         draw.answered.update(pooled.clients)
         if len(pooled.clients) >= draw.quorum:
             break
