@@ -46,6 +46,13 @@ def test_the_nodes_that_there_are_become_the_clients(tmp_path: Path) -> None:
     assert not [entry for line in read_metrics(tmp_path / "open") for entry in line["skipped"]]
 
 
+def test_steps_of_secure_sums_say_how_many_clients_there_are(tmp_path: Path) -> None:
+    run_open(tmp_path / "open", nodes=NODES, **{"privacy.secure_aggregation": True})
+    lines = read_metrics(tmp_path / "open")
+    assert all(line["clients"] == list(range(NODES)) for line in lines[1:])
+    assert not [entry for line in lines for entry in line["skipped"]]
+
+
 def test_a_run_that_goes_on_keeps_its_number_of_clients(tmp_path: Path) -> None:
     """Stopped in its second round, continued with a node more: that one has no share."""
     trained = 0
