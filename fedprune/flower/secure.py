@@ -279,11 +279,12 @@ class _Sum:
                 continue
             yield client, data
 
-    def _enough(self, clients: Iterable[int], what: str, *, least: int = 0) -> None:
-        num, needed = len(list(clients)), max(self._threshold, least)
-        if num < needed:
+    def _enough(self, clients: Collection[int], what: str, *, least: int = 0) -> None:
+        needed = max(self._threshold, least)
+        if len(clients) < needed:
             raise ClientError(
-                f"secure sum: {num} of {len(self._weights)} clients {what}, and {needed} are needed"
+                f"secure sum: {len(clients)} of {len(self._weights)} clients {what}, and {needed} "
+                "are needed"
             )
 
 
