@@ -16,9 +16,8 @@ on Linux alone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
-import re
 import statistics
 import sys
 import threading
@@ -32,6 +31,7 @@ from pathlib import Path
 from benchmarks.client_memory import BATCH, MIB, MODEL, SAMPLES, settings
 from benchmarks.deployment import device, submit, supernode
 from benchmarks.gpu_simulation import write_images
+from benchmarks.process_memory import proportional, resident, session_of
 from benchmarks.rows import Row, add_arguments, show
 from fedprune.config import RunConfig
 from fedprune.flower import simulation
@@ -86,21 +86,11 @@ def memory_of(group: int) -> tuple[dict[str, int], int]:
     """
     parts: dict[str, int] = {}
     peak = 0
-    for process in Path("/proc").iterdir():
-        try:
-            if not process.name.isdigit() or os.getsid(int(process.name)) != group:
-                continue
-            rollup = (process / "smaps_rollup").read_text()
-            status = (process / "status").read_text()
-            command = (process / "cmdline").read_text().split("\0")
-        except OSError:
-            continue
-        found = re.search(r"^Pss:\s+(\d+) kB", rollup, re.M)
-        mark = re.search(r"^VmHWM:\s+(\d+) kB", status, re.M)
-        if found and mark:
-            name = next((Path(c).name for c in command if "flwr-" in c or "flower-" in c), "node")
-            parts[name] = parts.get(name, 0) + 1024 * int(found[1])
-            peak = max(peak, 1024 * int(mark[1]))
+    for process, command in session_of(group):
+        name = next((Path(c).name for c in command if "flwr-" in c or "flower-" in c), "node")
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parts[name] = parts.get(name, 0) + proportional(process)
+            peak = max(peak, resident("VmHWM", process=process))
     return parts, peak
 
 
