@@ -39,7 +39,7 @@ from prunelab.errors import RunError
 
 CLIENTS = 4
 CONFIG = tiny(
-    training__rounds=3, method__adjust_until=2, federation__timeout=120.0, server__pretrain_epochs=1
+    training__rounds=3, method__adjust_until=2, federation__timeout=60.0, server__pretrain_epochs=1
 )
 
 
