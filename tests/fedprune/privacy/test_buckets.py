@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.privacy.buckets import MAX_PLACES, cells_for, entries_of, table_of
+from fedprune.privacy.buckets import FIELDS, MAX_PLACES, ROWS, cells_for, entries_of, table_of
 from fedprune.privacy.randomness import Words
 
 CLIENT = st.dictionaries(
@@ -31,7 +31,8 @@ def test_sums_of_tables_are_sums_of_entries(
 ) -> None:
     cells = cells_for(sum(map(len, clients))) or 1
     total = sum(
-        (table(entries, cells, session) for entries in clients), np.zeros(20 * cells, np.uint64)
+        (table(entries, cells, session) for entries in clients),
+        np.zeros(FIELDS * ROWS * cells, np.uint64),
     )
     noise = np.arange(len(total), dtype=np.uint64) << np.uint64(8 * width) if width < 8 else 0
     (places, high, low), complete = entries_of(total + noise, session=session, width=width)
