@@ -162,7 +162,10 @@ def rows(
                     case = f"{model} b{BATCH} {phase}, {way}"
                     if way != PEER:
                         yield Row(BENCH, case, density, peak, peer, PEER, unit)
-            yield _alone(model, density, place, found[PEER]["all"])
+            store = place / "setup-runtime" / TRAIN
+            peak, batch_size = alone_peak(model, density, store, place / "alone")
+            case = f"{model} b{batch_size} alone, run-local"
+            yield Row(BENCH, case, density, peak, found[PEER]["all"], PEER, "MiB")
             if deployed:
                 lay_out(config, place / "setup", with_start=True)
                 peaks = clientapp_peaks(config, place / "setup", place / "deployed")
@@ -170,17 +173,15 @@ def rows(
                 yield Row(BENCH, case, density, max(peaks) / MIB, found[PEER]["all"], PEER, "MiB")
 
 
-def _alone(model: str, density: float, place: Path, peer: float) -> Row:
-    """Of a device that trains by itself; its own account of the kernel's figure."""
-    store, out = open_store(place / "setup-runtime" / TRAIN), place / "alone"
-    command = [sys.executable, "-m", "fedprune", "device", "run-local", "--data", str(store.folder)]
+def alone_peak(model: str, density: float, store: Path, out: Path) -> tuple[float, int]:
+    """Of a device that trains by itself: the kernel's figure in MiB, and its batch."""
+    command = [sys.executable, "-m", "fedprune", "device", "run-local", "--data", str(store)]
     settings = {"model": model, "density": density, "epochs": 2, "batch-size": BATCH, "out": out,
-                "budget": ALONE_BUDGET, "home": place / "no-device"}  # fmt: skip
+                "budget": ALONE_BUDGET, "home": out.with_name("no-device")}  # fmt: skip
     command += [f"--{name}={value}" for name, value in settings.items()]
     subprocess.run(command, check=True, stdout=sys.stderr)
     summary = json.loads((out / "summary.json").read_text())
-    case = f"{model} b{summary['batch_size']} alone, run-local"
-    return Row(BENCH, case, density, summary["peak_rss_bytes"] / MIB, peer, PEER, "MiB")
+    return summary["peak_rss_bytes"] / MIB, summary["batch_size"]
 
 
 def measure(config: RunConfig, way: str, place: Path) -> dict[str, float]:

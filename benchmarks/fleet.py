@@ -9,7 +9,8 @@ median of the seconds from one line of metrics to the next, of rounds without gr
 node of resnet18, batch 16, `training.recompute`, 500 random pictures of 3×32×32, a FedTiny run of
 two rounds, the second with growth; proportional set size of all processes of the node together, by
 the kernel, looked at every tenth of a second, the largest; and the high-water mark of resident
-memory of the process that trains. The models of both kinds of node have to be the same bits. Works
+memory of the process that trains. The models of both kinds of node have to be the same bits.
+"alone": `fedprune device run-local` on the same pictures, the high-water mark of its process. Works
 on Linux alone.
 """
 
@@ -28,7 +29,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from benchmarks.client_memory import BATCH, MIB, MODEL, SAMPLES, settings
+from benchmarks.client_memory import BATCH, MIB, MODEL, SAMPLES, alone_peak, settings
 from benchmarks.deployment import device, submit, supernode
 from benchmarks.gpu_simulation import write_images
 from benchmarks.process_memory import proportional, resident, session_of
@@ -37,7 +38,7 @@ from fedprune.config import RunConfig
 from fedprune.flower import simulation
 from fedprune.flower.launch import launch_values
 from fedprune.rounds.folder import METRICS
-from fedprune.rounds.setup import lay_out
+from fedprune.rounds.setup import TRAIN, lay_out
 from prunelab.runs.temporary import temporary_folder
 
 BENCH = "fleet"
@@ -175,6 +176,10 @@ def rows(*, quick: bool) -> Iterator[Row]:
         yield from _rows(f"{MODEL} b{BATCH}: whole node, ", DENSITY, whole, "MiB")
         peaks = {name: looked.peak / MIB for name, looked in found.items()}
         yield from _rows(f"{MODEL} b{BATCH}: process that trains, ", DENSITY, peaks, "MiB")
+        store = folder / MODEL / "setup" / TRAIN
+        peak, batch_size = alone_peak(MODEL, DENSITY, store, folder / "alone")
+        case = f"{MODEL} b{batch_size}: alone, run-local"
+        yield Row(BENCH, case, DENSITY, peak, peaks[PEER], f"{PEER}'s", "MiB")
 
 
 def _rows(case: str, density: float, found: dict[str, float], unit: str) -> Iterator[Row]:

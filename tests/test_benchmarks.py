@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,10 @@ from torch import nn
 from benchmarks import (
     choice_fit,
     client_memory,
+    fleet,
     network_support,
     privacy_cost,
+    process_memory,
     robust_sums,
     round_process,
     sparse_layers,
@@ -374,3 +377,31 @@ def test_sums_of_every_kind_are_beside_flower_s() -> None:
     assert peers["multi-krum"] == "Flower's MultiKrum"
     assert len(found) == 6
     assert found[-1].ratio > 10  # bytes
+
+
+def test_what_a_look_at_a_fleet_sees() -> None:
+    """Whole sessions are looked at; a round with growth, the first and the last do not count."""
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    leader = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        while len(parts := dict(process_memory.session_of(leader.pid))) < 2:
+            assert leader.poll() is None
+        assert leader.pid in parts
+        sizes, peak = fleet.memory_of(leader.pid)
+        assert set(sizes) == {"node"}
+        assert 2**20 < peak < 2**28
+        assert sizes["node"] < 2 * peak
+        assert process_memory.proportional(leader.pid) <= process_memory.resident(
+            "VmRSS", process=leader.pid
+        )
+    finally:
+        leader.communicate(b"\n")
+    looked = fleet.Looked()
+    grown = {4: ["layer"]}
+    looked.lines = [(0.0, {"event": "start", "adjusted": []})] + [
+        (10.0 * number, {"adjusted": grown.get(number, [])}) for number in range(1, 8)
+    ]
+    looked.lines[4] = (43.0, looked.lines[4][1])
+    assert looked.round_seconds() == [10.0, 10.0, 7.0, 10.0]

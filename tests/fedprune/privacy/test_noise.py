@@ -215,7 +215,10 @@ def test_what_is_not_accounted_for_is_refused() -> None:
             tiny(method__name=name, privacy__dp="central")
     for settings, message in (
         ({"federation__evaluate": "clients"}, "tests by clients are not covered by privacy.dp"),
-        ({"federation__value_dtype": "int8"}, "value_dtype: it changes what the client has protected"),
+        (
+            {"federation__value_dtype": "int8"},
+            "value_dtype: it changes what the client has protected",
+        ),
         ({"privacy__clip": 0.0}, "privacy.clip: expected a positive number"),
         ({"privacy__noise_multiplier": -1.0}, "privacy.noise_multiplier: expected a positive"),
         ({"privacy__delta": 0.0}, "privacy.delta: expected 0 < delta < 1"),
