@@ -202,7 +202,7 @@ def main() -> None:
         print(check(name, folder, python), flush=True)
     if find_spec("fedprune.device.commands") is not None:
         command = [str(python), "-m", "fedprune", "device", "bench", "--budget", BUDGET]
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, cwd=folder)  # not where another library may lie
 
 
 if __name__ == "__main__":

@@ -27,13 +27,14 @@ from benchmarks.process_memory import resident, session_of
 from benchmarks.rows import Row, add_arguments, show
 from fedprune.config import RunConfig
 from fedprune.fleet.local import Fleet, fleet_up
-from fedprune.rounds.folder import METRICS, read_metrics, read_summary
+from fedprune.rounds.folder import METRICS, MODEL, read_metrics, read_summary
 from fedprune.rounds.run import run
 from prunelab.runs.temporary import temporary_folder
 
 BENCH = "fleet_killed"
 NODES, ROUNDS, QUICK_ROUNDS = 4, 200, 20
 NODE_EVERY = 4  # rounds from one kill of a node to the next
+TIMEOUT = 30.0
 SERVER_AT = (0.35, 0.7)  # of the rounds, when the SuperLink is killed
 KINDS = {"flower-superlink": "the SuperLink", "flwr-serverapp": "the ServerApp"}
 MIB = 2**20
@@ -43,7 +44,11 @@ def rows(rounds: int) -> Iterator[Row]:
     """Rows of memory and accuracy."""
     with temporary_folder() as folder:
         os.environ["FLWR_HOME"] = str(folder / "flower")
-        config = RunConfig.parse({"data.clients": NODES, "training.rounds": rounds})
+        # Who was killed with a message on its way is asked again.
+        config = RunConfig.parse(
+            {"data.clients": NODES, "training.rounds": rounds, "federation.quorum": NODES,
+             "federation.timeout": TIMEOUT}
+        )  # fmt: skip
         settings = folder / "settings.toml"
         settings.write_text(config.toml(), encoding="utf-8")
         with fleet_up(folder / "fleet", nodes=NODES, name="killed") as fleet:
@@ -52,13 +57,17 @@ def rows(rounds: int) -> Iterator[Row]:
         for what, value in late.items():
             case = f"{what}, after round {max(memory)}"
             yield Row(BENCH, case, 0.05, value, early[what], f"after round {min(memory)}", "MiB")
-        skipped = sum(len(line.get("skipped", ())) for line in read_metrics(folder / "run"))
-        print(f"# killed: {kills}; answers left out: {skipped}", file=sys.stderr)
-        undisturbed = run(config, folder / "inline")
-        found = [
-            100 * read_summary(folder / "run")["test_accuracy"],
-            100 * undisturbed["test_accuracy"],
-        ]
+        lines = read_metrics(folder / "run")
+        skipped = sum(len(line.get("skipped", ())) for line in lines)
+        again = sum(line.get("event") == "below-quorum" for line in lines)
+        summaries = read_summary(folder / "run"), run(config, folder / "inline")
+        models = {(folder / name / MODEL).read_bytes() for name in ("run", "inline")}
+        print(
+            f"# killed: {kills}; answers left out: {skipped}, rounds asked again: {again}; "
+            f"{'the same bits as' if len(models) == 1 else 'other bits than'} inline",
+            file=sys.stderr,
+        )
+        found = [100 * summary["test_accuracy"] for summary in summaries]
         yield Row(BENCH, "test accuracy", 0.05, *found, "inline, nothing killed", "%")
 
 
