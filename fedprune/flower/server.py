@@ -21,8 +21,8 @@ from fedprune.exchange.gate import Gate
 from fedprune.exchange.messages import DESCRIBE, MODEL, Reply, Request
 from fedprune.exchange.pooled import Pooled
 from fedprune.flower import secure, wire
-from fedprune.flower.client import LAUNCH_SECTION, SETUP, run_config, takes_nodes
-from fedprune.flower.launch import TICKET, failure_file
+from fedprune.flower.client import SETUP, run_config, takes_nodes
+from fedprune.flower.launch import LAUNCH_SECTION, TICKET, failure_file
 from fedprune.flower.roster import Roster, is_lost
 from fedprune.local.private import samples_of_run
 from fedprune.local.site import setup_folder

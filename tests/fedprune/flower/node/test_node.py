@@ -22,8 +22,9 @@ from fedprune.device.keys import write_keys
 from fedprune.flower import simulation, wire
 from fedprune.flower.launch import launch_values
 from fedprune.flower.node.link import Link, Unreachable
-from fedprune.flower.node.memory import ANSWER, MESSAGE
-from fedprune.flower.node.node import NodeSettings, answer, run_node
+from fedprune.flower.node.memory import ANSWER, MESSAGE, Memory
+from fedprune.flower.node.node import NodeSettings, _Worker, answer, run_node
+from fedprune.local.private import REFUSAL
 from fedprune.rounds.folder import read_metrics
 from fedprune.rounds.setup import lay_out
 from prunelab.errors import RunError
@@ -166,13 +167,16 @@ def test_certificates_that_are_none_are_refused(tmp_path: Path) -> None:
             Link("127.0.0.1:1", key=tmp_path / "node", root_certificates=file)
 
 
-def asked(config: RunConfig, **values: str) -> Message:
+def asked(config: RunConfig, *, own_data: str = "", **values: str) -> Message:
     """The answer of a node to a message of a run that is configured so."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     question = Message(wire.build_record({"a": "describe", "r": 0}, {}), 1, "query", group_id="1")
     question.metadata.__dict__["_message_id"] = "1"
     run = {**config.flower(), **{key.replace("__", "."): text for key, text in values.items()}}
-    context = Context(1, 1, {"partition-id": 0}, RecordDict(), run)
+    node: dict[str, int | str] = {"partition-id": 0}
+    if own_data:
+        node["data-path"] = own_data
+    context = Context(1, 1, dict(node), RecordDict(), run)
     return answer(question, context, packages=["mine"])
 
 
@@ -182,6 +186,10 @@ def asked(config: RunConfig, **values: str) -> Message:
         ("training__schedule", "os:system"),
         ("data__partition", "subprocess:run"),
         ("method__settings", '{"criterion": "os:system"}'),
+        ("method__settings", '{"criterion": "os\\u003asystem"}'),
+        ("method__name", "antigravity:"),
+        ("training__task", "some-script:main"),
+        ("data__dataset", "os:getcwd"),
         ("model__name", "minefield:net"),
     ],
 )
@@ -199,9 +207,29 @@ def test_code_of_packages_that_the_owner_names_is_run() -> None:
     assert "mine" in header["skip"]  # which is not installed: it was looked for
 
 
-def test_a_message_that_nobody_could_answer_is_told(tmp_path: Path) -> None:
-    question = asked(tiny(), run__out="x:y")
-    assert not question.has_error()  # where a run is written is no code
+def test_files_that_a_run_names_are_not_read(tmp_path: Path) -> None:
+    """The server would learn of them what a model learns of its data."""
+    for name in (str(tmp_path), "/etc", "../digits"):
+        reply = asked(tiny(), data__dataset=name)
+        assert f"the run's data set is {name}, and" in str(reply.error.reason)
+
+
+def test_of_a_node_with_its_own_data_the_run_may_call_its_own_what_it_likes(tmp_path: Path) -> None:
+    for name in ("/srv/pictures", "theirs:load"):
+        reply = asked(tiny(), own_data=str(tmp_path), data__dataset=name)
+        assert not reply.has_error()
+        header, _ = wire.read_record(reply.content)
+        assert header["skip"] == REFUSAL  # the node's folder is empty: it was looked into
+
+
+def test_folders_of_the_server_are_none_of_a_node(tmp_path: Path) -> None:
+    class Brings:
+        def run_of(self, run_id: int) -> tuple[int, dict[str, object]]:
+            return 3, {"seed": 5, "run.setup": "/home/somebody/store", "run.out": "x:y"}
+
+    memory = Memory(tmp_path)
+    worker = _Worker(settings(tmp_path / "n", "a:1"), Brings(), memory, 1)  # type: ignore[arg-type]
+    assert worker._begin(9).run_config == {"seed": 5}
 
 
 def test_unreachable_is_no_run_error() -> None:
