@@ -85,14 +85,14 @@ def run_node(
                     tries = 0
                     with _Heart(link) as heart:
                         _Worker(settings, link, memory, node_id).serve(stop, heart)
-                except (Unreachable, Busy) as error:
+                except (Unreachable, Busy, RunIsOver) as error:
                     wait = RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)]
                     tries += 1
                     if tries in {1, 5} or not tries % 40:
                         tell("waiting", f"{error}; trying again every {wait:g} s")
                     stop.wait(wait)
         finally:
-            with contextlib.suppress(Unreachable, RunError):
+            with contextlib.suppress(Unreachable, RunIsOver, RunError):
                 link.deactivate(memory.last_node(address))
 
 
@@ -146,15 +146,24 @@ class _Worker:
         while not stop.is_set():
             if heart.failure is not None:
                 raise heart.failure
-            parcel = self._link.receive()
+            try:
+                parcel = self._next()
+            except RunIsOver:  # while its message was on its way
+                self._memory.dropped()
+                parcel = None
             if parcel is None:
                 wait = WAIT_SHARE * (time.monotonic() - last)
                 stop.wait(min(LONGEST_WAIT, max(SHORTEST_WAIT, wait)))
                 continue
-            self._memory.received(parcel)
-            self._link.confirm(parcel)
             self._work(parcel)
             last = time.monotonic()
+
+    def _next(self) -> Parcel | None:
+        parcel = self._link.receive()
+        if parcel is not None:
+            self._memory.received(parcel)
+            self._link.confirm(parcel)
+        return parcel
 
     def _finish(self) -> None:
         """What an earlier process of this node, or a SuperLink that was away, left undone."""
@@ -164,14 +173,20 @@ class _Worker:
             self._work(parcel)
 
     def _work(self, parcel: Parcel) -> None:
-        message, began = parcel.open(), time.monotonic()
-        metadata = message.metadata
+        metadata, began = parcel.message.metadata, time.monotonic()
         if time.time() > metadata.created_at + metadata.ttl:
             self._memory.dropped()
             return
         try:
+            message = parcel.open()
             context = self._memory.context(parcel.run_id) or self._begin(parcel.run_id)
         except RunIsOver:
+            self._memory.dropped()
+            return
+        except (Unreachable, RunError):
+            raise
+        except Exception:  # a damaged message or app; kept, it would end every process of the node
+            _log.exception("a message cannot be read, and is left")
             self._memory.dropped()
             return
         # Message's constructor reads these process-wide identities.
