@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import tempfile
 import time
@@ -28,6 +29,7 @@ from prunelab.errors import RunError
 from prunelab.runs.folder import locked
 
 LOG_BYTES = 1 << 20  # of each of two files
+_ADDRESS = re.compile(r"[^/\s]+:\d{1,5}")
 
 Say = Callable[[str], None]
 
@@ -44,10 +46,12 @@ def join(
         say: is told, a line each, what happens.
 
     Raises:
-        ConfigError: the profile is none.
+        ConfigError: the profile is none, or the address.
         RunError: another process has joined from this home; the server cannot be trusted, or
             refuses the device; says what to do.
     """
+    if not _ADDRESS.fullmatch(superlink):
+        raise ConfigError(f"{superlink!r} is no address of a server: expected HOST:PORT")
     profile = Profile.read(home)
     if profile.client < 0:
         raise ConfigError(

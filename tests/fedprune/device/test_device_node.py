@@ -171,3 +171,11 @@ def test_a_home_without_a_number_or_a_key_is_refused(tmp_path: Path) -> None:
     Profile(client=0).write(tmp_path)
     with pytest.raises(RunError, match="there is no such file"):
         join(tmp_path, "127.0.0.1:1", root_certificates=tmp_path / "ca.crt")
+
+
+@pytest.mark.parametrize("address", ["fleet.example.org", "https://fleet.example.org:8000", ":1"])
+def test_an_address_without_a_port_is_refused(address: str, tmp_path: Path) -> None:
+    """And not waited for."""
+    make_home(tmp_path, Profile(client=0))
+    with pytest.raises(ConfigError, match="expected HOST:PORT"):
+        join(tmp_path, address)
