@@ -209,7 +209,8 @@ class GridCohort:
             self._look()  # who was asked in vain is asked again
         self._roster.bind()
         if not self.clients:
-            raise RunError(f"none of {len(nodes)} nodes answered; {self._traffic.skipped[:3]}")
+            reasons = "; ".join(skip["reason"] for skip in self._traffic.skipped[:3])
+            raise RunError(f"none of {len(nodes)} nodes answered; {reasons}")
 
     def look(self, *, least: int = 0, besides: Collection[int] = ()) -> None:
         """See which nodes have come or gone since the last look.
