@@ -63,7 +63,8 @@ def join(
     config: dict[str, str | int] = {"partition-id": profile.client, "home": str(home.resolve())}
     if profile.data:
         config["data-path"] = profile.data
-    with locked(home, wait=0), _ended_by_signals(), _logging(home), _own_temporary(home):
+    # `status` holds the lock for a moment to see whether it is held.
+    with locked(home, wait=1), _ended_by_signals(), _logging(home), _own_temporary(home):
         # Takes a second, which a refused profile need not.
         from fedprune.flower.node.node import NodeSettings, run_node  # noqa: PLC0415
 
