@@ -203,10 +203,13 @@ class GridCohort:
             self._check_launcher()
             self._clock.sleep(0.1)
         self._look()
-        while self._joining:  # nobody is bound before all have been heard: see Roster
+        # Who was asked in vain is asked again, but the run does not wait for ever.
+        deadline = self._clock.monotonic() + 2 * self._config.federation.timeout
+        while self._joining and self._clock.monotonic() < deadline:
+            # Nobody is bound before all have been heard: see Roster.
             self._check_launcher()
             self._clock.sleep(POLL_SECONDS)
-            self._look()  # who was asked in vain is asked again
+            self._look()
         self._roster.bind()
         if not self.clients:
             reasons = "; ".join(skip["reason"] for skip in self._traffic.skipped[:3])
