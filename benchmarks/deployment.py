@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedprune.config import RunConfig
-from fedprune.device.home import Profile, make_home
+from fedprune.device.home import TEMPORARY, Profile, make_home
 from fedprune.flower import simulation
 from fedprune.flower.launch import launch_values
 from prunelab.errors import RunError
@@ -102,6 +102,7 @@ def device(home: Path, port: int, environment: dict[str, str], *, client: int = 
     own = home / f"device{client}"
     if not own.exists():
         make_home(own, Profile(client=client))
+        (own / TEMPORARY).symlink_to(home)  # what a run starts from is laid out once for all
     command = [sys.executable, "-m", "fedprune", "device", "join", f"127.0.0.1:{port}"]
     command += ["--insecure", "--home", str(own)]
     with _running(command, home / f"device{client}.log", environment) as group:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import tempfile
 import time
@@ -28,6 +29,7 @@ from prunelab.errors import RunError
 from prunelab.runs.folder import locked
 
 LOG_BYTES = 1 << 20  # of each of two files
+_ADDRESS = re.compile(r"[^/\s]+:\d{1,5}")
 
 Say = Callable[[str], None]
 
@@ -44,10 +46,12 @@ def join(
         say: is told, a line each, what happens.
 
     Raises:
-        ConfigError: the profile is none.
+        ConfigError: the profile is none, or the address.
         RunError: another process has joined from this home; the server cannot be trusted, or
             refuses the device; says what to do.
     """
+    if not _ADDRESS.fullmatch(superlink):
+        raise ConfigError(f"{superlink!r} is no address of a server: expected HOST:PORT")
     profile = Profile.read(home)
     if profile.client < 0:
         raise ConfigError(
@@ -59,7 +63,8 @@ def join(
     config: dict[str, str | int] = {"partition-id": profile.client, "home": str(home.resolve())}
     if profile.data:
         config["data-path"] = profile.data
-    with locked(home, wait=0), _ended_by_signals(), _logging(home), _own_temporary(home):
+    # `status` holds the lock for a moment to see whether it is held.
+    with locked(home, wait=1), _ended_by_signals(), _logging(home), _own_temporary(home):
         # Takes a second, which a refused profile need not.
         from fedprune.flower.node.node import NodeSettings, run_node  # noqa: PLC0415
 

@@ -26,15 +26,15 @@ def status_of(home: Path) -> dict[str, Any]:
         "client": profile.client,
         "budget": profile.budget,
         "data": profile.data,
-        "joined": read_json(home / JOINED),
-        "answer": read_json(home / ANSWER),
+        "joined": _whole(home / JOINED, {"state", "superlink"}),
+        "answer": _whole(home / ANSWER, {"action", "round", "time", "seconds", "peak_rss_bytes"}),
     }
 
 
 def rows_of(status: dict[str, Any]) -> list[list[str]]:
     """The same for people: what, and its value."""
     joined, answer = status["joined"], status["answer"]
-    state = joined.get("state", "never joined")
+    state = joined.get("state", "joining" if status["alive"] else "never joined")
     if not status["alive"] and state not in {"never joined", "given up", "ended"}:
         state = "not running (it was killed)"
     rows = [["home", status["home"]], ["node", state]]
@@ -46,7 +46,7 @@ def rows_of(status: dict[str, Any]) -> list[list[str]]:
     rows.append(["data", status["data"] or "its share of a run's"])
     if not answer:
         return [*rows, ["last answer", "none yet"]]
-    ago = format_seconds(time.time() - answer["time"])
+    ago = format_seconds(max(0.0, time.time() - answer["time"]))  # a clock may have been set back
     rows.append(
         ["last answer", f"{answer['action']}, round {answer['round']}, {ago} ago"],
     )
@@ -59,6 +59,12 @@ def rows_of(status: dict[str, Any]) -> list[list[str]]:
     if error := answer.get("error"):
         rows.append(["its error", error])
     return rows
+
+
+def _whole(path: Path, keys: set[str]) -> dict[str, Any]:
+    """A file of the home; empty where something is missing in it."""
+    values = read_json(path)
+    return values if keys <= values.keys() else {}
 
 
 def _is_held(home: Path) -> bool:

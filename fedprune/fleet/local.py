@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedprune.device.home import PROFILE, PUBLIC, Profile, make_home
+from fedprune.device.home import PROFILE, PUBLIC, TEMPORARY, Profile, make_home
 from fedprune.fleet import nodes as registry
 from fedprune.fleet.processes import START_SECONDS, Kept, flower_environment
 from fedprune.fleet.server import SETTINGS, Server, init
@@ -144,14 +144,12 @@ def _node(
 ) -> LocalNode:
     if not (home / PROFILE).exists():
         make_home(home, Profile(client=place, data=str(own[place].resolve()) if own else ""))
+        # One folder for all: what a run starts from is then laid out once.
+        (home / TEMPORARY).symlink_to(server.state.resolve())
     number = numbers.get(home.name)
     if number is None:
         number = registry.register(server, home / PUBLIC, name=home.name)
-    # One folder for all: what a run starts from is then laid out once.
-    environment = {
-        **flower_environment(home.resolve() / "flwr"),
-        "TMPDIR": str(server.state.resolve()),
-    }
+    environment = flower_environment(home.resolve() / "flwr")
     kept = Kept(lambda: node_command(server, home), environment, home / NODE_LOG)
     return LocalNode(home, number, kept)
 

@@ -78,13 +78,12 @@ def run_submitted(
         submissions = Submissions(superlink, home, out, progress)
         number, alive = "", time.monotonic()
         while True:
-            mark = _stamp(out)
+            mark, began = _stamp(out), time.monotonic()
             try:
                 if not number:
                     values = submit_values(out, resume=resume, ticket=ticket)
                     number = submissions.submit(config, values)
                     say(f"run {number}; flwr log {number} {superlink} shows its log")
-                    alive = time.monotonic()
                 status, details = submissions.follow(number)
             except UnreachedError as error:
                 if not submissions.numbers:
@@ -94,7 +93,8 @@ def run_submitted(
                 return
             if status == STOPPED:
                 raise RunError(f"run {number} was stopped; continue it with --resume")
-            if _stamp(out) != mark:
+            # A folder on another machine shows nothing: there a run that lasted had gone on.
+            if _stamp(out) != mark or time.monotonic() > began + wait:
                 alive = time.monotonic()
             elif details.startswith(_RAISED):
                 raise RunError(details.removeprefix(_RAISED))
@@ -193,7 +193,7 @@ class Submissions:
 
     def _status(self, number: str) -> tuple[str, str]:
         found = flwr(["list", self._superlink, "--run-id", number], _environment())["runs"][0]
-        return str(found["status"]), str(found.get("details") or found["status"])
+        return str(found["status"]), str(found.get("status-details") or found["status"])
 
     def _stop(self, number: str) -> None:
         with suppress(RunError):

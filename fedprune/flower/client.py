@@ -29,6 +29,7 @@ from fedprune.exchange.messages import (
 )
 from fedprune.exchange.uplink import compress
 from fedprune.flower import secure, wire
+from fedprune.flower.launch import LAUNCH_SECTION
 from fedprune.local.model import Network
 from fedprune.local.residual import keep, recall
 from fedprune.local.site import Local, network_of, open_data
@@ -38,8 +39,6 @@ from sparsemodel.runtime.memory import give_back
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.program import Program
 
-# Keys of the run config that say where to write, not what to compute.
-LAUNCH_SECTION = "run."
 SETUP = f"{LAUNCH_SECTION}setup"
 CLIENTS = "data.clients"
 _HELD, _KEPT = "held", "kept"

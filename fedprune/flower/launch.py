@@ -12,6 +12,7 @@ from fedprune.config import RunConfig
 Progress = Callable[[], None]
 Say = Callable[[str], None]
 TICKET = ".ticket"
+LAUNCH_SECTION = "run."  # keys of Flower's run config that say where to write, not what to compute
 SETTING_UP = "setting up: samples, network, first weights"
 
 

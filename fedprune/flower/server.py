@@ -21,8 +21,8 @@ from fedprune.exchange.gate import Gate
 from fedprune.exchange.messages import DESCRIBE, MODEL, Reply, Request
 from fedprune.exchange.pooled import Pooled
 from fedprune.flower import secure, wire
-from fedprune.flower.client import LAUNCH_SECTION, SETUP, run_config, takes_nodes
-from fedprune.flower.launch import TICKET, failure_file
+from fedprune.flower.client import SETUP, run_config, takes_nodes
+from fedprune.flower.launch import LAUNCH_SECTION, TICKET, failure_file
 from fedprune.flower.roster import Roster, is_lost
 from fedprune.local.private import samples_of_run
 from fedprune.local.site import setup_folder
@@ -203,13 +203,17 @@ class GridCohort:
             self._check_launcher()
             self._clock.sleep(0.1)
         self._look()
-        while self._joining:  # nobody is bound before all have been heard: see Roster
+        # Who was asked in vain is asked again, but the run does not wait for ever.
+        deadline = self._clock.monotonic() + 2 * self._config.federation.timeout
+        while self._joining and self._clock.monotonic() < deadline:
+            # Nobody is bound before all have been heard: see Roster.
             self._check_launcher()
             self._clock.sleep(POLL_SECONDS)
-            self._look()  # who was asked in vain is asked again
+            self._look()
         self._roster.bind()
         if not self.clients:
-            raise RunError(f"none of {len(nodes)} nodes answered; {self._traffic.skipped[:3]}")
+            reasons = "; ".join(skip["reason"] for skip in self._traffic.skipped[:3])
+            raise RunError(f"none of {len(nodes)} nodes answered; {reasons}")
 
     def look(self, *, least: int = 0, besides: Collection[int] = ()) -> None:
         """See which nodes have come or gone since the last look.

@@ -6,11 +6,14 @@ is told in full on the node alone: errors travel to the server, and they name fi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
     from fedprune.config import RunConfig
 
 REFUSAL = "the node's own data cannot be read or are not what the run's are; its log says why"
+
+UNUSED_SECONDS = 7 * 86400.0
+_OWN = "own-"
 
 _log = logging.getLogger(__name__)
 
@@ -82,15 +88,29 @@ def _store(
     if (Path(path) / HEADER).is_file():
         return Path(path)
     where = str(Path(path).resolve()) if Path(path).exists() else path
-    folder = cache / f"own-{_digest(where, config.digest)}"
+    folder = cache / f"{_OWN}{_digest(where, config.digest)}"
     if expected is None:
-        return folder if folder.exists() else None
+        return _used(folder) if folder.exists() else None
     stamp = _digest(__version__, dict(expected), stamp_of(path))
     with FileLock(f"{folder}.lock"):
         if not _is_made(folder, stamp) or IMPORTED.fullmatch(path):
             shutil.rmtree(folder, ignore_errors=True)
+            _forget_unused(cache)
             _make(config, path, folder, expected, stamp)
+    return _used(folder)
+
+
+def _used(folder: Path) -> Path:
+    os.utime(folder)
     return folder
+
+
+def _forget_unused(cache: Path) -> None:
+    """Remove stores of runs that are over: each run with other settings has one of all samples."""
+    for folder in cache.glob(f"{_OWN}*"):
+        with contextlib.suppress(OSError):  # another process does the same
+            if folder.is_dir() and time.time() - folder.stat().st_mtime > UNUSED_SECONDS:
+                shutil.rmtree(folder)
 
 
 def _is_made(folder: Path, stamp: str) -> bool:

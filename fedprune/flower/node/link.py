@@ -120,7 +120,7 @@ class Link:
             answer = self._call(self._client.ActivateNode, request)
         except _Failed as failed:
             if failed.code != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
-                raise RunError(f"{self._address}: {failed}") from None
+                raise
             if not self._register():
                 raise Busy("another process uses this node's key, or was killed") from None
             answer = self._call(self._client.ActivateNode, request)
@@ -179,24 +179,31 @@ class Link:
         )
         try:
             answer = self._call(self._client.PushMessages, request)
-        except _Failed:
-            raise RunIsOver from None
-        for object_id in answer.objects_to_push:
-            content = PushObjectRequest(
-                node=self._node,
-                run_id=parcel.run_id,
-                object_id=object_id,
-                object_content=parcel.contents[object_id],
-                session_id=answer.session_id,
-            )
-            self._call(self._client.PushObject, content)
+            for object_id in answer.objects_to_push:
+                content = PushObjectRequest(
+                    node=self._node,
+                    run_id=parcel.run_id,
+                    object_id=object_id,
+                    object_content=parcel.contents[object_id],
+                    session_id=answer.session_id,
+                )
+                self._call(self._client.PushObject, content)
+        except _Failed as failed:
+            raise RunIsOver(str(failed)) from None
 
     def run_of(self, run_id: int) -> tuple[int, dict[str, Any]]:
-        """The series that a run belongs to, and its configuration."""
+        """The series that a run belongs to, and its configuration.
+
+        Raises:
+            RunIsOver: the SuperLink says nothing of it.
+        """
         request = GetRunRequest(node=self._node, run_id=run_id)
-        run = run_from_proto(self._call(self._client.GetRun, request).run)
-        wanted = GetFabRequest(node=self._node, hash_str=run.fab_hash, run_id=run_id)
-        fab = fab_from_proto(self._call(self._client.GetFab, wanted).fab)
+        try:
+            run = run_from_proto(self._call(self._client.GetRun, request).run)
+            wanted = GetFabRequest(node=self._node, hash_str=run.fab_hash, run_id=run_id)
+            fab = fab_from_proto(self._call(self._client.GetFab, wanted).fab)
+        except _Failed as failed:
+            raise RunIsOver(str(failed)) from None
         return run.series_id, dict(get_fused_config_from_fab(fab.content, run))
 
     def _register(self) -> bool:
@@ -209,7 +216,7 @@ class Link:
                 return False
             if failed.code == ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED:
                 raise _Unknown(self._address, self._key) from None
-            raise RunError(f"{self._address}: {failed}") from None
+            raise
         return True
 
     def _pull(self, run_id: int, object_id: str) -> bytes:
@@ -245,12 +252,14 @@ class Link:
         if response.status_code == httpx.codes.UNAUTHORIZED:
             return _Unknown(self._address, self._key)
         if response.status_code == httpx.codes.FORBIDDEN:
-            return RunIsOver()
+            return RunIsOver(f"{self._address} answers {response.status_code}")
         error = FlowerError.from_json(response.text)
-        if error is not None and error.code == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED:
-            return RunIsOver()
-        text = response.text[:200] if error is None else error.message
-        return _Failed(text, 0 if error is None else error.code)
+        if error is None:
+            text = " ".join(response.text.split())[:200]
+            return _Failed(f"{self._address} answers {response.status_code}: {text}", 0)
+        if error.code == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED:
+            return RunIsOver(error.message)
+        return _Failed(f"{self._address}: {error.message}", error.code)
 
 
 class _Unknown(RunError):  # noqa: N818
@@ -262,7 +271,7 @@ class _Unknown(RunError):  # noqa: N818
         )
 
 
-class _Failed(Exception):  # noqa: N818 - told further as what it is
+class _Failed(RunError):  # noqa: N818
     def __init__(self, text: str, code: int) -> None:
         super().__init__(text)
         self.code = code

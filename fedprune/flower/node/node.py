@@ -19,17 +19,19 @@ from typing import Any
 from flwr.app import Context, Error, Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedprune.config import METHOD_SETTINGS
+from fedprune.config import continued
+from fedprune.errors import ConfigError
+from fedprune.flower.launch import LAUNCH_SECTION
 from fedprune.flower.node.link import HEARTBEAT_SECONDS, Busy, Link, RunIsOver, Unreachable
 from fedprune.flower.node.memory import Memory
 from fedprune.flower.node.parcel import Parcel
 from prunelab.errors import RunError
-from prunelab.runs.imported import IMPORTED
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.05, 3.0  # seconds between two looks for a message
 WAIT_SHARE = 0.1  # of the time since the last message
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
 CLIENT_APP_RAISED = 2
+DATASET = "data.dataset"
 
 _log = logging.getLogger(__name__)
 
@@ -83,14 +85,14 @@ def run_node(
                     tries = 0
                     with _Heart(link) as heart:
                         _Worker(settings, link, memory, node_id).serve(stop, heart)
-                except (Unreachable, Busy) as error:
+                except (Unreachable, Busy, RunIsOver) as error:
                     wait = RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)]
                     tries += 1
                     if tries in {1, 5} or not tries % 40:
                         tell("waiting", f"{error}; trying again every {wait:g} s")
                     stop.wait(wait)
         finally:
-            with contextlib.suppress(Unreachable, RunError):
+            with contextlib.suppress(Unreachable, RunIsOver, RunError):
                 link.deactivate(memory.last_node(address))
 
 
@@ -144,15 +146,24 @@ class _Worker:
         while not stop.is_set():
             if heart.failure is not None:
                 raise heart.failure
-            parcel = self._link.receive()
+            try:
+                parcel = self._next()
+            except RunIsOver:  # while its message was on its way
+                self._memory.dropped()
+                parcel = None
             if parcel is None:
                 wait = WAIT_SHARE * (time.monotonic() - last)
                 stop.wait(min(LONGEST_WAIT, max(SHORTEST_WAIT, wait)))
                 continue
-            self._memory.received(parcel)
-            self._link.confirm(parcel)
             self._work(parcel)
             last = time.monotonic()
+
+    def _next(self) -> Parcel | None:
+        parcel = self._link.receive()
+        if parcel is not None:
+            self._memory.received(parcel)
+            self._link.confirm(parcel)
+        return parcel
 
     def _finish(self) -> None:
         """What an earlier process of this node, or a SuperLink that was away, left undone."""
@@ -162,14 +173,20 @@ class _Worker:
             self._work(parcel)
 
     def _work(self, parcel: Parcel) -> None:
-        message, began = parcel.open(), time.monotonic()
-        metadata = message.metadata
+        metadata, began = parcel.message.metadata, time.monotonic()
         if time.time() > metadata.created_at + metadata.ttl:
             self._memory.dropped()
             return
         try:
+            message = parcel.open()
             context = self._memory.context(parcel.run_id) or self._begin(parcel.run_id)
         except RunIsOver:
+            self._memory.dropped()
+            return
+        except (Unreachable, RunError):
+            raise
+        except Exception:  # a damaged message or app; kept, it would end every process of the node
+            _log.exception("a message cannot be read, and is left")
             self._memory.dropped()
             return
         # Message's constructor reads these process-wide identities.
@@ -183,6 +200,8 @@ class _Worker:
 
     def _begin(self, run_id: int) -> Context:
         series, config = self._link.run_of(run_id)
+        # Folders of the server's machine: none is looked into here.
+        config = {k: v for k, v in config.items() if not k.startswith(LAUNCH_SECTION)}
         return self._memory.begin(run_id, node_id=self._node_id, series=series, config=config)
 
     def _send(self, reply: Parcel, seconds: float) -> None:
@@ -199,31 +218,47 @@ def answer(message: Message, context: Context, *, packages: Collection[str] = ()
     """
     from fedprune.flower.client import app  # noqa: PLC0415 - once there is something to do
 
-    foreign = [name for name in _named_code(context.run_config) if not _is_of(name, packages)]
-    if foreign:
-        reason = (
-            f"the run names code, {foreign[0]}, and this node runs none but fedprune's: install "
-            "it there and name its package when it joins (--allow PACKAGE)"
-        )
-        return Message(Error(code=CLIENT_APP_RAISED, reason=reason), reply_to=message)
+    own_data = "data-path" in context.node_config
     try:
+        check_trusted(context.run_config, own_data=own_data, packages=packages)
         return app(message, context)
+    except ConfigError as error:
+        return Message(Error(code=CLIENT_APP_RAISED, reason=str(error)), reply_to=message)
     except Exception as error:  # as Flower does: a client that raises must not end the node
         _log.exception("a message could not be answered")
         reason = f"{type(error).__name__}: {error}"
         return Message(Error(code=CLIENT_APP_RAISED, reason=reason), reply_to=message)
 
 
-def _named_code(values: Mapping[str, Any]) -> list[str]:
-    """What a run's configuration names as "module:name"."""
-    found = []
-    for key, value in values.items():
-        if key.startswith("run.") or not isinstance(value, str):
+def check_trusted(values: Mapping[str, Any], *, own_data: bool, packages: Collection[str]) -> None:
+    """Look whether a run asks for nothing that the node's owner has not given.
+
+    Args:
+        values: the run's configuration.
+        own_data: whether the node has samples of its own; what the run calls its data set is then
+            read by the server alone.
+        packages: whose functions a run may name.
+
+    Raises:
+        ConfigError: it names code, or files of the node.
+    """
+    # As `RunConfig.parse` reads them: what is escaped in JSON is not what it looks like.
+    for key, value in continued({}, values).items():
+        if not isinstance(value, str) or (key == DATASET and own_data):
             continue
-        texts = value.split('"') if key == METHOD_SETTINGS else [value]
-        found += [text for text in texts if IMPORTED.fullmatch(text)]
-    return found
+        if ":" in value:
+            if value.partition(":")[0].partition(".")[0] in packages:
+                continue
+            raise ConfigError(
+                f"the run names code, {value}, and this node runs none but fedprune's: install "
+                "it there and name its package when it is made (fedprune device init --allow "
+                "PACKAGE)"
+            )
+        if key == DATASET:
+            from prunelab.data.datasets import DATASETS  # noqa: PLC0415 - few nodes need it
 
-
-def _is_of(name: str, packages: Collection[str]) -> bool:
-    return name.partition(":")[0].partition(".")[0] in packages
+            if value not in DATASETS:
+                raise ConfigError(
+                    f"the run's data set is {value}, and of its files this node reads none that "
+                    "its owner has not named: fedprune device init --force --data PATH"
+                )

@@ -6,6 +6,7 @@ import datetime
 import ipaddress
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from filelock import FileLock
 
 from benchmarks.deployment import submit
 from fedprune.config import RunConfig
-from fedprune.device.home import ANSWER, JOINED, Profile, make_home, read_json
+from fedprune.device.home import ANSWER, JOINED, PRIVATE, Profile, make_home, read_json
 from fedprune.device.node import join
 from fedprune.device.status import rows_of, status_of
 from fedprune.errors import ConfigError
@@ -29,6 +31,7 @@ from fedprune.flower.launch import launch_values
 from fedprune.rounds.folder import prepare, read_summary
 from fedprune.rounds.setup import lay_out
 from prunelab.errors import RunError
+from prunelab.runs.folder import LOCK
 from prunelab.runs.temporary import temporary_folder
 
 
@@ -171,3 +174,21 @@ def test_a_home_without_a_number_or_a_key_is_refused(tmp_path: Path) -> None:
     Profile(client=0).write(tmp_path)
     with pytest.raises(RunError, match="there is no such file"):
         join(tmp_path, "127.0.0.1:1", root_certificates=tmp_path / "ca.crt")
+
+
+@pytest.mark.parametrize("address", ["fleet.example.org", "https://fleet.example.org:8000", ":1"])
+def test_an_address_without_a_port_is_refused(address: str, tmp_path: Path) -> None:
+    """And not waited for."""
+    make_home(tmp_path, Profile(client=0))
+    with pytest.raises(ConfigError, match="expected HOST:PORT"):
+        join(tmp_path, address)
+
+
+def test_a_look_at_the_status_stops_no_join(tmp_path: Path) -> None:
+    make_home(tmp_path, Profile(client=0))
+    (tmp_path / PRIVATE).write_bytes(b"nonsense")
+    lock = FileLock(tmp_path / LOCK, thread_local=False)
+    lock.acquire()
+    threading.Timer(0.3, lock.release).start()
+    with pytest.raises(RunError, match="is no private key"):  # it came so far
+        join(tmp_path, "127.0.0.1:1")

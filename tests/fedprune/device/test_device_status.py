@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from federation import run_inline, tiny
 from flwr.app import Context, Message, RecordDict
 
-from fedprune.device.home import ANSWER, Profile, make_home, read_json
+from fedprune.device.home import ANSWER, JOINED, Profile, make_home, read_json
 from fedprune.device.status import rows_of, status_of
 from fedprune.flower import client, wire
 
@@ -34,6 +35,17 @@ def test_the_status_says_what_was_answered(tmp_path: Path) -> None:
     assert rows["node"] == "never joined"
     assert rows["last answer"].startswith("train, round 0, ")
     assert "its error" not in rows
+
+
+def test_files_of_the_home_that_are_odd_are_told_as_far_as_they_go(tmp_path: Path) -> None:
+    make_home(tmp_path, Profile())
+    for name, text in ((JOINED, '{"state": "joined"}'), (ANSWER, '{"action": "train"}')):
+        (tmp_path / name).write_text(text)
+    rows = dict(rows_of(status_of(tmp_path)))
+    assert (rows["node"], rows["last answer"]) == ("never joined", "none yet")
+    ahead = {"action": "train", "round": 1, "time": 9e9, "seconds": 1.0, "peak_rss_bytes": 1}
+    (tmp_path / ANSWER).write_text(json.dumps(ahead))  # the clock was set back
+    assert dict(rows_of(status_of(tmp_path)))["last answer"] == "train, round 1, 0.0 s ago"
 
 
 def test_what_goes_wrong_is_in_the_status(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from fedprune.fleet.superlink import gate
 from fedprune.flower import client, server
 from fedprune.flower.inline import InlineGrid
 from fedprune.flower.launch import launch_values
+from fedprune.local.private import REFUSAL
 from fedprune.rounds.folder import prepare, read_metrics
 from prunelab.data.own_store import write_own_store
 from prunelab.errors import RunError
@@ -134,6 +135,24 @@ def test_a_submitted_run_has_the_bits_of_inline_though_its_superlink_was_killed(
     environment = flower_environment(fleet.server.state)
     shown = subprocess.run(log, env=environment, capture_output=True, text=True, check=True)
     assert "report:" in shown.stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_told_and_not_submitted_again(fleet: Fleet, tmp_path: Path) -> None:
+    """Its samples are not what the nodes' are."""
+    for name in ("cat", "dog"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(20):
+            picture = Image.fromarray(np.full((8, 8), number, np.uint8))
+            picture.save(tmp_path / "pictures" / name / f"{number}.png")
+    done = Command(
+        "fedprune", "run", "--superlink", fleet.server.name, "--out", str(tmp_path / "run"),
+        "--dataset", str(tmp_path / "pictures"), "--rounds", "2", cwd=tmp_path,
+    ).ended()  # fmt: skip
+    assert done.returncode == 1
+    assert f"error: none of {CLIENTS} nodes answered" in done.stderr
+    assert REFUSAL in done.stderr
+    assert "submitted again" not in done.stdout
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,17 @@ print(private_store(RunConfig(), {path!r}, Path("."), expected={RUN.to_dict()!r}
     made = open_store(tmp_path / done.stdout.strip(), verify=True)
     assert np.array_equal(made.inputs, store.inputs)
     assert np.array_equal(made.targets, store.targets)
+
+
+def test_stores_of_runs_that_are_over_do_not_fill_the_disk(tmp_path: Path) -> None:
+    path, asked = pictures(tmp_path / "own", ["dog", "ant"]), RUN.to_dict()
+    first, second, third = (
+        RunConfig.parse({"seed": seed, "data.dataset": "digits"}) for seed in range(3)
+    )
+    old, used = (private_store(each, path, tmp_path, expected=asked) for each in (first, second))
+    for folder in (old, used):
+        os.utime(folder, (0, 0))
+    assert private_store(second, path, tmp_path) == used
+    private_store(third, path, tmp_path, expected=asked)
+    assert used.exists()
+    assert not old.exists()

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from federation import run_inline, tiny
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 
 from fedprune.errors import ConfigError
 from fedprune.exchange.messages import DESCRIBE
 from fedprune.flower import wire
 from fedprune.flower.inline import InlineGrid
+from fedprune.flower.roster import LOST
 from fedprune.rounds.folder import has_checkpoint, read_metrics, read_model
 from prunelab.errors import RunError
 
@@ -301,6 +302,32 @@ def test_a_node_that_does_not_say_who_it_is_holds_nobody_up(tmp_path: Path) -> N
     out, seen = run(tmp_path / "run", Mute)
     assert [line["clients"] for line in rounds(out)] == [[0, 1, 2, 3], [0, 2, 3], [0, 2, 3]]
     assert seen.clock.now < 1
+
+
+def test_nodes_whose_answers_are_always_lost_hold_nobody_up(tmp_path: Path) -> None:
+    """Two that take turns, so that one of them is always being asked."""
+
+    class Losing(Timed):
+        def delay(self, action: str, number: int, client: int) -> float:  # type: ignore[override]
+            if action != DESCRIBE or client > 1:
+                return 0.0
+            return 1.0 if client == 1 and self.clock.now < 1 else 2.0
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            assert self.clock.now < 1000
+            for message_id in message_ids:
+                asked = self._messages.get(message_id)
+                for reply in super().pull_messages([message_id]):
+                    assert asked is not None
+                    lost = place(self.contexts[asked.metadata.dst_node_id]) < 2
+                    error = Error(code=LOST[0], reason="a part is missing")
+                    yield Message(error, reply_to=asked) if lost else reply
+
+    out, _ = run(
+        tmp_path / "run", Losing, federation__quorum=0.2,
+        method__name="magnitude",
+    )  # fmt: skip
+    assert len(rounds(out)) == ROUNDS
 
 
 def test_those_who_are_not_there_give_way_to_the_next_of_the_draw(tmp_path: Path) -> None:

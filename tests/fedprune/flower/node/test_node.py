@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,11 @@ from fedprune.config import RunConfig
 from fedprune.device.keys import write_keys
 from fedprune.flower import simulation, wire
 from fedprune.flower.launch import launch_values
-from fedprune.flower.node.link import Link, Unreachable
-from fedprune.flower.node.memory import ANSWER, MESSAGE
-from fedprune.flower.node.node import NodeSettings, answer, run_node
+from fedprune.flower.node.link import Link, RunIsOver, Unreachable
+from fedprune.flower.node.memory import ANSWER, MESSAGE, Memory
+from fedprune.flower.node.node import NodeSettings, _Worker, answer, run_node
+from fedprune.flower.node.parcel import Parcel
+from fedprune.local.private import REFUSAL
 from fedprune.rounds.folder import read_metrics
 from fedprune.rounds.setup import lay_out
 from prunelab.errors import RunError
@@ -166,13 +170,16 @@ def test_certificates_that_are_none_are_refused(tmp_path: Path) -> None:
             Link("127.0.0.1:1", key=tmp_path / "node", root_certificates=file)
 
 
-def asked(config: RunConfig, **values: str) -> Message:
+def asked(config: RunConfig, *, own_data: str = "", **values: str) -> Message:
     """The answer of a node to a message of a run that is configured so."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     question = Message(wire.build_record({"a": "describe", "r": 0}, {}), 1, "query", group_id="1")
     question.metadata.__dict__["_message_id"] = "1"
     run = {**config.flower(), **{key.replace("__", "."): text for key, text in values.items()}}
-    context = Context(1, 1, {"partition-id": 0}, RecordDict(), run)
+    node: dict[str, int | str] = {"partition-id": 0}
+    if own_data:
+        node["data-path"] = own_data
+    context = Context(1, 1, dict(node), RecordDict(), run)
     return answer(question, context, packages=["mine"])
 
 
@@ -182,6 +189,10 @@ def asked(config: RunConfig, **values: str) -> Message:
         ("training__schedule", "os:system"),
         ("data__partition", "subprocess:run"),
         ("method__settings", '{"criterion": "os:system"}'),
+        ("method__settings", '{"criterion": "os\\u003asystem"}'),
+        ("method__name", "antigravity:"),
+        ("training__task", "some-script:main"),
+        ("data__dataset", "os:getcwd"),
         ("model__name", "minefield:net"),
     ],
 )
@@ -199,11 +210,103 @@ def test_code_of_packages_that_the_owner_names_is_run() -> None:
     assert "mine" in header["skip"]  # which is not installed: it was looked for
 
 
-def test_a_message_that_nobody_could_answer_is_told(tmp_path: Path) -> None:
-    question = asked(tiny(), run__out="x:y")
-    assert not question.has_error()  # where a run is written is no code
+def test_files_that_a_run_names_are_not_read(tmp_path: Path) -> None:
+    """The server would learn of them what a model learns of its data."""
+    for name in (str(tmp_path), "/etc", "../digits"):
+        reply = asked(tiny(), data__dataset=name)
+        assert f"the run's data set is {name}, and" in str(reply.error.reason)
+
+
+def test_of_a_node_with_its_own_data_the_run_may_call_its_own_what_it_likes(tmp_path: Path) -> None:
+    for name in ("/srv/pictures", "theirs:load"):
+        reply = asked(tiny(), own_data=str(tmp_path), data__dataset=name)
+        assert not reply.has_error()
+        header, _ = wire.read_record(reply.content)
+        assert header["skip"] == REFUSAL  # the node's folder is empty: it was looked into
+
+
+def test_folders_of_the_server_are_none_of_a_node(tmp_path: Path) -> None:
+    class Brings:
+        def run_of(self, run_id: int) -> tuple[int, dict[str, object]]:
+            return 3, {"seed": 5, "run.setup": "/home/somebody/store", "run.out": "x:y"}
+
+    memory = Memory(tmp_path)
+    worker = _Worker(settings(tmp_path / "n", "a:1"), Brings(), memory, 1)  # type: ignore[arg-type]
+    assert worker._begin(9).run_config == {"seed": 5}
 
 
 def test_unreachable_is_no_run_error() -> None:
     """Else a node would end where it should wait."""
     assert not issubclass(Unreachable, RunError)
+
+
+@contextmanager
+def a_web_server(status: int) -> Iterator[str]:
+    """Something else at the address; what it is asked it answers with this status."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"<html>\n no SuperLink </html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        try:
+            yield f"127.0.0.1:{web.server_port}"
+        finally:
+            web.shutdown()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_address_of_something_else_is_told_in_a_line(known: bool, tmp_path: Path) -> None:
+    with a_web_server(404) as address:
+        if known:
+            Memory(tmp_path / "state").note_node(address, 7)
+        with pytest.raises(RunError, match=f"{address} answers 404: <html> no SuperLink"):
+            run_node(settings(tmp_path, address))
+
+
+def test_a_server_that_forbids_is_tried_again(tmp_path: Path) -> None:
+    said: list[str] = []
+    stop = threading.Event()
+
+    def tell(state: str, text: str) -> None:
+        said.append(text)
+        stop.set()
+
+    with a_web_server(403) as address:
+        run_node(settings(tmp_path, address), stop=stop, tell=tell)
+    assert said == [f"{address} answers 403; trying again every 1 s"]
+
+
+class Ends:
+    """A link whose run is stopped while its message is fetched; then its heart fails."""
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+
+    def receive(self) -> None:
+        self.failure = RunError("enough")
+        raise RunIsOver
+
+
+def test_a_run_that_is_stopped_ends_no_node(tmp_path: Path) -> None:
+    link = Ends()
+    worker = _Worker(settings(tmp_path, "a:1"), link, Memory(tmp_path / "m"), 1)  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="enough"):
+        worker.serve(threading.Event(), link)  # type: ignore[arg-type]
+
+
+def test_a_message_that_cannot_be_read_is_left(tmp_path: Path) -> None:
+    """Kept, it would end every process of the node that came after."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    whole = Parcel.of(Message(wire.build_record({"a": "describe"}, {}), 1, "query", group_id="1"))
+    memory = Memory(tmp_path / "m")
+    memory.received(replace(whole, contents={whole.message_id: b"nonsense"}))
+    worker = _Worker(settings(tmp_path, "a:1"), None, memory, 1)  # type: ignore[arg-type]
+    worker._finish()
+    assert memory.message() is None
