@@ -304,6 +304,28 @@ def test_a_method_that_looks_at_single_answers_is_told_how_not_to(tmp_path: Path
         run_inline(tiny(**settings, privacy__secure_aggregation=True), tmp_path / "run")
 
 
+@pytest.mark.parametrize("place", [0, 32])
+def test_a_client_whose_keys_are_none_is_left_out(place: int, tmp_path: Path) -> None:
+    """Else every other client would refuse to agree with it."""
+
+    def liar(message: Message, context: Context) -> Message | None:
+        reply = client.app(message, context)
+        asked = wire.read_record(message.content)[0]["a"]
+        if asked == "secure.keys" and int(context.node_config["partition-id"]) == 3:
+            assert reply is not None
+            keys = bytearray(wire.read_record(reply.content)[1]["k"])
+            keys[place : place + 32] = bytes(32)
+            reply.content = wire.build_record({}, {"k": bytes(keys)})
+        return reply
+
+    config = tiny(**SMALL, privacy__secure_aggregation=True)
+    out = run_inline(config, tmp_path / "run", clients=liar)
+    for line in read_metrics(out)[1:]:
+        assert line["clients"] == [0, 1, 2]
+        reason = "secure sum: a public key that is none"
+        assert line["skipped"] == [{"client": 3, "reason": reason}]
+
+
 def test_a_vector_of_another_length_is_left_out(tmp_path: Path) -> None:
     """One client's is cut; another's is changed, which nobody can see but in the sum."""
 
