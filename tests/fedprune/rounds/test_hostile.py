@@ -343,7 +343,10 @@ class Numbers(Method):
 @pytest.mark.parametrize("lie", ['"text"', "[1.0]", "[1.0, 2.0, {}]", "[1, 2, 3, 4]", "5"])
 def test_what_cannot_be_added_up_is_left_out(lie: str, aggregation: str, tmp_path: Path) -> None:
     """Of a method of one's own, which does not check it."""
-    settings = {"method__name": f"{__name__}:Numbers", "method__lie": lie, "data__clients": 2}
+    settings = {
+        "method__name": f"{__name__}:Numbers", "method__lie": lie, "data__clients": 2,
+        "federation__byzantine": 0.0,
+    }  # fmt: skip
     with pytest.raises(RunError, match=r"\[0\] of the clients.*client 1: field 'numbers'"):
         run_inline(tiny(**settings, federation__aggregation=aggregation), tmp_path / "run")
 

@@ -365,6 +365,15 @@ def test_methods_know_nothing_of_how_answers_become_one(method: str, tmp_path: P
         ({"federation__byzantine": 0.5}, "byzantine: expected 0 <= byzantine < 0.5"),
         ({"federation__aggregation": "krum"}, "aggregation: expected one of mean, clipped"),
         ({"federation__clip": -1.0}, "clip: expected 0 or more"),
+        ({"federation__aggregation": "median"}, "byzantine: 0.2 of 4 clients a round is nobody"),
+        (
+            {
+                "federation__aggregation": "multi-krum",
+                "federation__clients_per_round": 3,
+                "federation__byzantine": 0.33,
+            },
+            "byzantine: 0.33 of 3 clients a round is nobody",
+        ),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], text: str) -> None:
