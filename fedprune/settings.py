@@ -121,7 +121,7 @@ class FederationConfig:
     `aggregation` makes one model of the answers: "mean", or a rule that withstands lying clients
     (fedprune/exchange/robust.py): "clipped" (updates cut to the norm `clip`; 0: the median of the
     round's), "trimmed-mean", "median", "multi-krum". `byzantine` is the share of a round's clients
-    that may lie.
+    that may lie; one that comes to less than a client is refused, but for 0.
 
     `max_share` is how much of a round's weight one client may have whose samples the run did not
     hand out: nobody but itself knows how many they are. 1 believes every number. `evaluate` says
@@ -280,6 +280,14 @@ def _who_takes_part(federation: FederationConfig, *, clients: int) -> Iterable[s
         yield f"federation.quorum: {federation.quorum:g} answers of {asked} clients a round"
     if not 0 <= federation.byzantine < 0.5:
         yield f"federation.byzantine: expected 0 <= byzantine < 0.5, got {federation.byzantine}"
+    elif federation.aggregation != "mean" and federation.byzantine > 0:
+        answers = min(asked, clients)
+        if answers > 0 and int(federation.byzantine * answers) == 0:
+            yield (
+                f"federation.byzantine: {federation.byzantine:g} of {answers} clients a round is "
+                f"nobody, and {federation.aggregation} would protect from none; raise it, or ask "
+                "more clients"
+            )
     shares = {"uplink_topk": federation.uplink_topk, "max_share": federation.max_share}
     yield from (
         f"federation.{name}: expected 0 < {name} <= 1, got {share}"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedprune.errors import ClientError
 from fedprune.exchange.aggregate import EntryMean, StateMean, WeightedMean
 from fedprune.exchange.messages import MODEL, Expected, Reply, Request, Resources, number
 from fedprune.exchange.robust import MEAN, Aggregation
@@ -106,6 +107,20 @@ def _aggregated(
         growth.result(),
         largest(reply.resources for reply in ordered),
     )
+
+
+def check_numbers(reply: Reply, expected: Expected) -> None:
+    """Raise ClientError unless a reply's fields can be added up: one number, or the list of them
+    that a sum has."""
+    for name, length in {**dict.fromkeys(expected.fields, 0), **expected.sums}.items():
+        value = reply.fields[name]
+        if isinstance(value, list) != bool(length) or len(_listed(value)) != max(1, length):
+            raise ClientError(
+                f"field {name!r}: expected {f'a list of {length}' if length else 'a number'}, "
+                f"got {value!r:.60}"
+            )
+        for each in _listed(value):
+            number({name: each}, name)
 
 
 class Sums:

@@ -154,6 +154,8 @@ def open_request(record: RecordDict, context: Context) -> tuple[Request, Local]:
     else:
         network = network_of(config, data, None)
     kept = _bytes_of(context, _KEPT)
+    # The run's key is there for nodes as well, and empty; what is a node's own is never simulated.
+    laid_out = bool(context.run_config.get(SETUP)) and not context.node_config.get("data-path")
     local = Local(
         client,
         data,
@@ -161,7 +163,7 @@ def open_request(record: RecordDict, context: Context) -> tuple[Request, Local]:
         network,
         message_bytes=received.nbytes(),
         kept=kept,
-        simulated=SETUP in context.run_config,
+        simulated=laid_out,
     )
     return received.request(network.shapes), local
 

@@ -187,7 +187,13 @@ class _Sum:
     def keys(self) -> None:
         """Public keys of all."""
         records = dict.fromkeys(self._weights, self._step(KEYS))
-        self._publics = dict(self._answers(records, KEYS, PUBLIC_BYTES))
+        for client, publics in self._answers(records, KEYS, PUBLIC_BYTES):
+            try:
+                secure_sum.check_publics(publics)
+            except ClientError as error:
+                self._cohort.skip(client, str(error))
+                continue
+            self._publics[client] = publics
         self._enough(self._publics, "sent keys")
         self._threshold = threshold_of(len(self._publics), self._share)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fedprune.errors import ConfigError
 from fedprune.exchange.messages import MODEL, Expected, Reply, Request, loss
-from fedprune.exchange.pooled import Pooled, Pooler, pooled
+from fedprune.exchange.pooled import Pooled, Pooler, check_numbers, pooled
 from fedprune.exchange.robust import MEAN, Aggregation
 from fedprune.local.training import train
 from sparsemodel.runtime.state import Entries, SparseState
@@ -84,7 +84,13 @@ class Start:
         """Every client's answer added up: all that a method has under secure aggregation."""
         if self.pooler is not None:
             return self.pooler(request)
-        return pooled(self.ask(request), request.expected, aggregation=self.aggregation)
+
+        def check(reply: Reply) -> None:
+            check_numbers(reply, request.expected)
+            request.check(reply)
+
+        asked = dataclasses.replace(request, check=check)
+        return pooled(self.ask(asked), request.expected, aggregation=self.aggregation)
 
 
 class Builder(Protocol):

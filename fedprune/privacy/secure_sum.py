@@ -315,6 +315,13 @@ def agreed(private: bytes, public: bytes, session: str, use: str) -> bytes:
     return HKDF(SHA256(), KEY_BYTES, salt=None, info=info).derive(secret)
 
 
+def check_publics(publics: bytes) -> None:
+    """Raise ClientError unless others can agree on keys with both of a client's public keys: with
+    one that is none, every honest client would refuse the sum."""
+    for public in (publics[:KEY_BYTES], publics[KEY_BYTES:]):
+        agreed(new_key(), public, "", "")
+
+
 def public_bytes(key: X25519PrivateKey) -> bytes:
     """The public key of a private one, 32 bytes."""
     return key.public_key().public_bytes_raw()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from math import ceil
 from random import SystemRandom
 from typing import Protocol
@@ -101,13 +101,11 @@ def gather_sum(
     setup: Setup, cohort: Cohort, folder: RunFolder, request: Request, *, per_round: int
 ) -> Pooled:
     """The same where nothing may be seen but the sum of the answers: every attempt begins anew."""
-    pooled = Pooled([], 0)
+    pooled, draw = Pooled([], 0), Draw(setup, cohort, request, per_round)
     for attempt in range(1, setup.config.federation.attempts + 1):
-        draw = Draw(setup, cohort, request, per_round)
         chosen, _ = draw.next()
         pooled = cohort.ask_sum(request, clients=chosen, least=draw.quorum)
-        draw.answered.update(pooled.clients)
-        if len(pooled.clients) >= draw.quorum:
+        if pooled.clients:
             break
         _note_below(folder, request, draw, attempt)
     return pooled
@@ -116,8 +114,8 @@ def gather_sum(
 class Draw:
     """The clients that a round asks, one attempt after the other.
 
-    Under differential privacy of clients the accounting holds for a draw of all clients, whoever
-    is connected: it is made once, and those in it alone are asked again.
+    Under differential privacy of clients the accounting holds for a draw of all clients of the
+    run, whoever has joined by now: it is made once, and those in it alone are asked again.
 
     Attributes:
         quorum: how many answers the round needs.
@@ -129,7 +127,8 @@ class Draw:
         self._round, self._asked = request.round_index, set[int]()
         self._fixed: list[int] | None = None
         if setup.config.privacy.dp != "none":
-            self._fixed = private_draw(setup, cohort, self._round)[:per_round]
+            drawn = private_draw(setup, self._round, simulated=cohort.simulated)
+            self._fixed = drawn[:per_round]
         self.quorum, self.answered = 1, set[int]()
 
     def next(self) -> tuple[list[int], int]:
@@ -141,9 +140,8 @@ class Draw:
             return sorted(set(self._fixed) - self.answered), missing
         # Those that are not connected give way to the next of the draw, where there are others,
         # and so do those that were asked already.
-        drawn = [
-            c for c in ordered(self._setup, self._cohort, self._round) if c not in self.answered
-        ]
+        clients = self._cohort.clients
+        drawn = [c for c in ordered(self._setup, clients, self._round) if c not in self.answered]
         connected = self._cohort.connected
         drawn.sort(key=lambda client: (client not in connected, client in self._asked))
         chosen = sorted(drawn[: missing + self._setup.config.federation.over_sample])
@@ -151,20 +149,19 @@ class Draw:
         return chosen, missing
 
 
-def ordered(setup: Setup, cohort: Cohort, round_index: int) -> list[int]:
-    """All clients in the order in which a round takes them: drawn by the run's seed."""
-    clients = sorted(cohort.clients)
+def ordered(setup: Setup, clients: Iterable[int], round_index: int) -> list[int]:
+    """These clients in the order in which a round takes them: drawn by the run's seed."""
+    clients = sorted(clients)
     order = rng(SEED_SAMPLING, setup.config.seed, round_index).permutation(len(clients))
     return [clients[i] for i in order.tolist()]
 
 
-def private_draw(setup: Setup, cohort: Cohort, round_index: int) -> list[int]:
-    """The same, of an order that nobody can know where clients are devices of others."""
-    privacy = setup.config.privacy
-    if privacy.dp != "central" or privacy.seeds_noise(cohort.simulated):
-        return ordered(setup, cohort, round_index)
-    clients = sorted(cohort.clients)
-    return SystemRandom().sample(clients, len(clients))
+def private_draw(setup: Setup, round_index: int, *, simulated: bool) -> list[int]:
+    """All clients of the run so, of an order that nobody can know where they are devices."""
+    privacy, everybody = setup.config.privacy, range(setup.config.data.clients)
+    if privacy.dp != "central" or privacy.seeds_noise(simulated):
+        return ordered(setup, everybody, round_index)
+    return SystemRandom().sample(everybody, len(everybody))
 
 
 def quorum_of(setup: Setup, cohort: Cohort, per_round: int) -> int:

@@ -91,12 +91,11 @@ def play_round(
     totals.count_round(traffic, request)
     totals.count_training(setup, request, state.model, fold.samples())
     if privacy.dp != "none":
-        clients = len(cohort.clients)
         totals.epsilon = epsilon(
             privacy,
-            releases=_releases(setup, cohort, updated.round_index),
-            asked=min(per_round, clients),
-            clients=clients,
+            releases=_releases(setup, updated.round_index),
+            asked=per_round,
+            clients=config.data.clients,
         )
     adjusted, entropy = mask_change(state.model, updated.model)
     folder.append(
@@ -339,12 +338,13 @@ def _resumed(setup: Setup, folder: RunFolder) -> RunState | None:
     return replace(state, model=state.model.ordered(setup.shapes))
 
 
-def _releases(setup: Setup, cohort: Cohort, rounds: int) -> int:
+def _releases(setup: Setup, rounds: int) -> int:
     """Rounds so far; of noise that clients add themselves, answers of the busiest client."""
-    if setup.config.privacy.dp == "central":
+    config = setup.config
+    if config.privacy.dp == "central":
         return rounds
-    asked = setup.config.clients_per_round
-    drawn = Counter(c for index in range(rounds) for c in ordered(setup, cohort, index)[:asked])
+    everybody, asked = range(config.data.clients), config.clients_per_round
+    drawn = Counter(c for index in range(rounds) for c in ordered(setup, everybody, index)[:asked])
     return max(drawn.values())
 
 

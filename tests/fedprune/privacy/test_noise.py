@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,24 @@ def test_noise_of_the_system_differs_every_time(tmp_path: Path) -> None:
     assert all(value.tobytes() != states[1][name].tobytes() for name, value in states[0].items())
 
 
+def test_nodes_do_not_take_noise_from_the_run_s_seed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Flower gives nodes every key of the app's configuration, that of the setup as ""."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def node(message: Message, context: Context) -> Message | None:
+        context.run_config = {**context.run_config, client.SETUP: ""}
+        return client.app(message, context)
+
+    outs = [tmp_path / str(n) for n in range(2)]
+    for out in outs:
+        settings = {**PRIVATE, "training__rounds": 1, "privacy__dp": "local"}
+        run_inline(tiny(**settings), out, clients=node)
+    states = [read_model(out)[0].values for out in outs]
+    assert all(value.tobytes() != states[1][name].tobytes() for name, value in states[0].items())
+
+
 def test_the_server_refuses_an_update_that_nobody_clipped() -> None:
     """Of norm .5 at most under "central"; under "local" the noise is allowed for."""
     start = SparseState({"w": np.zeros(100, np.float32)})
@@ -215,10 +234,7 @@ def test_what_is_not_accounted_for_is_refused() -> None:
             tiny(method__name=name, privacy__dp="central")
     for settings, message in (
         ({"federation__evaluate": "clients"}, "tests by clients are not covered by privacy.dp"),
-        (
-            {"federation__value_dtype": "int8"},
-            "value_dtype: it changes what the client has protected",
-        ),
+        ({"federation__value_dtype": "int8"}, "value_dtype: it changes what the client has"),
         ({"privacy__clip": 0.0}, "privacy.clip: expected a positive number"),
         ({"privacy__noise_multiplier": -1.0}, "privacy.noise_multiplier: expected a positive"),
         ({"privacy__delta": 0.0}, "privacy.delta: expected 0 < delta < 1"),

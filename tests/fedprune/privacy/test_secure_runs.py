@@ -121,6 +121,49 @@ def test_with_too_few_the_round_fails_and_the_run_goes_on_from_before(
     assert arrays(out) == arrays(plain_of_four)
 
 
+def test_a_sum_below_the_quorum_is_not_unmasked_and_asked_again(
+    plain_without_two: Path, tmp_path: Path
+) -> None:
+    """In the second round three leave at the first attempt, two at the second."""
+    sessions: list[str] = []
+    unmasked: set[str] = set()
+
+    def drops(action: str, session: str, number: int) -> bool:
+        if session.startswith("train 1") and session not in sessions:
+            sessions.append(session)
+        if action == "secure.unmask":
+            unmasked.add(session)
+        left = (1, 3, 4) if len(sessions) == 1 else (2, 5)
+        return action == "train" and number in left
+
+    config = tiny(**EIGHT, privacy__secure_aggregation=True, federation__quorum=6.0)
+    out = run_inline(config, tmp_path / "run", clients=failing(drops))
+    assert arrays(out) == arrays(plain_without_two)
+    assert len(sessions) == 2
+    assert sessions[0] not in unmasked
+    (below,) = (line for line in read_metrics(out) if line.get("event") == "below-quorum")
+    assert (below["round"], below["answered"], below["quorum"]) == (2, [], 6)
+
+
+def test_a_private_draw_is_asked_again_as_it_is(tmp_path: Path) -> None:
+    """Accounting is for one draw of all clients: another for the second attempt would favour
+    those who answer."""
+    asked: dict[str, set[int]] = {}
+
+    def drops(action: str, session: str, number: int) -> bool:
+        if action == "secure.keys":
+            asked.setdefault(session, set()).add(number)
+        return len(asked) == 1
+
+    config = tiny(
+        **{**EIGHT, "training__rounds": 1}, method__name="magnitude", privacy__dp="central",
+        privacy__secure_aggregation=True, privacy__noise="system", federation__clients_per_round=4,
+    )  # fmt: skip
+    run_inline(config, tmp_path / "run", clients=failing(drops))
+    first, second = asked.values()
+    assert first == second
+
+
 @pytest.mark.filterwarnings("ignore:.*test samples are left aside")
 @pytest.mark.parametrize(
     "settings",
@@ -259,6 +302,28 @@ def test_a_method_that_looks_at_single_answers_is_told_how_not_to(tmp_path: Path
     run_inline(tiny(**settings), tmp_path / "plain")
     with pytest.raises(RunError, match=r"a method that calls server\.pooled works with both"):
         run_inline(tiny(**settings, privacy__secure_aggregation=True), tmp_path / "run")
+
+
+@pytest.mark.parametrize("place", [0, 32])
+def test_a_client_whose_keys_are_none_is_left_out(place: int, tmp_path: Path) -> None:
+    """Else every other client would refuse to agree with it."""
+
+    def liar(message: Message, context: Context) -> Message | None:
+        reply = client.app(message, context)
+        asked = wire.read_record(message.content)[0]["a"]
+        if asked == "secure.keys" and int(context.node_config["partition-id"]) == 3:
+            assert reply is not None
+            keys = bytearray(wire.read_record(reply.content)[1]["k"])
+            keys[place : place + 32] = bytes(32)
+            reply.content = wire.build_record({}, {"k": bytes(keys)})
+        return reply
+
+    config = tiny(**SMALL, privacy__secure_aggregation=True)
+    out = run_inline(config, tmp_path / "run", clients=liar)
+    for line in read_metrics(out)[1:]:
+        assert line["clients"] == [0, 1, 2]
+        reason = "secure sum: a public key that is none"
+        assert line["skipped"] == [{"client": 3, "reason": reason}]
 
 
 def test_a_vector_of_another_length_is_left_out(tmp_path: Path) -> None:

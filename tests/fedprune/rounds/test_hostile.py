@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,11 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from long import FACTOR
 
-from fedprune.exchange.messages import DESCRIBE
+from fedprune.exchange.messages import DESCRIBE, Expected, Reply, Request
 from fedprune.flower import client, wire
 from fedprune.flower.inline import InlineGrid
+from fedprune.local.site import Local
+from fedprune.methods import Method, RunState, Start
 from fedprune.rounds.folder import read_metrics
 from fedprune.rounds.workspace import open_workspace
+from prunelab.errors import RunError
 from sparsemodel.codec import decode_state, encode_state
 from sparsemodel.runtime.state import SparseState
 
@@ -312,6 +316,39 @@ def test_messages_live_as_long_as_they_are_waited_for(tmp_path: Path) -> None:
 
     run_inline(tiny(**CONFIG, federation__timeout=77.0), tmp_path / "run", clients=app)
     assert set(seen) == {77.0}
+
+
+def numbers(request: Request, local: Local) -> Reply:
+    told = request.fields["lie"] if local.client else [1.0, 2.0, 3.0]
+    return Reply(len(local.data.train), {"numbers": told})
+
+
+@dataclass(frozen=True)
+class Numbers(Method):
+    """It adds up what clients answer and leaves what they can answer to the gate."""
+
+    name: ClassVar[str] = "numbers"
+    actions = {"numbers": numbers}  # noqa: RUF012
+    lie: str = ""
+
+    def start(self, server: Start) -> RunState:
+        fields = {"lie": json.loads(self.lie)}
+        asked = {"model": server.state()}
+        expected = Expected(sums={"numbers": 3})
+        found = server.pooled(Request("numbers", 0, fields, asked, expected=expected))
+        raise RunError(f"{list(found.clients)} of the clients")
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "median"])
+@pytest.mark.parametrize("lie", ['"text"', "[1.0]", "[1.0, 2.0, {}]", "[1, 2, 3, 4]", "5"])
+def test_what_cannot_be_added_up_is_left_out(lie: str, aggregation: str, tmp_path: Path) -> None:
+    """Of a method of one's own, which does not check it."""
+    settings = {
+        "method__name": f"{__name__}:Numbers", "method__lie": lie, "data__clients": 2,
+        "federation__byzantine": 0.0,
+    }  # fmt: skip
+    with pytest.raises(RunError, match=r"\[0\] of the clients.*client 1: field 'numbers'"):
+        run_inline(tiny(**settings, federation__aggregation=aggregation), tmp_path / "run")
 
 
 ORDERS = st.permutations(range(4)).map(tuple)

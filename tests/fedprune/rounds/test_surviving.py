@@ -16,7 +16,9 @@ from fedprune.exchange.messages import DESCRIBE
 from fedprune.flower import wire
 from fedprune.flower.inline import InlineGrid
 from fedprune.flower.roster import LOST
+from fedprune.privacy.accounting import epsilon
 from fedprune.rounds.folder import has_checkpoint, read_metrics, read_model
+from fedprune.settings import PrivacyConfig
 from prunelab.errors import RunError
 
 ROUNDS = 3
@@ -280,6 +282,33 @@ def test_a_client_that_comes_late_is_taken_in(tmp_path: Path) -> None:
     assert seen.clock.now < 130  # two minutes at the join
 
 
+def test_privacy_is_accounted_for_a_draw_of_all_clients_those_that_have_not_come_yet_too(
+    tmp_path: Path,
+) -> None:
+    """Two of four are asked, and one comes in the last round: with three there, two of three would
+    be drawn, and accounting by those of the end would tell less than was spent."""
+
+    class Late(at_round(3, lambda grid: grid.absent.clear())):  # type: ignore[misc]
+        def set_up(self) -> None:
+            super().set_up()
+            self.absent.add(3)
+
+    private: dict[str, Any] = {
+        "method__name": "magnitude", "privacy__dp": "central", "privacy__noise_multiplier": 6.0,
+        "federation__clients_per_round": 2,
+    }  # fmt: skip
+    usual, _ = run(tmp_path / "usual", **private)
+    out, _ = run(tmp_path / "run", Late, **private)
+    drawn = [set(line["clients"]) for line in rounds(usual)]
+    assert any(3 in some for some in drawn[:2])
+    found = [set(line["clients"]) for line in rounds(out)]
+    assert found == [drawn[0] - {3}, drawn[1] - {3}, drawn[2]]
+    settings = PrivacyConfig(dp="central", noise_multiplier=6.0)
+    assert [line["epsilon"] for line in rounds(out)] == [
+        epsilon(settings, releases=n, asked=2, clients=4) for n in (1, 2, 3)
+    ]
+
+
 def test_a_run_that_finds_nobody_waits(tmp_path: Path, undisturbed: str) -> None:
     class Gone(at_round(2, lambda grid: grid.absent.update(range(4)))):  # type: ignore[misc]
         def get_node_ids(self) -> Iterable[int]:
@@ -363,6 +392,15 @@ def test_methods_know_nothing_of_how_answers_become_one(method: str, tmp_path: P
         ({"federation__byzantine": 0.5}, "byzantine: expected 0 <= byzantine < 0.5"),
         ({"federation__aggregation": "krum"}, "aggregation: expected one of mean, clipped"),
         ({"federation__clip": -1.0}, "clip: expected 0 or more"),
+        ({"federation__aggregation": "median"}, "byzantine: 0.2 of 4 clients a round is nobody"),
+        (
+            {
+                "federation__aggregation": "multi-krum",
+                "federation__clients_per_round": 3,
+                "federation__byzantine": 0.33,
+            },
+            "byzantine: 0.33 of 3 clients a round is nobody",
+        ),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], text: str) -> None:
