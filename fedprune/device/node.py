@@ -44,7 +44,7 @@ def join(
         say: is told, a line each, what happens.
 
     Raises:
-        ConfigError: the profile is none.
+        ConfigError: the profile is none, or the address.
         RunError: another process has joined from this home; the server cannot be trusted, or
             refuses the device; says what to do.
     """
@@ -54,6 +54,9 @@ def join(
             "which client of a run this device is has not been said: fedprune device init "
             "--force --client 0 (another number for each device)"
         )
+    host, _, port = superlink.rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"{superlink!r} is no address; give HOST:PORT, fleet.example.org:8000")
     if root_certificates is not None and not root_certificates.is_file():
         raise RunError(f"--root-certificates {root_certificates}: there is no such file")
     config: dict[str, str | int] = {"partition-id": profile.client, "home": str(home.resolve())}

@@ -20,12 +20,13 @@ from cryptography.x509.oid import NameOID
 
 from benchmarks.deployment import submit
 from fedprune.config import RunConfig
-from fedprune.device.home import ANSWER, JOINED, Profile, make_home, read_json
+from fedprune.device.home import ANSWER, JOINED, PRIVATE, Profile, make_home, read_json
 from fedprune.device.node import join
 from fedprune.device.status import rows_of, status_of
 from fedprune.errors import ConfigError
 from fedprune.flower import simulation
 from fedprune.flower.launch import launch_values
+from fedprune.flower.node.link import Link, Unreachable
 from fedprune.rounds.folder import prepare, read_summary
 from fedprune.rounds.setup import lay_out
 from prunelab.errors import RunError
@@ -100,6 +101,9 @@ def test_a_server_or_a_device_that_is_not_trusted_is_told_in_a_line(tmp_path: Pa
         ):
             with pytest.raises(RunError, match=says):
                 join(home, address, root_certificates=root, say=told.append)
+        with Link(address, key=home / PRIVATE, root_certificates=None) as link:
+            with pytest.raises(Unreachable, match="if it has TLS, give --root-certificates"):
+                link.activate()
     assert told == []
     rows = dict(rows_of(status_of(home)))
     assert rows["node"] == "given up"
@@ -171,3 +175,13 @@ def test_a_home_without_a_number_or_a_key_is_refused(tmp_path: Path) -> None:
     Profile(client=0).write(tmp_path)
     with pytest.raises(RunError, match="there is no such file"):
         join(tmp_path, "127.0.0.1:1", root_certificates=tmp_path / "ca.crt")
+
+
+@pytest.mark.parametrize(
+    "address", ["fleet", ":8000", "fleet:", "fleet:99999", "fleet:0", "https://fleet:8000"]
+)
+def test_an_address_that_is_none_is_refused_at_once(address: str, tmp_path: Path) -> None:
+    """Else the device would try it for ever."""
+    make_home(tmp_path, Profile(client=0))
+    with pytest.raises(ConfigError, match="give HOST:PORT"):
+        join(tmp_path, address)
