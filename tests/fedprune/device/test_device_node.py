@@ -101,9 +101,9 @@ def test_a_server_or_a_device_that_is_not_trusted_is_told_in_a_line(tmp_path: Pa
         ):
             with pytest.raises(RunError, match=says):
                 join(home, address, root_certificates=root, say=told.append)
-        with Link(address, key=home / PRIVATE, root_certificates=None) as link:
-            with pytest.raises(Unreachable, match="if it has TLS, give --root-certificates"):
-                link.activate()
+        hint = pytest.raises(Unreachable, match="if it has TLS, give --root-certificates")
+        with Link(address, key=home / PRIVATE, root_certificates=None) as link, hint:
+            link.activate()
     assert told == []
     rows = dict(rows_of(status_of(home)))
     assert rows["node"] == "given up"
