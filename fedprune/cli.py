@@ -174,6 +174,8 @@ def run(  # noqa: PLR0917 - the command's options
     from fedprune.rounds import run as runner  # noqa: PLC0415
 
     values = _values(config, {**parse_assignments(settings or []), **_given(given)})
+    if superlink and engine != "flower":
+        raise ConfigError(f"--engine {engine} computes here: give it without --superlink")
     if superlink and baseline:
         raise ConfigError("--baseline runs here: give it without --superlink, with an --engine")
     if superlink and not resume and not values.get("data.clients"):

@@ -34,7 +34,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error
 AsJson = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 Budget = Annotated[str, typer.Option(help="Memory of a whole process: 128MB, 128MiB.")]
 _MODEL = "A built-in network's name, or a file of a program's text; default resnet18."
-Model = Annotated[str, typer.Option(help=_MODEL)]
+Model = Annotated[str, typer.Option(help=_MODEL, show_default=False)]
 Density = Annotated[float, typer.Option(help="Share of the pruned layers' weights, 0 to 1.")]
 
 
@@ -60,13 +60,13 @@ def init(  # noqa: PLR0917 - the command's options
     profile = Profile(parse_bytes(budget), threads, own_data(data) if data else "", client, allow)
     public = make_home(home, profile, force=force)
     say(f"public key: {public}")
-    say("next, at the server:   fedprune server register node.pub")
+    say("next, at the server:   fedprune server register DIR node.pub")
     say("then, on this device:  fedprune device join HOST:PORT --root-certificates ca.crt")
 
 
 @device.command()
 def join(
-    superlink: Annotated[str, typer.Argument(help="The server's HOST:PORT.")],
+    superlink: Annotated[str, typer.Argument(metavar="HOST:PORT")],
     root_certificates: Annotated[
         Path | None, typer.Option(help="The certificate of the server's authority, ca.crt.")
     ] = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import tempfile
 import time
@@ -29,7 +28,6 @@ from prunelab.errors import RunError
 from prunelab.runs.folder import locked
 
 LOG_BYTES = 1 << 20  # of each of two files
-_ADDRESS = re.compile(r"[^/\s]+:\d{1,5}")
 
 Say = Callable[[str], None]
 
@@ -50,8 +48,9 @@ def join(
         RunError: another process has joined from this home; the server cannot be trusted, or
             refuses the device; says what to do.
     """
-    if not _ADDRESS.fullmatch(superlink):
-        raise ConfigError(f"{superlink!r} is no address of a server: expected HOST:PORT")
+    host, _, port = superlink.rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"{superlink!r} is no address; give HOST:PORT, fleet.example.org:8000")
     profile = Profile.read(home)
     if profile.client < 0:
         raise ConfigError(

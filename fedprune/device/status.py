@@ -48,7 +48,7 @@ def rows_of(status: dict[str, Any]) -> list[list[str]]:
         return [*rows, ["last answer", "none yet"]]
     ago = format_seconds(max(0.0, time.time() - answer["time"]))  # a clock may have been set back
     rows.append(
-        ["last answer", f"{answer['action']}, round {answer['round']}, {ago} ago"],
+        ["last answer", f"{answer['action']}, after {answer['round']} rounds, {ago} ago"],
     )
     rows.append(["took", format_seconds(answer["seconds"])])
     rows.append(["peak of its memory", format_bytes(answer["peak_rss_bytes"])])

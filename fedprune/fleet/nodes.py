@@ -201,6 +201,9 @@ def _number(server: Server, which: str) -> int:
         return int(which)
     own = fingerprint(Path(which)) if Path(which).is_file() else ""
     found = [n for n, node in known.items() if node["key"] == own or node["name"] == which]
+    if len(found) > 1:  # a name passes from a key that was revoked to the next
+        gone = {str(node.number) for node in nodes(server) if node.status == REVOKED}
+        found = [number for number in found if number not in gone] or found
     if len(found) != 1:
         raise RunError(
             f"{which} names {len(found) or 'none'} of the nodes registered here; give the number "

@@ -130,6 +130,11 @@ class Source:
 def check_dataset(name: str) -> None:
     """Raise DataError, listing the known ones, unless `name` is a known data set or a folder."""
     if name not in DATASETS and not Path(name).is_dir():
+        if Path(name).exists():
+            raise DataError(
+                f"{name} is a file of another kind; give a folder, a table (.csv, .tsv, .parquet) "
+                "or arrays (.npz, or the folder of inputs.npy and targets.npy)"
+            )
         raise DataError(
             f"unknown data set {name!r}; known: {', '.join(DATASETS)}; or give a folder of class "
             "folders or of parquet files, a table (.csv, .tsv, .parquet), arrays (.npz), or "

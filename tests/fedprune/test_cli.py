@@ -237,6 +237,7 @@ def test_names_and_data_are_checked_before_flower_starts(
         (["run", "--method", "magic"], "known methods: fedavg"),
         (["run", "--model", "gpt"], "known models: resnet8"),
         (["run", "--engine", "steam"], "flower, inline"),
+        (["run", "--engine", "inline", "--superlink", "x"], "give it without --superlink"),
         (["run", "--density", "0"], "0 < density <= 1"),
         (["run", "--engine", "inline", "--dataset", "nope"], "known: digits"),
         (["run", "--engine", "inline", "--clients", "5000"], "5000 clients"),

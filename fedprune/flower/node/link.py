@@ -80,10 +80,11 @@ class Link:
         self._address, self._key = address, key
         self._public = public_key_to_bytes(private.public_key())
         self._node = Node()
+        self._plain = root_certificates is None
         try:
             self._client = FleetHttpClient.from_server_address(
                 address,
-                root_certificates is None,
+                self._plain,
                 None if root_certificates is None else root_certificates.read_bytes(),
                 interceptors=[
                     RuntimeVersionHttpInterceptor(component_name="SuperNode"),
@@ -241,7 +242,10 @@ class Link:
                     f"{self._address}: its certificate is not one of the authority's that was "
                     f"given with --root-certificates ({error})"
                 ) from None
-            raise Unreachable(f"{self._address} does not answer ({error})") from None
+            # What a server with TLS does to whom it does not understand.
+            cut = self._plain and isinstance(error, httpx.RemoteProtocolError)
+            hint = "; if it has TLS, give --root-certificates" if cut else ""
+            raise Unreachable(f"{self._address} does not answer ({error}){hint}") from None
         except ValueError as error:
             raise RunError(f"{self._address} is no SuperLink: {error}") from None
 

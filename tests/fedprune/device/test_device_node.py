@@ -28,6 +28,7 @@ from fedprune.device.status import rows_of, status_of
 from fedprune.errors import ConfigError
 from fedprune.flower import simulation
 from fedprune.flower.launch import launch_values
+from fedprune.flower.node.link import Link, Unreachable
 from fedprune.rounds.folder import prepare, read_summary
 from fedprune.rounds.setup import lay_out
 from prunelab.errors import RunError
@@ -103,6 +104,9 @@ def test_a_server_or_a_device_that_is_not_trusted_is_told_in_a_line(tmp_path: Pa
         ):
             with pytest.raises(RunError, match=says):
                 join(home, address, root_certificates=root, say=told.append)
+        hint = pytest.raises(Unreachable, match="if it has TLS, give --root-certificates")
+        with Link(address, key=home / PRIVATE, root_certificates=None) as link, hint:
+            link.activate()
     assert told == []
     rows = dict(rows_of(status_of(home)))
     assert rows["node"] == "given up"
@@ -176,14 +180,6 @@ def test_a_home_without_a_number_or_a_key_is_refused(tmp_path: Path) -> None:
         join(tmp_path, "127.0.0.1:1", root_certificates=tmp_path / "ca.crt")
 
 
-@pytest.mark.parametrize("address", ["fleet.example.org", "https://fleet.example.org:8000", ":1"])
-def test_an_address_without_a_port_is_refused(address: str, tmp_path: Path) -> None:
-    """And not waited for."""
-    make_home(tmp_path, Profile(client=0))
-    with pytest.raises(ConfigError, match="expected HOST:PORT"):
-        join(tmp_path, address)
-
-
 def test_a_look_at_the_status_stops_no_join(tmp_path: Path) -> None:
     make_home(tmp_path, Profile(client=0))
     (tmp_path / PRIVATE).write_bytes(b"nonsense")
@@ -192,3 +188,13 @@ def test_a_look_at_the_status_stops_no_join(tmp_path: Path) -> None:
     threading.Timer(0.3, lock.release).start()
     with pytest.raises(RunError, match="is no private key"):  # it came so far
         join(tmp_path, "127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    "address", ["fleet", ":8000", "fleet:", "fleet:99999", "fleet:0", "https://fleet:8000"]
+)
+def test_an_address_that_is_none_is_refused_at_once(address: str, tmp_path: Path) -> None:
+    """Else the device would try it for ever."""
+    make_home(tmp_path, Profile(client=0))
+    with pytest.raises(ConfigError, match="give HOST:PORT"):
+        join(tmp_path, address)

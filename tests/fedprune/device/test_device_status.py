@@ -33,7 +33,7 @@ def test_the_status_says_what_was_answered(tmp_path: Path) -> None:
     assert not found["alive"]
     rows = dict(rows_of(found))
     assert rows["node"] == "never joined"
-    assert rows["last answer"].startswith("train, round 0, ")
+    assert rows["last answer"].startswith("train, after 0 rounds, ")
     assert "its error" not in rows
 
 

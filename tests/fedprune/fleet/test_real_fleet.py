@@ -203,6 +203,9 @@ def test_who_may_not_join_is_told_so(fleet: Fleet, tmp_path: Path) -> None:
     assert states["revoked"] == "revoked"
     with pytest.raises(RunError, match="revoked for good"):
         registry.register(fleet.server, revoked / PUBLIC)
+    make_home(tmp_path / "anew", Profile(client=0))
+    number = registry.register(fleet.server, tmp_path / "anew" / PUBLIC, name="revoked")
+    assert registry.revoke(fleet.server, "revoked") == number  # not the one before of that name
 
 
 @pytest.mark.slow

@@ -714,6 +714,9 @@ def test_a_factory_by_name_gives_anything(tmp_path: Path, monkeypatch: pytest.Mo
         sys.modules.pop("own_data_here", None)
     with pytest.raises(DataError, match=r"unknown data set 'diggits'; known: .*module:function"):
         as_sample_set("diggits")
+    (tmp_path / "inputs.npy").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a file of another kind; .*inputs.npy and targets.npy"):
+        as_sample_set(str(tmp_path / "inputs.npy"))
 
 
 # --- flwr-datasets -------------------------------------------------------------------------------
