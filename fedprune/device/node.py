@@ -87,8 +87,9 @@ def join(
             _note(home, superlink, state="given up", text=str(error))
             raise
         finally:
-            if read_json(home / JOINED).get("state") != "given up":
-                _note(home, superlink, state="ended")
+            last = read_json(home / JOINED)
+            if last.get("state") != "given up":
+                _note(home, superlink, state="ended", text=str(last.get("text", "")))
 
 
 def _note(home: Path, superlink: str, *, state: str, text: str = "") -> None:

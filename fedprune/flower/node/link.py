@@ -270,8 +270,8 @@ class _Unknown(RunError):  # noqa: N818
     def __init__(self, address: str, key: Path) -> None:
         super().__init__(
             f"{address} does not know this node: register {key.with_suffix('.pub')} there "
-            "(fedprune server register); if it is, another process may use the key, or the clock "
-            "of this machine is wrong"
+            "(fedprune server register), or give it a new key if it was revoked; if it is "
+            "registered, another process uses the key, or this machine's clock is wrong"
         )
 
 

@@ -8,6 +8,7 @@ one file: a message that is answered again is answered from the same state, to t
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ class Memory:
     def message(self) -> Parcel | None:
         """The message that was received and not answered yet."""
         return self._parcel(MESSAGE)
+
+    def message_age(self) -> float:
+        """Seconds since it was received."""
+        return time.time() - (self._folder / MESSAGE).stat().st_mtime
 
     def received(self, parcel: Parcel) -> None:
         """Keep a message until it is answered."""

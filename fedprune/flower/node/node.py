@@ -89,7 +89,7 @@ def run_node(
                     wait = RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)]
                     tries += 1
                     if tries in {1, 5} or not tries % 40:
-                        tell("waiting", f"{error}; trying again every {wait:g} s")
+                        tell("waiting", f"{error}; trying again")
                     stop.wait(wait)
         finally:
             with contextlib.suppress(Unreachable, RunIsOver, RunError):
@@ -170,13 +170,14 @@ class _Worker:
         if (reply := self._memory.answer()) is not None:
             self._send(reply, 0.0)
         if (parcel := self._memory.message()) is not None:
-            self._work(parcel)
+            # By this machine's clock alone: the server's may be another.
+            if self._memory.message_age() > parcel.message.metadata.ttl:
+                self._memory.dropped()
+            else:
+                self._work(parcel)
 
     def _work(self, parcel: Parcel) -> None:
-        metadata, began = parcel.message.metadata, time.monotonic()
-        if time.time() > metadata.created_at + metadata.ttl:
-            self._memory.dropped()
-            return
+        began = time.monotonic()
         try:
             message = parcel.open()
             context = self._memory.context(parcel.run_id) or self._begin(parcel.run_id)

@@ -118,7 +118,7 @@ def test_a_superlink_that_is_away_is_waited_for(tmp_path: Path) -> None:
     address = f"127.0.0.1:{simulation.free_port()}"
     run_node(settings(tmp_path, address), stop=stop, tell=tell)
     assert said[0].startswith(f"waiting: {address} does not answer")
-    assert "trying again every 1 s" in said[0]
+    assert said[0].endswith("; trying again")
 
 
 @pytest.mark.slow
@@ -280,7 +280,7 @@ def test_a_server_that_forbids_is_tried_again(tmp_path: Path) -> None:
 
     with a_web_server(403) as address:
         run_node(settings(tmp_path, address), stop=stop, tell=tell)
-    assert said == [f"{address} answers 403; trying again every 1 s"]
+    assert said == [f"{address} answers 403; trying again"]
 
 
 class Ends:

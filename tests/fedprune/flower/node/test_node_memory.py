@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,9 @@ def test_what_a_killed_process_left_is_found(tmp_path: Path) -> None:
     found = Memory(folder).message()
     assert found is not None
     assert found.to_bytes() == asked.to_bytes()
+    assert 0 <= Memory(folder).message_age() < 60
+    os.utime(folder / MESSAGE, (0, time.time() - 1000))
+    assert 1000 <= Memory(folder).message_age() < 1060
     assert Memory(folder).context(7) is None
 
     reply = Parcel.of(message(frame=b"reply"))
