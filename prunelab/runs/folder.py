@@ -205,12 +205,13 @@ def refuse_used(path: Path) -> None:
     """Raise RunError unless a new run can have the folder."""
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; give a folder")
-    if (path / CONFIG).exists():
+    # Listed once: another process may be making it.
+    names = [entry.name for entry in path.iterdir()] if path.exists() else []
+    if CONFIG in names:
         raise RunError(
             f"{path} already holds a run; continue it with --resume or use another --out "
             "(in Python: resume=True, or another folder)"
         )
-    names = [entry.name for entry in path.iterdir()] if path.exists() else []
     if any(name != LOCK and not fnmatch(name, PARTS) for name in names):
         raise RunError(f"{path} is not empty and holds no run; give an empty or new folder")
 

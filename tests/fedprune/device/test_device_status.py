@@ -45,7 +45,7 @@ def test_files_of_the_home_that_are_odd_are_told_as_far_as_they_go(tmp_path: Pat
     assert (rows["node"], rows["last answer"]) == ("never joined", "none yet")
     ahead = {"action": "train", "round": 1, "time": 9e9, "seconds": 1.0, "peak_rss_bytes": 1}
     (tmp_path / ANSWER).write_text(json.dumps(ahead))  # the clock was set back
-    assert dict(rows_of(status_of(tmp_path)))["last answer"] == "train, round 1, 0.0 s ago"
+    assert dict(rows_of(status_of(tmp_path)))["last answer"] == "train, after 1 rounds, 0.0 s ago"
 
 
 def test_what_goes_wrong_is_in_the_status(tmp_path: Path) -> None:
