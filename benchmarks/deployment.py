@@ -97,11 +97,17 @@ def supernode(
 
 
 @contextmanager
-def device(home: Path, port: int, environment: dict[str, str], *, client: int = 0) -> Iterator[int]:
-    """The same by `fedprune device join`."""
+def device(
+    home: Path, port: int, environment: dict[str, str], *, client: int = 0, data: str = ""
+) -> Iterator[int]:
+    """The same by `fedprune device join`.
+
+    Args:
+        data: of its own: it reads no files that a run names.
+    """
     own = home / f"device{client}"
     if not own.exists():
-        make_home(own, Profile(client=client))
+        make_home(own, Profile(client=client, data=data))
         (own / TEMPORARY).symlink_to(home)  # what a run starts from is laid out once for all
     command = [sys.executable, "-m", "fedprune", "device", "join", f"127.0.0.1:{port}"]
     command += ["--insecure", "--home", str(own)]

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -136,13 +137,17 @@ def run(config: RunConfig, kind: Kind, home: Path, setup: Path) -> tuple[Looked,
     return looked, sha256((home / "run" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def compared(config: RunConfig, folder: Path) -> dict[str, Looked]:
-    """The same run on both kinds of nodes."""
+def compared(config: RunConfig, folder: Path, *, own: bool = False) -> dict[str, Looked]:
+    """The same run on both kinds of nodes.
+
+    Args:
+        own: whether the device, which is alone then, has the samples as its own.
+    """
     folder.mkdir()
-    lay_out(config, folder / "setup", with_start=True)
-    found = {
-        name: run(config, kind, folder / name, folder / "setup") for name, kind in KINDS.items()
-    }
+    setup = folder / "setup"
+    lay_out(config, setup, with_start=True)
+    kinds = {**KINDS, "device": partial(device, data=str(setup / TRAIN))} if own else KINDS
+    found = {name: run(config, kind, folder / name, setup) for name, kind in kinds.items()}
     if len({digest for _, digest in found.values()}) != 1:
         raise RuntimeError("the kinds of nodes give different models")
     return {name: looked for name, (looked, _) in found.items()}
@@ -168,7 +173,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
         images.mkdir()
         write_images(images, num_train=SAMPLES + 10, num_test=20)
         config = settings(MODEL, DENSITY, images)
-        found = compared(config, folder / MODEL)
+        found = compared(config, folder / MODEL, own=True)
         for name, looked in found.items():
             parts = ", ".join(f"{part} {size / MIB:.1f}" for part, size in looked.parts.items())
             print(f"# {name}: proportional set size of {parts} MiB", file=sys.stderr)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from flwr.app import RecordDict
@@ -29,7 +29,9 @@ from fedprune.privacy.secure_sum import (
     threshold_of,
 )
 from fedprune.privacy.vector import Spec, num_words, pooled_of
-from fedprune.rounds.ledger import Traffic, stacked
+
+if TYPE_CHECKING:
+    from fedprune.rounds.ledger import Traffic
 
 KEYS, SHARES, UNMASK = "secure.keys", "secure.shares", "secure.unmask"
 _COMMITMENT_BYTES = 32
@@ -135,6 +137,8 @@ def ask_sum(
         threshold: share of the clients, more than which has to stay.
         least: answers below which the sum is not unmasked: asked again, it would be a second one.
     """
+    from fedprune.rounds.ledger import stacked  # noqa: PLC0415 - of the server, 1 MiB of clients
+
     before, sent = cohort.take_traffic(), []
     session = f"{request.action} {request.round_index} {secrets.token_hex(16)}"
     begun = {_SESSION: session, _NUM_CLIENTS: num_clients}
