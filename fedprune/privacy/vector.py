@@ -100,6 +100,8 @@ def vector_of(reply: Reply, request: Request, spec: Spec, *, norm: float = 0.0) 
             too large, of a weight that grew beyond its bounds.
     """
     counts = growth_counts(request) if spec.cells else {}
+    if spec.cells and spec.cells != (own := cells_for(len(spec.clients) * sum(counts.values()))):
+        raise ClientError(f"a table of {spec.cells} cells a row, where the entries take {own}")
     expected = Expected(
         fields=list(reply.fields),
         states=list(reply.states),

@@ -136,6 +136,18 @@ def test_a_client_refuses_values_that_the_server_could_not(
             vector_of(replace(reply, fields=fields), spec.asked(request), spec)
 
 
+@pytest.mark.parametrize("cells", [1, 2**26])
+def test_a_client_makes_no_table_but_that_of_the_entries_asked_for(cells: int) -> None:
+    """The largest would take gigabytes."""
+    draw = np.random.default_rng(0)
+    request = question(a_state(draw, 1.0))
+    spec = Spec.of(request, "s", [0, 1], total_weight=100)
+    assert spec.cells > 1
+    other = replace(spec, cells=cells)
+    with pytest.raises(ClientError, match=f"a table of {cells} cells a row"):
+        vector_of(a_reply(draw, 1.0, 9), other.asked(request), other)
+
+
 WHOLE = {"session": "s", "clients": [0, 1], "width": 6, "cells": 0, "sums": {}}
 
 
