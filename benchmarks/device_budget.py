@@ -33,7 +33,7 @@ from fedprune.flower.inline import InlineGrid
 from fedprune.flower.server import GridCohort
 from fedprune.rounds import folder as runfolder
 from fedprune.rounds.loop import run
-from fedprune.rounds.setup import Setup, lay_out
+from fedprune.rounds.setup import TRAIN, Setup, lay_out
 from prunelab.runs.temporary import temporary_folder
 
 BENCH = "device_budget"
@@ -93,16 +93,18 @@ def rows(model: str, *, rounds: int) -> Iterator[Row]:
 
 
 def deployed(config: RunConfig, folder: Path) -> Row:
-    """The same on a real SuperLink, by `fedprune device join`."""
+    """The same on a real SuperLink, by `fedprune device join`, of a device with its own data."""
+    setup = folder / "setup-deployed"
 
     def budgeted(home: Path, port: int, environment: dict[str, str], *, client: int = 0) -> Any:
-        make_home(home / f"device{client}", Profile(budget=DEPLOYED_MIB * MIB, client=client))
+        profile = Profile(DEPLOYED_MIB * MIB, data=str(setup / TRAIN), client=client)
+        make_home(home / f"device{client}", profile)
         return device(home, port, environment, client=client)
 
     rounds = min(config.training.rounds, DEPLOYED_ROUNDS)
     config = replace(config, training=replace(config.training, rounds=rounds))
-    lay_out(config, folder / "setup-deployed", with_start=True)
-    looked, _ = fleet.run(config, budgeted, folder / "deployed", folder / "setup-deployed")
+    lay_out(config, setup, with_start=True)
+    looked, _ = fleet.run(config, budgeted, folder / "deployed", setup)
     answer = read_json(folder / "deployed" / "device0" / ANSWER)
     print(f"# joined: {answer.get('fitted')}", file=sys.stderr)
     case = f"{config.model.name} b16 {rounds} rounds, joined under {DEPLOYED_MIB} MiB"
