@@ -27,7 +27,7 @@ def laid_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]
         {
             "data.num_train": 150, "data.num_test": 30, "data.clients": 1, "data.partition": "iid",
             "model.name": "resnet20", "training.rounds": 2, "training.local_epochs": 1,
-            "training.batch_size": 64, "method.name": "fedtiny", "method.density": 0.1,
+            "training.batch_size": 128, "method.name": "fedtiny", "method.density": 0.1,
             "method.pool_size": 2, "method.adjust_every": 1, "method.adjust_until": 3,
             "server.per_class": 1, "server.pretrain_epochs": 1,
         }
@@ -72,7 +72,7 @@ def test_bits_stay_where_recomputing_suffices(laid_out: tuple[RunConfig, Path]) 
     least = figure(narrow) - 4 * 10**6
     small = under(config, folder, least)
     assert re.fullmatch(
-        r"activations computed again, batches of \d+ instead of 64 \(other bits\)", said(small)
+        r"activations computed again, batches of \d+ instead of 128 \(other bits\)", said(small)
     )
     assert small.peak <= least
     assert model_of(folder, least) != model_of(folder, 10**9)
