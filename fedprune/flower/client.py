@@ -7,10 +7,10 @@ it asks for it again. A device (`fedprune device join`) has both on disk, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -22,19 +22,19 @@ from fedprune.exchange.messages import (
     DESCRIBE,
     EVALUATE,
     MODEL,
+    SPEC,
     ClientInfo,
     Reply,
     Request,
     describe_reply,
 )
 from fedprune.exchange.uplink import compress
-from fedprune.flower import secure, wire
+from fedprune.flower import wire
 from fedprune.flower.launch import LAUNCH_SECTION
 from fedprune.local.model import Network
 from fedprune.local.residual import keep, recall
 from fedprune.local.site import Local, network_of, open_data
 from fedprune.local.training import evaluate
-from fedprune.privacy.answers import protected
 from sparsemodel.runtime.memory import give_back
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.program import Program
@@ -90,7 +90,7 @@ def guarded(work: Callable[[], T]) -> T | RecordDict:
 
 def _answer(record: RecordDict, context: Context) -> RecordDict:
     header, frames = wire.read_record(record)
-    if secure.is_step(header):
+    if wire.is_secure_step(header):
         return _answer_to_step(header, frames, context)
     device = Device.of(context.node_config)
     with device.answering(context.run_id) as told:
@@ -107,8 +107,10 @@ def remember(local: Local, context: Context) -> None:
     context.state[_KEPT] = ConfigRecord(dict(local.kept))
 
 
-def _answer_to_step(header: secure.Header, frames: wire.Frames, context: Context) -> RecordDict:
+def _answer_to_step(header: Mapping[str, Any], frames: wire.Frames, context: Context) -> RecordDict:
     """The answer to a step of a secure sum, which takes neither data nor network."""
+    from fedprune.flower import secure  # noqa: PLC0415 - few runs need it
+
     kept = _bytes_of(context, _KEPT)
     clients = secure.num_clients(header) if takes_nodes(context) else 0
     config = run_config(context, clients=clients)
@@ -173,7 +175,11 @@ def encode_answer(reply: Reply, request: Request, local: Local) -> RecordDict:
 
     What is lost of its model on the way is left in `local.kept`.
     """
-    reply = protected(reply, request, local)
+    privacy = local.config.privacy
+    if privacy.secure_aggregation or privacy.dp != "none" or SPEC in request.fields:
+        from fedprune.privacy.answers import protected  # noqa: PLC0415 - few runs need it
+
+        reply = protected(reply, request, local)
     uplink, update = local.config.federation.uplink, None
     kept = dict(local.kept)
     if MODEL in reply.states and not uplink.exact:

@@ -43,11 +43,6 @@ Header = Mapping[str, Any]
 # --- client ------------------------------------------------------------------------------------
 
 
-def is_step(header: Header) -> bool:
-    """Whether a message is a step of a secure sum."""
-    return header.get(_ACTION) in (KEYS, SHARES, UNMASK)
-
-
 def num_clients(header: Header) -> int:
     """How many clients the run has, by a step."""
     return count(header, _NUM_CLIENTS)
@@ -65,7 +60,10 @@ def answer(
         ClientError: the run has no secure aggregation, or the step is not one that it takes.
     """
     settings, session = config.privacy, header.get(_SESSION)
-    if not settings.secure_aggregation or not isinstance(session, str) or len(session) > 200:
+    known = header[_ACTION] in (KEYS, SHARES, UNMASK)
+    if not (settings.secure_aggregation and known and isinstance(session, str)) or (
+        len(session) > 200
+    ):
         raise ClientError("a step of a secure sum, which this run does not have")
     if header[_ACTION] == KEYS:
         return _record({}, secure_sum.advertise(kept, session, client))

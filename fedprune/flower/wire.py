@@ -107,6 +107,11 @@ def read_record(record: RecordDict) -> tuple[dict[str, Any], Frames]:
     return _read_header(text), frames
 
 
+def is_secure_step(header: Mapping[str, Any]) -> bool:
+    """Whether a message is a step of a secure sum (secure.py) and no question."""
+    return str(header.get("a", "")).startswith("secure.")
+
+
 def record_bytes(record: RecordDict) -> int:
     """Bytes of the record as Flower's transport sends it: all its objects, headers included."""
     with no_object_id_recompute():  # a hash of all content, which would be made twice

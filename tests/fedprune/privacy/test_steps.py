@@ -53,7 +53,7 @@ def answer(header: dict[str, Any], frames: dict[str, bytes], kept: dict[str, byt
 def test_honest_steps_are_answered() -> None:
     sizes = []
     for header, frames, kept in steps():
-        assert secure.is_step(header)
+        assert wire.is_secure_step(header)
         assert secure.num_clients(header) == 4
         sizes.append(len(answer(header, frames, dict(kept))[1]["k"]))
     assert sizes == [64, 32 + 3 * 120, 4 * 52]
