@@ -21,10 +21,9 @@ import contextlib
 import json
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -37,6 +36,7 @@ from benchmarks.process_memory import proportional, resident, session_of
 from benchmarks.rows import Row, add_arguments, show
 from fedprune.config import RunConfig
 from fedprune.flower import simulation
+from fedprune.flower.inline import calling
 from fedprune.flower.launch import launch_values
 from fedprune.rounds.folder import METRICS
 from fedprune.rounds.setup import TRAIN, lay_out
@@ -96,24 +96,6 @@ def memory_of(group: int) -> tuple[dict[str, int], int]:
     return parts, peak
 
 
-@contextmanager
-def _looking(looked: Looked, metrics: Path, group: int) -> Iterator[None]:
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(LOOK_SECONDS):
-            looked.look(metrics, group)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        looked.look(metrics, group)
-
-
 def run(config: RunConfig, kind: Kind, home: Path, setup: Path) -> tuple[Looked, str]:
     """Run a configuration on nodes of a kind; what was seen, and the digest of the model."""
     home.mkdir()
@@ -132,7 +114,8 @@ def run(config: RunConfig, kind: Kind, home: Path, setup: Path) -> tuple[Looked,
             stack.enter_context(kind(home, port, environment, client=client))
             for client in range(config.data.clients)
         ]
-        stack.enter_context(_looking(looked, home / "run" / METRICS, groups[0]))
+        look = partial(looked.look, home / "run" / METRICS, groups[0])
+        stack.enter_context(calling(look, every=LOOK_SECONDS))
         submit([str(app), "own"], environment, home)
     return looked, sha256((home / "run" / "model.safetensors").read_bytes()).hexdigest()
 

@@ -25,8 +25,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_key,
 )
 
-from fedprune.fleet.processes import flower_environment, is_healthy
+from fedprune.fleet.processes import flower_environment
 from fedprune.fleet.server import Server
+from fedprune.flower.simulation import is_healthy
 from prunelab.errors import RunError
 from sparsemodel.storage.files import write_atomically
 
@@ -187,7 +188,7 @@ def failure(command: str, text: str) -> RunError:
 
 
 def _flwr(server: Server, *arguments: str) -> dict[str, Any]:
-    if not is_healthy(server.local_address, server.authority):
+    if not is_healthy(f"https://{server.local_address}", authority=server.authority):
         raise RunError(
             f"the server of {server.folder} does not answer at {server.local_address}; start it "
             f"with `fedprune server start {server.folder}`"

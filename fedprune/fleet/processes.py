@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -119,20 +117,6 @@ def flower_environment(state: Path) -> dict[str, str]:
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
         "PYTHONUNBUFFERED": "1",
     }
-
-
-def is_healthy(address: str, authority: Path) -> bool:
-    """Whether a SuperLink with a certificate of this authority answers there."""
-    # Past any proxy of the user's, who may have set one for everything.
-    here = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}),
-        urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=str(authority))),
-    )
-    try:
-        with here.open(f"https://{address}/health", timeout=10) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
 
 
 def check_port(port: int) -> None:

@@ -16,9 +16,9 @@ from fedprune.fleet.processes import (
     Kept,
     check_port,
     flower_environment,
-    is_healthy,
 )
 from fedprune.fleet.server import Server
+from fedprune.flower.simulation import is_healthy
 from prunelab.errors import RunError
 
 DATABASE, LOG = "state.db", "superlink.log"
@@ -74,7 +74,7 @@ def await_health(server: Server, kept: Kept) -> None:
         RunError: it ended, or does not answer within two minutes.
     """
     deadline = time.monotonic() + START_SECONDS
-    while not is_healthy(server.local_address, server.authority):
+    while not is_healthy(f"https://{server.local_address}", authority=server.authority):
         if not kept.is_running() or time.monotonic() > deadline:
             told = "what it printed says why" if kept.log is None else f"{kept.log} says why"
             kept.end()

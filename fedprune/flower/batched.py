@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedprune.exchange.messages import MODEL, Reply, Request
+from fedprune.flower import wire
 from fedprune.flower.client import encode_answer, guarded, open_request, remember
-from fedprune.flower.inline import CLIENT_APP_RAISED, InlineGrid
+from fedprune.flower.inline import InlineGrid
 from fedprune.local.cohort import Member, train_cohort, train_in_cohorts
 from fedprune.local.cohort_memory import fitting_cohort
 from fedprune.local.optimizer import is_plain, round_sgd
@@ -87,10 +88,7 @@ class BatchedGrid(InlineGrid):
             self._measure = False
         except Exception:  # as Flower does: clients that raise must not end the run
             reason = traceback.format_exc()
-            answers = [
-                Message(Error(code=CLIENT_APP_RAISED, reason=reason), reply_to=message)
-                for message in messages
-            ]
+            answers = [wire.error_reply(message, reason) for message in messages]
         self._replies |= dict(zip(chosen, answers, strict=True))
 
 

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedprune.config import RunConfig
+from fedprune.flower import wire
 from fedprune.flower.launch import (
     SETTING_UP,
     Progress,
@@ -27,8 +28,6 @@ from fedprune.flower.launch import (
 from fedprune.rounds.folder import has_checkpoint
 from fedprune.rounds.setup import lay_out
 from prunelab.runs.temporary import temporary_folder
-
-CLIENT_APP_RAISED = 2
 
 
 class InlineGrid(Grid):
@@ -116,7 +115,7 @@ class InlineGrid(Grid):
             return self._client_app(message, context)
         except Exception:  # as Flower does: a client that raises must not end the run
             reason = traceback.format_exc()
-            return Message(Error(code=CLIENT_APP_RAISED, reason=reason), reply_to=message)
+            return wire.error_reply(message, reason)
 
 
 def run_inline(
@@ -168,17 +167,17 @@ def _run_apps(
     context = Context(
         run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=run_config
     )
-    with _calling(progress):
+    with calling(progress):
         server_app(grid, context)
 
 
 @contextlib.contextmanager
-def _calling(progress: Progress) -> Iterator[None]:
+def calling(progress: Progress, *, every: float = 0.3) -> Iterator[None]:
     """Call `progress` now and then while the context lasts, and once at its end."""
     ended = threading.Event()
 
     def watch() -> None:
-        while not ended.wait(0.3):
+        while not ended.wait(every):
             progress()
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedprune.errors import ClientError
@@ -16,7 +17,7 @@ from fedprune.exchange.gate import Gate
 from fedprune.exchange.messages import ClientInfo, Reply
 from sparsemodel.errors import SparseModelError
 
-LOST = (3, 4)  # Flower's codes of a message, and of a reply, parts of which never came
+LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 
 
 def is_lost(message: Message) -> bool:

@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -248,7 +249,7 @@ def superlink(home: Path, port: int, environment: dict[str, str], *flags: str) -
         )
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not _is_healthy(port):
+        while not is_healthy(f"http://127.0.0.1:{port}"):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise _trouble("Flower's SuperLink did not start", home / SUPERLINK_LOG)
             time.sleep(0.1)
@@ -263,11 +264,19 @@ def superlink(home: Path, port: int, environment: dict[str, str], *flags: str) -
             process.wait()
 
 
-def _is_healthy(port: int) -> bool:
+def is_healthy(url: str, *, authority: Path | None = None) -> bool:
+    """Whether a SuperLink answers there.
+
+    Args:
+        authority: the certificate that its own has to be from; None: without TLS.
+    """
+    trusted = None if authority is None else ssl.create_default_context(cafile=str(authority))
     # Past any proxy of the user's, who may have set one for everything.
-    here = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    here = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusted)
+    )
     try:
-        with here.open(f"http://127.0.0.1:{port}/health", timeout=10) as response:
+        with here.open(f"{url}/health", timeout=10) as response:
             return bool(response.status == 200)
     except OSError:
         return False

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     no_object_id_recompute,
@@ -105,6 +106,12 @@ def read_record(record: RecordDict) -> tuple[dict[str, Any], Frames]:
             raise ClientError(f"array {key!r}: expected stype {FRAME_STYPE}, got {array.stype!r}")
         frames[key] = array.data
     return _read_header(text), frames
+
+
+def error_reply(message: Message, reason: str) -> Message:
+    """Flower's own answer in place of a client that raised."""
+    error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
+    return Message(error, reply_to=message)
 
 
 def is_secure_step(header: Mapping[str, Any]) -> bool:

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedprune.config import continued
 from fedprune.errors import ConfigError
+from fedprune.flower import wire
 from fedprune.flower.launch import LAUNCH_SECTION
 from fedprune.flower.node.link import HEARTBEAT_SECONDS, Busy, Link, RunIsOver, Unreachable
 from fedprune.flower.node.memory import Memory
@@ -30,7 +31,6 @@ from prunelab.errors import RunError
 SHORTEST_WAIT, LONGEST_WAIT = 0.05, 3.0  # seconds between two looks for a message
 WAIT_SHARE = 0.1  # of the time since the last message
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
-CLIENT_APP_RAISED = 2
 DATASET = "data.dataset"
 
 _log = logging.getLogger(__name__)
@@ -224,11 +224,11 @@ def answer(message: Message, context: Context, *, packages: Collection[str] = ()
         check_trusted(context.run_config, own_data=own_data, packages=packages)
         return app(message, context)
     except ConfigError as error:
-        return Message(Error(code=CLIENT_APP_RAISED, reason=str(error)), reply_to=message)
+        return wire.error_reply(message, str(error))
     except Exception as error:  # as Flower does: a client that raises must not end the node
         _log.exception("a message could not be answered")
         reason = f"{type(error).__name__}: {error}"
-        return Message(Error(code=CLIENT_APP_RAISED, reason=reason), reply_to=message)
+        return wire.error_reply(message, reason)
 
 
 def check_trusted(values: Mapping[str, Any], *, own_data: bool, packages: Collection[str]) -> None:
