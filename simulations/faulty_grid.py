@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from benchmarks.process_memory import resident
 from fedprune.config import RunConfig, own_settings
 from fedprune.errors import USER_ERRORS
 from fedprune.exchange.messages import DESCRIBE
 from fedprune.flower import client, server, wire
-from fedprune.flower.inline import CLIENT_APP_RAISED, InlineGrid
+from fedprune.flower.inline import InlineGrid
 from fedprune.flower.launch import launch_values
 from fedprune.rounds.folder import prepare, read_metrics
 from fedprune.rounds.setup import lay_out
@@ -176,7 +176,7 @@ class FaultyGrid(InlineGrid):
         elif kind == "restarted":
             fleet.restart(node)
         elif kind == "failing":
-            return Message(Error(code=CLIENT_APP_RAISED, reason="no power"), reply_to=message)
+            return wire.error_reply(message, "no power")
         elif kind == "slow":
             super()._work(message)
         elif kind == "forgetful":
