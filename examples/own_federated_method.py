@@ -29,9 +29,10 @@ class Careful(fedprune.Magnitude):
     def request(self, state):
         return train_request(state, fields={"l1": self.l1})
 
-    def update(self, state, *, mean, growth):
-        moved = {n: w + 0.9 * (mean.values[n] - w) for n, w in state.model.values.items()}
-        return super().update(state, mean=mean.replace(moved), growth=growth)
+    def update(self, state, pooled):
+        mean, old = pooled.model, state.model.values
+        moved = mean.replace({n: w + 0.9 * (mean.values[n] - w) for n, w in old.items()})
+        return super().update(state, pooled.with_model(moved))
 
 
 result = fedprune.run(model="resnet8", data="digits", method=Careful(density=0.2), rounds=3)

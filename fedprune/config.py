@@ -75,6 +75,16 @@ class RunConfig:
         found += problems(**{section: getattr(self, section) for section in _SECTIONS})
         if self.privacy.dp != "none":
             found += [f"method.name: {why}" for why in self.method.unaccounted()]
+        if self.method.collects:
+            found += [
+                f"{key}: {self.method.name} needs to see single clients' answers; leave it out"
+                for key, needs in (
+                    ("privacy.secure_aggregation", self.privacy.secure_aggregation),
+                    ("privacy.dp", self.privacy.dp != "none"),
+                    ("federation.aggregation", self.federation.aggregation != "mean"),
+                )
+                if needs
+            ]
         if found:
             raise ConfigError("; ".join(found))
 

@@ -15,6 +15,7 @@ import numpy as np
 from fedprune.errors import DIVERGED, ClientError
 from fedprune.exchange.messages import MODEL, SPEC, ClientInfo, Reply, Request, client_info
 from sparsemodel.runtime.fixed_sum import MAX_ABSOLUTE_VALUE, MAX_TOTAL_WEIGHT
+from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.state import SparseState, Tensors
 
 MAX_GROWTH = 10.0  # of a model's norm in one client's training
@@ -158,6 +159,7 @@ def check_parts(reply: Reply, request: Request) -> None:
         ("fields", reply.fields, {*expected.fields, *expected.sums}),
         ("states", reply.states, expected.states),
         ("tensors", reply.tensors, expected.tensors),
+        ("masks", reply.masks, expected.masks),
     )
     for what, held, wanted in parts:
         if set(held) != set(wanted):
@@ -168,6 +170,8 @@ def check_parts(reply: Reply, request: Request) -> None:
                 f"tensors {name!r}: expected {_few(expected.tensors[name])}, got {_few(tensors)}"
             )
         _check_values(tensors)
+    for name, mask in reply.masks.items():
+        _check_mask(mask, expected.masks[name])
     for name, state in reply.states.items():
         if expected.norm:
             _check_update(state, expected.norm)
@@ -179,6 +183,16 @@ def check_parts(reply: Reply, request: Request) -> None:
             if len(indices) > most.get(layer, 0):
                 raise ClientError(f"growth entries of {layer!r} were not asked for, or too many")
         _check_values({layer: values for layer, (_, values) in entries.items()})
+
+
+def _check_mask(mask: Patterns, most: Mapping[str, int]) -> None:
+    if set(mask) != set(most):
+        raise ClientError(f"a mask of {_few(mask)}: expected {_few(most)}")
+    for name, pattern in mask.items():
+        if pattern.num_active > most[name]:
+            raise ClientError(
+                f"a mask keeps {pattern.num_active} of {name!r}: at most {most[name]}"
+            )
 
 
 def _check_state(state: SparseState, before: SparseState) -> None:
@@ -232,7 +246,8 @@ def _samples(info: ClientInfo, on: str) -> int:
 
 
 def _holds_no_arrays(reply: Reply) -> bool:
-    return not (reply.states or reply.entries or reply.tensors or reply.resources)
+    parts = (reply.states, reply.entries, reply.tensors, reply.masks, reply.resources)
+    return not any(parts)
 
 
 def _few(names: Collection[str]) -> str:

@@ -7,11 +7,13 @@ Flower's records and back. Everything else only sees these.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedprune.errors import DIVERGED, ClientError
+from sparsemodel.runtime.pattern import Patterns
+from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import Entries, SparseState, Tensors
 
 Fields = Mapping[str, Any]
@@ -41,6 +43,7 @@ class Reply:
         states: states by name; one that the request has too is under the request's patterns.
         entries: for states of the request: single entries at pruned places.
         tensors: dictionaries of whole tensors of the model, by name.
+        masks: masks of layers of the model, by name; any layers, whatever the request's mask is.
         masked: all of it under masks (fedprune/privacy); the rest is empty then.
         weight: what it counts for in whatever is averaged; the server says (gate.py), and by
             default it is `num_examples`. It does not travel.
@@ -51,6 +54,7 @@ class Reply:
     states: Mapping[str, SparseState] = field(default_factory=dict)
     entries: Mapping[str, Entries] = field(default_factory=dict)
     tensors: Mapping[str, Tensors] = field(default_factory=dict)
+    masks: Mapping[str, Patterns] = field(default_factory=dict)
     resources: Resources | None = None
     masked: bytes = b""
     weight: int = -1
@@ -69,6 +73,7 @@ class Expected:
         sums: fields that are sums over the client's samples: name -> how many numbers a list of
             them has; 0: it is one number, no list.
         tensors: name of each dictionary -> the tensors in it.
+        masks: name of each mask -> layer -> active weights at most.
         growth: layer -> how many entries at pruned places of the model at most.
         norm: where positive, states are updates, of at most that norm, and not weights.
     """
@@ -77,6 +82,7 @@ class Expected:
     states: Collection[str] = ()
     sums: Mapping[str, int] = field(default_factory=dict)
     tensors: Mapping[str, Collection[str]] = field(default_factory=dict)
+    masks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     growth: Mapping[str, int] = field(default_factory=dict)
     norm: float = 0.0
 
@@ -102,6 +108,9 @@ class Request:
             travel.
         forward_passes: for the account of operations: of each pass over the development samples
             that the answer takes, layer -> active weights. It does not travel.
+        program: of the network that the question is about, where it is not the run's.
+        personal: client -> what it is asked instead; who is asked the same should get the same
+            object, which is encoded once. It does not travel.
     """
 
     action: str
@@ -115,6 +124,24 @@ class Request:
     on: str = "train"
     check: Callable[[Reply], None] = lambda reply: None
     forward_passes: Sequence[Mapping[str, int]] = ()
+    program: Program | None = None
+    personal: Callable[[int], Request] | None = None
+
+    def of_each(self, clients: Iterable[int]) -> dict[int, Request]:
+        """What each client is asked; those who are asked the same have the same object."""
+        if self.personal is None:
+            return dict.fromkeys(clients, self)
+        found: dict[int, tuple[Request, Request]] = {}  # by identity; the first keeps it alive
+        asked = {}
+        for client in clients:
+            own = self.personal(client)
+            if id(own) not in found:
+                told = replace(
+                    own, report_resources=self.report_resources, hold=own.hold | self.hold
+                )
+                found[id(own)] = own, told
+            asked[client] = found[id(own)][1]
+        return asked
 
     def state(self, name: str) -> SparseState:
         """One of its states.

@@ -8,7 +8,7 @@ long vector of numbers and made of one, so that clients can add them up under ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,15 @@ class Pooled:
     tensors: Mapping[str, Tensors] = field(default_factory=dict)
     growth: Entries = field(default_factory=dict)
     resources: Resources | None = None
+
+    @property
+    def model(self) -> SparseState:
+        """The clients' mean model."""
+        return self.states[MODEL]
+
+    def with_model(self, model: SparseState) -> Pooled:
+        """The same with another model."""
+        return replace(self, states={**self.states, MODEL: model})
 
 
 Pooler = Callable[[Request], Pooled]

@@ -97,9 +97,9 @@ def train_together(
 ) -> tuple[list[Message], int]:
     """Answer several clients' train messages with one training of stacked weights.
 
-    Where a method answers "train" in its own way, or the step is not the stack's (another
-    optimiser, gradients that are clipped, another task than classification, dropout), clients are
-    asked one by one.
+    Where a method answers "train" in its own way, or asks clients for different things, or the
+    step is not the stack's (another optimiser, gradients that are clipped, another task than
+    classification, dropout), clients are asked one by one.
 
     Args:
         messages: train messages of one round, each with its client's context.
@@ -112,7 +112,7 @@ def train_together(
     decoded = [guarded(partial(_opened, message.content, ctx)) for message, ctx in messages]
     jobs = [entry for entry in decoded if isinstance(entry, tuple)]
     replies: Iterable[Reply | RecordDict] = []
-    if jobs and _trains_together(jobs[0][1]):
+    if jobs and _trains_together(jobs[0][1]) and _alike(jobs):
         replies, size = _train_jobs(jobs, size=size, measure=measure)
     elif jobs:
         action = jobs[0][1].config.method.actions["train"]
@@ -127,6 +127,15 @@ def train_together(
         assert isinstance(answer, RecordDict)
         answers.append(Message(answer, reply_to=message))
     return answers, size
+
+
+def _alike(jobs: Sequence[Job]) -> bool:
+    """Whether all train one network under one mask."""
+    request, local = jobs[0]
+    patterns, program = request.state(MODEL).patterns, local.network.program
+    return all(
+        r.state(MODEL).patterns == patterns and own.network.program == program for r, own in jobs
+    )
 
 
 def _masked(local: Local) -> Local:

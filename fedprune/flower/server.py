@@ -42,6 +42,9 @@ MAX_REASON = 500
 TRAIN = "train"
 NOT_CONNECTED = "its node is not connected"
 
+Envelopes = dict[tuple[int, frozenset[str]], wire.Envelope]
+"""By the request's identity and what the client holds."""
+
 app = ServerApp()
 
 
@@ -329,22 +332,22 @@ class GridCohort:
             among: those who share the weight with them, as of one round.
             enough: replies after which nobody is waited for; 0: all.
         """
-        # Clients that hold the same are sent the same: it is encoded once.
-        envelopes: dict[frozenset[str], wire.Envelope] = {}
+        # Clients that hold the same and are asked the same are sent the same: it is encoded once.
+        envelopes: Envelopes = {}
         pending: dict[str, int] = {}
         clients = sorted(self.clients) if clients is None else clients
         weights = self._gate.weights({*clients, *among}, on=request.on)
-        federation, asked = self._config.federation, request
-        if MODEL in request.expected.states and not federation.uplink.exact:
-            # What comes back is the change to what arrived.
-            asked = wire.as_received(request, dtype=federation.value_dtype)
+        federation = self._config.federation
+        asked = request.of_each(clients)
+        arrived: dict[int, Request] = {}
+        after: dict[int, frozenset[str]] = {}
         for client in clients:
             try:
-                pending[self._request(client, request, envelopes)] = client
+                sent, after[client] = self._request(client, asked[client], envelopes)
+                pending[sent] = client
             except ClientError as error:
                 self._held[client] = frozenset()
                 self.skip(client, str(error))
-        after = next(iter(envelopes.values())).held if envelopes else frozenset()
         again: set[int] = set()
         for client, message in self._replies(pending):
             try:
@@ -354,33 +357,47 @@ class GridCohort:
                 if client not in again and (record is None or wire.wants_resync(record)):
                     again.add(client)
                     self._held[client] = frozenset()
-                    pending[self._request(client, request, envelopes)] = client
+                    sent, _ = self._request(client, asked[client], envelopes)
+                    pending[sent] = client
                     continue
+                own = asked[client]
+                if id(own) not in arrived:
+                    changed = MODEL in own.expected.states and not federation.uplink.exact
+                    # What comes back may be the change to what arrived.
+                    dtype = federation.value_dtype
+                    arrived[id(own)] = wire.as_received(own, dtype=dtype) if changed else own
                 reply = wire.decode_reply(
-                    _content(message), asked, shapes=self._setup.shapes, uplink=federation.uplink
+                    _content(message),
+                    arrived[id(own)],
+                    shapes=self._setup.shapes if own.program is None else own.program.shapes(),
+                    uplink=federation.uplink,
                 )
-                reply = self._gate.check(client, reply, request, weights[client])
+                reply = self._gate.check(client, reply, own, weights[client])
             except (ClientError, SparseModelError) as error:
                 self._held[client] = frozenset()
                 self.skip(client, str(error))
                 continue
-            self._held[client] = after
+            self._held[client] = after[client]
             yield client, reply
             enough -= 1
             if enough == 0:
                 break
         for client in pending.values():  # not needed: they may have got the message, or not
-            self._held[client] = self._held.get(client, frozenset()) & after
+            self._held[client] = self._held.get(client, frozenset()) & after[client]
         if MODEL in request.states:
             self._last_mask = request.states[MODEL].patterns
 
     def _request(
-        self, client: int, request: Request, envelopes: dict[frozenset[str], wire.Envelope]
-    ) -> str:
+        self, client: int, request: Request, envelopes: Envelopes
+    ) -> tuple[str, frozenset[str]]:
+        """The id of the message to a client, and what it holds after it."""
         held = self._held.get(client, frozenset())
-        if held not in envelopes:
-            envelopes[held] = self._encode(request, held, program=self._program)
-        envelope = envelopes[held]
+        key = (id(request), held)
+        if key not in envelopes:
+            own = request.program
+            program = self._program if own is None else wire.ProgramText.of(own)
+            envelopes[key] = self._encode(request, held, program=program)
+        envelope = envelopes[key]
         trains = request.action == TRAIN
         group = str(request.round_index + 1) if trains else request.action
         sent = self._sent(client, envelope.record, request.action, group)
@@ -388,7 +405,7 @@ class GridCohort:
             raise ClientError(NOT_CONNECTED)
         self._traffic.down.append(envelope.size)
         self._traffic.mask += envelope.mask_size
-        return sent
+        return sent, envelope.held
 
     def _encode(
         self, request: Request, held: frozenset[str], *, program: wire.ProgramText

@@ -482,6 +482,10 @@ def encode_reply(
         assert patterns is not None, "entries are at pruned places"
         frames[f"e{place}"] = encode_entries(some, patterns=patterns)
     _encode_tensors(reply.tensors, header, frames)
+    if reply.masks:
+        header["m"] = list(reply.masks)
+    for place, patterns in enumerate(reply.masks.values()):
+        frames[f"m{place}"] = encode_mask(patterns)
     if reply.masked:
         header["x"], frames["x"] = True, reply.masked
     if reply.fields:
@@ -545,16 +549,30 @@ def decode_reply(
         states=states,
         entries=entries,
         tensors=_decode_tensors(header, frames, shapes),
+        masks={
+            name: _decode_mask_of(shapes, _frame(frames, f"m{place}"))
+            for place, name in enumerate(_names(header, "m"))
+        },
         resources=_resources(_field(header, "u", str)) if "u" in header else None,
         masked=_frame(frames, "x") if "x" in header else b"",
     )
 
 
+def _decode_mask_of(shapes: Shapes, frame: bytes) -> Patterns:
+    patterns = decode_mask(frame)
+    for name, shape in patterns.shapes().items():
+        if shapes.get(name) != shape:
+            raise ClientError(f"a mask of {name!r:.60} of shape {shape}: the model has another")
+    return patterns
+
+
 def _check_keys(header: Fields, frames: Frames, uplink: Uplink) -> None:
     """Whether a reply has the parts that it names and no others."""
-    if not set(header) <= set("nsetkfux"):
+    if not set(header) <= set("nsetkmfux"):
         raise ClientError(f"unknown keys in the header: {str(sorted(header)[:9])[:100]}")
-    named = {f"{key}{place}" for key in "et" for place in range(len(_field(header, key, list, [])))}
+    named = {
+        f"{key}{place}" for key in "etm" for place in range(len(_field(header, key, list, [])))
+    }
     for place, name in enumerate(_names(header, "s")):
         kinds = ("w",) if uplink.exact or name != MODEL else UPDATE
         named |= {f"{kind}{place}" for kind in kinds}

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from fedprune.errors import ConfigError
 from fedprune.exchange.messages import MODEL, Expected, Reply, Request
+from fedprune.exchange.pooled import Pooled
 from fedprune.local.site import Local
 from fedprune.local.training import train
-from fedprune.methods.base import Method, RunState, Start, train_request
+from fedprune.methods.base import Collector, Method, RunState, Start, train_request
 from fedprune.methods.fedprox import FedProx
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
 from fedprune.methods.magnitude import Magnitude
@@ -26,6 +27,7 @@ __all__ = [
     "METHODS",
     "MODEL",
     "SSFL",
+    "Collector",
     "Expected",
     "FedProx",
     "FedTiny",
@@ -34,6 +36,7 @@ __all__ = [
     "Local",
     "Magnitude",
     "Method",
+    "Pooled",
     "Reply",
     "Request",
     "RunState",

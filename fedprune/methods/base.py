@@ -19,7 +19,7 @@ from fedprune.exchange.messages import MODEL, Expected, Reply, Request, loss
 from fedprune.exchange.pooled import Pooled, Pooler, check_numbers, pooled
 from fedprune.exchange.robust import MEAN, Aggregation
 from fedprune.local.training import train
-from sparsemodel.runtime.state import Entries, SparseState
+from sparsemodel.runtime.state import SparseState
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +45,22 @@ class RunState:
     model: SparseState
     memory: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Collector(Protocol):
+    """Makes one of the answers of a round, one at a time, in whatever order they come."""
+
+    def add(self, client: int, reply: Reply) -> None:
+        """Take one checked reply; its `weight` is what it counts for.
+
+        Raises:
+            ClientError: it cannot be used; nothing has changed then.
+        """
+        ...
+
+    def result(self) -> Pooled:
+        """All that were taken; at least its `model` or what `Method.update` needs instead."""
+        ...
 
 
 class Ask(Protocol):
@@ -117,6 +133,8 @@ class Method:
 
     name: ClassVar[str] = "fedavg"
     actions: ClassVar[Mapping[str, Action]] = {"train": train}
+    collects: ClassVar[bool] = False
+    """Whether `collector` gives one."""
 
     def __post_init__(self) -> None:
         problems = [f"method.{problem}" for problem in self.problems()]
@@ -168,14 +186,24 @@ class Method:
         """What the coming round asks of its clients."""
         return train_request(state)
 
-    def update(self, state: RunState, *, mean: SparseState, growth: Entries) -> RunState:
+    def collector(self, state: RunState) -> Collector | None:
+        """What makes one of a round's answers in the method's own way; None: as the run says.
+
+        A method with a collector sees single answers, so that it refuses secure aggregation and
+        robust rules (see `collects`).
+        """
+        return None
+
+    def update(self, state: RunState, pooled: Pooled) -> RunState:
         """The state after a round.
 
         Args:
-            mean: the clients' weighted mean, under the patterns of `state`.
-            growth: mean of the entries that clients sent for the model, at pruned places.
+            pooled: the clients' answers made one: `pooled.model`, their weighted mean under the
+                patterns of `state`; `pooled.growth`, the mean of the entries that they sent at
+                pruned places; `pooled.tensors`, of whatever the question asked for besides.
         """
-        return dataclasses.replace(state, round_index=state.round_index + 1, model=mean)
+        model = pooled.model
+        return dataclasses.replace(state, round_index=state.round_index + 1, model=model)
 
 
 def train_request(

@@ -12,7 +12,7 @@ from typing import Any
 from fedprune.errors import ClientError
 from fedprune.exchange.messages import MODEL, Fields, Reply, Request, Resources
 from fedprune.exchange.pooled import Pooled, Pooler
-from fedprune.exchange.robust import Aggregation
+from fedprune.exchange.robust import Aggregation, States
 from fedprune.local.model import execution_of
 from fedprune.methods.base import RunState, Start
 from fedprune.privacy.accounting import epsilon
@@ -25,7 +25,7 @@ from fedprune.rounds.ledger import Traffic, mask_change, skips
 from fedprune.rounds.setup import Setup
 from prunelab.errors import RunError
 from prunelab.runs.version import __version__
-from sparsemodel.runtime.state import Entries, SparseState
+from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.meter import peak_rss_bytes
 
 
@@ -61,7 +61,7 @@ def play_round(
     if privacy.dp != "none":
         request = question(request, privacy)
     # 2. Replies are folded into sums as they arrive; only the sums are kept.
-    fold, per_round = Fold(setup, state.model), config.clients_per_round
+    fold, per_round = Fold(setup, state), config.clients_per_round
     if privacy.secure_aggregation:  # nobody's answer is seen alone
         fold.take(gather_sum(setup, cohort, folder, request, per_round=per_round), cohort)
         totals.count_held(fold.resources)
@@ -77,12 +77,13 @@ def play_round(
     if len(fold.losses) < quorum_of(setup, cohort, per_round):
         raise _nobody(folder, state, traffic, len(fold.losses))
     # 3. The method makes the next state of what it got.
-    mean = fold.mean()
+    pooled = fold.pooled()
     if privacy.dp != "none":
         seeded = privacy.seeds_noise(cohort.simulated)
         key = seeded_key("noise", config.seed, state.round_index) if seeded else new_key()
-        mean = released(state.model, mean, privacy, num_clients=len(fold.losses), key=key)
-    updated = setup.method.update(state, mean=mean, growth=fold.growth())
+        mean = released(state.model, pooled.model, privacy, num_clients=len(fold.losses), key=key)
+        pooled = pooled.with_model(mean)
+    updated = setup.method.update(state, pooled)
     # 4. The new model is evaluated on test data, for the record only.
     tested = evaluator.evaluate(updated.model, round_index=updated.round_index)
     traffic = traffic.joined(cohort.take_traffic())
@@ -261,14 +262,17 @@ class Fold:
     """What is made of the replies of a round.
 
     Args:
-        before: the model that clients trained.
+        before: the state whose model clients trained.
     """
 
-    def __init__(self, setup: Setup, before: SparseState) -> None:
+    def __init__(self, setup: Setup, before: RunState) -> None:
         self._aggregation = aggregation = aggregation_of(setup)
+        self._collector = setup.method.collector(before)
         updates = setup.config.privacy.dp != "none"
-        self._mean = aggregation.states(before=before, updates=updates)
+        self._mean = aggregation.states(before=before.model, updates=updates)
         self._growth = aggregation.entries()
+        self._tensors: dict[str, States] = {}
+        self._weight = 0
         self._pooled: Pooled | None = None
         self.losses: dict[int, tuple[float, int]] = {}
         self.resources: Resources | None = None
@@ -279,8 +283,15 @@ class Fold:
         Raises:
             ClientError: a value is not finite or too large.
         """
-        self._mean.add(reply.states[MODEL], weight=reply.weight)
-        self._growth.add(reply.entries.get(MODEL, {}), weight=reply.weight)
+        if self._collector is not None:
+            self._collector.add(client, reply)
+        else:
+            self._mean.add(reply.states[MODEL], weight=reply.weight)
+            self._growth.add(reply.entries.get(MODEL, {}), weight=reply.weight)
+            for name, tensors in reply.tensors.items():
+                mean = self._tensors.setdefault(name, self._aggregation.states())
+                mean.add(SparseState(tensors), weight=reply.weight)
+        self._weight += reply.weight
         self.losses[client] = (_loss(reply.fields), reply.num_examples)
 
     def take(self, pooled: Pooled, cohort: Cohort) -> None:
@@ -289,13 +300,19 @@ class Fold:
         for client in pooled.clients:
             self.losses[client] = (_loss(pooled.fields), cohort.clients[client].num_train)
 
-    def mean(self) -> SparseState:
-        """The clients' mean, as the run aggregates."""
-        return self._pooled.states[MODEL] if self._pooled else self._mean.result()
-
-    def growth(self) -> Entries:
-        """The mean of their growth entries."""
-        return self._pooled.growth if self._pooled else self._growth.result()
+    def pooled(self) -> Pooled:
+        """The clients' answers made one, as the method or the run does it."""
+        if self._pooled is not None:
+            return self._pooled
+        if self._collector is not None:
+            return self._collector.result()
+        return Pooled(
+            sorted(self.losses),
+            self._weight,
+            states={MODEL: self._mean.result()},
+            tensors={name: mean.result().values for name, mean in self._tensors.items()},
+            growth=self._growth.result(),
+        )
 
     def samples(self) -> list[int]:
         """Each client's number of samples."""

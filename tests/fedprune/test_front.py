@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import fedprune
+from fedprune.exchange.pooled import Pooled
 from fedprune.front import Result
 from fedprune.given import given_dataset, name_dataset
 from fedprune.methods.base import RunState
@@ -45,10 +46,10 @@ class Half(fedprune.Method):
     name: ClassVar[str] = "half"
     part: float = 0.5
 
-    def update(self, state: RunState, *, mean: Any, growth: Any) -> RunState:
-        old = state.model.values
+    def update(self, state: RunState, pooled: Pooled) -> RunState:
+        old, mean = state.model.values, pooled.model
         moved = {name: old[name] + self.part * (v - old[name]) for name, v in mean.values.items()}
-        return super().update(state, mean=mean.replace(moved), growth=growth)
+        return super().update(state, pooled.with_model(mean.replace(moved)))
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ class Stopped(fedprune.Method):
     name: ClassVar[str] = "stopped"
     rounds_left: ClassVar[list[int]] = []
 
-    def update(self, state: RunState, *, mean: Any, growth: Any) -> RunState:
+    def update(self, state: RunState, pooled: Pooled) -> RunState:
         if self.rounds_left and self.rounds_left.pop() == 0:
             raise KeyboardInterrupt
-        return super().update(state, mean=mean, growth=growth)
+        return super().update(state, pooled)
 
 
 class Plain(fedprune.Method):

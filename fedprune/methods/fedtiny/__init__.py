@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from fedprune.exchange.messages import Request
+from fedprune.exchange.pooled import Pooled
 from fedprune.local.training import train
 from fedprune.methods.base import Method, RunState, Start, train_request
 from fedprune.methods.fedtiny.pool import Pool, candidate_counts, candidate_pool
 from fedprune.methods.fedtiny.progressive import adjust, growth_counts
 from fedprune.methods.fedtiny.selection import measure, score, select_candidate
-from sparsemodel.runtime.state import Entries, SparseState
 
 GRANULARITIES = ("layer", "block", "entire")
 
@@ -109,13 +109,13 @@ class FedTiny(Method):
     def request(self, state: RunState) -> Request:
         return train_request(state, growth=self.growth_counts(state))
 
-    def update(self, state: RunState, *, mean: SparseState, growth: Entries) -> RunState:
+    def update(self, state: RunState, pooled: Pooled) -> RunState:
         counts = self.growth_counts(state)
-        after = super().update(state, mean=mean, growth=growth)
+        after = super().update(state, pooled)
         if not counts:
             return after
         memory = {**state.memory, "adjustments": state.memory["adjustments"] + 1}
-        return replace(after, model=adjust(mean, growth, counts), memory=memory)
+        return replace(after, model=adjust(pooled.model, pooled.growth, counts), memory=memory)
 
     def growth_counts(self, state: RunState) -> dict[str, int]:
         """How many growth candidates clients send in the coming round, by layer."""

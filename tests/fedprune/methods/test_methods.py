@@ -17,7 +17,7 @@ from torch import nn
 from fedprune.config import RunConfig, own_settings
 from fedprune.errors import ClientError, ConfigError
 from fedprune.exchange.messages import MODEL, Expected, Reply, Request
-from fedprune.exchange.pooled import Pooler
+from fedprune.exchange.pooled import Pooled, Pooler
 from fedprune.exchange.pooled import pooled as add_up
 from fedprune.exchange.robust import MEAN, Aggregation
 from fedprune.local.data import Split
@@ -47,7 +47,7 @@ from sparsemodel.errors import PlanError
 from sparsemodel.masks.mask import Mask, mask_from_scores, prunable_parameters
 from sparsemodel.plans.program import program_of
 from sparsemodel.runtime.pattern import Pattern, Patterns
-from sparsemodel.runtime.state import SparseState
+from sparsemodel.runtime.state import Entries, SparseState
 
 SMALL = {
     "data.num_train": 400,
@@ -100,6 +100,11 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def state_under(work: Workspace, counts: dict[str, int]) -> SparseState:
     """The model's largest weights."""
     return candidate_pool(beginning(work).state(), [counts]).candidate(0)
+
+
+def answered(model: SparseState, growth: Entries | None = None) -> Pooled:
+    """What the clients of a round are made."""
+    return Pooled([0], 1, states={MODEL: model}, growth=growth or {})
 
 
 def fedtiny_state(config: RunConfig) -> tuple[FedTiny, RunState]:
@@ -469,7 +474,7 @@ def test_every_block_has_its_turn_from_output_to_input() -> None:
         assert state.model.patterns is not None
         free = {name: pruned(state.model.patterns[name])[:k] for name, k in counts.items()}
         growth = {name: (at, np.ones(len(at), np.float32)) for name, at in free.items()}
-        state = method.update(state, mean=state.model, growth=growth)
+        state = method.update(state, answered(state.model, growth))
     # Rounds 2, 4, ..., 28; in the last ones a_l may fall to zero for the smallest block.
     assert visited[:9] == [2, 1, 0, 2, 1, 0, 2, 1, 0]
     assert set(visited) == {0, 1, 2}
@@ -550,7 +555,7 @@ def test_adjustment_keeps_density_and_starts_grown_weights_at_zero() -> None:
         name: (pruned(before[name])[-k:], np.linspace(1, 2, k, dtype=np.float32))
         for name, k in counts.items()
     }
-    after = method.update(state, mean=state.model, growth=growth)
+    after = method.update(state, answered(state.model, growth))
     patterns = after.model.patterns
     assert patterns is not None
     assert patterns.counts() == before.counts()
@@ -572,7 +577,7 @@ def test_adjustment_keeps_density_and_starts_grown_weights_at_zero() -> None:
 def test_a_round_without_growth_entries_changes_no_mask() -> None:
     method, start = fedtiny_state(small())
     state = at_round(start, 1)
-    after = method.update(state, mean=state.model, growth={})
+    after = method.update(state, answered(state.model))
     assert after.model.patterns == state.model.patterns
     assert after.memory["adjustments"] == 1
 
@@ -644,9 +649,7 @@ def test_contract_of_every_method(name: str, tmp_path: Path) -> None:
     reply = method.actions[request.action](request, clients(work, tmp_path)[0])
     request.check(reply)
     assert reply.states[MODEL].patterns == state.model.patterns
-    after = method.update(
-        state, mean=reply.states[MODEL], growth=reply.entries.get(MODEL, {})
-    )  # fmt: skip
+    after = method.update(state, answered(reply.states[MODEL], reply.entries.get(MODEL, {})))
     assert after.round_index == 2
     assert list(after.model.values) == list(state.model.values)
     assert after.model.shapes() == work.shapes

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fedprune import Magnitude
-from fedprune.methods import Local, Reply, Request, RunState, train, train_request
+from fedprune.methods import Local, Pooled, Reply, Request, RunState, train, train_request
 
 
 def train_with_l1(request: Request, local: Local) -> Reply:
@@ -41,8 +41,8 @@ class MyMethod(Magnitude):
         """The server's half, before a round: what the clients are asked."""
         return train_request(state, fields={"l1": self.l1})
 
-    def update(self, state: RunState, *, mean: Any, growth: Any) -> RunState:
+    def update(self, state: RunState, pooled: Pooled) -> RunState:
         """The server's half, after a round: the next state."""
-        old, rate = state.model.values, np.float32(self.server_rate)
+        mean, old, rate = pooled.model, state.model.values, np.float32(self.server_rate)
         moved = {name: old[name] + rate * (mean.values[name] - old[name]) for name in old}
-        return super().update(state, mean=mean.replace(moved), growth=growth)
+        return super().update(state, pooled.with_model(mean.replace(moved)))
