@@ -34,7 +34,7 @@ from prunelab.runs.folder import (
     read_summary,
 )
 from prunelab.runs.settings import differences
-from sparsemodel.runtime.state import SparseState
+from sparsemodel.runtime.state import Array, SparseState
 from sparsemodel.storage.state_file import load_state, save_state
 
 __all__ = [
@@ -108,7 +108,7 @@ class RunFolder:
         }
         save_state(
             self.path / CHECKPOINT,
-            state.model,
+            _with_moments(state),
             metadata={"fedprune": json.dumps(metadata)},
         )
         self.state = state
@@ -222,7 +222,8 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     file = path / CHECKPOINT
     if not file.exists():
         return None
-    model, stored = load_state(file)
+    held, stored = load_state(file)
+    model, moments = _apart(held)
     try:
         values = json.loads(stored["fedprune"])
         run, size = values["run"], int(values["metrics_bytes"])
@@ -232,6 +233,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
             model=model,
             memory=values["memory"],
             notes=values["notes"],
+            moments=moments,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
@@ -240,6 +242,33 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     runfolder.check_run(file, run)
     read_metrics(path, size=size)
     return Checkpoint(state, totals, size)
+
+
+_MOMENT = ".."  # before the name of a moment: no tensor of a model begins so
+
+
+def _with_moments(state: RunState) -> SparseState:
+    """The model, and the moments as whole tensors beside it."""
+    moments = {
+        f"{_MOMENT}{kind}.{name}": value
+        for kind, moment in state.moments.items()
+        for name, value in moment.values.items()
+    }
+    return state.model.replace(moments)
+
+
+def _apart(held: SparseState) -> tuple[SparseState, dict[str, SparseState]]:
+    """The model and the moments of what `_with_moments` made one."""
+    values: dict[str, Array] = {}
+    moments: dict[str, dict[str, Array]] = {}
+    for key, value in held.values.items():
+        if key.startswith(_MOMENT):
+            kind, _, name = key.removeprefix(_MOMENT).partition(".")
+            moments.setdefault(kind, {})[name] = value
+        else:
+            values[key] = value
+    patterns = held.patterns
+    return SparseState(values, patterns), {k: SparseState(v, patterns) for k, v in moments.items()}
 
 
 def _restore(folder: RunFolder) -> None:
