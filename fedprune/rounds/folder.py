@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedprune.config import RunConfig, parse_toml
 from fedprune.errors import ConfigError
@@ -34,7 +34,8 @@ from prunelab.runs.folder import (
     read_summary,
 )
 from prunelab.runs.settings import differences
-from sparsemodel.runtime.state import Array, SparseState
+from sparsemodel.runtime.pattern import Patterns
+from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.state_file import load_state, save_state
 
 __all__ = [
@@ -62,6 +63,8 @@ __all__ = [
 ]
 
 CHECKPOINT = "checkpoint.safetensors"
+_KEPT = "kept:"
+T = TypeVar("T")
 # Settings that change no bit of the result, so a resumed run may differ in them.
 FREE_ON_RESUME = {"federation.timeout", "federation.quorum", "federation.attempts"}
 
@@ -108,7 +111,7 @@ class RunFolder:
         }
         save_state(
             self.path / CHECKPOINT,
-            _with_moments(state),
+            _joined(state),
             metadata={"fedprune": json.dumps(metadata)},
         )
         self.state = state
@@ -223,7 +226,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     if not file.exists():
         return None
     held, stored = load_state(file)
-    model, moments = _apart(held)
+    model, kept = _parted(held)
     try:
         values = json.loads(stored["fedprune"])
         run, size = values["run"], int(values["metrics_bytes"])
@@ -233,7 +236,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
             model=model,
             memory=values["memory"],
             notes=values["notes"],
-            moments=moments,
+            kept=kept,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
@@ -244,31 +247,35 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     return Checkpoint(state, totals, size)
 
 
-_MOMENT = ".."  # before the name of a moment: no tensor of a model begins so
+def _joined(state: RunState) -> SparseState:
+    """The model and what the method keeps as one state, the latter's names after theirs."""
+    values, patterns = dict(state.model.values), dict(state.model.patterns or {})
+    for key, kept in state.kept.items():
+        values |= {f"{_KEPT}{key}:{name}": value for name, value in kept.values.items()}
+        patterns |= {f"{_KEPT}{key}:{n}": pattern for n, pattern in (kept.patterns or {}).items()}
+    return SparseState(values, Patterns(patterns) if patterns else None)
 
 
-def _with_moments(state: RunState) -> SparseState:
-    """The model, and the moments as whole tensors beside it."""
-    moments = {
-        f"{_MOMENT}{kind}.{name}": value
-        for kind, moment in state.moments.items()
-        for name, value in moment.values.items()
+def _parted(joined: SparseState) -> tuple[SparseState, dict[str, SparseState]]:
+    """What `_joined` made one: the model, and what the method keeps."""
+    values = _by_owner(joined.values)
+    patterns = _by_owner(joined.patterns or {})
+    states = {
+        key: SparseState(own, Patterns(patterns[key]) if key in patterns else None)
+        for key, own in values.items()
     }
-    return state.model.replace(moments)
+    return states.pop(""), states
 
 
-def _apart(held: SparseState) -> tuple[SparseState, dict[str, SparseState]]:
-    """The model and the moments of what `_with_moments` made one."""
-    values: dict[str, Array] = {}
-    moments: dict[str, dict[str, Array]] = {}
-    for key, value in held.values.items():
-        if key.startswith(_MOMENT):
-            kind, _, name = key.removeprefix(_MOMENT).partition(".")
-            moments.setdefault(kind, {})[name] = value
-        else:
-            values[key] = value
-    patterns = held.patterns
-    return SparseState(values, patterns), {k: SparseState(v, patterns) for k, v in moments.items()}
+def _by_owner(items: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """What belongs to the model, under "", and to each of the kept states, in the same order."""
+    owned: dict[str, dict[str, T]] = {}
+    for full, item in items.items():
+        key, name = "", full
+        if full.startswith(_KEPT):
+            key, _, name = full.removeprefix(_KEPT).partition(":")
+        owned.setdefault(key, {})[name] = item
+    return owned
 
 
 def _restore(folder: RunFolder) -> None:

@@ -22,7 +22,7 @@ from fedprune.rounds.asking import Cohort, gather, gather_sum, ordered, quorum_o
 from fedprune.rounds.evaluation import Evaluator
 from fedprune.rounds.folder import RunFolder, save_model
 from fedprune.rounds.ledger import Traffic, mask_change, skips
-from fedprune.rounds.server_optimizer import followed, stepped
+from fedprune.rounds.server_optimizer import Moments, followed, stepped
 from fedprune.rounds.setup import Setup
 from prunelab.errors import RunError
 from prunelab.runs.version import __version__
@@ -85,12 +85,12 @@ def play_round(
         key = seeded_key("noise", config.seed, state.round_index) if seeded else new_key()
         mean = released(sent, pooled.model, privacy, num_clients=len(fold.losses), key=key)
         pooled = pooled.with_model(mean)
-    moments = state.moments
+    moments: Moments = {}
     if config.server.optimizer != "none":
-        model, moments = stepped(state.model, pooled.model, moments, config.server)
+        model, moments = stepped(sent, pooled.model, state.kept, config.server)
         pooled = pooled.with_model(model)
     updated = setup.method.update(state, pooled)
-    updated = replace(updated, moments=followed(moments, updated.model))
+    updated = replace(updated, kept={**updated.kept, **followed(moments, updated.model)})
     # 4. The new model is evaluated on test data, for the record only.
     tested = evaluator.evaluate(updated.model, round_index=updated.round_index)
     traffic = traffic.joined(cohort.take_traffic())

@@ -26,7 +26,7 @@ from sparsemodel.runtime.adjust import carry
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.state import Array, SparseState
 
-FIRST, SECOND = "first", "second"
+FIRST, SECOND = "server.first", "server.second"  # in what a run's state keeps
 Moments = Mapping[str, SparseState]
 """FIRST, and SECOND where the optimiser has one: of every weight that is trained."""
 
@@ -39,7 +39,7 @@ _SECOND_MOMENTS: dict[str, Callable[[Array, Array, float], Array]] = {
 
 
 def stepped(
-    before: SparseState, mean: SparseState, moments: Moments, server: ServerConfig
+    before: SparseState, mean: SparseState, kept: Moments, server: ServerConfig
 ) -> tuple[SparseState, Moments]:
     """The model after the server's step, under the patterns of the mean, and the moments then.
 
@@ -48,11 +48,11 @@ def stepped(
     Args:
         before: what clients were sent.
         mean: of what they answered.
-        moments: after the last round; none before the first.
+        kept: the moments after the last round, others may be there too; none before the first.
     """
     second_moment = _SECOND_MOMENTS.get(server.optimizer)
     old = _under(before, mean.patterns).values
-    past = followed(moments, mean)
+    past = followed({kind: kept[kind] for kind in (FIRST, SECOND) if kind in kept}, mean)
     values, first, second = dict(mean.values), {}, {}
     for name, value in mean.values.items():
         if is_statistic(name):

@@ -180,9 +180,9 @@ def test_a_run_takes_the_steps_and_a_resumed_one_the_same(name: str, tmp_path: P
     state = checkpoint.state
     trained = {n: v.shape for n, v in state.model.values.items() if "running" not in n}
     for kind in (FIRST, SECOND):
-        assert {n: v.shape for n, v in state.moments[kind].values.items()} == trained
-        assert state.moments[kind].patterns == state.model.patterns
-    assert any(moment.any() for moment in state.moments[SECOND].values.values())
+        assert {n: v.shape for n, v in state.kept[kind].values.items()} == trained
+        assert state.kept[kind].patterns == state.model.patterns
+    assert any(moment.any() for moment in state.kept[SECOND].values.values())
     assert run_stopped(config, tmp_path / "stopped") == digest(whole)
 
 
