@@ -18,6 +18,7 @@ DP = ("none", "central", "local")
 NOISES = ("auto", "seed", "system")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "linear", "constant")
+SERVER_OPTIMIZERS = ("none", "momentum", "adam", "yogi", "adagrad")
 EXECUTIONS = ("auto", "sparse", "masked", "dense")
 CPU_COHORT = 4  # a compromise: no size stands out (benchmarks.gpu_simulation --cohorts)
 
@@ -97,14 +98,25 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """The start that every method shares: a brief training on a few labelled samples.
+    """The start that every method shares, and the step that the server takes each round.
 
-    `per_class` samples of each class are set aside from the training side for it; of samples
-    without classes as many as ten classes would have.
+    The start is a brief training on a few labelled samples: `per_class` samples of each class are
+    set aside from the training side for it; of samples without classes as many as ten classes
+    would have.
+
+    `optimizer` "none" takes the clients' mean; "momentum" (FedAvgM), "adam", "yogi" and "adagrad"
+    take a step towards it (fedprune/rounds/server_optimizer.py) with the rate `lr`: about 1 for
+    momentum, for the others the change of a weight in a round, .01 say. `momentum` is the decay of
+    the first moment, `beta2` of the second, `tau` is added to its root.
     """
 
     per_class: int = 5
     pretrain_epochs: int = 3
+    optimizer: str = "none"
+    lr: float = 1.0
+    momentum: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -208,6 +220,7 @@ def problems(
         "federation.uplink_dtype": (federation.uplink_dtype or "fp32", VALUE_DTYPES),
         "training.device": (training.device, DEVICES),
         "training.execution": (training.execution, EXECUTIONS),
+        "server.optimizer": (server.optimizer, SERVER_OPTIMIZERS),
         "federation.evaluate": (federation.evaluate, EVALUATIONS),
         "federation.aggregation": (federation.aggregation, AGGREGATIONS),
         "privacy.dp": (privacy.dp, DP),
@@ -252,11 +265,18 @@ def problems(
     yield from _private(data, federation, privacy)
     if training.batch_size < 2:
         yield f"training.batch_size: batch norm needs at least 2, got {training.batch_size}"
-    if not 0 <= training.momentum < 1:
-        yield f"training.momentum: expected 0 <= momentum < 1, got {training.momentum}"
+    for key, decay in (
+        ("training.momentum", training.momentum),
+        ("server.momentum", server.momentum),
+        ("server.beta2", server.beta2),
+    ):
+        if not 0 <= decay < 1:
+            yield f"{key}: expected 0 <= {key.partition('.')[2]} < 1, got {decay}"
     for key, number in (
         ("data.alpha", data.alpha),
         ("training.lr", training.lr),
+        ("server.lr", server.lr),
+        ("server.tau", server.tau),
         ("federation.timeout", federation.timeout),
         ("privacy.clip", privacy.clip),
         ("privacy.noise_multiplier", privacy.noise_multiplier),

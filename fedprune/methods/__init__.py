@@ -15,9 +15,13 @@ from fedprune.local.training import train
 from fedprune.methods.base import Collector, Method, RunState, Start, train_request
 from fedprune.methods.fedprox import FedProx
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
+from fedprune.methods.grasp import Grasp
 from fedprune.methods.magnitude import Magnitude
+from fedprune.methods.random_mask import RandomMask
 from fedprune.methods.small_dense import SmallDense
+from fedprune.methods.snip import Snip
 from fedprune.methods.ssfl import SSFL
+from fedprune.methods.synflow import SynFlow
 from prunelab.errors import close_names
 from prunelab.runs.imported import imported
 
@@ -33,15 +37,19 @@ __all__ = [
     "FedTiny",
     "FedTinyFixedMask",
     "FedTinyVanillaSelection",
+    "Grasp",
     "Local",
     "Magnitude",
     "Method",
     "Pooled",
+    "RandomMask",
     "Reply",
     "Request",
     "RunState",
     "SmallDense",
+    "Snip",
     "Start",
+    "SynFlow",
     "is_given",
     "method_class",
     "method_name",
@@ -58,6 +66,10 @@ _ALL: tuple[type[Method], ...] = (
     SmallDense,
     FedProx,
     SSFL,
+    RandomMask,
+    Snip,
+    Grasp,
+    SynFlow,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 DEFAULT_METHOD = FedTiny.name
