@@ -179,6 +179,8 @@ class GridCohort:
             read=lambda message: wire.decode_reply(_content(message), describe, shapes={}),
             note=self.skip,
             node_keys=setup.config.federation.node_keys,
+            # A grid may know, as one does whose nodes are this process.
+            client_of=getattr(grid, "client_of", lambda node: -1),
         )
         self._joining: dict[str, float] = {}  # when to give up on those asked who they are
         self.clients = self._roster.clients
@@ -421,7 +423,7 @@ class GridCohort:
 
     def _sent(self, client: int, record: RecordDict, action: str, group: str) -> str:
         """The id of a message to a client's node; "" where that is not connected."""
-        if client not in self.connected:
+        if not self._roster.is_connected(client):
             return ""
         return self._send(self._roster.nodes[client], record, action, group)
 

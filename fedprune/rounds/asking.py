@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from heapq import nsmallest
 from math import ceil
 from random import SystemRandom
 from typing import Protocol
@@ -27,7 +28,7 @@ class Cohort(Protocol):
         simulated: whether they are parts of this run, and nobody's devices.
     """
 
-    clients: dict[int, ClientInfo]
+    clients: Mapping[int, ClientInfo]
     stacked: bool
     simulated: bool
 
@@ -143,8 +144,10 @@ class Draw:
         clients = self._cohort.clients
         drawn = [c for c in ordered(self._setup, clients, self._round) if c not in self.answered]
         connected = self._cohort.connected
-        drawn.sort(key=lambda client: (client not in connected, client in self._asked))
-        chosen = sorted(drawn[: missing + self._setup.config.federation.over_sample])
+        wanted = missing + self._setup.config.federation.over_sample
+        chosen = sorted(
+            nsmallest(wanted, drawn, key=lambda c: (c not in connected, c in self._asked))
+        )
         self._asked.update(chosen)
         return chosen, missing
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsemodel.errors import SparseModelError
 from sparsemodel.kernels.cpu.library import library
 from sparsemodel.runtime.state import Array
 
@@ -115,18 +116,28 @@ class FixedSums:
 
     def __init__(self, sums: Sequence[FixedSum]) -> None:
         self._sums = sums
-        self._sizes = np.array([len(total._high) for total in sums], np.int64)
+        self._counts = [len(total._high) for total in sums]
+        self._sizes = np.array(self._counts, np.int64)
         self._high = _addresses([total._high for total in sums])
         self._low = _addresses([total._low for total in sums])
 
-    def add(
-        self, values: Sequence[Array], means: Sequence[Array | None], weight: int
-    ) -> list[int]:
-        """Add to each sum, as `FixedSum.add` does; how many values of each were left out."""
+    def add(self, values: Sequence[Array], means: Sequence[Array | None], weight: int) -> list[int]:
+        """Add to each sum, as `FixedSum.add` does; how many values of each were left out.
+
+        Raises:
+            SparseModelError: an array has another size than its sum.
+        """
         native = library()
-        if native is None or not all(map(_is_plain, (*values, *filter(_is_given, means)))):
+        given = [*values, *(mean for mean in means if mean is not None)]
+        if native is None or not all(map(_is_plain, given)):
             together = zip(self._sums, values, means, strict=True)
             return [total._add(value, mean, weight) for total, value, mean in together]
+        if any(
+            array is not None and array.size != size
+            for arrays in (values, means)
+            for array, size in zip(arrays, self._counts, strict=True)
+        ):
+            raise SparseModelError("arrays of other sizes than the sums that they are added to")
         refused = np.empty(len(self._sums), np.int64)
         native.fixed_add(
             len(self._sums), self._sizes, _addresses(values), _addresses(means), weight,
@@ -134,10 +145,6 @@ class FixedSums:
         )  # fmt: skip
         left_out: list[int] = refused.tolist()
         return left_out
-
-
-def _is_given(array: Array | None) -> bool:
-    return array is not None
 
 
 def _is_plain(array: Array) -> bool:
