@@ -29,30 +29,35 @@ class Clients(Mapping[int, ClientInfo]):
         shares: as of `Gate`.
     """
 
-    def __init__(self, shares: Mapping[int, ClientInfo]) -> None:
+    def __init__(self, shares: Mapping[int, ClientInfo], num_clients: int) -> None:
         self._shares = shares
-        self._other: dict[int, ClientInfo | None] = {}
+        self._joined = np.zeros(num_clients, bool)
+        self._own: dict[int, ClientInfo] = {}
 
     def take(self, client: int, info: ClientInfo | None) -> None:
         """One has joined, with its share (None) or whatever it holds."""
-        self._other[client] = info
+        self._joined[client] = True
+        self._own.pop(client, None)
+        if info is not None:
+            self._own[client] = info
 
     def has_own(self, client: int) -> bool:
         """Whether a client holds something else than its share."""
-        return self._other[client] is not None
+        return client in self._own
 
     def __getitem__(self, client: int) -> ClientInfo:
-        info = self._other[client]
-        return self._shares[client] if info is None else info
+        if client not in self:
+            raise KeyError(client)
+        return self._own[client] if client in self._own else self._shares[client]
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._other)
+        return iter(np.flatnonzero(self._joined).tolist())
 
     def __len__(self) -> int:
-        return len(self._other)
+        return int(np.count_nonzero(self._joined))
 
     def __contains__(self, client: object) -> bool:
-        return client in self._other
+        return isinstance(client, int) and bool(self._joined[client : client + 1].any())
 
 
 class Gate:
@@ -86,7 +91,7 @@ class Gate:
         self._num_clients, self._num_classes = num_clients, num_classes if with_labels else 0
         self._equal_weights = equal_weights
         self._shares, self._own_data, self._max_share = shares, own_data, max_share
-        self.clients = Clients(shares)
+        self.clients = Clients(shares, num_clients)
 
     def admit(self, reply: Reply) -> ClientInfo:
         """Who a node says that it is; `know` holds it to that.
@@ -121,9 +126,14 @@ class Gate:
             )
         return info
 
-    def know(self, client: int, info: ClientInfo | None = None) -> None:
-        """What a client is believed to hold from now on; None: its share."""
-        self.clients.take(client, None if info == self._shares.get(client) else info)
+    def know(self, info: ClientInfo) -> None:
+        """What a client is believed to be from now on."""
+        share = self._shares.get(info.client)
+        self.clients.take(info.client, None if info == share else info)
+
+    def introduce(self, client: int) -> None:
+        """A client joins that need not say what it holds: its share."""
+        self.clients.take(client, None)
 
     def weights(self, clients: Collection[int], *, on: str) -> dict[int, int]:
         """What each of these clients counts for in a mean over all of them: at least 0.

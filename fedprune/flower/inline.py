@@ -37,37 +37,43 @@ class Contexts(MutableMapping[int, Context]):
     """Node -> its context; that of client k is made when FIRST_NODE + k is first looked up."""
 
     def __init__(self, run_config: dict[str, Any], num_nodes: int) -> None:
-        self._run_config, self._num_nodes = run_config, num_nodes
-        nodes = range(FIRST_NODE, FIRST_NODE + num_nodes)
-        self._made = dict[int, Context | None].fromkeys(nodes)
+        self._run_config, self._nodes = run_config, range(FIRST_NODE, FIRST_NODE + num_nodes)
+        self._made: dict[int, Context] = {}
+        self._replaced: set[int] = set()  # of `_nodes`, those that are gone, or others now
 
     def __getitem__(self, node: int) -> Context:
-        context = self._made[node]
-        if context is None:
+        if node not in self._made and node in self:
             partition = node - FIRST_NODE
-            context = self._made[node] = Context(
+            self._made[node] = Context(
                 run_id=1,
                 node_id=node,
-                node_config={"partition-id": partition, "num-partitions": self._num_nodes},
+                node_config={"partition-id": partition, "num-partitions": len(self._nodes)},
                 state=RecordDict(),
                 run_config=self._run_config,
             )
-        return context
+        return self._made[node]
 
     def __setitem__(self, node: int, context: Context) -> None:
         self._made[node] = context
 
     def __delitem__(self, node: int) -> None:
-        del self._made[node]
+        if node not in self:
+            raise KeyError(node)
+        self._made.pop(node, None)
+        self._replaced.add(node)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._made)
+        yield from (node for node in self._nodes if node not in self._replaced)
+        yield from (node for node in self._made if not self._is_first(node))
 
     def __len__(self) -> int:
-        return len(self._made)
+        return sum(1 for _ in self)
 
     def __contains__(self, node: object) -> bool:
-        return node in self._made
+        return node in self._made or self._is_first(node)
+
+    def _is_first(self, node: object) -> bool:
+        return node in self._nodes and node not in self._replaced
 
 
 class InlineGrid(Grid):

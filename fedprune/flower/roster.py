@@ -67,12 +67,8 @@ class Roster:
         self.clients: Mapping[int, ClientInfo] = gate.clients
         self.nodes: dict[int, int] = {}
 
-    def connected(self) -> set[int]:
-        """The clients whose node was connected at the last look."""
-        return {client for client, node in self.nodes.items() if node in self._online}
-
     def is_connected(self, client: int) -> bool:
-        """Whether this client's node was."""
+        """Whether a client's node was connected at the last look."""
         return self.nodes.get(client) in self._online
 
     def find(self) -> list[str]:
@@ -82,11 +78,11 @@ class Roster:
             Ids of the questions that have no answer yet.
         """
         online = set(self._grid.get_node_ids())
-        for node in sorted(online - self._online):
+        for node in sorted(node for node in online if node not in self._online):
             self._claims.pop(node, None)
             self._told.discard(node)
             if (client := self._client_of(node)) >= 0:
-                self._gate.know(client)
+                self._gate.introduce(client)
                 self.nodes[client] = node
             elif message_id := self._ask(node):
                 self._asked[message_id] = node
@@ -159,5 +155,5 @@ class Roster:
 
     def _give(self, client: int, node: int) -> None:
         info = self._claims.pop(node)
-        self._gate.know(client, info)
+        self._gate.know(info)
         self.nodes[client] = node

@@ -23,7 +23,6 @@ class Cohort(Protocol):
 
     Attributes:
         clients: by number, those that are not connected now among them.
-        connected: those that are.
         stacked: whether the clients of a round are trained together, on masked dense weights.
         simulated: whether they are parts of this run, and nobody's devices.
     """
@@ -32,8 +31,9 @@ class Cohort(Protocol):
     stacked: bool
     simulated: bool
 
-    @property
-    def connected(self) -> set[int]: ...
+    def is_connected(self, client: int) -> bool:
+        """Whether it was connected at the last look."""
+        ...
 
     def look(self, *, least: int = 0, besides: Collection[int] = ()) -> None:
         """See who has come or gone; wait a while for so many connected ones `besides` these."""
@@ -143,10 +143,10 @@ class Draw:
         # and so do those that were asked already.
         clients = self._cohort.clients
         drawn = [c for c in ordered(self._setup, clients, self._round) if c not in self.answered]
-        connected = self._cohort.connected
+        connected = self._cohort.is_connected
         wanted = missing + self._setup.config.federation.over_sample
         chosen = sorted(
-            nsmallest(wanted, drawn, key=lambda c: (c not in connected, c in self._asked))
+            nsmallest(wanted, drawn, key=lambda c: (not connected(c), c in self._asked))
         )
         self._asked.update(chosen)
         return chosen, missing

@@ -7,6 +7,7 @@ from hashlib import sha256
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedprune.exchange.messages import ClientInfo
 
@@ -15,12 +16,11 @@ LISTED = 1000  # clients that are told of one by one: 100 kB of metrics
 
 def told(clients: Mapping[int, ClientInfo]) -> dict[str, Any]:
     """What the line "start" says of the clients: the first LISTED, and of more the sums of all."""
-    infos = (clients[client] for client in sorted(clients))
-    listed: list[dict[str, Any]] = []
-    sizes: list[tuple[int, int, int]] = []
-    for info in infos:
-        sizes.append((info.client, info.num_train, info.num_dev))
-        if len(listed) < LISTED:
+    numbers, listed = sorted(clients), list[dict[str, Any]]()
+    sizes = np.empty((len(numbers), 3), "<i8")
+    for row, info in enumerate(map(clients.__getitem__, numbers)):
+        sizes[row] = info.client, info.num_train, info.num_dev
+        if row < LISTED:
             listed.append(
                 {
                     "client": info.client,
@@ -29,15 +29,15 @@ def told(clients: Mapping[int, ClientInfo]) -> dict[str, Any]:
                     "labels": info.label_histogram,
                 }
             )
-    if len(sizes) == len(listed):
+    if len(numbers) <= LISTED:
         return {"clients": listed}
-    train = [num_train for _, num_train, _ in sizes]
+    _, train, dev = sizes.T
     every = {
-        "count": len(sizes),
-        "num_train": sum(train),
-        "num_dev": sum(num_dev for _, _, num_dev in sizes),
-        "smallest": min(train),
-        "largest": max(train),
+        "count": len(numbers),
+        "num_train": int(train.sum()),
+        "num_dev": int(dev.sum()),
+        "smallest": int(train.min()),
+        "largest": int(train.max()),
         "digest": _digest(sizes),
     }
     return {"clients": listed, "all_clients": every}
@@ -65,7 +65,7 @@ def had(start: Mapping[str, Any], sizes: Iterable[tuple[int, int, int]]) -> bool
     """
     sizes = list(sizes)
     if "all_clients" in start:
-        return bool(start["all_clients"]["digest"] == _digest(sizes))
+        return bool(start["all_clients"]["digest"] == _digest(np.array(sizes, "<i8")))
     expected = {client: (train, dev) for client, train, dev in sizes}
     return all(
         expected.get(entry["client"]) == (entry["num_train"], entry["num_dev"])
@@ -73,5 +73,5 @@ def had(start: Mapping[str, Any], sizes: Iterable[tuple[int, int, int]]) -> bool
     )
 
 
-def _digest(sizes: list[tuple[int, int, int]]) -> str:
-    return sha256(np.array(sizes, "<i8").tobytes()).hexdigest()[:32]
+def _digest(sizes: NDArray[np.int64]) -> str:
+    return sha256(sizes.tobytes()).hexdigest()[:32]

@@ -190,7 +190,9 @@ class _Shares(Mapping[int, ClientInfo]):
                 seed = split_seed(self.config, client)
                 rows = split(known, with_test=True, seed=seed)
                 known = np.concatenate([rows.train, rows.dev])
-            histogram = label_histogram(self.store.targets[known], self.store.num_classes)
+            histogram = label_histogram(
+                np.asarray(self.store.targets)[known], self.store.num_classes
+            )
         return ClientInfo(client, num_train, num_dev, histogram, num_test)
 
     def __iter__(self) -> Iterator[int]:
