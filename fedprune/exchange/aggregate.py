@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedprune.errors import DIVERGED, ClientError
-from sparsemodel.runtime.fixed_sum import MAX_ABSOLUTE_VALUE, MAX_TOTAL_WEIGHT, FixedSum
+from sparsemodel.runtime.fixed_sum import MAX_ABSOLUTE_VALUE, MAX_TOTAL_WEIGHT, FixedSum, FixedSums
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.state import Array, Entries, SparseState, Tensors
 
@@ -50,6 +50,7 @@ class WeightedMean:
         self._mean_of = {variance: mean for mean, variance in batch_norms}
         self._device = device
         self._sums: dict[str, Any] = {}
+        self._together: FixedSums | None = None
         self.total_weight = 0
         self.num_replies = 0
 
@@ -70,15 +71,10 @@ class WeightedMean:
             )
         self._check_alike(tensors)
         sums = self._sums or {name: self._sum(value.shape) for name, value in tensors.items()}
-        counts = {
-            name: sums[name].add(value, self._squared(name, tensors), weight)
-            for name, value in tensors.items()
-        }
-        refused = [name for name, count in counts.items() if count]
+        refused = self._added(sums, tensors, weight)
         if refused:
             if self._sums:  # integers: what was added goes away without a trace
-                for name, value in tensors.items():
-                    sums[name].add(value, self._squared(name, tensors), -weight)
+                self._added(sums, tensors, -weight)
             raise ClientError(self._complaint(refused[0], tensors))
         self._sums = sums
         self.total_weight += weight
@@ -139,6 +135,19 @@ class WeightedMean:
         from sparsemodel.kernels.device_sum import DeviceSum  # noqa: PLC0415
 
         return DeviceSum(shape, self._device)
+
+    def _added(self, sums: dict[str, Any], tensors: Tensors, weight: int) -> list[str]:
+        """Names of those of which a value was left out."""
+        values = [tensors[name] for name in sums]
+        means = [self._squared(name, tensors) for name in sums]
+        if self._device is not None:
+            together = zip(sums.values(), values, means, strict=True)
+            counts = [total.add(value, mean, weight) for total, value, mean in together]
+        else:
+            if self._together is None or sums is not self._sums:
+                self._together = FixedSums(list(sums.values()))
+            counts = self._together.add(values, means, weight)
+        return [name for name, count in zip(sums, counts, strict=True) if count]
 
     def _check_alike(self, tensors: Tensors) -> None:
         if self._sums and tensors.keys() != self._sums.keys():

@@ -7,7 +7,7 @@ values that help nobody: against that, its weight is bounded, not its honesty.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -22,17 +22,59 @@ MAX_GROWTH = 10.0  # of a model's norm in one client's training
 MAX_HELD_BYTES = 2**44  # that a client's process may say it holds
 
 
+class Clients(Mapping[int, ClientInfo]):
+    """The clients that have joined; of one that holds exactly its share no copy is kept.
+
+    Args:
+        shares: as of `Gate`.
+    """
+
+    def __init__(self, shares: Mapping[int, ClientInfo], num_clients: int) -> None:
+        self._shares = shares
+        self._joined = np.zeros(num_clients, bool)
+        self._own: dict[int, ClientInfo] = {}
+
+    def take(self, client: int, info: ClientInfo | None) -> None:
+        """One has joined, with its share (None) or whatever it holds."""
+        self._joined[client] = True
+        self._own.pop(client, None)
+        if info is not None:
+            self._own[client] = info
+
+    def has_own(self, client: int) -> bool:
+        """Whether a client holds something else than its share."""
+        return client in self._own
+
+    def __getitem__(self, client: int) -> ClientInfo:
+        if client not in self:
+            raise KeyError(client)
+        return self._own[client] if client in self._own else self._shares[client]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.flatnonzero(self._joined).tolist())
+
+    def __len__(self) -> int:
+        return int(np.count_nonzero(self._joined))
+
+    def __contains__(self, client: object) -> bool:
+        return isinstance(client, int) and bool(self._joined[client : client + 1].any())
+
+
 class Gate:
     """What is known of the clients, and what is therefore believed of their answers.
 
     Args:
         num_clients: of the run.
         num_classes: of the data; 1 where samples have no classes.
-        shares: client -> what the run gave it; empty where it is not known.
+        shares: client -> what the run gave it, looked up when it is needed; empty where it is not
+            known.
         own_data: whether a client may bring other samples than its share.
         max_share: of one round's samples that a client with samples of its own may stand for.
         with_labels: whether clients tell how many samples of each class they have.
         equal_weights: whether every client counts for 1 in a mean.
+
+    Attributes:
+        clients: what is believed of each that has joined.
     """
 
     def __init__(
@@ -48,10 +90,8 @@ class Gate:
     ) -> None:
         self._num_clients, self._num_classes = num_clients, num_classes if with_labels else 0
         self._equal_weights = equal_weights
-        if not with_labels:
-            shares = {c: replace(share, label_histogram=[]) for c, share in shares.items()}
         self._shares, self._own_data, self._max_share = shares, own_data, max_share
-        self._known: dict[int, ClientInfo] = {}
+        self.clients = Clients(shares, num_clients)
 
     def admit(self, reply: Reply) -> ClientInfo:
         """Who a node says that it is; `know` holds it to that.
@@ -88,7 +128,12 @@ class Gate:
 
     def know(self, info: ClientInfo) -> None:
         """What a client is believed to be from now on."""
-        self._known[info.client] = info
+        share = self._shares.get(info.client)
+        self.clients.take(info.client, None if info == share else info)
+
+    def introduce(self, client: int) -> None:
+        """A client joins that need not say what it holds: its share."""
+        self.clients.take(client, None)
 
     def weights(self, clients: Collection[int], *, on: str) -> dict[int, int]:
         """What each of these clients counts for in a mean over all of them: at least 0.
@@ -98,8 +143,8 @@ class Gate:
         """
         if self._equal_weights:
             return dict.fromkeys(clients, 1)
-        samples = {c: _samples(self._known[c], on) for c in clients}
-        own = [c for c in clients if self._known[c] != self._shares.get(c)]
+        samples = {c: _samples(self.clients[c], on) for c in clients}
+        own = [c for c in clients if self.clients.has_own(c)]
         return capped(samples, own, self._max_share)
 
     def check(self, client: int, reply: Reply, request: Request, weight: int) -> Reply:
@@ -111,7 +156,7 @@ class Gate:
         Raises:
             ClientError: it holds more or less than was asked for, or what cannot be.
         """
-        expected = _samples(self._known[client], request.on)
+        expected = _samples(self.clients[client], request.on)
         if reply.num_examples != expected or expected < 1:
             raise ClientError(
                 f"a reply for {reply.num_examples} samples, and the client has {expected}"

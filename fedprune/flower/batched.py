@@ -56,9 +56,12 @@ class BatchedGrid(InlineGrid):
         run_config: dict[str, Any],
         num_nodes: int,
         size: int,
+        introduced: bool = False,
         measure: bool = False,
     ) -> None:
-        super().__init__(client_app, run_config=run_config, num_nodes=num_nodes)
+        super().__init__(
+            client_app, run_config=run_config, num_nodes=num_nodes, introduced=introduced
+        )
         self._size, self._measure = size, measure
         self._replies: dict[str, Message] = {}
 

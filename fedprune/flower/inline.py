@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,55 @@ from fedprune.flower.launch import (
     launch_values,
     told_nothing,
 )
+from fedprune.local.shares import forget_stores
 from fedprune.rounds.folder import has_checkpoint
 from fedprune.rounds.setup import lay_out
 from prunelab.runs.temporary import temporary_folder
+
+FIRST_NODE = 1000
+
+
+class Contexts(MutableMapping[int, Context]):
+    """Node -> its context; that of client k is made when FIRST_NODE + k is first looked up."""
+
+    def __init__(self, run_config: dict[str, Any], num_nodes: int) -> None:
+        self._run_config, self._nodes = run_config, range(FIRST_NODE, FIRST_NODE + num_nodes)
+        self._made: dict[int, Context] = {}
+        self._replaced: set[int] = set()  # of `_nodes`, those that are gone, or others now
+
+    def __getitem__(self, node: int) -> Context:
+        if node not in self._made and node in self:
+            partition = node - FIRST_NODE
+            self._made[node] = Context(
+                run_id=1,
+                node_id=node,
+                node_config={"partition-id": partition, "num-partitions": len(self._nodes)},
+                state=RecordDict(),
+                run_config=self._run_config,
+            )
+        return self._made[node]
+
+    def __setitem__(self, node: int, context: Context) -> None:
+        self._made[node] = context
+
+    def __delitem__(self, node: int) -> None:
+        if node not in self:
+            raise KeyError(node)
+        self._made.pop(node, None)
+        self._replaced.add(node)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from (node for node in self._nodes if node not in self._replaced)
+        yield from (node for node in self._made if not self._is_first(node))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, node: object) -> bool:
+        return node in self._made or self._is_first(node)
+
+    def _is_first(self, node: object) -> bool:
+        return node in self._nodes and node not in self._replaced
 
 
 class InlineGrid(Grid):
@@ -37,10 +83,16 @@ class InlineGrid(Grid):
         client_app: what every node runs.
         run_config: the run config that every node sees.
         num_nodes: nodes, with partition-id 0 ... num_nodes - 1.
+        introduced: whether the server knows which client each node is, and need not ask.
     """
 
     def __init__(
-        self, client_app: ClientApp, *, run_config: dict[str, Any], num_nodes: int
+        self,
+        client_app: ClientApp,
+        *,
+        run_config: dict[str, Any],
+        num_nodes: int,
+        introduced: bool = False,
     ) -> None:
         # Message's constructor reads these process-wide identities.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
@@ -48,16 +100,12 @@ class InlineGrid(Grid):
         self._run = Run.create_empty(1)
         self._messages: dict[str, Message] = {}
         self._sent = 0
-        self.contexts = {
-            1000 + partition: Context(
-                run_id=1,
-                node_id=1000 + partition,
-                node_config={"partition-id": partition, "num-partitions": num_nodes},
-                state=RecordDict(),
-                run_config=run_config,
-            )
-            for partition in range(num_nodes)
-        }
+        self._introduced = introduced
+        self.contexts: MutableMapping[int, Context] = Contexts(run_config, num_nodes)
+
+    def client_of(self, node: int) -> int:
+        """Which client a node is; -1: it has to be asked."""
+        return node - FIRST_NODE if self._introduced else -1
 
     def set_run(self, run: Run) -> None:
         """Set the run this Grid operates in."""
@@ -153,7 +201,7 @@ def _run_apps(
     from fedprune.flower.server import app as server_app  # noqa: PLC0415
 
     nodes = config.data.clients
-    grid = InlineGrid(client_app, run_config=run_config, num_nodes=nodes)
+    grid = InlineGrid(client_app, run_config=run_config, num_nodes=nodes, introduced=True)
     if batched:  # with torch, which a sparse run does without
         from fedprune.flower.batched import BatchedGrid  # noqa: PLC0415
 
@@ -161,14 +209,18 @@ def _run_apps(
             client_app,
             run_config=run_config,
             num_nodes=nodes,
+            introduced=True,
             size=config.cohort,
             measure=config.training.device == "cuda" and config.training.cohort == 0,
         )
     context = Context(
         run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=run_config
     )
-    with calling(progress):
-        server_app(grid, context)
+    try:
+        with calling(progress):
+            server_app(grid, context)
+    finally:
+        forget_stores()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ had; one without makes a new key at each start, and comes back as a node that no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
@@ -39,6 +39,7 @@ class Roster:
         read: the reply of such a message, decoded.
         note: is told of nodes that cannot take part, with the client's number, or -1.
         node_keys: whether nodes have registered keys: a number is then its node's for good.
+        client_of: which client a node is, where that need not be asked, else -1.
 
     Attributes:
         clients: by number; those whose node is gone stay.
@@ -54,20 +55,21 @@ class Roster:
         read: Callable[[Message], Reply],
         note: Callable[[int, str], None],
         node_keys: bool,
+        client_of: Callable[[int], int] = lambda node: -1,
     ) -> None:
-        self._grid, self._gate = grid, gate
+        self._grid, self._gate, self._client_of = grid, gate, client_of
         self._ask, self._read, self._note = ask, read, note
         self._node_keys = node_keys
         self._online: set[int] = set()
         self._asked: dict[str, int] = {}
         self._claims: dict[int, ClientInfo] = {}
         self._told: set[int] = set()
-        self.clients: dict[int, ClientInfo] = {}
+        self.clients: Mapping[int, ClientInfo] = gate.clients
         self.nodes: dict[int, int] = {}
 
-    def connected(self) -> set[int]:
-        """The clients whose node was connected at the last look."""
-        return {client for client, node in self.nodes.items() if node in self._online}
+    def is_connected(self, client: int) -> bool:
+        """Whether a client's node was connected at the last look."""
+        return self.nodes.get(client) in self._online
 
     def find(self) -> list[str]:
         """Look which nodes are connected, and ask those that have come who they are.
@@ -76,10 +78,13 @@ class Roster:
             Ids of the questions that have no answer yet.
         """
         online = set(self._grid.get_node_ids())
-        for node in sorted(online - self._online):
+        for node in sorted(node for node in online if node not in self._online):
             self._claims.pop(node, None)
             self._told.discard(node)
-            if message_id := self._ask(node):
+            if (client := self._client_of(node)) >= 0:
+                self._gate.introduce(client)
+                self.nodes[client] = node
+            elif message_id := self._ask(node):
                 self._asked[message_id] = node
         self._online = online
         self._asked = {m: node for m, node in self._asked.items() if node in online}
@@ -151,4 +156,4 @@ class Roster:
     def _give(self, client: int, node: int) -> None:
         info = self._claims.pop(node)
         self._gate.know(info)
-        self.clients[client], self.nodes[client] = info, node
+        self.nodes[client] = node

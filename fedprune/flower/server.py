@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
@@ -179,6 +180,8 @@ class GridCohort:
             read=lambda message: wire.decode_reply(_content(message), describe, shapes={}),
             note=self.skip,
             node_keys=setup.config.federation.node_keys,
+            # A grid may know, as one does whose nodes are this process.
+            client_of=getattr(grid, "client_of", lambda node: -1),
         )
         self._joining: dict[str, float] = {}  # when to give up on those asked who they are
         self.clients = self._roster.clients
@@ -187,10 +190,9 @@ class GridCohort:
         # A grid may bring a time of its own, with `monotonic` and `sleep`.
         self._clock = getattr(grid, "clock", time)
 
-    @property
-    def connected(self) -> set[int]:
-        """The clients that can be asked, as far as was seen at the last look."""
-        return self._roster.connected()
+    def is_connected(self, client: int) -> bool:
+        """Whether a client can be asked, as far as was seen at the last look."""
+        return self._roster.is_connected(client)
 
     def join(self) -> None:
         """Wait for the nodes and learn which client each of them is.
@@ -229,8 +231,11 @@ class GridCohort:
         while True:
             self._look()
             self._roster.bind()
-            there = self.connected.difference(besides)
-            if len(there) >= least or self._clock.monotonic() > deadline:
+            there = (c for c in self.clients if self.is_connected(c) and c not in besides)
+            if (
+                len(list(islice(there, max(0, least)))) >= least
+                or self._clock.monotonic() > deadline
+            ):
                 return
             self._check_launcher()
             self._clock.sleep(0.1)
@@ -421,7 +426,7 @@ class GridCohort:
 
     def _sent(self, client: int, record: RecordDict, action: str, group: str) -> str:
         """The id of a message to a client's node; "" where that is not connected."""
-        if client not in self.connected:
+        if not self.is_connected(client):
             return ""
         return self._send(self._roster.nodes[client], record, action, group)
 

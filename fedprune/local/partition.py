@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedprune.given import given_object
+from fedprune.local.division import Division
 from fedprune.settings import PARTITIONS
 from prunelab.data.batches import Integers
 from prunelab.errors import DataError
@@ -57,7 +58,7 @@ def partition(
     classes_per_client: int = 2,
     groups: Integers | None = None,
     seed: int,
-) -> list[Integers]:
+) -> Division:
     """Divide samples among clients, as flwr-datasets' partitioners do.
 
     Args:
@@ -92,19 +93,28 @@ def partition(
     order = random.permutation(len(labels))
     values = labels[order]
     if scheme == "iid":
-        shares = np.array_split(np.arange(len(values)), num_clients)
+        drawn = _evenly(len(values), np.arange(num_clients))
     elif scheme == "dirichlet":
-        shares = _dirichlet(values, num_clients, alpha, np.random.default_rng(seed))
+        drawn = _dirichlet(values, num_clients, alpha, np.random.default_rng(seed))
     elif scheme == "pathological":
-        shares = _pathological(values, num_clients, classes_per_client, random)
+        drawn = _pathological(values, num_clients, classes_per_client, random)
     else:
-        shares = _natural(groups, order, num_clients, random)
-    assert sum(map(len, shares)) == len(labels)
-    assert all(len(share) for share in shares)
-    return [np.sort(order[share]) for share in shares]
+        drawn = _natural(groups, order, num_clients, random)
+    owners = np.empty_like(drawn)
+    owners[order] = drawn
+    division = Division.of_owners(owners, num_clients)
+    assert (np.diff(division.ends, prepend=0) > 0).all()
+    return division
 
 
-def _by_function(name: str, labels: Integers, num_clients: int, seed: int) -> list[Integers]:
+def _evenly(count: int, owners: Integers) -> Integers:
+    """Owners of so many samples in a row, each of as many as np.array_split would give it."""
+    sizes = np.full(len(owners), count // len(owners))
+    sizes[: count % len(owners)] += 1
+    return np.repeat(owners, sizes)
+
+
+def _by_function(name: str, labels: Integers, num_clients: int, seed: int) -> Division:
     """Shares as a user's function gives them, checked."""
     found = given_object(name)
     try:
@@ -126,25 +136,25 @@ def _by_function(name: str, labels: Integers, num_clients: int, seed: int) -> li
     if len(twice) or not 0 <= everything[0] <= everything[-1] < len(labels):
         what = f"{twice[0]} in two shares" if len(twice) else "an index beyond the samples"
         raise DataError(f"{name} has {what}; expected 0 to {len(labels) - 1}, each at most once")
-    return [share.astype(np.int64) for share in shares]
+    return Division.of([share.astype(np.int64) for share in shares])
 
 
 def _dirichlet(
     labels: Integers, num_clients: int, alpha: float, random: np.random.Generator
-) -> list[Integers]:
+) -> Integers:
     """Each class cut by shares drawn for it, drawn anew until nobody has too little."""
     # One for development and two to train with: fewer, and the client can never take part.
     smallest = min(3, len(labels) // num_clients)
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    owners = np.empty(len(labels), np.int64)
     for _ in range(DRAWS):
-        parts = [
-            np.split(rows, (np.cumsum(drawn) * len(rows)).astype(np.int64)[:-1])
-            for rows in classes
-            for drawn in [random.dirichlet(np.full(num_clients, alpha))]
-        ]
-        shares = [np.concatenate(own) for own in zip(*parts, strict=True)]
-        if min(map(len, shares)) >= smallest:
-            return shares
+        for rows in classes:
+            drawn = random.dirichlet(np.full(num_clients, alpha))
+            cuts = (np.cumsum(drawn) * len(rows)).astype(np.int64)[:-1]
+            sizes = np.diff(cuts, prepend=0, append=len(rows))
+            owners[rows] = np.repeat(np.arange(num_clients), sizes)
+        if np.bincount(owners, minlength=num_clients).min() >= smallest:
+            return owners
     raise DataError(
         f"dirichlet partition of {len(labels)} samples among {num_clients} clients with "
         f"alpha {alpha}: no draw gives every client {smallest} samples; use a larger alpha "
@@ -154,7 +164,7 @@ def _dirichlet(
 
 def _pathological(
     labels: Integers, num_clients: int, per_client: int, random: np.random.Generator
-) -> list[Integers]:
+) -> Integers:
     """Parts of one class each, dealt to the clients in turn.
 
     With `per_client` parts a client every class is reached with as few clients as possible.
@@ -176,16 +186,17 @@ def _pathological(
             f"pathological partition: class {classes[first]} has {sizes[first]} samples for "
             f"{wanted[first]} clients; use fewer clients or classes_per_client"
         )
-    parts: list[Integers] = [labels] * num_parts
+    owners = np.empty(len(labels), np.int64)
     for label, code, count in zip(classes, codes, wanted, strict=True):
-        parts[code :: len(classes)] = np.array_split(np.flatnonzero(labels == label), count)
-    starts = range(0, num_parts, per_client)
-    return [np.concatenate(parts[start : start + per_client]) for start in starts]
+        parts = code + len(classes) * np.arange(count)
+        rows = np.flatnonzero(labels == label)
+        owners[rows] = _evenly(len(rows), parts // per_client)
+    return owners
 
 
 def _natural(
     groups: Integers | None, order: Integers, num_clients: int, random: np.random.Generator
-) -> list[Integers]:
+) -> Integers:
     """As many groups as clients, by an even dealing of the natural ones."""
     if groups is None:
         raise DataError(
@@ -199,4 +210,4 @@ def _natural(
             f"{len(found)} or fewer"
         )
     owner = random.permutation(np.arange(len(found)) % num_clients)
-    return [np.flatnonzero(owner[group] == client) for client in range(num_clients)]
+    return owner[group]

@@ -8,12 +8,14 @@ client's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedprune.local.data import DEV_SHARE, Array, ClientData, Split, split
+from fedprune.local.division import Division
 from prunelab.data.batches import Integers
 from prunelab.data.store import SampleStore, open_store, write_store
 from prunelab.errors import DataError
@@ -34,14 +36,14 @@ def write_shares(
     Raises:
         DataError: as `write_store`, or indices that are no such shares.
     """
-    joined = np.concatenate(shares) if shares else np.empty(0, np.int64)
+    division = Division.of(shares)
+    joined = division.indices
     used = np.bincount(joined, minlength=1) if len(joined) and joined.min() >= 0 else None
     if used is None or used.max() > 1 or joined.max() >= len(targets):
         raise DataError(
             f"{folder}: shares must hold indices 0 to {len(targets) - 1}, each at most once"
         )
-    ends = np.cumsum([len(share) for share in shares], dtype=np.int64)
-    arrays = {SHARES: joined, SHARE_ENDS: ends}
+    arrays = {SHARES: joined, SHARE_ENDS: division.ends}
     return write_store(folder, inputs, targets, arrays=arrays, **described)
 
 
@@ -64,12 +66,32 @@ def open_client(
     Raises:
         DataError: no store, a damaged one, or one without such a client.
     """
-    store = open_store(folder, made_for=made_for)
+    store = _opened(folder, made_for)
     share = share_of(store, client)
     rows = split(share, dev_share=dev_share, with_test=with_test, seed=seed)
     # Not by indexing, which keeps the layout of the whole: kernels want channel by channel.
     train, dev, test = (Split(*store.take(part)) for part in (rows.train, rows.dev, rows.test))
     return ClientData(train, dev, test, store.num_classes, store.task)
+
+
+def forget_stores() -> None:
+    """Close what `open_client` keeps open, so that its folder can be removed everywhere."""
+    _store.cache_clear()
+
+
+def _opened(folder: Path, made_for: str | None) -> SampleStore:
+    """The store, read and checked once a process for all clients, and again once it has changed."""
+    try:
+        found = ((file.name, file.stat()) for file in sorted(folder.iterdir()))
+        stamp = tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in found)
+    except OSError:
+        stamp = ()
+    return _store(folder, made_for, stamp)
+
+
+@lru_cache(maxsize=1)
+def _store(folder: Path, made_for: str | None, stamp: tuple[object, ...]) -> SampleStore:
+    return open_store(folder, made_for=made_for)
 
 
 def share_of(store: SampleStore, client: int) -> Integers:
@@ -82,7 +104,8 @@ def share_of(store: SampleStore, client: int) -> Integers:
         return np.arange(len(store))
     if not {SHARES, SHARE_ENDS} <= store.arrays.keys():
         raise DataError(f"{store.folder} is damaged: {SHARES} and {SHARE_ENDS} belong together")
-    indices, ends = store.arrays[SHARES], store.arrays[SHARE_ENDS]
+    # As plain arrays: a memory map takes microseconds to be cut.
+    indices, ends = (np.asarray(store.arrays[name]) for name in (SHARES, SHARE_ENDS))
     if indices.ndim != 1 or ends.ndim != 1:
         raise DataError(f"{store.folder} is damaged: {SHARES} and {SHARE_ENDS} must be lists")
     if not 0 <= client < len(ends):

@@ -35,6 +35,7 @@ from fedprune.rounds.folder import (
     read_summary,
     stored_config,
 )
+from fedprune.rounds.population import totals
 from prunelab.pages.page import Figure, Folded, Page, Pair, Section, Table, Text, settings
 from prunelab.pages.plots import takes_a_line
 from prunelab.pages.units import NOTHING, format_bytes, known_number, rounded
@@ -42,6 +43,7 @@ from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.state import SparseState
 
 NOT_USED = "not used"
+SHOWN = 100  # clients whose labels are drawn: more are no rows that one could read
 
 
 @dataclass(frozen=True)
@@ -331,17 +333,21 @@ def _clients(run: _Run) -> Section | None:
     clients = run.start.get("clients")
     if not clients:
         return None
-    sizes = [entry["num_train"] for entry in clients]
+    every = totals(run.start)
     note = (
-        f"{len(clients)} clients hold {sum(sizes):,} training samples "
-        f"({min(sizes):,} to {max(sizes):,} each) and "
-        f"{sum(entry['num_dev'] for entry in clients):,} development samples."
+        f"{every['count']:,} clients hold {every['num_train']:,} training samples "
+        f"({every['smallest']:,} to {every['largest']:,} each) and "
+        f"{every['num_dev']:,} development samples."
     )
+    if every["count"] > SHOWN:
+        clients = clients[:SHOWN]
     labels = [entry["labels"] for entry in clients]
     if max(map(len, labels)) == 0:
         return Section("What the clients hold", [Text(f"{note} Their classes stay with them.")])
     if max(map(len, labels)) == 1:
         return Section("What the clients hold", [Text(f"{note} They have no classes.")])
+    if every["count"] > SHOWN:
+        note += f" Shown are the first {SHOWN}."
     note += (
         f" Full colour: {100 * largest_share(labels):.0f} % of a client's samples; fainter: fewer."
     )

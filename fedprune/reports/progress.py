@@ -10,6 +10,7 @@ from typing import Any
 from fedprune.config import RunConfig
 from fedprune.reports.results import Measure
 from fedprune.rounds.folder import read_metrics
+from fedprune.rounds.population import totals
 from prunelab.pages.console import console, errors, escaped, say
 from prunelab.pages.units import format_bytes, format_seconds, known_number
 
@@ -107,10 +108,10 @@ def is_round(line: Mapping[str, Any]) -> bool:
 def start_line(line: Mapping[str, Any]) -> str:
     """The clients, what the method began with, and how a client computes.
 
-    >>> start_line({"clients": [{}, {}], "density": 0.05, "execution": "sparse"})
+    >>> start_line({"all_clients": {"count": 2}, "density": 0.05, "execution": "sparse"})
     '2 clients, density 0.05, sparse execution'
     """
-    text = f"{len(line['clients'])} clients, density {line['density']:.4g}"
+    text = f"{totals(line)['count']} clients, density {line['density']:.4g}"
     if "execution" in line:
         text += f", {line['execution']} execution"
     if "selection" in line:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from heapq import nsmallest
 from math import ceil
 from random import SystemRandom
 from typing import Protocol
@@ -22,17 +23,17 @@ class Cohort(Protocol):
 
     Attributes:
         clients: by number, those that are not connected now among them.
-        connected: those that are.
         stacked: whether the clients of a round are trained together, on masked dense weights.
         simulated: whether they are parts of this run, and nobody's devices.
     """
 
-    clients: dict[int, ClientInfo]
+    clients: Mapping[int, ClientInfo]
     stacked: bool
     simulated: bool
 
-    @property
-    def connected(self) -> set[int]: ...
+    def is_connected(self, client: int) -> bool:
+        """Whether it was connected at the last look."""
+        ...
 
     def look(self, *, least: int = 0, besides: Collection[int] = ()) -> None:
         """See who has come or gone; wait a while for so many connected ones `besides` these."""
@@ -142,9 +143,11 @@ class Draw:
         # and so do those that were asked already.
         clients = self._cohort.clients
         drawn = [c for c in ordered(self._setup, clients, self._round) if c not in self.answered]
-        connected = self._cohort.connected
-        drawn.sort(key=lambda client: (client not in connected, client in self._asked))
-        chosen = sorted(drawn[: missing + self._setup.config.federation.over_sample])
+        connected = self._cohort.is_connected
+        wanted = missing + self._setup.config.federation.over_sample
+        chosen = sorted(
+            nsmallest(wanted, drawn, key=lambda c: (not connected(c), c in self._asked))
+        )
         self._asked.update(chosen)
         return chosen, missing
 

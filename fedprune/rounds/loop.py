@@ -23,6 +23,7 @@ from fedprune.rounds.evaluation import Evaluator
 from fedprune.rounds.folder import RunFolder, save_model
 from fedprune.rounds.ledger import Traffic, mask_change, skips
 from fedprune.rounds.server_optimizer import Moments, followed, stepped
+from fedprune.rounds.population import told
 from fedprune.rounds.setup import Setup
 from prunelab.errors import RunError
 from prunelab.runs.version import __version__
@@ -190,15 +191,7 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
     folder.append(
         {
             "event": "start",
-            "clients": [
-                {
-                    "client": info.client,
-                    "num_train": info.num_train,
-                    "num_dev": info.num_dev,
-                    "labels": info.label_histogram,
-                }
-                for _, info in sorted(cohort.clients.items())
-            ],
+            **told(cohort.clients),
             "density": _density(state),
             "layer_densities": None if patterns is None else patterns.densities(),
             "bytes_up": sum(traffic.up),

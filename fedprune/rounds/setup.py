@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 from fedprune.config import RunConfig
 from fedprune.exchange.messages import ClientInfo
 from fedprune.given import is_given
-from fedprune.local.data import ClientData, Split, label_histogram, split
+from fedprune.local.data import ClientData, Split, label_histogram, split, split_sizes
 from fedprune.local.model import Network
 from fedprune.local.shares import share_of
 from fedprune.local.site import TRAIN, Local, network_for, split_seed
@@ -92,18 +92,12 @@ class Setup:
             return None
         return open_store(self.folder / TEST, verify=True, made_for=self.config.digest)
 
-    def shares(self) -> dict[int, ClientInfo]:
-        """What the run gave each client of the training samples."""
-        found, with_test = {}, self.config.federation.clients_test
-        for client in range(self.config.data.clients):
-            share, seed = share_of(self.data, client), split_seed(self.config, client)
-            rows = split(share, with_test=with_test, seed=seed)
-            known = np.concatenate([rows.train, rows.dev])
-            histogram = label_histogram(self.data.targets[known], self.data.num_classes)
-            found[client] = ClientInfo(
-                client, len(rows.train), len(rows.dev), histogram, len(rows.test)
-            )
-        return found
+    def shares(self) -> Mapping[int, ClientInfo]:
+        """What the run gave each client of the training samples, worked out when it is asked for.
+
+        Without counts of labels, where clients keep them to themselves.
+        """
+        return _Shares(self.config, self.data)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -186,6 +180,34 @@ class Setup:
             return read_sealed_json(file, of=of, error=RunError, cure=CURE)
         except FileNotFoundError:
             raise RunError(f"{file} is missing; {CURE}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class _Shares(Mapping[int, ClientInfo]):
+    config: RunConfig
+    store: SampleStore
+
+    def __getitem__(self, client: int) -> ClientInfo:
+        if not 0 <= client < len(self):
+            raise KeyError(client)
+        known, with_test = share_of(self.store, client), self.config.federation.clients_test
+        num_train, num_dev, num_test = split_sizes(len(known), with_test=with_test)
+        histogram: list[int] = []
+        if not self.config.privacy.hides_labels:
+            if with_test:
+                seed = split_seed(self.config, client)
+                rows = split(known, with_test=True, seed=seed)
+                known = np.concatenate([rows.train, rows.dev])
+            histogram = label_histogram(
+                np.asarray(self.store.targets)[known], self.store.num_classes
+            )
+        return ClientInfo(client, num_train, num_dev, histogram, num_test)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+    def __len__(self) -> int:
+        return self.config.data.clients
 
 
 def write_facts(folder: Path, config: RunConfig, facts: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from fedprune.config import RunConfig
 from fedprune.errors import ConfigError
 from fedprune.given import given_dataset, given_model
+from fedprune.local.division import Division
 from fedprune.local.network import TorchNetwork
 from fedprune.local.optimizer import Optimizer
 from fedprune.local.partition import partition, split_server_set
@@ -64,7 +65,7 @@ class Workspace:
     config: RunConfig
     dataset: SampleSet
     server_indices: Integers
-    shares: list[Integers]
+    shares: Division
 
     @property
     def method(self) -> Method:
@@ -272,7 +273,7 @@ def _opened(config: RunConfig, model: Any, given: SampleSet | None, stamp: str) 
         config=config,
         dataset=dataset,
         server_indices=server,
-        shares=[rest[share] for share in shares],
+        shares=shares.within(rest),
     )
 
 

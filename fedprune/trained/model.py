@@ -18,6 +18,7 @@ from fedprune.given import is_dataset, is_given
 from fedprune.local.data import Rows, split
 from fedprune.local.site import split_seed
 from fedprune.rounds.folder import read_metrics, stored_config
+from fedprune.rounds.population import had
 from fedprune.trained.evaluation import (
     ClassScore,
     Evaluation,
@@ -255,11 +256,7 @@ class Trained:
 def _had(folder: Path, shares: Sequence[Rows]) -> bool:
     """Whether the clients of a run had so many samples each: they may have brought their own."""
     start: dict[str, Any] = next(iter(read_metrics(folder)), {})
-    expected = {k: (len(own.train), len(own.dev)) for k, own in enumerate(shares)}
-    return all(
-        expected.get(client["client"]) == (client["num_train"], client["num_dev"])
-        for client in start.get("clients", [])
-    )
+    return had(start, ((k, len(own.train), len(own.dev)) for k, own in enumerate(shares)))
 
 
 def _listening(task: Classification, seen: list[Tensor], num_classes: int | None) -> Classification:

@@ -7,9 +7,13 @@ for a total weight below 2²⁷ in 64 bits: 2³⁶ · 2²⁷ = 2⁶³.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsemodel.errors import SparseModelError
+from sparsemodel.kernels.cpu.library import library
 from sparsemodel.runtime.state import Array
 
 HIGH_BITS = 16
@@ -40,12 +44,16 @@ class FixedSum:
         """Add weight · (values + means²); a call with -weight takes that back exactly.
 
         Args:
-            values: float32, of the sum's shape.
+            values: float32 or float64, of the sum's shape.
             means: of the same shape; None adds the values alone.
+            weight: of magnitude below 2³¹.
 
         Returns:
             How many values were left out: not finite, or of magnitude 2²⁰ or more.
         """
+        return FixedSums([self]).add([values], [means], weight)[0]
+
+    def _add(self, values: Array, means: Array | None, weight: int) -> int:
         flat, squared = values.reshape(-1), None if means is None else means.reshape(-1)
         refused = 0
         for start in range(0, len(flat), _CHUNK):
@@ -98,3 +106,53 @@ class FixedSum:
         high += self._low.astype(np.float64) / 2.0 ** (HIGH_BITS + LOW_BITS)
         mean: NDArray[np.float64] = (high / total_weight).reshape(self.shape)
         return mean
+
+
+class FixedSums:
+    """Several sums that are added to together: by one call of the native library, if it is there.
+
+    The bits are those of `FixedSum.add`, one after the other.
+    """
+
+    def __init__(self, sums: Sequence[FixedSum]) -> None:
+        self._sums = sums
+        self._counts = [len(total._high) for total in sums]
+        self._sizes = np.array(self._counts, np.int64)
+        self._high = _addresses([total._high for total in sums])
+        self._low = _addresses([total._low for total in sums])
+
+    def add(self, values: Sequence[Array], means: Sequence[Array | None], weight: int) -> list[int]:
+        """Add to each sum, as `FixedSum.add` does; how many values of each were left out.
+
+        Raises:
+            SparseModelError: an array has another size than its sum.
+        """
+        native = library()
+        given = [*values, *(mean for mean in means if mean is not None)]
+        if native is None or not all(map(_is_plain, given)):
+            together = zip(self._sums, values, means, strict=True)
+            return [total._add(value, mean, weight) for total, value, mean in together]
+        if any(
+            array is not None and array.size != size
+            for arrays in (values, means)
+            for array, size in zip(arrays, self._counts, strict=True)
+        ):
+            raise SparseModelError("arrays of other sizes than the sums that they are added to")
+        refused = np.empty(len(self._sums), np.int64)
+        native.fixed_add(
+            len(self._sums), self._sizes, _addresses(values), _addresses(means), weight,
+            self._high, self._low, refused, 1,
+        )  # fmt: skip
+        left_out: list[int] = refused.tolist()
+        return left_out
+
+
+def _is_plain(array: Array) -> bool:
+    """Whether the native library takes it as it is."""
+    return array.dtype == np.float32 and array.flags.c_contiguous
+
+
+def _addresses(arrays: Sequence[Array | None]) -> NDArray[np.int64]:
+    return np.array(
+        [0 if a is None else a.__array_interface__["data"][0] for a in arrays], np.int64
+    )

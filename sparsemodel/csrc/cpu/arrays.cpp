@@ -1,5 +1,6 @@
-// Change of layout and optimiser steps.
+// Change of layout, optimiser steps and sums in fixed point.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "guard.h"
@@ -8,7 +9,7 @@
 
 namespace {
 
-constexpr std::int64_t kPiece = 16384;    // elements of an optimiser step at a time
+constexpr std::int64_t kPiece = 16384;    // elements of an optimiser step or a sum at a time
 constexpr std::int64_t kTransposed = 512; // columns of a transposition at a time
 
 bool in_unit(double a) { return a >= 0.0 && a < 1.0; }
@@ -108,6 +109,41 @@ extern "C" int32_t spc_adam_step(int64_t n, float* values, const float* gradient
             kernel.adam(values + i, gradient + i, mean + i, square + i, factors,
                         std::min(kPiece, n - i));
         });
+        return SPC_OK;
+    });
+}
+
+extern "C" int32_t spc_fixed_add(int64_t arrays, const int64_t* sizes, const float* const* values,
+                                 const float* const* means, int64_t weight, int64_t* const* high,
+                                 int64_t* const* low, int64_t* refused, int32_t threads) {
+    const char* where = "fixed_add";
+    constexpr int64_t kMost = int64_t{1} << 31;
+    if (arrays < 0 || weight <= -kMost || weight >= kMost)
+        return fail(SPC_BAD_ARGUMENT,
+                    "%s: expected arrays >= 0 and |weight| < 2^31, got %lld and %lld", where,
+                    static_cast<long long>(arrays), static_cast<long long>(weight));
+    if (int32_t code = check_threads(threads, where)) return code;
+    if (arrays == 0) return SPC_OK;
+    if (int32_t code = check_pointers(where, {sizes, values, means, high, low, refused}))
+        return code;
+    for (int64_t a = 0; a < arrays; ++a)
+        if (sizes[a] < 0 || (sizes[a] && !(values[a] && high[a] && low[a])))
+            return fail(SPC_BAD_ARGUMENT, "%s: array %lld has a negative size or a null pointer",
+                        where, static_cast<long long>(a));
+    return guarded(where, [&] {
+        const Kernels& kernel = kernels();
+        for (int64_t a = 0; a < arrays; ++a) {
+            const int64_t n = sizes[a];
+            const int used = worthwhile_threads(threads, static_cast<double>(n));
+            std::atomic<int64_t> left_out{0};
+            parallel((n + kPiece - 1) / kPiece, used, [&](int64_t piece) {
+                const int64_t i = piece * kPiece;
+                left_out += kernel.fixed_add(values[a] + i, means[a] ? means[a] + i : nullptr,
+                                             weight, high[a] + i, low[a] + i,
+                                             std::min(kPiece, n - i));
+            });
+            refused[a] = left_out;
+        }
         return SPC_OK;
     });
 }

@@ -1,8 +1,12 @@
-// Steps over plain arrays: pooling, scaling, transposition and optimiser updates.
+// Steps over plain arrays: pooling, scaling, transposition, optimiser updates, sums of integers.
 #pragma once
 
 #include "kernels.h"
 #include "simd.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 namespace spc::SPC_ISA {
 namespace {
@@ -171,6 +175,97 @@ void adam(float* values, const float* gradient, float* mean, float* square,
     store_part(values + i, v, rest);
     store_part(mean + i, m, rest);
     store_part(square + i, s, rest);
+}
+
+// Vectors of numbers of eight bytes.
+constexpr int kLong = kWidth / 2;
+typedef double Doubles __attribute__((vector_size(8 * kLong)));
+typedef std::uint64_t Words __attribute__((vector_size(8 * kLong)));
+typedef float Halves __attribute__((vector_size(4 * kLong)));
+
+template <class Vector, class Number>
+inline Vector loaded(const Number* p) {
+    Vector a;
+    std::memcpy(&a, p, sizeof a);
+    return a;
+}
+
+// Of the lower halves of the elements.
+inline Words product(Words a, Words b) {
+#if defined(SPC_AVX512)
+    return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(SPC_AVX2)
+    return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(SPC_NEON)
+    return (Words)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
+#elif defined(__SSE2__)
+    return (Words)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+    return (a & 0xffffffff) * (b & 0xffffffff);
+#endif
+}
+
+// A whole number |a| < 2^51 as an integer: the last bits of a + 1.5 * 2^52, less those of the
+// latter; any a is rounded to the nearest, ties to even.
+constexpr double kMagic = 6755399441055744.0;
+constexpr std::uint64_t kMagicBits = 0x4338000000000000, kOneBits = 0x3ff0000000000000;
+inline Words whole_number(Doubles a) { return (Words)(a + kMagic) - kMagicBits; }
+
+struct FixedFactor {
+    Words size, sign;  // |weight|, and all ones where it is negative
+};
+
+inline Words scaled(Words a, const FixedFactor& factor) {  // modulo 2^64
+    const Words sum = product(a, factor.size) + (product(a >> 32, factor.size) << 32);
+    return (sum ^ factor.sign) - factor.sign;
+}
+
+// Lanes of ones where a value was left out.
+inline Words fixed_vec(Doubles x, const FixedFactor& factor, std::int64_t* high,
+                       std::int64_t* low) {
+    const Words fits = (Words)((x > -1048576.0) & (x < 1048576.0));  // zeros for NaN
+    x = (Doubles)((Words)x & fits) * 65536.0;
+    const Doubles nearest = (x + kMagic) - kMagic;
+    const Doubles whole = nearest - (Doubles)((Words)(nearest > x) & kOneBits);
+    const Words up = loaded<Words>(high) + scaled(whole_number(whole), factor);
+    const Words down =
+        loaded<Words>(low) + scaled(whole_number((x - whole) * 68719476736.0), factor);
+    std::memcpy(high, &up, sizeof up);
+    std::memcpy(low, &down, sizeof down);
+    return ~fits;
+}
+
+std::int64_t fixed_add(const float* values, const float* means, std::int64_t weight,
+                       std::int64_t* high, std::int64_t* low, std::int64_t count) {
+    const std::uint64_t sign = weight < 0 ? ~std::uint64_t{0} : 0;
+    const Words none = {};
+    const FixedFactor factor{none + ((static_cast<std::uint64_t>(weight) ^ sign) - sign),
+                             none + sign};
+    const auto sum = [&](const float* value, const float* mean) {
+        const Doubles x = __builtin_convertvector(loaded<Halves>(value), Doubles);
+        if (!mean) return x;
+        const Doubles m = __builtin_convertvector(loaded<Halves>(mean), Doubles);
+        return x + m * m;
+    };
+    Words refused = none;
+    std::int64_t i = 0;
+    for (; i + kLong <= count; i += kLong)
+        refused -= fixed_vec(sum(values + i, means ? means + i : means), factor, high + i, low + i);
+    const std::size_t rest = static_cast<std::size_t>(count - i);
+    if (rest) {
+        float value[kLong] = {}, mean[kLong] = {};
+        std::int64_t parts[2][kLong] = {};
+        std::memcpy(value, values + i, sizeof(float) * rest);
+        if (means) std::memcpy(mean, means + i, sizeof(float) * rest);
+        std::memcpy(parts[0], high + i, sizeof(std::int64_t) * rest);
+        std::memcpy(parts[1], low + i, sizeof(std::int64_t) * rest);
+        refused -= fixed_vec(sum(value, mean), factor, parts[0], parts[1]);
+        std::memcpy(high + i, parts[0], sizeof(std::int64_t) * rest);
+        std::memcpy(low + i, parts[1], sizeof(std::int64_t) * rest);
+    }
+    std::uint64_t total = 0;
+    for (int lane = 0; lane < kLong; ++lane) total += refused[lane];
+    return static_cast<std::int64_t>(total);
 }
 
 }  // namespace

@@ -46,6 +46,7 @@ const Kernels table = {
     transpose,
     sgd,
     adam,
+    fixed_add,
 };
 
 }  // namespace spc::SPC_ISA

@@ -213,6 +213,11 @@ struct Kernels {
                 float decay, std::int64_t count);
     void (*adam)(float* values, const float* gradient, float* mean, float* square,
                  const AdamFactors& factors, std::int64_t count);
+
+    // Adds |weight| < 2^32 times values + means^2 (means null: values) in fixed point, and returns
+    // how many did not fit.
+    std::int64_t (*fixed_add)(const float* values, const float* means, std::int64_t weight,
+                              std::int64_t* high, std::int64_t* low, std::int64_t count);
 };
 
 // The table in use.

@@ -218,6 +218,16 @@ SPC_API int32_t spc_adam_step(int64_t n, float* values, const float* gradient, f
                               double weight_decay, int32_t decoupled, int64_t step,
                               int32_t threads);
 
+/* ---- sums whose bits do not depend on their order ---- */
+/* For each of `arrays` arrays a of sizes[a] numbers: adds weight * x in fixed point to high[a] and
+ * low[a], modulo 2^64, where x = values[a][i] + means[a][i]^2 (means[a] NULL: values[a][i]) is
+ * high / 2^16 + low / 2^52, low from 0 to 2^36: x * 2^16 rounded down, the rest times 2^36 to the
+ * nearest, ties to even. What is not finite or of magnitude 2^20 or more is left out and counted
+ * in refused[a]. |weight| < 2^31. */
+SPC_API int32_t spc_fixed_add(int64_t arrays, const int64_t* sizes, const float* const* values,
+                              const float* const* means, int64_t weight, int64_t* const* high,
+                              int64_t* const* low, int64_t* refused, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

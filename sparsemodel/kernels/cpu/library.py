@@ -157,6 +157,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "transpose_planes": (_LONG, _LONG, _LONG, _F, _LONG, _LONG, _F, _LONG, _LONG, _INT),
     "sgd_step": (_LONG, _F, _F, _F, _REAL, _REAL, _REAL, _INT),
     "adam_step": (*(_LONG, _F, _F, _F, _F, _REAL, _REAL, _REAL, _REAL, _REAL, _INT, _LONG, _INT),),
+    "fixed_add": (_LONG, _L, _L, _L, _LONG, _L, _L, _L, _INT),  # addresses as int64
 }
 
 
