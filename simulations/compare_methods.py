@@ -13,197 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedprune.config import RunConfig, parse_assignments
 from fedprune.methods import METHODS
 from prunelab.errors import PrunelabError
-from simulations.comparison.cells import Cell, CellJob, Point, grid, pairs
-from simulations.comparison.jobs import (
-    FINISHED,
-    Job,
-    Outcome,
-    Workers,
-    processes,
-    ray_cluster,
-    read_outcome,
-    run_jobs,
-)
-from simulations.comparison.memory import MemoryJob
-from simulations.comparison.presets import PRESETS, SHORT, Preset
-from simulations.comparison.results import groups
-from simulations.comparison.tables import (
-    frontier_sections,
-    gap_section,
-    method_sections,
-)
-from simulations.comparison.tuning import (
-    Tried,
-    chosen,
-    tried,
-    tuning_cells,
-    tuning_rows,
-    write_log,
-)
-from simulations.page import page, table
+from simulations.comparison.cells import Point
+from simulations.comparison.jobs import FAILED, Workers, processes, ray_cluster
+from simulations.comparison.presets import PRESETS
+from simulations.comparison.report import write_page
+from simulations.comparison.steps import Call, compare
+from simulations.comparison.tuning import tuning_cells
 from sparsemodel.storage.files import write_atomically
-
-Pair = tuple[str, float | None]
-
-
-@dataclass(frozen=True)
-class Call:
-    """What the command line asked for.
-
-    Attributes:
-        preset: with the densities, alphas, seeds and settings that were given in its place.
-        point: what every method uses where nothing is tuned; None: tune.
-        command: that does it again.
-        saved: where the page goes.
-    """
-
-    preset: Preset
-    methods: Sequence[str]
-    out: Path
-    point: Point | None
-    command: str
-    saved: Path
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """Methods with densities, in order."""
-        return pairs(self.methods, self.preset.densities)
-
-    def jobs(self, cells: Sequence[Cell]) -> list[Job]:
-        """Cells with what it takes to run them."""
-        return [CellJob(cell, self.preset.settings) for cell in cells]
-
-
-def run_call(call: Call, workers: Workers | None) -> str:
-    """Run what is missing, with nobody to do it nothing, and return the page."""
-    outcomes: dict[str, Outcome] = {}
-
-    def work(jobs: Sequence[Job]) -> None:
-        if workers is not None:
-            outcomes.update(run_jobs(jobs, call.out, workers))
-        found = {job.name: read_outcome(job.name, call.out) for job in jobs}
-        outcomes.update({name: one for name, one in found.items() if one is not None})
-
-    log: dict[Pair, list[Tried]] = {}
-    if call.point is None:
-        work(call.jobs(tuning_cells(call.preset, call.pairs)))
-        for method, density in call.pairs:
-            found = tried(call.preset, method, density, outcomes)
-            if found is not None:
-                log[method, density] = found
-        write_log(call.out, log)
-        points = {pair: point for pair, found in log.items() if (point := chosen(found))}
-    else:
-        points = dict.fromkeys(call.pairs, call.point)
-    memory_jobs = {pair: _memory_job(call, pair) for pair in call.pairs}
-    if sys.platform == "linux":  # whose kernel tells
-        work(list(memory_jobs.values()))
-    cells = grid(
-        points,
-        methods=call.methods,
-        densities=call.preset.densities,
-        alphas=call.preset.alphas,
-        seeds=call.preset.seeds,
-    )
-    work(call.jobs(cells))
-    memory = {
-        pair: outcomes[job.name].values.get("peak_bytes")
-        for pair, job in memory_jobs.items()
-        if job.name in outcomes
-    }
-    return write_page(call, cells, outcomes, memory, log)
-
-
-def write_page(
-    call: Call,
-    cells: Sequence[Cell],
-    outcomes: Mapping[str, Outcome],
-    memory: Mapping[Pair, float | None],
-    log: Mapping[Pair, Sequence[Tried]],
-) -> str:
-    """The Markdown page: the gap to dense, then tables, frontiers, tuning and what went wrong."""
-    found = groups(cells, outcomes)
-    preset, clients = call.preset, int(call.preset.settings["data.clients"])
-    body = [*gap_section(found), *method_sections(found)]
-    body += frontier_sections(found, memory, clients=clients)
-    seeds = ", ".join(map(str, preset.seeds))
-    notes = [
-        f"mean ± sample standard deviation over seeds {seeds}; the seed decides data split, "
-        "initial weights, order and masks alike, and differences are paired by it",
-        "intervals are Student's, each for itself: they are not widened for the number of rivals",
-        "a run that diverged counts as such and is in no mean: a method with one is less stable "
-        "than its mean says",
-        "test data are used once a round for the record and decide nothing",
-    ]
-    if call.point is None:
-        notes += [
-            "every method was tuned by the same number of runs at Dirichlet 0.5, at each density "
-            f"for itself, on seeds {', '.join(map(str, preset.tuning_seeds))}; the score is the "
-            "accuracy on a tenth of each client's own samples, which no client trains on; the "
-            "test set is not read; of equal scores the smaller setting wins; what diverged "
-            "cannot win",
-        ]
-        missing = [pair for pair in call.pairs if pair not in log]
-        if missing:
-            notes += [f"not tuned yet, and left out: {', '.join(map(_pair_name, missing))}"]
-        header = ["method", "density", "accuracy, % on clients' own samples, by setting"]
-        body += ["", "## Tuning", "", table(header, tuning_rows(log), words=(0, 2))]
-    else:
-        notes += ["nothing was tuned: every method uses the settings below"]
-    if preset.note:
-        notes += [preset.note]
-    body += _troubles(outcomes)
-    planned = len(cells)
-    done = sum(cell.name in outcomes for cell in cells)
-    if done < planned:
-        notes += [f"{done} of {planned} runs have ended so far"]
-    shown = {k: v for k, v in preset.settings.items() if k != "data.dataset" or "/" not in str(v)}
-    return page(
-        preset.title,
-        command=call.command,
-        at=", ".join(sorted({one.commit for one in outcomes.values() if one.commit})) or "none",
-        notes=notes,
-        body=body,
-        settings=shown,
-    )
-
-
-def _troubles(outcomes: Mapping[str, Outcome]) -> list[str]:
-    """Runs that did not finish, and why."""
-    rows = [
-        [name, one.status, (one.reason.strip().splitlines() or ["?"])[-1][-300:]]
-        for name, one in outcomes.items()
-        if one.status != FINISHED
-    ]
-    if not rows:
-        return []
-    header = ["run", "outcome", "reason"]
-    return ["", "## Runs that did not finish", "", table(header, rows, words=(0, 1, 2))]
-
-
-def _memory_job(call: Call, pair: Pair) -> MemoryJob:
-    """A client of average share, at the smallest learning rate."""
-    method, density = pair
-    point = call.point or call.preset.points(method)[0]
-    settings = {**call.preset.settings, **SHORT}
-    samples = int(settings.get("data.num_train", 0)) or 50_000
-    share = samples // int(settings["data.clients"]) + 50  # of which the server takes a few
-    return MemoryJob(Cell(method, density, None, 0, point), settings, share)
-
-
-def _pair_name(pair: Pair) -> str:
-    method, density = pair
-    return method if density is None else f"{method} at {density:g}"
 
 
 def parse(words: Sequence[str] | None = None) -> tuple[Call, argparse.Namespace]:
@@ -240,9 +65,8 @@ def _call(given: argparse.Namespace) -> Call:
     preset, changes = PRESETS[given.preset], parse_assignments(given.set)
     settings = {**preset.settings, **changes}
     if given.data:
-        settings["data.dataset"] = (
-            str(Path(given.data).resolve()) if "/" in given.data else (given.data)
-        )
+        is_folder = Path(given.data).is_dir()
+        settings["data.dataset"] = str(Path(given.data).resolve()) if is_folder else given.data
     point: Point | None = None
     if given.no_tuning:
         rate = float(settings.get("training.lr", RunConfig().training.lr))
@@ -285,7 +109,9 @@ def _command(given: argparse.Namespace, seeds: Sequence[int]) -> str:
     parts += [f"--seeds {','.join(map(str, seeds))}"]
     parts += [f"--set {value}" for value in given.set]
     parts += ["--no-tuning"] if given.no_tuning else []
-    parts += [f"--data {'FOLDER' if '/' in given.data else given.data}"] if given.data else []
+    parts += (
+        [f"--data {'FOLDER' if Path(given.data).is_dir() else given.data}"] if given.data else []
+    )
     return " ".join(parts)
 
 
@@ -329,16 +155,18 @@ def main() -> None:
     """Run what is missing and write the page."""
     call, given = parse()
     if given.table_only:
-        text = run_call(call, None)
+        found = compare(call, None)
     else:
         on_gpus = call.preset.settings.get("training.device") == "cuda"
         with workers_of(given, on_gpus=on_gpus) as workers:
-            text = run_call(call, workers)
+            found = compare(call, workers)
+    text = write_page(call, found)
     call.saved.write_text(text, encoding="utf-8")
     print(text)
     print(f"table: {call.saved}")
-    if "| failed |" in text:
-        raise SystemExit("some runs failed: the page says why; the same command tries them again")
+    failed = sum(one.status == FAILED for one in found.outcomes.values())
+    if failed:
+        raise SystemExit(f"{failed} runs failed: the page says why; run again, they are retried")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import fedprune
 from fedprune import RunConfig
 from fedprune.config import Scalar, own_settings
-from fedprune.errors import DIVERGED, USER_ERRORS
+from fedprune.errors import USER_ERRORS
 from fedprune.methods import method_class
 from fedprune.rounds.folder import CONFIG
 from prunelab.errors import DataWarning
@@ -20,6 +20,8 @@ from simulations.comparison.jobs import DID_DIVERGE, FINISHED, Outcome
 
 Point = tuple[tuple[str, Scalar], ...]
 """What tuning chooses: settings of a run, the learning rate first."""
+Pair = tuple[str, float | None]
+"""A method and a density; None: it takes none, and runs once for all."""
 
 KEPT = (
     "test_accuracy", "test_loss", "density", "bytes_up", "bytes_down", "client_seconds",
@@ -102,7 +104,7 @@ class CellJob:
                     resume=(folder / CONFIG).exists(),
                 )
         except USER_ERRORS as error:
-            if DIVERGED in str(error):
+            if "has diverged" in str(error):
                 return Outcome(DID_DIVERGE, reason=str(error))
             raise
         loss = result.summary["test_loss"]
@@ -117,7 +119,7 @@ def takes_density(method: str) -> bool:
 
 
 def grid(
-    points: Mapping[tuple[str, float | None], Point],
+    points: Mapping[Pair, Point],
     *,
     methods: Sequence[str],
     densities: Sequence[float],
@@ -138,7 +140,7 @@ def grid(
     ]
 
 
-def pairs(methods: Sequence[str], densities: Sequence[float]) -> list[tuple[str, float | None]]:
+def pairs(methods: Sequence[str], densities: Sequence[float]) -> list[Pair]:
     """Methods with densities; one that takes none comes once, before the others."""
     free = [(method, None) for method in methods if not takes_density(method)]
     return [*free, *((m, d) for d in densities for m in methods if takes_density(m))]

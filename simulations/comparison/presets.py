@@ -33,6 +33,11 @@ class Preset:
     own: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     note: str = ""
 
+    @property
+    def clients(self) -> int:
+        """Of a run."""
+        return int(self.settings["data.clients"])
+
     def points(self, method: str) -> Sequence[Point]:
         """What is tried for a method, the smallest learning rate first.
 

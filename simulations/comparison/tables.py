@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from prunelab.pages.units import NOTHING, format_bytes, format_seconds, mean_and_spread
-from simulations.comparison.cells import point_name
+from simulations.comparison.cells import Pair, point_name
 from simulations.comparison.results import (
     COSTS,
     DENSE,
@@ -22,7 +22,7 @@ from simulations.page import table
 OURS = ("fedtiny", "fedtiny-plus")
 WIDTH = 2.0
 """Points: an interval narrower than this says enough where it holds zero."""
-Memory = Mapping[tuple[str, float | None], float | None]
+Memory = Mapping[Pair, float]
 
 
 def gap_section(found: Mapping[Key, Group]) -> list[str]:
@@ -84,7 +84,7 @@ def frontier_sections(found: Mapping[Key, Group], memory: Memory, *, clients: in
             for what in COSTS
         }
         marks = {what: _marks(costs[what], [g.mean for g in rows.values()]) for what in COSTS}
-        forms = {"bytes": format_bytes, "seconds": format_seconds, "memory": format_bytes}
+        forms = {"bytes": format_bytes, "seconds": _duration, "memory": format_bytes}
         body = []
         for place, ((method, density, _), group) in enumerate(rows.items()):
             cells = [f"{forms[w](costs[w][place])}{marks[w][place]}" for w in COSTS]
@@ -112,7 +112,7 @@ def _tables(found: Mapping[Key, Group]) -> list[tuple[float | None, float]]:
 
 
 def _methods(shown: Mapping[str, Group]) -> str:
-    header = ["method", "density", "accuracy, %", "seeds", "settings", "diverged", "not run"]
+    header = ["method", "density", "accuracy, %", "seeds", "settings", "diverged", "failed"]
     ends = extremes(shown)
     rows = []
     for method, group in shown.items():
@@ -182,6 +182,11 @@ def _marks(costs: Sequence[float | None], gains: Sequence[float]) -> list[str]:
     on = frontier([costs[place] or 0.0 for place in known], [gains[place] for place in known])
     marked = {place for place, is_on in zip(known, on, strict=True) if is_on}
     return [" •" if place in marked else "" for place in range(len(costs))]
+
+
+def _duration(seconds: float | None) -> str:
+    """With three digits where it is short."""
+    return format_seconds(seconds) if seconds is None or seconds >= 10 else f"{seconds:.3g} s"
 
 
 def _density(density: float | None, group: Group) -> str:

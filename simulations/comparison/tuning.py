@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simulations.comparison.cells import Cell, Point, point_name
+from simulations.comparison.cells import Cell, Pair, Point, point_name
 from simulations.comparison.jobs import FINISHED, Outcome
 from simulations.comparison.presets import TUNING_ALPHA, Preset
 from sparsemodel.storage.files import write_atomically
@@ -30,7 +30,7 @@ class Tried:
         return statistics.mean(known) if len(known) == len(self.scores) else None
 
 
-def tuning_cells(preset: Preset, pairs: Sequence[tuple[str, float | None]]) -> list[Cell]:
+def tuning_cells(preset: Preset, pairs: Sequence[Pair]) -> list[Cell]:
     """Every run of the tuning, seed by seed."""
     return [
         Cell(method, density, TUNING_ALPHA, seed, point, tuning=True)
@@ -66,30 +66,28 @@ def chosen(found: Sequence[Tried]) -> Point | None:
     return None if best is None else best.point
 
 
-def write_log(out: Path, log: Mapping[tuple[str, float | None], Sequence[Tried]]) -> Path:
-    """tuning.json: every tried point, its scores by seed, and whether it won."""
-    lines = [
-        {
-            "method": method,
-            "density": density,
-            "tried": [
-                {
-                    "point": dict(one.point),
-                    "scores": list(one.scores),
-                    "score": one.score,
-                    "chosen": one.point == chosen(found),
-                }
-                for one in found
-            ],
-        }
-        for (method, density), found in log.items()
-    ]
+def write_log(out: Path, log: Mapping[Pair, Sequence[Tried]]) -> None:
+    """Bring tuning.json up to date: every tried point, its scores by seed, whether it won."""
+    file = out / LOG
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    lines = [line for line in known if (line["method"], line["density"]) not in log]
+    for (method, density), found in log.items():
+        winner = chosen(found)
+        points = [
+            {
+                "point": dict(one.point),
+                "scores": list(one.scores),
+                "score": one.score,
+                "chosen": one.point == winner,
+            }
+            for one in found
+        ]
+        lines.append({"method": method, "density": density, "tried": points})
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / LOG, json.dumps(lines, indent=1).encode())
-    return out / LOG
+    write_atomically(file, json.dumps(lines, indent=1).encode())
 
 
-def tuning_rows(log: Mapping[tuple[str, float | None], Sequence[Tried]]) -> list[list[str]]:
+def tuning_rows(log: Mapping[Pair, Sequence[Tried]]) -> list[list[str]]:
     """A row for each method and density: what was tried, its score in percent, the winner bold."""
     rows = []
     for (method, density), found in log.items():
