@@ -49,6 +49,7 @@ def stacked(steps: Iterable[Traffic]) -> Traffic:
             _added(total.down, step.down),
             total.mask + step.mask,
             total.skipped + step.skipped,
+            _sum(total.client_seconds, step.client_seconds),
         )
     return total
 

@@ -49,7 +49,7 @@ def gap_section(found: Mapping[Key, Group]) -> list[str]:
         "with 95 % intervals. Where there is no gap, no method can be told from another: what "
         "limits the accuracy is then not the pruning.",
         "",
-        table(header, rows, words=(3, 5, 7)),
+        table(header, rows, words=(3, 5, 7)) if rows else f"Not known: no run of {DENSE} yet.",
     ]
 
 
