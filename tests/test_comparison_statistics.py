@@ -38,7 +38,7 @@ def test_verdicts() -> None:
     assert (one.half, one.verdict, one.count) == (math.inf, "not told apart", 1)
 
 
-@given(st.floats(0.01, 8), st.floats(0.5, 4))
+@given(st.floats(0.01, 3), st.floats(0.5, 4))
 def test_seeds_needed_are_the_fewest(spread: float, width: float) -> None:
     """Half of the width of n values is Student's quantile times spread over √n."""
     found = seeds_needed(spread, width=width)
