@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from flwr.app import Context, Message
+from processes import FORKS, in_a_process
 
 from fedprune.errors import ConfigError
 from fedprune.flower import client
@@ -29,6 +32,8 @@ from simulations.comparison.jobs import (
     Outcome,
     Workers,
     attempt,
+    processes,
+    ray_cluster,
     read_outcome,
     run_jobs,
 )
@@ -206,6 +211,45 @@ def test_two_commands_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sorted((tmp_path / "done.txt").read_text().split()) == sorted(j.name for j in work)
 
 
+@dataclass(frozen=True)
+class Together:
+    """A job that ends once two have begun, and tells which GPU it sees."""
+
+    name: str
+
+    def run(self, out: Path) -> Outcome:
+        (out / f"{self.name}.begun").touch()
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("*.begun"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return Outcome(FINISHED, values={"gpu": os.environ["CUDA_VISIBLE_DEVICES"]})
+
+
+def test_each_gpu_has_a_process_of_its_own(tmp_path: Path) -> None:
+    two: list[Job] = [Together("a"), Together("b")]
+    with processes(4, gpus=2, context=FORKS) as workers:
+        assert workers.width == 2
+        found = run_jobs(two, tmp_path, workers, say=lambda text: None)
+    assert {one.values["gpu"] for one in found.values()} == {"0", "1"}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_work_goes_over_a_ray_cluster(tmp_path: Path) -> None:
+    statuses = in_a_process(over_ray, tmp_path)
+    assert statuses == [FINISHED, FAILED]
+
+
+def over_ray(out: Path) -> list[str]:
+    """What becomes of a run, and of one that no data set is there for."""
+    cells = [Cell("magnitude", 0.2, None, seed, LR) for seed in (0, 1)]
+    nowhere = {**SETTINGS, "data.dataset": str(out / "nowhere")}
+    work = [CellJob(cells[0], SETTINGS), CellJob(cells[1], nowhere)]
+    with ray_cluster("local", jobs=2) as workers:
+        found = run_jobs(work, out, workers, say=lambda text: None)
+    return [one.status for one in found.values()]
+
+
 # --- the page -------------------------------------------------------------------------------------
 
 
@@ -237,6 +281,7 @@ def test_page_by_hand(tmp_path: Path) -> None:
     for line in (
         "| 0.5 | 0.2 | 50.0 ± 0.0 | fedtiny | +14.0 [+9.0, +19.0] | magnitude | "
         "+17.0 [+12.7, +21.3] | yes |",
+        "| 0.5 | 0.2 | fedtiny | magnitude | +3.0 | [+0.5, +5.5] | 3 | above |",
         "| fedtiny | 0.2000 | **36.0 ± 2.0** | 3 | lr0.1 |  |  |",
         "| magnitude | 0.2000 | 33.0 ± 1.7 | 3 | lr0.1 | 1 |  |",
         "| magnitude | +3.0 | [+0.5, +5.5] | 3 | 7 | above |",

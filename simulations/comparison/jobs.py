@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 import traceback
 from collections import deque
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -164,12 +165,21 @@ def ray_cluster(address: str, *, jobs: int = 0, gpus: bool = False) -> Iterator[
 
 
 def _begin(devices: Any, with_gpu: bool) -> None:
-    """In a new process: one thread, and a GPU of its own."""
+    """In a new process: an end with the command's, one thread, and a GPU of its own."""
+    threading.Thread(target=_end_with_command, daemon=True).start()
     if with_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()
     import torch  # noqa: PLC0415
 
     torch.set_num_threads(1)
+
+
+def _end_with_command() -> None:
+    """Wait for the command's end, however that comes, and end: its run can go on later."""
+    command = parent_process()
+    if command is not None:
+        command.join()
+        os._exit(1)
 
 
 def _told(outcome: Outcome) -> str:

@@ -52,9 +52,9 @@ class Preset:
 
 
 TUNING_ALPHA = 0.5
-# A client's memory is the same in every round of a kind: three rounds have all kinds.
+# A client's memory is the same in every round of a kind: two rounds have all kinds.
 SHORT: dict[str, Any] = {
-    "training.rounds": 3,
+    "training.rounds": 2,
     "training.local_epochs": 1,
     "method.adjust_every": 1,
     "method.adjust_until": 3,

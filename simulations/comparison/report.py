@@ -9,7 +9,12 @@ from simulations.comparison.jobs import FINISHED, Outcome
 from simulations.comparison.presets import TUNING_ALPHA
 from simulations.comparison.results import groups
 from simulations.comparison.steps import Call, Found
-from simulations.comparison.tables import frontier_sections, gap_section, method_sections
+from simulations.comparison.tables import (
+    best_rival_section,
+    frontier_sections,
+    gap_section,
+    method_sections,
+)
 from simulations.comparison.tuning import tuning_rows
 from simulations.page import page, table
 
@@ -18,7 +23,7 @@ def write_page(call: Call, found: Found) -> str:
     """The Markdown page: the gap to dense, then tables, frontiers, tuning and what went wrong."""
     preset, outcomes = call.preset, found.outcomes
     by_group = groups(found.cells, outcomes)
-    body = [*gap_section(by_group), *method_sections(by_group)]
+    body = [*gap_section(by_group), *best_rival_section(by_group), *method_sections(by_group)]
     body += frontier_sections(by_group, found.memory, clients=preset.clients)
     if call.point is None:
         header = ["method", "density", "accuracy, % on clients' own samples, by setting"]
