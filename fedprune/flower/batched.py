@@ -70,7 +70,8 @@ class BatchedGrid(InlineGrid):
         for message_id in message_ids:
             waiting = self._messages.get(message_id)
             if waiting is not None and waiting.metadata.message_type == MessageType.TRAIN:
-                self._train_waiting(message_id)
+                with self._working():
+                    self._train_waiting(message_id)
             if message_id in self._replies:
                 yield self._replies.pop(message_id)
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import traceback
 from collections.abc import Iterable, Iterator, MutableMapping
 from pathlib import Path
@@ -100,6 +101,7 @@ class InlineGrid(Grid):
         self._run = Run.create_empty(1)
         self._messages: dict[str, Message] = {}
         self._sent = 0
+        self._client_seconds = 0.0
         self._introduced = introduced
         self.contexts: MutableMapping[int, Context] = Contexts(run_config, num_nodes)
 
@@ -157,10 +159,25 @@ class InlineGrid(Grid):
         """Push, then pull every reply."""
         return list(self.pull_messages(self.push_messages(messages)))
 
+    def take_client_seconds(self) -> float:
+        """Processor seconds of the clients' work since the last call."""
+        taken, self._client_seconds = self._client_seconds, 0.0
+        return taken
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """Count what happens inside as clients' work."""
+        started = time.process_time()
+        try:
+            yield
+        finally:
+            self._client_seconds += time.process_time() - started
+
     def _work(self, message: Message) -> Message | None:
         context = self.contexts[message.metadata.dst_node_id]
         try:
-            return self._client_app(message, context)
+            with self._working():
+                return self._client_app(message, context)
         except Exception:  # as Flower does: a client that raises must not end the run
             reason = traceback.format_exc()
             return wire.error_reply(message, reason)

@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -267,7 +268,9 @@ class GridCohort:
     def take_traffic(self) -> Traffic:
         """What was sent since the last call."""
         taken, self._traffic = self._traffic, Traffic()
-        return taken
+        # A grid whose nodes are in this process knows how long they worked.
+        seconds = getattr(self._grid, "take_client_seconds", None)
+        return replace(taken, client_seconds=seconds()) if seconds else taken
 
     def count_traffic(self, traffic: Traffic) -> None:
         """Count what was sent."""

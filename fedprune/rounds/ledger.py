@@ -17,12 +17,17 @@ from sparsemodel.runtime.state import SparseState
 
 @dataclass
 class Traffic:
-    """Bytes of the messages really sent since the last `take`, and who was left out."""
+    """Bytes of the messages really sent since the last `take`, and who was left out.
+
+    Attributes:
+        client_seconds: processor seconds of the clients' work; None: not known.
+    """
 
     up: list[int] = field(default_factory=list)
     down: list[int] = field(default_factory=list)
     mask: int = 0
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    client_seconds: float | None = None
 
     def joined(self, later: Traffic) -> Traffic:
         """Both together."""
@@ -31,6 +36,7 @@ class Traffic:
             self.down + later.down,
             self.mask + later.mask,
             self.skipped + later.skipped,
+            _sum(self.client_seconds, later.client_seconds),
         )
 
 
@@ -43,8 +49,13 @@ def stacked(steps: Iterable[Traffic]) -> Traffic:
             _added(total.down, step.down),
             total.mask + step.mask,
             total.skipped + step.skipped,
+            _sum(total.client_seconds, step.client_seconds),
         )
     return total
+
+
+def _sum(a: float | None, b: float | None) -> float | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _added(sizes: list[int], more: list[int]) -> list[int]:
@@ -67,6 +78,7 @@ class Totals:
     state_bytes: int = 0
     peak_rss_bytes: int = 0
     seconds: float = 0.0
+    client_seconds: float | None = None
     test_accuracy: float | None = 0.0
     test_metric: float | None = None
     test_loss: float | None = None
@@ -130,6 +142,7 @@ class Totals:
     def _count_bytes(self, traffic: Traffic) -> None:
         self.bytes_up += sum(traffic.up)
         self.bytes_down += sum(traffic.down)
+        self.client_seconds = _sum(self.client_seconds, traffic.client_seconds)
 
 
 def forward_flops(layer_macs: Mapping[str, int], model: SparseState) -> int:

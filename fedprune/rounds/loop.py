@@ -253,6 +253,7 @@ def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
             "state_bytes_dense": 3 * 4 * reference.num_parameters,
             "peak_rss_bytes": max(totals.peak_rss_bytes, peak_rss_bytes()),
             "seconds": round(totals.seconds, 3),
+            "client_seconds": totals.client_seconds and round(totals.client_seconds, 3),
             **_spent(setup, folder),
             "version": __version__,
         }

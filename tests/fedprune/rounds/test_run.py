@@ -80,6 +80,7 @@ SUMMARY_KEYS = [
     "state_bytes_dense",
     "peak_rss_bytes",
     "seconds",
+    "client_seconds",
     "version",
 ]
 
@@ -124,6 +125,7 @@ def test_summary_has_the_keys_of_the_contract_in_order(finished: Path) -> None:
     assert summary["density"] == pytest.approx(0.2, rel=0.03)
     assert 0 < summary["train_flops_ratio"] < 1
     assert 0 < summary["state_bytes"] < summary["state_bytes_dense"]
+    assert summary["client_seconds"] > 0
 
 
 def test_metrics_hold_a_line_a_round_and_sum_to_the_summary(finished: Path) -> None:

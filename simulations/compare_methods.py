@@ -1,0 +1,173 @@
+"""Every federated method in the same loop: accuracy by density and data split, and what it costs.
+
+    python -m simulations.compare_methods --preset digits
+
+Each method's learning rate is tuned first, by the same number of runs, on other seeds than the
+table's and on samples that clients keep from training; the test set is read by the table's runs
+alone. Every run is a folder; a finished one is not run again, an interrupted one goes on, and
+commands on one folder share the work. `--table-only` writes the page of what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedprune.config import RunConfig, parse_assignments
+from fedprune.methods import METHODS
+from prunelab.errors import PrunelabError
+from simulations.comparison.cells import Point
+from simulations.comparison.jobs import FAILED, Workers, processes, ray_cluster
+from simulations.comparison.presets import PRESETS
+from simulations.comparison.report import write_page
+from simulations.comparison.steps import Call, compare
+from simulations.comparison.tuning import tuning_cells
+from sparsemodel.storage.files import write_atomically
+
+
+def parse(words: Sequence[str] | None = None) -> tuple[Call, argparse.Namespace]:
+    """The command line, and what of it is about how to run.
+
+    Raises:
+        SystemExit: it asks for what cannot be; nothing has been run.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations.compare_methods",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--preset", choices=list(PRESETS), default="digits")
+    parser.add_argument("--methods", help="names with commas between; default all")
+    parser.add_argument("--densities", help="default the preset's")
+    parser.add_argument("--alphas", help="such as .1,.5,iid; default the preset's")
+    parser.add_argument("--seeds", help="default the preset's")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--no-tuning", action="store_true", help="--set training.lr=... for all")
+    parser.add_argument("--data", help="a folder of parquet, or a name, instead of the data set")
+    parser.add_argument("--out", type=Path, help="where runs go; default runs/NAME-PRESET")
+    parser.add_argument("--jobs", type=int, default=0, help="at a time; default cores, or GPUs")
+    parser.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster; local starts one here")
+    parser.add_argument("--table-only", action="store_true", help="run nothing")
+    given = parser.parse_args(words)
+    try:
+        return _call(given), given
+    except (PrunelabError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _call(given: argparse.Namespace) -> Call:
+    preset, changes = PRESETS[given.preset], parse_assignments(given.set)
+    settings = {**preset.settings, **changes}
+    if given.data:
+        is_folder = Path(given.data).is_dir()
+        settings["data.dataset"] = str(Path(given.data).resolve()) if is_folder else given.data
+    point: Point | None = None
+    if given.no_tuning:
+        rate = float(settings.get("training.lr", RunConfig().training.lr))
+        point = (("training.lr", rate),)
+    elif "training.lr" in changes:
+        raise ValueError("--set training.lr: it is tuned; --no-tuning takes this one for all")
+    settings.pop("training.lr", None)
+    chosen_preset = replace(
+        preset,
+        settings=settings,
+        densities=_floats(given.densities) or preset.densities,
+        alphas=_alphas(given.alphas) or preset.alphas,
+        seeds=[int(s) for s in given.seeds.split(",")] if given.seeds else preset.seeds,
+    )
+    if point is None and set(chosen_preset.seeds) & set(preset.tuning_seeds):
+        raise ValueError("--seeds: the tuning has had some of these; take others")
+    methods = given.methods.split(",") if given.methods else list(METHODS)
+    is_whole = not (changes or given.no_tuning or given.methods or given.densities or given.alphas)
+    name = "-".join(["compare_methods", given.preset, *(f"{k}={v}" for k, v in changes.items())])
+    out = given.out or Path("runs") / name
+    saved = Path(__file__).with_name(f"compare_methods_{given.preset}.md")
+    call = Call(
+        chosen_preset,
+        methods,
+        out,
+        point,
+        _command(given, chosen_preset.seeds),
+        saved if is_whole else out / "table.md",
+    )
+    for cell in tuning_cells(chosen_preset, call.pairs):  # what cannot be is told before a run
+        cell.config({**settings, "training.device": "cpu"})
+    _check_folder(out, settings)
+    return call
+
+
+def _command(given: argparse.Namespace, seeds: Sequence[int]) -> str:
+    parts = [f"python -m simulations.compare_methods --preset {given.preset}"]
+    parts += [f"--{name} {value}" for name in ("methods", "densities", "alphas")
+              if (value := getattr(given, name))]  # fmt: skip
+    parts += [f"--seeds {','.join(map(str, seeds))}"]
+    parts += [f"--set {value}" for value in given.set]
+    parts += ["--no-tuning"] if given.no_tuning else []
+    parts += (
+        [f"--data {'FOLDER' if Path(given.data).is_dir() else given.data}"] if given.data else []
+    )
+    return " ".join(parts)
+
+
+def _check_folder(out: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where a folder has runs of other settings."""
+    file, text = out / "settings.json", json.dumps(settings, sort_keys=True, indent=1)
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{out} holds runs of other settings; give another folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, text.encode())
+
+
+def _floats(text: str | None) -> list[float]:
+    return [float(part) for part in text.split(",")] if text else []
+
+
+def _alphas(text: str | None) -> list[float | None]:
+    parts = text.split(",") if text else []
+    return [None if part == "iid" else float(part) for part in parts]
+
+
+@contextmanager
+def workers_of(given: argparse.Namespace, *, on_gpus: bool) -> Iterator[Workers]:
+    """Whoever does the work."""
+    if given.ray:
+        with ray_cluster(given.ray, jobs=given.jobs, gpus=on_gpus) as workers:
+            yield workers
+        return
+    gpus = 0
+    if on_gpus:
+        import torch  # noqa: PLC0415
+
+        gpus = torch.cuda.device_count()
+        if gpus == 0:
+            raise SystemExit("training.device is cuda and there is no GPU; --set training.device")
+    with processes(given.jobs or gpus or os.cpu_count() or 1, gpus=gpus) as workers:
+        yield workers
+
+
+def main() -> None:
+    """Run what is missing and write the page."""
+    call, given = parse()
+    if given.table_only:
+        found = compare(call, None)
+    else:
+        on_gpus = call.preset.settings.get("training.device") == "cuda"
+        with workers_of(given, on_gpus=on_gpus) as workers:
+            found = compare(call, workers)
+    text = write_page(call, found)
+    call.saved.write_text(text, encoding="utf-8")
+    print(text)
+    print(f"table: {call.saved}")
+    failed = sum(one.status == FAILED for one in found.outcomes.values())
+    if failed:
+        raise SystemExit(f"{failed} runs failed: the page says why; run again, they are retried")
+
+
+if __name__ == "__main__":
+    main()

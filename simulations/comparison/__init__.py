@@ -1,0 +1,1 @@
+"""The parts of `python -m simulations.compare_methods`."""

@@ -1,0 +1,198 @@
+"""Work in pieces that are done once: over cores, GPUs or a Ray cluster, by one command or several.
+
+A piece leaves its outcome in a file. Who works on a piece holds its lock, which the system lets go
+of when that process dies, so that commands on one folder share the work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from prunelab.runs.provenance import commit
+from sparsemodel.storage.files import write_atomically
+
+FINISHED, DID_DIVERGE, FAILED = "finished", "diverged", "failed"
+BUSY_SECONDS = 2.0  # that a worker waits for a piece which another command has
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a piece.
+
+    Attributes:
+        status: FINISHED, DID_DIVERGE (as it would again), or FAILED (which is tried again).
+        reason: why it did not finish.
+        values: its result.
+        commit: of the code that made it.
+    """
+
+    status: str
+    reason: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    commit: str = ""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing would change if it was run again."""
+        return self.status != FAILED
+
+
+class Job(Protocol):
+    """A piece of work that can be pickled."""
+
+    @property
+    def name(self) -> str:
+        """Of its outcome's file."""
+        ...
+
+    def run(self, out: Path) -> Outcome:
+        """Do it, or the rest of it."""
+        ...
+
+
+Submit = Callable[[Job, Path], "Future[Outcome | None]"]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Whoever does pieces: `width` at a time."""
+
+    width: int
+    submit: Submit
+
+
+def run_jobs(
+    jobs: Sequence[Job], out: Path, workers: Workers, *, say: Callable[[str], None] = print
+) -> dict[str, Outcome]:
+    """Every piece's outcome by its name; what is final is not done again."""
+    found = {job.name: outcome for job in jobs if (outcome := read_outcome(job.name, out))}
+    waiting = deque(job for job in jobs if job.name not in found or not found[job.name].is_final)
+    total, done, started = len(waiting), 0, time.monotonic()
+    running: dict[Future[Outcome | None], Job] = {}
+    while waiting or running:
+        while waiting and len(running) < workers.width:
+            job = waiting.popleft()
+            running[workers.submit(job, out)] = job
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            job, outcome = running.pop(future), future.result()
+            if outcome is None:  # another command has it
+                waiting.append(job)
+                continue
+            found[job.name] = outcome
+            done += 1
+            left = (time.monotonic() - started) / done * (total - done)
+            say(f"{done}/{total} {job.name}: {_told(outcome)}, about {left / 60:.0f} min left")
+    return {job.name: found[job.name] for job in jobs}
+
+
+def attempt(job: Job, out: Path) -> Outcome | None:
+    """Do a piece and leave its outcome, or find it done; None: another process is at it."""
+    lock = _made(out / "locks" / f"{job.name}.lock")
+    try:
+        with FileLock(lock).acquire(timeout=BUSY_SECONDS, poll_interval=0.2):
+            before = read_outcome(job.name, out)
+            if before is not None and before.is_final:
+                return before
+            try:
+                outcome = job.run(out)
+            except Exception:  # one piece must not end the others
+                outcome = Outcome(FAILED, reason=traceback.format_exc())
+            values = {**asdict(outcome), "commit": commit()}
+            text = json.dumps(values, indent=1)
+            write_atomically(_made(_file(job.name, out)), text.encode())
+            return Outcome(**values)
+    except Timeout:
+        return None
+
+
+def read_outcome(name: str, out: Path) -> Outcome | None:
+    """What became of a piece; None: nothing yet."""
+    try:
+        return Outcome(**json.loads(_file(name, out).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def processes(count: int, *, gpus: int = 0, context: Any = None) -> Iterator[Workers]:
+    """Processes of this machine, of one thread each; with GPUs one for each of these."""
+    context = context or get_context("spawn")
+    devices = context.SimpleQueue()
+    for device in range(gpus):
+        devices.put(str(device))
+    width = min(count, gpus) if gpus else count
+    with ProcessPoolExecutor(
+        width, mp_context=context, initializer=_begin, initargs=(devices, gpus > 0)
+    ) as pool:
+        yield Workers(width, lambda job, out: pool.submit(attempt, job, out))
+
+
+@contextmanager
+def ray_cluster(address: str, *, jobs: int = 0, gpus: bool = False) -> Iterator[Workers]:
+    """Tasks of a Ray cluster, of a core or a GPU each; `out` must be a folder that all share.
+
+    Args:
+        address: as of `ray.init`; "local" starts a Ray of this machine.
+        jobs: at a time; 0: as many as there are cores, or GPUs.
+    """
+    import ray  # noqa: PLC0415
+
+    ray.init(address=address, log_to_driver=False)
+    try:
+        width = jobs or int(
+            ray.cluster_resources().get(  # type: ignore[no-untyped-call]
+                "GPU" if gpus else "CPU", 1
+            )
+        )
+        task = ray.remote(num_cpus=1, num_gpus=int(gpus), max_calls=1)(attempt)
+        yield Workers(width, lambda job, out: task.remote(job, out.resolve()).future())
+    finally:
+        ray.shutdown()
+
+
+def _begin(devices: Any, with_gpu: bool) -> None:
+    """In a new process: an end with the command's, one thread, and a GPU of its own."""
+    threading.Thread(target=_end_with_command, daemon=True).start()
+    if with_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()
+    import torch  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+
+
+def _end_with_command() -> None:
+    """Wait for the command's end, however that comes, and end: its run can go on later."""
+    command = parent_process()
+    if command is not None:
+        command.join()
+        os._exit(1)
+
+
+def _told(outcome: Outcome) -> str:
+    accuracy = outcome.values.get("test_accuracy")
+    if accuracy is not None:
+        return f"{100 * accuracy:.2f} %"
+    return " ".join([outcome.status, *outcome.reason.strip().splitlines()[-1:]])
+
+
+def _file(name: str, out: Path) -> Path:
+    return out / "outcomes" / f"{name}.json"
+
+
+def _made(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file

@@ -1,0 +1,143 @@
+"""What the grids are: data, network, length, densities, and what is tried in tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from simulations.comparison.cells import Point
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A grid.
+
+    Attributes:
+        title: of its page.
+        settings: of every run, of methods those that know them.
+        alphas: Dirichlet concentrations; None: IID.
+        rates: learning rates that are tried for every method and density.
+        own: of methods that are tried with other settings too: as many points as there are rates.
+        tuning_seeds: none of them a seed of the table.
+        note: what a reader should know of the choice.
+    """
+
+    title: str
+    settings: Mapping[str, Any]
+    densities: Sequence[float]
+    rates: Sequence[float]
+    alphas: Sequence[float | None] = (0.5,)
+    seeds: Sequence[int] = (0, 1, 2)
+    tuning_seeds: Sequence[int] = (1000,)
+    own: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def clients(self) -> int:
+        """Of a run."""
+        return int(self.settings["data.clients"])
+
+    def points(self, method: str) -> Sequence[Point]:
+        """What is tried for a method, the smallest learning rate first.
+
+        Raises:
+            ValueError: a method has more, or fewer, points than the others.
+        """
+        common = [(("training.lr", rate),) for rate in sorted(self.rates)]
+        own = list(self.own.get(method, common))
+        if len(own) != len(common):
+            raise ValueError(f"{method}: {len(own)} points are tried, of others {len(common)}")
+        return sorted(own)
+
+
+TUNING_ALPHA = 0.5
+# A client's memory is the same in every round of a kind: two rounds have all kinds.
+SHORT: dict[str, Any] = {
+    "training.rounds": 2,
+    "training.local_epochs": 1,
+    "method.adjust_every": 1,
+    "method.adjust_until": 3,
+    "federation.clients_per_round": 0,
+}
+
+_SMALL: dict[str, Any] = {
+    "data.num_train": 10_000,
+    "data.num_test": 2000,
+    "data.clients": 10,
+    "model.name": "resnet18",
+    "training.rounds": 12,
+    "training.local_epochs": 1,
+    "training.batch_size": 64,
+    "method.adjust_every": 2,
+    "method.adjust_until": 7,
+}
+
+PRESETS = {
+    "digits": Preset(
+        "Federated pruning on digits",
+        {
+            "data.dataset": "digits",
+            "data.num_train": 700,
+            "data.clients": 6,
+            "model.name": "resnet8",
+            "training.rounds": 14,
+            "method.adjust_every": 2,
+            "method.adjust_until": 9,
+        },
+        densities=(0.01, 0.03, 0.1),
+        alphas=(0.1, 0.5, None),
+        rates=(0.03, 0.1, 0.3),
+        tuning_seeds=(1000, 1001, 1002),
+        note="density 0.005 is left out: it leaves resnet8 fewer than 400 weights, less than one "
+        "for each output of its layers",
+    ),
+    "small": Preset(
+        "Federated pruning on CIFAR-10, small",
+        {**_SMALL, "data.dataset": "cifar10", "data.augment": True},
+        densities=(0.01, 0.03),
+        rates=(0.03, 0.1, 0.3),
+    ),
+    "fashion": Preset(
+        "Federated pruning on Fashion-MNIST",
+        {**_SMALL, "data.dataset": "fashion-mnist"},
+        densities=(0.01, 0.03),
+        rates=(0.03, 0.1, 0.3),
+    ),
+    "resnet8": Preset(
+        "Federated pruning on CIFAR-10 with a narrow network",
+        {
+            "data.dataset": "cifar10",
+            "data.num_train": 5000,
+            "data.num_test": 2000,
+            "data.clients": 10,
+            "data.augment": True,
+            "model.name": "resnet8",
+            "training.rounds": 20,
+            "training.local_epochs": 1,
+            "training.batch_size": 32,
+            "method.adjust_every": 2,
+            "method.adjust_until": 14,
+        },
+        densities=(0.01, 0.05, 0.1),
+        rates=(0.03, 0.1, 0.3),
+    ),
+    "full": Preset(
+        "Federated pruning on CIFAR-10",
+        {
+            "data.dataset": "cifar10",
+            "data.clients": 10,
+            "data.augment": True,
+            "model.name": "resnet18",
+            "training.rounds": 300,
+            "training.local_epochs": 5,
+            "training.batch_size": 64,
+            "training.device": "cuda",
+            "method.adjust_every": 10,
+            "method.adjust_until": 100,
+        },
+        densities=(0.005, 0.01, 0.03, 0.1),
+        alphas=(0.1, 0.5, None),
+        rates=(0.03, 0.1, 0.3),
+    ),
+}
