@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # The first part of a derived seed says what it is for, so that no two uses share a stream.
 SEED_ROUND, SEED_GROWTH = 3, 4
 
+GROWTH_BATCHES = "growth_batches"
+"""The field that asks for growth over so many mini-batches, 0: all; without it, over one."""
+
 Array = NDArray[Any]
 
 

@@ -15,6 +15,7 @@ from fedprune.local.training import train
 from fedprune.methods.base import Collector, Method, RunState, Start, train_request
 from fedprune.methods.fedprox import FedProx
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
+from fedprune.methods.fedtiny.plus import FedTinyPlus
 from fedprune.methods.magnitude import Magnitude
 from fedprune.methods.small_dense import SmallDense
 from fedprune.methods.ssfl import SSFL
@@ -32,6 +33,7 @@ __all__ = [
     "FedProx",
     "FedTiny",
     "FedTinyFixedMask",
+    "FedTinyPlus",
     "FedTinyVanillaSelection",
     "Local",
     "Magnitude",
@@ -55,6 +57,7 @@ _ALL: tuple[type[Method], ...] = (
     FedTiny,
     FedTinyVanillaSelection,
     FedTinyFixedMask,
+    FedTinyPlus,
     SmallDense,
     FedProx,
     SSFL,

@@ -15,14 +15,18 @@ from sparsemodel.runtime.state import Array, Entries, LayerEntries, SparseState
 
 
 def prune_and_grow(
-    state: SparseState, candidates: Entries, counts: Mapping[str, int]
+    state: SparseState,
+    candidates: Entries,
+    counts: Mapping[str, int],
+    *,
+    keep: Mapping[str, NDArray[np.bool_]] | None = None,
 ) -> SparseState:
     """Exchange the smallest active weights for the pruned weights of largest gradient.
 
-    In each layer of `candidates`, g = min(count, non-zero candidates, active weights) coordinates
-    of largest |gradient| are grown and the g active weights of smallest magnitude are pruned,
-    so its number of active weights stays. Ties go to the lower index on both sides. A weight
-    that is grown here cannot be pruned in the same call; it starts at zero.
+    In each layer of `candidates`, g = min(count, non-zero candidates, weights that may go)
+    coordinates of largest |gradient| are grown and the g active weights of smallest magnitude are
+    pruned, so its number of active weights stays. Ties go to the lower index on both sides. A
+    weight that is grown here cannot be pruned in the same call; it starts at zero.
     Source: Huang et al. (ICDCS 2023), progressive pruning.
 
     Args:
@@ -30,6 +34,7 @@ def prune_and_grow(
         candidates: name -> (flat indices [k] of pruned weights; gradients [k]), in any order, for
             names in `counts`; a layer without any stays as it is.
         counts: name -> how many weights to exchange at most.
+        keep: name -> bool [active weights]: which stay, however small; without a name none has to.
 
     Raises:
         MaskError: a state without patterns; names or lengths that do not fit; candidates that are
@@ -54,7 +59,9 @@ def prune_and_grow(
         positions = pattern.positions()
         indices, magnitudes = _checked(name, pattern, positions, entries)
         smallness = -_magnitudes(name, weights)
-        num_grown = min(counts[name], len(indices), len(weights))
+        if keep is not None and name in keep:
+            smallness = np.where(keep[name], -np.inf, smallness)
+        num_grown = min(counts[name], len(indices), int((smallness > -np.inf).sum()))
         if num_grown == 0:
             continue
         grown = indices[largest(magnitudes, num_grown)]
@@ -141,6 +148,29 @@ def prune_to_largest(state: SparseState, counts: Mapping[str, int]) -> SparseSta
         kept = np.flatnonzero(largest(_magnitudes(name, weights.reshape(-1)), count))
         patterns[name] = Pattern.from_positions(weights.shape, kept)
     return carry(state, Patterns(patterns))
+
+
+def largest_of_rows(pattern: Pattern, weights: Array) -> NDArray[np.bool_]:
+    """Which active weights are the largest by magnitude of their output: bool, shape [active].
+
+    One of each row of [out, in · k · k] that has any; of equals the earlier. Weights must not be
+    NaN.
+
+    >>> pattern = Pattern.from_positions((3, 2), np.array([0, 1, 5]))
+    >>> largest_of_rows(pattern, np.float32([1, -2, 0]))
+    array([False,  True,  True])
+    """
+    starts = pattern.row_ptr[:-1].astype(np.int64)
+    lengths: NDArray[np.int64] = pattern.row_ptr[1:] - starts
+    filled = lengths > 0
+    row_largest = np.zeros(len(weights), dtype=bool)
+    if filled.any():
+        magnitudes = np.abs(weights)
+        most = np.maximum.reduceat(magnitudes, starts[filled])
+        rows = np.repeat(np.arange(len(most)), lengths[filled])
+        at = np.flatnonzero(magnitudes == most[rows])
+        row_largest[at[np.unique(rows[at], return_index=True)[1]]] = True
+    return row_largest
 
 
 def largest(scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.bool_]:

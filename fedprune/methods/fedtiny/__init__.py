@@ -18,6 +18,7 @@ from fedprune.methods.base import Method, RunState, Start, train_request
 from fedprune.methods.fedtiny.pool import Pool, candidate_counts, candidate_pool
 from fedprune.methods.fedtiny.progressive import adjust, growth_counts
 from fedprune.methods.fedtiny.selection import measure, score, select_candidate
+from sparsemodel.runtime.state import SparseState
 
 GRANULARITIES = ("layer", "block", "entire")
 
@@ -115,7 +116,11 @@ class FedTiny(Method):
         if not counts:
             return after
         memory = {**state.memory, "adjustments": state.memory["adjustments"] + 1}
-        return replace(after, model=adjust(pooled.model, pooled.growth, counts), memory=memory)
+        return replace(after, model=self.adjusted(state, pooled, counts), memory=memory)
+
+    def adjusted(self, state: RunState, pooled: Pooled, counts: dict[str, int]) -> SparseState:
+        """The clients' mean model with the block's mask moved."""
+        return adjust(pooled.model, pooled.growth, counts)
 
     def growth_counts(self, state: RunState) -> dict[str, int]:
         """How many growth candidates clients send in the coming round, by layer."""
