@@ -35,7 +35,7 @@ from sparsemodel.runtime.state import Entries, SparseState, Tensors
 if TYPE_CHECKING:
     from fedprune.local.site import Local
 
-WIDER = 4  # of each batch so many times as many as are sent: a sum may be large where no batch is
+WIDER = 2  # of each batch so many times as many as are sent: a sum may be large where no batch is
 
 
 def train_and_grow(request: Request, local: Local) -> Reply:
