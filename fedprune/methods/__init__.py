@@ -16,9 +16,13 @@ from fedprune.methods.base import Collector, Method, RunState, Start, train_requ
 from fedprune.methods.fedprox import FedProx
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
 from fedprune.methods.fedtiny.plus import FedTinyPlus
+from fedprune.methods.grasp import Grasp
 from fedprune.methods.magnitude import Magnitude
+from fedprune.methods.random_mask import RandomMask
 from fedprune.methods.small_dense import SmallDense
+from fedprune.methods.snip import Snip
 from fedprune.methods.ssfl import SSFL
+from fedprune.methods.synflow import SynFlow
 from prunelab.errors import close_names
 from prunelab.runs.imported import imported
 
@@ -35,15 +39,19 @@ __all__ = [
     "FedTinyFixedMask",
     "FedTinyPlus",
     "FedTinyVanillaSelection",
+    "Grasp",
     "Local",
     "Magnitude",
     "Method",
     "Pooled",
+    "RandomMask",
     "Reply",
     "Request",
     "RunState",
     "SmallDense",
+    "Snip",
     "Start",
+    "SynFlow",
     "is_given",
     "method_class",
     "method_name",
@@ -61,6 +69,10 @@ _ALL: tuple[type[Method], ...] = (
     SmallDense,
     FedProx,
     SSFL,
+    RandomMask,
+    Snip,
+    Grasp,
+    SynFlow,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 DEFAULT_METHOD = FedTiny.name

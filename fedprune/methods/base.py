@@ -69,6 +69,10 @@ class Ask(Protocol):
     def __call__(self, request: Request) -> Iterator[tuple[int, Reply]]: ...
 
 
+def _nowhere() -> Local:
+    raise AssertionError("this start was made without the server's samples")
+
+
 @dataclass(frozen=True)
 class Start:
     """What the server half has to begin with.
@@ -84,6 +88,8 @@ class Start:
         metric: what the task's metric is called: "accuracy" of classes; "": there is none.
         aggregation: makes one of what clients answer, as the run's settings say.
         pooler: adds up answers where single ones are not to be seen; then `ask` fails.
+        place: gives the server's own place, as a client has one: its labelled samples are
+            `data.train`, and `network` builds the network with torch.
     """
 
     state: Callable[[], SparseState]
@@ -95,6 +101,7 @@ class Start:
     metric: str = "accuracy"
     aggregation: Aggregation = MEAN
     pooler: Pooler | None = None
+    place: Callable[[], Local] = _nowhere
 
     def pooled(self, request: Request) -> Pooled:
         """Every client's answer added up: all that a method has under secure aggregation."""

@@ -1,6 +1,6 @@
 """One-shot magnitude pruning on the server, then training at that fixed mask.
 
-The rival that costs nothing: layer-wise magnitude pruning of the pre-trained dense model, the
+The rival that costs nothing: magnitude pruning of the pre-trained dense model, by default the
 same density in every layer (Han et al., NeurIPS 2015, without the iterations), then sparse
 federated averaging.
 """
@@ -10,23 +10,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedprune.methods.base import Method, RunState, Start
-from sparsemodel.masks.distribution import uniform
-from sparsemodel.runtime.adjust import prune_to_largest
+import numpy as np
+
+from fedprune.methods.base import Start
+from fedprune.methods.fixed_mask import FixedMask, largest
+from sparsemodel.runtime.pattern import Patterns
 
 
 @dataclass(frozen=True)
-class Magnitude(Method):
+class Magnitude(FixedMask):
     """A fixed mask of the largest weights, chosen once by the server.
 
     Attributes:
-        density: share of the weights of every prunable layer that are kept.
+        density: share of the prunable weights that are kept.
+        distribution: how many each layer keeps: "uniform", "erk" or "global".
     """
 
     name: ClassVar[str] = "magnitude"
 
-    density: float = 0.05
-
-    def start(self, server: Start) -> RunState:
-        counts = uniform(server.prunable, self.density)
-        return RunState(round_index=0, model=prune_to_largest(server.state(), counts))
+    def mask(self, server: Start) -> Patterns:
+        values = server.state().values
+        scores = {name: np.abs(values[name]) for name in server.prunable}
+        return largest(scores, self.density, self.distribution)

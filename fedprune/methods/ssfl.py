@@ -17,15 +17,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fedprune.errors import ClientError
 from fedprune.exchange.messages import MODEL, Expected, Reply, Request, count
 from fedprune.local.model import Sgd
 from fedprune.local.training import SEED_GROWTH, epoch_batches, require_samples, train
-from fedprune.methods.base import Method, RunState, Start
+from fedprune.methods.base import Start
+from fedprune.methods.fixed_mask import FixedMask, largest
 from prunelab.errors import RunError
-from sparsemodel.runtime.adjust import carry
+from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.state import Tensors
 
 if TYPE_CHECKING:
@@ -70,18 +71,19 @@ def saliency(request: Request, local: Local) -> Reply:
 
 
 @dataclass(frozen=True)
-class SSFL(Method):
+class SSFL(FixedMask):
     """Sparse federated averaging at a mask of the clients' mean saliency.
 
     Attributes:
-        density: share of the prunable weights of the whole network that are kept.
+        density: share of the prunable weights that are kept.
+        distribution: how many each layer keeps: "uniform", "erk" or "global".
         batches: mini-batches over which a client measures.
     """
 
     name: ClassVar[str] = "ssfl"
     actions = {"train": train, SALIENCY: saliency}  # noqa: RUF012
 
-    density: float = 0.05
+    distribution: str = "global"
     batches: int = 1
 
     def problems(self) -> Iterable[str]:
@@ -89,7 +91,7 @@ class SSFL(Method):
         if self.batches < 1:
             yield f"batches: expected at least 1, got {self.batches}"
 
-    def start(self, server: Start) -> RunState:
+    def mask(self, server: Start) -> Patterns:
         state, layers = server.state(), list(server.prunable)
         request = Request(
             SALIENCY,
@@ -102,15 +104,4 @@ class SSFL(Method):
             raise RunError("ssfl: no client could measure saliency")
         found = pooled.tensors[SALIENCY]
         scores = {name: found[name] for name in layers}  # whoever answered first
-        return RunState(0, carry(state, _largest_of_all(scores, self.density)))
-
-
-def _largest_of_all(scores: Tensors, density: float) -> Any:
-    """The patterns of the largest scores of the whole network."""
-    import torch  # noqa: PLC0415
-
-    from sparsemodel.masks.distribution import global_ranking  # noqa: PLC0415
-    from sparsemodel.masks.mask import mask_from_scores  # noqa: PLC0415
-
-    tensors = {name: torch.from_numpy(score) for name, score in scores.items()}
-    return mask_from_scores(tensors, global_ranking(tensors, density)).csr()
+        return largest(scores, self.density, self.distribution)

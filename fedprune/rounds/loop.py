@@ -168,6 +168,7 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
         metric=setup.metric,
         aggregation=aggregation_of(setup),
         pooler=_sums(setup, ask_sum),
+        place=setup.place,
     )
     try:
         state = setup.method.start(server)

@@ -23,10 +23,10 @@ import numpy as np
 from fedprune.config import RunConfig
 from fedprune.exchange.messages import ClientInfo
 from fedprune.given import is_given
-from fedprune.local.data import label_histogram, split
+from fedprune.local.data import ClientData, Split, label_histogram, split
 from fedprune.local.model import Network
 from fedprune.local.shares import share_of
-from fedprune.local.site import TRAIN, network_for, split_seed
+from fedprune.local.site import TRAIN, Local, network_for, split_seed
 from fedprune.methods import is_given as is_given_method
 from fedprune.methods import method_name
 from fedprune.methods.base import Method
@@ -157,6 +157,14 @@ class Setup:
     def network(self) -> Network:
         """The network for models of this process."""
         return network_for(self.config, self.data, self.program, self.shapes)
+
+    def place(self) -> Local:
+        """The server's own place: its few labelled samples, all of them for training."""
+        config, data = self.config, self.data
+        rows = np.array(self._facts["server_samples"], dtype=np.int64)
+        none = Split(*data.take(rows[:0]))
+        samples = ClientData(Split(*data.take(rows)), none, none, data.num_classes, data.task)
+        return Local(config.data.clients, samples, config, self.network)
 
     def start_state(self) -> SparseState:
         """The dense model that every method starts from.

@@ -152,6 +152,7 @@ class Workspace:
             },
             "metric": task.metric_name,
             "width": str(getattr(skeleton, "width", "")),
+            "server_samples": self.server_indices.tolist(),
         }
         write_facts(folder, self.config, facts)
 

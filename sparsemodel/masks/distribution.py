@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparsemodel.errors import DensityError, MaskError
-
-if TYPE_CHECKING:
-    import torch
+from sparsemodel.runtime.adjust import largest
 
 Distribution = Callable[..., dict[str, int]]
 """Takes some of shapes, scores, density, generator; returns name -> number of active weights."""
@@ -115,7 +114,7 @@ def noise_uniform(
     return _apportion(quotas, capacities, total)
 
 
-def global_ranking(scores: Mapping[str, torch.Tensor], density: float) -> dict[str, int]:
+def global_ranking(scores: Mapping[str, Any], density: float) -> dict[str, int]:
     """The counts that one threshold over the scores of all layers gives.
 
     The best weight of each layer is always kept; the other places go to the highest scores
@@ -123,32 +122,28 @@ def global_ranking(scores: Mapping[str, torch.Tensor], density: float) -> dict[s
     total is exactly round(density * N).
 
     Args:
-        scores: name -> score of each weight (any real dtype, any device); higher means keep.
+        scores: name -> score of each weight, an array or a tensor (any real dtype, any device);
+            higher means keep.
         density: active weights over all weights, in (0, 1].
 
     Raises:
         DensityError: a density outside (0, 1], or too low for one weight in every layer.
         MaskError: scores that are NaN.
 
-    >>> import torch
-    >>> global_ranking({"a": torch.tensor([9.0, 8.0, 7.0]), "b": torch.tensor([1.0])}, 0.75)
+    >>> global_ranking({"a": np.array([9.0, 8.0, 7.0]), "b": np.array([1.0])}, 0.75)
     {'a': 2, 'b': 1}
     """
-    import torch  # noqa: PLC0415 - the counts of shapes alone need none
-
     capacities = _capacities({name: tuple(score.shape) for name, score in scores.items()})
     total = _total(density, capacities)
-    for name, score in scores.items():
-        if torch.isnan(score).any():
+    arrays = {name: score_array(score) for name, score in scores.items()}
+    for name, array in arrays.items():
+        if np.isnan(array).any():
             raise MaskError(f"scores of {name!r} hold NaN: no order can be made of them")
-    flat = torch.cat([score.detach().reshape(-1).cpu().double() for score in scores.values()])
-    order = torch.argsort(flat, descending=True, stable=True).numpy()
-    sizes = np.fromiter(capacities.values(), dtype=np.int64)
-    ranked = np.repeat(np.arange(len(sizes)), sizes)[order]
-    best = np.unique(ranked, return_index=True)[1]
-    others = np.delete(ranked, best)[: total - len(sizes)]
-    counts = 1 + np.bincount(others, minlength=len(sizes))
-    return dict(zip(capacities, counts.tolist(), strict=True))
+    others = np.concatenate([np.delete(array, array.argmax()) for array in arrays.values()])
+    chosen = largest(others, total - len(arrays))
+    ends = np.cumsum([array.size - 1 for array in arrays.values()])
+    counts = [1 + int(np.count_nonzero(part)) for part in np.split(chosen, ends[:-1])]
+    return dict(zip(capacities, counts, strict=True))
 
 
 DISTRIBUTIONS: dict[str, Distribution] = {
@@ -157,6 +152,15 @@ DISTRIBUTIONS: dict[str, Distribution] = {
     "noise": noise_uniform,
     "global": global_ranking,
 }
+
+
+def score_array(score: Any) -> NDArray[Any]:
+    """The scores of a layer, an array or a tensor, as numpy can compare them: flat, on the CPU."""
+    if not isinstance(score, np.ndarray):
+        score = score.detach().cpu()
+        score = (score.double() if score.element_size() < 4 else score).numpy()  # bfloat16, say
+    flat: NDArray[Any] = score.reshape(-1)
+    return flat
 
 
 def _capacities(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

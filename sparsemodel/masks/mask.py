@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsemodel.errors import DensityError, MaskError
+from sparsemodel.masks.distribution import score_array
+from sparsemodel.runtime.adjust import largest
 from sparsemodel.runtime.pattern import Pattern, Patterns, PatternSet
 
 
@@ -277,8 +279,6 @@ def mask_from_scores(scores: Mapping[str, torch.Tensor], counts: Mapping[str, in
         keep = counts[name]
         if not 0 <= keep <= score.numel():
             raise DensityError(f"{name!r} has {score.numel()} weights; cannot keep {keep}")
-        order = torch.argsort(score.detach().reshape(-1).cpu(), descending=True, stable=True)
-        pattern = torch.zeros(score.numel(), dtype=torch.bool, device="cpu")
-        pattern[order[:keep]] = True
-        patterns[name] = pattern.reshape(score.shape)
+        kept = largest(score_array(score), keep)
+        patterns[name] = torch.from_numpy(kept).reshape(score.shape)
     return Mask(patterns)

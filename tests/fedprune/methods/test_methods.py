@@ -289,12 +289,16 @@ def test_measuring_leaves_the_model_as_it_was(execution: str, tmp_path: Path) ->
         assert not any(m._forward_pre_hooks for m in modules)
 
 
-def clients(work: Workspace, folder: Path) -> list[Local]:
-    """Every client's place in this process."""
+def laid_out(work: Workspace, folder: Path) -> Setup:
+    """What a run starts from, in a folder."""
     if not (folder / NETWORK).exists():
         work.lay_out(folder, with_start=False)
-    config = work.config
-    network = Setup(config, folder).network
+    return Setup(work.config, folder)
+
+
+def clients(work: Workspace, folder: Path) -> list[Local]:
+    """Every client's place in this process."""
+    config, network = work.config, laid_out(work, folder).network
     return [
         Local(n, open_data(config, n, setup=str(folder)), config, network)
         for n in range(config.data.clients)
@@ -637,7 +641,7 @@ def test_contract_of_every_method(name: str, tmp_path: Path) -> None:
     work = open_workspace(small(method__name=name, model__width=8))
     method = work.method
     asked, ask = local_ask(work, tmp_path)
-    server = beginning(work, ask)
+    server = dataclasses.replace(beginning(work, ask), place=laid_out(work, tmp_path).place)
     state = method.start(server)
     assert set(asked) <= set(method.actions)
     assert list(state.model.values) == list(work.shapes)

@@ -15,9 +15,9 @@ PACKAGES = ("fedprune", "prunelab", "sparsemodel", "datapruning")
 # The front door offers the classes, by names that type checkers can see.
 FRONT_DOOR = ROOT / "fedprune" / "__init__.py"
 REGISTRY = ROOT / "fedprune" / "methods" / "__init__.py"
-# English, and the name of a criterion too: no method is meant where it is not the whole text,
+# English, or the name of a criterion too: no method is meant where it is not the whole text,
 # or outside fedprune.
-WORDS = {"magnitude"}
+WORDS = {"magnitude", "random", "snip", "grasp", "synflow"}
 CLASSES = {method.__name__: method for method in METHODS.values() if method.name != "fedavg"}
 
 

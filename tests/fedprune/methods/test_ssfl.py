@@ -20,7 +20,8 @@ from fedprune.flower import client, wire
 from fedprune.local.site import Local, open_data
 from fedprune.local.training import SEED_GROWTH, epoch_batches
 from fedprune.methods.base import Start
-from fedprune.methods.ssfl import SALIENCY, SSFL, _largest_of_all, saliency
+from fedprune.methods.fixed_mask import largest
+from fedprune.methods.ssfl import SALIENCY, SSFL, saliency
 from fedprune.rounds.folder import read_metrics, read_summary
 from fedprune.rounds.setup import Setup
 from fedprune.rounds.workspace import open_workspace
@@ -146,7 +147,7 @@ def test_equal_scores_go_to_the_earlier() -> None:
         "a": np.array([[3, 2], [2, 2]], np.float32),
         "b": np.array([[4, 2], [2, 0]], np.float32),
     }
-    patterns = _largest_of_all(scores, 0.5)
+    patterns = largest(scores, 0.5, "global")
     assert patterns["a"].positions().tolist() == [0, 1, 2]
     assert patterns["b"].positions().tolist() == [0]
 
