@@ -150,29 +150,6 @@ def prune_to_largest(state: SparseState, counts: Mapping[str, int]) -> SparseSta
     return carry(state, Patterns(patterns))
 
 
-def largest_of_rows(pattern: Pattern, weights: Array) -> NDArray[np.bool_]:
-    """Which active weights are the largest by magnitude of their output: bool, shape [active].
-
-    One of each row of [out, in · k · k] that has any; of equals the earlier. Weights must not be
-    NaN.
-
-    >>> pattern = Pattern.from_positions((3, 2), np.array([0, 1, 5]))
-    >>> largest_of_rows(pattern, np.float32([1, -2, 0]))
-    array([False,  True,  True])
-    """
-    starts = pattern.row_ptr[:-1].astype(np.int64)
-    lengths: NDArray[np.int64] = pattern.row_ptr[1:] - starts
-    filled = lengths > 0
-    row_largest = np.zeros(len(weights), dtype=bool)
-    if filled.any():
-        magnitudes = np.abs(weights)
-        most = np.maximum.reduceat(magnitudes, starts[filled])
-        rows = np.repeat(np.arange(len(most)), lengths[filled])
-        at = np.flatnonzero(magnitudes == most[rows])
-        row_largest[at[np.unique(rows[at], return_index=True)[1]]] = True
-    return row_largest
-
-
 def largest(scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.bool_]:
     """Which `count` scores are the largest, the earlier one of equals: bool, shape [n].
 

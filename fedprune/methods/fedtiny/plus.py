@@ -19,16 +19,28 @@ from numpy.typing import NDArray
 from fedprune.exchange.messages import Request
 from fedprune.exchange.pooled import Pooled
 from fedprune.local.training import GROWTH_BATCHES
-from fedprune.methods.base import RunState, train_request
+from fedprune.methods.base import RunState, Start, train_request
 from fedprune.methods.fedtiny import FedTiny
+from fedprune.methods.fedtiny.kinds import KINDS, pool_of_kinds
 from fedprune.methods.fedtiny.merged import train_and_grow
+from fedprune.methods.fedtiny.pool import Pool
 from fedprune.methods.fedtiny.progressive import adjust, growth_counts
-from sparsemodel.runtime.adjust import largest_of_rows
+from fedprune.methods.fedtiny.trials import (
+    FLOW,
+    MOST_STEPS,
+    STEPS,
+    measure_flow,
+    select_by_trial,
+    try_steps,
+)
+from sparsemodel.runtime.outputs import largest_of_rows
 from sparsemodel.runtime.positions import find
-from sparsemodel.runtime.state import SparseState
+from sparsemodel.runtime.state import SparseState, Tensors
 
 AFTER, MERGED = "after", "merged"
 GROWTH_PLACES = (AFTER, MERGED)
+BATCH_NORM = "batch-norm"
+SELECTIONS = (BATCH_NORM, STEPS, FLOW)
 
 
 @dataclass(frozen=True)
@@ -43,22 +55,41 @@ class FedTinyPlus(FedTiny):
         keep_outputs: whether the largest active weight of each output is never pruned.
         protect: rounds for which a grown weight is not pruned again.
         adjust_from: rounds before the first adjustment; α's cosine begins there.
+        candidates: kinds of the pool's candidates (kinds.py), separated by commas: "noise"
+            (faithful) and "erk" are drawn and share `pool_size`; of "uniform", "synflow",
+            "gradual" and "narrow" there is one each.
+        selection: how clients choose: by "batch-norm" (faithful), or after a few local "steps", or
+            by gradient "flow" (trials.py).
+        selection_steps: local steps, or mini-batches of the gradient, of each candidate.
     """
 
     name: ClassVar[str] = "fedtiny-plus"
-    actions = {**FedTiny.actions, "train": train_and_grow}  # noqa: RUF012
+    actions = {  # noqa: RUF012
+        **FedTiny.actions,
+        "train": train_and_grow,
+        STEPS: try_steps,
+        FLOW: measure_flow,
+    }
 
     growth_at: str = AFTER
     growth_batches: int = 0
     keep_outputs: bool = False
     protect: int = 0
     adjust_from: int = 0
+    candidates: str = "noise"
+    selection: str = BATCH_NORM
+    selection_steps: int = 10
 
     def problems(self) -> Iterable[str]:
         yield from super().problems()
-        if self.growth_at not in GROWTH_PLACES:
-            allowed = ", ".join(GROWTH_PLACES)
-            yield f"growth_at: expected one of {allowed}; got {self.growth_at!r}"
+        for key, known in (("growth_at", GROWTH_PLACES), ("selection", SELECTIONS)):
+            if getattr(self, key) not in known:
+                yield f"{key}: expected one of {', '.join(known)}; got {getattr(self, key)!r}"
+        if len(set(self.kinds)) < len(self.kinds) or not set(self.kinds) <= set(KINDS):
+            allowed = ", ".join(KINDS)
+            yield f"candidates: expected some of {allowed}, once each; got {self.candidates!r}"
+        if not 1 <= self.selection_steps <= MOST_STEPS:
+            yield f"selection_steps: expected 1 to {MOST_STEPS}, got {self.selection_steps}"
         for key in ("growth_batches", "protect", "adjust_from"):
             if getattr(self, key) < 0:
                 yield f"{key}: expected 0 or more, got {getattr(self, key)}"
@@ -70,7 +101,32 @@ class FedTinyPlus(FedTiny):
 
     def used(self, rounds: int) -> dict[str, Any]:
         used = super().used(rounds)
-        return used if self.growth_at == MERGED else {**used, "growth_batches": "not used"}
+        unused = {"growth_batches": self.growth_at == AFTER}
+        unused["selection_steps"] = self.selection == BATCH_NORM
+        return {**used, **{name: "not used" for name, silent in unused.items() if silent}}
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of candidates, as they are listed."""
+        return [kind.strip() for kind in self.candidates.split(",")]
+
+    def start(self, server: Start) -> RunState:
+        pool, kinds = pool_of_kinds(
+            self.kinds, server, self.density, num_candidates=self.num_candidates,
+            outputs=self.keep_outputs,
+        )  # fmt: skip
+        return self.started(pool, server, kinds=kinds)
+
+    def select(self, pool: Pool, server: Start) -> tuple[int, Tensors, dict[str, Any]]:
+        if self.selection == BATCH_NORM:
+            return super().select(pool, server)
+        return select_by_trial(
+            pool,
+            server.pooled,
+            selection=self.selection,
+            steps=self.selection_steps,
+            metric=server.metric,
+        )
 
     def request(self, state: RunState) -> Request:
         counts = self.growth_counts(state)

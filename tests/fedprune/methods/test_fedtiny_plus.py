@@ -25,11 +25,13 @@ from fedprune.methods.fedtiny.pool import candidate_counts, candidate_pool
 from fedprune.methods.fedtiny.progressive import adjust
 from fedprune.rounds.folder import MODEL as MODEL_FILE
 from fedprune.rounds.folder import read_metrics
+from fedprune.rounds.ledger import Totals, forward_flops
 from fedprune.rounds.setup import Setup
 from fedprune.rounds.workspace import open_workspace
 from prunelab.data.batches import Preprocessing
 from sparsemodel.layers.from_state import load_state_
-from sparsemodel.runtime.adjust import largest_of_rows, prune_to_largest
+from sparsemodel.runtime.adjust import prune_to_largest
+from sparsemodel.runtime.outputs import largest_of_rows
 from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.state_file import load_state
@@ -323,3 +325,22 @@ def test_adjustments_begin_late_at_the_full_rate() -> None:
         for index in range(10)
     ]
     assert counts == [0, 0, 0, 0, 4, 3, 2, 1, 0, 0]
+
+
+def test_the_account_counts_both_passes_over_the_batches(setup: Setup) -> None:
+    """Growth over B samples: 2F + 2G for the gradients, and 3F for the exact sums, besides
+    training's 3F a sample; F the forward pass at the mask, G that of the block's whole layers."""
+    state = beginning(setup)
+    name = list(state.patterns or ())[-1]
+    forward = forward_flops(setup.layer_macs, state)
+    block = 2 * setup.layer_macs[name]
+    trained = 3 * forward * (40 + 9)
+    for fields, samples, again in (
+        ({}, 16 + 9, 0),
+        ({"growth_batches": 2}, 32 + 9, 3),
+        ({"growth_batches": 0}, 40 + 9, 3),
+    ):
+        totals = Totals()
+        totals.count_training(setup, question(state, {name: 5}, **fields), state, [40, 9])
+        once = (2 + again) * forward + block
+        assert totals.train_flops == trained + once * samples
