@@ -108,6 +108,8 @@ class Request:
             travel.
         forward_passes: for the account of operations: of each pass over the development samples
             that the answer takes, layer -> active weights. It does not travel.
+        batch_passes: the same of each pass over a mini-batch of training samples, of which a step
+            takes three. It does not travel.
         program: of the network that the question is about, where it is not the run's.
         personal: client -> what it is asked instead; who is asked the same should get the same
             object, which is encoded once. It does not travel.
@@ -124,6 +126,7 @@ class Request:
     on: str = "train"
     check: Callable[[Reply], None] = lambda reply: None
     forward_passes: Sequence[Mapping[str, int]] = ()
+    batch_passes: Sequence[Mapping[str, int]] = ()
     program: Program | None = None
     personal: Callable[[int], Request] | None = None
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # The first part of a derived seed says what it is for, so that no two uses share a stream.
 SEED_ROUND, SEED_GROWTH = 3, 4
 
+GROWTH_BATCHES = "growth_batches"
+"""The field that asks for growth over so many mini-batches, 0: all; without it, over one."""
+
 Array = NDArray[Any]
 
 
@@ -80,9 +83,9 @@ def evaluate(request: Request, local: Local) -> Reply:
     return Reply(len(test), {"loss": score.loss_sum, "metric": score.metric_sum})
 
 
-def require_samples(count: int, request: Request) -> None:
-    """Raise ClientError unless a client with so many training samples can train the model."""
-    names = request.state(MODEL).values
+def require_samples(count: int, request: Request, name: str = MODEL) -> None:
+    """Raise ClientError unless a client with so many training samples can train a state."""
+    names = request.state(name).values
     has_norms = any(name.endswith("running_mean") for name in names)
     if count < 1 + has_norms:
         why = "batch norm needs at least 2" if has_norms else "there is nothing to train on"

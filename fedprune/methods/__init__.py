@@ -15,6 +15,7 @@ from fedprune.local.training import train
 from fedprune.methods.base import Collector, Method, RunState, Start, train_request
 from fedprune.methods.fedprox import FedProx
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
+from fedprune.methods.fedtiny.plus import FedTinyPlus
 from fedprune.methods.grasp import Grasp
 from fedprune.methods.magnitude import Magnitude
 from fedprune.methods.random_mask import RandomMask
@@ -36,6 +37,7 @@ __all__ = [
     "FedProx",
     "FedTiny",
     "FedTinyFixedMask",
+    "FedTinyPlus",
     "FedTinyVanillaSelection",
     "Grasp",
     "Local",
@@ -63,6 +65,7 @@ _ALL: tuple[type[Method], ...] = (
     FedTiny,
     FedTinyVanillaSelection,
     FedTinyFixedMask,
+    FedTinyPlus,
     SmallDense,
     FedProx,
     SSFL,

@@ -268,7 +268,7 @@ def _traffic(run: _Run) -> Section | None:
 
 def _selection(run: _Run) -> Section | None:
     account = run.start.get("selection")
-    if not account:
+    if not account or "losses" not in account:  # candidates may be chosen by something else
         return None
     losses, winner = account["losses"], account["winner"]
     measure = Measure.of(run.summary)

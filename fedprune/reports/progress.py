@@ -116,7 +116,7 @@ def start_line(line: Mapping[str, Any]) -> str:
         text += f", {line['execution']} execution"
     if "selection" in line:
         selection = line["selection"]
-        text += f", candidate {selection['winner'] + 1} of {len(selection['losses'])} won"
+        text += f", candidate {selection['winner'] + 1} of {len(selection['densities'])} won"
     return text
 
 

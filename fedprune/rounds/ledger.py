@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from fedprune.exchange.messages import Request, Resources
-from fedprune.local.training import growth_counts
+from fedprune.local.training import GROWTH_BATCHES, growth_counts
 from fedprune.rounds.evaluation import Tested
 from fedprune.rounds.setup import Setup
 from sparsemodel.codec import mask_delta_entropy_bytes
@@ -122,10 +122,14 @@ class Totals:
         self.train_flops += samples * 3 * forward
         grown = growth_counts(request)
         if grown:
-            # One more mini-batch: forward and input gradient at the mask, and the whole weight
-            # gradient of the block's layers.
+            # One mini-batch more, or several: forward and input gradient at the mask, and the whole
+            # weight gradient of the block's layers.
             once = 2 * forward + 2 * sum(setup.layer_macs[name] for name in grown)
-            self.train_flops += once * sum(min(n, training.batch_size) for n in num_examples)
+            batches = request.fields.get(GROWTH_BATCHES, 1)
+            if GROWTH_BATCHES in request.fields:  # the exact sums: a step's forward and backward
+                once += 3 * forward
+            most = batches * training.batch_size
+            self.train_flops += once * sum(min(n, most) if most else n for n in num_examples)
 
     def count_passes(
         self, setup: Setup, passes: Iterable[Mapping[str, int]], num_samples: int

@@ -71,6 +71,7 @@ def noise_uniform(
     spread: float = 0.5,
     tolerance: float = 0.02,
     max_draws: int = 1000,
+    around: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Uniform density with independent noise in each layer: one candidate of FedTiny's pool.
 
@@ -87,6 +88,8 @@ def noise_uniform(
         spread: half the width of the relative noise, in [0, 1].
         tolerance: allowed relative deviation of the total, >= 0.
         max_draws: tries before the last draw is scaled, >= 1.
+        around: name -> count that the noise is around, of a total of density * N, instead of the
+            same density in every layer.
 
     Raises:
         DensityError: a density outside (0, 1] or too low for one weight in every layer, or
@@ -100,12 +103,15 @@ def noise_uniform(
             f"got {spread}, {tolerance} and {max_draws}"
         )
     wanted = density * sum(capacities.values())
+    middle = dict.fromkeys(capacities, density)
+    if around is not None:
+        middle = {name: around[name] / capacity for name, capacity in capacities.items()}
     quotas: dict[str, float] = {}
     for _ in range(max_draws):
         unit = generator.random(len(capacities))
         noise = (1 + spread * (2 * unit - 1)).tolist()
         quotas = {
-            name: min(density * factor, 1.0) * capacity
+            name: min(middle[name] * factor, 1.0) * capacity
             for (name, capacity), factor in zip(capacities.items(), noise, strict=True)
         }
         counts = {name: max(1, round(quota)) for name, quota in quotas.items()}

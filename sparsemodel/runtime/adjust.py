@@ -15,14 +15,18 @@ from sparsemodel.runtime.state import Array, Entries, LayerEntries, SparseState
 
 
 def prune_and_grow(
-    state: SparseState, candidates: Entries, counts: Mapping[str, int]
+    state: SparseState,
+    candidates: Entries,
+    counts: Mapping[str, int],
+    *,
+    keep: Mapping[str, NDArray[np.bool_]] | None = None,
 ) -> SparseState:
     """Exchange the smallest active weights for the pruned weights of largest gradient.
 
-    In each layer of `candidates`, g = min(count, non-zero candidates, active weights) coordinates
-    of largest |gradient| are grown and the g active weights of smallest magnitude are pruned,
-    so its number of active weights stays. Ties go to the lower index on both sides. A weight
-    that is grown here cannot be pruned in the same call; it starts at zero.
+    In each layer of `candidates`, g = min(count, non-zero candidates, weights that may go)
+    coordinates of largest |gradient| are grown and the g active weights of smallest magnitude are
+    pruned, so its number of active weights stays. Ties go to the lower index on both sides. A
+    weight that is grown here cannot be pruned in the same call; it starts at zero.
     Source: Huang et al. (ICDCS 2023), progressive pruning.
 
     Args:
@@ -30,6 +34,7 @@ def prune_and_grow(
         candidates: name -> (flat indices [k] of pruned weights; gradients [k]), in any order, for
             names in `counts`; a layer without any stays as it is.
         counts: name -> how many weights to exchange at most.
+        keep: name -> bool [active weights]: which stay, however small; without a name none has to.
 
     Raises:
         MaskError: a state without patterns; names or lengths that do not fit; candidates that are
@@ -54,7 +59,9 @@ def prune_and_grow(
         positions = pattern.positions()
         indices, magnitudes = _checked(name, pattern, positions, entries)
         smallness = -_magnitudes(name, weights)
-        num_grown = min(counts[name], len(indices), len(weights))
+        if keep is not None and name in keep:
+            smallness = np.where(keep[name], -np.inf, smallness)
+        num_grown = min(counts[name], len(indices), int((smallness > -np.inf).sum()))
         if num_grown == 0:
             continue
         grown = indices[largest(magnitudes, num_grown)]

@@ -18,6 +18,7 @@ from fedprune.methods.base import Method, RunState, Start, train_request
 from fedprune.methods.fedtiny.pool import Pool, candidate_counts, candidate_pool
 from fedprune.methods.fedtiny.progressive import adjust, growth_counts
 from fedprune.methods.fedtiny.selection import measure, score, select_candidate
+from sparsemodel.runtime.state import SparseState, Tensors
 
 GRANULARITIES = ("layer", "block", "entire")
 
@@ -91,10 +92,15 @@ class FedTiny(Method):
         counts = candidate_counts(
             server.prunable, self.density, num_candidates=self.num_candidates, seed=server.seed
         )
-        pool = candidate_pool(server.state(), counts)
-        winner, statistics, account = select_candidate(
-            pool, server.pooled, adaptive=self.adaptive_selection, metric=server.metric
-        )
+        return self.started(candidate_pool(server.state(), counts), server)
+
+    def started(self, pool: Pool, server: Start, **noted: Any) -> RunState:
+        """The state of the candidate that clients choose.
+
+        Args:
+            noted: what the account of the selection says besides.
+        """
+        winner, statistics, account = self.select(pool, server)
         return RunState(
             round_index=0,
             model=pool.candidate(winner).replace(statistics),
@@ -103,7 +109,13 @@ class FedTiny(Method):
                 "adjustments": 0,
                 "until": self.last_adjustment(server.rounds),
             },
-            notes={"selection": account},
+            notes={"selection": {**account, **noted}},
+        )
+
+    def select(self, pool: Pool, server: Start) -> tuple[int, Tensors, dict[str, Any]]:
+        """The winner's number, its batch-norm statistics, and an account for the report."""
+        return select_candidate(
+            pool, server.pooled, adaptive=self.adaptive_selection, metric=server.metric
         )
 
     def request(self, state: RunState) -> Request:
@@ -115,7 +127,11 @@ class FedTiny(Method):
         if not counts:
             return after
         memory = {**state.memory, "adjustments": state.memory["adjustments"] + 1}
-        return replace(after, model=adjust(pooled.model, pooled.growth, counts), memory=memory)
+        return replace(after, model=self.adjusted(state, pooled, counts), memory=memory)
+
+    def adjusted(self, state: RunState, pooled: Pooled, counts: dict[str, int]) -> SparseState:
+        """The clients' mean model with the block's mask moved."""
+        return adjust(pooled.model, pooled.growth, counts)
 
     def growth_counts(self, state: RunState) -> dict[str, int]:
         """How many growth candidates clients send in the coming round, by layer."""

@@ -6,6 +6,11 @@ again, loses its smallest active weights and grows where the clients' gradients 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
 from fedprune.methods.base import RunState
 from sparsemodel.masks.schedule import adjustment_counts, block_of_adjustment, cosine
 from sparsemodel.runtime.adjust import prune_and_grow
@@ -17,7 +22,7 @@ def is_adjustment_round(round_number: int, *, every: int, until: int) -> bool:
     return round_number % every == 0 and round_number < until
 
 
-def growth_counts(state: RunState, *, every: int, rate: float) -> dict[str, int]:
+def growth_counts(state: RunState, *, every: int, rate: float, after: int = 0) -> dict[str, int]:
     """a_l for each layer of the block that the coming round adjusts; empty in other rounds.
 
     a_l = floor(α/2 (1 + cos(π r / R_stop)) · nnz_l), r the round's number. The block pointer
@@ -27,21 +32,35 @@ def growth_counts(state: RunState, *, every: int, rate: float) -> dict[str, int]
         state: its memory holds "blocks", "adjustments" and "until" (R_stop).
         every: ΔR.
         rate: α.
+        after: rounds before which nothing moves; the cosine then begins there.
     """
     round_number, until = state.round_index + 1, state.memory["until"]
     patterns = state.model.patterns
     if patterns is None or not is_adjustment_round(round_number, every=every, until=until):
+        return {}
+    if round_number <= after:
         return {}
     blocks = state.memory["blocks"]
     block = blocks[block_of_adjustment(state.memory["adjustments"], len(blocks))]
     counts = adjustment_counts(
         {name: patterns[name].num_active for name in block},
         {name: patterns[name].num_weights for name in block},
-        rate=cosine(round_number, value=rate, end=until),
+        rate=cosine(round_number - after, value=rate, end=until - after),
     )
     return {name: count for name, count in counts.items() if count > 0}
 
 
-def adjust(mean: SparseState, growth: Entries, counts: dict[str, int]) -> SparseState:
-    """The block's mask moved: layer densities stay, grown weights start at 0."""
-    return prune_and_grow(mean, {n: growth[n] for n in counts if n in growth}, counts)
+def adjust(
+    mean: SparseState,
+    growth: Entries,
+    counts: dict[str, int],
+    *,
+    keep: Mapping[str, NDArray[np.bool_]] | None = None,
+) -> SparseState:
+    """The block's mask moved: layer densities stay, grown weights start at 0.
+
+    Args:
+        keep: layer -> which active weights stay, however small.
+    """
+    asked = {name: growth[name] for name in counts if name in growth}
+    return prune_and_grow(mean, asked, counts, keep=keep)

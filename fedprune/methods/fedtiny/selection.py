@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def measure(request: Request, local: Local) -> Reply:
     """First step: statistics of every candidate on the development split."""
-    inputs = _dev_inputs(local)
+    inputs = dev_inputs(local)
     tensors = {
         str(number): model.statistics(inputs)
         for number, model in _candidates(received_pool(request), local)
@@ -40,9 +40,9 @@ def measure(request: Request, local: Local) -> Reply:
 
 def score(request: Request, local: Local) -> Reply:
     """Second step: loss of every candidate with the statistics that it was given."""
-    inputs = _dev_inputs(local)
+    inputs = dev_inputs(local)
     pool = received_pool(request)
-    if set(request.tensors) != {str(number) for number in range(len(pool.counts))}:
+    if set(request.tensors) != {str(number) for number in range(len(pool))}:
         raise ClientError("expected statistics of every candidate")
     scores = [
         model.evaluate(inputs, local.data.dev.targets)
@@ -52,7 +52,12 @@ def score(request: Request, local: Local) -> Reply:
     return Reply(len(inputs), sums)
 
 
-def _dev_inputs(local: Local) -> Any:
+def dev_inputs(local: Local) -> Any:
+    """A client's development samples.
+
+    Raises:
+        ClientError: it has none.
+    """
     if len(local.data.dev) < 1:
         raise ClientError("no development sample: the client has a single training sample")
     return local.data.dev.inputs
@@ -63,7 +68,7 @@ def _candidates(
 ) -> Iterator[tuple[int, LocalModel]]:
     """Each candidate's number, and a model that holds it until the next."""
     model: LocalModel | None = None
-    for number in range(len(pool.counts)):
+    for number in range(len(pool)):
         state = pool.candidate(number)
         if statistics is not None:
             state = state.replace(statistics[str(number)])
@@ -95,8 +100,7 @@ def select_candidate(
     Raises:
         RunError: no client could measure, or none could evaluate.
     """
-    size = len(pool.counts)
-    names = [name for name in pool.union.values if name.endswith(STATISTICS)]
+    size, names = len(pool), statistics_of(pool)
     statistics: list[Tensors]
     if adaptive:
         expected = Expected(tensors={str(number): names for number in range(size)})
@@ -107,29 +111,25 @@ def select_candidate(
             )
         statistics = [measured.tensors[str(number)] for number in range(size)]
     else:
-        statistics = [{name: pool.union.values[name] for name in names}] * size
+        statistics = [{name: pool.values(c)[name] for name in names} for c in range(size)]
     request = pool_request(
         pool,
         "score",
         tensors={str(number): each for number, each in enumerate(statistics)},
         expected=Expected(sums={"losses": size, "metrics": size}),
-        check=_check_scores(size, metric),
+        check=check_scores(size, metric),
     )
     scores = ask(request)
     if not scores.clients:
         raise RunError("candidate selection: no client could evaluate the candidates")
     mean_losses = scores.fields["losses"]
     winner = min(range(size), key=lambda c: (mean_losses[c], c))
-    assert pool.union.patterns is not None
-    sizes = {name: p.num_weights for name, p in pool.union.patterns.items()}
     account = {
         "adaptive": adaptive,
         "winner": winner,
         "losses": mean_losses,
         "metrics": scores.fields["metrics"],
-        "densities": [
-            {name: count / sizes[name] for name, count in each.items()} for each in pool.counts
-        ],
+        "densities": densities_of(pool),
         "clients": list(scores.clients),
     }
     return winner, statistics[winner], account
@@ -138,7 +138,21 @@ def select_candidate(
 STATISTICS = (".running_mean", ".running_var")
 
 
-def _check_scores(size: int, metric: str) -> Any:
+def statistics_of(pool: Pool) -> list[str]:
+    """Names of the running statistics of batch norms."""
+    return [name for name in pool.union.values if name.endswith(STATISTICS)]
+
+
+def densities_of(pool: Pool) -> list[dict[str, float]]:
+    """For each candidate: layer -> its density."""
+    assert pool.union.patterns is not None
+    sizes = {name: p.num_weights for name, p in pool.union.patterns.items()}
+    return [{name: count / sizes[name] for name, count in each.items()} for each in pool.kept()]
+
+
+def check_scores(size: int, metric: str) -> Any:
+    """What refuses losses and metrics of candidates that cannot be."""
+
     def check(reply: Reply) -> None:
         losses(reply.fields, "losses", size, reply.num_examples)
         metrics(reply.fields, "metrics", size, reply.num_examples, metric=metric)

@@ -1,0 +1,175 @@
+"""FedTiny with options beyond the paper: what may make it less fragile, each by a setting.
+
+Departs from Huang et al. (ICDCS 2023) wherever a setting says so; with every one of them at the
+faithful value it is the method of the paper, bit for bit.
+
+Clients begin each round with a new optimiser, so no weight's momentum lasts longer than a round:
+a grown weight starts at zero beside others whose momentum is zero too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedprune.exchange.messages import Request
+from fedprune.exchange.pooled import Pooled
+from fedprune.local.training import GROWTH_BATCHES
+from fedprune.methods.base import RunState, Start, train_request
+from fedprune.methods.fedtiny import FedTiny
+from fedprune.methods.fedtiny.kinds import KINDS, pool_of_kinds
+from fedprune.methods.fedtiny.merged import train_and_grow
+from fedprune.methods.fedtiny.pool import Pool
+from fedprune.methods.fedtiny.progressive import adjust, growth_counts
+from fedprune.methods.fedtiny.trials import (
+    FLOW,
+    MOST_STEPS,
+    STEPS,
+    measure_flow,
+    select_by_trial,
+    try_steps,
+)
+from sparsemodel.runtime.outputs import largest_of_rows
+from sparsemodel.runtime.positions import find
+from sparsemodel.runtime.state import SparseState, Tensors
+
+AFTER, MERGED = "after", "merged"
+GROWTH_PLACES = (AFTER, MERGED)
+BATCH_NORM = "batch-norm"
+SELECTIONS = (BATCH_NORM, STEPS, FLOW)
+
+
+@dataclass(frozen=True)
+class FedTinyPlus(FedTiny):
+    """FedTiny with options of growth, protection, candidates and selection beyond the paper.
+
+    Attributes:
+        growth_at: where clients measure gradients at pruned weights: "after" their local epochs,
+            on one mini-batch (faithful), or at the "merged" model that they receive, before them.
+            The mask moves after that round's aggregation either way.
+        growth_batches: mini-batches of the merged model's gradients; 0: all training samples.
+        keep_outputs: whether the largest active weight of each output is never pruned.
+        protect: rounds for which a grown weight is not pruned again.
+        adjust_from: rounds before the first adjustment; α's cosine begins there.
+        candidates: kinds of the pool's candidates (kinds.py), separated by commas: "noise"
+            (faithful) and "erk" are drawn and share `pool_size`; of "uniform", "synflow",
+            "gradual" and "narrow" there is one each.
+        selection: how clients choose: by "batch-norm" (faithful), or after a few local "steps", or
+            by gradient "flow" (trials.py).
+        selection_steps: local steps, or mini-batches of the gradient, of each candidate.
+    """
+
+    name: ClassVar[str] = "fedtiny-plus"
+    actions = {  # noqa: RUF012
+        **FedTiny.actions,
+        "train": train_and_grow,
+        STEPS: try_steps,
+        FLOW: measure_flow,
+    }
+
+    growth_at: str = AFTER
+    growth_batches: int = 0
+    keep_outputs: bool = False
+    protect: int = 0
+    adjust_from: int = 0
+    candidates: str = "noise"
+    selection: str = BATCH_NORM
+    selection_steps: int = 10
+
+    def problems(self) -> Iterable[str]:
+        yield from super().problems()
+        for key, known in (("growth_at", GROWTH_PLACES), ("selection", SELECTIONS)):
+            if getattr(self, key) not in known:
+                yield f"{key}: expected one of {', '.join(known)}; got {getattr(self, key)!r}"
+        if len(set(self.kinds)) < len(self.kinds) or not set(self.kinds) <= set(KINDS):
+            allowed = ", ".join(KINDS)
+            yield f"candidates: expected some of {allowed}, once each; got {self.candidates!r}"
+        if not 1 <= self.selection_steps <= MOST_STEPS:
+            yield f"selection_steps: expected 1 to {MOST_STEPS}, got {self.selection_steps}"
+        for key in ("growth_batches", "protect", "adjust_from"):
+            if getattr(self, key) < 0:
+                yield f"{key}: expected 0 or more, got {getattr(self, key)}"
+        if 0 < self.adjust_until <= self.adjust_from:
+            yield (
+                f"adjust_from: expected less than adjust_until ({self.adjust_until}), "
+                f"got {self.adjust_from}"
+            )
+
+    def used(self, rounds: int) -> dict[str, Any]:
+        used = super().used(rounds)
+        unused = {"growth_batches": self.growth_at == AFTER}
+        unused["selection_steps"] = self.selection == BATCH_NORM
+        return {**used, **{name: "not used" for name, silent in unused.items() if silent}}
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of candidates, as they are listed."""
+        return [kind.strip() for kind in self.candidates.split(",")]
+
+    def start(self, server: Start) -> RunState:
+        pool, kinds = pool_of_kinds(
+            self.kinds, server, self.density, num_candidates=self.num_candidates,
+            outputs=self.keep_outputs,
+        )  # fmt: skip
+        return self.started(pool, server, kinds=kinds)
+
+    def select(self, pool: Pool, server: Start) -> tuple[int, Tensors, dict[str, Any]]:
+        if self.selection == BATCH_NORM:
+            return super().select(pool, server)
+        return select_by_trial(
+            pool,
+            server.pooled,
+            selection=self.selection,
+            steps=self.selection_steps,
+            metric=server.metric,
+        )
+
+    def request(self, state: RunState) -> Request:
+        counts = self.growth_counts(state)
+        more = {GROWTH_BATCHES: self.growth_batches} if counts and self.growth_at == MERGED else {}
+        return train_request(state, fields=more, growth=counts)
+
+    def update(self, state: RunState, pooled: Pooled) -> RunState:
+        after = super().update(state, pooled)
+        if not self.protect:
+            return after
+        grown = _grown(pooled.model, after.model)
+        kept = [*state.memory.get("grown", []), *([[after.round_index, grown]] if grown else [])]
+        kept = [[since, at] for since, at in kept if after.round_index - since < self.protect]
+        return replace(after, memory={**after.memory, "grown": kept})
+
+    def growth_counts(self, state: RunState) -> dict[str, int]:
+        return growth_counts(
+            state, every=self.adjust_every, rate=self.adjust_rate, after=self.adjust_from
+        )
+
+    def adjusted(self, state: RunState, pooled: Pooled, counts: dict[str, int]) -> SparseState:
+        keep = {name: self._kept(name, state, pooled.model) for name in counts}
+        return adjust(pooled.model, pooled.growth, counts, keep=keep)
+
+    def _kept(self, name: str, state: RunState, model: SparseState) -> NDArray[np.bool_]:
+        """Which active weights of a layer the coming adjustment must leave."""
+        pattern = model.pattern(name)
+        assert pattern is not None, "an adjustment is of pruned layers"
+        kept = np.zeros(pattern.num_active, dtype=bool)
+        if self.keep_outputs:
+            kept |= largest_of_rows(pattern, model.values[name])
+        for _, grown in state.memory.get("grown", []):
+            places, there = find(pattern.positions(), np.array(grown.get(name, []), np.int64))
+            kept[places[there]] = True
+        return kept
+
+
+def _grown(before: SparseState, after: SparseState) -> dict[str, list[int]]:
+    """Layer -> flat positions of the weights that are active after an adjustment alone."""
+    assert before.patterns is not None
+    assert after.patterns is not None
+    return {
+        name: np.setdiff1d(after.patterns[name].positions(), pattern.positions()).tolist()
+        for name, pattern in before.patterns.items()
+        if after.patterns[name] != pattern
+    }
