@@ -15,6 +15,8 @@ from fedprune.local.training import train
 from fedprune.methods.base import Collector, Method, RunState, Start, train_request
 from fedprune.methods.fedprox import FedProx
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
+from fedprune.methods.fjord import FjORD
+from fedprune.methods.heterofl import HeteroFL
 from fedprune.methods.magnitude import Magnitude
 from fedprune.methods.small_dense import SmallDense
 from fedprune.methods.ssfl import SSFL
@@ -33,6 +35,8 @@ __all__ = [
     "FedTiny",
     "FedTinyFixedMask",
     "FedTinyVanillaSelection",
+    "FjORD",
+    "HeteroFL",
     "Local",
     "Magnitude",
     "Method",
@@ -58,6 +62,8 @@ _ALL: tuple[type[Method], ...] = (
     SmallDense,
     FedProx,
     SSFL,
+    HeteroFL,
+    FjORD,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 DEFAULT_METHOD = FedTiny.name

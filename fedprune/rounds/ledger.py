@@ -100,14 +100,19 @@ class Totals:
             self.peak_rss_bytes = max(self.peak_rss_bytes, resources.peak_rss_bytes)
 
     def count_training(
-        self, setup: Setup, request: Request, model: SparseState, num_examples: list[int]
+        self, setup: Setup, request: Request, model: SparseState, samples: Mapping[int, int]
     ) -> None:
-        """Operations of the clients' training, and what dense training would have taken."""
-        training = setup.config.training
-        samples = sum(num_examples) * training.local_epochs
-        forward = forward_flops(setup.layer_macs, model)
-        self.dense_flops += samples * 3 * 2 * sum(setup.reference.layer_macs.values())
-        self.train_flops += samples * 3 * forward
+        """Operations of the clients' training, and what dense training would have taken.
+
+        Args:
+            samples: of each client.
+        """
+        training, num_examples = setup.config.training, samples.values()
+        forward, passes = forward_flops(setup.layer_macs, model), 3 * training.local_epochs
+        dense = 2 * sum(setup.reference.layer_macs.values())
+        self.dense_flops += sum(num_examples) * passes * dense
+        for client, own in request.of_each(samples).items():
+            self.train_flops += samples[client] * passes * (2 * own.macs or forward)
         grown = growth_counts(request)
         if grown:
             # One more mini-batch: forward and input gradient at the mask, and the whole weight
@@ -126,6 +131,11 @@ class Totals:
                 for name, macs in setup.layer_macs.items()
             )
             self.train_flops += float(2 * macs * num_samples)
+
+    def count_pass(self, setup: Setup, request: Request, model: SparseState, samples: int) -> None:
+        """Operations of a forward pass of a question's model over so many samples."""
+        forward = 2 * request.macs or forward_flops(setup.layer_macs, model)
+        self.train_flops += float(forward * samples)
 
     def _count_bytes(self, traffic: Traffic) -> None:
         self.bytes_up += sum(traffic.up)
