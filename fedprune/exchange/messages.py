@@ -109,8 +109,8 @@ class Request:
         forward_passes: for the account of operations: of each pass over the development samples
             that the answer takes, layer -> active weights. It does not travel.
         program: of the network that the question is about, where it is not the run's.
-        macs: multiply-accumulates of a forward pass of one sample, where they are not those of the
-            run's network at the mask. It does not travel.
+        macs: for the account: multiply-accumulates of a forward pass of one sample, where they
+            are not those of the model under its mask. It does not travel.
         personal: client -> what it is asked instead; who is asked the same should get the same
             object, which is encoded once. It does not travel.
     """

@@ -32,7 +32,7 @@ from prunelab.errors import RunError
 from prunelab.runs.seeds import rng
 from sparsemodel.errors import ProgramError
 from sparsemodel.runtime.fixed_sum import FixedSum
-from sparsemodel.runtime.narrow import leading, multiply_accumulates, narrowed, output_layer
+from sparsemodel.runtime.narrow import leading, narrowed, output_layer
 from sparsemodel.runtime.pattern import Shape
 from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import Array, SparseState, Tensors
@@ -125,7 +125,7 @@ class WidthTiers(Method):
         """
         model = leading(state.model, tier.shapes)
         request = train_request(replace(state, model=model))
-        return replace(request, program=tier.other, macs=tier.macs)
+        return replace(request, program=tier.other)
 
     def request(self, state: RunState) -> Request:
         plan = self.plan(state)
@@ -195,7 +195,7 @@ class Tier:
     @cached_property
     def macs(self) -> int:
         """Multiply-accumulates of a forward pass of one sample."""
-        return multiply_accumulates(self.program)
+        return sum(self.program.layer_macs().values())
 
     def told(self) -> dict[str, Any]:
         """For the account: what one of them holds of the model, sends and computes."""
@@ -279,7 +279,6 @@ def _measured(state: RunState, tier: Tier, ask: AskSome) -> Tensors:
         states={MODEL: leading(state.model, tier.shapes)},
         expected=Expected(tensors={STATISTICS: names}),
         program=tier.other,
-        macs=tier.macs,
     )
     mean = StateMean()
     for _, reply in ask(request, among=set(tier.clients)):

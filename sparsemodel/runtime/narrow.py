@@ -110,15 +110,6 @@ def leading(state: SparseState, shapes: Mapping[str, Shape]) -> SparseState:
     )
 
 
-def multiply_accumulates(program: Program) -> int:
-    """Of a forward pass of one sample."""
-    shapes = program.shapes()
-    return sum(
-        math.prod(shapes[name]) * math.prod(program.results[number][1:])
-        for name, number in program.layers().items()
-    )
-
-
 def _layer(
     program: Program, number: int, inputs: int, outputs: int, tensors: dict[str, Shape]
 ) -> Node:

@@ -17,7 +17,6 @@ from sparsemodel.plans.program import program_of
 from sparsemodel.runtime.narrow import (
     channels_of,
     leading,
-    multiply_accumulates,
     narrowed,
     narrowed_to,
     output_layer,
@@ -56,8 +55,9 @@ def test_a_share_of_the_channels_is_the_network_of_that_width(name: str) -> None
         built = network(name, width)
         narrow = narrowed(wide, rate)
         assert narrow == program_of(built, COLOUR)
-        macs = layer_macs(built, lambda model: model(torch.zeros(1, *COLOUR)))
-        assert multiply_accumulates(narrow) == sum(macs.values())
+        assert narrow.layer_macs() == layer_macs(
+            built, lambda model: model(torch.zeros(1, *COLOUR))
+        )
         shapes = {name: tuple(value.shape) for name, value in float_state(built).items()}
         assert narrow.shapes() == shapes
 
