@@ -17,6 +17,7 @@ from fedprune.methods.fedprox import FedProx
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
 from fedprune.methods.magnitude import Magnitude
 from fedprune.methods.small_dense import SmallDense
+from fedprune.methods.sparsyfed import SparsyFed
 from fedprune.methods.ssfl import SSFL
 from prunelab.errors import close_names
 from prunelab.runs.imported import imported
@@ -41,6 +42,7 @@ __all__ = [
     "Request",
     "RunState",
     "SmallDense",
+    "SparsyFed",
     "Start",
     "is_given",
     "method_class",
@@ -58,6 +60,7 @@ _ALL: tuple[type[Method], ...] = (
     SmallDense,
     FedProx,
     SSFL,
+    SparsyFed,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 DEFAULT_METHOD = FedTiny.name
