@@ -61,7 +61,8 @@ def play_round(
     if privacy.dp != "none":
         request = question(request, privacy)
     # 2. Replies are folded into sums as they arrive; only the sums are kept.
-    fold, per_round = Fold(setup, state), config.clients_per_round
+    sent, per_round = request.states[MODEL], config.clients_per_round
+    fold = Fold(setup, state, sent)
     if privacy.secure_aggregation:  # nobody's answer is seen alone
         fold.take(gather_sum(setup, cohort, folder, request, per_round=per_round), cohort)
         totals.count_held(fold.resources)
@@ -81,7 +82,7 @@ def play_round(
     if privacy.dp != "none":
         seeded = privacy.seeds_noise(cohort.simulated)
         key = seeded_key("noise", config.seed, state.round_index) if seeded else new_key()
-        mean = released(state.model, pooled.model, privacy, num_clients=len(fold.losses), key=key)
+        mean = released(sent, pooled.model, privacy, num_clients=len(fold.losses), key=key)
         pooled = pooled.with_model(mean)
     updated = setup.method.update(state, pooled)
     # 4. The new model is evaluated on test data, for the record only.
@@ -262,14 +263,15 @@ class Fold:
     """What is made of the replies of a round.
 
     Args:
-        before: the state whose model clients trained.
+        state: before the round.
+        sent: the model that clients trained.
     """
 
-    def __init__(self, setup: Setup, before: RunState) -> None:
+    def __init__(self, setup: Setup, state: RunState, sent: SparseState) -> None:
         self._aggregation = aggregation = aggregation_of(setup)
-        self._collector = setup.method.collector(before)
+        self._collector = setup.method.collector(state)
         updates = setup.config.privacy.dp != "none"
-        self._mean = aggregation.states(before=before.model, updates=updates)
+        self._mean = aggregation.states(before=sent, updates=updates)
         self._growth = aggregation.entries()
         self._tensors: dict[str, States] = {}
         self._weight = 0

@@ -19,6 +19,8 @@ from fedprune.methods.base import RunState, train_request
 from fedprune.methods.sparsyfed import SparsyFed, power, top_k, train_powers
 from fedprune.rounds.folder import MODEL as MODEL_FILE
 from fedprune.rounds.folder import read_metrics
+from fedprune.rounds.setup import Setup
+from fedprune.rounds.workspace import open_workspace
 from prunelab.networks import float_state
 from sparsemodel.layers.from_state import load_state_
 from sparsemodel.runtime.state import SparseState
@@ -136,6 +138,20 @@ def test_a_run_keeps_its_density_and_gives_the_same_bits_twice(tmp_path: Path) -
     assert digest(first) == digest(second)
     densities = [line["density"] for line in read_metrics(first) if "train_loss" in line]
     assert densities == pytest.approx([0.2] * 3, rel=0.01)
+
+
+def test_updates_are_those_of_what_was_sent(tmp_path: Path) -> None:
+    """Cut to nearly nothing they leave the start as it was, which weights in θ's place do not."""
+    config = tiny(
+        method__name="sparsyfed", method__density=1.0, training__rounds=1,
+        federation__aggregation="clipped", federation__clip=1e-6, federation__byzantine=0.25,
+    )  # fmt: skip
+    found = load_state(run_inline(config, tmp_path / "run") / MODEL_FILE)[0]
+    open_workspace(config).lay_out(tmp_path / "setup", with_start=True)
+    start = Setup(config, tmp_path / "setup").start_state()
+    for name, value in start.values.items():
+        if "running" not in name:
+            np.testing.assert_allclose(found.values[name], value, atol=1e-5)
 
 
 def test_masks_of_clients_joined_shrink(tmp_path: Path) -> None:
