@@ -13,6 +13,7 @@ from fedprune.exchange.pooled import Pooled
 from fedprune.local.site import Local
 from fedprune.local.training import train
 from fedprune.methods.base import Collector, Method, RunState, Start, train_request
+from fedprune.methods.fedmef import FedMef
 from fedprune.methods.fedprox import FedProx
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
 from fedprune.methods.magnitude import Magnitude
@@ -30,6 +31,7 @@ __all__ = [
     "SSFL",
     "Collector",
     "Expected",
+    "FedMef",
     "FedProx",
     "FedTiny",
     "FedTinyFixedMask",
@@ -61,6 +63,7 @@ _ALL: tuple[type[Method], ...] = (
     FedProx,
     SSFL,
     SparsyFed,
+    FedMef,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 DEFAULT_METHOD = FedTiny.name
