@@ -18,9 +18,10 @@ from fedprune.exchange.messages import MODEL, Request
 from fedprune.exchange.pooled import Pooled
 from fedprune.local.training import train
 from fedprune.methods.base import RunState
-from fedprune.methods.fedmef import FedMef, lowest, rex, train_pressing
+from fedprune.methods.fedmef import Extrusion, FedMef, lowest, rex, train_pressing
 from fedprune.rounds.folder import MODEL as MODEL_FILE
 from fedprune.rounds.folder import read_metrics
+from fedprune.settings import TrainingConfig
 from prunelab.networks import float_state
 from sparsemodel.layers.from_state import load_state_
 from sparsemodel.runtime.pattern import Pattern, Patterns
@@ -97,6 +98,22 @@ def test_steps_by_hand(lr_weight: float, max_lr: float, execution: str) -> None:
     for name, value in float_state(model).items():
         found = reply.states[MODEL].dense_layer(name)
         np.testing.assert_allclose(found, value.numpy(), rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_two_steps_with_little_to_press_out() -> None:
+    """η_0 = .1, η_r = .05, ψ = 5, T = 4: η is .5 tanh(.2) = .0987, then 6/7 of .5 tanh(norm/2)."""
+    training = TrainingConfig(rounds=2, schedule="linear", lr=0.1, momentum=0.0, weight_decay=0.0)
+    low = {"w": np.array([0])}
+    extrusion = Extrusion(training, 1, low, steps=4, penalty=0.5, lr_weight=5.0, max_lr=0.0)
+    values, expected = {"w": np.float32([0.4, 2.0])}, np.array([0.4, 2.0])
+    for factor in (1.0, 6 / 7):
+        gradients = {"w": np.float32([1, 1])}
+        extrusion.move(values, gradients)
+        values["w"] -= gradients["w"]
+        rate = 5 * 0.1 * factor * math.tanh(abs(expected[0]) / 2)
+        expected = expected - max(0.05, rate) * np.array([1 + expected[0], 1])
+    assert rate > 0.05
+    np.testing.assert_allclose(values["w"], expected, rtol=1e-6)
 
 
 def test_a_larger_penalty_leaves_less_to_prune() -> None:
