@@ -14,6 +14,7 @@ from fedprune.local.site import Local
 from fedprune.local.training import train
 from fedprune.methods.base import Collector, Method, RunState, Start, train_request
 from fedprune.methods.fedmef import FedMef
+from fedprune.methods.fedpm import FedPM
 from fedprune.methods.fedprox import FedProx
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
 from fedprune.methods.magnitude import Magnitude
@@ -32,6 +33,7 @@ __all__ = [
     "Collector",
     "Expected",
     "FedMef",
+    "FedPM",
     "FedProx",
     "FedTiny",
     "FedTinyFixedMask",
@@ -64,6 +66,7 @@ _ALL: tuple[type[Method], ...] = (
     SSFL,
     SparsyFed,
     FedMef,
+    FedPM,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 DEFAULT_METHOD = FedTiny.name
