@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedprune.config import RunConfig, parse_toml
 from fedprune.errors import ConfigError
@@ -34,6 +34,7 @@ from prunelab.runs.folder import (
     read_summary,
 )
 from prunelab.runs.settings import differences
+from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.state_file import load_state, save_state
 
@@ -62,6 +63,8 @@ __all__ = [
 ]
 
 CHECKPOINT = "checkpoint.safetensors"
+_KEPT = "kept:"
+T = TypeVar("T")
 # Settings that change no bit of the result, so a resumed run may differ in them.
 FREE_ON_RESUME = {"federation.timeout", "federation.quorum", "federation.attempts"}
 
@@ -108,7 +111,7 @@ class RunFolder:
         }
         save_state(
             self.path / CHECKPOINT,
-            state.model,
+            _joined(state),
             metadata={"fedprune": json.dumps(metadata)},
         )
         self.state = state
@@ -222,7 +225,8 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     file = path / CHECKPOINT
     if not file.exists():
         return None
-    model, stored = load_state(file)
+    held, stored = load_state(file)
+    model, kept = _parted(held)
     try:
         values = json.loads(stored["fedprune"])
         run, size = values["run"], int(values["metrics_bytes"])
@@ -232,6 +236,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
             model=model,
             memory=values["memory"],
             notes=values["notes"],
+            kept=kept,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
@@ -240,6 +245,37 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     runfolder.check_run(file, run)
     read_metrics(path, size=size)
     return Checkpoint(state, totals, size)
+
+
+def _joined(state: RunState) -> SparseState:
+    """The model and what the method keeps as one state, the latter's names after theirs."""
+    values, patterns = dict(state.model.values), dict(state.model.patterns or {})
+    for key, kept in state.kept.items():
+        values |= {f"{_KEPT}{key}:{name}": value for name, value in kept.values.items()}
+        patterns |= {f"{_KEPT}{key}:{n}": pattern for n, pattern in (kept.patterns or {}).items()}
+    return SparseState(values, Patterns(patterns) if patterns else None)
+
+
+def _parted(joined: SparseState) -> tuple[SparseState, dict[str, SparseState]]:
+    """What `_joined` made one: the model, and what the method keeps."""
+    values = _by_owner(joined.values)
+    patterns = _by_owner(joined.patterns or {})
+    states = {
+        key: SparseState(own, Patterns(patterns[key]) if key in patterns else None)
+        for key, own in values.items()
+    }
+    return states.pop(""), states
+
+
+def _by_owner(items: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """What belongs to the model, under "", and to each of the kept states, in the same order."""
+    owned: dict[str, dict[str, T]] = {}
+    for full, item in items.items():
+        key, name = "", full
+        if full.startswith(_KEPT):
+            key, _, name = full.removeprefix(_KEPT).partition(":")
+        owned.setdefault(key, {})[name] = item
+    return owned
 
 
 def _restore(folder: RunFolder) -> None:
