@@ -146,6 +146,51 @@ class Optimizer:
             self._rule(values, gradients)
 
 
+class OwnOptimizer(Optimizer):
+    """An optimiser of a method's own, which decides the whole step of every parameter.
+
+    `move` (values, gradients) leaves in the gradients what is subtracted from the values; `steps`
+    says what the run's optimiser would subtract.
+
+    Attributes:
+        numbers: of the run's steps.
+    """
+
+    def __init__(self, training: TrainingConfig, round_index: int) -> None:
+        super().__init__(training, round_index)
+        self.numbers, self.sgd = self.sgd, Sgd(1.0, 0.0, 0.0)
+        self._speed: dict[str, Array] = {}
+
+    @property
+    def correction(self) -> Correction | None:
+        return self.move
+
+    def move(self, values: Tensors, gradients: Tensors) -> None:
+        """Turn gradients into what is subtracted, in place."""
+        raise NotImplementedError
+
+    def steps(self, values: Tensors, gradients: Tensors, *, lr: float | None = None) -> None:
+        """Turn gradients into the run's steps, in place: clipped, by its rule or with momentum.
+
+        Args:
+            lr: a learning rate in place of the round's.
+        """
+        self._correct(values, gradients)
+        rate, momentum, decay = map(np.float32, self.numbers)
+        for name, gradient in gradients.items():
+            if decay:
+                np.add(gradient, decay * values[name], out=gradient)
+            if momentum:
+                speed = self._speed.setdefault(name, np.zeros_like(gradient))
+                np.multiply(speed, momentum, out=speed)
+                np.add(speed, gradient, out=speed)
+                gradient[...] = speed
+            np.multiply(gradient, rate if lr is None else np.float32(lr), out=gradient)
+
+    def held_bytes(self) -> int:
+        return super().held_bytes() + sum(speed.nbytes for speed in self._speed.values())
+
+
 def round_sgd(training: TrainingConfig, round_index: int) -> Sgd:
     """The numbers of plain SGD in a round: the schedule sets the learning rate round by round."""
     rate = training.lr * schedule_factor(training, round_index)

@@ -31,18 +31,26 @@ GROWTH_BATCHES = "growth_batches"
 Array = NDArray[Any]
 
 
-def train(request: Request, local: Local, *, correction: Correction | None = None) -> Reply:
+def train(
+    request: Request,
+    local: Local,
+    *,
+    correction: Correction | None = None,
+    optimizer: Optimizer | None = None,
+) -> Reply:
     """Train the request's model for the configured epochs; the default answer to "train".
 
     Args:
         correction: changes gradients before each step (a proximal term, say).
+        optimizer: in place of the run's, with a correction of its own.
 
     Raises:
         ClientError: too few samples.
     """
     require_samples(len(local.data.train), request)
     training, own = local.config.training, local.data.train
-    optimizer = Optimizer(training, request.round_index, correction=correction)
+    if optimizer is None:
+        optimizer = Optimizer(training, request.round_index, correction=correction)
     model = local.open(request.state(MODEL))
     loss = train_epochs(
         model,

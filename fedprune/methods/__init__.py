@@ -13,6 +13,8 @@ from fedprune.exchange.pooled import Pooled
 from fedprune.local.site import Local
 from fedprune.local.training import train
 from fedprune.methods.base import Collector, Method, RunState, Start, train_request
+from fedprune.methods.fedmef import FedMef
+from fedprune.methods.fedpm import FedPM
 from fedprune.methods.fedprox import FedProx
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
 from fedprune.methods.fedtiny.plus import FedTinyPlus
@@ -23,6 +25,7 @@ from fedprune.methods.magnitude import Magnitude
 from fedprune.methods.random_mask import RandomMask
 from fedprune.methods.small_dense import SmallDense
 from fedprune.methods.snip import Snip
+from fedprune.methods.sparsyfed import SparsyFed
 from fedprune.methods.ssfl import SSFL
 from fedprune.methods.synflow import SynFlow
 from prunelab.errors import close_names
@@ -36,6 +39,8 @@ __all__ = [
     "SSFL",
     "Collector",
     "Expected",
+    "FedMef",
+    "FedPM",
     "FedProx",
     "FedTiny",
     "FedTinyFixedMask",
@@ -54,6 +59,7 @@ __all__ = [
     "RunState",
     "SmallDense",
     "Snip",
+    "SparsyFed",
     "Start",
     "SynFlow",
     "is_given",
@@ -79,6 +85,9 @@ _ALL: tuple[type[Method], ...] = (
     SynFlow,
     HeteroFL,
     FjORD,
+    SparsyFed,
+    FedMef,
+    FedPM,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 DEFAULT_METHOD = FedTiny.name

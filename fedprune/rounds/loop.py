@@ -102,7 +102,7 @@ def play_round(
     totals.count_test(tested, setup.metric)
     # 5. The round is counted and written down.
     totals.count_round(traffic, request)
-    totals.count_training(setup, request, state.model, fold.samples())
+    totals.count_training(setup, request, sent, fold.samples())
     if privacy.dp != "none":
         totals.epsilon = epsilon(
             privacy,

@@ -653,12 +653,20 @@ def test_contract_of_every_method(name: str, tmp_path: Path) -> None:
     request = method.request(state)
     reply = method.actions[request.action](request, clients(work, tmp_path)[0])
     request.check(reply)
-    assert reply.states[MODEL].patterns == state.model.patterns
-    after = method.update(state, answered(reply.states[MODEL], reply.entries.get(MODEL, {})))
+    collector = method.collector(state)
+    if collector is None:
+        assert reply.states[MODEL].patterns == state.model.patterns
+        pooled = answered(reply.states[MODEL], reply.entries.get(MODEL, {}))
+    else:
+        collector.add(0, reply)
+        pooled = collector.result()
+    after = method.update(state, pooled)
     assert after.round_index == 2
     assert list(after.model.values) == list(state.model.values)
     assert after.model.shapes() == work.shapes
-    if method.target_density == 1 or name == "small-dense":
+    if name == "fedpm":  # as many as the clients want
+        assert set(after.model.patterns or ()) == set(server.prunable)
+    elif method.target_density == 1 or name == "small-dense":
         assert after.model.patterns is None
     else:
         assert after.model.patterns is not None
