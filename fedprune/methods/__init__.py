@@ -13,9 +13,13 @@ from fedprune.exchange.pooled import Pooled
 from fedprune.local.site import Local
 from fedprune.local.training import train
 from fedprune.methods.base import Collector, Method, RunState, Start, train_request
+from fedprune.methods.feddst import FedDST
 from fedprune.methods.fedprox import FedProx
+from fedprune.methods.fedrts import FedRTS
+from fedprune.methods.fedsgc import FedSGC
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
 from fedprune.methods.magnitude import Magnitude
+from fedprune.methods.prunefl import PruneFL
 from fedprune.methods.small_dense import SmallDense
 from fedprune.methods.ssfl import SSFL
 from prunelab.errors import close_names
@@ -29,7 +33,10 @@ __all__ = [
     "SSFL",
     "Collector",
     "Expected",
+    "FedDST",
     "FedProx",
+    "FedRTS",
+    "FedSGC",
     "FedTiny",
     "FedTinyFixedMask",
     "FedTinyVanillaSelection",
@@ -37,6 +44,7 @@ __all__ = [
     "Magnitude",
     "Method",
     "Pooled",
+    "PruneFL",
     "Reply",
     "Request",
     "RunState",
@@ -58,6 +66,10 @@ _ALL: tuple[type[Method], ...] = (
     SmallDense,
     FedProx,
     SSFL,
+    PruneFL,
+    FedDST,
+    FedSGC,
+    FedRTS,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 DEFAULT_METHOD = FedTiny.name

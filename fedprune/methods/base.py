@@ -39,12 +39,14 @@ class RunState:
         model: the global model's float state, active values only.
         memory: JSON values that the method keeps for itself.
         notes: JSON values that the report shows (the candidates and the winner, say).
+        kept: states of layers of the model that the method keeps for itself, by name.
     """
 
     round_index: int
     model: SparseState
     memory: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, SparseState] = field(default_factory=dict)
 
 
 class Collector(Protocol):

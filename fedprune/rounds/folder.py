@@ -34,7 +34,8 @@ from prunelab.runs.folder import (
     read_summary,
 )
 from prunelab.runs.settings import differences
-from sparsemodel.runtime.state import SparseState
+from sparsemodel.runtime.pattern import Pattern, Patterns
+from sparsemodel.runtime.state import Array, SparseState
 from sparsemodel.storage.state_file import load_state, save_state
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
 ]
 
 CHECKPOINT = "checkpoint.safetensors"
+_KEPT = "kept:"
 # Settings that change no bit of the result, so a resumed run may differ in them.
 FREE_ON_RESUME = {"federation.timeout", "federation.quorum", "federation.attempts"}
 
@@ -108,7 +110,7 @@ class RunFolder:
         }
         save_state(
             self.path / CHECKPOINT,
-            state.model,
+            _joined(state),
             metadata={"fedprune": json.dumps(metadata)},
         )
         self.state = state
@@ -222,7 +224,8 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     file = path / CHECKPOINT
     if not file.exists():
         return None
-    model, stored = load_state(file)
+    held, stored = load_state(file)
+    model, kept = _parted(held)
     try:
         values = json.loads(stored["fedprune"])
         run, size = values["run"], int(values["metrics_bytes"])
@@ -232,6 +235,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
             model=model,
             memory=values["memory"],
             notes=values["notes"],
+            kept=kept,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
@@ -240,6 +244,33 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     runfolder.check_run(file, run)
     read_metrics(path, size=size)
     return Checkpoint(state, totals, size)
+
+
+def _joined(state: RunState) -> SparseState:
+    """The model and what the method keeps as one state, the latter's names after theirs."""
+    values, patterns = dict(state.model.values), dict(state.model.patterns or {})
+    for key, kept in state.kept.items():
+        values |= {f"{_KEPT}{key}:{name}": value for name, value in kept.values.items()}
+        patterns |= {f"{_KEPT}{key}:{n}": pattern for n, pattern in (kept.patterns or {}).items()}
+    return SparseState(values, Patterns(patterns) if patterns else None)
+
+
+def _parted(joined: SparseState) -> tuple[SparseState, dict[str, SparseState]]:
+    """What `_joined` made one: the model, and what the method keeps."""
+    parts: dict[str, tuple[dict[str, Array], dict[str, Pattern]]] = {"": ({}, {})}
+    for full, value in joined.values.items():
+        key, name = "", full
+        if full.startswith(_KEPT):
+            key, _, name = full.removeprefix(_KEPT).partition(":")
+        values, patterns = parts.setdefault(key, ({}, {}))
+        values[name] = value
+        if (pattern := joined.pattern(full)) is not None:
+            patterns[name] = pattern
+    states = {
+        key: SparseState(values, Patterns(patterns) if patterns else None)
+        for key, (values, patterns) in parts.items()
+    }
+    return states.pop(""), states
 
 
 def _restore(folder: RunFolder) -> None:
