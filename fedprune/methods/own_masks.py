@@ -74,9 +74,9 @@ def train_own_mask(request: Request, local: Local, exchange: Exchange) -> Reply:
     Raises:
         ClientError: too few samples.
     """
-    counts = growth_counts(request)
-    if not counts:
+    if "pause" not in request.fields:
         return train(request, local)
+    counts = growth_counts(request)
     require_samples(len(local.data.train), request)
     training, own, index = local.config.training, local.data.train, request.round_index
     steps = training.local_epochs * num_batches(len(own), batch_size=training.batch_size)

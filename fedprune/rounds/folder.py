@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedprune.config import RunConfig, parse_toml
 from fedprune.errors import ConfigError
@@ -34,8 +34,8 @@ from prunelab.runs.folder import (
     read_summary,
 )
 from prunelab.runs.settings import differences
-from sparsemodel.runtime.pattern import Pattern, Patterns
-from sparsemodel.runtime.state import Array, SparseState
+from sparsemodel.runtime.pattern import Patterns
+from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.state_file import load_state, save_state
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
 
 CHECKPOINT = "checkpoint.safetensors"
 _KEPT = "kept:"
+T = TypeVar("T")
 # Settings that change no bit of the result, so a resumed run may differ in them.
 FREE_ON_RESUME = {"federation.timeout", "federation.quorum", "federation.attempts"}
 
@@ -257,20 +258,24 @@ def _joined(state: RunState) -> SparseState:
 
 def _parted(joined: SparseState) -> tuple[SparseState, dict[str, SparseState]]:
     """What `_joined` made one: the model, and what the method keeps."""
-    parts: dict[str, tuple[dict[str, Array], dict[str, Pattern]]] = {"": ({}, {})}
-    for full, value in joined.values.items():
+    values = _by_owner(joined.values)
+    patterns = _by_owner(joined.patterns or {})
+    states = {
+        key: SparseState(own, Patterns(patterns[key]) if key in patterns else None)
+        for key, own in values.items()
+    }
+    return states.pop(""), states
+
+
+def _by_owner(items: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """What belongs to the model, under "", and to each of the kept states, in the same order."""
+    owned: dict[str, dict[str, T]] = {}
+    for full, item in items.items():
         key, name = "", full
         if full.startswith(_KEPT):
             key, _, name = full.removeprefix(_KEPT).partition(":")
-        values, patterns = parts.setdefault(key, ({}, {}))
-        values[name] = value
-        if (pattern := joined.pattern(full)) is not None:
-            patterns[name] = pattern
-    states = {
-        key: SparseState(values, Patterns(patterns) if patterns else None)
-        for key, (values, patterns) in parts.items()
-    }
-    return states.pop(""), states
+        owned.setdefault(key, {})[name] = item
+    return owned
 
 
 def _restore(folder: RunFolder) -> None:

@@ -92,7 +92,7 @@ def test_after_all_steps_it_is_one_exchange_of_the_trained_model() -> None:
 
 @pytest.mark.parametrize("execution", ["sparse", "masked"])
 def test_in_the_middle_it_is_a_plain_loop_in_torch(execution: str) -> None:
-    """Four steps, the exchange by the dense gradient of one mini-batch, four steps at momentum 0."""
+    """Four steps, the exchange by the dense gradient of a mini-batch, four steps more."""
     request, reply = answer(FedDST(), execution=execution, lr=0.05)
     local, start, counts = place("feddst", lr=0.05), pruned(0.3), request.expected.growth
     training = local.config.training
