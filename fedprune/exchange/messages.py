@@ -98,6 +98,7 @@ class Request:
         states: states by name, each under its patterns; a client that holds the patterns is sent
             the values alone.
         tensors: dictionaries of whole tensors of the model, by name.
+        masks: masks of layers of the model, by name, whatever the model's mask is.
         hold: names of states whose values the clients keep until the next request, which then
             need not bring them again.
         report_resources: whether clients say what they hold.
@@ -115,6 +116,8 @@ class Request:
             are not those of the model under its mask. It does not travel.
         personal: client -> what it is asked instead; who is asked the same should get the same
             object, which is encoded once. It does not travel.
+        num_clients: how many clients a question before the first round asks, drawn by the seed;
+            0: all. It does not travel.
     """
 
     action: str
@@ -122,6 +125,7 @@ class Request:
     fields: Fields = field(default_factory=dict)
     states: Mapping[str, SparseState] = field(default_factory=dict)
     tensors: Mapping[str, Tensors] = field(default_factory=dict)
+    masks: Mapping[str, Patterns] = field(default_factory=dict)
     hold: frozenset[str] = frozenset()
     report_resources: bool = False
     expected: Expected = Expected()
@@ -132,6 +136,7 @@ class Request:
     program: Program | None = None
     macs: int = 0
     personal: Callable[[int], Request] | None = None
+    num_clients: int = 0
 
     def of_each(self, clients: Iterable[int]) -> dict[int, Request]:
         """What each client is asked; those who are asked the same have the same object."""

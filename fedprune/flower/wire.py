@@ -280,12 +280,16 @@ def encode_request(
     if states:
         header["s"] = states
     _encode_tensors(request.tensors, header, frames)
+    if request.masks:
+        header["q"] = list(request.masks)
+    for place, patterns in enumerate(request.masks.values()):
+        frames[f"q{place}"] = encode_mask(patterns)
     if request.fields:
         header["f"] = dict(request.fields)
     if request.report_resources:
         header["u"] = True
     record = build_record(header, frames)
-    mask_size = sum(len(data) for key, data in frames.items() if key[0] in "md")
+    mask_size = sum(len(data) for key, data in frames.items() if key[0] in "mdq")
     return Envelope(record, frozenset(keep), record_bytes(record), mask_size)
 
 
@@ -396,6 +400,10 @@ class Received:
             fields=_field(self._header, "f", dict, {}),
             states=states,
             tensors=_decode_tensors(self._header, self._frames, shapes),
+            masks={
+                name: _decode_mask_of(shapes, _frame(self._frames, f"q{place}"))
+                for place, name in enumerate(_names(self._header, "q"))
+            },
             report_resources=_field(self._header, "u", bool, False),
         )
 

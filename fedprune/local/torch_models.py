@@ -363,6 +363,7 @@ class MaskedModel(TorchModel):
     def _close(self) -> None:
         if self._optimizer is not None:
             self._optimizer.close()
+            self._optimizer = None  # a step after this one has hooks of its own, and no momentum
 
     def _gradients(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         return {

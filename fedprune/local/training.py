@@ -6,7 +6,7 @@ Pure functions of a request and the client's data and model; the default answers
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,18 +111,21 @@ def train_epochs(
     seed: int,
     augmented: bool = False,
     correction: Correction | None = None,
+    before_step: Callable[[int], None] = lambda number: None,
 ) -> float:
     """Train a model on samples; the mean loss of the last epoch.
 
     Args:
         inputs, targets: [N, ...] as a store has them, N >= 2 (batch norm needs two samples).
         seed: decides the order of samples, the augmentation and what layers draw.
+        before_step: is told the number of each step, from 0 on.
     """
     loss_sum = 0.0
     source = epoch_batches(
         inputs, targets, epochs=epochs, batch_size=batch_size, seed=seed, augmented=augmented
     )
     for number, (epoch, batch, target) in enumerate(source):
+        before_step(number)
         drawn = stream_seed(seed, number)
         loss = model.step(batch, target, sgd=sgd, correction=correction, seed=drawn)
         if epoch == epochs - 1:

@@ -13,15 +13,19 @@ from fedprune.exchange.pooled import Pooled
 from fedprune.local.site import Local
 from fedprune.local.training import train
 from fedprune.methods.base import Collector, Method, RunState, Start, train_request
+from fedprune.methods.feddst import FedDST
 from fedprune.methods.fedmef import FedMef
 from fedprune.methods.fedpm import FedPM
 from fedprune.methods.fedprox import FedProx
+from fedprune.methods.fedrts import FedRTS
+from fedprune.methods.fedsgc import FedSGC
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
 from fedprune.methods.fedtiny.plus import FedTinyPlus
 from fedprune.methods.fjord import FjORD
 from fedprune.methods.grasp import Grasp
 from fedprune.methods.heterofl import HeteroFL
 from fedprune.methods.magnitude import Magnitude
+from fedprune.methods.prunefl import PruneFL
 from fedprune.methods.random_mask import RandomMask
 from fedprune.methods.small_dense import SmallDense
 from fedprune.methods.snip import Snip
@@ -39,9 +43,12 @@ __all__ = [
     "SSFL",
     "Collector",
     "Expected",
+    "FedDST",
     "FedMef",
     "FedPM",
     "FedProx",
+    "FedRTS",
+    "FedSGC",
     "FedTiny",
     "FedTinyFixedMask",
     "FedTinyPlus",
@@ -53,6 +60,7 @@ __all__ = [
     "Magnitude",
     "Method",
     "Pooled",
+    "PruneFL",
     "RandomMask",
     "Reply",
     "Request",
@@ -76,18 +84,22 @@ _ALL: tuple[type[Method], ...] = (
     FedTinyVanillaSelection,
     FedTinyFixedMask,
     FedTinyPlus,
-    SmallDense,
-    FedProx,
-    SSFL,
     RandomMask,
     Snip,
     Grasp,
     SynFlow,
+    SSFL,
+    PruneFL,
+    FedDST,
+    FedSGC,
+    FedMef,
+    FedRTS,
+    SparsyFed,
+    FedPM,
     HeteroFL,
     FjORD,
-    SparsyFed,
-    FedMef,
-    FedPM,
+    SmallDense,
+    FedProx,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 DEFAULT_METHOD = FedTiny.name

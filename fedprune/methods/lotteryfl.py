@@ -33,11 +33,11 @@ from fedprune.exchange.aggregate import StateMean, WeightedMean
 from fedprune.exchange.messages import MODEL, Reply, Request, counts, number
 from fedprune.exchange.pooled import Pooled
 from fedprune.local.training import train
-from fedprune.methods.base import Collector, Method, RunState, Start, train_request
+from fedprune.methods.base import Collector, Method, RunState, Start
 from sparsemodel.runtime.adjust import carry, prune_to_largest, select_largest
 from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.positions import find
-from sparsemodel.runtime.state import Array, SparseState
+from sparsemodel.runtime.state import SparseState
 
 if TYPE_CHECKING:
     from fedprune.local.site import Local

@@ -143,11 +143,10 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
         batches = setup.config.training.batch_size * len(cohort.clients)
         folder.totals.count_passes(setup, request.batch_passes, batches)
 
-    def check_quorum(request: Request, answered: int) -> None:
-        everybody = len(cohort.clients)
-        if answered and answered < quorum_of(setup, cohort, everybody):
+    def check_quorum(request: Request, answered: int, asked: int) -> None:
+        if answered and answered < quorum_of(setup, cohort, asked):
             raise RunError(
-                f"only {answered} of {everybody} clients answered {request.action!r}, fewer than "
+                f"only {answered} of {asked} clients answered {request.action!r}, fewer than "
                 "federation.quorum asks for"
             )
 
@@ -159,17 +158,17 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
                 "works with both"
             )
         count_passes(request)
-        answered, everybody = 0, len(cohort.clients)
-        for answer in gather(setup, cohort, folder, request, per_round=everybody):
+        answered, asked = 0, request.num_clients or len(cohort.clients)
+        for answer in gather(setup, cohort, folder, request, per_round=asked):
             answered += 1
             yield answer
-        check_quorum(request, answered)
+        check_quorum(request, answered, asked)
 
     def ask_sum(request: Request) -> Pooled:
         count_passes(request)
         everybody = len(cohort.clients)
         pooled = gather_sum(setup, cohort, folder, request, per_round=everybody)
-        check_quorum(request, len(pooled.clients))
+        check_quorum(request, len(pooled.clients), everybody)
         return pooled
 
     server = Start(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +312,7 @@ def local_ask(work: Workspace, folder: Path) -> tuple[list[str], Any]:
 
     def ask(request: Request) -> Iterator[tuple[int, Reply]]:
         asked.append(request.action)
-        for place in clients(work, folder):
+        for place in clients(work, folder)[: request.num_clients or None]:
             reply = work.method.actions[request.action](request, place)
             request.check(reply)
             yield place.client, reply
@@ -346,12 +346,12 @@ def test_selection_takes_the_smallest_weighted_loss_and_its_statistics(tmp_path:
 
 
 def place_config(work: Workspace, execution: str) -> RunConfig:
-    training = dataclasses.replace(work.config.training, execution=execution)
-    return dataclasses.replace(work.config, training=training)
+    training = replace(work.config.training, execution=execution)
+    return replace(work.config, training=training)
 
 
 def replaced(work: Workspace, config: RunConfig) -> Workspace:
-    return dataclasses.replace(work, config=config)
+    return replace(work, config=config)
 
 
 def test_the_winner_becomes_the_model_with_its_statistics(tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_a_liar_does_not_choose_the_candidate(kind: str, tmp_path: Path) -> None
                 yield client, reply
             elif request.action == "score":
                 worst = [1e9 if c == wanted else 0.0 for c in range(3)]
-                yield client, dataclasses.replace(reply, fields={**reply.fields, "losses": worst})
+                yield client, replace(reply, fields={**reply.fields, "losses": worst})
             else:
                 tensors = {
                     number: {
@@ -394,7 +394,7 @@ def test_a_liar_does_not_choose_the_candidate(kind: str, tmp_path: Path) -> None
                     }
                     for number, each in reply.tensors.items()
                 }
-                yield client, dataclasses.replace(reply, tensors=tensors)
+                yield client, replace(reply, tensors=tensors)
 
     rule = Aggregation(kind, byzantine=0.25)
     options = {"adaptive": True, "metric": "accuracy"}
@@ -426,21 +426,21 @@ def test_clients_measure_and_score_on_their_development_split(tmp_path: Path) ->
     place = clients(work, tmp_path)[0]
     data = place.data
     train = Split(data.train.inputs[::-1][:5], data.train.targets[:5])
-    other = dataclasses.replace(data, train=train)
-    empty = dataclasses.replace(data, dev=Split(data.dev.inputs[:0], data.dev.targets[:0]))
+    other = replace(data, train=train)
+    empty = replace(data, dev=Split(data.dev.inputs[:0], data.dev.targets[:0]))
     request = pool_request(pool, "measure")
     reply = measure(request, place)
-    again = measure(request, dataclasses.replace(place, data=other))
+    again = measure(request, replace(place, data=other))
     assert reply.num_examples == len(data.dev)
     for number, tensors in reply.tensors.items():
         assert all(np.array_equal(v, again.tensors[number][n]) for n, v in tensors.items())
     scoring = pool_request(pool, "score", tensors=reply.tensors)
     found = score(scoring, place)
-    assert found.fields == score(scoring, dataclasses.replace(place, data=other)).fields
+    assert found.fields == score(scoring, replace(place, data=other)).fields
     assert all(0 <= hits <= found.num_examples for hits in found.fields["metrics"])
     for question, action in ((request, measure), (scoring, score)):
         with pytest.raises(ClientError, match="no development sample"):
-            action(question, dataclasses.replace(place, data=empty))
+            action(question, replace(place, data=empty))
     with pytest.raises(ClientError, match="every candidate"):
         score(pool_request(pool, "score", tensors={"0": reply.tensors["0"]}), place)
 
@@ -459,7 +459,7 @@ def test_selection_without_an_answer_is_an_error() -> None:
 
 
 def at_round(state: RunState, round_index: int, **memory: object) -> RunState:
-    return dataclasses.replace(
+    return replace(
         state, round_index=round_index, memory={**state.memory, **memory}
     )  # fmt: skip
 
@@ -649,14 +649,16 @@ def test_contract_of_every_method(name: str, tmp_path: Path) -> None:
     assert state.model.shapes() == work.shapes
     # What a checkpoint holds are JSON values.
     assert json.loads(json.dumps([state.memory, state.notes])) == [state.memory, state.notes]
-    state = dataclasses.replace(state, round_index=1)  # one with growth, where there is any
+    state = replace(state, round_index=1)  # one with growth, where there is any
     request = method.request(state)
     reply = method.actions[request.action](request, clients(work, tmp_path)[0])
     request.check(reply)
     collector = method.collector(state)
     if collector is None:
         assert reply.states[MODEL].patterns == state.model.patterns
-        pooled = answered(reply.states[MODEL], reply.entries.get(MODEL, {}))
+        pooled = replace(
+            answered(reply.states[MODEL], reply.entries.get(MODEL, {})), tensors=reply.tensors
+        )
     else:
         collector.add(0, reply)
         pooled = collector.result()
