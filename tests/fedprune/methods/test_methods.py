@@ -642,7 +642,7 @@ def test_contract_of_every_method(name: str, tmp_path: Path) -> None:
     work = open_workspace(small(method__name=name, model__width=8))
     method = work.method
     asked, ask = local_ask(work, tmp_path)
-    server = dataclasses.replace(beginning(work, ask), place=laid_out(work, tmp_path).place)
+    server = replace(beginning(work, ask), place=laid_out(work, tmp_path).place)
     state = method.start(server)
     assert set(asked) <= set(method.actions)
     assert list(state.model.values) == list(work.shapes)
