@@ -113,7 +113,11 @@ def test_steps_are_those_of_flower_on_the_same_dense_payload(name: str) -> None:
         arrays, _ = flower.aggregate_train(number, replies)
         rate = server.lr
         if name == "adam":
-            rate *= (1 - server.beta2 ** (number + 1)) ** 0.5 / (1 - server.momentum ** (number + 1))
+            first_decay, second_decay = (
+                server.momentum ** (number + 1),
+                server.beta2 ** (number + 1),
+            )
+            rate *= (1 - second_decay) ** 0.5 / (1 - first_decay)
         mean = SparseState({"w": 0.75 * first + 0.25 * second})
         state, moments = stepped(state, mean, moments, dataclasses.replace(server, lr=rate))
         np.testing.assert_allclose(
@@ -150,9 +154,9 @@ def test_moments_go_with_their_weights() -> None:
     assert alone[FIRST].values["w"].tolist() == [3]
     whole = followed(alone, SparseState({"w": np.ones(6, np.float32)}))
     assert whole[FIRST].values["w"].tolist() == [0, 0, 0, 3, 0, 0]
-    assert followed(whole, SparseState({"w": np.ones(2, np.float32)}, at([3, 4])))[
-        FIRST
-    ].values["w"].tolist() == [3, 0]
+    assert followed(whole, SparseState({"w": np.ones(2, np.float32)}, at([3, 4])))[FIRST].values[
+        "w"
+    ].tolist() == [3, 0]
 
 
 def test_a_mean_under_another_mask_than_the_question() -> None:
