@@ -121,7 +121,7 @@ def grasp_by_hand(setup: Setup) -> Scores:
         for step in (1e-8 / length, -2e-8 / length):
             with torch.no_grad():
                 for weight, g in zip(weights, along, strict=True):
-                    weight += step * g
+                    weight.add_(step * g)
             sides.append(gradient_of(model, names, batch, 200.0))
         load_state_(model, setup.start_state())
         for name, weight, up, down in zip(names, weights, *sides, strict=True):
@@ -175,7 +175,7 @@ def test_synflow_goes_down_in_a_hundred_steps(work: tuple[Workspace, Setup]) -> 
         with torch.no_grad():
             for name, weight in weights.items():
                 alive[name] = scores[name] >= threshold
-                weight *= alive[name]
+                weight.mul_(alive[name])
     found = {name: np.flatnonzero(mask.reshape(-1).numpy()) for name, mask in alive.items()}
     odd = sum(len(np.setxor1d(found[name], patterns[name].positions())) for name in found)
     assert odd <= patterns.num_active // 100

@@ -113,9 +113,11 @@ def test_steps_are_those_of_flower_on_the_same_dense_payload(name: str) -> None:
         arrays, _ = flower.aggregate_train(number, replies)
         rate = server.lr
         if name == "adam":
-            rate *= (1 - server.beta2 ** (number + 1)) ** 0.5 / (
-                1 - server.momentum ** (number + 1)
+            first_decay, second_decay = (
+                server.momentum ** (number + 1),
+                server.beta2 ** (number + 1),
             )
+            rate *= (1 - second_decay) ** 0.5 / (1 - first_decay)
         mean = SparseState({"w": 0.75 * first + 0.25 * second})
         state, moments = stepped(state, mean, moments, dataclasses.replace(server, lr=rate))
         np.testing.assert_allclose(
