@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -159,8 +160,14 @@ def main() -> None:
         found = compare(call, None)
     else:
         on_gpus = call.preset.settings.get("training.device") == "cuda"
-        with workers_of(given, on_gpus=on_gpus) as workers:
-            found = compare(call, workers)
+        try:
+            with workers_of(given, on_gpus=on_gpus) as workers:
+                found = compare(call, workers)
+        except BrokenProcessPool:
+            raise SystemExit(
+                "a process was killed, for want of memory perhaps; with fewer --jobs, the same "
+                "command goes on"
+            ) from None
     text = write_page(call, found)
     call.saved.write_text(text, encoding="utf-8")
     print(text)
