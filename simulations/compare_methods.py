@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +85,9 @@ def _call(given: argparse.Namespace) -> Call:
     if point is None and set(chosen_preset.seeds) & set(preset.tuning_seeds):
         raise ValueError("--seeds: the tuning has had some of these; take others")
     methods = given.methods.split(",") if given.methods else list(METHODS)
-    is_whole = not (changes or given.no_tuning or given.methods or given.densities or given.alphas)
+    # Only the whole grid, on the preset's own data, replaces the saved page.
+    own = [given.methods, given.densities, given.alphas, given.no_tuning, changes]
+    is_whole = not any(own) and (given.data is None or Path(given.data).is_dir())
     name = "-".join(["compare_methods", given.preset, *(f"{k}={v}" for k, v in changes.items())])
     out = given.out or Path("runs") / name
     saved = Path(__file__).with_name(f"compare_methods_{given.preset}.md")
@@ -109,9 +112,8 @@ def _command(given: argparse.Namespace, seeds: Sequence[int]) -> str:
     parts += [f"--seeds {','.join(map(str, seeds))}"]
     parts += [f"--set {value}" for value in given.set]
     parts += ["--no-tuning"] if given.no_tuning else []
-    parts += (
-        [f"--data {'FOLDER' if Path(given.data).is_dir() else given.data}"] if given.data else []
-    )
+    if given.data:
+        parts += [f"--data {'FOLDER' if Path(given.data).is_dir() else given.data}"]
     return " ".join(parts)
 
 
@@ -158,8 +160,14 @@ def main() -> None:
         found = compare(call, None)
     else:
         on_gpus = call.preset.settings.get("training.device") == "cuda"
-        with workers_of(given, on_gpus=on_gpus) as workers:
-            found = compare(call, workers)
+        try:
+            with workers_of(given, on_gpus=on_gpus) as workers:
+                found = compare(call, workers)
+        except BrokenProcessPool:
+            raise SystemExit(
+                "a process was killed, for want of memory perhaps; with fewer --jobs, the same "
+                "command goes on"
+            ) from None
     text = write_page(call, found)
     call.saved.write_text(text, encoding="utf-8")
     print(text)

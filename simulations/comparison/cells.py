@@ -83,7 +83,6 @@ class CellJob:
 
     cell: Cell
     settings: Mapping[str, Any]
-    engine: str = "inline"
 
     @property
     def name(self) -> str:
@@ -97,12 +96,8 @@ class CellJob:
             with warnings.catch_warnings():
                 # That the test set is left aside is what tuning is for.
                 warnings.filterwarnings("ignore", ".*test samples are left aside", DataWarning)
-                result = fedprune.run(
-                    self.cell.config(self.settings),
-                    folder,
-                    engine=self.engine,
-                    resume=(folder / CONFIG).exists(),
-                )
+                config = self.cell.config(self.settings)
+                result = fedprune.run(config, folder, resume=(folder / CONFIG).exists())
         except USER_ERRORS as error:
             if "has diverged" in str(error):
                 return Outcome(DID_DIVERGE, reason=str(error))

@@ -15,7 +15,7 @@ from simulations.comparison.tables import (
     gap_section,
     method_sections,
 )
-from simulations.comparison.tuning import tuning_rows
+from simulations.comparison.tuning import chosen, tuning_rows
 from simulations.page import page, table
 
 
@@ -26,8 +26,10 @@ def write_page(call: Call, found: Found) -> str:
     body = [*gap_section(by_group), *best_rival_section(by_group), *method_sections(by_group)]
     body += frontier_sections(by_group, found.memory, clients=preset.clients)
     if call.point is None:
-        header = ["method", "density", "accuracy, % on clients' own samples, by setting"]
-        body += ["", "## Tuning", "", table(header, tuning_rows(found.log), words=(0, 2))]
+        header = ["method", "density", "accuracy, % on clients' own samples, by setting", "at"]
+        body += ["", "## Tuning", ""]
+        body += ["Where the winner lies at an end of what was tried, a better one may lie beyond."]
+        body += ["", table(header, tuning_rows(found.log), words=(0, 2, 3))]
     body += _troubles(outcomes)
     settings = preset.settings
     return page(
@@ -63,9 +65,14 @@ def _notes(call: Call, found: Found) -> list[str]:
             "client's own samples, which nobody trains on, and the test set is left aside; of "
             "equal scores the smaller setting wins; what diverged on a seed cannot win",
         ]
-        waiting = [_pair_name(pair) for pair in call.pairs if pair not in found.log]
-        if waiting:
-            notes += [f"left out, for its tuning has not ended: {', '.join(waiting)}"]
+        lost = [pair for pair, tried in found.log.items() if chosen(tried) is None]
+        left_out = {
+            "its tuning has not ended": [pair for pair in call.pairs if pair not in found.log],
+            "it diverged wherever it was tuned": lost,
+        }
+        for reason, pairs in left_out.items():
+            if pairs:
+                notes += [f"left out, for {reason}: {', '.join(map(_pair_name, pairs))}"]
     else:
         notes += [f"nothing was tuned: every method runs with {point_name(call.point)}"]
     ended = sum(cell.name in found.outcomes for cell in found.cells)

@@ -10,7 +10,7 @@ from pathlib import Path
 from simulations.comparison.cells import Cell, CellJob, Pair, Point, grid, pairs
 from simulations.comparison.jobs import Job, Outcome, Workers, read_outcome, run_jobs
 from simulations.comparison.memory import MemoryJob
-from simulations.comparison.presets import SHORT, Preset
+from simulations.comparison.presets import Preset
 from simulations.comparison.tuning import Tried, chosen, tried, tuning_cells, write_log
 
 
@@ -100,10 +100,7 @@ def compare(call: Call, workers: Workers | None) -> Found:
 
 
 def _memory_job(call: Call, pair: Pair) -> MemoryJob:
-    """A client of average share, at the smallest learning rate."""
+    """Clients of equal shares, at the smallest learning rate, which changes no size."""
     method, density = pair
     point = call.point or call.preset.points(method)[0]
-    settings = {**call.preset.settings, **SHORT}
-    samples = int(settings.get("data.num_train", 0)) or 50_000
-    share = samples // call.preset.clients + 50  # of which the server takes a few
-    return MemoryJob(Cell(method, density, None, 0, point), settings, share)
+    return MemoryJob(Cell(method, density, None, 0, point), call.preset.settings)

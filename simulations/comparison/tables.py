@@ -40,7 +40,7 @@ def gap_section(found: Mapping[Key, Group]) -> list[str]:
         widest = gaps[-1]
         has_gap = widest is not None and widest.verdict == "above"
         accuracy = mean_and_spread(dense.accuracies.values(), ".1f")
-        told = "yes" if has_gap else "one seed" if _is_single(widest) else "none"
+        told = "yes" if has_gap else "one seed" if _is_single(widest) else "not shown"
         rows.append([alpha_name(alpha), f"{density:g}", accuracy, *cells, told])
     return [
         "## Gap to dense",

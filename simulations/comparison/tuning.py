@@ -93,7 +93,9 @@ def tuning_rows(log: Mapping[Pair, Sequence[Tried]]) -> list[list[str]]:
     for (method, density), found in log.items():
         winner = chosen(found)
         cells = [_shown(one, won=one.point == winner) for one in found]
-        rows.append([method, "own" if density is None else f"{density:g}", "; ".join(cells)])
+        ends = {found[0].point: "the lowest", found[-1].point: "the highest"}
+        shown = "own" if density is None else f"{density:g}"
+        rows.append([method, shown, "; ".join(cells), ends.get(winner, "") if winner else ""])
     return rows
 
 
