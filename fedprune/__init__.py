@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from fedprune.front import Result, load, run
     from fedprune.methods import METHODS
     from fedprune.methods.base import Method
+    from fedprune.methods.feddst import FedDST
     from fedprune.methods.fedprox import FedProx
+    from fedprune.methods.fedrts import FedRTS
+    from fedprune.methods.fedsgc import FedSGC
     from fedprune.methods.fedtiny import FedTiny
     from fedprune.methods.magnitude import Magnitude
+    from fedprune.methods.prunefl import PruneFL
     from fedprune.methods.small_dense import SmallDense
     from fedprune.methods.ssfl import SSFL
     from fedprune.reports.trackers import Tracker
@@ -38,9 +42,13 @@ else:
             "fedprune.front": "Result load run",
             "fedprune.methods": "METHODS",
             "fedprune.methods.base": "Method",
+            "fedprune.methods.feddst": "FedDST",
             "fedprune.methods.fedprox": "FedProx",
+            "fedprune.methods.fedrts": "FedRTS",
+            "fedprune.methods.fedsgc": "FedSGC",
             "fedprune.methods.fedtiny": "FedTiny",
             "fedprune.methods.magnitude": "Magnitude",
+            "fedprune.methods.prunefl": "PruneFL",
             "fedprune.methods.small_dense": "SmallDense",
             "fedprune.methods.ssfl": "SSFL",
             "fedprune.trained.model": "Trained",
@@ -53,10 +61,14 @@ else:
 __all__ = [
     "METHODS",
     "SSFL",
+    "FedDST",
     "FedProx",
+    "FedRTS",
+    "FedSGC",
     "FedTiny",
     "Magnitude",
     "Method",
+    "PruneFL",
     "Result",
     "RunConfig",
     "SmallDense",

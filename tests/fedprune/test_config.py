@@ -215,6 +215,18 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "small-dense": {"method.density": DENSITY},
     "fedprox": {"method.density": DENSITY, "method.mu": st.floats(0, allow_infinity=False)},
     "ssfl": {"method.density": DENSITY, "method.batches": st.integers(1, 10**6)},
+    "prunefl": {
+        "method.density": DENSITY,
+        "method.adaptive": st.booleans(),
+        "method.fixed_time": st.floats(0, exclude_min=True, allow_infinity=False),
+        "method.first_steps": st.integers(0, 10**6),
+    },
+    "fedsgc": {
+        "method.adjust_after": st.floats(0, 1),
+        "method.distribution": st.sampled_from(["uniform", "erk"]),
+        "method.against": st.floats(0, 1),
+    },
+    "fedrts": {"method.individual": st.floats(0, 1), "method.adjust_every": st.integers(1, 99)},
     "fedtiny": {
         "method.density": DENSITY,
         "method.pool_size": st.integers(0, 10**6),

@@ -104,6 +104,8 @@ TORCH = ["torch", "torchvision", "datasets", "pyarrow", "sklearn", "flwr_dataset
         ("fedtiny", {"data__augment": True, "federation__value_dtype": "bf16"}),
         ("fedtiny", {"federation__uplink_dtype": "int8", "federation__uplink_topk": 0.3}),
         ("fedprox", {"method__mu": 0.1}),
+        ("prunefl", {}),
+        ("fedsgc", {"method__adjust_every": 2, "method__adjust_until": 3}),
     ],
 )
 def test_a_client_without_torch_gives_the_same_answers(
@@ -117,9 +119,10 @@ def test_a_client_without_torch_gives_the_same_answers(
     }
     questions, answers = recorded(tmp_path / "run", who=2, **settings)
     actions = [header["a"] for _, header, _ in questions]
-    selection = ["measure", "score"] if method == "fedtiny" else []
-    assert actions == ["describe", *selection, "train", "train"]
-    assert any("e0" in frames for _, frames in answers) == (method == "fedtiny")  # with growth
+    before = {"fedtiny": ["measure", "score"], "prunefl": ["prune"]}.get(method, [])
+    assert actions == ["describe", *before, "train", "train"]
+    grows = method in ("fedtiny", "fedsgc")
+    assert any("e0" in frames for _, frames in answers) == grows
     assert not any("skip" in header for header, _ in answers)
     ours, has_torch = answered(tmp_path, questions, who=2, blocked=TORCH, **settings)
     assert not has_torch
