@@ -20,12 +20,10 @@ start is pre-trained. Adam begins anew in each round. The authors' code multipli
 
 from __future__ import annotations
 
-import base64
 import math
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -44,7 +42,7 @@ if TYPE_CHECKING:
     from fedprune.local.site import Local
     from fedprune.settings import TrainingConfig
 
-MASK, REST, ONES = "mask", "rest", "ones"
+MASK, REST, VOTES = "mask", "rest", "votes"
 EPSILON = 0.01
 # The first part of a derived seed says what it is for, so that no two uses share a stream.
 SEED_WEIGHTS, SEED_SCORES, SEED_CLIENT, SEED_SERVER = 401, 402, 403, 404
@@ -137,20 +135,20 @@ class Votes:
 
     def __init__(self) -> None:
         self._rest = StateMean()
-        self._ones: dict[str, Array] = {}
+        self._votes: dict[str, Array] = {}
         self._clients: list[int] = []
         self._weight = 0
 
     def add(self, client: int, reply: Reply) -> None:
         self._rest.add(SparseState(reply.tensors[REST]), weight=reply.weight)
         for name, pattern in reply.masks[MASK].items():
-            ones = self._ones.setdefault(name, np.zeros(pattern.num_weights, np.uint16))
-            ones[pattern.positions()] += 1
+            votes = self._votes.setdefault(name, np.zeros(pattern.num_weights, np.float32))
+            votes[pattern.positions()] += 1
         self._clients.append(client)
         self._weight += reply.weight
 
     def result(self) -> Pooled:
-        tensors = {REST: self._rest.result().values, ONES: self._ones}
+        tensors = {REST: self._rest.result().values, VOTES: self._votes}
         return Pooled(sorted(self._clients), self._weight, tensors=tensors)
 
 
@@ -179,11 +177,11 @@ class FedPM(Method):
 
     def start(self, server: Start) -> RunState:
         shapes = {name: list(shape) for name, shape in server.prunable.items()}
-        memory = {"seed": server.seed, "shapes": shapes, "masks": 0, "ones": {}}
-        return RunState(0, _network(server.state(), memory, 0), memory)
+        state = RunState(0, server.state(), {"seed": server.seed, "shapes": shapes, "masks": 0})
+        return replace(state, model=_network(state))
 
     def request(self, state: RunState) -> Request:
-        theta = probabilities(state.memory)
+        theta = probabilities(state)
         rest = [name for name in state.model.values if name not in theta]
         model = SparseState({**state.model.values, **theta})
         fields = {"layers": list(theta), "score_lr": self.score_lr}
@@ -196,23 +194,27 @@ class FedPM(Method):
         return Votes()
 
     def update(self, state: RunState, pooled: Pooled) -> RunState:
-        memory, ones, masks = state.memory, pooled.tensors[ONES], len(pooled.clients)
+        votes, masks = pooled.tensors[VOTES], len(pooled.clients)
         if state.round_index % self.reset_every:
-            ones = {name: votes + _unpacked(memory["ones"][name]) for name, votes in ones.items()}
-            masks += memory["masks"]
-        packed = {name: _packed(ones[name]) for name in memory["shapes"]}
-        memory = {**memory, "masks": masks, "ones": packed}
-        done = state.round_index + 1
-        rest = state.model.replace(pooled.tensors[REST])
-        return replace(state, round_index=done, model=_network(rest, memory, done), memory=memory)
+            before = state.kept[VOTES].values
+            votes = {name: some + before[name] for name, some in votes.items()}
+            masks += state.memory["masks"]
+        counted = replace(
+            state,
+            round_index=state.round_index + 1,
+            model=state.model.replace(pooled.tensors[REST]),
+            memory={**state.memory, "masks": masks},
+            kept={VOTES: SparseState(votes)},
+        )
+        return replace(counted, model=_network(counted))
 
 
-def probabilities(memory: Mapping[str, Any]) -> dict[str, Array]:
+def probabilities(state: RunState) -> dict[str, Array]:
     """θ of every masked layer: what clients start the round from."""
-    theta, masks = {}, memory["masks"]
+    theta, memory = {}, state.memory
     for place, (name, shape) in enumerate(memory["shapes"].items()):
-        if masks:
-            share = _unpacked(memory["ones"][name]).reshape(shape) / np.float32(masks)
+        if memory["masks"]:
+            share = state.kept[VOTES].values[name].reshape(shape) / np.float32(memory["masks"])
             theta[name] = EPSILON + np.float32(1 - 2 * EPSILON) * share
         else:
             source = rng(SEED_SCORES, memory["seed"], place)
@@ -220,24 +222,17 @@ def probabilities(memory: Mapping[str, Any]) -> dict[str, Array]:
     return theta
 
 
-def _network(rest: SparseState, memory: Mapping[str, Any], round_index: int) -> SparseState:
-    """One network of those that θ describes, with the other tensors of `rest`."""
-    theta, source = probabilities(memory), rng(SEED_SERVER, memory["seed"], round_index)
-    patterns, values = {}, dict(rest.values)
-    weights = random_weights({name: value.shape for name, value in theta.items()}, memory["seed"])
+def _network(state: RunState) -> SparseState:
+    """One network of those that θ describes, with the other tensors of the model."""
+    theta, seed = probabilities(state), state.memory["seed"]
+    source = rng(SEED_SERVER, seed, state.round_index)
+    weights = random_weights({name: value.shape for name, value in theta.items()}, seed)
+    patterns, values = {}, dict(state.model.values)
     for name, value in theta.items():
         chosen = np.flatnonzero(drawn(value, source))
         patterns[name] = Pattern.from_positions(value.shape, chosen)
         values[name] = weights[name].reshape(-1)[chosen]
     return SparseState(values, Patterns(patterns))
-
-
-def _packed(votes: Array) -> str:
-    return base64.b85encode(zlib.compress(votes.astype("<u2").tobytes(), 1)).decode()
-
-
-def _unpacked(text: str) -> Array:
-    return np.frombuffer(zlib.decompress(base64.b85decode(text)), "<u2")
 
 
 # --- both --------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from fedprune.methods.fedpm import (
     sigmoid,
     train_masks,
 )
-from fedprune.rounds.folder import read_metrics
+from fedprune.rounds.folder import RunFolder, prepare, read_checkpoint, read_metrics
 from fedprune.settings import TrainingConfig
 from prunelab.runs.seeds import rng
 from sparsemodel.runtime.pattern import Pattern, Patterns
@@ -99,7 +98,7 @@ def test_a_client_s_training_in_plain_torch() -> None:
     training = local.config.training
     source = rng(local.seed(SEED_CLIENT, 0))
     weights = {n: torch.from_numpy(w) for n, w in random_weights(prunable(), 0).items()}
-    theta = {n: torch.from_numpy(v) for n, v in probabilities(state.memory).items()}
+    theta = {n: torch.from_numpy(v) for n, v in probabilities(state).items()}
     scores = {n: (v / (1 - v)).log().requires_grad_() for n, v in theta.items()}
     adam = torch.optim.Adam(list(scores.values()), lr=0.1)
     model = build()
@@ -145,8 +144,8 @@ def test_votes_are_counted_whoever_comes_first() -> None:
             votes.add(client, replies[client])
         pooled = votes.result()
         assert pooled.clients == [0, 1, 2]
-        assert pooled.tensors["ones"]["layer0"].tolist() == [1, 3, 0, 0, 1, 0]
-        assert pooled.tensors["ones"]["layer1"].tolist() == [1, 0, 0, 0, 0, 2]
+        assert pooled.tensors["votes"]["layer0"].tolist() == [1, 3, 0, 0, 1, 0]
+        assert pooled.tensors["votes"]["layer1"].tolist() == [1, 0, 0, 0, 0, 2]
         assert pooled.tensors[REST]["bias"].tolist() == pytest.approx([11 / 5])
 
 
@@ -155,7 +154,7 @@ def test_an_answer_that_cannot_be_used_changes_no_count() -> None:
     votes.add(0, vote([0], [1]))
     with pytest.raises(ClientError, match="other clients"):
         votes.add(1, replace(vote([0], [1]), tensors={REST: {"what": np.float32([1])}}))
-    assert votes.result().tensors["ones"]["layer0"].tolist() == [1, 0, 0, 0, 0, 0]
+    assert votes.result().tensors["votes"]["layer0"].tolist() == [1, 0, 0, 0, 0, 0]
 
 
 def all_or_none(state: RunState, kept: list[bool]) -> Any:
@@ -179,13 +178,28 @@ def test_the_mode_of_the_beta(reset_every: int, expected: float) -> None:
     method = FedPM(reset_every=reset_every)
     state = started(method)
     state = method.update(state, all_or_none(state, [True, True, True, False]))
-    assert all(np.allclose(v, 0.01 + 0.98 * 0.75) for v in probabilities(state.memory).values())
+    assert all(np.allclose(v, 0.01 + 0.98 * 0.75) for v in probabilities(state).values())
     state = method.update(state, all_or_none(state, [True, False, False]))
-    state = replace(state, memory=json.loads(json.dumps(state.memory)))
     theta = method.request(state).states[MODEL].values
     assert all(np.allclose(theta[name], 0.01 + 0.98 * expected) for name in NAMES)
     assert state.model.patterns is not None
     assert state.model.patterns.density == pytest.approx(0.01 + 0.98 * expected, abs=0.02)
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """With the votes of the round before, in whatever order the file has their layers."""
+    method = FedPM(reset_every=2)
+    prepare(tmp_path / "run", tiny(method__name="fedpm"), resume=False)
+    state = started(method)
+    state = method.update(state, all_or_none(state, [True, False]))
+    RunFolder(tmp_path / "run").save(state)
+    checkpoint = read_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    resumed = replace(checkpoint.state, model=checkpoint.state.model.ordered(state.model.values))
+    ours, theirs = (method.update(s, all_or_none(s, [True])) for s in (state, resumed))
+    for name, value in ours.model.values.items():
+        assert np.array_equal(value, theirs.model.values[name])
+    assert ours.model.patterns == theirs.model.patterns
 
 
 def test_the_network_is_a_draw_of_random_weights() -> None:
