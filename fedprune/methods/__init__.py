@@ -17,6 +17,7 @@ from fedprune.methods.fedmef import FedMef
 from fedprune.methods.fedpm import FedPM
 from fedprune.methods.fedprox import FedProx
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
+from fedprune.methods.lotteryfl import LotteryFL
 from fedprune.methods.magnitude import Magnitude
 from fedprune.methods.small_dense import SmallDense
 from fedprune.methods.sparsyfed import SparsyFed
@@ -39,6 +40,7 @@ __all__ = [
     "FedTinyFixedMask",
     "FedTinyVanillaSelection",
     "Local",
+    "LotteryFL",
     "Magnitude",
     "Method",
     "Pooled",
@@ -67,6 +69,7 @@ _ALL: tuple[type[Method], ...] = (
     SparsyFed,
     FedMef,
     FedPM,
+    LotteryFL,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 DEFAULT_METHOD = FedTiny.name
