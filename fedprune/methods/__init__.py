@@ -24,6 +24,7 @@ from fedprune.methods.fedtiny.plus import FedTinyPlus
 from fedprune.methods.fjord import FjORD
 from fedprune.methods.grasp import Grasp
 from fedprune.methods.heterofl import HeteroFL
+from fedprune.methods.lotteryfl import LotteryFL
 from fedprune.methods.magnitude import Magnitude
 from fedprune.methods.prunefl import PruneFL
 from fedprune.methods.random_mask import RandomMask
@@ -57,6 +58,7 @@ __all__ = [
     "Grasp",
     "HeteroFL",
     "Local",
+    "LotteryFL",
     "Magnitude",
     "Method",
     "Pooled",
@@ -100,6 +102,7 @@ _ALL: tuple[type[Method], ...] = (
     FjORD,
     SmallDense,
     FedProx,
+    LotteryFL,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 DEFAULT_METHOD = FedTiny.name

@@ -235,6 +235,10 @@ class Method:
         """
         return None
 
+    def personal(self, state: RunState) -> Callable[[int], SparseState] | None:
+        """client -> the model that it tests on samples of its own; None: all the global one."""
+        return None
+
     def update(self, state: RunState, pooled: Pooled) -> RunState:
         """The state after a round.
 

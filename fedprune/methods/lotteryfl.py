@@ -33,11 +33,11 @@ from fedprune.exchange.aggregate import StateMean, WeightedMean
 from fedprune.exchange.messages import MODEL, Reply, Request, counts, number
 from fedprune.exchange.pooled import Pooled
 from fedprune.local.training import train
-from fedprune.methods.base import Collector, Method, RunState, Start
+from fedprune.methods.base import Collector, Method, RunState, Start, train_request
 from sparsemodel.runtime.adjust import carry, prune_to_largest, select_largest
 from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.positions import find
-from sparsemodel.runtime.state import SparseState
+from sparsemodel.runtime.state import Array, SparseState
 
 if TYPE_CHECKING:
     from fedprune.local.site import Local
@@ -68,7 +68,8 @@ def train_ticket(request: Request, local: Local) -> Reply:
     assert smaller.patterns is not None
     rewound = carry(request.state(START), smaller.patterns)
     reply = train(replace(request, states={MODEL: rewound}), local)
-    trained, gone = reply.states[MODEL], {}
+    trained = reply.states[MODEL]
+    gone: dict[str, Pattern] = {}
     for name in layers:
         before = _positions(model, name)
         lost = before[~find(smaller.patterns[name].positions(), before)[1]]
@@ -103,12 +104,13 @@ class TicketMean:
 
     def add(self, client: int, reply: Reply) -> None:
         model = reply.states[MODEL]
-        gone = reply.masks.get(PRUNED, {})
+        gone: Mapping[str, Pattern] = reply.masks.get(PRUNED, {})
         if any(mask.num_active for mask in gone.values()):
             pruned = {name: mask.num_active for name, mask in gone.items()}
             if pruned != dict(self._expected(client)):
                 raise ClientError(f"it pruned {pruned} weights, which nobody asked for")
-        values, kept, patterns = dict(model.values), {}, {}
+        values, kept = dict(model.values), {}
+        patterns: dict[str, Pattern] = {}
         for name in self._layers:
             before = positions = _positions(model, name)
             if name in gone and gone[name].num_active:
@@ -173,7 +175,7 @@ class LotteryFL(Method):
 
         def personal(client: int) -> Request:
             ticket = state.kept.get(_ticket(client))
-            return everybody if ticket is None else self._question(state, ticket.patterns)
+            return everybody if ticket is None else self._question(state, ticket)
 
         return replace(everybody, personal=personal)
 
@@ -201,5 +203,47 @@ class LotteryFL(Method):
             size = prod(state.model.values[name].shape)
             active = size if ticket is None else ticket[name].num_active
             least = max(1, round(self.density * size))
-            pruned[name] = max(0, min(floor(self.prune_rate * active), active - least))
+            pruned[name] = min(max(1, floor(self.prune_rate * active)), max(0, active - least))
         return pruned
+
+    def _question(self, state: RunState, ticket: SparseState | None) -> Request:
+        """What a client with that ticket is asked; None: one that has pruned nothing yet."""
+        patterns = None if ticket is None else ticket.patterns
+        model = _cut(state.model, ticket)
+        pruned = self.pruned_counts(state, patterns)
+        if not any(pruned.values()):
+            return train_request(replace(state, model=model))
+        fields = {"prune": list(pruned.values()), "threshold": self.threshold}
+        if patterns is None:
+            fields["layers"] = list(pruned)
+        asked = train_request(replace(state, model=model), fields=fields)
+        start = _cut(state.kept[START].ordered(state.model.values), ticket)
+        return replace(
+            asked,
+            states={**asked.states, START: start},
+            hold=frozenset([START]),
+            expected=replace(asked.expected, masks={PRUNED: pruned}),
+        )
+
+
+def _ticket(client: int) -> str:
+    return f"ticket-{client}"
+
+
+def _cut(dense: SparseState, ticket: SparseState | None) -> SparseState:
+    """The dense state at a ticket's mask; None: all of it."""
+    return dense if ticket is None or ticket.patterns is None else carry(dense, ticket.patterns)
+
+
+# --- both --------------------------------------------------------------------------------------
+
+
+def _shape(state: SparseState, name: str) -> tuple[int, ...]:
+    pattern = state.pattern(name)
+    return state.values[name].shape if pattern is None else pattern.shape
+
+
+def _positions(state: SparseState, name: str) -> Array:
+    """Flat positions of a layer's weights that exist."""
+    pattern = state.pattern(name)
+    return np.arange(state.values[name].size) if pattern is None else pattern.positions()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from fedprune.exchange.messages import (
@@ -54,11 +55,24 @@ class Evaluator:
         self._model: LocalModel | None = None
         self._dense = False
 
-    def evaluate(self, state: SparseState, *, round_index: int) -> Tested | None:
-        """Means over the test samples; None where no client could test."""
+    def evaluate(
+        self,
+        state: SparseState,
+        *,
+        round_index: int,
+        personal: Callable[[int], SparseState] | None = None,
+    ) -> Tested | None:
+        """Means over the test samples; None where no client could test.
+
+        Args:
+            personal: client -> what it tests in place of `state`, where clients test.
+        """
         test = self._setup.test
         if test is None:
-            request = evaluation_request(state, round_index, metric=self._setup.metric)
+            ask = partial(evaluation_request, round_index=round_index, metric=self._setup.metric)
+            request = ask(state)
+            if personal is not None:
+                request = replace(request, personal=lambda client: ask(personal(client)))
             if self._pooler is None:
                 return joined(self._ask(request))
             means = self._pooler(request)

@@ -97,7 +97,8 @@ def play_round(
         traffic = stacked([traffic, settling])
     updated = replace(updated, kept={**updated.kept, **followed(moments, updated.model)})
     # 4. The new model is evaluated on test data, for the record only.
-    tested = evaluator.evaluate(updated.model, round_index=updated.round_index)
+    own = setup.method.personal(updated)
+    tested = evaluator.evaluate(updated.model, round_index=updated.round_index, personal=own)
     traffic = traffic.joined(cohort.take_traffic())
     totals.count_test(tested, setup.metric)
     # 5. The round is counted and written down.
