@@ -152,7 +152,7 @@ def uses_runtime(network: Network, state: SparseState, training: TrainingConfig)
     """Whether the runtime computes this model, without torch.
 
     Of the run's own network pruned states, and dense ones where the execution is "sparse" by
-    name: torch is the faster one at those from about 32 channels on, and slower below
+    name: at those torch is faster from about 32 channels in the first stage on, and slower below
     (benchmarks/dense_steps.py). A network that a question brings is the runtime's in any case.
     """
     if network.program is None or training.device != "cpu" or cpu.library() is None:

@@ -168,7 +168,9 @@ def network_for(
 
     @cache
     def torch_network() -> TorchNetwork:
-        with extras_named("a network without a program"):
+        with extras_named(
+            "a network without a program, or a dense one but with training.execution = 'sparse',"
+        ):
             from fedprune.local.network import TorchNetwork  # noqa: PLC0415
 
         return TorchNetwork(config, data.num_classes, data.input_shape, data.task)

@@ -250,6 +250,18 @@ class Method:
         model = pooled.model
         return dataclasses.replace(state, round_index=state.round_index + 1, model=model)
 
+    def networks(self, request: Request, program: Program) -> list[Program]:
+        """What a client holds at once to answer, where a device has a budget of memory.
+
+        Args:
+            program: of the question's network, which is the first of them. With more, they share
+                weights, gradients and momentum that are held besides.
+
+        Raises:
+            ClientError: the question makes no sense.
+        """
+        return [program]
+
     def settle(self, state: RunState, ask: AskSome) -> RunState:
         """The state after clients were asked of the model that a round has made.
 

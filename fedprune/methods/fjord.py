@@ -196,6 +196,9 @@ class FjORD(WidthTiers):
 
     static_norm: bool = False
 
+    def networks(self, request: Request, program: Program) -> list[Program]:
+        return _programs(program, request.fields.get(WIDTHS, []))
+
     def question(self, state: RunState, tier: Tier, plan: Plan) -> Request:
         request = super().question(state, tier, plan)
         inner = [each for each in plan.tiers if each.rate < tier.rate]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from federation import tiny
 from torch import nn
 from torch.func import functional_call
 
+from fedprune.device.budget import fitting
+from fedprune.device.home import parse_bytes
 from fedprune.errors import ClientError
 from fedprune.exchange.gate import is_statistic
 from fedprune.exchange.messages import MODEL
@@ -140,6 +144,26 @@ def test_each_tier_trains_the_widths_up_to_its_own(setup: Setup) -> None:
         for name, value in reply.states[MODEL].values.items():
             assert value.shape == tier.shapes[name]
             assert np.array_equal(value, again.states[MODEL].values[name])
+
+
+def test_a_device_counts_all_widths_that_it_holds(setup: Setup) -> None:
+    method = setup.method
+    server = Start(
+        setup.start_state, {}, {}, lambda request: iter(()), 4, 7,
+        num_clients=4, program=setup.program,
+    )  # fmt: skip
+    state = method.start(server)
+    request = method.request(state)
+    assert setup.program is not None
+    data = open_data(setup.config, 0, setup=str(setup.folder))
+    local = Local(0, data, setup.config, other_network(setup.program))
+    figures = []
+    for fields in ({}, request.fields):
+        told = fitting(local, replace(request, fields=fields), budget=10**12)[1]
+        figures.append(parse_bytes(told.rpartition("; ")[2].removesuffix(" at most")))
+    assert figures[0] + 3 * 10**6 < figures[1]
+    tiers = method.plan(state).tiers  # type: ignore[attr-defined]
+    assert method.networks(request, setup.program) == [tier.program for tier in tiers]
 
 
 @pytest.mark.parametrize("widths", [3, [3], [["a"]], [[1, 2]], [[99] * 10]])
