@@ -144,7 +144,7 @@ COUNTS: Mapping[str, Callable[[Start, float, int], Counts]] = {
     "uniform": _uniform,
 }
 STATES: Mapping[str, Callable[[Start, float, bool], SparseState]] = {
-    "synflow": _synflow,
+    SynFlow.name: _synflow,
     "gradual": _gradual,
     "narrow": _narrow,
 }
