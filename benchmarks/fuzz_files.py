@@ -53,6 +53,7 @@ from fedprune.rounds.setup import NETWORK, START, TEST, TRAIN, Setup, lay_out
 from prunelab.data.datasets import fingerprint, load_dataset
 from prunelab.data.samples import ImageSamples
 from prunelab.pretrained import MASK_FILE
+from prunelab.runs import folder as runfolder
 from prunelab.training import checkpoint
 from prunelab.training.loop import TrainingConfig
 
@@ -308,7 +309,7 @@ def training(world: Path) -> Any:
 
 def trained(world: Path) -> Any:
     folder = world / "trained"
-    summary, lines = runner.runfolder.read_summary(folder), runner.runfolder.read_metrics(folder)
+    summary, lines = runfolder.read_summary(folder), runfolder.read_metrics(folder)
     return summary, lines, runner.load_model(folder).state_dict()
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from benchmarks import (
     choice_fit,
     client_memory,
+    dense_steps,
     fleet,
     network_support,
     privacy_cost,
@@ -190,6 +191,19 @@ def test_sparse_layers_refuses_wrong_gradients() -> None:
     wrong = sparse_layers.Side(lambda: (torch.ones(3, 2), torch.tensor([1, 1, 1.1])), at_mask=True)
     with pytest.raises(RuntimeError, match=r"a layer, ours: gradient for weights off by 1\.00e-01"):
         sparse_layers.check("a layer", right, {"ours": wrong}, mask)
+
+
+@needs_kernels
+def test_dense_steps_rows() -> None:
+    (row,) = checked(
+        list(
+            dense_steps.rows(
+                [("resnet8", 4)], rounds=1, clock=time.process_time, threads=1,
+                input_shape=(1, 8, 8),
+            )
+        )
+    )  # fmt: skip
+    assert (row.case, row.density) == ("resnet8, width 4", 1.0)
 
 
 @needs_kernels

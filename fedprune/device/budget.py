@@ -30,6 +30,7 @@ SMALLEST_BATCH = 2  # batch norm needs two
 _ALLOWANCE = 2 << 20  # what imports on the way, Python's own objects and the heap's gaps take
 _BATCH_COPIES = 4  # a batch, and what augmentation makes of it
 _ENTRY_BYTES = 40  # a growth entry on its way from the library's lists into a frame
+_SHARED = 3  # values, gradients and momentum that several networks have in common
 _ANSWER_COPIES = 4  # of the values: state, frame, record, Flower's message
 
 
@@ -81,14 +82,19 @@ def fitting(local: Local, request: Request, *, budget: int) -> tuple[Local, str]
     held = rss_bytes()
     sample = local.data.train.inputs[:1].nbytes
     grown = sum(growth_counts(request).values()) if "grow" in request.fields else 0
+    networks = local.config.method.networks(request, program)
+    moments = (0 if is_plain(training) else 2) + (_SHARED if len(networks) > 1 else 0)
     needs = {
         choice: held + max(
-            needed(
-                program, state,
-                # A plan is made for one sample more: the last batch may be larger by one.
-                batch=choice.batch_size + 1, recompute=choice.recompute,
-                sample_bytes=sample, threads=training.threads, momentum=training.momentum > 0,
-                moments=0 if is_plain(training) else 2, growth=grown,
+            sum(
+                needed(
+                    network, state,
+                    # A plan is made for one sample more: the last batch may be larger by one.
+                    batch=choice.batch_size + 1, recompute=choice.recompute,
+                    sample_bytes=sample, threads=training.threads, momentum=training.momentum > 0,
+                    moments=moments, growth=grown,
+                )
+                for network in networks
             )
             for state in states
         )

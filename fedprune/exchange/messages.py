@@ -111,6 +111,8 @@ class Request:
         batch_passes: the same of each pass over a mini-batch of training samples, of which a step
             takes three. It does not travel.
         program: of the network that the question is about, where it is not the run's.
+        macs: for the account: multiply-accumulates of a forward pass of one sample, where they
+            are not those of the model under its mask. It does not travel.
         personal: client -> what it is asked instead; who is asked the same should get the same
             object, which is encoded once. It does not travel.
     """
@@ -128,6 +130,7 @@ class Request:
     forward_passes: Sequence[Mapping[str, int]] = ()
     batch_passes: Sequence[Mapping[str, int]] = ()
     program: Program | None = None
+    macs: int = 0
     personal: Callable[[int], Request] | None = None
 
     def of_each(self, clients: Iterable[int]) -> dict[int, Request]:

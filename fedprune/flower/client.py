@@ -152,7 +152,7 @@ def open_request(record: RecordDict, context: Context) -> tuple[Request, Local]:
         network = Network(None, lambda: None, {})
     elif received.program:
         program = _program(received.program_text())
-        network = network_of(config, data, program)
+        network = network_of(config, data, program, other=received.is_other())
     else:
         network = network_of(config, data, None)
     kept = _bytes_of(context, _KEPT)

@@ -254,7 +254,7 @@ def encode_request(
     """The record for a client.
 
     Args:
-        program: of the run's network.
+        program: of the network that the question is about.
         held: tokens of what this client is believed to hold.
         base: an older mask; a client that holds it is sent the difference only.
         dtype: how weights travel: fp32, fp16, bf16 or int8.
@@ -271,6 +271,8 @@ def encode_request(
         keep.add(token)
         if token not in held:
             frames["p"] = program.text.encode()
+    if request.program is not None:
+        header["o"] = True
     states = [
         _encode_part(place, name, request, frames, keep, held=held, base=base, dtype=dtype)
         for place, name in enumerate(request.states)
@@ -366,8 +368,12 @@ class Received:
         """
         return _count(self._header, "n") if "n" in self._header else 0
 
+    def is_other(self) -> bool:
+        """Whether the question is about another network than the run's."""
+        return bool(_field(self._header, "o", bool, False))
+
     def program_text(self) -> bytes:
-        """The program of the run's network."""
+        """The program of the question's network."""
         return self._held.take(self.program)
 
     def request(self, shapes: Shapes) -> Request:

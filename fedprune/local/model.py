@@ -119,12 +119,14 @@ class Network:
         build: makes the torch module, dense, with whatever weights.
         shapes: of the float state, in its order.
         task: makes the task, with torch.
+        other: whether it is another network than the run's (`Request.program`).
     """
 
     program: Program | None
     build: Callable[[], Any]
     shapes: Mapping[str, tuple[int, ...]]
     task: Callable[[], Task] = _classification
+    other: bool = False
 
 
 def open_model(network: Network, state: SparseState, training: TrainingConfig) -> LocalModel:
@@ -147,14 +149,17 @@ def execution_of(training: TrainingConfig, *, pruned: bool) -> str:
 
 
 def uses_runtime(network: Network, state: SparseState, training: TrainingConfig) -> bool:
-    """Whether the runtime computes this model, without torch."""
-    return (
-        network.program is not None
-        and state.patterns is not None
-        and training.device == "cpu"
-        and execution_of(training, pruned=True) == "sparse"
-        and cpu.library() is not None
-    )
+    """Whether the runtime computes this model, without torch.
+
+    Of the run's own network pruned states, and dense ones where the execution is "sparse" by
+    name: at those torch is faster from about 32 channels in the first stage on, and slower below
+    (benchmarks/dense_steps.py). A network that a question brings is the runtime's in any case.
+    """
+    if network.program is None or training.device != "cpu" or cpu.library() is None:
+        return False
+    if network.other or state.patterns is None:
+        return network.other or training.execution == "sparse"
+    return execution_of(training, pruned=True) == "sparse"
 
 
 class RuntimeModel:

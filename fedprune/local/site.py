@@ -29,6 +29,8 @@ from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.meter import peak_rss_bytes
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fedprune.config import RunConfig
     from fedprune.local.network import TorchNetwork
 
@@ -112,10 +114,31 @@ def split_seed(config: RunConfig, client: int) -> int:
     return stream_seed(SEED_DEV_SPLIT, config.seed, client)
 
 
-def network_of(config: RunConfig, data: ClientData, program: Program | None) -> Network:
-    """The run's network on a client; torch is imported where it has no program."""
+def network_of(
+    config: RunConfig, data: ClientData, program: Program | None, *, other: bool = False
+) -> Network:
+    """The run's network on a client; torch is imported where it has no program.
 
+    Args:
+        other: whether the program is of another network than the run's.
+    """
+    if other:
+        assert program is not None, "other networks come as programs"
+        return other_network(program)
     return network_for(config, data, program, None if program is None else program.shapes())
+
+
+def other_network(program: Program) -> Network:
+    """A network that is not the run's: where the runtime does not compute it, a module of its
+    operations does."""
+
+    def build() -> nn.Module:
+        with extras_named("a network that the runtime does not compute here"):
+            from sparsemodel.plans.module import ProgramModule  # noqa: PLC0415
+
+        return ProgramModule(program)
+
+    return Network(program, build, program.shapes(), other=True)
 
 
 class Described(Protocol):
@@ -145,7 +168,9 @@ def network_for(
 
     @cache
     def torch_network() -> TorchNetwork:
-        with extras_named("a network without a program"):
+        with extras_named(
+            "a network without a program, or a dense one but with training.execution = 'sparse',"
+        ):
             from fedprune.local.network import TorchNetwork  # noqa: PLC0415
 
         return TorchNetwork(config, data.num_classes, data.input_shape, data.task)

@@ -16,7 +16,9 @@ from fedprune.methods.base import Collector, Method, RunState, Start, train_requ
 from fedprune.methods.fedprox import FedProx
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
 from fedprune.methods.fedtiny.plus import FedTinyPlus
+from fedprune.methods.fjord import FjORD
 from fedprune.methods.grasp import Grasp
+from fedprune.methods.heterofl import HeteroFL
 from fedprune.methods.magnitude import Magnitude
 from fedprune.methods.random_mask import RandomMask
 from fedprune.methods.small_dense import SmallDense
@@ -39,7 +41,9 @@ __all__ = [
     "FedTinyFixedMask",
     "FedTinyPlus",
     "FedTinyVanillaSelection",
+    "FjORD",
     "Grasp",
+    "HeteroFL",
     "Local",
     "Magnitude",
     "Method",
@@ -73,6 +77,8 @@ _ALL: tuple[type[Method], ...] = (
     Snip,
     Grasp,
     SynFlow,
+    HeteroFL,
+    FjORD,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 DEFAULT_METHOD = FedTiny.name

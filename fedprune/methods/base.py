@@ -10,7 +10,7 @@ This file is imported by clients that have no torch: server halves import it ins
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -19,6 +19,7 @@ from fedprune.exchange.messages import MODEL, Expected, Reply, Request, loss
 from fedprune.exchange.pooled import Pooled, Pooler, check_numbers, pooled
 from fedprune.exchange.robust import MEAN, Aggregation
 from fedprune.local.training import train
+from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import SparseState
 
 if TYPE_CHECKING:
@@ -73,6 +74,32 @@ def _nowhere() -> Local:
     raise AssertionError("this start was made without the server's samples")
 
 
+class AskSome(Protocol):
+    """Send `request` to some clients, at most as many as a round has, drawn by the run's seed.
+
+    Args:
+        among: those that may be asked.
+    """
+
+    def __call__(
+        self, request: Request, *, among: Collection[int]
+    ) -> Iterator[tuple[int, Reply]]: ...
+
+
+class Tested(Protocol):
+    """Means over test samples."""
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def metric(self) -> float: ...
+
+
+Test = Callable[[Program, SparseState], Tested | None]
+"""How a network of another program does on the server's test samples; None: it has none."""
+
+
 @dataclass(frozen=True)
 class Start:
     """What the server half has to begin with.
@@ -90,6 +117,8 @@ class Start:
         pooler: adds up answers where single ones are not to be seen; then `ask` fails.
         place: gives the server's own place, as a client has one: its labelled samples are
             `data.train`, and `network` builds the network with torch.
+        num_clients: of the run.
+        program: of the network; None where it has none, for the reason `no_program`.
     """
 
     state: Callable[[], SparseState]
@@ -102,6 +131,9 @@ class Start:
     aggregation: Aggregation = MEAN
     pooler: Pooler | None = None
     place: Callable[[], Local] = _nowhere
+    num_clients: int = 0
+    program: Program | None = None
+    no_program: str = ""
 
     def pooled(self, request: Request) -> Pooled:
         """Every client's answer added up: all that a method has under secure aggregation."""
@@ -211,6 +243,35 @@ class Method:
         """
         model = pooled.model
         return dataclasses.replace(state, round_index=state.round_index + 1, model=model)
+
+    def networks(self, request: Request, program: Program) -> list[Program]:
+        """What a client holds at once to answer, where a device has a budget of memory.
+
+        Args:
+            program: of the question's network, which is the first of them. With more, they share
+                weights, gradients and momentum that are held besides.
+
+        Raises:
+            ClientError: the question makes no sense.
+        """
+        return [program]
+
+    def settle(self, state: RunState, ask: AskSome) -> RunState:
+        """The state after clients were asked of the model that a round has made.
+
+        Args:
+            state: of `update`.
+            ask: reaches clients; of the answers nothing may depend on the order in which they come.
+        """
+        return state
+
+    def account(self, state: RunState, test: Test) -> dict[str, Any]:
+        """What the summary of a run says besides, once it is over.
+
+        Args:
+            test: for the record: there is nothing left that it could decide.
+        """
+        return {}
 
 
 def train_request(

@@ -17,8 +17,10 @@ from fedprune.exchange.messages import (
 )
 from fedprune.exchange.pooled import Pooler
 from fedprune.local.model import LocalModel, open_model
+from fedprune.local.site import other_network
 from fedprune.methods.base import Ask
 from fedprune.rounds.setup import Setup
+from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import SparseState
 
 BATCH = 64  # of the runtime: enough for its kernels, little memory
@@ -70,6 +72,16 @@ class Evaluator:
             self._model.load(state)
         score = self._model.evaluate(test.inputs, test.targets)
         return Tested(score.loss_sum / len(test), score.metric_sum / len(test))
+
+
+def tested_by_server(setup: Setup, program: Program, state: SparseState) -> Tested | None:
+    """Another network than the run's on the server's test samples; None where clients test."""
+    if setup.test is None:
+        return None
+    training = replace(setup.config.training, batch_size=BATCH - 1)
+    model = open_model(other_network(program), state, training)
+    score = model.evaluate(setup.test.inputs, setup.test.targets)
+    return Tested(score.loss_sum / len(setup.test), score.metric_sum / len(setup.test))
 
 
 def evaluation_request(state: SparseState, round_index: int, *, metric: str) -> Request:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from fedprune.exchange.messages import Request, Resources
+from fedprune.exchange.messages import MODEL, Request, Resources
 from fedprune.local.training import GROWTH_BATCHES, growth_counts
 from fedprune.rounds.evaluation import Tested
 from fedprune.rounds.setup import Setup
@@ -100,24 +100,34 @@ class Totals:
             self.peak_rss_bytes = max(self.peak_rss_bytes, resources.peak_rss_bytes)
 
     def count_training(
-        self, setup: Setup, request: Request, model: SparseState, num_examples: list[int]
+        self, setup: Setup, request: Request, model: SparseState, samples: Mapping[int, int]
     ) -> None:
-        """Operations of the clients' training, and what dense training would have taken."""
-        training = setup.config.training
-        samples = sum(num_examples) * training.local_epochs
-        forward = forward_flops(setup.layer_macs, model)
-        self.dense_flops += samples * 3 * 2 * sum(setup.reference.layer_macs.values())
-        self.train_flops += samples * 3 * forward
-        grown = growth_counts(request)
-        if grown:
-            # One mini-batch more, or several: forward and input gradient at the mask, and the whole
-            # weight gradient of the block's layers.
-            once = 2 * forward + 2 * sum(setup.layer_macs[name] for name in grown)
-            batches = request.fields.get(GROWTH_BATCHES, 1)
-            if GROWTH_BATCHES in request.fields:  # the exact sums: a step's forward and backward
-                once += 3 * forward
-            most = batches * training.batch_size
-            self.train_flops += once * sum(min(n, most) if most else n for n in num_examples)
+        """Operations of the clients' training, and what dense training would have taken.
+
+        Args:
+            samples: of each client.
+        """
+        training, passes = setup.config.training, 3 * setup.config.training.local_epochs
+        dense = 2 * sum(setup.reference.layer_macs.values())
+        self.dense_flops += sum(samples.values()) * passes * dense
+        groups: dict[int, list[int]] = {}
+        asked = request.of_each(samples)
+        for client, own in asked.items():
+            groups.setdefault(id(own), []).append(client)
+        for clients in groups.values():  # of each question at once: there may be many clients
+            own = asked[clients[0]]
+            macs, forward = _macs_of(setup, own), forward_flops_of(setup, own, model)
+            counts = [samples[client] for client in clients]
+            self.train_flops += sum(counts) * passes * forward
+            if grown := growth_counts(own):
+                # One mini-batch more, or several: forward and input gradient at the mask, and the
+                # whole weight gradient of the block's layers.
+                once = 2 * forward + 2 * sum(macs[name] for name in grown)
+                batches = own.fields.get(GROWTH_BATCHES, 1)
+                if GROWTH_BATCHES in own.fields:  # the exact sums: a step's forward and backward
+                    once += 3 * forward
+                most = batches * training.batch_size
+                self.train_flops += once * sum(min(n, most) if most else n for n in counts)
 
     def count_passes(
         self, setup: Setup, passes: Iterable[Mapping[str, int]], num_samples: int
@@ -130,6 +140,10 @@ class Totals:
                 for name, macs in setup.layer_macs.items()
             )
             self.train_flops += float(2 * macs * num_samples)
+
+    def count_pass(self, setup: Setup, request: Request, model: SparseState, samples: int) -> None:
+        """Operations of a forward pass of a question's model over so many samples."""
+        self.train_flops += float(forward_flops_of(setup, request, model) * samples)
 
     def _count_bytes(self, traffic: Traffic) -> None:
         self.bytes_up += sum(traffic.up)
@@ -146,6 +160,21 @@ def forward_flops(layer_macs: Mapping[str, int], model: SparseState) -> int:
         # Exact: every weight is used equally often, so the number of weights divides it.
         total += macs if pattern is None else macs // pattern.num_weights * pattern.num_active
     return 2 * total
+
+
+def forward_flops_of(setup: Setup, request: Request, model: SparseState) -> int:
+    """The same of a question's network and model, or of what it says that it takes.
+
+    Args:
+        model: of a question without one.
+    """
+    return 2 * request.macs or forward_flops(
+        _macs_of(setup, request), request.states.get(MODEL, model)
+    )
+
+
+def _macs_of(setup: Setup, request: Request) -> Mapping[str, int]:
+    return setup.layer_macs if request.program is None else request.program.layer_macs()
 
 
 def mask_change(before: SparseState, after: SparseState) -> tuple[list[str], float]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fedprune.errors import ClientError
@@ -14,14 +15,14 @@ from fedprune.exchange.messages import MODEL, Fields, Reply, Request, Resources
 from fedprune.exchange.pooled import Pooled, Pooler
 from fedprune.exchange.robust import Aggregation, States
 from fedprune.local.model import execution_of
-from fedprune.methods.base import RunState, Start
+from fedprune.methods.base import AskSome, RunState, Start
 from fedprune.privacy.accounting import epsilon
 from fedprune.privacy.noise import question, released
 from fedprune.privacy.randomness import new_key, seeded_key
 from fedprune.rounds.asking import Cohort, gather, gather_sum, ordered, quorum_of
-from fedprune.rounds.evaluation import Evaluator
+from fedprune.rounds.evaluation import Evaluator, tested_by_server
 from fedprune.rounds.folder import RunFolder, save_model
-from fedprune.rounds.ledger import Traffic, mask_change, skips
+from fedprune.rounds.ledger import Traffic, mask_change, skips, stacked
 from fedprune.rounds.setup import Setup
 from prunelab.errors import RunError
 from prunelab.runs.version import __version__
@@ -84,6 +85,9 @@ def play_round(
         mean = released(state.model, pooled.model, privacy, num_clients=len(fold.losses), key=key)
         pooled = pooled.with_model(mean)
     updated = setup.method.update(state, pooled)
+    updated = setup.method.settle(updated, _asking(setup, cohort, folder, updated))
+    if (settling := cohort.take_traffic()).down:  # what a client is sent and sends in a round
+        traffic = stacked([traffic, settling])
     # 4. The new model is evaluated on test data, for the record only.
     tested = evaluator.evaluate(updated.model, round_index=updated.round_index)
     traffic = traffic.joined(cohort.take_traffic())
@@ -171,6 +175,9 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
         aggregation=aggregation_of(setup),
         pooler=_sums(setup, ask_sum),
         place=setup.place,
+        num_clients=setup.config.data.clients,
+        program=setup.program,
+        no_program=setup.no_program,
     )
     try:
         state = setup.method.start(server)
@@ -256,6 +263,7 @@ def finish(setup: Setup, folder: RunFolder, state: RunState) -> None:
             "peak_rss_bytes": max(totals.peak_rss_bytes, peak_rss_bytes()),
             "seconds": round(totals.seconds, 3),
             **_spent(setup, folder),
+            **setup.method.account(state, partial(tested_by_server, setup)),
             "version": __version__,
         }
     )
@@ -317,9 +325,9 @@ class Fold:
             growth=self._growth.result(),
         )
 
-    def samples(self) -> list[int]:
+    def samples(self) -> dict[int, int]:
         """Each client's number of samples."""
-        return [count for _, count in self.losses.values()]
+        return {client: count for client, (_, count) in self.losses.items()}
 
     def train_loss(self) -> float | None:
         """The clients' mean loss, added up in the order of clients; None where it is not told."""
@@ -339,6 +347,19 @@ def aggregation_of(setup: Setup) -> Aggregation:
         byzantine=federation.byzantine,
         device=None if device == "cpu" else device,
     )
+
+
+def _asking(setup: Setup, cohort: Cohort, folder: RunFolder, state: RunState) -> AskSome:
+    """How a method asks clients of the model that a round has made."""
+
+    def ask(request: Request, *, among: Collection[int]) -> Iterator[tuple[int, Reply]]:
+        drawn = [c for c in ordered(setup, cohort.clients, state.round_index) if c in among]
+        chosen = sorted(drawn[: setup.config.clients_per_round])
+        for client, reply in cohort.ask(request, clients=chosen):
+            folder.totals.count_pass(setup, request, state.model, reply.num_examples)
+            yield client, reply
+
+    return ask
 
 
 def _resumed(setup: Setup, folder: RunFolder) -> RunState | None:

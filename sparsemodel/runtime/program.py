@@ -204,6 +204,13 @@ class Program:
             if node.kind == "conv" and node.weight is not None
         }
 
+    def layer_macs(self) -> dict[str, int]:
+        """The weight of each layer -> its multiply-accumulates for one sample, when dense."""
+        return {
+            name: math.prod(self._shapes[name]) * math.prod(self.results[number][1:])
+            for name, number in self.layers().items()
+        }
+
     @cached_property
     def _shapes(self) -> dict[str, Shape]:
         return dict(self.tensors)

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from federation import run_inline, tiny
 from flwr.app import Context, Message
 
 from fedprune.flower import client, wire
 from fedprune.flower.launch import launch_values
+from fedprune.methods.widths import assigned
 from fedprune.rounds.folder import read_metrics
 from fedprune.rounds.workspace import open_workspace
 
@@ -122,6 +124,32 @@ def test_a_client_without_torch_gives_the_same_answers(
     assert any("e0" in frames for _, frames in answers) == (method == "fedtiny")  # with growth
     assert not any("skip" in header for header, _ in answers)
     ours, has_torch = answered(tmp_path, questions, who=2, blocked=TORCH, **settings)
+    assert not has_torch
+    same(ours, answers)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("heterofl", {}),
+        ("fjord", {"federation__uplink_dtype": "bf16"}),
+        ("small-dense", {"training__execution": "sparse"}),
+        ("fedavg", {"training__execution": "sparse"}),
+    ],
+)
+def test_a_dense_client_without_torch_gives_the_same_answers(
+    method: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """One of a middle width, whose network the question brings, or where the setting says so."""
+    settings = {"method__name": method, "training__rounds": 2, "model__width": 8, **settings}
+    tiers = method in ("heterofl", "fjord")
+    who = int(np.flatnonzero(assigned([1, 1, 1], 4, seed=7) == 1)[0]) if tiers else 2
+    questions, answers = recorded(tmp_path / "run", who=who, **settings)
+    actions = [header["a"] for _, header, _ in questions]
+    assert actions == ["describe", "train", "train", *["measure"] * tiers]
+    assert [bool(header.get("o")) for _, header, _ in questions[1:]] == [tiers] * (2 + tiers)
+    assert not any("skip" in header for header, _ in answers)
+    ours, has_torch = answered(tmp_path, questions, who=who, blocked=TORCH, **settings)
     assert not has_torch
     same(ours, answers)
 

@@ -341,6 +341,6 @@ def test_the_account_counts_both_passes_over_the_batches(setup: Setup) -> None:
         ({"growth_batches": 0}, 40 + 9, 3),
     ):
         totals = Totals()
-        totals.count_training(setup, question(state, {name: 5}, **fields), state, [40, 9])
+        totals.count_training(setup, question(state, {name: 5}, **fields), state, {0: 40, 1: 9})
         once = (2 + again) * forward + block
         assert totals.train_flops == trained + once * samples

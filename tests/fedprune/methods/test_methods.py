@@ -88,7 +88,8 @@ def beginning(work: Workspace, ask: Any = nobody) -> Start:
     state = SparseState({name: values[name].numpy() for name in work.shapes})
     blocks = {kind: parameter_blocks(model, granularity=kind) for kind in GRANULARITIES}
     return Start(
-        lambda: state, shapes_of(model), blocks, ask, config.training.rounds, config.seed
+        lambda: state, shapes_of(model), blocks, ask, config.training.rounds, config.seed,
+        num_clients=config.data.clients, program=program_of(model, work.torch.input_shape),
     )  # fmt: skip
 
 
