@@ -91,7 +91,7 @@ def _synflow(server: Start, density: float, outputs: bool) -> SparseState:
 
 
 def _narrow(server: Start, density: float, outputs: bool) -> SparseState:
-    program = server.place().network.program
+    program = server.program
     if program is None:
         raise RunError(
             "candidates: 'narrow' has to know which layer reads which, and the network has no "
