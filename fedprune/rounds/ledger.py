@@ -119,7 +119,7 @@ class Totals:
         Args:
             samples: of each client.
         """
-        training, passes = setup.config.training, 3 * setup.config.training.local_epochs
+        passes = 3 * setup.config.training.local_epochs
         dense = 2 * sum(setup.reference.layer_macs.values())
         self.dense_flops += sum(samples.values()) * passes * dense
         groups: dict[int, list[int]] = {}
@@ -128,18 +128,9 @@ class Totals:
             groups.setdefault(id(own), []).append(client)
         for clients in groups.values():  # of each question at once: there may be many clients
             own = asked[clients[0]]
-            macs, forward = _macs_of(setup, own), forward_flops_of(setup, own, model)
             counts = [samples[client] for client in clients]
-            self.train_flops += sum(counts) * passes * forward
-            if grown := growth_counts(own):
-                # One mini-batch more, or several: forward and input gradient at the mask, and the
-                # whole weight gradient of the block's layers.
-                once = 2 * forward + 2 * sum(macs[name] for name in grown)
-                batches = own.fields.get(GROWTH_BATCHES, 1)
-                if GROWTH_BATCHES in own.fields:  # the exact sums: a step's forward and backward
-                    once += 3 * forward
-                most = batches * training.batch_size
-                self.train_flops += once * sum(min(n, most) if most else n for n in counts)
+            self.train_flops += sum(counts) * passes * forward_flops_of(setup, own, model)
+            self.train_flops += _growth_flops(setup, own, model, counts)
 
     def count_passes(
         self, setup: Setup, passes: Iterable[Mapping[str, int]], num_samples: int
@@ -154,8 +145,11 @@ class Totals:
             self.train_flops += float(2 * macs * num_samples)
 
     def count_pass(self, setup: Setup, request: Request, model: SparseState, samples: int) -> None:
-        """Operations of a forward pass of a question's model over so many samples."""
-        self.train_flops += float(forward_flops_of(setup, request, model) * samples)
+        """Operations of a forward pass of a question's model over so many samples, or of growth."""
+        if growth_counts(request):
+            self.train_flops += _growth_flops(setup, request, model, [samples])
+        else:
+            self.train_flops += float(forward_flops_of(setup, request, model) * samples)
 
     def _count_bytes(self, traffic: Traffic) -> None:
         self.bytes_up += sum(traffic.up)
@@ -184,6 +178,26 @@ def forward_flops_of(setup: Setup, request: Request, model: SparseState) -> int:
     return 2 * request.macs or forward_flops(
         _macs_of(setup, request), request.states.get(MODEL, model)
     )
+
+
+def _growth_flops(
+    setup: Setup, request: Request, model: SparseState, counts: Iterable[int]
+) -> float:
+    """Operations of the growth that a question asks for, 0 if none, of clients of such samples.
+
+    Of one mini-batch or several: forward and input gradient at the mask, and the whole weight
+    gradient of the block's layers; of exact sums a step's forward and backward besides.
+    """
+    grown = growth_counts(request)
+    if not grown:
+        return 0.0
+    macs, forward = _macs_of(setup, request), forward_flops_of(setup, request, model)
+    once = 2 * forward + 2 * sum(macs[name] for name in grown)
+    batches = request.fields.get(GROWTH_BATCHES, 1)
+    if GROWTH_BATCHES in request.fields:
+        once += 3 * forward
+    most = batches * setup.config.training.batch_size
+    return float(once * sum(min(n, most) if most else n for n in counts))
 
 
 def _macs_of(setup: Setup, request: Request) -> Mapping[str, int]:

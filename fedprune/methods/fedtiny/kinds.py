@@ -91,7 +91,7 @@ def _synflow(server: Start, density: float, outputs: bool) -> SparseState:
 
 
 def _narrow(server: Start, density: float, outputs: bool) -> SparseState:
-    program = server.place().network.program
+    program = server.program
     if program is None:
         raise RunError(
             "candidates: 'narrow' has to know which layer reads which, and the network has no "
@@ -144,7 +144,7 @@ COUNTS: Mapping[str, Callable[[Start, float, int], Counts]] = {
     "uniform": _uniform,
 }
 STATES: Mapping[str, Callable[[Start, float, bool], SparseState]] = {
-    "synflow": _synflow,
+    SynFlow.name: _synflow,
     "gradual": _gradual,
     "narrow": _narrow,
 }

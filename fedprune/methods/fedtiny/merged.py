@@ -5,6 +5,9 @@ client to client; before them all clients look at the same weights, and a sum ov
 samples is less noisy. Two passes over the same mini-batches find the largest sums in the memory
 of a few times what is sent: the union of each batch's largest gradients, then the exact sums
 there, which are the gradients of a model that has those weights too, at zero.
+
+Asked together with the training of a round, what is found is grown after that training. Asked by
+itself, of the model that a round has made, it is grown at once, where it was measured.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedprune.exchange.messages import MODEL, Reply, Request, count
+from fedprune.exchange.messages import MODEL, Expected, Reply, Request, count
 from fedprune.local.model import Sgd
 from fedprune.local.training import (
     GROWTH_BATCHES,
@@ -35,6 +38,7 @@ from sparsemodel.runtime.state import Entries, SparseState, Tensors
 if TYPE_CHECKING:
     from fedprune.local.site import Local
 
+GROW = "grow"
 WIDER = 2  # of each batch so many times as many as are sent: a sum may be large where no batch is
 
 
@@ -56,6 +60,33 @@ def train_and_grow(request: Request, local: Local) -> Reply:
             reply, resources=replace(own, state_bytes=max(own.state_bytes, growing.state_bytes))
         )
     return replace(reply, entries={MODEL: entries})
+
+
+def grow(request: Request, local: Local) -> Reply:
+    """Growth alone, over the mini-batches that the question says."""
+    data = local.data.train
+    require_samples(len(data), request)
+    entries, _ = summed_growth(
+        request.state(MODEL),
+        growth_counts(request),
+        local,
+        batches=count(request.fields, GROWTH_BATCHES),
+        round_index=request.round_index,
+    )
+    return Reply(len(data), entries={MODEL: entries})
+
+
+def growth_request(state: SparseState, counts: Mapping[str, int], *, batches: int) -> Request:
+    """The question of `grow`, without a round."""
+    assert state.patterns is not None, "growth is at pruned places"
+    order = list(state.patterns)
+    wanted = [[order.index(name), most] for name, most in counts.items()]
+    return Request(
+        GROW,
+        fields={"grow": wanted, GROWTH_BATCHES: batches},
+        states={MODEL: state},
+        expected=Expected(growth=counts),
+    )
 
 
 def summed_growth(

@@ -16,13 +16,14 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedprune.exchange.messages import Request
+from fedprune.exchange.aggregate import EntryMean
+from fedprune.exchange.messages import MODEL, Request
 from fedprune.exchange.pooled import Pooled
 from fedprune.local.training import GROWTH_BATCHES
-from fedprune.methods.base import RunState, Start, train_request
+from fedprune.methods.base import AskSome, RunState, Start, train_request
 from fedprune.methods.fedtiny import FedTiny
 from fedprune.methods.fedtiny.kinds import KINDS, pool_of_kinds
-from fedprune.methods.fedtiny.merged import train_and_grow
+from fedprune.methods.fedtiny.merged import GROW, grow, growth_request, train_and_grow
 from fedprune.methods.fedtiny.pool import Pool
 from fedprune.methods.fedtiny.progressive import adjust, growth_counts
 from fedprune.methods.fedtiny.trials import (
@@ -37,8 +38,8 @@ from sparsemodel.runtime.outputs import largest_of_rows
 from sparsemodel.runtime.positions import find
 from sparsemodel.runtime.state import SparseState, Tensors
 
-AFTER, MERGED = "after", "merged"
-GROWTH_PLACES = (AFTER, MERGED)
+AFTER, MERGED, FRESH = "after", "merged", "fresh"
+GROWTH_PLACES = (AFTER, MERGED, FRESH)
 BATCH_NORM = "batch-norm"
 SELECTIONS = (BATCH_NORM, STEPS, FLOW)
 
@@ -49,9 +50,10 @@ class FedTinyPlus(FedTiny):
 
     Attributes:
         growth_at: where clients measure gradients at pruned weights: "after" their local epochs,
-            on one mini-batch (faithful), or at the "merged" model that they receive, before them.
-            The mask moves after that round's aggregation either way.
-        growth_batches: mini-batches of the merged model's gradients; 0: all training samples.
+            on one mini-batch (faithful); at the "merged" model that they receive, before them; or
+            "fresh", at the merged model of the round's end, in a question of its own, whose answers
+            the server must see one by one. The mask moves at the round's end in any case.
+        growth_batches: mini-batches of a merged model's gradients; 0: all training samples.
         keep_outputs: whether the largest active weight of each output is never pruned.
         protect: rounds for which a grown weight is not pruned again.
         adjust_from: rounds before the first adjustment; α's cosine begins there.
@@ -67,6 +69,7 @@ class FedTinyPlus(FedTiny):
     actions = {  # noqa: RUF012
         **FedTiny.actions,
         "train": train_and_grow,
+        GROW: grow,
         STEPS: try_steps,
         FLOW: measure_flow,
     }
@@ -115,7 +118,10 @@ class FedTinyPlus(FedTiny):
             self.kinds, server, self.density, num_candidates=self.num_candidates,
             outputs=self.keep_outputs,
         )  # fmt: skip
-        return self.started(pool, server, kinds=kinds)
+        state = self.started(pool, server, kinds=kinds)
+        if self.growth_at != FRESH:
+            return state
+        return replace(state, memory={**state.memory, "clients": server.num_clients})
 
     def select(self, pool: Pool, server: Start) -> tuple[int, Tensors, dict[str, Any]]:
         if self.selection == BATCH_NORM:
@@ -128,6 +134,10 @@ class FedTinyPlus(FedTiny):
             metric=server.metric,
         )
 
+    @property
+    def collects(self) -> bool:  # type: ignore[override]  # by a setting
+        return self.growth_at == FRESH
+
     def request(self, state: RunState) -> Request:
         counts = self.growth_counts(state)
         more = {GROWTH_BATCHES: self.growth_batches} if counts and self.growth_at == MERGED else {}
@@ -135,17 +145,44 @@ class FedTinyPlus(FedTiny):
 
     def update(self, state: RunState, pooled: Pooled) -> RunState:
         after = super().update(state, pooled)
-        if not self.protect:
-            return after
-        grown = _grown(pooled.model, after.model)
-        kept = [*state.memory.get("grown", []), *([[after.round_index, grown]] if grown else [])]
-        kept = [[since, at] for since, at in kept if after.round_index - since < self.protect]
-        return replace(after, memory={**after.memory, "grown": kept})
+        return after if self.growth_at == FRESH else self._protected(after, before=pooled.model)
+
+    def settle(self, state: RunState, ask: AskSome) -> RunState:
+        if self.growth_at != FRESH:
+            return state
+        counts = self._due(replace(state, round_index=state.round_index - 1))
+        if not counts:
+            return self._protected(state, before=state.model)
+        request = growth_request(state.model, counts, batches=self.growth_batches)
+        mean, clients = EntryMean(), []
+        everybody = range(state.memory["clients"])
+        for client, reply in ask(replace(request, round_index=state.round_index), among=everybody):
+            mean.add(reply.entries.get(MODEL, {}), weight=reply.weight)
+            clients.append(client)
+        pooled = Pooled(
+            sorted(clients), mean.total_weight, states={MODEL: state.model}, growth=mean.result()
+        )  # fmt: skip
+        memory = {**state.memory, "adjustments": state.memory["adjustments"] + 1}
+        moved = replace(state, model=self.adjusted(state, pooled, counts), memory=memory)
+        return self._protected(moved, before=state.model)
 
     def growth_counts(self, state: RunState) -> dict[str, int]:
+        return {} if self.growth_at == FRESH else self._due(state)
+
+    def _due(self, state: RunState) -> dict[str, int]:
+        """How many weights of each layer move at the end of the coming round."""
         return growth_counts(
             state, every=self.adjust_every, rate=self.adjust_rate, after=self.adjust_from
         )
+
+    def _protected(self, state: RunState, *, before: SparseState) -> RunState:
+        """The state after a round, with what it remembers of the weights that were grown."""
+        if not self.protect:
+            return state
+        grown = _grown(before, state.model)
+        kept = [*state.memory.get("grown", []), *([[state.round_index, grown]] if grown else [])]
+        kept = [[since, at] for since, at in kept if state.round_index - since < self.protect]
+        return replace(state, memory={**state.memory, "grown": kept})
 
     def adjusted(self, state: RunState, pooled: Pooled, counts: dict[str, int]) -> SparseState:
         keep = {name: self._kept(name, state, pooled.model) for name in counts}

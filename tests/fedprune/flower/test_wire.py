@@ -36,7 +36,7 @@ from fedprune.flower import wire
 from fedprune.flower.wire import Held, NeedsResync, ProgramText
 from fedprune.methods.base import RunState, train_request
 from fedprune.methods.fedtiny.pool import POOL, Pool, candidate_counts, candidate_pool, pool_request
-from fedprune.methods.fedtiny.selection import _check_scores
+from fedprune.methods.fedtiny.selection import check_scores
 from fedprune.rounds.workspace import Workspace, open_workspace
 from prunelab.networks import float_state
 from sparsemodel.codec import encode_mask
@@ -352,7 +352,7 @@ def test_selection_messages_round_trip(work: Workspace, pool: Pool) -> None:
     assert decoded.fields["counts"] == [list(each.values()) for each in pool.counts]
     # A client that holds the pool is sent statistics only, whose names travel once.
     request = pool_request(
-        pool, "score", tensors=statistics, expected=SCORES, check=_check_scores(2, "accuracy")
+        pool, "score", tensors=statistics, expected=SCORES, check=check_scores(2, "accuracy")
     )
     light = encode(request, held=first.held)
     assert frames(light.record) == {"t0", "t1"}
@@ -712,7 +712,7 @@ def test_numbers_that_are_not_finite_do_not_leave_a_client() -> None:
 
 
 def test_losses_must_be_finite_and_as_many_as_candidates(work: Workspace, pool: Pool) -> None:
-    request = pool_request(pool, "score", expected=SCORES, check=_check_scores(2, "accuracy"))
+    request = pool_request(pool, "score", expected=SCORES, check=check_scores(2, "accuracy"))
     for losses, correct in (
         ("[1.0, 1e999]", "[1, 1]"),
         ("[1.0]", "[1]"),
@@ -838,7 +838,7 @@ def _real_replies() -> tuple[list[RecordDict], list[Request]]:
     statistics = {str(c): {n: pool.union.values[n] for n in names} for c in range(2)}
     train = train_request(RunState(0, state), growth={name: 2})
     measure = pool_request(pool, "measure", expected=_statistics(names))
-    score = pool_request(pool, "score", expected=SCORES, check=_check_scores(2, "accuracy"))
+    score = pool_request(pool, "score", expected=SCORES, check=check_scores(2, "accuracy"))
     free = np.setdiff1d(np.arange(pattern.num_weights), pattern.positions())[:2]
     entries = {MODEL: {name: (free, np.ones(2, np.float32))}}
     answers = [

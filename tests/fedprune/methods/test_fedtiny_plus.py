@@ -19,7 +19,7 @@ from fedprune.local.site import Local, open_data
 from fedprune.local.training import SEED_GROWTH, epoch_batches, train
 from fedprune.methods.base import RunState
 from fedprune.methods.fedtiny import FedTiny
-from fedprune.methods.fedtiny.merged import summed_growth, train_and_grow
+from fedprune.methods.fedtiny.merged import grow, summed_growth, train_and_grow
 from fedprune.methods.fedtiny.plus import FedTinyPlus
 from fedprune.methods.fedtiny.pool import candidate_counts, candidate_pool
 from fedprune.methods.fedtiny.progressive import adjust
@@ -128,7 +128,7 @@ def test_every_option_together_runs_keeps_the_density_and_repeats_itself(tmp_pat
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"growth_at": "before"}, "growth_at: expected one of after, merged; got 'before'"),
+        ({"growth_at": "before"}, "growth_at: expected one of after, merged, fresh; got 'before'"),
         ({"growth_batches": -1}, "growth_batches: expected 0 or more, got -1"),
         ({"protect": -1}, "protect: expected 0 or more"),
         ({"adjust_from": 9, "adjust_until": 9}, r"adjust_from: expected less than adjust_until"),
@@ -228,6 +228,67 @@ def test_without_batches_it_is_the_faithful_answer(setup: Setup) -> None:
     ):
         assert np.array_equal(at, at_too)
         assert np.array_equal(values, values_too)
+
+
+def test_fresh_growth_is_asked_of_the_model_that_the_round_made(setup: Setup) -> None:
+    """By hand: the weighted mean of what each client finds there, grown there and then."""
+    method = FedTinyPlus(
+        density=0.2, growth_at="fresh", growth_batches=2, adjust_every=3, granularity="entire"
+    )
+    blocks = setup.blocks["entire"]
+    memory = {"blocks": blocks, "adjustments": 0, "until": 9, "clients": 4}
+    before = RunState(2, beginning(setup), memory)
+    assert not method.request(before).fields
+    after = method.update(before, Pooled([0, 1], 1, states={MODEL: before.model}))
+    assert after.model.patterns == before.model.patterns
+    counts = dataclasses.replace(method, growth_at="after").growth_counts(before)
+    assert len(counts) > 5
+    asked = []
+
+    def ask(request: Request, *, among: Any) -> Any:
+        asked.append(request)
+        assert list(among) == [0, 1, 2, 3]
+        for client in (1, 0):
+            yield client, grow(request, place(setup, client))
+
+    settled = method.settle(after, ask)
+    (request,) = asked
+    assert request.round_index == 3
+    assert request.states[MODEL] is after.model
+    found = []
+    for client in (0, 1):
+        local = place(setup, client)
+        entries, _ = summed_growth(after.model, counts, local, batches=2, round_index=3)
+        found.append((len(local.data.train), entries))
+    assert after.model.patterns is not None
+    assert settled.model.patterns is not None
+    assert settled.memory["adjustments"] == 1
+    for name, pattern in after.model.patterns.items():
+        mean = np.zeros(pattern.num_weights)
+        for weight, entries in found:
+            at, values = entries.get(name, (np.array([], int), np.float32([])))
+            mean[at] += weight * values.astype(np.float64)
+        grown = np.setdiff1d(settled.model.patterns[name].positions(), pattern.positions())
+        best = np.argsort(-np.abs(mean), kind="stable")[: counts.get(name, 0)]
+        assert np.array_equal(grown, np.sort(best))
+    # In other rounds nobody is asked.
+    later = method.settle(dataclasses.replace(settled, round_index=4), ask)
+    assert later.model is settled.model
+    assert len(asked) == 1
+
+
+def test_fresh_growth_needs_single_answers_and_one_message_more(tmp_path: Path) -> None:
+    fresh: dict[str, Any] = {"method__name": "fedtiny-plus", "method__growth_at": "fresh"}
+    with pytest.raises(ConfigError, match="needs to see single clients' answers"):
+        tiny(**fresh, privacy__secure_aggregation=True)
+    config = tiny(**fresh, method__protect=1, method__adjust_until=3)
+    runs = [run_inline(config, tmp_path / name) for name in ("first", "second")]
+    assert digest(runs[0]) == digest(runs[1])
+    lines = [line for line in read_metrics(runs[0]) if "round" in line]
+    assert [bool(line["adjusted"]) for line in lines] == [True, True, False, False]
+    assert lines[0]["bytes_up"] > lines[-2]["bytes_up"]
+    assert lines[0]["bytes_down"] > 1.5 * lines[-1]["bytes_down"]
+    assert len({line["density"] for line in lines}) == 1
 
 
 def test_the_question_says_over_how_many_batches() -> None:
@@ -341,6 +402,6 @@ def test_the_account_counts_both_passes_over_the_batches(setup: Setup) -> None:
         ({"growth_batches": 0}, 40 + 9, 3),
     ):
         totals = Totals()
-        totals.count_training(setup, question(state, {name: 5}, **fields), state, [40, 9])
+        totals.count_training(setup, question(state, {name: 5}, **fields), state, {0: 40, 1: 9})
         once = (2 + again) * forward + block
         assert totals.train_flops == trained + once * samples

@@ -84,7 +84,7 @@ def answers(setup: Setup, action: Any) -> Any:
 def start_of(setup: Setup) -> Start:
     return Start(
         setup.start_state, setup.prunable, setup.blocks, lambda request: iter(()), 4,
-        setup.config.seed, place=setup.place,
+        setup.config.seed, place=setup.place, program=setup.program,
     )  # fmt: skip
 
 
