@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -440,7 +441,8 @@ void test_arrays(int rounds) {
         close(v, dv, "sgd"), close(w, dw, "adam");
         // Twice the weight, and back: by plain integers, and nothing is left.
         const int64_t sizes[] = {int64_t(n), 0}, weight = uniform(-1000, 1000);
-        const float *fixed[] = {g.data(), nullptr}, *means[] = {round % 2 ? v.data() : nullptr, nullptr};
+        const float *fixed[] = {g.data(), nullptr};
+        const float *means[] = {round % 2 ? v.data() : nullptr, nullptr};
         std::vector<int64_t> high(n), low(n);
         int64_t *highs[] = {high.data(), nullptr}, *lows[] = {low.data(), nullptr}, refused[2];
         if (n) {
@@ -451,10 +453,11 @@ void test_arrays(int rounds) {
                    "fixed_add");
             if (refused[0] != (round % 3 ? 0 : 1)) fail("fixed_add refused", double(refused[0]), 0);
             for (std::size_t i = 0; i < n; ++i) {
-                double x = g[i];
-                if (round % 2) x += double(v[i]) * double(v[i]);
-                x = x == x ? 65536.0 * x : 0.0;
-                const double whole = std::floor(x), rest = std::nearbyint((x - whole) * 0x1p36);
+                double sum = g[i];
+                if (round % 2) sum += double(v[i]) * double(v[i]);
+                sum = sum == sum ? 65536.0 * sum : 0.0;
+                const double whole = std::floor(sum);
+                const double rest = std::nearbyint((sum - whole) * 68719476736.0);
                 if (high[i] != 2 * weight * int64_t(whole) || low[i] != 2 * weight * int64_t(rest))
                     fail("fixed_add", double(high[i]), whole);
             }
