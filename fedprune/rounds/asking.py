@@ -145,9 +145,8 @@ class Draw:
         wanted = missing + self._setup.config.federation.over_sample
         ranks: list[list[int]] = [[], [], [], []]
         for client in drawn:
-            ranks[2 * (not self._cohort.is_connected(client)) + (client in self._asked)].append(
-                client
-            )
+            away, again = not self._cohort.is_connected(client), client in self._asked
+            ranks[2 * away + again].append(client)
             if len(ranks[0]) == wanted:  # mostly after a few of very many
                 break
         chosen = sorted([client for rank in ranks for client in rank][:wanted])
