@@ -71,8 +71,10 @@ def ours(kind: str, states: Sequence[SparseState]) -> Callable[[], object]:
     return run
 
 
-def flowers(kind: str, states: Sequence[SparseState]) -> tuple[str, Callable[[], object]]:
-    """Flower's strategy for it, and a call on the same values."""
+def flowers(
+    kind: str, states: Sequence[SparseState], *, active: bool = False
+) -> tuple[str, Callable[[], object]]:
+    """Flower's strategy for it, and a call on the same values: dense, or the active ones alone."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     liars = int(SHARE * len(states))
     strategy = {
@@ -83,7 +85,8 @@ def flowers(kind: str, states: Sequence[SparseState]) -> tuple[str, Callable[[],
         ),
     }.get(kind, FedAvg)()
     question = Message(RecordDict(), 1, "train")
-    dense = [{n: Array(v) for n, v in state.dense().items()} for state in states]
+    held = [state.values if active else state.dense() for state in states]
+    arrays = [{name: Array(value) for name, value in values.items()} for values in held]
 
     def run() -> object:
         replies = [
@@ -91,7 +94,7 @@ def flowers(kind: str, states: Sequence[SparseState]) -> tuple[str, Callable[[],
                 RecordDict({"arrays": ArrayRecord(each), "m": MetricRecord({"num-examples": 100})}),
                 reply_to=question,
             )
-            for each in dense
+            for each in arrays
         ]
         return strategy.aggregate_train(1, replies)
 

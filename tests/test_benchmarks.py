@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from processes import in_a_process
@@ -28,6 +30,8 @@ from benchmarks import (
     process_memory,
     robust_sums,
     round_process,
+    scale,
+    scale_process,
     sparse_layers,
     sparse_memory,
     sparse_step,
@@ -391,6 +395,35 @@ def test_sums_of_every_kind_are_beside_flower_s() -> None:
     assert peers["multi-krum"] == "Flower's MultiKrum"
     assert len(found) == 6
     assert found[-1].ratio > 10  # bytes
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_scale_rows(single_thread: None, tmp_path: Path) -> None:
+    """Runs in fresh processes with torch there; sums of answers are Flower's own."""
+    states = robust_sums.answers("resnet8", 0.05, 3)
+    ours = scale.ours(states)
+    sums, messages = (ours[name]().values for name in ("sums", "messages"))  # type: ignore[attr-defined]
+    _, peer = robust_sums.flowers("mean", states, active=True)
+    arrays = peer()[0]  # type: ignore[index]
+    for name, value in sums.items():
+        assert np.array_equal(value, messages[name])
+        if not name.endswith("running_var"):  # pooled, not averaged
+            np.testing.assert_allclose(value, arrays[name].numpy(), rtol=1e-5, atol=1e-7)
+    found = checked(list(scale.aggregation_rows("resnet8", 0.05, 2, rounds=1)))
+    assert [entry.case for entry in found[::2]] == [
+        f"resnet8, 2 answers, {what}" for what in ("sums", "messages")
+    ]
+
+    @functools.cache
+    def once() -> dict[str, float]:
+        scale.write_pictures(tmp_path / "pictures.npz", 300)
+        values = scale.settings(tmp_path / "pictures.npz", 300, per_round=2, density=0.05)
+        return in_a_process(scale_process.measure, values)
+
+    found = checked(list(scale.run_rows([4, 300], [2], measured=lambda values: once())))
+    kinds = [entry.case.rpartition(", ")[2] for entry in found]
+    assert kinds == 2 * ["round", "start", "peak"] + ["peak"]
 
 
 def test_what_a_look_at_a_fleet_sees() -> None:

@@ -153,8 +153,9 @@ class WeightedMean:
         if self._sums and tensors.keys() != self._sums.keys():
             odd = sorted(tensors.keys() ^ self._sums.keys())
             raise ClientError(f"tensors differ from those of the other clients: {odd[:5]}")
-        for name, value in tensors.items():
-            if self._sums and value.shape != self._sums[name].shape:
+        for name, total in self._sums.items():
+            value = tensors[name]
+            if value.shape != total.shape:
                 raise ClientError(
                     f"{name!r}: expected shape {self._sums[name].shape}, got {value.shape}"
                 )

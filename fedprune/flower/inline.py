@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,12 @@ class Contexts(MutableMapping[int, Context]):
         self._run_config, self._nodes = run_config, range(FIRST_NODE, FIRST_NODE + num_nodes)
         self._made: dict[int, Context] = {}
         self._replaced: set[int] = set()  # of `_nodes`, those that are gone, or others now
+
+    @property
+    def nodes(self) -> Collection[int]:
+        """All nodes."""
+        unchanged = not self._replaced and all(map(self._is_first, self._made))
+        return self._nodes if unchanged else list(self)
 
     def __getitem__(self, node: int) -> Context:
         if node not in self._made and node in self:
@@ -130,8 +136,9 @@ class InlineGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Ids of all nodes."""
-        return list(self.contexts)
+        """Ids of all nodes; as long as they are those of the beginning, a range."""
+        contexts = self.contexts
+        return contexts.nodes if isinstance(contexts, Contexts) else list(contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Keep messages until their replies are pulled."""

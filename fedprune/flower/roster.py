@@ -60,7 +60,7 @@ class Roster:
         self._grid, self._gate, self._client_of = grid, gate, client_of
         self._ask, self._read, self._note = ask, read, note
         self._node_keys = node_keys
-        self._online: set[int] = set()
+        self._online: range | set[int] = set()
         self._asked: dict[str, int] = {}
         self._claims: dict[int, ClientInfo] = {}
         self._told: set[int] = set()
@@ -77,7 +77,10 @@ class Roster:
         Returns:
             Ids of the questions that have no answer yet.
         """
-        online = set(self._grid.get_node_ids())
+        found = self._grid.get_node_ids()
+        online = found if isinstance(found, range) else set(found)  # a range takes no memory
+        if online == self._online:
+            return list(self._asked)
         for node in sorted(node for node in online if node not in self._online):
             self._claims.pop(node, None)
             self._told.discard(node)
@@ -98,7 +101,7 @@ class Roster:
             if node is None:
                 continue
             if is_lost(message):
-                self._online.discard(node)  # the next look finds it, and asks again
+                self._forget(node)
                 continue
             try:
                 self._claims[node] = self._gate.admit(self._read(message))
@@ -108,8 +111,12 @@ class Roster:
     def give_up(self, message_id: str) -> None:
         """A question was not answered in time; its node is asked again at the next look."""
         node = self._asked.pop(message_id)
-        self._online.discard(node)
+        self._forget(node)
         self._note(-1, f"node {node}: did not say in time who it is")
+
+    def _forget(self, node: int) -> None:
+        """Let the next look find a node, and ask it again."""
+        self._online = {other for other in self._online if other != node}
 
     def bind(self) -> None:
         """Give the numbers that nodes have claimed, as far as they can be given."""

@@ -233,10 +233,8 @@ class GridCohort:
             self._look()
             self._roster.bind()
             there = (c for c in self.clients if self.is_connected(c) and c not in besides)
-            if (
-                len(list(islice(there, max(0, least)))) >= least
-                or self._clock.monotonic() > deadline
-            ):
+            found = sum(1 for _ in islice(there, max(0, least)))
+            if found >= least or self._clock.monotonic() > deadline:
                 return
             self._check_launcher()
             self._clock.sleep(0.1)

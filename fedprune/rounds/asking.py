@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from heapq import nsmallest
 from math import ceil
 from random import SystemRandom
 from typing import Protocol
@@ -143,11 +142,14 @@ class Draw:
         # and so do those that were asked already.
         clients = self._cohort.clients
         drawn = [c for c in ordered(self._setup, clients, self._round) if c not in self.answered]
-        connected = self._cohort.is_connected
         wanted = missing + self._setup.config.federation.over_sample
-        chosen = sorted(
-            nsmallest(wanted, drawn, key=lambda c: (not connected(c), c in self._asked))
-        )
+        ranks: list[list[int]] = [[], [], [], []]
+        for client in drawn:
+            away, again = not self._cohort.is_connected(client), client in self._asked
+            ranks[2 * away + again].append(client)
+            if len(ranks[0]) == wanted:  # mostly after a few of very many
+                break
+        chosen = sorted([client for rank in ranks for client in rank][:wanted])
         self._asked.update(chosen)
         return chosen, missing
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 
@@ -135,5 +136,10 @@ def _value_shapes(shapes: Shapes, patterns: Patterns | None) -> Shapes:
 
 
 def _shapes_digest(shapes: Shapes) -> bytes:
-    signatures = b"".join(encode_signature(name, tuple(shape)) for name, shape in shapes.items())
+    return _digest_of(tuple((name, tuple(shape)) for name, shape in shapes.items()))
+
+
+@lru_cache(maxsize=8)  # a server reads many frames of one model
+def _digest_of(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> bytes:
+    signatures = b"".join(encode_signature(name, shape) for name, shape in shapes)
     return hashlib.sha256(signatures).digest()[:_SHAPES_DIGEST_BYTES]

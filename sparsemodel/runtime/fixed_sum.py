@@ -102,10 +102,10 @@ class FixedSum:
 
     def mean(self, total_weight: int) -> NDArray[np.float64]:
         """The mean that a sum of this weight holds."""
-        high = self._high.astype(np.float64) / 2**HIGH_BITS
-        high += self._low.astype(np.float64) / 2.0 ** (HIGH_BITS + LOW_BITS)
-        mean: NDArray[np.float64] = (high / total_weight).reshape(self.shape)
-        return mean
+        mean = self._high / 2.0**HIGH_BITS
+        mean += self._low / 2.0 ** (HIGH_BITS + LOW_BITS)
+        mean /= total_weight
+        return mean.reshape(self.shape)
 
 
 class FixedSums:
@@ -128,15 +128,13 @@ class FixedSums:
             SparseModelError: an array has another size than its sum.
         """
         native = library()
-        given = [*values, *(mean for mean in means if mean is not None)]
-        if native is None or not all(map(_is_plain, given)):
+        given = [mean for mean in means if mean is not None]
+        if native is None or not all(map(_is_plain, (*values, *given))):
             together = zip(self._sums, values, means, strict=True)
             return [total._add(value, mean, weight) for total, value, mean in together]
-        if any(
-            array is not None and array.size != size
-            for arrays in (values, means)
-            for array, size in zip(arrays, self._counts, strict=True)
-        ):
+        sizes = [value.size for value in values]
+        beside = [s for s, mean in zip(sizes, means, strict=True) if mean is not None]
+        if sizes != self._counts or [mean.size for mean in given] != beside:
             raise SparseModelError("arrays of other sizes than the sums that they are added to")
         refused = np.empty(len(self._sums), np.int64)
         native.fixed_add(

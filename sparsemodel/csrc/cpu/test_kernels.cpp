@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -438,6 +439,33 @@ void test_arrays(int rounds) {
             }
         }
         close(v, dv, "sgd"), close(w, dw, "adam");
+        // Twice the weight, and back: by plain integers, and nothing is left.
+        const int64_t sizes[] = {int64_t(n), 0}, weight = uniform(-1000, 1000);
+        const float *fixed[] = {g.data(), nullptr};
+        const float *means[] = {round % 2 ? v.data() : nullptr, nullptr};
+        std::vector<int64_t> high(n), low(n);
+        int64_t *highs[] = {high.data(), nullptr}, *lows[] = {low.data(), nullptr}, refused[2];
+        if (n) {
+            const float kept = g[0];
+            g[0] = round % 3 ? kept : std::numeric_limits<float>::quiet_NaN();
+            for (int call = 0; call < 2; ++call)
+                ok(spc_fixed_add(2, sizes, fixed, means, weight, highs, lows, refused, 2),
+                   "fixed_add");
+            if (refused[0] != (round % 3 ? 0 : 1)) fail("fixed_add refused", double(refused[0]), 0);
+            for (std::size_t i = 0; i < n; ++i) {
+                double sum = g[i];
+                if (round % 2) sum += double(v[i]) * double(v[i]);
+                sum = sum == sum ? 65536.0 * sum : 0.0;
+                const double whole = std::floor(sum);
+                const double rest = std::nearbyint((sum - whole) * 68719476736.0);
+                if (high[i] != 2 * weight * int64_t(whole) || low[i] != 2 * weight * int64_t(rest))
+                    fail("fixed_add", double(high[i]), whole);
+            }
+            ok(spc_fixed_add(2, sizes, fixed, means, -2 * weight, highs, lows, refused, 1), "back");
+            for (std::size_t i = 0; i < n; ++i)
+                if (high[i] || low[i]) fail("fixed_add back", double(high[i]), 0);
+            g[0] = kept;
+        }
         Floats y(n), d(n);
         ok(spc_relu_forward(int64_t(n), n ? v.data() : x.data(), n ? y.data() : t.data(), 1), "relu");
         ok(spc_relu_backward(int64_t(n), n ? y.data() : x.data(), n ? g.data() : x.data(),
