@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,11 +17,14 @@ from prunelab.networks import (
     narrow_width,
     uninitialised,
 )
+from prunelab.networks.builtin import MODELS
 from prunelab.training.task import TEXT_TASKS, Task, make_task
 from sparsemodel.layers.from_state import carried_tensors
 
 if TYPE_CHECKING:
     from fedprune.config import RunConfig
+
+_width_of_ours = lru_cache(maxsize=8)(narrow_width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +103,11 @@ class TorchNetwork:
         return self.empty_model()
 
     def _widest(self, max_bytes: int) -> int:
-        return narrow_width(
-            given_model(self.config.model_name),
+        # A client builds its network for each answer; ours have the same widths every time.
+        name = self.config.model_name
+        find = _width_of_ours if name in MODELS else narrow_width
+        return find(
+            given_model(name),
             num_classes=self.num_classes,
             input_shape=self._image_shape,
             max_bytes=max_bytes,
