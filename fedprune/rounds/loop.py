@@ -89,6 +89,11 @@ def play_round(
         pooled = pooled.with_model(mean)
     moments: Moments = {}
     if config.server.optimizer != "none":
+        if MODEL not in pooled.states:
+            raise RunError(
+                f"server.optimizer: method {config.method.name!r} makes no mean of clients' models "
+                "that a step could be taken to; leave it at 'none'"
+            )
         model, moments = stepped(sent, pooled.model, state.kept, config.server)
         pooled = pooled.with_model(model)
     updated = setup.method.update(state, pooled)

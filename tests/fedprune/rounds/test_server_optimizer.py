@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,9 +16,13 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvgM, FedYogi
 
 from fedprune.config import RunConfig
 from fedprune.errors import ConfigError
+from fedprune.exchange.messages import Reply
+from fedprune.exchange.pooled import Pooled
+from fedprune.methods.base import Collector, Method, RunState
 from fedprune.rounds.folder import CHECKPOINT, RunFolder, read_checkpoint, read_metrics, read_model
 from fedprune.rounds.server_optimizer import FIRST, SECOND, Moments, followed, stepped
 from fedprune.settings import ServerConfig
+from prunelab.errors import RunError
 from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.state import SparseState
 
@@ -230,6 +235,33 @@ def test_noised_means_are_stepped_on(tmp_path: Path) -> None:
         told[optimizer] = read_metrics(run_inline(config, tmp_path / optimizer))[-1]
     assert told["none"]["epsilon"] == told["momentum"]["epsilon"]
     assert told["none"]["test_loss"] != told["momentum"]["test_loss"]
+
+
+class Nothing:
+    """Takes answers and makes no model of them."""
+
+    def add(self, client: int, reply: Reply) -> None:
+        pass
+
+    def result(self) -> Pooled:
+        return Pooled([0], 1)
+
+
+@dataclass(frozen=True)
+class WithoutModel(Method):
+    name: ClassVar[str] = "without-model"
+    collects: ClassVar[bool] = True
+
+    def collector(self, state: RunState) -> Collector:
+        return Nothing()
+
+
+def test_a_method_without_a_mean_model_is_refused(tmp_path: Path) -> None:
+    config = tiny(
+        method__name="fedavg", server__optimizer="momentum", training__rounds=1, data__num_train=150
+    )
+    with pytest.raises(RunError, match=r"server\.optimizer: method 'without-model' makes no mean"):
+        run_inline(dataclasses.replace(config, method=WithoutModel()), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
