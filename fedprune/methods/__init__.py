@@ -98,11 +98,11 @@ _ALL: tuple[type[Method], ...] = (
     FedRTS,
     SparsyFed,
     FedPM,
+    LotteryFL,
     HeteroFL,
     FjORD,
     SmallDense,
     FedProx,
-    LotteryFL,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 DEFAULT_METHOD = FedTiny.name
