@@ -226,8 +226,8 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     if not file.exists():
         return None
     held, stored = load_state(file)
-    model, kept = _parted(held)
     try:
+        model, kept = _parted(held)
         values = json.loads(stored["fedprune"])
         run, size = values["run"], int(values["metrics_bytes"])
         totals = Totals(**values["totals"])
