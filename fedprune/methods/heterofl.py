@@ -6,7 +6,7 @@ means (widths.py):
 
 - Static batch norm: training uses the statistics of each batch and keeps none; those of the global
   model are measured afterwards, by a question to clients. Only clients of the full width can run
-  it, so they are asked.
+  it, so they are asked, which costs them the model once more a round, and a forward pass.
 - Scaler: while a network of rate r trains, the input of each batch norm is divided by r, so that
   narrower networks see activations of the same size. In front of a batch norm that is exactly the
   same as r² ε in place of its ε, which is how it is done here; a network with a layer that no
@@ -32,6 +32,7 @@ from fedprune.exchange.messages import MODEL, Reply, Request
 from fedprune.local.training import train
 from fedprune.methods.base import RunState
 from fedprune.methods.widths import MEASURE, Plan, Tier, TierMean, WidthTiers, measure
+from sparsemodel.errors import ProgramError
 from sparsemodel.runtime.narrow import narrowed, output_layer, scaled_norms
 from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import SparseState, Tensors
@@ -94,7 +95,15 @@ class HeteroFL(WidthTiers):
 
     def network(self, program: Program, rate: float) -> Program:
         narrow = narrowed(program, rate)
-        return scaled_norms(narrow, rate) if self.scaler else narrow
+        if not self.scaler:
+            return narrow
+        try:
+            return scaled_norms(narrow, rate)
+        except ProgramError as error:
+            raise ProgramError(
+                f"{error}, and the scaler needs one behind every hidden layer; set method.scaler "
+                "to false"
+            ) from None
 
     def question(self, state: RunState, tier: Tier, plan: Plan) -> Request:
         request = super().question(state, tier, plan)

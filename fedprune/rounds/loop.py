@@ -157,12 +157,7 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
             )
 
     def ask(request: Request) -> Iterator[tuple[int, Reply]]:
-        if setup.config.privacy.secure_aggregation:
-            raise RunError(
-                f"method {setup.config.method.name!r} asks {request.action!r} of single clients, "
-                "and privacy.secure_aggregation hides them; a method that calls server.pooled "
-                "works with both"
-            )
+        check_single(setup, request)
         count_passes(request)
         answered, asked = 0, request.num_clients or len(cohort.clients)
         for answer in gather(setup, cohort, folder, request, per_round=asked):
@@ -356,10 +351,21 @@ def aggregation_of(setup: Setup) -> Aggregation:
     )
 
 
+def check_single(setup: Setup, request: Request) -> None:
+    """Raise RunError where nobody's answer is to be seen alone."""
+    if setup.config.privacy.secure_aggregation:
+        raise RunError(
+            f"method {setup.config.method.name!r} asks {request.action!r} of single clients, and "
+            "privacy.secure_aggregation hides them; a method that calls server.pooled works with "
+            "both"
+        )
+
+
 def _asking(setup: Setup, cohort: Cohort, folder: RunFolder, state: RunState) -> AskSome:
     """How a method asks clients of the model that a round has made."""
 
     def ask(request: Request, *, among: Collection[int]) -> Iterator[tuple[int, Reply]]:
+        check_single(setup, request)
         drawn = [c for c in ordered(setup, cohort.clients, state.round_index) if c in among]
         chosen = sorted(drawn[: setup.config.clients_per_round])
         for client, reply in cohort.ask(request, clients=chosen):

@@ -281,7 +281,7 @@ KINDS = {
     [
         ("dense", "cpu", "dense", "dense"),
         ("masked", "cpu", "masked", "dense"),
-        ("sparse", "cpu", "runtime", "dense"),
+        ("sparse", "cpu", "runtime", "runtime"),
         ("auto", "cpu", "runtime", "dense"),
         ("auto", "cuda", "masked", "dense"),
         ("sparse", "cuda", "sparse", "dense"),

@@ -102,6 +102,21 @@ def test_a_network_without_a_program_is_refused(tmp_path: Path) -> None:
         run_inline(config, tmp_path / "run")
 
 
+def test_a_scaler_without_batch_norms_is_refused_with_its_cure() -> None:
+    program = Program(
+        (3,),
+        (Node("input"), Node("conv", (0,), weight="a"), Node("relu", (1,)),
+         Node("conv", (2,), weight="b")),
+        (("a", (8, 3)), ("b", (4, 8))),
+    )  # fmt: skip
+    server = Start(
+        lambda: drawn(0), {}, {}, lambda request: iter(()), 3, 1, num_clients=6, program=program
+    )
+    with pytest.raises(RunError, match=r"no batch norm follows it, .* set method\.scaler to false"):
+        HeteroFL().start(server)
+    assert len(HeteroFL(scaler=False).start(server).notes["tiers"]) == 3
+
+
 # --- means -------------------------------------------------------------------------------------
 
 

@@ -27,8 +27,10 @@ from fedprune.local.torch_models import DenseModel
 from fedprune.methods import Collector, Pooled, RunState, Start, train, train_request
 from fedprune.rounds.folder import read_metrics, read_summary
 from fedprune.rounds.ledger import forward_flops
+from fedprune.rounds.loop import _asking
 from fedprune.rounds.setup import Setup
 from fedprune.rounds.workspace import open_workspace
+from prunelab.errors import RunError
 from sparsemodel.runtime.narrow import leading, narrowed
 from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.program import Program
@@ -264,6 +266,13 @@ def test_what_computes_another_network(program: Program) -> None:
     own = replace(network, other=False)  # the run's own network: dense ones by name alone
     assert not uses_runtime(own, dense, training)
     assert uses_runtime(own, dense, replace(training, execution="sparse"))
+
+
+def test_single_answers_after_a_round_are_not_to_be_had_under_secure_sums(setup: Setup) -> None:
+    hidden = RunConfig.parse({"method.name": "magnitude", "privacy.secure_aggregation": True})
+    ask = _asking(replace(setup, config=hidden), None, None, RunState(1, SparseState({})))  # type: ignore[arg-type]
+    with pytest.raises(RunError, match=r"asks 'measure' of single clients, and privacy\.secure"):
+        list(ask(Request("measure"), among=[0]))
 
 
 def test_a_device_tells_what_a_narrow_network_needs(setup: Setup, program: Program) -> None:
