@@ -112,7 +112,7 @@ class Scores(OwnOptimizer):
         others = {n: g for n, g in gradients.items() if n not in self._scores}
         self.steps(values, others)
         steps = {}
-        for name in self._scores.keys() & gradients.keys():
+        for name in [n for n in self._scores if n in gradients]:
             theta = sigmoid(self._scores[name])
             steps[name] = gradients[name] * self._weights[name] * theta * (1 - theta)
         self._adam(self._scores, steps)

@@ -85,7 +85,7 @@ SUMMARY_KEYS = [
 ]
 
 
-DENSE = ("fedavg", "small-dense")
+DENSE = ("fedavg", "small-dense", "lotteryfl")  # the global model
 
 
 def skipped(out: Path) -> list[tuple[int, str]]:
@@ -172,7 +172,8 @@ def test_every_method_runs_to_its_end(method: str, tmp_path: Path) -> None:
     config = tiny(method__name=method, training__rounds=2, model__width=8)
     summary = read_summary(run_inline(config, tmp_path / method))
     assert list(summary) == SUMMARY_KEYS
-    assert summary["density"] == (1.0 if method in DENSE else pytest.approx(0.2, rel=0.03))
+    densities = {**dict.fromkeys(DENSE, 1.0), "fedpm": 0.5}
+    assert summary["density"] == pytest.approx(densities.get(method, 0.2), rel=0.03)
 
 
 def test_test_data_decide_nothing(
