@@ -87,15 +87,7 @@ def play_round(
         key = seeded_key("noise", config.seed, state.round_index) if seeded else new_key()
         mean = released(sent, pooled.model, privacy, num_clients=len(fold.losses), key=key)
         pooled = pooled.with_model(mean)
-    moments: Moments = {}
-    if config.server.optimizer != "none":
-        if MODEL not in pooled.states:
-            raise RunError(
-                f"server.optimizer: method {config.method.name!r} makes no mean of clients' models "
-                "that a step could be taken to; leave it at 'none'"
-            )
-        model, moments = stepped(sent, pooled.model, state.kept, config.server)
-        pooled = pooled.with_model(model)
+    pooled, moments = _stepped(setup, state, sent, pooled)
     updated = setup.method.update(state, pooled)
     updated = setup.method.settle(updated, _asking(setup, cohort, folder, updated))
     if (settling := cohort.take_traffic()).down:  # what a client is sent and sends in a round
@@ -373,6 +365,26 @@ def _asking(setup: Setup, cohort: Cohort, folder: RunFolder, state: RunState) ->
             yield client, reply
 
     return ask
+
+
+def _stepped(
+    setup: Setup, state: RunState, sent: SparseState, pooled: Pooled
+) -> tuple[Pooled, Moments]:
+    """The mean after the server's own step towards it, and what its optimiser remembers.
+
+    Raises:
+        RunError: there is no mean that a step could be taken to.
+    """
+    server = setup.config.server
+    if server.optimizer == "none":
+        return pooled, {}
+    if MODEL not in pooled.states:
+        raise RunError(
+            f"server.optimizer: method {setup.config.method.name!r} makes no mean of clients' "
+            "models that a step could be taken to; leave it at 'none'"
+        )
+    model, moments = stepped(sent, pooled.model, state.kept, server)
+    return pooled.with_model(model), moments
 
 
 def _resumed(setup: Setup, folder: RunFolder) -> RunState | None:
