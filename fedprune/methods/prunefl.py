@@ -52,7 +52,7 @@ from fedprune.local.training import (
     train,
 )
 from fedprune.methods.adjusting import Adjusting
-from fedprune.methods.base import RunState, Start, train_request
+from fedprune.methods.base import RunState, Start, not_negative, train_request
 from prunelab.errors import RunError
 from sparsemodel.masks.distribution import uniform
 from sparsemodel.runtime.adjust import carry, largest
@@ -272,8 +272,15 @@ class PruneFL(Adjusting):
         whole = Patterns({name: Pattern.full(shape) for name, shape in server.prunable.items()})
 
         def check(reply: Reply) -> None:
-            if (active := reply.masks[FIRST].num_active) > limit:
-                raise ClientError(f"a first mask of {active} weights: expected at most {limit}")
+            first = reply.masks[FIRST]
+            least = len(first) if self.adaptive else limit
+            if not least <= first.num_active <= limit:
+                what = "at most " if self.adaptive else ""
+                raise ClientError(
+                    f"a first mask of {first.num_active} weights: expected {what}{limit}"
+                )
+            if empty := [name for name, count in first.counts().items() if not count]:
+                raise ClientError(f"a first mask without any weight of {empty[0]!r}")
 
         request = Request(
             PRUNE,
@@ -310,7 +317,12 @@ class PruneFL(Adjusting):
         asked = train_request(state, growth=pruned, fields={"batches": self.batches})
         trained = [name for name in state.model.values if not is_statistic(name)]
         expected = replace(asked.expected, growth={}, tensors={SQUARES: trained})
-        return replace(asked, expected=expected)
+
+        def check(reply: Reply) -> None:
+            asked.check(reply)
+            not_negative(reply, SQUARES)
+
+        return replace(asked, expected=expected, check=check)
 
     def update(self, state: RunState, pooled: Pooled) -> RunState:
         after = super().update(state, pooled)

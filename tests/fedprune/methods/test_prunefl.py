@@ -219,7 +219,7 @@ def test_the_mask_moves_by_the_mean_of_clients_squares() -> None:
     assert between.model is moved
 
 
-def test_no_client_is_an_error_and_a_mask_too_large_is_refused() -> None:
+def test_no_client_is_an_error() -> None:
     limit = round(0.1 * sum(int(np.prod(shape)) for shape in prunable().values()))
     asked: list[Request] = []
 
@@ -244,9 +244,50 @@ def test_no_client_is_an_error_and_a_mask_too_large_is_refused() -> None:
     for name, pattern in reply.masks[FIRST].items():
         weights = dense().values[name].reshape(-1)
         assert np.array_equal(state.model.values[name], weights[pattern.positions()])
-    whole = Patterns({name: Pattern.full(shape) for name, shape in prunable().items()})
-    with pytest.raises(ClientError, match=f"expected at most {limit}"):
-        request.check(Reply(32, masks={FIRST: whole}))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_first_masks_that_cannot_be_are_refused(adaptive: bool) -> None:
+    asked: list[Request] = []
+
+    def nobody(request: Request) -> Iterator[tuple[int, Reply]]:
+        asked.append(request)
+        yield from ()
+
+    with pytest.raises(RunError, match="no client"):
+        PruneFL(density=0.1, adaptive=adaptive).start(Start(dense, prunable(), {}, nobody, 10, 0))
+    (request,) = asked
+    limit, names = request.fields["limit"], list(prunable())
+
+    def check(counts: dict[str, int]) -> None:
+        shapes = prunable()
+        patterns = {
+            n: Pattern.from_positions(shapes[n], np.arange(c, dtype=np.int64))
+            for n, c in counts.items()
+        }
+        request.check(Reply(32, masks={FIRST: Patterns(patterns)}))
+
+    with pytest.raises(ClientError, match=f"expected (at most )?{limit}"):
+        check({name: int(np.prod(shape)) for name, shape in prunable().items()})
+    few = dict.fromkeys(names, 1)
+    if adaptive:
+        check(few)
+    else:
+        with pytest.raises(ClientError, match=f"of {len(names)} weights: expected {limit}"):
+            check(few)
+    largest = max(names, key=lambda name: int(np.prod(prunable()[name])))
+    with pytest.raises(ClientError, match="without any weight of"):
+        check({**dict.fromkeys(names, 0), largest: limit})
+
+
+def test_squares_below_zero_are_refused() -> None:
+    request = question()
+    reply = PruneFL.actions["train"](request, place("prunefl"))
+    request.check(reply)
+    name, value = next(iter(reply.tensors[SQUARES].items()))
+    odd = {SQUARES: {**reply.tensors[SQUARES], name: value - 1}}
+    with pytest.raises(ClientError, match=f"squares of {name!r}: expected 0 or more"):
+        request.check(replace(reply, tensors=odd))
 
 
 @pytest.mark.parametrize(
