@@ -20,6 +20,8 @@ training before each.
 This is the one method here whose clients measure and send gradients of all weights, pruned ones
 too: as published, four bytes for each. A client measures one layer at a time, once more through the
 network for each, so that beside what it sends it holds no dense gradient but one layer's.
+The account of operations has neither these further passes nor the first mask's, which one client
+makes once.
 
 Departs from the paper: the first mask comes back without weights, which are those of the start that
 all methods here share; g² are those of mini-batches after local training, not of the sum of a
@@ -44,6 +46,7 @@ from fedprune.exchange.pooled import Pooled
 from fedprune.local.model import LocalModel, Sgd
 from fedprune.local.optimizer import Optimizer
 from fedprune.local.training import (
+    GROWTH_BATCHES,
     SEED_GROWTH,
     SEED_ROUND,
     epoch_batches,
@@ -218,9 +221,9 @@ def _num_pruned(pattern: Pattern) -> int:
 
 
 def _mini_batches(request: Request, local: Local) -> Iterator[tuple[int, Array, Array]]:
-    own, batches = local.data.train, count(request.fields, "batches")
+    own, batches = local.data.train, count(request.fields, GROWTH_BATCHES)
     if batches < 1:
-        raise ClientError("field 'batches': expected at least 1, got 0")
+        raise ClientError(f"field {GROWTH_BATCHES!r}: expected at least 1, got 0")
     source = epoch_batches(
         own.inputs,
         own.targets,
@@ -287,7 +290,7 @@ class PruneFL(Adjusting):
             fields={
                 "limit": limit,
                 "steps": self.first_steps,
-                "batches": self.batches,
+                GROWTH_BATCHES: self.batches,
                 "share": self.adjust_rate,
                 "time": self._time,
             },
@@ -314,7 +317,7 @@ class PruneFL(Adjusting):
             return train_request(state)
         assert state.model.patterns is not None
         pruned = {name: _num_pruned(pattern) for name, pattern in state.model.patterns.items()}
-        asked = train_request(state, growth=pruned, fields={"batches": self.batches})
+        asked = train_request(state, growth=pruned, fields={GROWTH_BATCHES: self.batches})
         trained = [name for name in state.model.values if not is_statistic(name)]
         expected = replace(asked.expected, growth={}, tensors={SQUARES: trained})
 

@@ -20,7 +20,7 @@ from fedprune.errors import ClientError, ConfigError
 from fedprune.exchange.gate import check_parts
 from fedprune.exchange.messages import MODEL, Reply, Request
 from fedprune.exchange.pooled import Pooled
-from fedprune.local.training import SEED_GROWTH, epoch_batches, train
+from fedprune.local.training import GROWTH_BATCHES, SEED_GROWTH, epoch_batches, train
 from fedprune.methods.base import RunState, Start, train_request
 from fedprune.methods.prunefl import FIRST, PRUNE, SQUARES, PruneFL, Rule, num_worthwhile
 from fedprune.rounds.folder import read_checkpoint, read_metrics, read_summary
@@ -143,6 +143,7 @@ def squares_by_autograd(state: SparseState, batches: int, **training: Any) -> di
 @pytest.mark.parametrize("execution", ["sparse", "masked"])
 def test_a_client_measures_all_weights_after_training(batches: int, execution: str) -> None:
     request = question(batches=batches)
+    assert request.fields[GROWTH_BATCHES] == batches  # by which the account counts them
     training = {"execution": execution}
     reply = PruneFL.actions["train"](request, place("prunefl", count=20, **training))
     check_parts(reply, request)
@@ -159,7 +160,7 @@ def test_a_client_measures_all_weights_after_training(batches: int, execution: s
 
 def first_question(limit: int = 400, **fields: Any) -> Request:
     whole = Patterns({name: Pattern.full(shape) for name, shape in prunable().items()})
-    values = {"limit": limit, "steps": 2, "batches": 1, "share": 0.3, "time": 0.0, **fields}
+    values = {"limit": limit, "steps": 2, GROWTH_BATCHES: 1, "share": 0.3, "time": 0.0, **fields}
     return Request(PRUNE, fields=values, states={MODEL: carry(dense(), whole)})
 
 
@@ -177,7 +178,14 @@ def test_the_first_mask_meets_the_limit(limit: int) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"share": 0.0}, {"share": 1.0}, {"limit": 8}, {"batches": 0}, {"steps": -1}, {"time": None}],
+    [
+        {"share": 0.0},
+        {"share": 1.0},
+        {"limit": 8},
+        {GROWTH_BATCHES: 0},
+        {"steps": -1},
+        {"time": None},
+    ],
 )
 def test_a_question_that_cannot_be_answered_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ClientError, match="field"):
