@@ -72,6 +72,10 @@ class Adjusting(Method):
         )
         return {name: count for name, count in counts.items() if count}
 
+    def asked_counts(self, state: RunState) -> dict[str, int]:
+        """How many weights of each layer the coming round exchanges; empty in other rounds."""
+        return self.exchange_counts(state) if self.adjusts(state) else {}
+
 
 @dataclass(frozen=True)
 class AdjustedMagnitude(Adjusting):

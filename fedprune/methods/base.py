@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from fedprune.errors import ConfigError
+from fedprune.errors import ClientError, ConfigError
 from fedprune.exchange.messages import MODEL, Expected, Reply, Request, loss
 from fedprune.exchange.pooled import Pooled, Pooler, check_numbers, pooled
 from fedprune.exchange.robust import MEAN, Aggregation
@@ -311,3 +311,10 @@ def train_request(
 
 def _check_loss(reply: Reply) -> None:
     loss(reply.fields, "loss")
+
+
+def not_negative(reply: Reply, name: str) -> None:
+    """Raise ClientError where a reply's tensors of that name, sizes or squares, are below 0."""
+    for layer, value in reply.tensors[name].items():
+        if value.size and value.min() < 0:
+            raise ClientError(f"{name} of {layer!r}: expected 0 or more, got {value.min():.3g}")

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +30,11 @@ from fedprune.exchange.messages import MODEL, Reply, Request, number
 from fedprune.exchange.pooled import Pooled
 from fedprune.local.optimizer import OwnOptimizer
 from fedprune.local.training import growth_counts, train
+from fedprune.methods.adjusting import Adjusting
 from fedprune.methods.base import RunState, Start, train_request
-from fedprune.methods.fedtiny import progressive
 from fedprune.methods.magnitude import Magnitude
 from prunelab.data.batches import num_batches
-from sparsemodel.runtime.adjust import largest
+from sparsemodel.runtime.adjust import largest, prune_and_grow
 from sparsemodel.runtime.state import Tensors
 
 if TYPE_CHECKING:
@@ -131,13 +131,10 @@ def rex(done: int, steps: int) -> float:
 
 
 @dataclass(frozen=True)
-class FedMef(Magnitude):
+class FedMef(Adjusting, Magnitude):
     """A mask that moves by the clients' gradients, once its lowest weights are pressed out.
 
     Attributes:
-        adjust_every: rounds between adjustments.
-        adjust_until: no adjustment at or after this round; 0: 60 % of the rounds.
-        adjust_rate: the share of a layer's weights that the first adjustment exchanges.
         penalty: λ, of the squared norm of the lowest weights.
         lr_weight: ψ; 0 keeps the round's learning rate.
         max_lr: ξ, the largest learning rate; 0: `training.lr`.
@@ -146,21 +143,12 @@ class FedMef(Magnitude):
     name: ClassVar[str] = "fedmef"
     actions = {"train": train_pressing}  # noqa: RUF012
 
-    adjust_every: int = 2
-    adjust_until: int = 0
-    adjust_rate: float = 0.2
     penalty: float = 0.01
     lr_weight: float = 1.0
     max_lr: float = 0.0
 
     def problems(self) -> Iterable[str]:
         yield from super().problems()
-        if self.adjust_every < 1:
-            yield f"adjust_every: expected at least 1, got {self.adjust_every}"
-        if self.adjust_until < 0:
-            yield f"adjust_until: expected 0 or more, got {self.adjust_until}"
-        if not 0 <= self.adjust_rate <= 1:
-            yield f"adjust_rate: expected 0 to 1, got {self.adjust_rate}"
         for key in ("penalty", "lr_weight", "max_lr"):
             if not 0 <= getattr(self, key) < math.inf:
                 yield f"{key}: expected 0 or more, got {getattr(self, key)}"
@@ -172,35 +160,17 @@ class FedMef(Magnitude):
             "alone; use a method with a fixed mask"
         )
 
-    def last_adjustment(self, rounds: int) -> int:
-        """R_stop of a run of so many rounds."""
-        return self.adjust_until or max(1, round(0.6 * rounds))
-
-    def used(self, rounds: int) -> dict[str, Any]:
-        return {**self.settings(), "adjust_until": self.last_adjustment(rounds)}
-
     def start(self, server: Start) -> RunState:
-        memory = {
-            "blocks": server.blocks["entire"],
-            "adjustments": 0,
-            "until": self.last_adjustment(server.rounds),
-        }
+        memory = {"until": self.last_adjustment(server.rounds)}
         return replace(super().start(server), memory=memory)
 
     def request(self, state: RunState) -> Request:
-        counts = self.growth_counts(state)
+        counts = self.asked_counts(state)
         numbers = {key: getattr(self, key) for key in ("penalty", "lr_weight", "max_lr")}
         return train_request(state, growth=counts, fields=numbers if counts else None)
 
     def update(self, state: RunState, pooled: Pooled) -> RunState:
-        counts = self.growth_counts(state)
         after = super().update(state, pooled)
-        if not counts:
+        if not (counts := self.asked_counts(state)):
             return after
-        memory = {**state.memory, "adjustments": state.memory["adjustments"] + 1}
-        moved = progressive.adjust(pooled.model, pooled.growth, counts)
-        return replace(after, model=moved, memory=memory)
-
-    def growth_counts(self, state: RunState) -> dict[str, int]:
-        """How many weights the coming round exchanges, by layer; empty in other rounds."""
-        return progressive.growth_counts(state, every=self.adjust_every, rate=self.adjust_rate)
+        return replace(after, model=prune_and_grow(pooled.model, pooled.growth, counts))

@@ -175,7 +175,7 @@ class FedRTS(AdjustedMagnitude):
         return replace(state, memory=memory, kept=_as_states(state.model, {}))
 
     def request(self, state: RunState) -> Request:
-        if not self.adjusts(state) or not (counts := self.exchange_counts(state)):
+        if not (counts := self.asked_counts(state)):
             return train_request(state)
         asked = train_request(state, growth=counts)
         expected = replace(asked.expected, growth={}, masks={NAMED: counts})

@@ -11,7 +11,8 @@ The global model stays dense: it is what tickets are cut from. A run's own tests
 little; with `federation.evaluate` = "clients" each client tests its ticket on samples of its own,
 which is what the paper reports. A client without a ticket holds the dense model, as published: it
 takes ln density / ln(1 − prune_rate) good rounds to get to its density, and it is truly sparse on
-the way. The run's account of operations counts the dense model for all.
+the way. The account of operations counts a round's training at the mask that a client was sent,
+before it pruned.
 
 Departs from the paper: means are weighted by samples. Masks stop at `density` exactly. The layer
 nearest to the input is not pruned; all else is rewound with the weights, batch norm's statistics
@@ -34,6 +35,7 @@ from fedprune.exchange.messages import MODEL, Reply, Request, counts, number
 from fedprune.exchange.pooled import Pooled
 from fedprune.local.training import train
 from fedprune.methods.base import Collector, Method, RunState, Start, train_request
+from prunelab.errors import RunError
 from sparsemodel.runtime.adjust import carry, prune_to_largest, select_largest
 from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.positions import find
@@ -166,6 +168,11 @@ class LotteryFL(Method):
             yield f"threshold: expected 0 to 1, got {self.threshold}"
 
     def start(self, server: Start) -> RunState:
+        if not server.metric.endswith("accuracy"):
+            raise RunError(
+                f"{self.name} prunes where a ticket tells more than method.threshold of a client's "
+                "samples right, and this task has no accuracy; use another method"
+            )
         model = server.state()
         layers = list(server.prunable)
         return RunState(0, model, {"layers": layers}, kept={START: model})

@@ -229,7 +229,3 @@ class OwnMasks(AdjustedMagnitude):
         assert state.model.patterns is not None
         model = select_largest(pooled.model, state.model.patterns.counts())
         return super().update(state, pooled.with_model(model))
-
-    def asked_counts(self, state: RunState) -> dict[str, int]:
-        """How many weights clients exchange in the coming round, by layer."""
-        return self.exchange_counts(state) if self.adjusts(state) else {}

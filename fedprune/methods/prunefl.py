@@ -20,6 +20,8 @@ training before each.
 This is the one method here whose clients measure and send gradients of all weights, pruned ones
 too: as published, four bytes for each. A client measures one layer at a time, once more through the
 network for each, so that beside what it sends it holds no dense gradient but one layer's.
+The account of operations has neither these further passes nor the first mask's, which one client
+makes once.
 
 Departs from the paper: the first mask comes back without weights, which are those of the start that
 all methods here share; g² are those of mini-batches after local training, not of the sum of a
@@ -44,6 +46,7 @@ from fedprune.exchange.pooled import Pooled
 from fedprune.local.model import LocalModel, Sgd
 from fedprune.local.optimizer import Optimizer
 from fedprune.local.training import (
+    GROWTH_BATCHES,
     SEED_GROWTH,
     SEED_ROUND,
     epoch_batches,
@@ -52,7 +55,7 @@ from fedprune.local.training import (
     train,
 )
 from fedprune.methods.adjusting import Adjusting
-from fedprune.methods.base import RunState, Start, train_request
+from fedprune.methods.base import RunState, Start, not_negative, train_request
 from prunelab.errors import RunError
 from sparsemodel.masks.distribution import uniform
 from sparsemodel.runtime.adjust import carry, largest
@@ -218,9 +221,9 @@ def _num_pruned(pattern: Pattern) -> int:
 
 
 def _mini_batches(request: Request, local: Local) -> Iterator[tuple[int, Array, Array]]:
-    own, batches = local.data.train, count(request.fields, "batches")
+    own, batches = local.data.train, count(request.fields, GROWTH_BATCHES)
     if batches < 1:
-        raise ClientError("field 'batches': expected at least 1, got 0")
+        raise ClientError(f"field {GROWTH_BATCHES!r}: expected at least 1, got 0")
     source = epoch_batches(
         own.inputs,
         own.targets,
@@ -272,15 +275,22 @@ class PruneFL(Adjusting):
         whole = Patterns({name: Pattern.full(shape) for name, shape in server.prunable.items()})
 
         def check(reply: Reply) -> None:
-            if (active := reply.masks[FIRST].num_active) > limit:
-                raise ClientError(f"a first mask of {active} weights: expected at most {limit}")
+            first = reply.masks[FIRST]
+            least = len(first) if self.adaptive else limit
+            if not least <= first.num_active <= limit:
+                what = "at most " if self.adaptive else ""
+                raise ClientError(
+                    f"a first mask of {first.num_active} weights: expected {what}{limit}"
+                )
+            if empty := [name for name, count in first.counts().items() if not count]:
+                raise ClientError(f"a first mask without any weight of {empty[0]!r}")
 
         request = Request(
             PRUNE,
             fields={
                 "limit": limit,
                 "steps": self.first_steps,
-                "batches": self.batches,
+                GROWTH_BATCHES: self.batches,
                 "share": self.adjust_rate,
                 "time": self._time,
             },
@@ -307,10 +317,15 @@ class PruneFL(Adjusting):
             return train_request(state)
         assert state.model.patterns is not None
         pruned = {name: _num_pruned(pattern) for name, pattern in state.model.patterns.items()}
-        asked = train_request(state, growth=pruned, fields={"batches": self.batches})
+        asked = train_request(state, growth=pruned, fields={GROWTH_BATCHES: self.batches})
         trained = [name for name in state.model.values if not is_statistic(name)]
         expected = replace(asked.expected, growth={}, tensors={SQUARES: trained})
-        return replace(asked, expected=expected)
+
+        def check(reply: Reply) -> None:
+            asked.check(reply)
+            not_negative(reply, SQUARES)
+
+        return replace(asked, expected=expected, check=check)
 
     def update(self, state: RunState, pooled: Pooled) -> RunState:
         after = super().update(state, pooled)

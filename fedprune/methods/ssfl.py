@@ -23,7 +23,7 @@ from fedprune.errors import ClientError
 from fedprune.exchange.messages import MODEL, Expected, Reply, Request, count
 from fedprune.local.model import Sgd
 from fedprune.local.training import SEED_GROWTH, epoch_batches, require_samples, train
-from fedprune.methods.base import Start
+from fedprune.methods.base import Start, not_negative
 from fedprune.methods.fixed_mask import FixedMask, largest
 from prunelab.errors import RunError
 from sparsemodel.runtime.pattern import Patterns
@@ -98,6 +98,7 @@ class SSFL(FixedMask):
             fields={"layers": layers, "batches": self.batches},
             states={MODEL: state},
             expected=Expected(tensors={SALIENCY: layers}),
+            check=lambda reply: not_negative(reply, SALIENCY),
         )
         pooled = server.pooled(request)
         if not pooled.clients:

@@ -20,13 +20,13 @@ from fedprune.flower import client
 from fedprune.local.model import open_model
 from fedprune.local.site import open_data
 from fedprune.local.training import train
-from fedprune.methods.base import RunState, train_request
+from fedprune.methods.base import RunState, Start, train_request
 from fedprune.methods.lotteryfl import PRUNED, START, LotteryFL, TicketMean, train_ticket
 from fedprune.rounds.folder import MODEL as MODEL_FILE
 from fedprune.rounds.folder import read_checkpoint, read_metrics
 from fedprune.rounds.setup import Setup
 from fedprune.rounds.workspace import open_workspace
-from prunelab.errors import DataWarning
+from prunelab.errors import DataWarning, RunError
 from sparsemodel.runtime.adjust import carry
 from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.state import SparseState
@@ -244,6 +244,14 @@ def test_questions_that_cannot_be_are_refused(fields: dict[str, Any]) -> None:
     odd = replace(asked, fields={**asked.fields, **fields})
     with pytest.raises(ClientError, match=next(iter(fields))):
         train_ticket(odd, place(method="lotteryfl"))
+
+
+@pytest.mark.parametrize("metric", ["mae", ""])
+def test_a_task_that_is_not_right_or_wrong_is_refused(metric: str) -> None:
+    """Where a large error would count as doing well."""
+    start = Start(dense_state, prunable(), {}, lambda request: iter(()), 3, 0, metric=metric)
+    with pytest.raises(RunError, match="this task has no accuracy"):
+        LotteryFL().start(start)
 
 
 @pytest.mark.parametrize("setting", [{"prune_rate": 1.0}, {"prune_rate": 0.0}, {"threshold": 1.5}])

@@ -20,7 +20,7 @@ from fedprune.errors import ClientError, ConfigError
 from fedprune.exchange.gate import check_parts
 from fedprune.exchange.messages import MODEL, Reply, Request
 from fedprune.exchange.pooled import Pooled
-from fedprune.local.training import SEED_GROWTH, epoch_batches, train
+from fedprune.local.training import GROWTH_BATCHES, SEED_GROWTH, epoch_batches, train
 from fedprune.methods.base import RunState, Start, train_request
 from fedprune.methods.prunefl import FIRST, PRUNE, SQUARES, PruneFL, Rule, num_worthwhile
 from fedprune.rounds.folder import read_checkpoint, read_metrics, read_summary
@@ -143,6 +143,7 @@ def squares_by_autograd(state: SparseState, batches: int, **training: Any) -> di
 @pytest.mark.parametrize("execution", ["sparse", "masked"])
 def test_a_client_measures_all_weights_after_training(batches: int, execution: str) -> None:
     request = question(batches=batches)
+    assert request.fields[GROWTH_BATCHES] == batches  # by which the account counts them
     training = {"execution": execution}
     reply = PruneFL.actions["train"](request, place("prunefl", count=20, **training))
     check_parts(reply, request)
@@ -159,7 +160,7 @@ def test_a_client_measures_all_weights_after_training(batches: int, execution: s
 
 def first_question(limit: int = 400, **fields: Any) -> Request:
     whole = Patterns({name: Pattern.full(shape) for name, shape in prunable().items()})
-    values = {"limit": limit, "steps": 2, "batches": 1, "share": 0.3, "time": 0.0, **fields}
+    values = {"limit": limit, "steps": 2, GROWTH_BATCHES: 1, "share": 0.3, "time": 0.0, **fields}
     return Request(PRUNE, fields=values, states={MODEL: carry(dense(), whole)})
 
 
@@ -177,7 +178,14 @@ def test_the_first_mask_meets_the_limit(limit: int) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"share": 0.0}, {"share": 1.0}, {"limit": 8}, {"batches": 0}, {"steps": -1}, {"time": None}],
+    [
+        {"share": 0.0},
+        {"share": 1.0},
+        {"limit": 8},
+        {GROWTH_BATCHES: 0},
+        {"steps": -1},
+        {"time": None},
+    ],
 )
 def test_a_question_that_cannot_be_answered_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ClientError, match="field"):
@@ -219,7 +227,7 @@ def test_the_mask_moves_by_the_mean_of_clients_squares() -> None:
     assert between.model is moved
 
 
-def test_no_client_is_an_error_and_a_mask_too_large_is_refused() -> None:
+def test_no_client_is_an_error() -> None:
     limit = round(0.1 * sum(int(np.prod(shape)) for shape in prunable().values()))
     asked: list[Request] = []
 
@@ -244,9 +252,50 @@ def test_no_client_is_an_error_and_a_mask_too_large_is_refused() -> None:
     for name, pattern in reply.masks[FIRST].items():
         weights = dense().values[name].reshape(-1)
         assert np.array_equal(state.model.values[name], weights[pattern.positions()])
-    whole = Patterns({name: Pattern.full(shape) for name, shape in prunable().items()})
-    with pytest.raises(ClientError, match=f"expected at most {limit}"):
-        request.check(Reply(32, masks={FIRST: whole}))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_first_masks_that_cannot_be_are_refused(adaptive: bool) -> None:
+    asked: list[Request] = []
+
+    def nobody(request: Request) -> Iterator[tuple[int, Reply]]:
+        asked.append(request)
+        yield from ()
+
+    with pytest.raises(RunError, match="no client"):
+        PruneFL(density=0.1, adaptive=adaptive).start(Start(dense, prunable(), {}, nobody, 10, 0))
+    (request,) = asked
+    limit, names = request.fields["limit"], list(prunable())
+
+    def check(counts: dict[str, int]) -> None:
+        shapes = prunable()
+        patterns = {
+            n: Pattern.from_positions(shapes[n], np.arange(c, dtype=np.int64))
+            for n, c in counts.items()
+        }
+        request.check(Reply(32, masks={FIRST: Patterns(patterns)}))
+
+    with pytest.raises(ClientError, match=f"expected (at most )?{limit}"):
+        check({name: int(np.prod(shape)) for name, shape in prunable().items()})
+    few = dict.fromkeys(names, 1)
+    if adaptive:
+        check(few)
+    else:
+        with pytest.raises(ClientError, match=f"of {len(names)} weights: expected {limit}"):
+            check(few)
+    largest = max(names, key=lambda name: int(np.prod(prunable()[name])))
+    with pytest.raises(ClientError, match="without any weight of"):
+        check({**dict.fromkeys(names, 0), largest: limit})
+
+
+def test_squares_below_zero_are_refused() -> None:
+    request = question()
+    reply = PruneFL.actions["train"](request, place("prunefl"))
+    request.check(reply)
+    name, value = next(iter(reply.tensors[SQUARES].items()))
+    odd = {SQUARES: {**reply.tensors[SQUARES], name: value - 1}}
+    with pytest.raises(ClientError, match=f"squares of {name!r}: expected 0 or more"):
+        request.check(replace(reply, tensors=odd))
 
 
 @pytest.mark.parametrize(

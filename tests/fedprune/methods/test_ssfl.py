@@ -178,7 +178,7 @@ def test_a_number_of_batches_that_cannot_be_is_refused(batches: Any, setup: Setu
         saliency(request, clients(setup)[0])
 
 
-@pytest.mark.parametrize("change", ["missing", "other", "group", "nan"])
+@pytest.mark.parametrize("change", ["missing", "other", "group", "nan", "negative"])
 def test_answers_are_checked(change: str, setup: Setup) -> None:
     """What lacks a layer, or holds more or other things, is refused."""
 
@@ -192,9 +192,13 @@ def test_answers_are_checked(change: str, setup: Setup) -> None:
                 scores["fc.bias"] = np.ones(10, np.float32)
             elif change == "nan":
                 scores["fc.weight"] = scores["fc.weight"] * np.nan
+            elif change == "negative":
+                scores["fc.weight"] = -1 - scores["fc.weight"]
             tensors = {SALIENCY: scores} if change != "group" else {"scores": scores}
+            odd = Reply(5, tensors=tensors)
+            check = request.check if change == "negative" else lambda r: check_parts(r, request)
             with pytest.raises(ClientError):
-                check_parts(Reply(5, tensors=tensors), request)
+                check(odd)
         yield from ()
 
     with pytest.raises(RunError):
