@@ -95,13 +95,13 @@ PRESETS = {
         "Federated pruning on CIFAR-10, small",
         {**_SMALL, "data.dataset": "cifar10", "data.augment": True},
         densities=(0.01, 0.03),
-        rates=(0.03, 0.1, 0.3),
+        rates=(0.05, 0.1, 0.2),
     ),
     "fashion": Preset(
         "Federated pruning on Fashion-MNIST",
         {**_SMALL, "data.dataset": "fashion-mnist"},
         densities=(0.01, 0.03),
-        rates=(0.03, 0.1, 0.3),
+        rates=(0.05, 0.1, 0.2),
     ),
     "resnet8": Preset(
         "Federated pruning on CIFAR-10 with a narrow network",
