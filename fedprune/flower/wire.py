@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +30,7 @@ from fedprune.errors import DIVERGED, ClientError
 from fedprune.exchange.messages import MODEL, Fields, Reply, Request, Resources
 from fedprune.exchange.uplink import EXACT, UPDATE, Uplink, decompress
 from sparsemodel.codec import (
+    Limits,
     decode_entries,
     decode_mask,
     decode_mask_delta,
@@ -564,7 +566,7 @@ def decode_reply(
         entries=entries,
         tensors=_decode_tensors(header, frames, shapes),
         masks={
-            name: _decode_mask_of(shapes, _frame(frames, f"m{place}"))
+            name: _decode_mask_of(_asked_layers(request, name, shapes), _frame(frames, f"m{place}"))
             for place, name in enumerate(_names(header, "m"))
         },
         resources=_resources(_field(header, "u", str)) if "u" in header else None,
@@ -572,8 +574,17 @@ def decode_reply(
     )
 
 
+def _asked_layers(request: Request, name: str, shapes: Shapes) -> Shapes:
+    """Of the layers that a mask was asked of; a few bytes may stand for many full masks."""
+    if name not in request.expected.masks:
+        raise ClientError(f"a mask {name!r:.60} that was not asked for")
+    return {layer: shapes[layer] for layer in request.expected.masks[name]}
+
+
 def _decode_mask_of(shapes: Shapes, frame: bytes) -> Patterns:
-    patterns = decode_mask(frame)
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    limits = Limits(max_elements=max(1, weights), max_layers=max(1, len(shapes)))
+    patterns = decode_mask(frame, limits=limits)
     for name, shape in patterns.shapes().items():
         if shapes.get(name) != shape:
             raise ClientError(f"a mask of {name!r:.60} of shape {shape}: the model has another")

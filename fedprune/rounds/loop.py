@@ -90,8 +90,7 @@ def play_round(
     pooled, moments = _stepped(setup, state, sent, pooled)
     updated = setup.method.update(state, pooled)
     updated = setup.method.settle(updated, _asking(setup, cohort, folder, updated))
-    if (settling := cohort.take_traffic()).down:  # what a client is sent and sends in a round
-        traffic = stacked([traffic, settling])
+    traffic = stacked([traffic, cohort.take_traffic()])  # what a client is sent in a round
     updated = replace(updated, kept={**updated.kept, **followed(moments, updated.model)})
     # 4. The new model is evaluated on test data, for the record only.
     own = setup.method.personal(updated)

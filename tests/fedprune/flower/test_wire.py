@@ -823,6 +823,7 @@ def _real_requests() -> tuple[list[RecordDict], dict[str, bytes]]:
         encode(
             Request("train", states={MODEL: adjusted(old)}), held=first.held, base=old.patterns
         ).record,
+        encode(Request("ask", states={MODEL: old}, masks={"m": old.patterns})).record,
         encode(Request(DESCRIBE)).record,
     ], held.items
 
@@ -845,6 +846,10 @@ def _real_replies() -> tuple[list[RecordDict], list[Request]]:
         (train, Reply(3, {"loss": 1.0}, {MODEL: state}, entries, resources=Resources(1, 2))),
         (measure, Reply(3, tensors=statistics)),
         (score, Reply(3, {"losses": [1.0, 2.0], "metrics": [1, 2]})),
+        (
+            Request("ask", expected=Expected(masks={"m": state.patterns.counts()})),
+            Reply(3, masks={"m": state.patterns}),
+        ),
         (Request(DESCRIBE), describe_reply(ClientInfo(0, 3, 1, [2, 2]))),
     ]
     records = [wire.encode_reply(reply, request, dtype="fp32") for request, reply in answers]

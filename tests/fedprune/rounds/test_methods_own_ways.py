@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from fedprune.methods import Collector, Local, Pooled, RunState, train, train_re
 from fedprune.methods.base import Action
 from fedprune.rounds.folder import read_metrics
 from prunelab.errors import RunError
+from sparsemodel.codec import encode_mask
+from sparsemodel.errors import CodecError
 from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.state_file import load_state
@@ -176,7 +179,25 @@ def test_a_mask_that_nobody_asked_for_or_of_another_shape_is_refused() -> None:
     with pytest.raises(ClientError, match="a mask of"):
         check_parts(Reply(1, masks={"m": mask}), asked)
     record = wire.encode_reply(Reply(1, masks={"m": mask}), request, dtype="fp32")
-    back = wire.decode_reply(record, request, shapes={"a": (2, 3)})
+    with pytest.raises(ClientError, match="a mask 'm' that was not asked for"):
+        wire.decode_reply(record, request, shapes={"a": (2, 3)})
+    one = replace(request, expected=Expected(masks={"m": {"a": 6}}))
+    back = wire.decode_reply(record, one, shapes={"a": (2, 3)})
     assert back.masks == {"m": mask}
     with pytest.raises(ClientError, match="of shape"):
-        wire.decode_reply(record, request, shapes={"a": (3, 2)})
+        wire.decode_reply(record, one, shapes={"a": (3, 2)})
+
+
+def test_a_few_bytes_do_not_stand_for_a_mask_of_more_than_was_asked_for() -> None:
+    """A full layer takes one byte, whatever its shape, and four bytes a weight once it is read."""
+    asked = Request("ask", expected=Expected(masks={"m": {"a": 6}}))
+    shapes = {"a": (2, 3), "b": (1000, 1000)}
+    for name in ("a", "b"):
+        full = encode_mask(Patterns({name: Pattern.full((1000, 1000))}))
+        record = wire.build_record({"n": 1, "m": ["m"]}, {"m0": full})
+        assert len(full) < 40
+        tracemalloc.start()
+        with pytest.raises(CodecError, match="more weights than the limit"):
+            wire.decode_reply(record, asked, shapes=shapes)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+        tracemalloc.stop()

@@ -22,6 +22,7 @@ from fedprune.errors import USER_ERRORS, ConfigError
 from fedprune.exchange.messages import DESCRIBE, MODEL, Reply, Request
 from fedprune.flower import client, wire
 from fedprune.local import model as models
+from fedprune.local.division import Division
 from fedprune.local.site import open_data
 from fedprune.local.training import growth_counts
 from fedprune.methods import METHODS
@@ -85,7 +86,7 @@ SUMMARY_KEYS = [
 ]
 
 
-DENSE = ("fedavg", "small-dense", "lotteryfl")  # the global model
+DENSE = ("fedavg", "small-dense", "lotteryfl", "heterofl", "fjord")  # the global model
 
 
 def skipped(out: Path) -> list[tuple[int, str]]:
@@ -171,7 +172,8 @@ def test_same_seed_same_bits_other_seed_other_bits(finished: Path, tmp_path: Pat
 def test_every_method_runs_to_its_end(method: str, tmp_path: Path) -> None:
     config = tiny(method__name=method, training__rounds=2, model__width=8)
     summary = read_summary(run_inline(config, tmp_path / method))
-    assert list(summary) == SUMMARY_KEYS
+    own = ["tiers"] if method in ("heterofl", "fjord") else []
+    assert list(summary) == [*SUMMARY_KEYS[:-1], *own, "version"]
     densities = {**dict.fromkeys(DENSE, 1.0), "fedpm": 0.5}
     assert summary["density"] == pytest.approx(densities.get(method, 0.2), rel=0.03)
 
@@ -603,9 +605,9 @@ def test_answers_of_candidate_selection_are_checked(
 def test_client_with_one_sample_or_one_class(tmp_path: Path, monkeypatch: Any) -> None:
     """Client 0 has one sample: it cannot take part. Client 1 has a single class: it can."""
 
-    def skewed(labels: Integers, **_: Any) -> list[Integers]:
+    def skewed(labels: Integers, **_: Any) -> Division:
         zeros, rest = np.flatnonzero(labels == 0), np.flatnonzero(labels)
-        return [rest[:1], zeros, rest[1:100], rest[100:]]
+        return Division.of([rest[:1], zeros, rest[1:100], rest[100:]])
 
     monkeypatch.setattr(workspace, "partition", skewed)
     _opened.cache_clear()

@@ -179,10 +179,20 @@ def test_a_mean_under_another_mask_than_the_question() -> None:
 ADAM = {"server__optimizer": "adam", "server__lr": 0.02}
 
 
-@pytest.mark.parametrize("name", ["fedtiny", "fedavg"])
-def test_a_run_takes_the_steps_and_a_resumed_one_the_same(name: str, tmp_path: Path) -> None:
-    """Under a mask that moves, and dense."""
-    config = tiny(method__name=name, training__rounds=3, data__num_train=150, **ADAM)
+SETTLING = {
+    "growth_at": "fresh", "adjust_every": 1, "adjust_until": 3, "protect": 2, "keep_outputs": True
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("fedtiny", {}), ("fedtiny-plus", SETTLING), ("fedavg", {})]
+)
+def test_a_run_takes_the_steps_and_a_resumed_one_the_same(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Under a mask that moves, with the answers or by a question after them, and dense."""
+    own = {f"method__{key}": value for key, value in settings.items()}
+    config = tiny(method__name=name, training__rounds=3, data__num_train=150, **own, **ADAM)
     whole = run_inline(config, tmp_path / "whole")
     checkpoint = read_checkpoint(whole)
     assert checkpoint is not None

@@ -406,3 +406,21 @@ def test_methods_know_nothing_of_how_answers_become_one(method: str, tmp_path: P
 def test_settings_that_cannot_be(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         tiny(**settings)
+
+
+def test_clients_gone_before_they_are_asked_of_the_rounds_model_are_told(tmp_path: Path) -> None:
+    """What nobody could be asked costs no bytes, and stands in the round's line all the same."""
+
+    class Gone(Timed):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            messages = list(messages)
+            header, _ = wire.read_record(messages[0].content)
+            return [] if header["a"] == "grow" else super().push_messages(messages)
+
+    settings = {"name": "fedtiny-plus", "growth_at": "fresh", "adjust_every": 1, "adjust_until": 2}
+    out, _ = run(tmp_path / "run", Gone, **{f"method__{key}": v for key, v in settings.items()})
+    first, *later = rounds(out)
+    assert [skip["client"] for skip in first["skipped"]] == [0, 1, 2, 3]
+    assert {skip["reason"] for skip in first["skipped"]} == {"its node is not connected"}
+    assert first["adjusted"] == []
+    assert not any(line.get("skipped") for line in later)
