@@ -186,7 +186,7 @@ def run(  # noqa: PLR0917 - the command's options
     if resume:  # the folder knows its own settings; there is no need to repeat them
         values = continued(_stored(folder), values)
     if density is not None and "method.density" not in own_settings(values):
-        errors.print("note: --density has no effect: this method trains the dense network")
+        errors.print("note: --density has no effect: this method has no such setting")
         del values["method.density"]
     run_config = _build_config(values)
     follower = None if tracker is None else tracker_of(tracker)

@@ -13,23 +13,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedprune.config import RunConfig, parse_assignments
 from fedprune.methods import METHODS
+from prunelab.data.datasets import check_dataset
 from prunelab.errors import PrunelabError
-from simulations.comparison.cells import Point
+from simulations.comparison.cells import Point, grid
 from simulations.comparison.jobs import FAILED, Workers, processes, ray_cluster
 from simulations.comparison.presets import PRESETS
 from simulations.comparison.report import write_page
 from simulations.comparison.steps import Call, compare
 from simulations.comparison.tuning import tuning_cells
 from sparsemodel.storage.files import write_atomically
+
+T = TypeVar("T")
 
 
 def parse(words: Sequence[str] | None = None) -> tuple[Call, argparse.Namespace]:
@@ -56,6 +59,8 @@ def parse(words: Sequence[str] | None = None) -> tuple[Call, argparse.Namespace]
     parser.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster; local starts one here")
     parser.add_argument("--table-only", action="store_true", help="run nothing")
     given = parser.parse_args(words)
+    if given.jobs < 0:
+        parser.error(f"--jobs {given.jobs}: how many at a time; 0: cores, or GPUs")
     try:
         return _call(given), given
     except (PrunelabError, ValueError) as error:
@@ -67,6 +72,8 @@ def _call(given: argparse.Namespace) -> Call:
     settings = {**preset.settings, **changes}
     if given.data:
         is_folder = Path(given.data).is_dir()
+        if ":" not in given.data and not Path(given.data).exists():
+            check_dataset(given.data)
         settings["data.dataset"] = str(Path(given.data).resolve()) if is_folder else given.data
     point: Point | None = None
     if given.no_tuning:
@@ -78,13 +85,13 @@ def _call(given: argparse.Namespace) -> Call:
     chosen_preset = replace(
         preset,
         settings=settings,
-        densities=_floats(given.densities) or preset.densities,
-        alphas=_alphas(given.alphas) or preset.alphas,
-        seeds=[int(s) for s in given.seeds.split(",")] if given.seeds else preset.seeds,
+        densities=_listed("densities", given.densities, float) or preset.densities,
+        alphas=_listed("alphas", given.alphas, _alpha) or preset.alphas,
+        seeds=_listed("seeds", given.seeds, int) or preset.seeds,
     )
     if point is None and set(chosen_preset.seeds) & set(preset.tuning_seeds):
         raise ValueError("--seeds: the tuning has had some of these; take others")
-    methods = given.methods.split(",") if given.methods else list(METHODS)
+    methods = _listed("methods", given.methods, str) or list(METHODS)
     # Only the whole grid, on the preset's own data, replaces the saved page.
     own = [given.methods, given.densities, given.alphas, given.no_tuning, changes]
     is_whole = not any(own) and (given.data is None or Path(given.data).is_dir())
@@ -99,8 +106,18 @@ def _call(given: argparse.Namespace) -> Call:
         _command(given, chosen_preset.seeds),
         saved if is_whole else out / "table.md",
     )
-    for cell in tuning_cells(chosen_preset, call.pairs):  # what cannot be is told before a run
+    cells = grid(
+        {pair: chosen_preset.points(pair[0])[0] for pair in call.pairs},
+        methods=methods,
+        densities=chosen_preset.densities,
+        alphas=chosen_preset.alphas,
+        seeds=chosen_preset.seeds,
+    )
+    # What cannot be is told before a run.
+    for cell in [*tuning_cells(chosen_preset, call.pairs), *cells]:
         cell.config({**settings, "training.device": "cpu"})
+    if given.table_only and not (out / "outcomes").is_dir():
+        raise ValueError(f"--table-only: there are no runs in {out}")
     _check_folder(out, settings)
     return call
 
@@ -126,13 +143,18 @@ def _check_folder(out: Path, settings: Mapping[str, Any]) -> None:
     write_atomically(file, text.encode())
 
 
-def _floats(text: str | None) -> list[float]:
-    return [float(part) for part in text.split(",")] if text else []
+def _listed(option: str, text: str | None, read: Callable[[str], T]) -> list[T]:
+    """What stands between the commas, each once."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    try:
+        return list(dict.fromkeys(read(part) for part in parts))
+    except ValueError:
+        what = "numbers, or iid," if option == "alphas" else "numbers"
+        raise ValueError(f"--{option} {text}: expected {what} with commas between") from None
 
 
-def _alphas(text: str | None) -> list[float | None]:
-    parts = text.split(",") if text else []
-    return [None if part == "iid" else float(part) for part in parts]
+def _alpha(text: str) -> float | None:
+    return None if text == "iid" else float(text)
 
 
 @contextmanager

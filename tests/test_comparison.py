@@ -332,10 +332,19 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["--set", "training.rounds=3"], "holds runs of other settings"),
         (["--set", "training.round=3"], "did you mean 'training.rounds'"),
         (["--methods", "fedtini"], "did you mean 'fedtiny'"),
+        (["--densities", "tenth"], "--densities tenth: expected numbers with commas between"),
+        (["--alphas", "0.1,non-iid"], "expected numbers, or iid, with commas between"),
+        (["--alphas", "0"], "data.alpha: "),
+        (["--data", "nowhere"], "unknown data set 'nowhere'"),
+        (["--jobs", "-1"], "--jobs -1"),
+        (["--table-only", "--out", str(tmp_path / "empty")], "there are no runs in"),
     ):
         with pytest.raises(SystemExit):
             parse([*common, *wrong])
         assert reason in capsys.readouterr().err
+    assert not (tmp_path / "empty").exists()
+    spaced, _ = parse([*common, "--methods", "fedtiny, fedavg, fedtiny", "--seeds", "5, 6"])
+    assert (spaced.methods, spaced.preset.seeds) == (["fedtiny", "fedavg"], [5, 6])
     other = ["--no-tuning", "--set", "training.lr=.2", "--out", str(tmp_path / "other")]
     assert parse([*common, *other])[0].point == (("training.lr", 0.2),)
 

@@ -159,7 +159,8 @@ def _page(run: _Run) -> Page:
         banner=banner,
         facts=facts(summary),
         note="Bytes of a client and round are those of a steady round, which moves values only, "
-        "no mask. “Dense” is the same network sent and trained without pruning, in 32-bit floats.",
+        "no mask, and of the client that sent or was sent the most. “Dense” is the same network "
+        "sent and trained without pruning, in 32-bit floats.",
         sections=[
             verdict(summary, run.beside, folder=run.name) if run.is_finished else None,
             _quality(run),

@@ -125,11 +125,7 @@ def facts(summary: Mapping[str, Any]) -> list[Fact]:
             measure.show(summary.get(measure.key)),
             f"after round {rounds}" if rounds else "",
         ),
-        (
-            "density",
-            rounded(summary.get("density")),
-            "" if target is None else "dense" if target == 1 else f"target {rounded(target)}",
-        ),
+        ("density", rounded(summary.get("density")), _aim(summary.get("density"), target)),
         ("upload / client / round", format_bytes(up), _share(up, dense)),
         ("download / client / round", format_bytes(down), _share(down, dense)),
         ("upload, whole run", format_bytes(summary.get("bytes_up")), "all clients"),
@@ -149,6 +145,13 @@ def _mean(group: Sequence[Mapping[str, Any]], key: str) -> float | None:
     values = [known_number(summary.get(key)) for summary in group]
     known = [value for value in values if value is not None]
     return statistics.mean(known) if len(known) == len(values) else None
+
+
+def _aim(density: Any, target: Any) -> str:
+    """What a density is to be compared with; a mask may be sparse without a density to reach."""
+    if target is None:
+        return ""
+    return "dense" if density == 1 else "" if target == 1 else f"target {rounded(target)}"
 
 
 def _share(value: Any, dense: Any) -> str:

@@ -91,11 +91,15 @@ class Totals:
         self.bytes_start_down = round(sum(traffic.down) / max(1, num_clients))
 
     def count_round(self, traffic: Traffic, request: Request) -> None:
-        """Bytes of a round. A steady one moves values only; its largest message counts."""
+        """Bytes of a round. A steady one moves values only; its largest message counts.
+
+        So does a smaller one with a mask: the model has shrunk, maybe never to rest.
+        """
         self._count_bytes(traffic)
         grows = "grow" in request.fields
-        if traffic.mask == 0 and not grows and traffic.down:
-            self.bytes_down_steady_round = max(traffic.down)
+        down, known = max(traffic.down, default=0), self.bytes_down_steady_round
+        if down and not grows and (traffic.mask == 0 or (known is not None and down < known)):
+            self.bytes_down_steady_round = down
         if not grows and not request.report_resources and traffic.up:
             self.bytes_up_steady_round = max(traffic.up)
 

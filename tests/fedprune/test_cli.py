@@ -364,7 +364,7 @@ def test_a_density_for_a_dense_method_is_a_note_not_an_error(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
-        "note: --density has no effect: this method trains the dense network"
+        "note: --density has no effect: this method has no such setting"
     ]
     summary = read_summary(tmp_path / "runs" / "digits-fedavg-d1-s7")
     assert (summary["density_target"], summary["density"]) == (1.0, 1.0)

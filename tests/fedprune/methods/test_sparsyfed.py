@@ -18,7 +18,7 @@ from fedprune.exchange.pooled import Pooled
 from fedprune.methods.base import RunState, train_request
 from fedprune.methods.sparsyfed import SparsyFed, power, top_k, train_powers
 from fedprune.rounds.folder import MODEL as MODEL_FILE
-from fedprune.rounds.folder import read_metrics
+from fedprune.rounds.folder import read_metrics, read_summary
 from fedprune.rounds.setup import Setup
 from fedprune.rounds.workspace import open_workspace
 from prunelab.networks import float_state
@@ -138,6 +138,8 @@ def test_a_run_keeps_its_density_and_gives_the_same_bits_twice(tmp_path: Path) -
     assert digest(first) == digest(second)
     densities = [line["density"] for line in read_metrics(first) if "train_loss" in line]
     assert densities == pytest.approx([0.2] * 3, rel=0.01)
+    summary = read_summary(first)  # of sparse rounds, not of the first, which is dense
+    assert summary["bytes_down_steady_round"] < 0.5 * summary["bytes_dense_round"]
 
 
 def test_updates_are_those_of_what_was_sent(tmp_path: Path) -> None:

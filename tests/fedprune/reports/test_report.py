@@ -566,6 +566,16 @@ def test_charts_follow_their_numbers() -> None:
     assert [bool(half) for _, half in cells[:2]] == [True, False]
 
 
+@pytest.mark.parametrize(
+    ("density", "target", "shown"),
+    [(0.05, 0.05, "0.05, target 0.05"), (1.0, 1.0, "1, dense"), (1.0, 0.05, "1, dense"),
+     (0.4992, 1.0, "0.4992")],
+)  # fmt: skip
+def test_a_density_is_called_dense_where_it_is(density: float, target: float, shown: str) -> None:
+    """A narrower network is dense, and masks that a method learns have no target."""
+    assert ("density", shown) in summary_rows(summary(density=density, density_target=target))
+
+
 def test_summary_rows() -> None:
     assert summary_rows(summary(peak_rss_bytes=None)) == [
         ("test accuracy", "87.65 %, after round 3"),
