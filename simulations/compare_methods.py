@@ -190,6 +190,8 @@ def main() -> None:
                 "a process was killed, for want of memory perhaps; with fewer --jobs, the same "
                 "command goes on"
             ) from None
+        except KeyboardInterrupt:
+            raise SystemExit("stopped; the same command goes on from where it was") from None
     text = write_page(call, found)
     call.saved.write_text(text, encoding="utf-8")
     print(text)

@@ -233,6 +233,30 @@ def test_each_gpu_has_a_process_of_its_own(tmp_path: Path) -> None:
     assert {one.values["gpu"] for one in found.values()} == {"0", "1"}
 
 
+@dataclass(frozen=True)
+class Endless:
+    """A job that says that it has begun, and takes a minute."""
+
+    name: str = "endless"
+
+    def run(self, out: Path) -> Outcome:
+        (out / "begun").touch()
+        time.sleep(60)
+        return Outcome(FINISHED)
+
+
+def test_an_interrupt_ends_what_runs(tmp_path: Path) -> None:
+    with (  # noqa: PT012 - the interrupt comes while work is done
+        pytest.raises(KeyboardInterrupt),
+        processes(1, context=FORKS) as workers,
+    ):
+        workers.submit(Endless(), tmp_path)
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.02)
+        raise KeyboardInterrupt
+    assert read_outcome("endless", tmp_path) is None  # nobody waited for its minute
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_work_goes_over_a_ray_cluster(tmp_path: Path) -> None:

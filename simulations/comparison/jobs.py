@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 import traceback
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,10 +136,18 @@ def processes(count: int, *, gpus: int = 0, context: Any = None) -> Iterator[Wor
     for device in range(gpus):
         devices.put(str(device))
     width = min(count, gpus) if gpus else count
+    others = active_children()
     with ProcessPoolExecutor(
         width, mp_context=context, initializer=_begin, initargs=(devices, gpus > 0)
     ) as pool:
-        yield Workers(width, lambda job, out: pool.submit(attempt, job, out))
+        try:
+            yield Workers(width, lambda job, out: pool.submit(attempt, job, out))
+        except BaseException:  # an interrupt, say: runs go on another time, from their last round
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in active_children():
+                if child not in others:
+                    child.kill()
+            raise
 
 
 @contextmanager
@@ -166,6 +175,7 @@ def ray_cluster(address: str, *, jobs: int = 0, gpus: bool = False) -> Iterator[
 
 def _begin(devices: Any, with_gpu: bool) -> None:
     """In a new process: an end with the command's, one thread, and a GPU of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command sees to it
     threading.Thread(target=_end_with_command, daemon=True).start()
     if with_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()
