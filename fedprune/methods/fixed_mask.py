@@ -58,6 +58,7 @@ class FixedMask(Method):
 def largest(scores: Tensors, density: float, distribution: str) -> Patterns:
     """The patterns of the largest scores, none of them negative; of equal ones the earlier.
 
+    >>> import numpy as np
     >>> scores = {"a": np.float32([[3, 2], [2, 2]]), "b": np.float32([[4, 2], [2, 0]])}
     >>> largest(scores, 0.5, "global").counts()
     {'a': 3, 'b': 1}

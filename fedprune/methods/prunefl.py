@@ -121,7 +121,7 @@ class Rule:
 def num_worthwhile(squares: Array, *, gain: float, time: float) -> int:
     """How many of the largest g² raise gain / time, each of which takes 1.
 
-    >>> num_worthwhile(np.array([1.0, 9.0, 2.0, 4.0]), gain=4.0, time=2.0)
+    >>> num_worthwhile(np.array([1.0, 9.0, 2.0, 4.0]), gain=2.0, time=2.0)
     2
     """
     ranked = np.sort(squares.astype(np.float64))[::-1]

@@ -48,6 +48,7 @@ def with_outputs(state: SparseState, source: SparseState) -> SparseState:
     Raises:
         MaskError: a dense state.
 
+    >>> from sparsemodel.runtime.pattern import Patterns
     >>> dense = SparseState({"w": np.float32([[5, 4, 3], [1, 2, 0]])})
     >>> patterns = Patterns({"w": Pattern.from_positions((2, 3), np.array([0, 1]))})
     >>> with_outputs(carry(dense, patterns), dense).dense()["w"]

@@ -278,7 +278,7 @@ def test_version_methods_and_the_module(tmp_path: Path) -> None:
     assert all(kind.__doc__ and "(density" not in kind.__doc__ for kind in METHODS.values())
     done = Command("fedprune", "methods", "fedprox", cwd=tmp_path, columns=80).ended()
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert "settings: density=1.0, mu=0.01" in done.stdout
+    assert "settings: density=1.0, distribution=uniform, mu=0.01" in done.stdout
     assert "mu: μ, the weight of the proximal term, >= 0." in done.stdout
     done = Command("fedprune", "methods", "magic", cwd=tmp_path).ended()
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)

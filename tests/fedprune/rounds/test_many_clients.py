@@ -136,7 +136,7 @@ def test_memory_does_not_grow_with_the_clients_of_a_round(setup: Setup) -> None:
     for number in (10, 10, 50):
         before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
-        fold = Fold(setup, state)
+        fold = Fold(setup, state, state.model)
         for who, reply in cohort.ask(request, clients=list(range(number))):
             fold.add(who, reply)
         peaks.append(tracemalloc.get_traced_memory()[1] - before)
