@@ -7,6 +7,7 @@ Pure functions of a request and the client's data and model; the default answers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,12 +38,14 @@ def train(
     *,
     correction: Correction | None = None,
     optimizer: Optimizer | None = None,
+    model: LocalModel | None = None,
 ) -> Reply:
     """Train the request's model for the configured epochs; the default answer to "train".
 
     Args:
         correction: changes gradients before each step (a proximal term, say).
         optimizer: in place of the run's, with a correction of its own.
+        model: that holds the request's, in place of the run's network.
 
     Raises:
         ClientError: too few samples.
@@ -51,7 +54,8 @@ def train(
     training, own = local.config.training, local.data.train
     if optimizer is None:
         optimizer = Optimizer(training, request.round_index, correction=correction)
-    model = local.open(request.state(MODEL))
+    if model is None:
+        model = local.open(request.state(MODEL))
     loss = train_epochs(
         model,
         own.inputs,
@@ -142,6 +146,27 @@ def epoch_batches(
         for index in batches(len(targets), batch_size=batch_size, rng=order):
             batch = inputs[index]
             yield epoch, augment(batch, rng=order) if augmented else batch, targets[index]
+
+
+def gradient_batches(
+    local: Local, round_index: int, *, most: int = 0
+) -> Iterator[tuple[Array, Array]]:
+    """Inputs and targets of mini-batches for gradients at one state: the same ones each time.
+
+    Args:
+        most: how many; 0: as many as the training samples make.
+    """
+    own = local.data.train
+    source = epoch_batches(
+        own.inputs,
+        own.targets,
+        epochs=1,
+        batch_size=local.config.training.batch_size,
+        seed=local.seed(SEED_GROWTH, round_index),
+        augmented=False,
+    )
+    for _, inputs, targets in islice(source, most or None):
+        yield inputs, targets
 
 
 def growth_counts(request: Request) -> Mapping[str, int]:

@@ -8,16 +8,12 @@ Layers keep their numbers of weights.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from fedprune.methods.base import Method, RunState, Start
-from sparsemodel.masks.distribution import erk, uniform
+from fedprune.methods.magnitude import Magnitude
 from sparsemodel.masks.schedule import adjustment_counts, cosine
-from sparsemodel.runtime.adjust import prune_to_largest
-
-LAYERS = {"uniform": uniform, "erk": erk}
-"""How densities of layers follow from that of the network."""
 
 
 @dataclass(frozen=True)
@@ -78,21 +74,17 @@ class Adjusting(Method):
 
 
 @dataclass(frozen=True)
-class AdjustedMagnitude(Adjusting):
+class AdjustedMagnitude(Adjusting, Magnitude):
     """The same from the mask of the start's largest weights in each layer.
 
     Attributes:
         distribution: of the density over layers: "uniform" or "erk".
     """
 
+    distributions: ClassVar[tuple[str, ...]] = ("uniform", "erk")
+
     distribution: str = "erk"
 
-    def problems(self) -> Iterable[str]:
-        yield from super().problems()
-        if self.distribution not in LAYERS:
-            yield f"distribution: expected one of {', '.join(LAYERS)}; got {self.distribution!r}"
-
     def start(self, server: Start) -> RunState:
-        counts = LAYERS[self.distribution](server.prunable, self.density)
-        model = prune_to_largest(server.state(), counts)
-        return RunState(0, model, {"until": self.last_adjustment(server.rounds)})
+        memory = {"until": self.last_adjustment(server.rounds)}
+        return replace(super().start(server), memory=memory)

@@ -30,8 +30,8 @@ from fedprune.exchange.messages import MODEL, Reply, Request, number
 from fedprune.exchange.pooled import Pooled
 from fedprune.local.optimizer import OwnOptimizer
 from fedprune.local.training import growth_counts, train
-from fedprune.methods.adjusting import Adjusting
-from fedprune.methods.base import RunState, Start, train_request
+from fedprune.methods.adjusting import AdjustedMagnitude
+from fedprune.methods.base import RunState, train_request
 from fedprune.methods.magnitude import Magnitude
 from prunelab.data.batches import num_batches
 from sparsemodel.runtime.adjust import largest, prune_and_grow
@@ -131,7 +131,7 @@ def rex(done: int, steps: int) -> float:
 
 
 @dataclass(frozen=True)
-class FedMef(Adjusting, Magnitude):
+class FedMef(AdjustedMagnitude):
     """A mask that moves by the clients' gradients, once its lowest weights are pressed out.
 
     Attributes:
@@ -143,6 +143,9 @@ class FedMef(Adjusting, Magnitude):
     name: ClassVar[str] = "fedmef"
     actions = {"train": train_pressing}  # noqa: RUF012
 
+    distributions: ClassVar[tuple[str, ...]] = Magnitude.distributions
+
+    distribution: str = "uniform"
     penalty: float = 0.01
     lr_weight: float = 1.0
     max_lr: float = 0.0
@@ -159,10 +162,6 @@ class FedMef(Adjusting, Magnitude):
             f"{self.name} moves its mask by clients' gradients, and privacy.dp covers training "
             "alone; use a method with a fixed mask"
         )
-
-    def start(self, server: Start) -> RunState:
-        memory = {"until": self.last_adjustment(server.rounds)}
-        return replace(super().start(server), memory=memory)
 
     def request(self, state: RunState) -> Request:
         counts = self.asked_counts(state)

@@ -29,9 +29,8 @@ from fedprune.errors import ClientError
 from fedprune.exchange.gate import is_statistic
 from fedprune.exchange.messages import MODEL, Reply, Request
 from fedprune.local.model import Correction, LocalModel, Sgd, open_model
-from fedprune.local.optimizer import Optimizer
 from fedprune.local.site import other_network
-from fedprune.local.training import SEED_ROUND, require_samples, train, train_epochs
+from fedprune.local.training import SEED_ROUND, require_samples, train
 from fedprune.methods.base import RunState
 from fedprune.methods.widths import MEASURE, SEED_WIDTHS, Plan, Tier, WidthTiers, measure
 from prunelab.runs.seeds import rng
@@ -53,32 +52,13 @@ def train_ordered(request: Request, local: Local) -> Reply:
     if not widths:  # its own alone
         return train(request, local)
     require_samples(len(local.data.train), request)
-    training, own = local.config.training, local.data.train
     model = OrderedDropout(
         request.state(MODEL),
         _programs(local.network.program, widths),
-        training,
+        local.config.training,
         order=rng(SEED_WIDTHS, local.seed(SEED_ROUND, request.round_index)),
     )
-    optimizer = Optimizer(training, request.round_index)
-    loss = train_epochs(
-        model,  # type: ignore[arg-type]  # what training needs of one
-        own.inputs,
-        own.targets,
-        sgd=optimizer.sgd,
-        epochs=training.local_epochs,
-        batch_size=training.batch_size,
-        seed=local.seed(SEED_ROUND, request.round_index),
-        augmented=local.config.data.augment,
-        correction=optimizer.correction,
-    )
-    held = model.held_bytes() + optimizer.held_bytes()
-    return Reply(
-        num_examples=len(own),
-        fields={"loss": loss},
-        states={MODEL: model.state()},
-        resources=local.resources(held, request) if request.report_resources else None,
-    )
+    return train(request, local, model=model)  # type: ignore[arg-type]  # what training needs of one
 
 
 def _programs(program: Program | None, widths: object) -> list[Program]:

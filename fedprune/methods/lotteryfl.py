@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from math import floor, prod
 from typing import TYPE_CHECKING, ClassVar
 
@@ -180,6 +181,7 @@ class LotteryFL(Method):
     def request(self, state: RunState) -> Request:
         everybody = self._question(state, None)
 
+        @cache  # asked for by the round and by its account
         def personal(client: int) -> Request:
             ticket = state.kept.get(_ticket(client))
             return everybody if ticket is None else self._question(state, ticket)

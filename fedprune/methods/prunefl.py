@@ -47,9 +47,9 @@ from fedprune.local.model import LocalModel, Sgd
 from fedprune.local.optimizer import Optimizer
 from fedprune.local.training import (
     GROWTH_BATCHES,
-    SEED_GROWTH,
     SEED_ROUND,
     epoch_batches,
+    gradient_batches,
     growth_counts,
     require_samples,
     train,
@@ -185,7 +185,7 @@ def prune_first(request: Request, local: Local) -> Reply:
 def squares(
     model: LocalModel,
     state: SparseState,
-    batches: Iterable[tuple[int, Array, Array]],
+    batches: Iterable[tuple[Array, Array]],
     groups: Iterable[Iterable[str]],
 ) -> dict[str, Array]:
     """g² of every trained tensor, whole, averaged over mini-batches by their numbers of samples.
@@ -199,13 +199,14 @@ def squares(
     places = {name: pattern.positions() for name, pattern in patterns.items()}
     found: dict[str, Array] = {}
     samples, groups = 0, [list(group) for group in groups]
-    for _, inputs, targets in batches:
+    for inputs, targets in batches:
         size = np.float32(len(targets))
 
         def add(_: Tensors, gradients: Tensors, size: Any = size) -> None:
             for name, gradient in gradients.items():
-                total = found.setdefault(name, np.zeros(math.prod(shapes[name]), np.float32))
-                total[places.get(name, slice(None))] += size * np.square(gradient).reshape(-1)
+                if name not in found:
+                    found[name] = np.zeros(math.prod(shapes[name]), np.float32)
+                found[name][places.get(name, slice(None))] += size * np.square(gradient).reshape(-1)
 
         model.step(inputs, targets, sgd=Sgd(0.0, 0.0, 0.0), correction=add)
         for group in groups:
@@ -220,19 +221,11 @@ def _num_pruned(pattern: Pattern) -> int:
     return pattern.num_weights - pattern.num_active
 
 
-def _mini_batches(request: Request, local: Local) -> Iterator[tuple[int, Array, Array]]:
-    own, batches = local.data.train, count(request.fields, GROWTH_BATCHES)
+def _mini_batches(request: Request, local: Local) -> Iterator[tuple[Array, Array]]:
+    batches = count(request.fields, GROWTH_BATCHES)
     if batches < 1:
         raise ClientError(f"field {GROWTH_BATCHES!r}: expected at least 1, got 0")
-    source = epoch_batches(
-        own.inputs,
-        own.targets,
-        epochs=1,
-        batch_size=local.config.training.batch_size,
-        seed=local.seed(SEED_GROWTH, request.round_index),
-        augmented=False,
-    )
-    return islice(source, batches)
+    return gradient_batches(local, request.round_index, most=batches)
 
 
 # --- server half -------------------------------------------------------------------------------

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
 from fedprune.errors import ClientError
 from fedprune.exchange.messages import MODEL, Expected, Reply, Request, count
 from fedprune.local.model import Sgd
-from fedprune.local.training import SEED_GROWTH, epoch_batches, require_samples, train
+from fedprune.local.training import gradient_batches, require_samples, train
 from fedprune.methods.base import Start, not_negative
 from fedprune.methods.fixed_mask import FixedMask, largest
 from prunelab.errors import RunError
@@ -55,15 +54,7 @@ def saliency(request: Request, local: Local) -> Reply:
         for name in sums:
             sums[name] += len(labels) * gradients[name]
 
-    source = epoch_batches(
-        data.train.inputs,
-        data.train.targets,
-        epochs=1,
-        batch_size=local.config.training.batch_size,
-        seed=local.seed(SEED_GROWTH, 0),
-        augmented=False,
-    )
-    for _, images, labels in islice(source, batches):
+    for images, labels in gradient_batches(local, 0, most=batches):
         model.step(images, labels, sgd=Sgd(0.0, 0.0, 0.0), correction=collect)
         samples += len(labels)
     scores = {name: abs(total * start.values[name] / samples) for name, total in sums.items()}

@@ -17,10 +17,11 @@ from fedprune.exchange.messages import (
     metrics,
 )
 from fedprune.exchange.pooled import Pooler
-from fedprune.local.model import LocalModel, open_model
+from fedprune.local.model import LocalModel, Network, open_model
 from fedprune.local.site import other_network
 from fedprune.methods.base import Ask
 from fedprune.rounds.setup import Setup
+from prunelab.data.store import SampleStore
 from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import SparseState
 
@@ -79,23 +80,28 @@ class Evaluator:
             return Tested(**means.fields) if means.clients else None
         dense = state.patterns is None
         if self._model is None or dense != self._dense:
-            training = replace(self._setup.config.training, batch_size=BATCH - 1)
-            self._model = open_model(self._setup.network, state, training)
+            self._model = _opened(self._setup, self._setup.network, state)
             self._dense = dense
         else:
             self._model.load(state)
-        score = self._model.evaluate(test.inputs, test.targets)
-        return Tested(score.loss_sum / len(test), score.metric_sum / len(test))
+        return _tested(self._model, test)
 
 
 def tested_by_server(setup: Setup, program: Program, state: SparseState) -> Tested | None:
     """Another network than the run's on the server's test samples; None where clients test."""
     if setup.test is None:
         return None
+    return _tested(_opened(setup, other_network(program), state), setup.test)
+
+
+def _opened(setup: Setup, network: Network, state: SparseState) -> LocalModel:
     training = replace(setup.config.training, batch_size=BATCH - 1)
-    model = open_model(other_network(program), state, training)
-    score = model.evaluate(setup.test.inputs, setup.test.targets)
-    return Tested(score.loss_sum / len(setup.test), score.metric_sum / len(setup.test))
+    return open_model(network, state, training)
+
+
+def _tested(model: LocalModel, test: SampleStore) -> Tested:
+    score = model.evaluate(test.inputs, test.targets)
+    return Tested(score.loss_sum / len(test), score.metric_sum / len(test))
 
 
 def evaluation_request(state: SparseState, round_index: int, *, metric: str) -> Request:

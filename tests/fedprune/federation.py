@@ -14,7 +14,9 @@ from fedprune.config import RunConfig, own_settings
 from fedprune.flower import client, server
 from fedprune.flower.inline import InlineGrid
 from fedprune.flower.launch import launch_values
+from fedprune.local.site import Local, open_data
 from fedprune.rounds.folder import MODEL, prepare
+from fedprune.rounds.setup import Setup
 from fedprune.rounds.workspace import open_workspace
 
 TINY = {
@@ -71,3 +73,18 @@ def run_inline(
 
 def digest(out: Path) -> str:
     return hashlib.sha256((out / MODEL).read_bytes()).hexdigest()
+
+
+def places_of(setup: Setup) -> list[Local]:
+    """The places of a laid-out federation's four clients."""
+    return [
+        Local(n, open_data(setup.config, n, setup=str(setup.folder)), setup.config, setup.network)
+        for n in range(4)
+    ]
+
+
+def laid_out(folder: Path, **changes: Any) -> Setup:
+    """What a small federation starts from, in a folder."""
+    config = tiny(**changes)
+    open_workspace(config).lay_out(folder, with_start=True)
+    return Setup(config, folder)

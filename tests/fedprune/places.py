@@ -45,9 +45,9 @@ def state_at(density: float | None) -> SparseState:
     return prune_to_largest(dense_state(), {n: round(density * s) for n, s in sizes.items()})
 
 
-def place(count: int = 32, *, method: str, **training: Any) -> Local:
+def place(method: str, count: int = 32, client: int = 0, **training: Any) -> Local:
     """A client with so many samples of three classes, four of them for development."""
-    images = np.random.default_rng(0).integers(0, 256, (count, *SHAPE), dtype=np.uint8)
+    images = np.random.default_rng(client).integers(0, 256, (count, *SHAPE), dtype=np.uint8)
     labels = np.arange(count) % 3
     held = Split(images[:4], labels[:4])
     data = ClientData(Split(images, labels), held, held, 3, "classification")
@@ -55,7 +55,7 @@ def place(count: int = 32, *, method: str, **training: Any) -> Local:
     values |= {f"training.{key}": value for key, value in training.items()}
     shapes = {name: tuple(value.shape) for name, value in float_state(build()).items()}
     config = RunConfig.parse(own_settings({"method.name": method, **values}))
-    return Local(0, data, config, Network(program_of(build(), SHAPE), build, shapes))
+    return Local(client, data, config, Network(program_of(build(), SHAPE), build, shapes))
 
 
 def mini_batches(local: Local, round_index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

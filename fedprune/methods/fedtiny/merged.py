@@ -12,10 +12,9 @@ itself, of the model that a round has made, it is grown at once, where it was me
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +23,7 @@ from fedprune.exchange.messages import MODEL, Expected, Reply, Request, count
 from fedprune.local.model import Sgd
 from fedprune.local.training import (
     GROWTH_BATCHES,
-    SEED_GROWTH,
-    epoch_batches,
+    gradient_batches,
     growth_counts,
     require_samples,
     train,
@@ -106,7 +104,7 @@ def summed_growth(
     """
     wanted = {name: WIDER * most for name, most in counts.items()}
     model, found = local.open(state), dict[str, NDArray[np.int64]]()
-    for images, labels in _batches(local, batches, round_index):
+    for images, labels in gradient_batches(local, round_index, most=batches):
         for name, (at, _) in model.growth(wanted, images, labels).items():
             found[name] = np.union1d(found[name], at) if name in found else at
     del model  # one model at a time
@@ -138,7 +136,7 @@ def _exact(
         for name, at in places.items():
             sums[name] += len(labels) * gradients[name][at].astype(np.float64)
 
-    for images, labels in _batches(local, batches, round_index):
+    for images, labels in gradient_batches(local, round_index, most=batches):
         model.step(images, labels, sgd=Sgd(0.0, 0.0, 0.0), correction=collect)
         samples += len(labels)
     entries = {}
@@ -147,18 +145,3 @@ def _exact(
         top = largest(np.abs(means), min(counts[name], len(means)))
         entries[name] = found[name][top], means[top]
     return entries, model.held_bytes()
-
-
-def _batches(local: Local, batches: int, round_index: int) -> Iterator[tuple[Any, Any]]:
-    """The mini-batches of one pass: the same ones, in the same order, each time."""
-    data = local.data.train
-    source = epoch_batches(
-        data.inputs,
-        data.targets,
-        epochs=1,
-        batch_size=local.config.training.batch_size,
-        seed=local.seed(SEED_GROWTH, round_index),
-        augmented=False,
-    )
-    for _, images, labels in islice(source, batches or None):
-        yield images, labels

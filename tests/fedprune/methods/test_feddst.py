@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from federation import digest, run_inline, tiny
-from one_client import build, place, pruned
+from places import build, place, state_at
 from torch import nn
 
 from fedprune.errors import ClientError, ConfigError
@@ -37,7 +37,7 @@ SHOULD_ADJUST = 3  # rounds completed before an adjustment round
 
 
 def question(method: FedDST) -> Request:
-    return method.request(RunState(SHOULD_ADJUST, pruned(0.3), ADJUSTS))
+    return method.request(RunState(SHOULD_ADJUST, state_at(0.3), ADJUSTS))
 
 
 def answer(method: FedDST, **training: Any) -> tuple[Request, Reply]:
@@ -68,7 +68,7 @@ def own_model(request: Request, reply: Reply) -> SparseState:
 
 def test_the_number_exchanged_falls_along_half_a_cosine() -> None:
     """Round 4 of R_stop 10: ⌊.2/2 (1 + cos(.4 π)) nnz⌋ of every layer."""
-    state = pruned(0.3)
+    state = state_at(0.3)
     assert state.patterns is not None
     expected = question(FedDST(adjust_rate=0.2)).expected
     rate = 0.1 * (1 + math.cos(0.4 * math.pi))
@@ -81,7 +81,7 @@ def test_after_all_steps_it_is_one_exchange_of_the_trained_model() -> None:
     """Bit for bit: the smallest go, those of largest gradient come, at zero."""
     request, reply = answer(FedDST(adjust_after=1.0))
     counts = request.expected.growth
-    plain = train(train_request(RunState(3, pruned(0.3)), growth=counts), place("feddst"))
+    plain = train(train_request(RunState(3, state_at(0.3)), growth=counts), place("feddst"))
     expected = prune_and_grow(plain.states[MODEL], plain.entries[MODEL], counts)
     found = own_model(request, reply)
     assert found.patterns == expected.patterns
@@ -94,7 +94,7 @@ def test_after_all_steps_it_is_one_exchange_of_the_trained_model() -> None:
 def test_in_the_middle_it_is_a_plain_loop_in_torch(execution: str) -> None:
     """Four steps, the exchange by the dense gradient of a mini-batch, four steps more."""
     request, reply = answer(FedDST(), execution=execution, lr=0.05)
-    local, start, counts = place("feddst", lr=0.05), pruned(0.3), request.expected.growth
+    local, start, counts = place("feddst", lr=0.05), state_at(0.3), request.expected.growth
     training = local.config.training
     rate = training.lr * 0.5 * (1 + np.cos(np.pi * 3 / training.rounds))
     model = build()
@@ -157,7 +157,7 @@ def test_optimisers_that_keep_moments_go_on_under_the_new_mask(optimizer: str) -
 
 
 def test_other_rounds_are_plain_training() -> None:
-    method, state = FedDST(), RunState(2, pruned(0.3), ADJUSTS)
+    method, state = FedDST(), RunState(2, state_at(0.3), ADJUSTS)
     request = method.request(state)
     assert method.collector(state) is None
     ours = method.actions["train"](request, place("feddst"))
@@ -246,7 +246,7 @@ def test_the_order_of_answers_changes_no_bit() -> None:
 
 def test_clients_that_exchange_nothing_give_the_plain_mean() -> None:
     """Bit for bit what the run's own mean gives."""
-    base = pruned(0.3)
+    base = state_at(0.3)
     assert base.patterns is not None
     name = next(iter(base.patterns))
     empty = Pattern.from_positions(base.patterns[name].shape, np.empty(0, np.int64))

@@ -91,7 +91,7 @@ def test_two_steps_of_scores_by_hand() -> None:
 
 def test_a_client_s_training_in_plain_torch() -> None:
     """Three steps: the gradient of the drawn network passes to θ as if nothing had been drawn."""
-    state, local = started(), place(24, method="fedpm", local_epochs=1, lr=0.02)
+    state, local = started(), place("fedpm", 24, local_epochs=1, lr=0.02)
     asked = FedPM().request(state)
     reply = train_masks(asked, local)
     check_parts(reply, asked)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from federation import digest, run_inline, tiny
-from one_client import dense, place, prunable, pruned
+from places import dense_state, place, prunable, state_at
 
 from fedprune.config import RunConfig
 from fedprune.errors import ClientError, ConfigError
@@ -29,7 +29,7 @@ from sparsemodel.storage.state_file import load_state
 
 
 def beginning(method: FedRTS, rounds: int = 10, seed: int = 5) -> RunState:
-    return method.start(Start(dense, prunable(), {}, lambda request: iter(()), rounds, seed))
+    return method.start(Start(dense_state, prunable(), {}, lambda request: iter(()), rounds, seed))
 
 
 def played(method: FedRTS, state: RunState, *, clients: int = 2) -> tuple[RunState, list[Reply]]:
@@ -207,7 +207,7 @@ def test_equal_beliefs_are_drawn_alike_and_strong_ones_win() -> None:
 
 def test_clients_name_the_largest_gradients_and_send_no_values() -> None:
     method = FedRTS(density=0.3)
-    state = RunState(3, pruned(0.3), {"until": 10, "adjustments": 0, "seed": 0})
+    state = RunState(3, state_at(0.3), {"until": 10, "adjustments": 0, "seed": 0})
     request = method.request(state)
     reply = method.actions["train"](request, place("fedrts"))
     check_parts(reply, request)

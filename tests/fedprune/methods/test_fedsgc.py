@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from federation import digest, run_inline, tiny
-from one_client import place, pruned
+from places import place, state_at
 
 from fedprune.config import RunConfig
 from fedprune.errors import ClientError, ConfigError
@@ -91,7 +91,7 @@ def test_the_direction_by_hand() -> None:
 
 @pytest.mark.parametrize(("against", "along"), [(0.5, 0.5), (1.0, 0.25), (0.0, 1.0)])
 def test_an_exchange_is_that_of_a_plain_loop(against: float, along: float) -> None:
-    start = pruned(0.3)
+    start = state_at(0.3)
     signs = signs_for(start, seed=1)
     method = FedSGC(against=against, along=along, adjust_after=1.0)
     request = method.request(RunState(3, start, UNTIL, kept={DIRECTION: signs}))
@@ -137,7 +137,7 @@ def pick(rows: list[tuple[float, int, bool]], count: int, first: int) -> list[in
 
 
 def test_without_a_direction_it_is_the_plain_exchange() -> None:
-    start = pruned(0.3)
+    start = state_at(0.3)
     request = FedSGC(adjust_after=1.0).request(RunState(3, start, UNTIL))
     assert not request.masks
     reply = FedSGC.actions["train"](request, place("fedsgc"))
@@ -155,7 +155,7 @@ def test_without_a_direction_it_is_the_plain_exchange() -> None:
 
 @pytest.mark.parametrize("key", ["against", "along"])
 def test_a_question_without_its_numbers_is_refused(key: str) -> None:
-    request = FedSGC().request(RunState(3, pruned(0.3), UNTIL))
+    request = FedSGC().request(RunState(3, state_at(0.3), UNTIL))
     fields = {name: value for name, value in request.fields.items() if name != key}
     with pytest.raises(ClientError, match=key):
         FedSGC.actions["train"](replace(request, fields=fields), place("fedsgc"))
@@ -166,7 +166,7 @@ def test_a_question_without_its_numbers_is_refused(key: str) -> None:
 
 def test_the_round_before_asks_for_gradients_and_keeps_the_direction() -> None:
     """Adjustments come after rounds 2, 4, ...: in round 1 and 3 clients tell gradients."""
-    method, start = FedSGC(adjust_every=2), pruned(0.3)
+    method, start = FedSGC(adjust_every=2), state_at(0.3)
     state = RunState(2, start, UNTIL)
     request = method.request(state)
     assert request.expected.growth == method.exchange_counts(state, ahead=2)
@@ -273,7 +273,7 @@ def test_a_run_without_adjustments_is_the_fixed_mask(tmp_path: Path) -> None:
 
 
 def test_replies_without_their_masks_are_refused() -> None:
-    request = FedSGC().request(RunState(3, pruned(0.3), UNTIL))
+    request = FedSGC().request(RunState(3, state_at(0.3), UNTIL))
     reply = FedSGC.actions["train"](request, place("fedsgc"))
     with pytest.raises(ClientError, match="expected masks"):
         check_parts(Reply(reply.num_examples, reply.fields, reply.states, reply.entries), request)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federation import digest, run_inline, tiny
+from federation import digest, laid_out, run_inline, tiny
 from torch import nn
 
 from fedprune.errors import ClientError, ConfigError
@@ -27,7 +27,6 @@ from fedprune.rounds.folder import MODEL as MODEL_FILE
 from fedprune.rounds.folder import read_metrics
 from fedprune.rounds.ledger import Totals, forward_flops
 from fedprune.rounds.setup import Setup
-from fedprune.rounds.workspace import open_workspace
 from prunelab.data.batches import Preprocessing
 from sparsemodel.layers.from_state import load_state_
 from sparsemodel.runtime.adjust import prune_to_largest
@@ -43,10 +42,13 @@ PLUS = {f"method__{key}": value for key, value in FAITHFUL.items()}
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     """A laid-out federation of small batches."""
-    config = tiny(method__name="fedtiny-plus", data__alpha=0.3, training__batch_size=16, **PLUS)
-    folder = tmp_path_factory.mktemp("setup")
-    open_workspace(config).lay_out(folder, with_start=True)
-    return Setup(config, folder)
+    return laid_out(
+        tmp_path_factory.mktemp("setup"),
+        method__name="fedtiny-plus",
+        data__alpha=0.3,
+        training__batch_size=16,
+        **PLUS,
+    )
 
 
 def place(setup: Setup, client: int = 0, **training: Any) -> Local:

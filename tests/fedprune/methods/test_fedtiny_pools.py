@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federation import digest, run_inline, tiny
+from federation import digest, laid_out, places_of, run_inline, tiny
 from torch import nn
 
 from fedprune.errors import ClientError, ConfigError
 from fedprune.exchange.messages import Reply, Request
 from fedprune.exchange.pooled import pooled as add_up
 from fedprune.local.optimizer import Optimizer
-from fedprune.local.site import Local, open_data
+from fedprune.local.site import Local
 from fedprune.local.training import epoch_batches
 from fedprune.methods.base import Start
 from fedprune.methods.fedtiny import kinds as kinds_of
@@ -39,7 +39,6 @@ from fedprune.methods.fedtiny.trials import (
 from fedprune.methods.synflow import SynFlow
 from fedprune.rounds.folder import read_metrics
 from fedprune.rounds.setup import Setup
-from fedprune.rounds.workspace import open_workspace
 from prunelab.data.batches import Preprocessing
 from prunelab.errors import RunError
 from prunelab.networks import build_model, float_state
@@ -55,23 +54,14 @@ from sparsemodel.runtime.state import SparseState
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    config = tiny(method__name="fedtiny-plus", data__alpha=0.3, training__batch_size=16)
     folder = tmp_path_factory.mktemp("setup")
-    open_workspace(config).lay_out(folder, with_start=True)
-    return Setup(config, folder)
-
-
-def clients(setup: Setup) -> list[Local]:
-    return [
-        Local(n, open_data(setup.config, n, setup=str(setup.folder)), setup.config, setup.network)
-        for n in range(4)
-    ]
+    return laid_out(folder, method__name="fedtiny-plus", data__alpha=0.3, training__batch_size=16)
 
 
 def answers(setup: Setup, action: Any) -> Any:
     def ask(request: Request) -> Any:
         def replies() -> Iterator[tuple[int, Reply]]:
-            for place in clients(setup):
+            for place in places_of(setup):
                 reply = action(request, place)
                 request.check(reply)
                 yield place.client, reply
@@ -290,7 +280,7 @@ def test_steps_by_hand(setup: Setup) -> None:
         pool, answers(setup, try_steps), selection="steps", steps=steps, metric="accuracy"
     )
     losses, samples, means = np.zeros(len(pool)), 0, 0.0
-    for place in clients(setup):
+    for place in places_of(setup):
         dev = place.data.dev
         for number in range(len(pool)):
             model = place.open(pool.candidate(number))
@@ -316,7 +306,7 @@ def test_flow_by_hand(setup: Setup) -> None:
         pool, answers(setup, measure_flow), selection="flow", steps=steps, metric="accuracy"
     )
     flows, samples = np.zeros(len(pool)), 0
-    for place in clients(setup):
+    for place in places_of(setup):
         for number, mask in enumerate(masks(pool)):
             model = setup.network.build()
             load_state_(model, pool.candidate(number))
@@ -359,7 +349,7 @@ def test_selections_that_cannot_be_are_refused(setup: Setup) -> None:
         FedTinyPlus(selection="guess")
     with pytest.raises(ConfigError, match="selection_steps: expected 1 to 1000, got 0"):
         FedTinyPlus(selection_steps=0)
-    pool, place = small_pool(setup), clients(setup)[0]
+    pool, place = small_pool(setup), places_of(setup)[0]
     for steps in (None, 0, 1001):
         with pytest.raises(ClientError, match="steps"):
             try_steps(pool_request(pool, "steps", fields={"steps": steps}), place)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from federation import tiny
+from federation import laid_out
 from torch import nn
 from torch.func import functional_call
 
@@ -22,7 +22,6 @@ from fedprune.local.site import Local, open_data, other_network
 from fedprune.methods.base import Start
 from fedprune.methods.fjord import FjORD, OrderedDropout, train_ordered
 from fedprune.rounds.setup import Setup
-from fedprune.rounds.workspace import open_workspace
 from fedprune.settings import TrainingConfig
 from prunelab.data.batches import Preprocessing
 from prunelab.networks import build_model, float_state
@@ -115,10 +114,7 @@ def test_running_statistics_are_those_of_full_steps() -> None:
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    config = tiny(method__name="fjord", training__batch_size=16)
-    folder = tmp_path_factory.mktemp("setup")
-    open_workspace(config).lay_out(folder, with_start=True)
-    return Setup(config, folder)
+    return laid_out(tmp_path_factory.mktemp("setup"), method__name="fjord", training__batch_size=16)
 
 
 def test_each_tier_trains_the_widths_up_to_its_own(setup: Setup) -> None:

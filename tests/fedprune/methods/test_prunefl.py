@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from federation import digest, run_inline, tiny
-from one_client import build, dense, place, prunable, pruned
+from places import build, dense_state, place, prunable, state_at
 from torch import nn
 
 from fedprune.config import RunConfig
@@ -114,7 +114,7 @@ def test_small_layers_shrink_to_one_weight_and_no_further() -> None:
 
 
 def question(**settings: Any) -> Request:
-    return PruneFL(**settings).request(RunState(3, pruned(0.3), MEMORY))
+    return PruneFL(**settings).request(RunState(3, state_at(0.3), MEMORY))
 
 
 def squares_by_autograd(state: SparseState, batches: int, **training: Any) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def test_a_client_measures_all_weights_after_training(batches: int, execution: s
     training = {"execution": execution}
     reply = PruneFL.actions["train"](request, place("prunefl", count=20, **training))
     check_parts(reply, request)
-    plain = train(train_request(RunState(3, pruned(0.3))), place("prunefl", count=20, **training))
+    plain = train(train_request(RunState(3, state_at(0.3))), place("prunefl", count=20, **training))
     for name, value in plain.states[MODEL].values.items():
         assert np.array_equal(reply.states[MODEL].values[name], value)
     expected = squares_by_autograd(plain.states[MODEL], batches)
@@ -161,7 +161,7 @@ def test_a_client_measures_all_weights_after_training(batches: int, execution: s
 def first_question(limit: int = 400, **fields: Any) -> Request:
     whole = Patterns({name: Pattern.full(shape) for name, shape in prunable().items()})
     values = {"limit": limit, "steps": 2, GROWTH_BATCHES: 1, "share": 0.3, "time": 0.0, **fields}
-    return Request(PRUNE, fields=values, states={MODEL: carry(dense(), whole)})
+    return Request(PRUNE, fields=values, states={MODEL: carry(dense_state(), whole)})
 
 
 @pytest.mark.parametrize("limit", [9, 400, 10**6])
@@ -193,7 +193,7 @@ def test_a_question_that_cannot_be_answered_is_refused(wrong: dict[str, Any]) ->
 
 
 def test_a_start_without_a_mask_is_refused() -> None:
-    request = replace(first_question(), states={MODEL: dense()})
+    request = replace(first_question(), states={MODEL: dense_state()})
     with pytest.raises(ClientError, match="without a mask"):
         PruneFL.actions[PRUNE](request, place("prunefl"))
 
@@ -203,7 +203,7 @@ def test_a_start_without_a_mask_is_refused() -> None:
 
 def test_the_mask_moves_by_the_mean_of_clients_squares() -> None:
     """The rule on the averaged weights and squares; kept weights keep their values, new are 0."""
-    start = pruned(0.3)
+    start = state_at(0.3)
     assert start.patterns is not None
     state = RunState(3, start, {"until": 10, "limit": start.patterns.num_active})
     draw = np.random.default_rng(1)
@@ -236,7 +236,7 @@ def test_no_client_is_an_error() -> None:
         yield from ()
 
     def server(ask: Any) -> Start:
-        return Start(dense, prunable(), {}, ask, 10, 0)
+        return Start(dense_state, prunable(), {}, ask, 10, 0)
 
     with pytest.raises(RunError, match="no client could make the first mask"):
         PruneFL(density=0.1).start(server(nobody))
@@ -250,7 +250,7 @@ def test_no_client_is_an_error() -> None:
     assert state.model.patterns == reply.masks[FIRST]
     assert state.notes["first_mask"]["client"] == 3
     for name, pattern in reply.masks[FIRST].items():
-        weights = dense().values[name].reshape(-1)
+        weights = dense_state().values[name].reshape(-1)
         assert np.array_equal(state.model.values[name], weights[pattern.positions()])
 
 
@@ -263,7 +263,9 @@ def test_first_masks_that_cannot_be_are_refused(adaptive: bool) -> None:
         yield from ()
 
     with pytest.raises(RunError, match="no client"):
-        PruneFL(density=0.1, adaptive=adaptive).start(Start(dense, prunable(), {}, nobody, 10, 0))
+        PruneFL(density=0.1, adaptive=adaptive).start(
+            Start(dense_state, prunable(), {}, nobody, 10, 0)
+        )
     (request,) = asked
     limit, names = request.fields["limit"], list(prunable())
 
@@ -343,7 +345,7 @@ def test_published_runs_may_keep_fewer_weights(tmp_path: Path) -> None:
 
 
 def test_without_reconfigurations_rounds_are_plain_averaging_at_the_first_mask() -> None:
-    state = RunState(1, pruned(0.3), {"until": 1, "limit": 9})
+    state = RunState(1, state_at(0.3), {"until": 1, "limit": 9})
     method = PruneFL(adjust_until=1)
     request = method.request(state)
     assert request.expected == train_request(state).expected

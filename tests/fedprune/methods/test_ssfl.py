@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federation import run_inline, tiny
+from federation import laid_out, places_of, run_inline, tiny
 from flwr.app import Context, Message
 from torch import nn
 
@@ -17,7 +17,7 @@ from fedprune.errors import ClientError, ConfigError
 from fedprune.exchange.gate import check_parts
 from fedprune.exchange.messages import MODEL, Reply, Request
 from fedprune.flower import client, wire
-from fedprune.local.site import Local, open_data
+from fedprune.local.site import Local
 from fedprune.local.training import SEED_GROWTH, epoch_batches
 from fedprune.methods.base import Start
 from fedprune.methods.fixed_mask import largest
@@ -35,17 +35,8 @@ from sparsemodel.runtime.state import SparseState
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     """A laid-out federation whose method is SSFL, of two mini-batches."""
-    config = tiny(method__name="ssfl", method__batches=2, data__alpha=0.3, training__batch_size=16)
-    folder = tmp_path_factory.mktemp("setup")
-    open_workspace(config).lay_out(folder, with_start=True)
-    return Setup(config, folder)
-
-
-def clients(setup: Setup) -> list[Local]:
-    return [
-        Local(n, open_data(setup.config, n, setup=str(setup.folder)), setup.config, setup.network)
-        for n in range(4)
-    ]
+    settings = {"method__batches": 2, "data__alpha": 0.3, "training__batch_size": 16}
+    return laid_out(tmp_path_factory.mktemp("setup"), method__name="ssfl", **settings)
 
 
 def start_of(setup: Setup, ask: Any) -> Start:
@@ -54,7 +45,7 @@ def start_of(setup: Setup, ask: Any) -> Start:
 
 def asking(setup: Setup, *, only: tuple[int, ...] = (0, 1, 2, 3)) -> Any:
     def ask(request: Request) -> Iterator[tuple[int, Reply]]:
-        for place in clients(setup):
+        for place in places_of(setup):
             if place.client in only:
                 reply = saliency(request, place)
                 request.check(reply)
@@ -94,8 +85,8 @@ def test_the_mask_is_that_of_the_mean_saliency(setup: Setup) -> None:
     state = method.start(start_of(setup, asking(setup))).model
     dense = setup.start_state()
     mean: dict[str, Any] = dict.fromkeys(setup.prunable, 0.0)
-    total = sum(len(place.data.train) for place in clients(setup))
-    for place in clients(setup):
+    total = sum(len(place.data.train) for place in places_of(setup))
+    for place in places_of(setup):
         share = len(place.data.train) / total
         for name, scores in by_hand(setup, place, dense, method.batches).items():
             mean[name] = mean[name] + share * scores
@@ -121,7 +112,7 @@ def test_the_mask_is_that_of_the_mean_saliency(setup: Setup) -> None:
 @pytest.mark.parametrize("batches", [1, 2, 99])
 def test_a_client_measures_its_mean_gradient(batches: int, setup: Setup) -> None:
     """Over so many mini-batches, or all it has."""
-    place, state = clients(setup)[1], setup.start_state()
+    place, state = places_of(setup)[1], setup.start_state()
     fields = {"layers": list(setup.prunable), "batches": batches}
     reply = saliency(Request(SALIENCY, fields=fields, states={MODEL: state}), place)
     assert reply.num_examples == len(place.data.train)
@@ -136,7 +127,7 @@ def test_measuring_moves_nothing(setup: Setup) -> None:
     kept = {name: value.copy() for name, value in state.values.items()}
     fields = {"layers": list(setup.prunable), "batches": 2}
     request = Request(SALIENCY, fields=fields, states={MODEL: state})
-    first, second = (saliency(request, clients(setup)[0]).tensors[SALIENCY] for _ in range(2))
+    first, second = (saliency(request, places_of(setup)[0]).tensors[SALIENCY] for _ in range(2))
     assert all(np.array_equal(first[name], second[name]) for name in first)
     assert all(np.array_equal(kept[name], value) for name, value in state.values.items())
 
@@ -167,7 +158,7 @@ def test_layers_that_are_not_there_are_refused(layers: Any, setup: Setup) -> Non
     fields = {"layers": layers, "batches": 1}
     request = Request(SALIENCY, fields=fields, states={MODEL: setup.start_state()})
     with pytest.raises(ClientError, match="layers"):
-        saliency(request, clients(setup)[0])
+        saliency(request, places_of(setup)[0])
 
 
 @pytest.mark.parametrize("batches", [0, -1, None, "two"])
@@ -175,7 +166,7 @@ def test_a_number_of_batches_that_cannot_be_is_refused(batches: Any, setup: Setu
     fields = {"layers": list(setup.prunable), "batches": batches}
     request = Request(SALIENCY, fields=fields, states={MODEL: setup.start_state()})
     with pytest.raises(ClientError, match="batches"):
-        saliency(request, clients(setup)[0])
+        saliency(request, places_of(setup)[0])
 
 
 @pytest.mark.parametrize("change", ["missing", "other", "group", "nan", "negative"])
@@ -183,7 +174,7 @@ def test_answers_are_checked(change: str, setup: Setup) -> None:
     """What lacks a layer, or holds more or other things, is refused."""
 
     def ask(request: Request) -> Iterator[tuple[int, Reply]]:
-        for place in clients(setup)[:1]:
+        for place in places_of(setup)[:1]:
             tensors = dict(saliency(request, place).tensors)
             scores = dict(tensors[SALIENCY])
             if change == "missing":
