@@ -78,10 +78,10 @@ class AdjustedMagnitude(Adjusting, Magnitude):
     """The same from the mask of the start's largest weights in each layer.
 
     Attributes:
-        distribution: of the density over layers: "uniform" or "erk".
+        distribution: of the density over layers: "uniform", "erk" or "erk-conv".
     """
 
-    distributions: ClassVar[tuple[str, ...]] = ("uniform", "erk")
+    distributions: ClassVar[tuple[str, ...]] = ("uniform", "erk", "erk-conv")
 
     distribution: str = "erk"
 

@@ -42,7 +42,7 @@ class FedProx(Magnitude):
 
     Attributes:
         density: 1 trains the dense network.
-        distribution: how many weights each layer keeps: "uniform", "erk" or "global".
+        distribution: how many weights each layer keeps: "uniform", "erk", "erk-conv" or "global".
         mu: μ, the weight of the proximal term, >= 0.
     """
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedprune.methods.base import Method, RunState, Start
-from sparsemodel.masks.distribution import erk, global_ranking, uniform
+from sparsemodel.masks.distribution import DISTRIBUTIONS, global_ranking
 from sparsemodel.runtime.adjust import carry, prune_to_largest
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.state import SparseState, Tensors
@@ -34,7 +34,7 @@ class FixedMask(Method):
         distribution: how many of them each layer keeps, a name in `distributions`.
     """
 
-    distributions: ClassVar[tuple[str, ...]] = ("uniform", "erk", "global")
+    distributions: ClassVar[tuple[str, ...]] = ("uniform", "erk", "erk-conv", "global")
 
     density: float = 0.05
     distribution: str = "uniform"
@@ -67,7 +67,7 @@ def largest(scores: Tensors, density: float, distribution: str) -> Patterns:
     if distribution == "global":
         counts = global_ranking(scores, density)
     else:
-        counts = {"uniform": uniform, "erk": erk}[distribution](shapes, density)
+        counts = DISTRIBUTIONS[distribution](shapes, density)
     patterns = prune_to_largest(SparseState(scores), counts).patterns
     assert patterns is not None
     return patterns

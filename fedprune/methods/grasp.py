@@ -35,7 +35,7 @@ class Grasp(FixedMask):
 
     Attributes:
         density: share of the prunable weights that are kept.
-        distribution: how many each layer keeps: "uniform", "erk" or "global".
+        distribution: how many each layer keeps: "uniform", "erk", "erk-conv" or "global".
         temperature: by which logits are divided, > 0.
     """
 

@@ -23,7 +23,7 @@ class Magnitude(FixedMask):
 
     Attributes:
         density: share of the prunable weights that are kept.
-        distribution: how many each layer keeps: "uniform", "erk" or "global".
+        distribution: how many each layer keeps: "uniform", "erk", "erk-conv" or "global".
     """
 
     name: ClassVar[str] = "magnitude"

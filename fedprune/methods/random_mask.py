@@ -23,11 +23,11 @@ class RandomMask(FixedMask):
 
     Attributes:
         density: share of the prunable weights that are kept.
-        distribution: how many each layer keeps: "uniform" or "erk".
+        distribution: how many each layer keeps: "uniform", "erk" or "erk-conv".
     """
 
     name: ClassVar[str] = "random"
-    distributions = ("uniform", "erk")
+    distributions = ("uniform", "erk", "erk-conv")
 
     def mask(self, server: Start) -> Patterns:
         noise = rng(SEED_MASK, server.seed)

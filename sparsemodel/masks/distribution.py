@@ -63,6 +63,33 @@ def erk(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, int]
     return _apportion({name: float(sum(s)) for name, s in shapes.items()}, capacities, total)
 
 
+def erk_conv(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, int]:
+    """Erdős–Rényi-kernel among the convolutions; every matrix keeps the density of the whole.
+
+    `erk` leaves a small classifier dense or nearly so, and takes its weights from the
+    convolutions. Source: departs from Evci et al. in that; a network without convolutions is
+    `uniform`.
+
+    Args:
+        shapes: name -> shape of the layer's weight; of convolutions more than two dimensions.
+        density: active weights over all weights, in (0, 1].
+
+    Raises:
+        DensityError: a density outside (0, 1], or too low for one weight in every layer.
+
+    >>> shapes = {"narrow": (10, 3, 2, 2), "wide": (30, 10, 2, 2), "head": (10, 30)}
+    >>> erk_conv(shapes, 0.1), erk(shapes, 0.1)
+    ({'narrow': 37, 'wide': 95, 'head': 30}, {'narrow': 27, 'wide': 71, 'head': 64})
+    """
+    counts = uniform(shapes, density)
+    convs = {name: shape for name, shape in shapes.items() if len(shape) > 2}
+    if not convs:
+        return counts
+    weights = {name: float(sum(shape)) for name, shape in convs.items()}
+    total = sum(counts[name] for name in convs)
+    return {**counts, **_apportion(weights, _capacities(convs), total)}
+
+
 def noise_uniform(
     shapes: Mapping[str, tuple[int, ...]],
     density: float,
@@ -155,6 +182,7 @@ def global_ranking(scores: Mapping[str, Any], density: float) -> dict[str, int]:
 DISTRIBUTIONS: dict[str, Distribution] = {
     "uniform": uniform,
     "erk": erk,
+    "erk-conv": erk_conv,
     "noise": noise_uniform,
     "global": global_ranking,
 }

@@ -1,8 +1,8 @@
 """Candidates of several kinds, which the clients then choose from.
 
 "noise" is FedTiny's own; "uniform" has the same density in every layer; "erk" noisy
-Erdős–Rényi-kernel densities; all three are magnitude masks of the server's model and share its
-weights. "synflow" is SynFlow's mask of it, "narrow" a narrow dense network inside it, and
+Erdős–Rényi-kernel densities, "erk-conv" those of the convolutions alone, without noise; all four
+are magnitude masks of the server's model and share its weights. "synflow" is SynFlow's mask of it, "narrow" a narrow dense network inside it, and
 "gradual" is pruned while it is trained on the server's samples.
 """
 
@@ -19,7 +19,7 @@ from fedprune.methods.fedtiny.pool import Pool, candidate_pool
 from fedprune.methods.synflow import SynFlow
 from prunelab.errors import RunError
 from prunelab.runs.seeds import rng, stream_seed
-from sparsemodel.masks.distribution import erk, noise_uniform, uniform
+from sparsemodel.masks.distribution import erk, erk_conv, noise_uniform, uniform
 from sparsemodel.runtime.adjust import carry, prune_to_largest, select_largest
 from sparsemodel.runtime.outputs import with_outputs
 from sparsemodel.runtime.state import SparseState
@@ -79,6 +79,10 @@ def _noisy_erk(server: Start, density: float, number: int) -> Counts:
 
 def _uniform(server: Start, density: float, number: int) -> Counts:
     return uniform(server.prunable, density)
+
+
+def _erk_conv(server: Start, density: float, number: int) -> Counts:
+    return erk_conv(server.prunable, density)
 
 
 # --- states of their own -----------------------------------------------------------------------
@@ -142,6 +146,7 @@ COUNTS: Mapping[str, Callable[[Start, float, int], Counts]] = {
     "noise": _noise,
     "erk": _noisy_erk,
     "uniform": _uniform,
+    "erk-conv": _erk_conv,
 }
 STATES: Mapping[str, Callable[[Start, float, bool], SparseState]] = {
     SynFlow.name: _synflow,

@@ -58,8 +58,8 @@ class FedTinyPlus(FedTiny):
         protect: rounds for which a grown weight is not pruned again.
         adjust_from: rounds before the first adjustment; α's cosine begins there.
         candidates: kinds of the pool's candidates (kinds.py), separated by commas: "noise"
-            (faithful) and "erk" are drawn and share `pool_size`; of "uniform", "synflow",
-            "gradual" and "narrow" there is one each.
+            (faithful) and "erk" are drawn and share `pool_size`; of "uniform",
+            "erk-conv", "synflow", "gradual" and "narrow" there is one each.
         selection: how clients choose: by "batch-norm" (faithful), or after a few local "steps", or
             by gradient "flow" (trials.py).
         selection_steps: local steps, or mini-batches of the gradient, of each candidate.

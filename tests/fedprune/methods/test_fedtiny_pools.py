@@ -43,7 +43,7 @@ from prunelab.data.batches import Preprocessing
 from prunelab.errors import RunError
 from prunelab.networks import build_model, float_state
 from sparsemodel.layers.from_state import load_state_
-from sparsemodel.masks.distribution import erk, uniform
+from sparsemodel.masks.distribution import erk, erk_conv, uniform
 from sparsemodel.masks.mask import prunable_parameters
 from sparsemodel.plans.program import program_of
 from sparsemodel.runtime.adjust import carry, prune_to_largest
@@ -122,10 +122,11 @@ def test_a_pool_that_keeps_outputs_is_still_a_union_and_counts(density: float) -
 
 def test_every_kind_meets_the_density_and_travels_sparse(setup: Setup) -> None:
     pool, names = pool_of_kinds(
-        KINDS, start_of(setup), 0.2, num_candidates=8, outputs=False
+        KINDS, start_of(setup), 0.2, num_candidates=9, outputs=False
     )  # fmt: skip
-    assert names == ["noise", "erk", "noise", "erk", "uniform", "synflow", "gradual", "narrow"]
-    assert len({mask.digest() for mask in masks(pool)}) == 8
+    nested = ["noise", "erk", "noise", "erk", "uniform", "erk-conv"]
+    assert names == [*nested, "synflow", "gradual", "narrow"]
+    assert len({mask.digest() for mask in masks(pool)}) == 9
     for name, mask in zip(names, masks(pool), strict=True):
         assert mask.density == pytest.approx(0.2, rel=0.02 if name != "narrow" else 0.15)
         assert mask.density <= 0.2 * 1.02
@@ -144,6 +145,7 @@ def test_kinds_by_their_own_definitions(setup: Setup) -> None:
         for kind in KINDS
     }
     assert one["uniform"].counts() == uniform(start.prunable, 0.2)
+    assert one["erk-conv"].counts() == erk_conv(start.prunable, 0.2)
     assert one["synflow"] == SynFlow(density=0.2).mask(start)
     (faithful,) = masks(
         candidate_pool(
@@ -370,14 +372,14 @@ def test_selections_that_cannot_be_are_refused(setup: Setup) -> None:
 @pytest.mark.parametrize("selection", ["batch-norm", "steps", "flow"])
 def test_runs_of_all_kinds_say_who_won(selection: str, tmp_path: Path) -> None:
     config = tiny(
-        method__name="fedtiny-plus", method__candidates=", ".join(KINDS), method__pool_size=6,
+        method__name="fedtiny-plus", method__candidates=", ".join(KINDS), method__pool_size=7,
         method__selection=selection, method__selection_steps=2, method__keep_outputs=True,
         method__growth_at="merged", training__rounds=2, server__pretrain_epochs=2,
     )  # fmt: skip
     out = run_inline(config, tmp_path / "run")
     (account,) = [line["selection"] for line in read_metrics(out) if "selection" in line]
-    assert account["kinds"] == ["noise", "erk", "uniform", "synflow", "gradual", "narrow"]
-    assert len(account["densities"]) == 6
-    assert 0 <= account["winner"] < 6
+    assert account["kinds"] == list(KINDS)
+    assert len(account["densities"]) == 7
+    assert 0 <= account["winner"] < 7
     if selection == "flow":
         assert digest(run_inline(config, tmp_path / "again")) == digest(out)

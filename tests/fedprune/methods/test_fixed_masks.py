@@ -26,7 +26,7 @@ from prunelab.data.batches import Preprocessing
 from prunelab.data.samples import stored
 from sparsemodel.errors import DensityError
 from sparsemodel.layers.from_state import load_state_
-from sparsemodel.masks.distribution import erk, global_ranking, uniform
+from sparsemodel.masks.distribution import erk, erk_conv, global_ranking, uniform
 from sparsemodel.runtime.pattern import Patterns
 
 SCORED = ("magnitude", "snip", "grasp", "synflow")
@@ -210,7 +210,7 @@ def test_a_random_mask_is_drawn_by_the_seed(work: tuple[Workspace, Setup]) -> No
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-@pytest.mark.parametrize(("distribution", "counts"), [("uniform", uniform), ("erk", erk)])
+@pytest.mark.parametrize(("distribution", "counts"), [("uniform", uniform), ("erk", erk), ("erk-conv", erk_conv)])
 def test_layers_keep_what_the_distribution_says(
     name: str, distribution: str, counts: Any, work: tuple[Workspace, Setup]
 ) -> None:
@@ -279,7 +279,7 @@ def test_distributions_by_their_sources(name: str) -> None:
 
 
 def test_a_random_ranking_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"expected one of uniform, erk; got 'global'"):
+    with pytest.raises(ConfigError, match=r"expected one of uniform, erk, erk-conv; got 'global'"):
         method_of("random", distribution="global")
 
 

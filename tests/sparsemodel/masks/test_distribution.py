@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from sparsemodel.errors import DensityError, MaskError
-from sparsemodel.masks.distribution import erk, global_ranking, noise_uniform, uniform
+from sparsemodel.masks.distribution import erk, erk_conv, global_ranking, noise_uniform, uniform
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -79,12 +79,25 @@ def test_erk_saturates_layers_one_after_another() -> None:
     assert counts == {"a": 1, "b": 4, "c": 495}
 
 
+def test_erk_conv_leaves_matrices_the_density_of_the_whole() -> None:
+    """52 of 520 weights: the matrix keeps 4 of its 40; sums 15 and 25 split the other 48 as 3 : 5.
+
+    Without a convolution it is uniform.
+    """
+    shapes: Shapes = {"fc": (10, 4), "one": (5, 8, 1, 1), "two": (10, 11, 2, 2)}
+    counts = erk_conv(shapes, 0.1)
+    assert counts == {"fc": 4, "one": 18, "two": 30}
+    matrices: Shapes = {"a": (10, 10), "b": (3, 50)}
+    assert erk_conv(matrices, 0.1) == uniform(matrices, 0.1)
+
+
 @settings(max_examples=100, deadline=None)
 @given(shapes_strategy, st.floats(0, 1))
 def test_uniform_and_erk_meet_the_total_exactly(shapes: Shapes, fraction: float) -> None:
     density = draw_density(shapes, fraction)
     capacities = sizes(shapes)
-    for counts in (uniform(shapes, density), erk(shapes, density)):
+    for distribution in (uniform, erk, erk_conv):
+        counts = distribution(shapes, density)
         assert list(counts) == list(shapes)
         assert sum(counts.values()) == round(density * sum(capacities.values()))
         assert all(1 <= counts[name] <= capacities[name] for name in shapes)
