@@ -61,14 +61,23 @@ SHORT: dict[str, Any] = {
     "federation.clients_per_round": 0,
 }
 
+ADJUSTING = ("fedtiny", "fedtiny-vanilla", "fedtiny-plus", "prunefl", "feddst", "fedmef", "fedrts")
+"""Methods that move their mask as often as a setting says; `fedsgc` needs a round between."""
+
+
+def _own(*points: tuple[float, int, int]) -> dict[str, Sequence[Point]]:
+    """Of every adjusting method the same points: learning rate, adjust_every, adjust_until."""
+    keys = ("training.lr", "method.adjust_every", "method.adjust_until")
+    return dict.fromkeys(ADJUSTING, [tuple(zip(keys, p, strict=True)) for p in points])
+
+
 _SMALL: dict[str, Any] = {
-    "data.num_train": 10_000,
+    "data.num_train": 5000,
     "data.num_test": 2000,
     "data.clients": 10,
-    "model.name": "resnet18",
     "training.rounds": 12,
     "training.local_epochs": 1,
-    "training.batch_size": 64,
+    "training.batch_size": 32,
     "method.adjust_every": 2,
     "method.adjust_until": 7,
 }
@@ -86,22 +95,25 @@ PRESETS = {
             "method.adjust_until": 9,
         },
         densities=(0.01, 0.03, 0.1),
-        rates=(0.03, 0.1, 0.3),
+        rates=(0.03, 0.1, 0.3, 0.6),
+        own=_own((0.03, 1, 11), (0.1, 1, 11), (0.3, 1, 11), (0.3, 2, 9)),
         tuning_seeds=(1000, 1001),
         note="density 0.005 is left out: it leaves resnet8 fewer than 400 weights, less than one "
         "for each output of its layers",
     ),
     "small": Preset(
         "Federated pruning on CIFAR-10, small",
-        {**_SMALL, "data.dataset": "cifar10", "data.augment": True},
+        {**_SMALL, "data.dataset": "cifar10", "data.augment": True, "model.name": "resnet18"},
         densities=(0.01, 0.03),
-        rates=(0.05, 0.1, 0.2),
+        rates=(0.025, 0.05, 0.1),
+        own=_own((0.025, 1, 10), (0.05, 1, 10), (0.05, 2, 7)),
     ),
     "fashion": Preset(
         "Federated pruning on Fashion-MNIST",
-        {**_SMALL, "data.dataset": "fashion-mnist"},
+        {**_SMALL, "data.dataset": "fashion-mnist", "model.name": "resnet8", "model.width": 32},
         densities=(0.01, 0.03),
         rates=(0.05, 0.1, 0.2),
+        own=_own((0.05, 1, 10), (0.1, 1, 10), (0.1, 2, 7)),
     ),
     "resnet8": Preset(
         "Federated pruning on CIFAR-10 with a narrow network",
