@@ -68,7 +68,8 @@ ADJUSTING = ("fedtiny", "fedtiny-vanilla", "fedtiny-plus", "prunefl", "feddst", 
 def _own(*points: tuple[float, int, int]) -> dict[str, Sequence[Point]]:
     """Of every adjusting method the same points: learning rate, adjust_every, adjust_until."""
     keys = ("training.lr", "method.adjust_every", "method.adjust_until")
-    return dict.fromkeys(ADJUSTING, [tuple(zip(keys, p, strict=True)) for p in points])
+    found = tuple(tuple(zip(keys, point, strict=True)) for point in points)
+    return {name: found for name in ADJUSTING}  # noqa: C420 - a tuple, which nobody changes
 
 
 _SMALL: dict[str, Any] = {
@@ -96,7 +97,7 @@ PRESETS = {
         },
         densities=(0.01, 0.03, 0.1),
         rates=(0.03, 0.1, 0.3, 0.6),
-        own=_own((0.03, 1, 11), (0.1, 1, 11), (0.3, 1, 11), (0.3, 2, 9)),
+        own=_own((0.03, 1, 11), (0.3, 1, 11), (0.3, 2, 9), (0.6, 1, 11)),
         tuning_seeds=(1000, 1001),
         note="density 0.005 is left out: it leaves resnet8 fewer than 400 weights, less than one "
         "for each output of its layers",

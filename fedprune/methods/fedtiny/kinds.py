@@ -2,8 +2,9 @@
 
 "noise" is FedTiny's own; "uniform" has the same density in every layer; "erk" noisy
 Erdős–Rényi-kernel densities, "erk-conv" those of the convolutions alone, without noise; all four
-are magnitude masks of the server's model and share its weights. "synflow" is SynFlow's mask of it, "narrow" a narrow dense network inside it, and
-"gradual" is pruned while it is trained on the server's samples.
+are magnitude masks of the server's model and share its weights. "synflow" is SynFlow's mask of it,
+"narrow" a narrow dense network inside it, and "gradual" is pruned while it is trained on the
+server's samples.
 """
 
 from __future__ import annotations

@@ -35,7 +35,11 @@ from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.state_file import load_state
 
-FAITHFUL = {"growth_at": "after", "keep_outputs": False, "protect": 0, "adjust_from": 0}
+FAITHFUL = {
+    "growth_at": "after", "growth_batches": 0, "relative": False,
+    "keep_outputs": False, "protect": 0, "adjust_from": 0, "candidates": "noise",
+    "selection": "batch-norm",
+}  # fmt: skip
 PLUS = {f"method__{key}": value for key, value in FAITHFUL.items()}
 
 
@@ -49,6 +53,11 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
         training__batch_size=16,
         **PLUS,
     )
+
+
+def plus(**settings: Any) -> FedTinyPlus:
+    """Faithful but for these."""
+    return FedTinyPlus(**{**FAITHFUL, **settings})
 
 
 def place(setup: Setup, client: int = 0, **training: Any) -> Local:
@@ -105,12 +114,12 @@ GOLDEN = [
 
 def test_with_every_option_faithful_it_is_fedtiny_bit_for_bit(tmp_path: Path) -> None:
     plain = run_inline(tiny(), tmp_path / "fedtiny")
-    plus = run_inline(tiny(method__name="fedtiny-plus", **PLUS), tmp_path / "plus")
-    ends = [load_state(out / MODEL_FILE)[0] for out in (plain, plus)]
+    faithful = run_inline(tiny(method__name="fedtiny-plus", **PLUS), tmp_path / "plus")
+    ends = [load_state(out / MODEL_FILE)[0] for out in (plain, faithful)]
     assert ends[0].patterns == ends[1].patterns
     for name, values in ends[0].values.items():
         assert np.array_equal(values, ends[1].values[name])
-    for one, other in zip(read_metrics(plain), read_metrics(plus), strict=True):
+    for one, other in zip(read_metrics(plain), read_metrics(faithful), strict=True):
         assert one.get("bytes_up") == other.get("bytes_up")
         assert one.get("bytes_down") == other.get("bytes_down")
 
@@ -234,7 +243,7 @@ def test_without_batches_it_is_the_faithful_answer(setup: Setup) -> None:
 
 def test_fresh_growth_is_asked_of_the_model_that_the_round_made(setup: Setup) -> None:
     """By hand: the weighted mean of what each client finds there, grown there and then."""
-    method = FedTinyPlus(
+    method = plus(
         density=0.2, growth_at="fresh", growth_batches=2, adjust_every=3, granularity="entire"
     )
     blocks = setup.blocks["entire"]
@@ -294,11 +303,11 @@ def test_fresh_growth_needs_single_answers_and_one_message_more(tmp_path: Path) 
 
 
 def test_the_question_says_over_how_many_batches() -> None:
-    asked = FedTinyPlus(growth_at="merged", growth_batches=3, adjust_every=1).request(one_layer())
+    asked = plus(growth_at="merged", growth_batches=3, adjust_every=1).request(one_layer())
     assert asked.fields == {"grow": [[0, 2]], "growth_batches": 3}
-    assert FedTinyPlus(adjust_every=1).request(one_layer()).fields == {"grow": [[0, 2]]}
+    assert plus(adjust_every=1).request(one_layer()).fields == {"grow": [[0, 2]]}
     later = dataclasses.replace(one_layer(), round_index=99)
-    assert not FedTinyPlus(growth_at="merged", adjust_every=1).request(later).fields
+    assert not plus(growth_at="merged", adjust_every=1).request(later).fields
 
 
 # --- what may be pruned ------------------------------------------------------------------------
@@ -332,9 +341,9 @@ def test_kept_outputs_by_hand() -> None:
     state = RunState(
         0, SparseState(values, patterns), {"blocks": [["w"]], "adjustments": 0, "until": 100}
     )
-    plain = adjusted(FedTinyPlus(adjust_every=1), state, [15, 16])
+    plain = adjusted(plus(adjust_every=1), state, [15, 16])
     assert active(plain) == [0, 1, 2, 3, 4, 5, 15, 16]  # output 2 has fallen silent
-    kept = adjusted(FedTinyPlus(adjust_every=1, keep_outputs=True), state, [15, 16])
+    kept = adjusted(plus(adjust_every=1, keep_outputs=True), state, [15, 16])
     assert active(kept) == [0, 1, 2, 3, 5, 10, 15, 16]
 
 
@@ -346,7 +355,7 @@ def test_fewer_move_where_fewer_may_go() -> None:
         SparseState({"w": np.arange(8, dtype=np.float32)}, patterns),
         {"blocks": [["w"]], "adjustments": 0, "until": 100},
     )
-    after = adjusted(FedTinyPlus(adjust_every=1, keep_outputs=True), state, [1, 2])
+    after = adjusted(plus(adjust_every=1, keep_outputs=True), state, [1, 2])
     assert after.model.patterns == patterns
     assert after.memory["adjustments"] == 1
 
@@ -363,7 +372,7 @@ def test_the_largest_of_rows_is_the_earlier_of_equals() -> None:
 @pytest.mark.parametrize(("protect", "stay"), [(0, 0), (1, 2), (2, 2)])
 def test_grown_weights_are_protected_for_some_rounds(protect: int, stay: int) -> None:
     """Weights that round 1 grew are zero after it: round 2 would prune them at once."""
-    method = FedTinyPlus(adjust_every=1, protect=protect)
+    method = plus(adjust_every=1, protect=protect)
     first = adjusted(method, one_layer(), [10, 15])
     second = adjusted(method, first, [16, 17])
     assert len({10, 15} & set(active(second))) == stay
@@ -380,7 +389,7 @@ def test_grown_weights_are_protected_for_some_rounds(protect: int, stay: int) ->
 
 def test_adjustments_begin_late_at_the_full_rate() -> None:
     """From round 4 on, α/2 (1 + cos(π (r − 4) / (10 − 4))) · 8 with α = .6: at round 5 4.47."""
-    method = FedTinyPlus(adjust_every=1, adjust_rate=0.6, adjust_from=4)
+    method = plus(adjust_every=1, adjust_rate=0.6, adjust_from=4)
     counts = [
         method.growth_counts(dataclasses.replace(one_layer(until=10), round_index=index)).get(
             "w", 0

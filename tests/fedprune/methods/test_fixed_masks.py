@@ -210,7 +210,9 @@ def test_a_random_mask_is_drawn_by_the_seed(work: tuple[Workspace, Setup]) -> No
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-@pytest.mark.parametrize(("distribution", "counts"), [("uniform", uniform), ("erk", erk), ("erk-conv", erk_conv)])
+@pytest.mark.parametrize(
+    ("distribution", "counts"), [("uniform", uniform), ("erk", erk), ("erk-conv", erk_conv)]
+)
 def test_layers_keep_what_the_distribution_says(
     name: str, distribution: str, counts: Any, work: tuple[Workspace, Setup]
 ) -> None:
