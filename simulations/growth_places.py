@@ -165,8 +165,8 @@ def main() -> None:
         command=call.command,
         at=", ".join(sorted({result["commit"] for result in found.values()})),
         notes=[
-            f"all adjustments of seeds {seeds}, an adjustment after every round, two candidates; counts are sums "
-            "over them",
+            f"all adjustments of seeds {seeds}, one after every round, from two candidates; counts "
+            "are sums over them",
             "a silent output has no weight; percentages are of the layers of their row",
         ],
         body=[table(header, rows, words=(1,))],

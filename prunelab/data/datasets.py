@@ -281,7 +281,8 @@ def _fashion_mnist() -> tuple[Source, Source]:
     """From torchvision's folder under $FEDPRUNE_DATA or Debian's package, else downloaded."""
     root = Path(os.environ.get("FEDPRUNE_DATA", Path.home() / ".cache" / "fedprune"))
     folders = (root / "FashionMNIST" / "raw", DEBIAN_FASHION_MNIST)
-    folder = next((found for found in folders if found.is_dir()), None)
+    # A download that failed leaves a folder without files.
+    folder = next((found for found in folders if any(found.glob("train-images-*"))), None)
     if folder is None:
         from torchvision.datasets import FashionMNIST  # noqa: PLC0415
 

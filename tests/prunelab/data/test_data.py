@@ -287,6 +287,20 @@ def test_fashion_mnist_is_read_from_idx_files(
         load_dataset("fashion-mnist")
 
 
+def test_the_folder_that_a_failed_download_leaves_hides_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "FashionMNIST" / "raw").mkdir(parents=True)
+    packaged = tmp_path / "packaged"
+    packaged.mkdir()
+    monkeypatch.setenv("FEDPRUNE_DATA", str(tmp_path))
+    monkeypatch.setattr("prunelab.data.datasets.DEBIAN_FASHION_MNIST", packaged)
+    for prefix in ("train", "t10k"):
+        write_idx(packaged / f"{prefix}-images-idx3-ubyte", np.zeros((3, 28, 28)))
+        write_idx(packaged / f"{prefix}-labels-idx1-ubyte", np.arange(3))
+    assert len(load_dataset("fashion-mnist").train_labels) == 3
+
+
 def test_a_data_set_of_the_hub_gives_the_same_pictures() -> None:
     images = random_images(6)
     table = datasets.Dataset.from_dict(
