@@ -60,6 +60,27 @@ def test_what_is_important_stays_however_small() -> None:
     assert active_of(all_that_may) == {0: 4.0, 3: 0.5, 5: 0.0, 6: 0.0}
 
 
+@pytest.mark.parametrize("kind", ["normal", "ties", "masked", "one", "sorted", "comb"])
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.01, 0.2, 0.9, 1.0])
+def test_the_largest_of_many_are_those_of_a_stable_sort(kind: str, share: float) -> None:
+    generator = np.random.default_rng(1)
+    scores = generator.normal(size=200_000).astype(np.float32)
+    if kind == "ties":
+        scores = np.round(scores)
+    elif kind == "masked":
+        scores[generator.random(len(scores)) < 0.95] = -np.inf
+    elif kind == "one":
+        scores[:] = 2.5
+    elif kind == "sorted":
+        scores.sort()
+    elif kind == "comb":  # what a strided sample sees says nothing of the others
+        scores[::64] = 99
+    count = round(share * len(scores))
+    expected = np.zeros(len(scores), dtype=bool)
+    expected[np.argsort(-scores, kind="stable")[:count]] = True
+    assert np.array_equal(largest(scores, count), expected)
+
+
 def test_ties_go_to_the_lower_index_on_both_sides() -> None:
     state = state_of({0: 1.0, 1: -1.0, 2: 1.0}, 6)
     new = prune_and_grow(state, {"a": entries([5, 3, 4], [1.0, -1.0, 1.0])}, {"a": 1})
