@@ -21,7 +21,7 @@ def prune_and_grow(
     candidates: Entries,
     counts: Mapping[str, int],
     *,
-    importance: Mapping[str, NDArray[np.float64]] | None = None,
+    keep: Mapping[str, NDArray[np.bool_]] | None = None,
 ) -> SparseState:
     """Exchange the smallest active weights for the pruned weights of largest gradient.
 
@@ -36,8 +36,7 @@ def prune_and_grow(
         candidates: name -> (flat indices [k] of pruned weights; gradients [k]), in any order, for
             names in `counts`; a layer without any stays as it is.
         counts: name -> how many weights to exchange at most.
-        importance: name -> number for each active weight, shape [active], which is pruned by in its
-            magnitude's place, the smallest first; infinite: the weight stays.
+        keep: name -> bool [active weights]: which stay, however small; without a name none has to.
 
     Raises:
         MaskError: a state without patterns; names or lengths that do not fit; candidates that are
@@ -62,8 +61,8 @@ def prune_and_grow(
         positions = pattern.positions()
         indices, magnitudes = _checked(name, pattern, positions, entries)
         smallness = -_magnitudes(name, weights)
-        if importance is not None and name in importance:
-            smallness = -importance[name]
+        if keep is not None and name in keep:
+            smallness = np.where(keep[name], -np.inf, smallness)
         num_grown = min(counts[name], len(indices), int((smallness > -np.inf).sum()))
         if num_grown == 0:
             continue

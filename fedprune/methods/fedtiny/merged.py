@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedprune.errors import ClientError
 from fedprune.exchange.messages import MODEL, Expected, Reply, Request, count
 from fedprune.local.model import Sgd
 from fedprune.local.training import (
@@ -29,7 +28,6 @@ from fedprune.local.training import (
     require_samples,
     train,
 )
-from fedprune.methods.fedtiny.relative import unit_outputs
 from sparsemodel.runtime.adjust import carry, largest
 from sparsemodel.runtime.pattern import Pattern
 from sparsemodel.runtime.positions import find
@@ -39,8 +37,6 @@ if TYPE_CHECKING:
     from fedprune.local.site import Local
 
 GROW = "grow"
-RELATIVE = "relative"
-"""The field that asks for gradients against each output's norm (relative.py)."""
 WIDER = 2  # of each batch so many times as many as are sent: a sum may be large where no batch is
 
 
@@ -52,7 +48,7 @@ def train_and_grow(request: Request, local: Local) -> Reply:
     require_samples(len(local.data.train), request)
     batches = count(request.fields, GROWTH_BATCHES)
     entries, held = summed_growth(
-        _measured(request, local), counts, local, batches=batches, round_index=request.round_index
+        request.state(MODEL), counts, local, batches=batches, round_index=request.round_index
     )
     without = {key: value for key, value in request.fields.items() if key != "grow"}
     reply = train(replace(request, fields=without), local)
@@ -69,7 +65,7 @@ def grow(request: Request, local: Local) -> Reply:
     data = local.data.train
     require_samples(len(data), request)
     entries, _ = summed_growth(
-        _measured(request, local),
+        request.state(MODEL),
         growth_counts(request),
         local,
         batches=count(request.fields, GROWTH_BATCHES),
@@ -78,31 +74,14 @@ def grow(request: Request, local: Local) -> Reply:
     return Reply(len(data), entries={MODEL: entries})
 
 
-def _measured(request: Request, local: Local) -> SparseState:
-    """The state whose gradients are asked for."""
-    state, program = request.state(MODEL), local.network.program
-    if RELATIVE not in request.fields:
-        return state
-    if program is None:
-        raise ClientError("gradients against each output's norm: the network has no program")
-    return unit_outputs(state, program)
-
-
-def growth_fields(batches: int, *, relative: bool) -> dict[str, int]:
-    """What a question says of the gradients that it asks for."""
-    return {GROWTH_BATCHES: batches, **({RELATIVE: 1} if relative else {})}
-
-
-def growth_request(
-    state: SparseState, counts: Mapping[str, int], *, batches: int, relative: bool
-) -> Request:
+def growth_request(state: SparseState, counts: Mapping[str, int], *, batches: int) -> Request:
     """The question of `grow`, without a round."""
     assert state.patterns is not None, "growth is at pruned places"
     order = list(state.patterns)
     wanted = [[order.index(name), most] for name, most in counts.items()]
     return Request(
         GROW,
-        fields={"grow": wanted, **growth_fields(batches, relative=relative)},
+        fields={"grow": wanted, GROWTH_BATCHES: batches},
         states={MODEL: state},
         expected=Expected(growth=counts),
     )

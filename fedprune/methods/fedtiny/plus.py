@@ -20,19 +20,13 @@ from numpy.typing import NDArray
 from fedprune.exchange.aggregate import EntryMean
 from fedprune.exchange.messages import MODEL, Request
 from fedprune.exchange.pooled import Pooled
+from fedprune.local.training import GROWTH_BATCHES
 from fedprune.methods.base import AskSome, RunState, Start, train_request
 from fedprune.methods.fedtiny import FedTiny
 from fedprune.methods.fedtiny.kinds import KINDS, pool_of_kinds
-from fedprune.methods.fedtiny.merged import (
-    GROW,
-    grow,
-    growth_fields,
-    growth_request,
-    train_and_grow,
-)
+from fedprune.methods.fedtiny.merged import GROW, grow, growth_request, train_and_grow
 from fedprune.methods.fedtiny.pool import Pool
 from fedprune.methods.fedtiny.progressive import adjust, growth_counts
-from fedprune.methods.fedtiny.relative import normed_layers, shares
 from fedprune.methods.fedtiny.trials import (
     FLOW,
     MOST_STEPS,
@@ -61,9 +55,6 @@ class FedTinyPlus(FedTiny):
             "fresh", at the merged model of the round's end, in a question of its own, whose answers
             the server must see one by one. The mask moves at the round's end in any case.
         growth_batches: mini-batches of a merged model's gradients; 0: all training samples.
-        relative: whether weights and gradients are ranked against their output's norm, where the
-            network's program says that batch norm follows (relative.py); not with growth "after"
-            training.
         keep_outputs: whether the largest active weight of each output is never pruned.
         protect: rounds for which a grown weight is not pruned again.
         adjust_from: rounds before the first adjustment; α's cosine begins there.
@@ -87,7 +78,6 @@ class FedTinyPlus(FedTiny):
     adjust_every: int = 1
     growth_at: str = MERGED
     growth_batches: int = 1
-    relative: bool = True
     keep_outputs: bool = True
     protect: int = 0
     adjust_from: int = 0
@@ -116,7 +106,7 @@ class FedTinyPlus(FedTiny):
 
     def used(self, rounds: int) -> dict[str, Any]:
         used = super().used(rounds)
-        unused = dict.fromkeys(("growth_batches", "relative"), self.growth_at == AFTER)
+        unused = {"growth_batches": self.growth_at == AFTER}
         unused["selection_steps"] = self.selection == BATCH_NORM
         return {**used, **{name: "not used" for name, silent in unused.items() if silent}}
 
@@ -130,12 +120,10 @@ class FedTinyPlus(FedTiny):
             self.kinds, server, self.density, num_candidates=self.num_candidates,
             outputs=self.keep_outputs,
         )  # fmt: skip
-        state, more = self.started(pool, server, kinds=kinds), {}
-        if self.growth_at == FRESH:
-            more["clients"] = server.num_clients
-        if self.relative and self.growth_at != AFTER and server.program is not None:
-            more["normed"] = list(normed_layers(server.program))
-        return replace(state, memory={**state.memory, **more})
+        state = self.started(pool, server, kinds=kinds)
+        if self.growth_at != FRESH:
+            return state
+        return replace(state, memory={**state.memory, "clients": server.num_clients})
 
     def select(self, pool: Pool, server: Start) -> tuple[int, Tensors, dict[str, Any]]:
         if self.selection == BATCH_NORM:
@@ -154,9 +142,7 @@ class FedTinyPlus(FedTiny):
 
     def request(self, state: RunState) -> Request:
         counts = self.growth_counts(state)
-        more = {}
-        if counts and self.growth_at == MERGED:
-            more = growth_fields(self.growth_batches, relative="normed" in state.memory)
+        more = {GROWTH_BATCHES: self.growth_batches} if counts and self.growth_at == MERGED else {}
         return train_request(state, fields=more, growth=counts)
 
     def update(self, state: RunState, pooled: Pooled) -> RunState:
@@ -169,9 +155,7 @@ class FedTinyPlus(FedTiny):
         counts = self._due(replace(state, round_index=state.round_index - 1))
         if not counts:
             return self._protected(state, before=state.model)
-        request = growth_request(
-            state.model, counts, batches=self.growth_batches, relative="normed" in state.memory
-        )
+        request = growth_request(state.model, counts, batches=self.growth_batches)
         mean, clients = EntryMean(), []
         everybody = range(state.memory["clients"])
         for client, reply in ask(replace(request, round_index=state.round_index), among=everybody):
@@ -203,17 +187,8 @@ class FedTinyPlus(FedTiny):
         return replace(state, memory={**state.memory, "grown": kept})
 
     def adjusted(self, state: RunState, pooled: Pooled, counts: dict[str, int]) -> SparseState:
-        importance = {name: self._importance(name, state, pooled.model) for name in counts}
-        return adjust(pooled.model, pooled.growth, counts, importance=importance)
-
-    def _importance(self, name: str, state: RunState, model: SparseState) -> NDArray[np.float64]:
-        """By what a layer's active weights are pruned, the smallest first; infinite: they stay."""
-        pattern, weights = model.pattern(name), model.values[name]
-        assert pattern is not None, "an adjustment is of pruned layers"
-        is_relative = name in state.memory.get("normed", [])
-        importance = shares(pattern, weights) if is_relative else np.abs(weights.astype(np.float64))
-        importance[self._kept(name, state, model)] = np.inf
-        return importance
+        keep = {name: self._kept(name, state, pooled.model) for name in counts}
+        return adjust(pooled.model, pooled.growth, counts, keep=keep)
 
     def _kept(self, name: str, state: RunState, model: SparseState) -> NDArray[np.bool_]:
         """Which active weights of a layer the coming adjustment must leave."""

@@ -55,12 +55,12 @@ def adjust(
     growth: Entries,
     counts: dict[str, int],
     *,
-    importance: Mapping[str, NDArray[np.float64]] | None = None,
+    keep: Mapping[str, NDArray[np.bool_]] | None = None,
 ) -> SparseState:
     """The block's mask moved: layer densities stay, grown weights start at 0.
 
     Args:
-        importance: layer -> what its active weights are pruned by; see `prune_and_grow`.
+        keep: layer -> which active weights stay, however small.
     """
     asked = {name: growth[name] for name in counts if name in growth}
-    return prune_and_grow(mean, asked, counts, importance=importance)
+    return prune_and_grow(mean, asked, counts, keep=keep)

@@ -36,9 +36,8 @@ from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.state_file import load_state
 
 FAITHFUL = {
-    "growth_at": "after", "growth_batches": 0, "relative": False,
-    "keep_outputs": False, "protect": 0, "adjust_from": 0, "candidates": "noise",
-    "selection": "batch-norm",
+    "growth_at": "after", "growth_batches": 0, "keep_outputs": False, "protect": 0,
+    "adjust_from": 0, "candidates": "noise", "selection": "batch-norm",
 }  # fmt: skip
 PLUS = {f"method__{key}": value for key, value in FAITHFUL.items()}
 

@@ -49,14 +49,14 @@ def test_prune_and_grow_by_hand() -> None:
     assert active_of(state) == {0: 4.0, 1: -1.0, 2: 1.0, 3: 3.0}
 
 
-def test_what_is_important_stays_however_small() -> None:
-    """Of importance ∞, 2, 1, ∞ the third goes first, then the second; the others never."""
+def test_what_is_to_be_kept_stays_however_small() -> None:
+    """Of 4, 1, 1, ½ the first and the last stay: the second goes first, then the third."""
     state = state_of({0: 4.0, 1: -1.0, 2: 1.0, 3: 0.5}, 8)
     candidates = {"a": entries([5, 6, 7], [3.0, 2.0, 1.0])}
-    importance = {"a": np.array([np.inf, 2.0, 1.0, np.inf])}
-    one = prune_and_grow(state, candidates, {"a": 1}, importance=importance)
-    assert active_of(one) == {0: 4.0, 1: -1.0, 3: 0.5, 5: 0.0}
-    all_that_may = prune_and_grow(state, candidates, {"a": 3}, importance=importance)
+    keep = {"a": np.array([True, False, False, True])}
+    one = prune_and_grow(state, candidates, {"a": 1}, keep=keep)
+    assert active_of(one) == {0: 4.0, 2: 1.0, 3: 0.5, 5: 0.0}
+    all_that_may = prune_and_grow(state, candidates, {"a": 3}, keep=keep)
     assert active_of(all_that_may) == {0: 4.0, 3: 0.5, 5: 0.0, 6: 0.0}
 
 
