@@ -121,7 +121,7 @@ def synflow(
         input_shape: shape of one sample, without the batch dimension.
 
     Raises:
-        MaskError: an unknown name, or a flow that is zero or not finite.
+        MaskError: an unknown name, another model, or a flow that is zero or not finite.
     """
     weights = named_weights(model, names)
     with probing(model), torch.enable_grad():
@@ -136,9 +136,16 @@ def synflow(
         }
         device = next(iter(weights.values())).device
         ones = torch.ones(1, *input_shape, dtype=torch.float64, device=device)
-        flow = scalar_loss(
-            model, lambda m: torch.func.functional_call(m, {**state, **positive}, (ones,)).sum()
-        )
+        try:
+            flow = scalar_loss(
+                model, lambda m: torch.func.functional_call(m, {**state, **positive}, (ones,)).sum()
+            )
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise MaskError(
+                "synflow feeds the model ones of a floating-point type and adds up its outputs, "
+                f"which this model does not allow ({error}); networks of tokens need another "
+                "criterion"
+            ) from error
         if not (torch.isfinite(flow) and flow > 0):
             raise MaskError(
                 f"the synaptic flow of the model is {flow.item():g}, expected a finite positive "

@@ -20,6 +20,7 @@ from fedprune.methods.fedtiny.pool import Pool, candidate_pool
 from fedprune.methods.synflow import SynFlow
 from prunelab.errors import RunError
 from prunelab.runs.seeds import rng, stream_seed
+from sparsemodel.errors import MaskError
 from sparsemodel.masks.distribution import erk, erk_conv, noise_uniform, uniform
 from sparsemodel.runtime.adjust import carry, prune_to_largest, select_largest
 from sparsemodel.runtime.outputs import with_outputs
@@ -91,7 +92,10 @@ def _erk_conv(server: Start, density: float, number: int) -> Counts:
 
 def _synflow(server: Start, density: float, outputs: bool) -> SparseState:
     dense = server.state()
-    state = carry(dense, SynFlow(density=density).mask(server))
+    try:
+        state = carry(dense, SynFlow(density=density).mask(server))
+    except MaskError as error:
+        raise RunError(f"candidates: 'synflow': {error}; leave it out") from None
     return with_outputs(state, dense) if outputs else state
 
 

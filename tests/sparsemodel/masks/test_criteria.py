@@ -165,6 +165,12 @@ def test_synflow_is_computed_in_eval_mode() -> None:
     assert all(torch.equal(actual[name], expected[name]) for name in NAMES)
 
 
+def test_synflow_says_so_where_a_model_reads_tokens() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
+    with pytest.raises(MaskError, match=r"synflow feeds the model ones .* networks of tokens"):
+        synflow(model, ["1.weight"], (5,))
+
+
 def test_synflow_stays_in_range_for_deep_models() -> None:
     """60 layers of 64 ones with weights 10 reach 640^60 = 2e168, far above float32."""
     model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(60)])
