@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from fedprune.methods.base import Method, RunState, Start
+from fedprune.methods.fixed_mask import BY_SHAPES
 from fedprune.methods.magnitude import Magnitude
 from sparsemodel.masks.schedule import adjustment_counts, cosine
 
@@ -81,7 +82,7 @@ class AdjustedMagnitude(Adjusting, Magnitude):
         distribution: of the density over layers: "uniform", "erk" or "erk-conv".
     """
 
-    distributions: ClassVar[tuple[str, ...]] = ("uniform", "erk", "erk-conv")
+    distributions: ClassVar[tuple[str, ...]] = BY_SHAPES
 
     distribution: str = "erk"
 

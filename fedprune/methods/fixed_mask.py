@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 BATCH = 128  # samples that a criterion looks at together, at most
 
+BY_SHAPES = ("uniform", "erk", "erk-conv")
+"""Distributions that look at no scores."""
+
 
 @dataclass(frozen=True)
 class FixedMask(Method):
@@ -34,7 +37,7 @@ class FixedMask(Method):
         distribution: how many of them each layer keeps, a name in `distributions`.
     """
 
-    distributions: ClassVar[tuple[str, ...]] = ("uniform", "erk", "erk-conv", "global")
+    distributions: ClassVar[tuple[str, ...]] = (*BY_SHAPES, "global")
 
     density: float = 0.05
     distribution: str = "uniform"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedprune.methods.base import Start
-from fedprune.methods.fixed_mask import FixedMask, largest
+from fedprune.methods.fixed_mask import BY_SHAPES, FixedMask, largest
 from prunelab.runs.seeds import rng
 from sparsemodel.runtime.pattern import Patterns
 
@@ -27,7 +27,7 @@ class RandomMask(FixedMask):
     """
 
     name: ClassVar[str] = "random"
-    distributions = ("uniform", "erk", "erk-conv")
+    distributions = BY_SHAPES
 
     def mask(self, server: Start) -> Patterns:
         noise = rng(SEED_MASK, server.seed)
