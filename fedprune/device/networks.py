@@ -19,7 +19,7 @@ from sparsemodel.runtime.pattern import Pattern, Patterns
 from sparsemodel.runtime.program import Program
 from sparsemodel.runtime.state import Array, SparseState
 
-NETWORKS = ("resnet8", "resnet20", "resnet18", "vgg11_bn")
+NETWORKS = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet18", "vgg11_bn")
 DEFAULT = "resnet18"
 _SEED_MASK, _SEED_WEIGHTS = 1, 2
 

@@ -135,7 +135,10 @@ def refuse_width(name: str, width: int | None) -> None:
 MODELS: dict[str, Callable[[int, InputShape, int | None], nn.Module]] = {
     "resnet8": _cifar_resnet(1),
     "resnet20": _cifar_resnet(3),
+    "resnet32": _cifar_resnet(5),
+    "resnet44": _cifar_resnet(7),
+    "resnet56": _cifar_resnet(9),
     "resnet18": _resnet18,
     "vgg11_bn": _vgg11_bn,
 }
-ADJUSTABLE_WIDTH = ("resnet8", "resnet20", "resnet18")
+ADJUSTABLE_WIDTH = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet18")

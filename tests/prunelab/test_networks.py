@@ -51,11 +51,14 @@ def resnet8_floats(width: int, *, channels: int, num_classes: int) -> int:
 # --- sizes ---------------------------------------------------------------------------------------
 
 
-def test_resnet20_has_the_published_size_and_two_projections() -> None:
-    """269,722 with parameter-free shortcuts; the 1×1 ones add 16 · 32 + 64 and 32 · 64 + 128."""
-    model = build_model("resnet20", num_classes=10, input_shape=CIFAR, seed=0)
-    assert num_parameters(model) == 269_722 + 16 * 32 + 64 + 32 * 64 + 128
-    assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == 19 + 2
+@pytest.mark.parametrize(
+    ("depth", "size"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018)]
+)
+def test_deep_resnets_have_the_published_sizes_and_two_projections(depth: int, size: int) -> None:
+    """Of parameter-free shortcuts; the 1×1 ones add 16 · 32 + 64 and 32 · 64 + 128."""
+    model = build_model(f"resnet{depth}", num_classes=10, input_shape=CIFAR, seed=0)
+    assert num_parameters(model) == size + 16 * 32 + 64 + 32 * 64 + 128
+    assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == depth - 1 + 2
 
 
 @pytest.mark.parametrize(("width", "channels", "num_classes"), [(16, 3, 10), (5, 1, 7)])
@@ -199,7 +202,7 @@ def test_resnet_computes_what_the_paper_says() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("resnet9", {}, "resnet8, resnet20, resnet18, vgg11_bn"),
+        ("resnet9", {}, "resnet8, resnet20, .*, resnet18, vgg11_bn"),
         ("vgg11_bn", {"width": 16}, "fixed width"),
         ("vgg11_bn", {"input_shape": (3, 32, 31)}, "32×31"),
         ("resnet8", {"width": 0}, "width must be at least 1, got 0"),
