@@ -29,11 +29,11 @@ def check_precision(precision: str, model: nn.Module) -> None:
 
 @contextmanager
 def computing_in(precision: str, model: nn.Module) -> Iterator[None]:
-    """Inside, calls of `model` compute in these numbers, and give float32 in any case.
+    """Inside, calls of `model` compute in these numbers.
 
-    In bfloat16 that is torch's autocast: products in bfloat16, of weights that stay float32. It
-    ends with the call, so that losses are those of float32 logits, and other networks, such as a
-    teacher, compute as ever. Images are laid out channels last, in which oneDNN and cuDNN are
+    In bfloat16 that is torch's autocast: products in bfloat16, of weights that stay float32, and
+    outputs as float32. It ends with the call, so that losses and other networks, such as a
+    teacher, are computed as ever. Images are laid out channels last, in which oneDNN and cuDNN are
     fastest; the layout of the weights made no difference.
 
     Raises:
