@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,8 +30,8 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """How many times better ours is."""
-        return self.peer / self.ours
+        """How many times better ours is; NaN where ours is 0, such as a count of mistakes."""
+        return self.peer / self.ours if self.ours else math.nan
 
     def as_json(self) -> str:
         """One line with every field and the ratio."""

@@ -79,6 +79,9 @@ Threads = Annotated[int, typer.Option(help="Of torch; the bits of a result depen
 Epochs = Annotated[int, typer.Option(help="Passes over the samples.")]
 BatchSize = Annotated[int, typer.Option(help="Samples of an optimiser step.")]
 Lr = Annotated[float, typer.Option(help="Learning rate of the first step.")]
+Precision = Annotated[
+    str, typer.Option(help="float32, or bfloat16: faster on processors that compute in it.")
+]
 Augment = Annotated[bool, typer.Option("--augment", help="Random crops and flips.")]
 Keeps = Annotated[str, typer.Option("--keep", help="Kept fractions, with commas between them.")]
 Options = Annotated[
@@ -113,6 +116,7 @@ def score(  # noqa: PLR0917 - the command's options
     epochs: Epochs = 20,
     batch_size: BatchSize = 64,
     lr: Lr = 0.1,
+    precision: Precision = "float32",
     early: Annotated[int | None, typer.Option(help="Epochs after which early scores look.")] = None,
     runs: Annotated[
         int | None,
@@ -162,7 +166,9 @@ def score(  # noqa: PLR0917 - the command's options
             data, method=names, model=model, out=out,
             reading=None if streamed else how,
             task=None if layer is None else ImageClassification(layer=layer),
-            training=TrainingConfig(epochs=epochs, batch_size=batch_size, lr=lr),
+            training=TrainingConfig(
+                epochs=epochs, batch_size=batch_size, lr=lr, precision=precision
+            ),
             seed=seed, density=density, check=check, runs=runs, early=early,
             options=_assignments(settings), engine=engine, device=device, threads=threads,
             shard_size=shard_size, force=force, progress=progress,
@@ -264,6 +270,7 @@ def train(  # noqa: PLR0917 - the command's options
     lr: Lr = 0.1,
     weight_decay: Annotated[float, typer.Option(help="L2 penalty.")] = 5e-4,
     augment: Augment = False,
+    precision: Precision = "float32",
     seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default: a new one under runs/.")
@@ -294,7 +301,7 @@ def train(  # noqa: PLR0917 - the command's options
         threads=threads,
         training=TrainingConfig(
             epochs=epochs, steps=steps, batch_size=batch_size, lr=lr,
-            weight_decay=weight_decay, augment=augment,
+            weight_decay=weight_decay, augment=augment, precision=precision,
         ),
     )  # fmt: skip
     folder = out or runner.default_folder(settings, resume=resume)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,13 @@ from benchmarks import (
     sparse_step,
     stream_memory,
     timing,
+    training_precision,
 )
 from benchmarks import round as whole_rounds
 from benchmarks.gpu_simulation import write_images
 from benchmarks.rows import Row, add_arguments, show
+from prunelab.data.datasets import load_dataset
+from prunelab.training.loop import TrainingConfig
 from sparsemodel.kernels.choice import TRAINING, Costs, dense_cost, sparse_cost, work_of
 from sparsemodel.kernels.cpu import library as cpu
 from sparsemodel.kernels.geometry import ConvGeometry
@@ -208,6 +212,21 @@ def test_dense_steps_rows() -> None:
         )
     )  # fmt: skip
     assert (row.case, row.density) == ("resnet8, width 4", 1.0)
+
+
+def test_training_precision_rows() -> None:
+    """A row for each seed and their mean; no wrong answer at all has no ratio."""
+    data = load_dataset("digits", num_train=100)
+    config = TrainingConfig(epochs=2, lr=0.05)
+    rows = list(training_precision.rows(data, "resnet8", config, [0, 1]))
+    ways = ["seed 0", "seed 1", "mean"]
+    for measure in ("epoch", "test error"):
+        found = [row for row in rows if row.case.startswith(measure)]
+        assert [row.case for row in found] == [f"{measure}, resnet8 digits, {way}" for way in ways]
+        assert found[2].ours == pytest.approx((found[0].ours + found[1].ours) / 2)
+        assert found[2].peer == pytest.approx((found[0].peer + found[1].peer) / 2)
+        assert all(0 < row.ours < 100 for row in found)
+    assert math.isnan(replace(rows[0], ours=0.0).ratio)
 
 
 @needs_kernels

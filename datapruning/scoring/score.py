@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from prunelab.runs.temporary import temporary_folder
 from prunelab.runs.threads import computing
 from prunelab.runs.version import __version__
 from prunelab.training.loop import TrainingConfig
+from prunelab.training.precision import FLOAT32
 from prunelab.training.task import Classification, Task, check_fits, make_task, task_of
 from sparsemodel.storage.sealed import checksum, read_sealed_json, sealed_json
 
@@ -282,6 +283,11 @@ def _settings(
             raise ScoreError(f"{name} must be at least 1, got {number}")
     if density is not None and not 0 < density <= 1:
         raise ScoreError(f"density must be in (0, 1], got {density}")
+    if density is not None and training.precision != FLOAT32:
+        raise ScoreError(
+            f"a sparse proxy is trained in {FLOAT32}; leave out the density, or the precision "
+            f"{training.precision}"
+        )
     for name, method in methods.items():
         _check_fits(name, method, samples, task, is_trained=isinstance(model, nn.Module))
     settings = {
@@ -289,7 +295,7 @@ def _settings(
         "methods": given,
         "model": _model_name(model),
         "task": type(task).__name__,
-        "training": asdict(training),
+        "training": training.signature(),
         "seed": seed,
         "density": density,
         "runs": runs,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,7 @@ def _signature(
     settings = {
         "data": samples.fingerprint,
         "model": model,
-        "training": asdict(config),
+        "training": config.signature(),
         "scoring": repr(sorted(scoring.items())),
         "policy": policy,
     }

@@ -20,6 +20,7 @@ from prunelab.data.samples import Augmentable, Samples, check_targets, shuffled
 from prunelab.errors import RunError, check_settings
 from prunelab.runs.seeds import rng, seeded, stream_seed
 from prunelab.training import checkpoint as checkpoints
+from prunelab.training.precision import FLOAT32, PRECISIONS
 from prunelab.training.steps import OPTIMIZERS, Objective, Stepper, is_planned, make_optimizer
 from prunelab.training.task import (
     Classification,
@@ -88,6 +89,8 @@ class TrainingConfig:
         augment: random crops and flips, of image samples alone.
         steps: optimiser steps, in as many epochs as that takes; the last may be cut short.
         optimizer: "sgd", "adam" or "adamw".
+        precision: "float32", or "bfloat16": forward and backward passes of a dense network under
+            torch's autocast, images channels last; weights, optimiser and losses stay float32.
 
     Raises:
         RunError: values out of range, all of them named.
@@ -101,6 +104,7 @@ class TrainingConfig:
     augment: bool = False
     steps: int | None = None
     optimizer: str = "sgd"
+    precision: str = FLOAT32
 
     def __post_init__(self) -> None:
         checks = {
@@ -113,8 +117,22 @@ class TrainingConfig:
             f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}": (
                 self.optimizer in OPTIMIZERS
             ),
+            f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}": (
+                self.precision in PRECISIONS
+            ),
         }
         check_settings("training", checks)
+
+    def signature(self) -> dict[str, Any]:
+        """What decides the bits, by name, to tell runs apart.
+
+        The precision is left out where it is float32, so that files from before there was a
+        choice are still of the same run.
+        """
+        values = asdict(self)
+        if self.precision == FLOAT32:
+            del values["precision"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -207,7 +225,7 @@ def train(
     Raises:
         DataError: a text without targets, from which nothing can be learned.
         RunError: rows that are not in the data, a loss that is not finite, settings that the
-            task or the samples cannot follow, or a checkpoint of another run.
+            task, the model or the samples cannot follow, or a checkpoint of another run.
     """
     device = torch.device(device)
     model.to(device)
@@ -216,7 +234,7 @@ def train(
     )
     stepper = Stepper(
         model, task, optimizer, objective=objective, batch_size=config.batch_size,
-        planned=not callbacks,
+        planned=not callbacks, precision=config.precision,
     )  # fmt: skip
     signature = _signature(model, samples, config=config, seed=seed, rows=rows, run=run)
     progress = _Progress()
@@ -450,7 +468,7 @@ def _signature(
         "rows": chosen,
         "seed": seed,
         "run": run,
-        **{f"training.{name}": value for name, value in asdict(config).items()},
+        **{f"training.{name}": value for name, value in config.signature().items()},
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.errors import RunError
+from prunelab.training.precision import check_precision, computing_in
 from prunelab.training.task import Classification, ImageClassification, Task
 from sparsemodel.layers.sparsify import sparse_layers
 from sparsemodel.optim import SparseAdam, SparseSGD
@@ -64,6 +65,10 @@ class Stepper:
         batch_size: usual size of a batch; one more is allowed (see `batches.batches`).
         planned: whether a native plan may take the steps, where there is one; it tells nothing
             of logits.
+        precision: in what numbers the network computes, one of PRECISIONS.
+
+    Raises:
+        RunError: a sparsified model in another precision than float32.
     """
 
     def __init__(
@@ -75,8 +80,10 @@ class Stepper:
         objective: Objective | None,
         batch_size: int,
         planned: bool,
+        precision: str,
     ) -> None:
-        self._model, self._optimizer = model, optimizer
+        check_precision(precision, model)
+        self._model, self._optimizer, self._precision = model, optimizer, precision
         self._loss = Loss(task, objective)
         # One sample more: the last batch of an epoch may be larger by one.
         plain = planned and objective is None and is_planned(model, task)
@@ -93,7 +100,8 @@ class Stepper:
             return torch.tensor(loss, dtype=torch.float64)
         self._optimizer.zero_grad()
         try:
-            mean, logits = self._loss.mean(self._model, batch, rows)
+            with computing_in(self._precision, self._model):
+                mean, logits = self._loss.mean(self._model, batch, rows)
         except ValueError as error:
             raise _explained(error, len(rows)) from None
         if logits is not None:

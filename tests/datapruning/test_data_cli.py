@@ -385,6 +385,23 @@ def test_compare_trainings_once(tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").rglob("*.*")} == stamps
 
 
+def test_precision(tmp_path: Path) -> None:
+    for command in (
+        ["score", "digits", "--method", "random"],
+        ["train", "digits", "--steps", "3", "--out", "run"],
+    ):
+        done = datapruning(*command, "--precision", "bfloat16", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    table = ScoreTable.read(tmp_path / "scores.parquet")
+    assert table.provenance["settings"]["training"]["precision"] == "bfloat16"
+    config = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert config["training"]["precision"] == "bfloat16"
+    resumed = ["train", "digits", "--resume", "--out", "run", "--precision"]
+    assert datapruning(*resumed, "bfloat16", cwd=tmp_path).returncode == 0
+    done = datapruning(*resumed, "float32", cwd=tmp_path)
+    assert "training.precision was 'bfloat16', now 'float32'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -408,6 +425,11 @@ def test_compare_trainings_once(tmp_path: Path) -> None:
         (["train", "digits", "--teacher", "nowhere"], "no summary.json in nowhere"),
         (["train", "digits", "--resume", "--out", "nothing"], "no run in nothing"),
         (["train", "digits", "--lr", "-1"], "lr must be positive"),
+        (["train", "digits", "--precision", "half"], "one of float32, bfloat16, got 'half'"),
+        (
+            ["score", "digits", "--method", "el2n", "--density", "0.1", "--precision", "bfloat16"],
+            "a sparse proxy is trained in float32",
+        ),
         (["compare", "{scores}"], "two or more files"),
         (["compare", "--methods", "el2n,magic"], "unknown method 'magic'"),
         (["compare", "{scores}", "{scores}", "--keep", "2"], "a share between 0 and 1"),
