@@ -40,19 +40,25 @@ PRESETS = {
         (0.1, 0.3, 0.5), teachers=("resnet8", "resnet20"), noises=(0.2,), tuning_seeds=TUNED,
     ),
     "fashion": Plan(
-        Setting("fashion-mnist", 20_000, None, "resnet8", 6, 64, score_epochs=6, window=3),
+        Setting(
+            "fashion-mnist", 20_000, None, "resnet8", 6, 64, precision="bfloat16",
+            score_epochs=6, window=3,
+        ),
         (RANDOM, *CHOSEN), KEPT, teachers=("resnet8", "resnet20"), noises=NOISES,
         tuning_seeds=TUNED,
     ),
     "cifar10": Plan(
-        Setting("cifar10", None, None, "resnet20", 4, 128, score_epochs=4, window=3),
+        Setting(
+            "cifar10", None, None, "resnet20", 4, 128, precision="bfloat16",
+            score_epochs=4, window=3,
+        ),
         (RANDOM, *CHOSEN), KEPT, teachers=("resnet20", "resnet56"), noises=NOISES,
         distilled=(RANDOM, *CHOSEN),
     ),
     "full": Plan(
         Setting(
-            "cifar10", None, None, "resnet20", 100, 128, augment=True, device="cuda",
-            score_epochs=30,
+            "cifar10", None, None, "resnet20", 100, 128, augment=True, precision="bfloat16",
+            device="cuda", score_epochs=30,
         ),
         (RANDOM, *CHOSEN), KEPT, teachers=("resnet20", "resnet56"), noises=NOISES,
         distilled=(RANDOM, *CHOSEN), tuning_seeds=TUNED,

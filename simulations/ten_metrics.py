@@ -46,15 +46,15 @@ PRESETS = {
     ),
     "fashion": Plan(
         Setting(
-            "fashion-mnist", 10_000, None, "resnet8", 8, 64, score_epochs=8, window=4,
-            embedding="simclr",
+            "fashion-mnist", 10_000, None, "resnet8", 8, 64, precision="bfloat16",
+            score_epochs=8, window=4, embedding="simclr",
         ),
         (RANDOM, FRESH, *BOTH, *POLICIES), KEPT, teachers=("resnet8",),
     ),
     "cifar10": Plan(
         Setting(
-            "cifar10", None, None, "resnet18", 100, 128, augment=True, device="cuda",
-            score_epochs=30, embedding="simclr",
+            "cifar10", None, None, "resnet18", 100, 128, augment=True, precision="bfloat16",
+            device="cuda", score_epochs=30, embedding="simclr",
         ),
         (RANDOM, FRESH, *BOTH, *POLICIES), KEPT, teachers=("resnet18",),
         notes=(

@@ -67,6 +67,7 @@ class Setting:
     batch_size: int
     lr: float = 0.1
     augment: bool = False
+    precision: str = "float32"
     device: str = "cpu"
     score_epochs: int = 1
     window: int = 10

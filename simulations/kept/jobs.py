@@ -74,7 +74,11 @@ def flipped(labels: Tensor, share: float, *, num_classes: int, seed: int) -> Ten
 def training_config(setting: Setting, *, epochs: int) -> TrainingConfig:
     """Of every training of a grid."""
     return TrainingConfig(
-        epochs=epochs, batch_size=setting.batch_size, lr=setting.lr, augment=setting.augment
+        epochs=epochs,
+        batch_size=setting.batch_size,
+        lr=setting.lr,
+        augment=setting.augment,
+        precision=setting.precision,
     )
 
 
