@@ -163,7 +163,7 @@ def test_labels_that_look_wrong_are_counted_and_dropped(tmp_path: Path) -> None:
     np.savez(
         tmp_path / "d.npz", inputs=digits.train_images.numpy(), targets=digits.train_labels.numpy()
     )
-    method = ("--method", "confident-learning", "--runs", "4", "--epochs", "2")
+    method = ("--method", "confident-learning", "--runs", "4", "--epochs", "1")
     done = datapruning("score", "d.npz", *method, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = re.search(r"(\d+) labels look wrong; select (.*) drops them", done.stdout)
