@@ -105,7 +105,7 @@ def confident_joint(probabilities: Tensor, labels: Tensor) -> Tensor:
 def calibrated_joint(counts: Tensor, labels: Tensor) -> Tensor:
     """Estimated shares of (label, true class) in all samples, float64 [C, C], which sum to 1.
 
-    Each row of the confident joint is brought to as many samples as have its label.
+    Each row of the confident joint is scaled to as many samples as have its label.
 
     Args:
         counts: a confident joint.
@@ -137,10 +137,11 @@ def label_issues(probabilities: Tensor, labels: Tensor, *, prune_by: str = "nois
 def _by_noise_rate(probabilities: Tensor, labels: Tensor) -> Tensor:
     issues = torch.zeros(len(labels), dtype=torch.bool)
     counts = _pruned_counts(probabilities, labels)
-    for label, other in counts.nonzero().tolist():
+    for label, row in enumerate(counts):
         rows = (labels == label).nonzero()[:, 0]
-        margins = probabilities[rows, other] - probabilities[rows, label]
-        issues[rows[_highest(margins, int(counts[label, other]))]] = True
+        for other in row.nonzero()[:, 0].tolist():
+            margins = probabilities[rows, other] - probabilities[rows, label]
+            issues[rows[_highest(margins, int(row[other]))]] = True
     return issues
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -223,7 +223,7 @@ def observe_shard(recipe: Recipe, number: int) -> float:
                 device=torch.device(recipe.device),
                 num_runs=recipe.num_runs(method),
                 models=recipe.models(method),
-                in_subset=_columns(recipe.in_subset(method), rows),
+                in_subset=partial(_in_subset, recipe, method, rows),
                 prepared=None if prepared is None else prepared["value"],
             )
             wanted = (
@@ -318,8 +318,10 @@ def _train(recipe: Recipe, run: Run, progress: Progress | None) -> float:
     return keeper.seconds
 
 
-def _columns(table: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if table is None else table[:, rows]
+def _in_subset(recipe: Recipe, method: Method, rows: Tensor) -> Tensor:
+    table = recipe.in_subset(method)
+    assert table is not None, "a method that asks what models saw has a share below 1"
+    return table[:, rows]
 
 
 def _kept(run: Run, epoch: int) -> str:

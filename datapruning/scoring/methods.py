@@ -144,7 +144,9 @@ def _influence(solver: str, how: str) -> Method:
     )
 
 
-_NORTHCUTT = "Northcutt et al., Confident Learning: Uncertainty in Dataset Labels (JAIR 2021)"
+_NORTHCUTT = (
+    "Northcutt et al., Confident Learning: Estimating Uncertainty in Dataset Labels (JAIR 2021)"
+)
 _PAUL = "Paul et al., Deep Learning on a Data Diet (NeurIPS 2021)"
 _FELDMAN = "Feldman and Zhang, What Neural Networks Memorize and Why (NeurIPS 2020)"
 _SNL = "Sorscher et al., Beyond neural scaling laws (NeurIPS 2022)"

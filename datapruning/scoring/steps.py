@@ -32,7 +32,7 @@ class Shard:
         rows: int64 [B], row numbers.
         num_runs: trained models that the method asked for.
         models: run -> its model at each of the method's moments, in eval mode on the device.
-        in_subset: bool [M, B], what each model was trained on; None: on everything.
+        in_subset: () -> bool [M, B], what each model was trained on, for a share below 1.
         prepared: what the method's `prepare` returned.
     """
 
@@ -42,7 +42,7 @@ class Shard:
     device: torch.device
     num_runs: int
     models: Callable[[int], Sequence[nn.Module]]
-    in_subset: Tensor | None = None
+    in_subset: Callable[[], Tensor]
     prepared: Any = None
 
     def batches(self) -> Iterator[Any]:
@@ -198,12 +198,11 @@ def of_subsets(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def held_out_probabilities(shard: Shard) -> Tensor:
     """Mean probabilities, float64 [B, C], over those models that were not trained on a sample."""
-    assert shard.in_subset is not None
-    total: Tensor | float = 0.0
-    for (logits, _), inside in zip(_logits(shard), shard.in_subset, strict=True):
-        total = total + logits.double().softmax(1).cpu() * ~inside[:, None]
-    assert isinstance(total, Tensor)
-    return total / (~shard.in_subset).sum(0)[:, None]
+    is_out = ~shard.in_subset()
+    total = torch.zeros((), dtype=torch.float64)
+    for (logits, _), out in zip(_logits(shard), is_out, strict=True):
+        total = total + logits.double().softmax(1).cpu() * out[:, None]
+    return total / is_out.sum(0)[:, None]
 
 
 def of_held_out(score: Callable[..., Tensor]) -> Callable[..., Tensor]:

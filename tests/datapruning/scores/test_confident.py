@@ -187,7 +187,7 @@ def test_models_that_saw_a_sample_have_no_say() -> None:
         Shard(
             samples, ImageClassification(), torch.arange(3), torch.device("cpu"), 2,
             models=lambda run: [models[run]],
-            in_subset=torch.tensor([[False, True, True], [False, False, True]]),
+            in_subset=lambda: torch.tensor([[False, True, True], [False, False, True]]),
         )
     )  # fmt: skip
     torch.testing.assert_close(found[:2], torch.tensor([[0.6, 0.4], [0.4, 0.6]]).double())
