@@ -11,26 +11,21 @@ commands on one folder share the work. `--table-only` writes the page of what th
 from __future__ import annotations
 
 import argparse
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fedprune.config import RunConfig, parse_assignments
 from fedprune.methods import METHODS
 from prunelab.data.datasets import check_dataset
 from prunelab.errors import PrunelabError
 from simulations.comparison.cells import Point, grid
-from simulations.comparison.jobs import FAILED, Workers, processes, ray_cluster
 from simulations.comparison.presets import PRESETS
 from simulations.comparison.report import write_page
 from simulations.comparison.steps import Call, compare
 from simulations.comparison.tuning import tuning_cells
-from sparsemodel.storage.files import write_atomically
+from simulations.jobs import FAILED, add_options, check_settings, workers_of
 
 T = TypeVar("T")
 
@@ -55,8 +50,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[Call, argparse.Namespace]
     parser.add_argument("--no-tuning", action="store_true", help="--set training.lr=... for all")
     parser.add_argument("--data", help="a folder of parquet, or a name, instead of the data set")
     parser.add_argument("--out", type=Path, help="where runs go; default runs/NAME-PRESET")
-    parser.add_argument("--jobs", type=int, default=0, help="at a time; default cores, or GPUs")
-    parser.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster; local starts one here")
+    add_options(parser)
     parser.add_argument("--table-only", action="store_true", help="run nothing")
     given = parser.parse_args(words)
     if given.jobs < 0:
@@ -118,7 +112,7 @@ def _call(given: argparse.Namespace) -> Call:
         cell.config({**settings, "training.device": "cpu"})
     if given.table_only and not (out / "outcomes").is_dir():
         raise ValueError(f"--table-only: there are no runs in {out}")
-    _check_folder(out, settings)
+    check_settings(out, settings)
     return call
 
 
@@ -132,15 +126,6 @@ def _command(given: argparse.Namespace, seeds: Sequence[int]) -> str:
     if given.data:
         parts += [f"--data {'FOLDER' if Path(given.data).is_dir() else given.data}"]
     return " ".join(parts)
-
-
-def _check_folder(out: Path, settings: Mapping[str, Any]) -> None:
-    """Raise ValueError where a folder has runs of other settings."""
-    file, text = out / "settings.json", json.dumps(settings, sort_keys=True, indent=1)
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{out} holds runs of other settings; give another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, text.encode())
 
 
 def _listed(option: str, text: str | None, read: Callable[[str], T]) -> list[T]:
@@ -157,24 +142,6 @@ def _alpha(text: str) -> float | None:
     return None if text == "iid" else float(text)
 
 
-@contextmanager
-def workers_of(given: argparse.Namespace, *, on_gpus: bool) -> Iterator[Workers]:
-    """Whoever does the work."""
-    if given.ray:
-        with ray_cluster(given.ray, jobs=given.jobs, gpus=on_gpus) as workers:
-            yield workers
-        return
-    gpus = 0
-    if on_gpus:
-        import torch  # noqa: PLC0415
-
-        gpus = torch.cuda.device_count()
-        if gpus == 0:
-            raise SystemExit("training.device is cuda and there is no GPU; --set training.device")
-    with processes(given.jobs or gpus or os.cpu_count() or 1, gpus=gpus) as workers:
-        yield workers
-
-
 def main() -> None:
     """Run what is missing and write the page."""
     call, given = parse()
@@ -182,16 +149,8 @@ def main() -> None:
         found = compare(call, None)
     else:
         on_gpus = call.preset.settings.get("training.device") == "cuda"
-        try:
-            with workers_of(given, on_gpus=on_gpus) as workers:
-                found = compare(call, workers)
-        except BrokenProcessPool:
-            raise SystemExit(
-                "a process was killed, for want of memory perhaps; with fewer --jobs, the same "
-                "command goes on"
-            ) from None
-        except KeyboardInterrupt:
-            raise SystemExit("stopped; the same command goes on from where it was") from None
+        with workers_of(given, on_gpus=on_gpus) as workers:
+            found = compare(call, workers)
     text = write_page(call, found)
     call.saved.write_text(text, encoding="utf-8")
     print(text)

@@ -1,308 +1,175 @@
-"""Four claims on distillation and data pruning (Ben-Baruch et al., 2024), tested in sign.
+"""Claims on distillation and data pruning (Ben-Baruch et al., 2024), each with an interval.
 
-    python -m simulations.kd_fractions [--data FOLDER_OF_PARQUET]
+    python -m simulations.kd_fractions [--preset fashion]
 
-1. A random subset with distillation does no worse than a chosen subset without, at every fraction.
-2. Half of the data, at random, with distillation does no worse than all data without.
-3. The best weight α of the teacher rises as the kept fraction falls.
-4. At the lowest fraction the smaller teacher is better than the larger one.
+1. A random subset with distillation does better than every chosen subset without.
+2. Half of the data, at random, with distillation does better than all data without.
+3. The best weight α of the teacher falls as the kept fraction grows.
+4. At low fractions the smaller teacher is better than the larger one.
+5. With changed labels, a random half with distillation does better than all data without.
 
-α is chosen on a held-out split of the training side, at equal epochs. `small` is for one core.
+α is chosen on a held-out part of the training side. `small` takes minutes; `fashion` and `cifar10`
+hours of a core, in pieces that are kept; `full` wants a GPU.
 """
 
 from __future__ import annotations
 
-import itertools
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
-
-from datapruning.scoring.score import score
-from datapruning.selection.select import select
-from datapruning.students.comparison import full_steps, read_cell, write_cell
-from datapruning.students.distill import choose_alpha, kd_objective, teacher_logits
-from prunelab.data.datasets import ImageSet
-from prunelab.data.samples import ImageSamples
-from prunelab.networks import build_model
 from prunelab.pages.units import mean_and_spread
-from prunelab.runs.seeds import stream_seed
-from prunelab.runs.threads import computing
-from prunelab.training.loop import Objective, TrainingConfig, evaluate, train
-from prunelab.training.task import ImageClassification
-from simulations.command import parse
-from simulations.data_table import Preset, accuracy_page
+from simulations.kept import call
+from simulations.kept.grid import ALL, NOISY_KEEP, RANDOM, AlphaKey, Choice, Plan, Setting
+from simulations.kept.steps import Found
+from simulations.kept.tables import accuracy_table, all_of, difference, share, told, verdict
 from simulations.page import table
+from simulations.statistics import Interval
 
-TASK = ImageClassification()
-ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-CHOSEN = (("el2n", "hardest"), ("el2n", "ccs"), ("aum", "hardest"))
-BUDGETS = ("epochs", "steps")
-_TEACHER, _STUDENT, _ALPHA = 3, 4, 5  # streams of the seed
+CHOSEN = (
+    Choice("el2n-20"),
+    Choice("forgetting"),
+    Choice("aum"),
+    Choice("aum", "ccs"),
+    Choice("dual", "dual-beta"),
+    Choice("d2"),
+)
+KEPT, NOISES, LOW = (0.05, 0.1, 0.3, 0.5, 0.8), (0.2, 0.4), 0.1
+TUNED = (1000, 1001, 1002)
 
 PRESETS = {
-    "small": Preset(
-        "digits", "resnet8", 12, 64, 700, None,
-        {"kept": (0.1, 0.3, 0.5), "teachers": ("resnet8", "resnet20"), "temperature": 4.0},
+    "small": Plan(
+        Setting("digits", 700, None, "resnet8", 12, 64, score_epochs=12),
+        (RANDOM, Choice("el2n"), Choice("el2n", "ccs"), Choice("aum")),
+        (0.1, 0.3, 0.5), teachers=("resnet8", "resnet20"), noises=(0.2,), tuning_seeds=TUNED,
     ),
-    "full": Preset(
-        "cifar10", "resnet20", 160, 128, None, None,
-        {"kept": (0.1, 0.3, 0.5, 0.7), "teachers": ("resnet20", "resnet18"), "temperature": 4.0},
+    "fashion": Plan(
+        Setting("fashion-mnist", 20_000, None, "resnet8", 6, 64, score_epochs=6, window=3),
+        (RANDOM, *CHOSEN), KEPT, teachers=("resnet8", "resnet20"), noises=NOISES,
+        tuning_seeds=TUNED,
+    ),
+    "cifar10": Plan(
+        Setting("cifar10", None, None, "resnet20", 4, 128, score_epochs=4, window=3),
+        (RANDOM, *CHOSEN), KEPT, teachers=("resnet20", "resnet56"), noises=NOISES,
+        distilled=(RANDOM, *CHOSEN),
+    ),
+    "full": Plan(
+        Setting(
+            "cifar10", None, None, "resnet20", 100, 128, augment=True, device="cuda",
+            score_epochs=30,
+        ),
+        (RANDOM, *CHOSEN), KEPT, teachers=("resnet20", "resnet56"), noises=NOISES,
+        distilled=(RANDOM, *CHOSEN), tuning_seeds=TUNED,
     ),
 }  # fmt: skip
 
 
-@dataclass
-class Laboratory:
-    """One seed's data, models and files; every result is kept in a cell of its own."""
-
-    preset: Preset
-    data: ImageSet
-    seed: int
-    out: Path
-
-    def __post_init__(self) -> None:
-        self.samples = ImageSamples.of(self.data)
-        self.test = ImageSamples(self.data.test_images, self.data.test_labels)
-        self.config = TrainingConfig(epochs=self.preset.epochs, batch_size=self.preset.batch_size)
-        self.signature = repr([self.data.fingerprint, asdict(self.preset)])
-
-    def cell(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of that name, computed if it is not there yet."""
-        path = self.out / f"s{self.seed}" / f"{name}.json"
-        result = read_cell(path, self.signature)
-        if result is None:
-            result = run()
-            write_cell(path, self.signature, result)
-            print(f"seed {self.seed} {name}: {result}", flush=True)
-        return result
-
-    def build(self, name: str) -> Callable[[int], nn.Module]:
-        """seed -> an untrained network."""
-        return lambda seed: build_model(
-            name,
-            num_classes=self.data.num_classes,
-            input_shape=self.data.input_shape,
-            seed=seed,
-        )
-
-    def trained(
-        self, rows: Tensor | None, *, budget: str = "epochs", objective: Objective | None = None
-    ) -> dict[str, Any]:
-        """Train a student and test it."""
-        config = self.config
-        if budget == "steps":
-            config = replace(config, steps=full_steps(len(self.samples), config))
-        seed = stream_seed(self.seed, _STUDENT)
-        model = self.build(self.preset.model)(seed)
-        result = train(
-            model, self.samples, TASK, config=config, seed=seed, rows=rows, objective=objective
-        )
-        accuracy = evaluate(model, self.test, TASK).accuracy
-        return {"test_accuracy": accuracy, "steps": result.steps}
-
-    def teacher(self, name: str) -> nn.Module:
-        """A teacher trained on all data, kept in a file."""
-        seed = stream_seed(self.seed, _TEACHER)
-        model = self.build(name)(seed)
-        path = self.out / f"s{self.seed}" / f"teacher-{name}.pt"
-        train(model, self.samples, TASK, config=self.config, seed=seed, checkpoint=path)
-        return model.eval()
-
-    def rows(self, method: str, policy: str, keep: float) -> Tensor:
-        """Kept rows; the tables of scores are made once a seed."""
-        tables = score(
-            self.samples,
-            method=["el2n", "aum", "random"],
-            model=self.preset.model,
-            seed=self.seed,
-            training=self.config,
-            out=self.out / f"s{self.seed}" / "scores.parquet",
-        )
-        return select(tables[method], keep=keep, policy=policy, seed=self.seed).rows(self.samples)
-
-
-def run_seed(lab: Laboratory) -> dict[str, dict[str, Any]]:
-    """All cells of a seed, by name."""
-    results = {"full": lab.cell("full", lambda: lab.trained(None))}
-    kept = lab.preset.settings["kept"]
-    for keep in kept:
-        for method, policy in (("random", "random"), *CHOSEN):
-            for budget in BUDGETS:
-                results[f"{method}-{policy}-k{keep:g}-{budget}"] = lab.cell(
-                    f"{method}-{policy}-k{keep:g}-{budget}",
-                    lambda m=method, p=policy, k=keep, b=budget: lab.trained(  # type: ignore[misc]
-                        lab.rows(m, p, k), budget=b
-                    ),
-                )
-    for name in lab.preset.settings["teachers"]:
-        teacher = lab.teacher(name)
-        accuracy = evaluate(teacher, lab.test, TASK).accuracy
-        results[f"teacher-{name}"] = lab.cell(
-            f"teacher-{name}",
-            lambda a=accuracy: {"test_accuracy": a},  # type: ignore[misc]
-        )
-        cached = teacher_logits(teacher, lab.samples, TASK)
-
-        def objective(alpha: float, cached: Any = cached) -> Objective:
-            return kd_objective(
-                alpha=alpha, temperature=lab.preset.settings["temperature"], cached=cached
-            )
-
-        for keep in kept:
-            rows = lab.rows("random", "random", keep)
-            results |= _distilled(lab, name, keep, rows, objective)
-    return results
-
-
-def _distilled(
-    lab: Laboratory,
-    teacher: str,
-    keep: float,
-    rows: Tensor,
-    objective: Callable[[float], Objective],
-) -> dict[str, dict[str, Any]]:
-    """The choice of α, and a student with it under each budget."""
-
-    def choice() -> dict[str, Any]:
-        found = choose_alpha(
-            lab.build(lab.preset.model), lab.samples, TASK,
-            objective=objective, rows=rows, config=lab.config,
-            seed=stream_seed(lab.seed, _ALPHA), alphas=ALPHAS,
-        )  # fmt: skip
-        return {"alpha": found.alpha, "curve": [asdict(point) for point in found.curve]}
-
-    name = f"kd-{teacher}-k{keep:g}"
-    results = {f"{name}-alpha": lab.cell(f"{name}-alpha", choice)}
-    alpha = results[f"{name}-alpha"]["alpha"]
-    for budget in BUDGETS:
-        results[f"{name}-{budget}"] = lab.cell(
-            f"{name}-{budget}",
-            lambda b=budget: lab.trained(rows, budget=b, objective=objective(alpha)),  # type: ignore[misc]
-        )
-    return results
-
-
-Results = Mapping[int, Mapping[str, Mapping[str, Any]]]
-
-
-def accuracies(results: Results, name: str) -> list[float]:
-    """Test accuracy of a cell, one a seed."""
-    return [cells[name]["test_accuracy"] for cells in results.values()]
-
-
-def accuracy_table(results: Results, preset: Preset, *, budget: str) -> str:
-    """Students at each fraction, under one budget."""
-    kept = preset.settings["kept"]
-    lines = [
-        ("random", "random-random"),
-        *((f"{method}, {policy}", f"{method}-{policy}") for method, policy in CHOSEN),
-        *((f"random + KD, {t} teacher", f"kd-{t}") for t in preset.settings["teachers"]),
-    ]
-    rows = [
-        [label, *(_percent(results, f"{cell}-k{k:g}-{budget}") for k in kept)]
-        for label, cell in lines
-    ]
-    rows.append(["all data, no KD", *[_percent(results, "full")] * len(kept)])
-    return table(["kept set", *(f"{100 * k:g} %" for k in kept)], rows)
-
-
-def alpha_curves(results: Results, preset: Preset) -> dict[float, list[float]]:
-    """Kept fraction -> held-out accuracy at each α, mean over seeds; the smaller teacher."""
-    teacher = preset.settings["teachers"][0]
-    return {
-        keep: [
-            statistics.mean(
-                cells[f"kd-{teacher}-k{keep:g}-alpha"]["curve"][place]["accuracy"]
-                for cells in results.values()
-            )
-            for place in range(len(ALPHAS))
+def body(found: Found) -> list[str]:
+    """The tables of the page."""
+    plan, lines = found.plan, ["Teachers:", ""]
+    for name in plan.teachers:
+        accuracies = ", ".join(f"{value:.2f}" for value in found.teachers(name)) or "not yet"
+        lines.append(f"- {name}: {accuracies} % of the test side")
+    lines += ["", "## The claims", "", table(["claim", "measured", "verdict"], claims(found),
+                                             words=(0, 1, 2))]  # fmt: skip
+    for budget in plan.budgets:
+        lines += ["", f"## Equal {budget}", "", accuracy_table(found, budget), ""]
+        lines += [f"Random with the {plan.teachers[0]} teacher, less others without:", ""]
+        rows = [
+            [choice.label, *(told(_gain(found, choice, keep, budget)) for keep in plan.kept)]
+            for choice in plan.choices
         ]
-        for keep in preset.settings["kept"]
-    }
+        lines += [table(["points over", *map(share, plan.kept)], rows)]
+    return [*lines, *alpha_section(found), *noise_section(found)]
 
 
-def claims(results: Results, preset: Preset) -> list[list[str]]:
-    """Each claim: what was measured, and whether its sign holds on the means over seeds."""
-    kept = sorted(preset.settings["kept"])
-    small, large = preset.settings["teachers"]
-    rows = []
-    for budget in BUDGETS:
-        gains = []
-        for keep in kept:
-            ours = accuracies(results, f"kd-{small}-k{keep:g}-{budget}")
-            chosen = [accuracies(results, f"{m}-{p}-k{keep:g}-{budget}") for m, p in CHOSEN]
-            gains.append((keep, points(ours, max(chosen, key=statistics.mean))))
-        text = ", ".join(f"{100 * keep:g} %: {gain}" for keep, (_, gain) in gains)
-        holds = all(mean >= 0 for _, (mean, _) in gains)
-        rows.append([f"1, equal {budget}", f"points over the best chosen set: {text}", _yes(holds)])
-        half = accuracies(results, f"kd-{small}-k0.5-{budget}")
-        mean, text = points(half, accuracies(results, "full"))
-        rows.append([f"2, equal {budget}", f"points over all data: {text}", _yes(mean >= 0)])
-    curves = alpha_curves(results, preset)
-    best_alphas = [ALPHAS[max(range(len(ALPHAS)), key=curves[k].__getitem__)] for k in kept]
-    text = ", ".join(f"{100 * k:g} %: {a:g}" for k, a in zip(kept, best_alphas, strict=True))
-    falls = all(a >= b for a, b in itertools.pairwise(best_alphas))
-    rises = falls and best_alphas[0] > best_alphas[-1]
-    rows.append(["3", f"α with the best held-out mean: {text}", _yes(rises)])
-    for budget in BUDGETS:
-        mean, text = points(
-            accuracies(results, f"kd-{small}-k{kept[0]:g}-{budget}"),
-            accuracies(results, f"kd-{large}-k{kept[0]:g}-{budget}"),
-        )
-        text = f"{small} minus {large} teacher at {100 * kept[0]:g} %: {text}"
-        rows.append([f"4, equal {budget}", text, _yes(mean > 0)])
+def claims(found: Found) -> list[list[str]]:
+    """Each claim: what was measured, and the verdict."""
+    plan, rows = found.plan, []
+    first = plan.teachers[0]
+    low = [keep for keep in plan.kept if keep <= LOW]
+    for budget in plan.budgets:
+        at = f"equal {budget}"
+        each = [_gain(found, choice, k, budget) for k in plan.kept for choice in plan.choices[1:]]
+        rows.append([f"1, {at}", f"random + KD over {len(each)} chosen sets", all_of(each)])
+        half = found.accuracies(RANDOM, 0.5, budget, teacher=first)
+        over = difference(half, found.accuracies(ALL, 1.0, budget))
+        rows.append([f"2, {at}", f"50 % + KD over all data: {told(over)}", verdict(over)])
+        moved = alpha_fall(found, budget)
+        ends = f"{share(plan.kept[0])} less that at {share(plan.kept[-1])}"
+        rows.append([f"3, {at}", f"best α at {ends}: {told(moved)}", verdict(moved)])
+        for keep in low:
+            small, large = (
+                found.accuracies(RANDOM, keep, budget, teacher=name) for name in plan.teachers
+            )
+            gain = difference(small, large)
+            what = f"{first} less {plan.teachers[1]} teacher at {share(keep)}: {told(gain)}"
+            rows.append([f"4, {at}", what, verdict(gain)])
+        for noise in plan.noises:
+            over = difference(
+                found.accuracies(RANDOM, NOISY_KEEP, budget, noise=noise, teacher=first),
+                found.accuracies(ALL, 1.0, budget, noise=noise),
+            )
+            what = f"{share(noise)} changed, {share(NOISY_KEEP)} + KD over all data: {told(over)}"
+            rows.append([f"5, {at}", what, verdict(over)])
     return rows
 
 
-def points(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, str]:
-    """Mean difference in points, paired by seed, and the same with its spread as text."""
-    pairs = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
-    return statistics.mean(pairs), mean_and_spread(pairs, "+.2f")
+def alpha_fall(found: Found, budget: str) -> Interval | None:
+    """The best α at the smallest kept share less that at the largest, by seeds of the tuning."""
+    plan = found.plan
+    ends = [
+        found.best_by_seed(AlphaKey(plan.teachers[0], keep, budget))
+        for keep in (plan.kept[0], plan.kept[-1])
+    ]
+    return difference(*ends)
 
 
-def _percent(results: Results, cell: str) -> str:
-    return mean_and_spread(accuracies(results, cell), scale=100)
+def alpha_section(found: Found) -> list[str]:
+    """Held-out accuracy by α."""
+    plan = found.plan
+    lines = ["", "## The choice of α", "", "Accuracy in % on the held-out part, mean over the "
+             "tuning's seeds; α = 0 is training by labels alone.", ""]  # fmt: skip
+    rows = []
+    for key, alpha in found.alphas.items():
+        curve = found.curve(key) or []
+        noise = f", {share(key.noise)} changed" if key.noise else ""
+        rows.append([
+            key.teacher, f"{share(key.keep)}{noise}", key.budget,
+            *(f"{value:.2f}" for value in curve), f"{alpha:g}",
+        ])  # fmt: skip
+    header = ["teacher", "kept", "budget", *(f"α = {alpha:g}" for alpha in plan.alphas), "taken"]
+    return [*lines, table(header, rows, words=(0, 1, 2))]
 
 
-def _yes(holds: bool) -> str:
-    return "holds" if holds else "does not hold"
-
-
-def page_body(results: Results, preset: Preset) -> list[str]:
-    """The tables of the page."""
-    teachers = ", ".join(
-        f"{name} {_percent(results, f'teacher-{name}')}" for name in preset.settings["teachers"]
+def noise_section(found: Found) -> list[str]:
+    """Trainings on changed labels."""
+    plan, rows = found.plan, []
+    for noise in plan.noises:
+        for budget in plan.budgets:
+            full = found.accuracies(ALL, 1.0, budget, noise=noise)
+            half = found.accuracies(RANDOM, NOISY_KEEP, budget, noise=noise)
+            taught = found.accuracies(
+                RANDOM, NOISY_KEEP, budget, noise=noise, teacher=plan.teachers[0]
+            )
+            means = [mean_and_spread(values.values()) for values in (full, half, taught)]
+            rows.append([share(noise), budget, *means, told(difference(taught, full))])
+    if not rows:
+        return []
+    header = ["changed labels", "budget", "all data", "random half", "random half + KD",
+              "half + KD less all data"]  # fmt: skip
+    text = (
+        "The teacher has learned from the same changed labels, all of them; the test side's are "
+        "as they were."
     )
-    body = [f"Teachers, trained on all data: {teachers}."]
-    for budget in BUDGETS:
-        body += ["", f"Equal {budget}:", "", accuracy_table(results, preset, budget=budget)]
-    curves = alpha_curves(results, preset)
-    rows = [[f"{100 * k:g} %", *(f"{100 * a:.2f}" for a in curve)] for k, curve in curves.items()]
-    header = ["kept", *(f"α = {alpha:g}" for alpha in ALPHAS)]
-    body += ["", "Held-out accuracy by α, mean over seeds:", "", table(header, rows)]
-    verdicts = table(["claim", "measured", "sign"], claims(results, preset))
-    note = (
-        "Differences are paired by seed, mean ± sample standard deviation. The verdict is on the "
-        "sign of the mean alone: a difference within its spread says little either way."
-    )
-    return [*body, "", "The four claims:", "", verdicts, "", note]
+    return ["", "## Changed labels", "", text, "", table(header, rows, words=(1,))]
+
+
+def _gain(found: Found, choice: Choice, keep: float, budget: str) -> Interval | None:
+    teacher = found.plan.teachers[0]
+    ours = found.accuracies(RANDOM, keep, budget, teacher=teacher)
+    return difference(ours, found.accuracies(choice, keep, budget))
 
 
 def main() -> None:
-    call = parse("kd_fractions", list(PRESETS))
-    preset = PRESETS[call.preset]
-    data = call.load(preset.dataset, num_train=preset.num_train, num_test=preset.num_test)
-    results = {}
-    with computing(call.threads):
-        for seed in call.seeds:
-            results[seed] = run_seed(Laboratory(preset, data, seed, call.out))
-    title = "Distillation on pruned data"
-    body = page_body(results, preset)
-    call.save(accuracy_page(title, call, preset, data, body=body))
+    """Command line."""
+    call.main("kd_fractions", "Distillation on pruned data", PRESETS, body)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulations.comparison.statistics import Interval, frontier, interval, seeds_needed
+from simulations.statistics import Interval, frontier, interval, seeds_needed
 
 
 @pytest.mark.parametrize(

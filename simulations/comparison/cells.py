@@ -16,7 +16,7 @@ from fedprune.errors import USER_ERRORS
 from fedprune.methods import method_class
 from fedprune.rounds.folder import CONFIG
 from prunelab.errors import DataWarning
-from simulations.comparison.jobs import DID_DIVERGE, FINISHED, Outcome
+from simulations.jobs import DID_DIVERGE, FINISHED, Outcome
 
 Point = tuple[tuple[str, Scalar], ...]
 """What tuning chooses: settings of a run, the learning rate first."""

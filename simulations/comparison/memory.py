@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simulations.comparison.cells import Cell
-from simulations.comparison.jobs import FINISHED, Outcome
 from simulations.comparison.presets import SHORT
+from simulations.jobs import FINISHED, Outcome
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from simulations.comparison.cells import Pair, point_name
-from simulations.comparison.jobs import FINISHED, Outcome
 from simulations.comparison.presets import TUNING_ALPHA
 from simulations.comparison.results import groups
 from simulations.comparison.steps import Call, Found
@@ -16,6 +15,7 @@ from simulations.comparison.tables import (
     method_sections,
 )
 from simulations.comparison.tuning import chosen, tuning_rows
+from simulations.jobs import FINISHED, Outcome
 from simulations.page import page, table
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from simulations.comparison.cells import Cell, Point
-from simulations.comparison.jobs import FAILED, FINISHED, Outcome
-from simulations.comparison.statistics import Interval, interval
+from simulations.jobs import FAILED, FINISHED, Outcome
+from simulations.statistics import Interval, interval
 
 DENSE = "fedavg"
 COSTS = ("bytes", "seconds", "memory")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simulations.comparison.cells import Cell, CellJob, Pair, Point, grid, pairs
-from simulations.comparison.jobs import Job, Outcome, Workers, read_outcome, run_jobs
 from simulations.comparison.memory import MemoryJob
 from simulations.comparison.presets import Preset
 from simulations.comparison.tuning import Tried, chosen, tried, tuning_cells, write_log
+from simulations.jobs import Job, Outcome, Workers, read_outcome, run_jobs
 
 
 @dataclass(frozen=True)

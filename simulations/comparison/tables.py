@@ -16,8 +16,8 @@ from simulations.comparison.results import (
     extremes,
     shown_at,
 )
-from simulations.comparison.statistics import Interval, frontier, seeds_needed
 from simulations.page import table
+from simulations.statistics import Interval, frontier, seeds_needed
 
 OURS = ("fedtiny", "fedtiny-plus")
 WIDTH = 2.0

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simulations.comparison.cells import Cell, Pair, Point, point_name
-from simulations.comparison.jobs import FINISHED, Outcome
 from simulations.comparison.presets import TUNING_ALPHA, Preset
+from simulations.jobs import FINISHED, Outcome
 from sparsemodel.storage.files import write_atomically
 
 LOG = "tuning.json"

@@ -122,7 +122,7 @@ class FedTiny(Method):
         return train_request(state, growth=self.growth_counts(state))
 
     def update(self, state: RunState, pooled: Pooled) -> RunState:
-        counts = self.growth_counts(state)
+        counts = self.due(state)
         after = super().update(state, pooled)
         if not counts:
             return after
@@ -135,6 +135,10 @@ class FedTiny(Method):
 
     def growth_counts(self, state: RunState) -> dict[str, int]:
         """How many growth candidates clients send in the coming round, by layer."""
+        return self.due(state)
+
+    def due(self, state: RunState) -> dict[str, int]:
+        """How many weights of each layer the end of the coming round exchanges."""
         if not self.progressive_pruning:
             return {}
         return growth_counts(state, every=self.adjust_every, rate=self.adjust_rate)

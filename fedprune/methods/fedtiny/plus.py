@@ -10,7 +10,7 @@ a grown weight starts at zero beside others whose momentum is zero too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -35,12 +35,14 @@ from fedprune.methods.fedtiny.trials import (
     select_by_trial,
     try_steps,
 )
+from prunelab.runs.seeds import rng
 from sparsemodel.runtime.outputs import largest_of_rows
-from sparsemodel.runtime.positions import find
-from sparsemodel.runtime.state import SparseState, Tensors
+from sparsemodel.runtime.positions import absent_at, find
+from sparsemodel.runtime.state import Entries, SparseState, Tensors
 
-AFTER, MERGED, FRESH = "after", "merged", "fresh"
-GROWTH_PLACES = (AFTER, MERGED, FRESH)
+AFTER, MERGED, FRESH, RANDOM = "after", "merged", "fresh", "random"
+GROWTH_PLACES = (AFTER, MERGED, FRESH, RANDOM)
+SEED_GROWTH = 15  # the first part of a derived seed says what it is for
 BATCH_NORM = "batch-norm"
 SELECTIONS = (BATCH_NORM, STEPS, FLOW)
 
@@ -53,7 +55,9 @@ class FedTinyPlus(FedTiny):
         growth_at: where clients measure gradients at pruned weights: "after" their local epochs,
             on one mini-batch (faithful); at the "merged" model that they receive, before them; or
             "fresh", at the merged model of the round's end, in a question of its own, whose answers
-            the server must see one by one. The mask moves at the round's end in any case.
+            the server must see one by one; or "random": nowhere, the server draws what grows, as
+            in Mocanu et al., Scalable Training of Artificial Neural Networks with Adaptive Sparse
+            Connectivity (2018). The mask moves at the round's end in any case.
         growth_batches: mini-batches of a merged model's gradients; 0: all training samples.
         keep_outputs: whether the largest active weight of each output is never pruned.
         protect: rounds for which a grown weight is not pruned again.
@@ -106,7 +110,7 @@ class FedTinyPlus(FedTiny):
 
     def used(self, rounds: int) -> dict[str, Any]:
         used = super().used(rounds)
-        unused = {"growth_batches": self.growth_at == AFTER}
+        unused = {"growth_batches": self.growth_at in (AFTER, RANDOM)}
         unused["selection_steps"] = self.selection == BATCH_NORM
         return {**used, **{name: "not used" for name, silent in unused.items() if silent}}
 
@@ -121,9 +125,8 @@ class FedTinyPlus(FedTiny):
             outputs=self.keep_outputs,
         )  # fmt: skip
         state = self.started(pool, server, kinds=kinds)
-        if self.growth_at != FRESH:
-            return state
-        return replace(state, memory={**state.memory, "clients": server.num_clients})
+        more = {FRESH: {"clients": server.num_clients}, RANDOM: {"seed": server.seed}}
+        return replace(state, memory={**state.memory, **more.get(self.growth_at, {})})
 
     def select(self, pool: Pool, server: Start) -> tuple[int, Tensors, dict[str, Any]]:
         if self.selection == BATCH_NORM:
@@ -152,7 +155,7 @@ class FedTinyPlus(FedTiny):
     def settle(self, state: RunState, ask: AskSome) -> RunState:
         if self.growth_at != FRESH:
             return state
-        counts = self._due(replace(state, round_index=state.round_index - 1))
+        counts = self._planned(replace(state, round_index=state.round_index - 1))
         if not counts:
             return self._protected(state, before=state.model)
         request = growth_request(state.model, counts, batches=self.growth_batches)
@@ -169,9 +172,12 @@ class FedTinyPlus(FedTiny):
         return self._protected(moved, before=state.model)
 
     def growth_counts(self, state: RunState) -> dict[str, int]:
-        return {} if self.growth_at == FRESH else self._due(state)
+        return {} if self.growth_at == RANDOM else self.due(state)
 
-    def _due(self, state: RunState) -> dict[str, int]:
+    def due(self, state: RunState) -> dict[str, int]:
+        return {} if self.growth_at == FRESH else self._planned(state)
+
+    def _planned(self, state: RunState) -> dict[str, int]:
         """How many weights of each layer move at the end of the coming round."""
         return growth_counts(
             state, every=self.adjust_every, rate=self.adjust_rate, after=self.adjust_from
@@ -188,7 +194,11 @@ class FedTinyPlus(FedTiny):
 
     def adjusted(self, state: RunState, pooled: Pooled, counts: dict[str, int]) -> SparseState:
         keep = {name: self._kept(name, state, pooled.model) for name in counts}
-        return adjust(pooled.model, pooled.growth, counts, keep=keep)
+        growth = pooled.growth
+        if self.growth_at == RANDOM:
+            parts = (SEED_GROWTH, state.memory["seed"], state.round_index)
+            growth = drawn_growth(pooled.model, counts, rng(*parts))
+        return adjust(pooled.model, growth, counts, keep=keep)
 
     def _kept(self, name: str, state: RunState, model: SparseState) -> NDArray[np.bool_]:
         """Which active weights of a layer the coming adjustment must leave."""
@@ -201,6 +211,24 @@ class FedTinyPlus(FedTiny):
             places, there = find(pattern.positions(), np.array(grown.get(name, []), np.int64))
             kept[places[there]] = True
         return kept
+
+
+def drawn_growth(
+    model: SparseState, counts: Mapping[str, int], generator: np.random.Generator
+) -> Entries:
+    """So many pruned places of each layer, each as likely, with values in a random order.
+
+    Args:
+        counts: layer -> how many, no more than it has pruned weights.
+    """
+    drawn = {}
+    for name, count in counts.items():
+        pattern = model.pattern(name)
+        assert pattern is not None, "growth is at pruned places"
+        ranks = generator.choice(pattern.num_weights - pattern.num_active, count, replace=False)
+        values = np.arange(1, count + 1, dtype=np.float32)
+        drawn[name] = absent_at(pattern.positions(), ranks), values
+    return drawn
 
 
 def _grown(before: SparseState, after: SparseState) -> dict[str, list[int]]:

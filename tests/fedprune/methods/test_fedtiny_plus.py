@@ -138,7 +138,10 @@ def test_every_option_together_runs_keeps_the_density_and_repeats_itself(tmp_pat
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"growth_at": "before"}, "growth_at: expected one of after, merged, fresh; got 'before'"),
+        (
+            {"growth_at": "before"},
+            "growth_at: expected one of after, merged, fresh, random; got 'before'",
+        ),
         ({"growth_batches": -1}, "growth_batches: expected 0 or more, got -1"),
         ({"protect": -1}, "protect: expected 0 or more"),
         ({"adjust_from": 9, "adjust_until": 9}, r"adjust_from: expected less than adjust_until"),
@@ -307,6 +310,43 @@ def test_the_question_says_over_how_many_batches() -> None:
     assert plus(adjust_every=1).request(one_layer()).fields == {"grow": [[0, 2]]}
     later = dataclasses.replace(one_layer(), round_index=99)
     assert not plus(growth_at="merged", adjust_every=1).request(later).fields
+
+
+def test_random_growth_is_drawn_by_the_server_and_nobody_is_asked() -> None:
+    """Two of the twelve pruned places, each as likely; the two smallest weights make room."""
+    method, state = plus(growth_at="random", adjust_every=1), one_layer()
+    counts = np.zeros(20, int)
+    for seed in range(300):
+        drawn = dataclasses.replace(state, memory={**state.memory, "seed": seed})
+        request = method.request(drawn)
+        assert not request.fields
+        assert not request.expected.growth
+        pooled = Pooled([0], 1, states={MODEL: state.model})
+        after = method.update(drawn, pooled)
+        assert after.memory["adjustments"] == 1
+        assert active(method.update(drawn, pooled)) == active(after)
+        assert set(active(state)) - set(active(after)) == {1, 8}  # of values 1 and 3
+        grown = np.setdiff1d(active(after), active(state))
+        assert len(grown) == 2
+        assert after.model.values["w"][np.isin(active(after), grown)].tolist() == [0, 0]
+        counts[grown] += 1
+    assert counts[active(state)].sum() == 0
+    others = np.setdiff1d(np.arange(20), active(state))
+    assert (np.abs(counts[others] - 50) < 30).all()  # 50 expected, a deviation of about 6.5
+
+
+def test_random_growth_runs_for_fewer_bytes(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method__name": "fedtiny-plus", "method__adjust_until": 3}
+    drawn = tiny(**settings, method__growth_at="random", method__protect=1)
+    runs = [run_inline(drawn, tmp_path / name) for name in ("first", "second")]
+    assert digest(runs[0]) == digest(runs[1])
+    asked = run_inline(tiny(**settings), tmp_path / "asked")
+    lines, others = (
+        [line for line in read_metrics(run) if "round" in line] for run in (runs[0], asked)
+    )
+    assert [bool(line["adjusted"]) for line in lines] == [True, True, False, False]
+    assert len({line["density"] for line in lines}) == 1
+    assert lines[0]["bytes_up"] < others[0]["bytes_up"]
 
 
 # --- what may be pruned ------------------------------------------------------------------------

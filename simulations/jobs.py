@@ -6,6 +6,7 @@ of when that process dies, so that commands on one folder share the work.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import active_children, get_context, parent_process
@@ -128,20 +130,67 @@ def read_outcome(name: str, out: Path) -> Outcome | None:
         return None
 
 
+def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    """Note in a folder what its pieces share.
+
+    Raises:
+        ValueError: it has pieces of other settings.
+    """
+    file, text = out / "settings.json", json.dumps(settings, sort_keys=True, indent=1)
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{out} holds runs of other settings; give another folder with --out")
+    write_atomically(_made(file), text.encode())
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `workers_of` reads."""
+    parser.add_argument("--jobs", type=int, default=0, help="at a time; default cores, or GPUs")
+    parser.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster; local starts one here")
+
+
+@contextmanager
+def workers_of(given: argparse.Namespace, *, on_gpus: bool) -> Iterator[Workers]:
+    """Whoever does the work that a command asks for.
+
+    Raises:
+        SystemExit: there is no GPU, or the work was interrupted; it can go on another time.
+    """
+    try:
+        if given.ray:
+            with ray_cluster(given.ray, jobs=given.jobs, gpus=on_gpus) as workers:
+                yield workers
+            return
+        gpus = 0
+        if on_gpus:
+            import torch  # noqa: PLC0415
+
+            gpus = torch.cuda.device_count()
+            if gpus == 0:
+                raise SystemExit("the runs are for cuda and there is no GPU; give another device")
+        with processes(given.jobs or gpus or os.cpu_count() or 1, gpus=gpus) as workers:
+            yield workers
+    except BrokenProcessPool:
+        raise SystemExit(
+            "a process was killed, for want of memory perhaps; with fewer --jobs, the same "
+            "command goes on"
+        ) from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from where it was") from None
+
+
 @contextmanager
 def processes(count: int, *, gpus: int = 0, context: Any = None) -> Iterator[Workers]:
-    """Processes of this machine, of one thread each; with GPUs one for each of these."""
+    """Processes of this machine, of one thread each; each sees one GPU, the next in turn."""
     context = context or get_context("spawn")
     devices = context.SimpleQueue()
-    for device in range(gpus):
-        devices.put(str(device))
-    width = min(count, gpus) if gpus else count
+    for place in range(count if gpus else 0):
+        devices.put(str(place % gpus))
     others = active_children()
     with ProcessPoolExecutor(
-        width, mp_context=context, initializer=_begin, initargs=(devices, gpus > 0)
+        count, mp_context=context, initializer=_begin, initargs=(devices, gpus > 0)
     ) as pool:
         try:
-            yield Workers(width, lambda job, out: pool.submit(attempt, job, out))
+            yield Workers(count, lambda job, out: pool.submit(attempt, job, out))
         except BaseException:  # an interrupt, say: runs go on another time, from their last round
             pool.shutdown(wait=False, cancel_futures=True)
             for child in active_children():
