@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,11 +27,10 @@ from prunelab.networks import build_model
 from prunelab.runs.seeds import generator, stream_seed
 from prunelab.training.loop import TrainingConfig, predict, train
 from prunelab.training.task import ImageClassification
-from simulations.command import Call, parse
-from simulations.comparison.statistics import LEVEL, interval
-from simulations.data_table import Preset
+from simulations.command import parse
 from simulations.page import page, table
 from simulations.pruning_cells import Result, run_cells
+from simulations.statistics import LEVEL, interval
 
 METHODS = (
     "el2n", "el2n-20", "grand", "loss", "margin", "entropy", "forgetting", "aum", "dyn-unc",
@@ -41,16 +40,31 @@ METHODS = (
 WHAT = ("named", "precision", "recall")
 RULES = ("noise-rate", "class", "both", "confident-joint")
 EARLY = {"el2n": el2n, "loss": loss}
-PRESETS = {
-    "small": Preset(
-        "digits", "resnet8", 12, 64, 700, None,
-        {"noise": (0.2, 0.4), "runs": 10, "epochs_looked_at": (1, 2, 4, 8, 12)},
-    ),
-    "fashion": Preset(
-        "fashion-mnist", "resnet8", 12, 64, 6000, None,
-        {"noise": (0.2, 0.4), "runs": 10, "epochs_looked_at": (1, 2, 4, 8, 12)},
-    ),
-}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Size of an experiment.
+
+    Attributes:
+        dataset: a name, replaced by --data.
+        num_train: a stratified subset.
+        noise: shares of the labels that are flipped.
+        runs: models of each score that trains several.
+        epochs_looked_at: after which EL2N and the loss of one model are taken.
+    """
+
+    dataset: str
+    num_train: int
+    model: str = "resnet8"
+    epochs: int = 12
+    batch_size: int = 64
+    noise: tuple[float, ...] = (0.2, 0.4)
+    runs: int = 10
+    epochs_looked_at: tuple[int, ...] = (1, 2, 4, 8, 12)
+
+
+PRESETS = {"small": Preset("digits", 700), "fashion": Preset("fashion-mnist", 6000)}
 _NOISE, _MODEL, _ORDER = 0, 1, 2  # streams of the seed
 
 
@@ -127,9 +141,9 @@ def measured(
     }
     tables = score(
         samples, method=[*methods, *by_rule.values()], model=preset.model, out=out,
-        training=training, seed=stream_seed(seed, _MODEL), runs=preset.settings["runs"],
+        training=training, seed=stream_seed(seed, _MODEL), runs=preset.runs,
     )  # fmt: skip
-    looking = Looking(samples, is_noisy, preset.settings["epochs_looked_at"])
+    looking = Looking(samples, is_noisy, preset.epochs_looked_at)
     network = build_model(
         preset.model,
         num_classes=int(clean.labels.max()) + 1,
@@ -178,7 +192,7 @@ def body(results: Mapping[float, Sequence[Result]], preset: Preset) -> list[str]
             [
                 [
                     name,
-                    str(preset.settings["runs"] if trained[name] > 1 else trained[name]),
+                    str(preset.runs if trained[name] > 1 else trained[name]),
                     *spread(results, lambda cell, name=name: cell["auc"][name]),
                 ]
                 for name in names
@@ -218,13 +232,13 @@ def _of_rule(rule: str, what: str) -> Pick:
 
 
 def main() -> None:
-    call: Call = parse("noisy_labels", list(PRESETS))
+    call = parse("noisy_labels", list(PRESETS))
     preset = PRESETS[call.preset]
-    data = call.load(preset.dataset, num_train=preset.num_train, num_test=preset.num_test)
+    data = call.load(preset.dataset, num_train=preset.num_train, num_test=None)
     clean = ImageSamples.of(data)
     names = {
         (noise, seed): f"noise-{round(100 * noise)}-seed-{seed}"
-        for noise in preset.settings["noise"]
+        for noise in preset.noise
         for seed in call.seeds
     }
     settings = {"fingerprint": data.fingerprint, **asdict(preset)}
@@ -238,10 +252,7 @@ def main() -> None:
         call.out,
         settings=settings,
     )
-    results = {
-        noise: [cells[names[noise, seed]] for seed in call.seeds]
-        for noise in preset.settings["noise"]
-    }
+    results = {noise: [cells[names[noise, seed]] for seed in call.seeds] for noise in preset.noise}
     minutes = [cell["processor_seconds"] / 60 for cell in cells.values()]
     call.save(
         page(
@@ -251,7 +262,7 @@ def main() -> None:
             used=f", {call.threads} used",
             notes=[
                 f"{data.name}: {len(clean):,} training samples, fingerprint {data.fingerprint}; "
-                "test data were not read",
+                "test data were not used",
                 f"means over seeds {', '.join(map(str, call.seeds))} ± half of Student's "
                 f"{100 * LEVEL:g} % interval; a seed decides which labels are flipped and to what, "
                 "initial weights, order and subsets",
@@ -259,12 +270,7 @@ def main() -> None:
                 "minutes",
             ],
             body=body(results, preset),
-            settings={
-                "model": preset.model,
-                "epochs": preset.epochs,
-                "batch_size": preset.batch_size,
-                **preset.settings,
-            },
+            settings=asdict(preset),
         )
     )
 

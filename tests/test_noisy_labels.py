@@ -11,12 +11,9 @@ import torch
 from datapruning.scoring.methods import METHODS as KNOWN
 from prunelab.data.datasets import load_dataset
 from prunelab.data.samples import ImageSamples
-from simulations.data_table import Preset
-from simulations.noisy_labels import METHODS, RULES, body, found_by, measured, with_noise
+from simulations.noisy_labels import METHODS, RULES, Preset, body, found_by, measured, with_noise
 
-TINY = Preset(
-    "digits", "resnet8", 2, 30, 60, None, {"noise": (0.2,), "runs": 4, "epochs_looked_at": (1, 2)}
-)
+TINY = Preset("digits", 60, epochs=2, batch_size=30, noise=(0.2,), runs=4, epochs_looked_at=(1, 2))
 
 
 @pytest.fixture(scope="module")
