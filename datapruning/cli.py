@@ -185,6 +185,12 @@ def score(  # noqa: PLR0917 - the command's options
     show_table(["method", "samples", "lowest", "median", "highest"], rows)
     for name in names:
         say(f"{name}: {paths[name]}")
+    if "confident-learning" in tables:
+        wrong = int((tables["confident-learning"].scores > 1).sum())
+        say(
+            f"confident-learning: {wrong:,} labels look wrong; select --policy easiest --keep "
+            f"{len(tables['confident-learning']) - wrong} drops them and nothing else"
+        )
     for name in names:
         found = proxy_check(paths[name])
         if found is not None:

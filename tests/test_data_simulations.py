@@ -25,10 +25,12 @@ from prunelab.data.datasets import load_dataset
 from prunelab.data.tensors import PREPROCESSING
 from prunelab.errors import RunError
 from prunelab.networks import build_model
+from prunelab.runs.seeds import generator
 from prunelab.training.loop import TrainingConfig
 from simulations import kd_fractions, ten_metrics
 from simulations.jobs import FAILED, FINISHED, Outcome, Workers, attempt
 from simulations.kept import call
+from simulations.kept.flipped import flipped
 from simulations.kept.grid import (
     ALL,
     FRESH,
@@ -49,7 +51,6 @@ from simulations.kept.jobs import (
     ScoreJob,
     StudentJob,
     TeacherJob,
-    flipped,
     training_samples,
 )
 from simulations.kept.steps import Found, best_alphas, run_plan
@@ -241,14 +242,16 @@ def test_differences_are_paired_by_the_seeds_of_both() -> None:
 
 def test_flipped_labels_are_as_many_as_asked_for_and_all_others() -> None:
     labels = torch.arange(10).repeat(100)
-    changed = flipped(labels, 0.4, num_classes=10, seed=3)
+    changed, again, other = (
+        flipped(labels, 0.4, num_classes=10, random=generator(seed)) for seed in (3, 3, 4)
+    )
     assert int((changed != labels).sum()) == 400
-    assert torch.equal(changed, flipped(labels, 0.4, num_classes=10, seed=3))
-    assert not torch.equal(changed, flipped(labels, 0.4, num_classes=10, seed=4))
+    assert torch.equal(changed, again)
+    assert not torch.equal(changed, other)
     moves = ((changed - labels) % 10)[changed != labels].bincount(minlength=10)
     assert moves[0] == 0
     assert (moves[1:] > 20).all()  # 44 expected of each
-    assert torch.equal(flipped(labels, 0.0, num_classes=10, seed=3), labels)
+    assert torch.equal(flipped(labels, 0.0, num_classes=10, random=generator(3)), labels)
 
 
 def test_a_small_grid_for_real(tmp_path: Path) -> None:

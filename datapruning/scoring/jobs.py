@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -143,6 +143,16 @@ class Recipe:
             )
         )
 
+    def in_subset(self, method: Method) -> Tensor | None:
+        """What each of the method's models is trained on, bool [M, N]; None: on everything."""
+        if method.share == 1.0:
+            return None
+        table = torch.zeros(self.num_runs(method), len(self.samples), dtype=torch.bool)
+        # Others that take the same share may have more models; the first are this method's.
+        for row, inside in zip(table, self.drawn(method.share), strict=False):
+            row[inside] = True
+        return table
+
     def method_seed(self, name: str) -> int:
         """Seed of a method's own random choices."""
         return stream_seed(self.seed, _METHOD, *name.encode())
@@ -213,6 +223,7 @@ def observe_shard(recipe: Recipe, number: int) -> float:
                 device=torch.device(recipe.device),
                 num_runs=recipe.num_runs(method),
                 models=recipe.models(method),
+                in_subset=partial(_in_subset, recipe, method, rows),
                 prepared=None if prepared is None else prepared["value"],
             )
             wanted = (
@@ -234,11 +245,6 @@ def whole(recipe: Recipe, name: str, *, observed: Tensor | None = None) -> Whole
         recorder = Recorder(len(recipe.samples))
         recorder.load_state_dict(state)
         recorders.append(recorder)
-    in_subset = None
-    if method.share < 1.0:
-        in_subset = torch.zeros(recipe.num_runs(method), len(recipe.samples), dtype=torch.bool)
-        for number, rows in enumerate(recipe.drawn(method.share)):
-            in_subset[number, rows] = True
     return Whole(
         samples=recipe.samples,
         task=recipe.task,
@@ -246,7 +252,7 @@ def whole(recipe: Recipe, name: str, *, observed: Tensor | None = None) -> Whole
         device=torch.device(recipe.device),
         observed=observed,
         recorders=recorders,
-        in_subset=in_subset,
+        in_subset=recipe.in_subset(method),
         models=recipe.models(method) if method.runs else None,
         rates=recipe.rates(method),
         prepared=(recipe.parts.load(f"{name}.pt") or {"value": None})["value"],
@@ -310,6 +316,12 @@ def _train(recipe: Recipe, run: Run, progress: Progress | None) -> float:
     if recorder is not None:
         recipe.parts.save(f"{run.name}/recorder.pt", recorder.state_dict())
     return keeper.seconds
+
+
+def _in_subset(recipe: Recipe, method: Method, rows: Tensor) -> Tensor:
+    table = recipe.in_subset(method)
+    assert table is not None, "a method that asks what models saw has a share below 1"
+    return table[:, rows]
 
 
 def _kept(run: Run, epoch: int) -> str:

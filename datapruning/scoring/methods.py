@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from datapruning.errors import ScoreError
-from datapruning.scores import dynamics, memorization
+from datapruning.scores import confident, dynamics, memorization
 from datapruning.scores.error import el2n, entropy, margin
 from datapruning.scoring import steps
 from prunelab.errors import close_names
@@ -144,6 +144,9 @@ def _influence(solver: str, how: str) -> Method:
     )
 
 
+_NORTHCUTT = (
+    "Northcutt et al., Confident Learning: Estimating Uncertainty in Dataset Labels (JAIR 2021)"
+)
 _PAUL = "Paul et al., Deep Learning on a Data Diet (NeurIPS 2021)"
 _FELDMAN = "Feldman and Zhang, What Neural Networks Memorize and Why (NeurIPS 2020)"
 _SNL = "Sorscher et al., Beyond neural scaling laws (NeurIPS 2022)"
@@ -271,6 +274,24 @@ METHODS: dict[str, Method] = {
         share=0.7,
         observe=steps.correct_by_model,
         finish=steps.of_subsets(memorization.influence_sum_abs),
+    ),
+    "self-confidence": Method(
+        "How far models not trained on a sample doubt its label, 1 − p_y; high: mislabelled.",
+        _NORTHCUTT,
+        runs=10,
+        share=0.7,
+        observe=steps.held_out_probabilities,
+        finish=steps.of_held_out(confident.self_confidence),
+    ),
+    "confident-learning": Method(
+        "Self-confidence, above 1 for labels that the confident joint finds wrong; high: "
+        "mislabelled.",
+        _NORTHCUTT,
+        runs=10,
+        share=0.7,
+        observe=steps.held_out_probabilities,
+        finish=steps.of_held_out(confident.confident_learning),
+        options={"prune_by": "noise-rate"},
     ),
     "prototypes-ssl": Method(
         "Distance to the nearest k-means centroid of a self-supervised embedding; high: untypical.",

@@ -32,6 +32,7 @@ class Shard:
         rows: int64 [B], row numbers.
         num_runs: trained models that the method asked for.
         models: run -> its model at each of the method's moments, in eval mode on the device.
+        in_subset: () -> bool [M, B], what each model was trained on, for a share below 1.
         prepared: what the method's `prepare` returned.
     """
 
@@ -41,6 +42,7 @@ class Shard:
     device: torch.device
     num_runs: int
     models: Callable[[int], Sequence[nn.Module]]
+    in_subset: Callable[[], Tensor]
     prepared: Any = None
 
     def batches(self) -> Iterator[Any]:
@@ -190,6 +192,25 @@ def of_subsets(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if score is memorization.memorization:
             return score(correct, whole.in_subset)
         return score(correct, whole.in_subset, rows=rows)
+
+    return finish
+
+
+def held_out_probabilities(shard: Shard) -> Tensor:
+    """Mean probabilities, float64 [B, C], over those models that were not trained on a sample."""
+    is_out = ~shard.in_subset()
+    total = torch.zeros((), dtype=torch.float64)
+    for (logits, _), out in zip(_logits(shard), is_out, strict=True):
+        total = total + logits.double().softmax(1).cpu() * out[:, None]
+    return total / is_out.sum(0)[:, None]
+
+
+def of_held_out(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A score of (out-of-sample probabilities, labels)."""
+
+    def finish(whole: Whole, **options: Any) -> Tensor:
+        assert whole.samples.labels is not None
+        return score(_observed(whole), whole.samples.labels, **options)
 
     return finish
 

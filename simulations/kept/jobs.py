@@ -28,6 +28,7 @@ from prunelab.runs.threads import computing
 from prunelab.training.loop import Objective, Rows, TrainingConfig, evaluate, train
 from prunelab.training.task import ImageClassification
 from simulations.jobs import DID_DIVERGE, FINISHED, Outcome
+from simulations.kept.flipped import flipped
 from simulations.kept.grid import ALL, FRESH, RANDOM, Setting, Student
 
 TASK = ImageClassification()
@@ -50,25 +51,9 @@ def data_of(setting: Setting) -> ImageSet:
 def training_samples(setting: Setting, noise: float = 0.0, seed: int = 0) -> ImageSamples:
     """The training side, with this share of its labels changed."""
     data = data_of(setting)
-    labels = flipped(
-        data.train_labels, noise, num_classes=data.num_classes, seed=stream_seed(seed, _NOISE)
-    )
+    random = generator(stream_seed(seed, _NOISE))
+    labels = flipped(data.train_labels, noise, num_classes=data.num_classes, random=random)
     return ImageSamples(data.train_images, labels, class_names=data.class_names)
-
-
-def flipped(labels: Tensor, share: float, *, num_classes: int, seed: int) -> Tensor:
-    """Labels of which ⌊share · N⌋, drawn at random, become another class, each as likely.
-
-    >>> changed = flipped(torch.zeros(10, dtype=torch.int64), 0.4, num_classes=3, seed=0)
-    >>> int((changed != 0).sum())
-    4
-    """
-    random = generator(seed)
-    rows = torch.randperm(len(labels), generator=random)[: int(share * len(labels))]
-    shift = torch.randint(1, num_classes, (len(rows),), generator=random)
-    result = labels.clone()
-    result[rows] = (labels[rows] + shift) % num_classes
-    return result
 
 
 def training_config(setting: Setting, *, epochs: int) -> TrainingConfig:

@@ -16,6 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from processes import Command
@@ -154,6 +155,25 @@ def test_dual_scores_are_drawn_with_their_confidence(tmp_path: Path) -> None:
     kept = Subset.read(tmp_path / "kept-dual.parquet")
     expected = table.select(keep=100, policy="dual-beta", confidence=table.confidence)
     assert torch.equal(kept.ids, expected.ids)
+
+
+def test_labels_that_look_wrong_are_counted_and_dropped(tmp_path: Path) -> None:
+    """`score` says how many to keep; `select` then keeps those that it did not name."""
+    digits = load_dataset("digits", num_train=60)
+    np.savez(
+        tmp_path / "d.npz", inputs=digits.train_images.numpy(), targets=digits.train_labels.numpy()
+    )
+    method = ("--method", "confident-learning", "--runs", "4", "--epochs", "1")
+    done = datapruning("score", "d.npz", *method, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = re.search(r"(\d+) labels look wrong; select (.*) drops them", done.stdout)
+    assert said is not None, done.stdout
+    done = datapruning("select", "scores.parquet", *said[2].split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = ScoreTable.read(tmp_path / "scores.parquet")
+    assert int(said[1]) == int((table.scores > 1).sum()) > 0
+    kept = Subset.read(tmp_path / "kept.parquet")
+    assert torch.equal(kept.ids, table.ids[table.scores <= 1])
 
 
 def test_keep_one_is_one_sample_and_a_share_has_a_dot_or_percent(
