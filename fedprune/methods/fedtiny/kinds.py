@@ -2,9 +2,9 @@
 
 "noise" is FedTiny's own; "uniform" has the same density in every layer; "erk" noisy
 Erdős–Rényi-kernel densities, "erk-conv" those of the convolutions alone, without noise; all four
-are magnitude masks of the server's model and share its weights. "synflow" is SynFlow's mask of it,
-"narrow" a narrow dense network inside it, and "gradual" is pruned while it is trained on the
-server's samples.
+are magnitude masks of the server's model and share its weights. "synflow" and "snip" are those
+methods' masks of it, "narrow" a narrow dense network inside it, and "gradual" is pruned while it is
+trained on the server's samples.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from fedprune.local.training import train_epochs
 from fedprune.methods.base import Start
 from fedprune.methods.fedtiny.narrow import narrow_mask
 from fedprune.methods.fedtiny.pool import Pool, candidate_pool
+from fedprune.methods.fixed_mask import FixedMask
+from fedprune.methods.snip import Snip
 from fedprune.methods.synflow import SynFlow
 from prunelab.errors import RunError
 from prunelab.runs.seeds import rng, stream_seed
@@ -90,13 +92,18 @@ def _erk_conv(server: Start, density: float, number: int) -> Counts:
 # --- states of their own -----------------------------------------------------------------------
 
 
-def _synflow(server: Start, density: float, outputs: bool) -> SparseState:
-    dense = server.state()
-    try:
-        state = carry(dense, SynFlow(density=density).mask(server))
-    except MaskError as error:
-        raise RunError(f"candidates: 'synflow': {error}; leave it out") from None
-    return with_outputs(state, dense) if outputs else state
+def _masked_by(method: type[FixedMask]) -> Callable[[Start, float, bool], SparseState]:
+    """The candidate of a method with a mask from the start."""
+
+    def state_of(server: Start, density: float, outputs: bool) -> SparseState:
+        dense = server.state()
+        try:
+            state = carry(dense, method(density=density).mask(server))
+        except MaskError as error:
+            raise RunError(f"candidates: {method.name!r}: {error}; leave it out") from None
+        return with_outputs(state, dense) if outputs else state
+
+    return state_of
 
 
 def _narrow(server: Start, density: float, outputs: bool) -> SparseState:
@@ -154,7 +161,8 @@ COUNTS: Mapping[str, Callable[[Start, float, int], Counts]] = {
     "erk-conv": _erk_conv,
 }
 STATES: Mapping[str, Callable[[Start, float, bool], SparseState]] = {
-    SynFlow.name: _synflow,
+    SynFlow.name: _masked_by(SynFlow),
+    Snip.name: _masked_by(Snip),
     "gradual": _gradual,
     "narrow": _narrow,
 }

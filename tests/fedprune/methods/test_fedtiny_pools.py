@@ -36,6 +36,7 @@ from fedprune.methods.fedtiny.trials import (
     select_by_trial,
     try_steps,
 )
+from fedprune.methods.snip import Snip
 from fedprune.methods.synflow import SynFlow
 from fedprune.rounds.folder import read_metrics
 from fedprune.rounds.setup import Setup
@@ -122,11 +123,11 @@ def test_a_pool_that_keeps_outputs_is_still_a_union_and_counts(density: float) -
 
 def test_every_kind_meets_the_density_and_travels_sparse(setup: Setup) -> None:
     pool, names = pool_of_kinds(
-        KINDS, start_of(setup), 0.2, num_candidates=9, outputs=False
+        KINDS, start_of(setup), 0.2, num_candidates=10, outputs=False
     )  # fmt: skip
     nested = ["noise", "erk", "noise", "erk", "uniform", "erk-conv"]
-    assert names == [*nested, "synflow", "gradual", "narrow"]
-    assert len({mask.digest() for mask in masks(pool)}) == 9
+    assert names == [*nested, "synflow", "snip", "gradual", "narrow"]
+    assert len({mask.digest() for mask in masks(pool)}) == 10
     for name, mask in zip(names, masks(pool), strict=True):
         assert mask.density == pytest.approx(0.2, rel=0.02 if name != "narrow" else 0.15)
         assert mask.density <= 0.2 * 1.02
@@ -147,6 +148,7 @@ def test_kinds_by_their_own_definitions(setup: Setup) -> None:
     assert one["uniform"].counts() == uniform(start.prunable, 0.2)
     assert one["erk-conv"].counts() == erk_conv(start.prunable, 0.2)
     assert one["synflow"] == SynFlow(density=0.2).mask(start)
+    assert one["snip"] == Snip(density=0.2).mask(start)
     (faithful,) = masks(
         candidate_pool(
             dense, candidate_counts(start.prunable, 0.2, num_candidates=1, seed=start.seed)
