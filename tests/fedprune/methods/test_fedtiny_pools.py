@@ -374,14 +374,14 @@ def test_selections_that_cannot_be_are_refused(setup: Setup) -> None:
 @pytest.mark.parametrize("selection", ["batch-norm", "steps", "flow"])
 def test_runs_of_all_kinds_say_who_won(selection: str, tmp_path: Path) -> None:
     config = tiny(
-        method__name="fedtiny-plus", method__candidates=", ".join(KINDS), method__pool_size=7,
+        method__name="fedtiny-plus", method__candidates=", ".join(KINDS), method__pool_size=8,
         method__selection=selection, method__selection_steps=2, method__keep_outputs=True,
         method__growth_at="merged", training__rounds=2, server__pretrain_epochs=2,
     )  # fmt: skip
     out = run_inline(config, tmp_path / "run")
     (account,) = [line["selection"] for line in read_metrics(out) if "selection" in line]
     assert account["kinds"] == list(KINDS)
-    assert len(account["densities"]) == 7
-    assert 0 <= account["winner"] < 7
+    assert len(account["densities"]) == 8
+    assert 0 <= account["winner"] < 8
     if selection == "flow":
         assert digest(run_inline(config, tmp_path / "again")) == digest(out)
