@@ -47,7 +47,6 @@ from simulations.kept.grid import (
 )
 from simulations.kept.jobs import (
     REFUSED,
-    Renormalised,
     ScoreJob,
     StudentJob,
     TeacherJob,
@@ -55,6 +54,7 @@ from simulations.kept.jobs import (
 )
 from simulations.kept.steps import Found, best_alphas, run_plan
 from simulations.kept.tables import all_of, difference, verdict
+from simulations.kept.teachers import Padded, Renormalised
 from simulations.statistics import interval
 
 TINY = Setting("digits", 120, 60, "resnet8", 1, 40)
@@ -315,6 +315,14 @@ def test_given_teachers_see_images_as_they_were_trained_on(tmp_path: Path) -> No
     assert torch.allclose(seen, expected, atol=1e-6)
 
 
+def test_a_shortcut_without_parameters_by_hand() -> None:
+    image = torch.arange(9.0).reshape(1, 1, 3, 3)
+    shown = Padded(2, 1, 4)(image)
+    assert shown.shape == (1, 4, 2, 2)
+    assert shown[0, 1].tolist() == [[0, 2], [6, 8]]
+    assert shown[0, [0, 2, 3]].abs().sum() == 0
+
+
 def test_given_teachers_are_read_and_checked(tmp_path: Path) -> None:
     model = build_model("resnet8", num_classes=10, input_shape=(1, 8, 8), seed=5)
     state = {k: v for k, v in model.state_dict().items() if not k.endswith("batches_tracked")}
@@ -326,6 +334,11 @@ def test_given_teachers_are_read_and_checked(tmp_path: Path) -> None:
     assert torch.equal(job.model(tmp_path)(images), model.eval()(images))
     with pytest.raises(RunError, match=r"resnet20\.safetensors is no resnet20"):
         TeacherJob(setting, "resnet20", 0).model(tmp_path)
+    padded = {k.replace("fc.", "linear."): v for k, v in state.items() if ".downsample." not in k}
+    save_file(padded, tmp_path / "resnet8.safetensors")  # of shortcuts without parameters
+    other = job.model(tmp_path)
+    assert not any(".downsample." in name for name, _ in other.named_parameters())
+    assert other(images).shape == (4, 10)
     save_file(state, tmp_path / "resnet20.safetensors")
     with pytest.raises(RunError, match="does not match"):
         TeacherJob(setting, "resnet20", 0).model(tmp_path)

@@ -20,7 +20,6 @@ from datapruning.students.comparison import full_steps
 from datapruning.students.distill import HELD_OUT, held_out_rows, kd_objective, teacher_logits
 from prunelab.data.datasets import ImageSet, load_dataset
 from prunelab.data.samples import ImageSamples
-from prunelab.data.tensors import PREPROCESSING
 from prunelab.errors import RunError
 from prunelab.networks import build_model
 from prunelab.runs.seeds import generator, stream_seed
@@ -30,6 +29,7 @@ from prunelab.training.task import ImageClassification
 from simulations.jobs import DID_DIVERGE, FINISHED, Outcome
 from simulations.kept.flipped import flipped
 from simulations.kept.grid import ALL, FRESH, RANDOM, Setting, Student
+from simulations.kept.teachers import given_teacher
 
 TASK = ImageClassification()
 REFUSED = "refused"  # a policy that cannot choose from these scores
@@ -147,7 +147,7 @@ class TeacherJob:
         setting, seed = self.setting, stream_seed(self.seed, _TEACHER)
         model = _built(setting, self.teacher, seed)
         if self.is_given:
-            return _from_file(model, setting, self.teacher).eval()
+            return given_teacher(model, setting, self.teacher).eval()
         train(
             model, training_samples(setting, self.noise, self.seed), TASK,
             config=training_config(setting, epochs=setting.epochs), seed=seed,
@@ -260,45 +260,3 @@ def _built(setting: Setting, model: str, seed: int) -> nn.Module:
 def _test_samples(setting: Setting) -> ImageSamples:
     data = data_of(setting)
     return ImageSamples(data.test_images, data.test_labels)
-
-
-def _from_file(model: nn.Module, setting: Setting, teacher: str) -> nn.Module:
-    """A network with somebody's weights.
-
-    Raises:
-        RunError: there is no such file, or it is of another network.
-    """
-    from safetensors.torch import load_file  # noqa: PLC0415
-
-    file = Path(setting.teachers) / f"{teacher}.safetensors"
-    try:
-        missing, unexpected = model.load_state_dict(load_file(file), strict=False)
-    except (OSError, RuntimeError) as error:
-        raise RunError(f"{file} is no {teacher}: {error}") from None
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        raise RunError(f"{file} is no {teacher}: {[*missing, *unexpected][0]} does not match")
-    return Renormalised(model, setting.mean, setting.std) if setting.mean else model
-
-
-class Renormalised(nn.Module):
-    """A network that takes images as we prepare them, and was trained on others.
-
-    Args:
-        mean, std: of each channel, that its own images were normalised by.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.network = network
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[N, C, H, W] -> logits."""
-        raw = images * PREPROCESSING.std[0] + PREPROCESSING.mean[0]
-        logits: Tensor = self.network((raw - self.mean) / self.std)
-        return logits
