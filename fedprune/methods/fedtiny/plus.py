@@ -40,8 +40,8 @@ from sparsemodel.runtime.outputs import largest_of_rows
 from sparsemodel.runtime.positions import absent_at, find
 from sparsemodel.runtime.state import Entries, SparseState, Tensors
 
-AFTER, MERGED, FRESH, RANDOM = "after", "merged", "fresh", "random"
-GROWTH_PLACES = (AFTER, MERGED, FRESH, RANDOM)
+AFTER, MERGED, FRESH, DRAWN = "after", "merged", "fresh", "drawn"
+GROWTH_PLACES = (AFTER, MERGED, FRESH, DRAWN)
 SEED_GROWTH = 15  # the first part of a derived seed says what it is for
 BATCH_NORM = "batch-norm"
 SELECTIONS = (BATCH_NORM, STEPS, FLOW)
@@ -55,7 +55,7 @@ class FedTinyPlus(FedTiny):
         growth_at: where clients measure gradients at pruned weights: "after" their local epochs,
             on one mini-batch (faithful); at the "merged" model that they receive, before them; or
             "fresh", at the merged model of the round's end, in a question of its own, whose answers
-            the server must see one by one; or "random": nowhere, the server draws what grows, as
+            the server must see one by one; or "drawn": nowhere, the server draws what grows, as
             in Mocanu et al., Scalable Training of Artificial Neural Networks with Adaptive Sparse
             Connectivity (2018). The mask moves at the round's end in any case.
         growth_batches: mini-batches of a merged model's gradients; 0: all training samples.
@@ -110,7 +110,7 @@ class FedTinyPlus(FedTiny):
 
     def used(self, rounds: int) -> dict[str, Any]:
         used = super().used(rounds)
-        unused = {"growth_batches": self.growth_at in (AFTER, RANDOM)}
+        unused = {"growth_batches": self.growth_at in (AFTER, DRAWN)}
         unused["selection_steps"] = self.selection == BATCH_NORM
         return {**used, **{name: "not used" for name, silent in unused.items() if silent}}
 
@@ -125,7 +125,7 @@ class FedTinyPlus(FedTiny):
             outputs=self.keep_outputs,
         )  # fmt: skip
         state = self.started(pool, server, kinds=kinds)
-        more = {FRESH: {"clients": server.num_clients}, RANDOM: {"seed": server.seed}}
+        more = {FRESH: {"clients": server.num_clients}, DRAWN: {"seed": server.seed}}
         return replace(state, memory={**state.memory, **more.get(self.growth_at, {})})
 
     def select(self, pool: Pool, server: Start) -> tuple[int, Tensors, dict[str, Any]]:
@@ -172,7 +172,7 @@ class FedTinyPlus(FedTiny):
         return self._protected(moved, before=state.model)
 
     def growth_counts(self, state: RunState) -> dict[str, int]:
-        return {} if self.growth_at == RANDOM else self.due(state)
+        return {} if self.growth_at == DRAWN else self.due(state)
 
     def due(self, state: RunState) -> dict[str, int]:
         return {} if self.growth_at == FRESH else self._planned(state)
@@ -195,7 +195,7 @@ class FedTinyPlus(FedTiny):
     def adjusted(self, state: RunState, pooled: Pooled, counts: dict[str, int]) -> SparseState:
         keep = {name: self._kept(name, state, pooled.model) for name in counts}
         growth = pooled.growth
-        if self.growth_at == RANDOM:
+        if self.growth_at == DRAWN:
             parts = (SEED_GROWTH, state.memory["seed"], state.round_index)
             growth = drawn_growth(pooled.model, counts, rng(*parts))
         return adjust(pooled.model, growth, counts, keep=keep)

@@ -140,7 +140,7 @@ def test_every_option_together_runs_keeps_the_density_and_repeats_itself(tmp_pat
     [
         (
             {"growth_at": "before"},
-            "growth_at: expected one of after, merged, fresh, random; got 'before'",
+            "growth_at: expected one of after, merged, fresh, drawn; got 'before'",
         ),
         ({"growth_batches": -1}, "growth_batches: expected 0 or more, got -1"),
         ({"protect": -1}, "protect: expected 0 or more"),
@@ -314,7 +314,7 @@ def test_the_question_says_over_how_many_batches() -> None:
 
 def test_random_growth_is_drawn_by_the_server_and_nobody_is_asked() -> None:
     """Two of the twelve pruned places, each as likely; the two smallest weights make room."""
-    method, state = plus(growth_at="random", adjust_every=1), one_layer()
+    method, state = plus(growth_at="drawn", adjust_every=1), one_layer()
     counts = np.zeros(20, int)
     for seed in range(300):
         drawn = dataclasses.replace(state, memory={**state.memory, "seed": seed})
@@ -337,7 +337,7 @@ def test_random_growth_is_drawn_by_the_server_and_nobody_is_asked() -> None:
 
 def test_random_growth_runs_for_fewer_bytes(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"method__name": "fedtiny-plus", "method__adjust_until": 3}
-    drawn = tiny(**settings, method__growth_at="random", method__protect=1)
+    drawn = tiny(**settings, method__growth_at="drawn", method__protect=1)
     runs = [run_inline(drawn, tmp_path / name) for name in ("first", "second")]
     assert digest(runs[0]) == digest(runs[1])
     asked = run_inline(tiny(**settings), tmp_path / "asked")
