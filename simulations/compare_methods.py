@@ -25,7 +25,7 @@ from simulations.comparison.presets import PRESETS
 from simulations.comparison.report import write_page
 from simulations.comparison.steps import Call, compare
 from simulations.comparison.tuning import tuning_cells
-from simulations.jobs import FAILED, add_options, check_settings, workers_of
+from simulations.jobs import FAILED, check_settings, parsed, workers_of
 
 T = TypeVar("T")
 
@@ -50,11 +50,8 @@ def parse(words: Sequence[str] | None = None) -> tuple[Call, argparse.Namespace]
     parser.add_argument("--no-tuning", action="store_true", help="--set training.lr=... for all")
     parser.add_argument("--data", help="a folder of parquet, or a name, instead of the data set")
     parser.add_argument("--out", type=Path, help="where runs go; default runs/NAME-PRESET")
-    add_options(parser)
     parser.add_argument("--table-only", action="store_true", help="run nothing")
-    given = parser.parse_args(words)
-    if given.jobs < 0:
-        parser.error(f"--jobs {given.jobs}: how many at a time; 0: cores, or GPUs")
+    given = parsed(parser, words)
     try:
         return _call(given), given
     except (PrunelabError, ValueError) as error:

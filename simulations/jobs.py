@@ -142,10 +142,18 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
     write_atomically(_made(file), text.encode())
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `workers_of` reads."""
+def parsed(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """A command line with what `workers_of` reads.
+
+    Raises:
+        SystemExit: it asks for what cannot be.
+    """
     parser.add_argument("--jobs", type=int, default=0, help="at a time; default cores, or GPUs")
     parser.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster; local starts one here")
+    given = parser.parse_args(words)
+    if given.jobs < 0:
+        parser.error(f"--jobs {given.jobs}: how many at a time; 0: cores, or GPUs")
+    return given
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from prunelab.errors import PrunelabError
-from simulations.jobs import FAILED, add_options, check_settings, workers_of
+from simulations.jobs import FAILED, check_settings, parsed, workers_of
 from simulations.kept.grid import Plan
 from simulations.kept.jobs import data_of
 from simulations.kept.steps import Found, run_plan
@@ -38,8 +38,7 @@ def main(
             "normalised as ImageNet's",
         )  # fmt: skip
     parser.add_argument("--table-only", action="store_true", help="run nothing")
-    add_options(parser)
-    given = parser.parse_args(words)
+    given = parsed(parser, words)
     try:
         plan = _plan(presets[given.preset], given)
         out = given.out or Path("runs") / f"{name}-{given.preset}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 BUDGETS = ("epochs", "steps")
 """As many passes as over all data, so fewer optimiser steps; or as many steps, so more passes."""
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+NOISY_KEEP = 0.5  # of changed labels, against all of them
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Plan:
     tuning_seeds: Sequence[int] = (1000,)
     noises: Sequence[float] = ()
     budgets: Sequence[str] = BUDGETS
-    notes: Sequence[str] = field(default_factory=tuple)
+    notes: Sequence[str] = ()
 
     @property
     def methods(self) -> list[str]:
@@ -166,9 +167,6 @@ def alpha_keys(plan: Plan) -> list[AlphaKey]:
         for noise in plan.noises
         for budget in plan.budgets
     ]
-
-
-NOISY_KEEP = 0.5
 
 
 def tuning_students(plan: Plan) -> list[Student]:
@@ -226,4 +224,4 @@ def _noisy(plan: Plan, alphas: dict[AlphaKey, float], seed: int) -> list[Student
             key = AlphaKey(plan.teachers[0], NOISY_KEEP, budget, noise)
             if (alpha := alphas.get(key)) is not None:
                 found.append(Student(RANDOM, NOISY_KEEP, budget, seed, noise, key.teacher, alpha))
-    return list(dict.fromkeys(found))
+    return found

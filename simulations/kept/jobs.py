@@ -47,9 +47,13 @@ def data_of(setting: Setting) -> ImageSet:
     return load(setting.dataset, setting.num_train, setting.num_test)
 
 
-@lru_cache(maxsize=4)
 def training_samples(setting: Setting, noise: float = 0.0, seed: int = 0) -> ImageSamples:
     """The training side, with this share of its labels changed."""
+    return _changed(setting, noise, seed if noise else 0)  # without noise every seed's are the same
+
+
+@lru_cache(maxsize=4)
+def _changed(setting: Setting, noise: float, seed: int) -> ImageSamples:
     data = data_of(setting)
     random = generator(stream_seed(seed, _NOISE))
     labels = flipped(data.train_labels, noise, num_classes=data.num_classes, random=random)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from prunelab.pages.units import mean_and_spread
 from simulations.jobs import FINISHED
-from simulations.kept.grid import ALL, Plan, distilled_with
+from simulations.kept.grid import ALL, distilled_with
 from simulations.kept.steps import Found
 from simulations.page import page, table
 from simulations.statistics import Interval, interval, seeds_needed
@@ -99,7 +99,7 @@ def kept_page(title: str, found: Found, *, command: str, data: str, body: Sequen
     Args:
         data: what the data are, in a line.
     """
-    plan: Plan = found.plan
+    plan = found.plan
     notes = [
         data,
         "test accuracy in %, mean ± sample standard deviation over seeds "
