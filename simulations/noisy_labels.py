@@ -104,7 +104,7 @@ def auc(is_noisy: Tensor, scores: Tensor) -> float:
 def found_by(is_noisy: Tensor, issues: Tensor) -> dict[str, float]:
     """Share of samples that are named, of named ones that are noisy, of noisy ones named.
 
-    >>> found_by(torch.tensor([True, True, False]), torch.tensor([True, False, False]))["recall"]
+    >>> found_by(Tensor([1, 1, 0]).bool(), Tensor([1, 0, 0]).bool())["recall"]
     0.5
     """
     right = int((is_noisy & issues).sum())
