@@ -108,7 +108,6 @@ PRESETS = {
         densities=(0.01, 0.03),
         rates=(0.025, 0.05, 0.1),
         own=_own((0.025, 1, 10), (0.05, 1, 10), (0.05, 2, 7)),
-        tuning_seeds=(1000, 1001),
     ),
     "fashion": Preset(
         "Federated pruning on Fashion-MNIST",
@@ -116,7 +115,6 @@ PRESETS = {
         densities=(0.01, 0.03),
         rates=(0.05, 0.1, 0.2, 0.4),
         own=_own((0.05, 1, 10), (0.1, 1, 10), (0.1, 2, 7), (0.2, 1, 10)),
-        tuning_seeds=(1000, 1001),
     ),
     "resnet8": Preset(
         "Federated pruning on CIFAR-10 with a narrow network",
