@@ -5,7 +5,8 @@
 Each method's learning rate is tuned first, by the same number of runs, on other seeds than the
 table's and on samples that clients keep from training; the test set is read by the table's runs
 alone. Every run is a folder; a finished one is not run again, an interrupted one goes on, and
-commands on one folder share the work. `--table-only` writes the page of what there is.
+commands on one folder share the work. `--table-only` writes the page of what there is. The
+outcomes behind a saved page are beside it: with `--archive` a table is widened, not run anew.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fedprune.config import RunConfig, parse_assignments
 from fedprune.methods import METHODS
 from prunelab.data.datasets import check_dataset
 from prunelab.errors import PrunelabError
+from simulations.archive import archived
 from simulations.comparison.cells import Point, grid
 from simulations.comparison.presets import PRESETS
 from simulations.comparison.report import write_page
@@ -50,6 +52,10 @@ def parse(words: Sequence[str] | None = None) -> tuple[Call, argparse.Namespace]
     parser.add_argument("--no-tuning", action="store_true", help="--set training.lr=... for all")
     parser.add_argument("--data", help="a folder of parquet, or a name, instead of the data set")
     parser.add_argument("--out", type=Path, help="where runs go; default runs/NAME-PRESET")
+    parser.add_argument(
+        "--archive", type=Path, metavar="FILE",
+        help="of outcomes: those in it are not run again, and it is brought up to date",
+    )  # fmt: skip
     parser.add_argument("--table-only", action="store_true", help="run nothing")
     given = parsed(parser, words)
     try:
@@ -107,7 +113,7 @@ def _call(given: argparse.Namespace) -> Call:
     # What cannot be is told before a run.
     for cell in [*tuning_cells(chosen_preset, call.pairs), *cells]:
         cell.config({**settings, "training.device": "cpu"})
-    if given.table_only and not (out / "outcomes").is_dir():
+    if given.table_only and not (given.archive or (out / "outcomes").is_dir()):
         raise ValueError(f"--table-only: there are no runs in {out}")
     check_settings(out, settings)
     return call
@@ -142,12 +148,14 @@ def _alpha(text: str) -> float | None:
 def main() -> None:
     """Run what is missing and write the page."""
     call, given = parse()
-    if given.table_only:
-        found = compare(call, None)
-    else:
-        on_gpus = call.preset.settings.get("training.device") == "cuda"
-        with workers_of(given, on_gpus=on_gpus) as workers:
-            found = compare(call, workers)
+    settings = call.preset.settings
+    with archived(given.archive, call.out, settings):
+        if given.table_only:
+            found = compare(call, None)
+        else:
+            on_gpus = settings.get("training.device") == "cuda"
+            with workers_of(given, on_gpus=on_gpus) as workers:
+                found = compare(call, workers)
     text = write_page(call, found)
     call.saved.write_text(text, encoding="utf-8")
     print(text)

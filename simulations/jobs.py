@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, Protocol
@@ -114,10 +114,9 @@ def attempt(job: Job, out: Path) -> Outcome | None:
                 outcome = job.run(out)
             except Exception:  # one piece must not end the others
                 outcome = Outcome(FAILED, reason=traceback.format_exc())
-            values = {**asdict(outcome), "commit": commit()}
-            text = json.dumps(values, indent=1)
-            write_atomically(_made(_file(job.name, out)), text.encode())
-            return Outcome(**values)
+            outcome = replace(outcome, commit=commit())
+            write_outcome(job.name, out, outcome)
+            return outcome
     except Timeout:
         return None
 
@@ -128,6 +127,12 @@ def read_outcome(name: str, out: Path) -> Outcome | None:
         return Outcome(**json.loads(_file(name, out).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
+
+
+def write_outcome(name: str, out: Path, outcome: Outcome) -> None:
+    """Note what became of a piece."""
+    text = json.dumps(asdict(outcome), indent=1)
+    write_atomically(_made(_file(name, out)), text.encode())
 
 
 def check_settings(out: Path, settings: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from fedprune.flower import client
 from fedprune.methods import METHODS
 from fedprune.rounds.folder import SUMMARY
 from simulations import jobs
+from simulations.archive import archived
 from simulations.compare_methods import parse
 from simulations.comparison.cells import Cell, CellJob, Point, grid, pairs
 from simulations.comparison.presets import PRESETS, Preset
@@ -40,6 +41,7 @@ from simulations.jobs import (
     ray_cluster,
     read_outcome,
     run_jobs,
+    write_outcome,
 )
 
 LR: Point = (("training.lr", 0.1),)
@@ -223,6 +225,44 @@ class Together:
         while len(list(out.glob("*.begun"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
         return Outcome(FINISHED, values={"gpu": os.environ["CUDA_VISIBLE_DEVICES"]})
+
+
+def test_an_archive_carries_outcomes_to_another_folder(tmp_path: Path) -> None:
+    settings = {"data.clients": 2, "data.dataset": str(tmp_path), "model.width": (4,)}
+    file, one, two = tmp_path / "a b" / "kept.json", tmp_path / "one", tmp_path / "two"
+    with archived(file, one, settings):
+        for name in ("a", "b", "lost"):
+            write_outcome(name, one, finished(0.5))
+        write_outcome("c", one, Outcome(FAILED, reason="the disk was full"))
+    (one / "outcomes" / "lost.json").unlink()
+    with archived(file, one, settings):  # what is in it stays in it
+        assert read_outcome("lost", one) == finished(0.5)
+    write_outcome("a", two, finished(0.75))
+    elsewhere = {**settings, "data.dataset": "/elsewhere"}
+    with archived(file, two, elsewhere):
+        assert read_outcome("a", two) == finished(0.75)
+        assert read_outcome("b", two) == finished(0.5)
+        assert read_outcome("c", two) is None
+    interrupted = pytest.raises(KeyboardInterrupt)
+    with interrupted, archived(file, two, elsewhere):
+        write_outcome("d", two, Outcome(DID_DIVERGE, reason="the loss is nan"))
+        raise KeyboardInterrupt
+    three = tmp_path / "three"
+    with archived(file, three, settings):
+        assert read_outcome("a", three) == finished(0.75)
+        assert read_outcome("d", three) == Outcome(DID_DIVERGE, reason="the loss is nan")
+    text = file.read_text(encoding="utf-8")
+    assert str(tmp_path) not in text
+    refused = pytest.raises(SystemExit, match="other settings")
+    with refused, archived(file, three, {**settings, "data.clients": 3}):
+        pass
+    assert file.read_text(encoding="utf-8") == text
+    for damaged in ("[", "[]", '{"outcomes": {"a": {"accuracy": 1}}}'):
+        file.write_text(damaged, encoding="utf-8")
+        refused = pytest.raises(SystemExit, match="expected an archive of outcomes")
+        with refused, archived(file, three, settings):
+            pass
+        assert file.read_text(encoding="utf-8") == damaged
 
 
 def test_processes_take_gpus_in_turn(tmp_path: Path) -> None:
