@@ -15,6 +15,10 @@ class DensityError(SparseModelError):
     """A density outside (0, 1], or too low to leave one weight in every layer."""
 
 
+class CalibrationError(SparseModelError):
+    """Statistics that are missing, do not fit, or cannot be collected as asked."""
+
+
 class CodecError(SparseModelError):
     """Bytes that are not a valid frame: damaged, truncated, too large or of another version."""
 

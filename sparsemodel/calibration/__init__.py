@@ -1,0 +1,1 @@
+"""What a network's inputs, outputs and gradients look like: statistics that merge exactly."""

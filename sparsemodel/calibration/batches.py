@@ -1,0 +1,51 @@
+"""Batches of calibration data: mappings of tensors, or (inputs, ...), or inputs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Losses = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) -> the loss of each sequence or sample, [n]."""
+
+
+def next_token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The mean cross-entropy of the next token, of each sequence [n].
+
+    Args:
+        model: gives an object with `logits` [n, tokens, vocabulary].
+        batch: "input_ids" [n, tokens], and "attention_mask" where there is padding.
+    """
+    tokens = batch["input_ids"]
+    logits = model(**batch).logits[:, :-1].float()
+    each = functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    counted = torch.ones_like(each)
+    if (mask := batch.get("attention_mask")) is not None:
+        counted = mask[:, 1:].to(each.dtype)
+    return (each * counted).sum(1) / counted.sum(1).clamp(min=1.0)
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a batch, whose labels are left aside."""
+    if isinstance(batch, Mapping):
+        return model(**{name: value for name, value in batch.items() if name != "labels"})
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def padding_of(batch: Any) -> Tensor | None:
+    """Which tokens count, bool [n, tokens], by the batch's "attention_mask"; None: all."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return None if mask is None or mask.dim() != 2 else mask.bool()
+
+
+def moved_to(batch: Any, device: torch.device) -> Any:
+    """A batch's tensors on a device; arrays become tensors."""
+    if isinstance(batch, Mapping):
+        return {name: moved_to(part, device) for name, part in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(moved_to(part, device) for part in batch)
+    return torch.as_tensor(batch).to(device)
