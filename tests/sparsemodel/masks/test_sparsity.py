@@ -119,6 +119,13 @@ def test_gamma_scales_the_number_and_beta_bounds_it() -> None:
     assert pq_counts(weights, eta=1.0)["w"] == [90]  # 40 / 2² have to stay
 
 
+def test_rounding_makes_no_number_negative() -> None:
+    """Of two nearly equal values 2.0000000000000004 would have to stay."""
+    nearly = 1 - np.array([3.0, 2.0]) * 2.0**-53
+    assert pq_bound(nearly, p=1, q=2) > 2
+    assert pq_counts({"w": nearly}, p=1, q=2)["w"] == [0]
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_pruned_weights_count_no_more(scope: str) -> None:
     """The numbers under a mask are those of the active weights alone, and of none 0."""
