@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ def prune_blocks(
     within: str = "row",
     losses: Losses = next_token_losses,
     seed: int = 0,
+    after: Callable[[str], None] = lambda block: None,
 ) -> Mask:
     """Prune the linear layers of all blocks, each layer to the same density; the model changes.
 
@@ -51,6 +52,7 @@ def prune_blocks(
         batches: as of `calibrate`; read once, or twice for gradients (then no iterator).
         criterion, within, seed: as of `prune`.
         losses: of a batch's sequences; for criteria of gradients.
+        after: is told of each block when it has been pruned.
 
     Returns:
         The mask, which has been applied.
@@ -79,6 +81,7 @@ def prune_blocks(
         )  # fmt: skip
         mask.apply(model)
         patterns.update({name: mask[name] for name in mask})
+        after(block)
 
     if every:
         by_blocks(model, batches, needs, cut)
