@@ -10,6 +10,7 @@ text, and choose nothing. Every run leaves its outcome in a file; a finished one
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import statistics
 import time
@@ -28,73 +29,105 @@ from prunelab.language.text import drawn, in_batches, parted, read_text, sequenc
 from simulations.jobs import FAILED, FINISHED, Outcome, check_settings, parsed, run_jobs, workers_of
 from simulations.page import page, table
 from simulations.statistics import interval
+from sparsemodel.calibration.blocks import by_blocks
+from sparsemodel.calibration.collect import INPUTS
 from sparsemodel.calibration.statistics import Calibration
-from sparsemodel.errors import SparseModelError
+from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.masks.by_blocks import block_weights, prune_blocks
 from sparsemodel.masks.calibrated import CALIBRATED, needs_of, wanda
+from sparsemodel.masks.criteria import Criterion
 from sparsemodel.masks.mask import Mask
 from sparsemodel.masks.prune import prune
 from sparsemodel.masks.structure import n_of_m
+from sparsemodel.recovery.dsnot import dsnot
+from sparsemodel.recovery.reconstruction import reconstruct
 
 Batches = list[dict[str, Tensor]]
-Way = Callable[[nn.Module, Batches, float, str, int], Mask]
-"""(model, batches, density, "row" or such as "2:4", seed) prunes the model."""
 
+
+@dataclass(frozen=True)
+class Task:
+    """What a way of pruning is asked for.
+
+    Attributes:
+        batches: for calibration.
+        within: "row", or such as "2:4".
+    """
+
+    batches: Batches
+    density: float
+    within: str
+    seed: int
+
+
+Way = Callable[[nn.Module, Task], Mask]
+"""Prunes the model; gives the mask, which has been applied."""
+
+REFUSED = "refused"
 PATTERNS = ("0.7", "0.5", "0.3", "2:4", "4:8")
 """Densities, ranked within rows, and groups."""
 BATCH = 8
 
 
-def _by_blocks(criterion: str) -> Way:
-    def prune_it(
-        model: nn.Module, batches: Batches, density: float, within: str, seed: int
-    ) -> Mask:
+def _by_blocks(criterion: str | Criterion) -> Way:
+    def prune_it(model: nn.Module, task: Task) -> Mask:
         return prune_blocks(
-            model, density, batches, criterion=criterion, within=within, seed=seed
+            model, task.density, task.batches, criterion=criterion, within=task.within,
+            seed=task.seed,
         )  # fmt: skip
 
     return prune_it
 
 
-def _reversed(model: nn.Module, batches: Batches, density: float, within: str, seed: int) -> Mask:
-    """Wanda's order from behind: what it calls important goes first."""
-    from sparsemodel.calibration.blocks import by_blocks  # noqa: PLC0415
-
-    patterns, weights = {}, block_weights(model)
-
-    def cut(block: str, found: Calibration) -> None:
-        def score(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-            return {name: -each for name, each in wanda(model, names, found).items()}
-
-        mask = prune(model, density, criterion=score, within=within, names=weights[block])
-        mask.apply(model)
-        patterns.update({name: mask[name] for name in mask})
-
-    by_blocks(model, batches, lambda block: needs_of(wanda, weights[block]), cut)
-    return Mask(patterns)
-
-
 def _globally(distribution: str) -> Way:
-    def prune_it(
-        model: nn.Module, batches: Batches, density: float, within: str, seed: int
-    ) -> Mask:
+    def prune_it(model: nn.Module, task: Task) -> Mask:
         names = [name for block in block_weights(model).values() for name in block]
-        mask = prune(model, density, distribution=distribution, names=names)
+        mask = prune(model, task.density, distribution=distribution, names=names)
         mask.apply(model)
         return mask
 
     return prune_it
 
 
+def _mended(model: nn.Module, task: Task) -> Mask:
+    """Wanda's masks, each moved by DSnoT before the next block is looked at."""
+    patterns, weights = {}, block_weights(model)
+    groups = n_of_m(task.within)
+
+    def cut(block: str, found: Calibration) -> None:
+        mask = prune(
+            model, task.density, criterion=wanda, within=task.within, names=weights[block],
+            calibration=found,
+        )  # fmt: skip
+        for name in mask:
+            moments = found.moments(INPUTS, name.removesuffix(".weight"))
+            weight = model.get_parameter(name).detach()
+            patterns[name] = dsnot(weight, mask[name], moments, m=groups[1] if groups else None)
+        Mask({name: patterns[name] for name in mask}).apply(model)
+
+    by_blocks(model, task.batches, lambda block: needs_of(wanda, weights[block]), cut)
+    return Mask(patterns)
+
+
+def _reconstructed(model: nn.Module, task: Task) -> Mask:
+    """Wanda's mask, and PERP: norms and MaskLoRA trained for what the dense blocks gave."""
+    mask = _by_blocks("wanda")(copy.deepcopy(model), task)
+    reconstruct(
+        model, mask, task.batches, parts=("norms", "mask-lora"), steps=200, lr=3e-3, seed=task.seed
+    )
+    return mask
+
+
 WAYS: Mapping[str, Way] = {
     "random": _by_blocks("random"),
-    "wanda, reversed": _reversed,
     "magnitude": _by_blocks("magnitude"),
     **{name: _by_blocks(name) for name in CALIBRATED},
+    "wanda, then DSnoT": _mended,
+    "wanda, then PERP": _reconstructed,
     "magnitude, all layers": _globally("global"),
     "magnitude, all layers, a minimum each": _globally("global-minimum"),
 }
-WHOLE = ("magnitude, all layers", "magnitude, all layers, a minimum each")
+NOT_IN_GROUPS = ("magnitude, all layers", "magnitude, all layers, a minimum each")
 """Ways that share weights out over layers, which groups do not allow."""
 
 
@@ -154,9 +187,12 @@ class PruneJob:
             groups = n_of_m(self.pattern)
             density = groups[0] / groups[1] if groups else float(self.pattern)
             calibration = in_batches(drawn(pool, self.setting.samples, seed=self.draw), size=BATCH)
+            task = Task(calibration, density, self.pattern if groups else "row", self.draw)
             started = time.process_time()
-            within = self.pattern if groups else "row"
-            mask = WAYS[self.way](model, calibration, density, within, self.draw)
+            try:
+                mask = WAYS[self.way](model, task)
+            except MaskError as error:  # rows that do not divide into groups
+                return Outcome(REFUSED, reason=str(error))
             values = {"density": mask.density, "processor_seconds": time.process_time() - started}
         return Outcome(FINISHED, values={"perplexity": perplexity(model, test), **values})
 
@@ -168,7 +204,7 @@ def jobs_of(setting: Setting, patterns: Sequence[str], draws: Sequence[int]) -> 
         for draw in draws
         for pattern in patterns
         for way in WAYS
-        if n_of_m(pattern) is None or way not in WHOLE
+        if n_of_m(pattern) is None or way not in NOT_IN_GROUPS
     ]
     return [PruneJob(setting), *jobs]
 
@@ -176,7 +212,7 @@ def jobs_of(setting: Setting, patterns: Sequence[str], draws: Sequence[int]) -> 
 def body(jobs: Sequence[PruneJob], found: Mapping[str, Outcome]) -> list[str]:
     """The tables: perplexities, and what is told apart from magnitude."""
     done = {job: found[job.name].values for job in jobs if found[job.name].status == FINISHED}
-    patterns = list(dict.fromkeys(job.pattern for job in done if job.way))
+    patterns = list(dict.fromkeys(job.pattern for job in jobs if job.way))
     values: dict[tuple[str, str], dict[int, float]] = {}
     for job, value in done.items():
         values.setdefault((job.way, job.pattern), {})[job.draw] = value["perplexity"]
@@ -187,6 +223,8 @@ def body(jobs: Sequence[PruneJob], found: Mapping[str, Outcome]) -> list[str]:
     dense = [value["perplexity"] for job, value in done.items() if not job.way]
     text = f"The dense model's perplexity is {dense[0]:.2f}." if dense else ""
     lines = ["## Perplexity", "", text, "", table(["way", *patterns], rows)]
+    refused = {one.reason for one in found.values() if one.status == REFUSED}
+    lines += [f"\nRefused: {reason}." for reason in sorted(refused)]
     rows = [
         [way, *(_against(values, way, pattern) for pattern in patterns)]
         for way in WAYS

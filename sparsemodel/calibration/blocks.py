@@ -145,7 +145,7 @@ def by_blocks(
     model: nn.Module,
     batches: Iterable[Any],
     needs: Callable[[str], Mapping[str, Iterable[str]]],
-    prune: Prune | None = None,
+    prune: Prune = lambda name, calibration: None,
     *,
     num_heads: int = 0,
     resting: str | torch.device = "cpu",
@@ -159,7 +159,7 @@ def by_blocks(
     Args:
         needs: block -> kinds of statistics with the modules in it, named as in the model.
         prune: is given each block's statistics, and may change its weights; the block then runs
-            once more.
+            once more, for the next one.
         resting: the device where hidden states wait for the next block.
 
     Returns:
@@ -168,35 +168,57 @@ def by_blocks(
     Raises:
         CalibrationError: as `calibrate`; or a network that is no chain of its blocks.
     """
-    names, parts = block_names(model), []
+    parts = []
     with probing(model), torch.no_grad():
         model.eval()
-        states = list(_entering(model, names[0], batches, resting))
-        for name in names:
-            block = model.get_submodule(name)
+        for name, inputs in walk_blocks(model, batches, resting=resting):
             watch = Watch.of(model, needs(name), num_heads=num_heads)
             if watch.needs_gradients:
                 raise CalibrationError("gradients go through all blocks: use calibrate")
-            passed = []
             with watch.attached():
-                for state in states:
-                    watch.begin(state.padding)
-                    given = state.after(block, resting)
-                    if prune is None:
-                        passed.append(given)
+                for one in inputs:
+                    watch.begin(one.padding)
+                    one.through(model.get_submodule(name))
             found = watch.found()
-            if prune is None:
-                states = passed
-            else:
-                prune(name, found)
-                states = [state.after(block, resting) for state in states]
+            prune(name, found)
             parts.append(found)
     return Calibration.merged(parts)
 
 
+def walk_blocks(
+    model: nn.Module, batches: Iterable[Any], *, resting: str | torch.device = "cpu"
+) -> Iterator[tuple[str, list[BlockInput]]]:
+    """The names of the blocks in order, each with what it is given of every batch.
+
+    What the next block is given is computed when it is asked for, without gradients, by the block
+    as it is then: what was changed in between counts. The model runs in the mode that it is in.
+
+    Args:
+        resting: the device where hidden states wait.
+
+    Raises:
+        CalibrationError: a network that is no chain of its blocks.
+    """
+    names = block_names(model)
+    with torch.no_grad():
+        inputs = list(_entering(model, names[0], batches, resting))
+    for name in names:
+        yield name, inputs
+        block = model.get_submodule(name)
+        with torch.no_grad():
+            inputs = [one.after(block, resting) for one in inputs]
+
+
 @dataclass(frozen=True)
-class _State:
-    """A batch between two blocks."""
+class BlockInput:
+    """What a block is given of one batch.
+
+    Attributes:
+        hidden: [n, tokens, features], on the device where it rests.
+        args, kwargs: all else: positions, masks.
+        padding: bool [n, tokens], True for tokens that count; None: all do.
+        device: of the model.
+    """
 
     hidden: Tensor
     args: tuple[Any, ...]
@@ -205,23 +227,25 @@ class _State:
     device: torch.device
 
     def through(self, block: nn.Module) -> Tensor:
+        """What a block gives for it, on the model's device."""
         output = block(self.hidden.to(self.device), *self.args, **self.kwargs)
         hidden = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(hidden, Tensor) or hidden.shape != self.hidden.shape:
             raise CalibrationError("a block gives something else than it takes: calibrate as one")
         return hidden
 
-    def after(self, block: nn.Module, resting: str | torch.device) -> _State:
+    def after(self, block: nn.Module, resting: str | torch.device) -> BlockInput:
+        """What the block after this one is given."""
         hidden = self.through(block).to(resting)
-        return _State(hidden, self.args, self.kwargs, self.padding, self.device)
+        return BlockInput(hidden, self.args, self.kwargs, self.padding, self.device)
 
 
 def _entering(
     model: nn.Module, first: str, batches: Iterable[Any], resting: str | torch.device
-) -> Iterator[_State]:
+) -> Iterator[BlockInput]:
     """What the first block is given of each batch."""
     device = next(model.parameters()).device
-    caught: list[_State] = []
+    caught: list[BlockInput] = []
     padding: Tensor | None = None
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -229,7 +253,7 @@ def _entering(
         given = args or (rest.pop("hidden_states"),)
         for name in CACHES:  # for generation; they would grow by every call
             rest.pop(name, None)
-        caught.append(_State(given[0].to(resting), tuple(given[1:]), rest, padding, device))
+        caught.append(BlockInput(given[0].to(resting), tuple(given[1:]), rest, padding, device))
         raise _ReachedError
 
     handle = model.get_submodule(first).register_forward_pre_hook(catch, with_kwargs=True)
