@@ -178,7 +178,7 @@ def by_blocks(
                 raise CalibrationError("gradients go through all blocks: use calibrate")
             with watch.attached():
                 for state in states:
-                    watch.begin(state.padding)
+                    watch.begin(state.padding, state.grid)
                     state.through(block)
             found = watch.found()
             prune(name, found)
@@ -196,6 +196,11 @@ class _State:
     kwargs: Mapping[str, Any]
     padding: Tensor | None
     device: torch.device
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        shape = self.hidden.shape
+        return (shape[0], shape[1]) if len(shape) == 3 else None
 
     def through(self, block: nn.Module) -> Tensor:
         output = block(self.hidden.to(self.device), *self.args, **self.kwargs)
