@@ -122,6 +122,17 @@ def test_costs_by_hand() -> None:
     assert [(c.head, c.shared, c.channel) for c in found] == [(128, 128, 48), (132, 136, 33)]
 
 
+def test_costs_where_heads_are_not_as_wide_as_the_model() -> None:
+    """Hidden 6, two heads of 4 that share a key and a value, 10 channels; biases everywhere."""
+    sizes = {"q": (6, 8), "k": (6, 4), "v": (6, 4), "o": (8, 6), "u": (6, 10), "d": (10, 6)}
+    model = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
+    block = Block("", "q", "k", "v", "o", "u", "d", "", (), 2, 1, 4)
+    found = costs(model, block)
+    assert (found.head, found.shared, found.channel) == (4 * (7 + 6), 4 * (7 + 7), 7 + 6)
+    with pytest.raises(MaskError, match="'o' has 8 columns, expected 3 heads of 4"):
+        costs(model, Block("", "q", "k", "v", "o", "u", "d", "", (), 3, 1, 4))
+
+
 def test_a_key_goes_with_the_last_head_of_its_group() -> None:
     model, blocks, _ = network("llama, grouped")
     block = blocks[0]
