@@ -26,6 +26,7 @@ from fedprune.device.commands import device
 from fedprune.errors import USER_ERRORS, ConfigError
 from fedprune.fleet.commands import fleet, server
 from fedprune.given import name_dataset
+from fedprune.language import command as language
 from fedprune.methods import BASELINES, DEFAULT_METHOD, METHODS, method_class
 from fedprune.methods.base import Method as FederatedMethod
 from fedprune.trained import commands
@@ -107,7 +108,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other setting, as section.key=value; may be repeated."),
 ]
-for _command in (commands.predict, commands.evaluate, commands.export):
+for _command in (commands.predict, commands.evaluate, commands.export, language.prune):
     cli.command()(_command)
 cli.add_typer(server, name="server")
 cli.add_typer(fleet, name="fleet")

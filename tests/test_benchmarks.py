@@ -22,6 +22,7 @@ from processes import in_a_process
 from torch import nn
 
 from benchmarks import (
+    calibration,
     choice_fit,
     client_memory,
     dense_steps,
@@ -212,6 +213,18 @@ def test_dense_steps_rows() -> None:
         )
     )  # fmt: skip
     assert (row.case, row.density) == ("resnet8, width 4", 1.0)
+
+
+@pytest.mark.slow
+def test_calibration_rows() -> None:
+    rows = checked(list(calibration.rows(1, 1, rounds=1, by=time.process_time)))
+    assert [row.case for row in rows[:3]] == [
+        "inputs of all layers", "inputs, block by block", "4 kinds, in one pass",
+    ]  # fmt: skip
+    assert all(row.ours > 0 for row in rows)
+    if sys.platform == "linux":
+        assert {row.unit for row in rows[3:]} == {"MiB"}
+        assert len(rows) == 5
 
 
 def test_training_precision_rows() -> None:

@@ -42,7 +42,8 @@ class FedProx(Magnitude):
 
     Attributes:
         density: 1 trains the dense network.
-        distribution: how many weights each layer keeps: "uniform", "erk", "erk-conv" or "global".
+        distribution: how many weights each layer keeps: "uniform", "erk", "erk-conv", "global" or
+            "global-minimum".
         mu: μ, the weight of the proximal term, >= 0.
     """
 

@@ -2,7 +2,8 @@
 
 A criterion scores the weights of the start, a distribution says how many each layer keeps; no
 layer loses all its weights. `distribution` "uniform" keeps the same share of every layer, "erk"
-more of small ones (Erdős–Rényi-kernel), "global" the best of the whole network.
+more of small ones (Erdős–Rényi-kernel), "global" the best of the whole network, "global-minimum"
+those with at least 0.05 % of the network's weights in every layer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedprune.methods.base import Method, RunState, Start
-from sparsemodel.masks.distribution import DISTRIBUTIONS, global_ranking
+from sparsemodel.masks.distribution import DISTRIBUTIONS
 from sparsemodel.runtime.adjust import carry, prune_to_largest
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.state import SparseState, Tensors
@@ -37,7 +38,7 @@ class FixedMask(Method):
         distribution: how many of them each layer keeps, a name in `distributions`.
     """
 
-    distributions: ClassVar[tuple[str, ...]] = (*BY_SHAPES, "global")
+    distributions: ClassVar[tuple[str, ...]] = (*BY_SHAPES, "global", "global-minimum")
 
     density: float = 0.05
     distribution: str = "uniform"
@@ -67,10 +68,7 @@ def largest(scores: Tensors, density: float, distribution: str) -> Patterns:
     {'a': 3, 'b': 1}
     """
     shapes = {name: score.shape for name, score in scores.items()}
-    if distribution == "global":
-        counts = global_ranking(scores, density)
-    else:
-        counts = DISTRIBUTIONS[distribution](shapes, density)
+    counts = DISTRIBUTIONS[distribution](shapes if distribution in BY_SHAPES else scores, density)
     patterns = prune_to_largest(SparseState(scores), counts).patterns
     assert patterns is not None
     return patterns

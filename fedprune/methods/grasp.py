@@ -35,7 +35,8 @@ class Grasp(FixedMask):
 
     Attributes:
         density: share of the prunable weights that are kept.
-        distribution: how many each layer keeps: "uniform", "erk", "erk-conv" or "global".
+        distribution: how many each layer keeps: "uniform", "erk", "erk-conv", "global" or
+            "global-minimum".
         temperature: by which logits are divided, > 0.
     """
 

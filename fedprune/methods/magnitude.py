@@ -23,7 +23,8 @@ class Magnitude(FixedMask):
 
     Attributes:
         density: share of the prunable weights that are kept.
-        distribution: how many each layer keeps: "uniform", "erk", "erk-conv" or "global".
+        distribution: how many each layer keeps: "uniform", "erk", "erk-conv", "global" or
+            "global-minimum".
     """
 
     name: ClassVar[str] = "magnitude"

@@ -67,7 +67,8 @@ class SSFL(FixedMask):
 
     Attributes:
         density: share of the prunable weights that are kept.
-        distribution: how many each layer keeps: "uniform", "erk", "erk-conv" or "global".
+        distribution: how many each layer keeps: "uniform", "erk", "erk-conv", "global" or
+            "global-minimum".
         batches: mini-batches over which a client measures.
     """
 

@@ -24,7 +24,8 @@ class SynFlow(FixedMask):
 
     Attributes:
         density: share of the prunable weights that are kept.
-        distribution: how many each layer keeps: "uniform", "erk", "erk-conv" or "global".
+        distribution: how many each layer keeps: "uniform", "erk", "erk-conv", "global" or
+            "global-minimum".
     """
 
     name: ClassVar[str] = "synflow"

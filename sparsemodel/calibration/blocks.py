@@ -145,7 +145,7 @@ def by_blocks(
     model: nn.Module,
     batches: Iterable[Any],
     needs: Callable[[str], Mapping[str, Iterable[str]]],
-    prune: Prune = lambda name, calibration: None,
+    prune: Prune | None = None,
     *,
     num_heads: int = 0,
     resting: str | torch.device = "cpu",
@@ -158,7 +158,8 @@ def by_blocks(
 
     Args:
         needs: block -> kinds of statistics with the modules in it, named as in the model.
-        prune: is given each block's statistics, and may change its weights.
+        prune: is given each block's statistics, and may change its weights; the block then runs
+            once more.
         resting: the device where hidden states wait for the next block.
 
     Returns:
@@ -176,13 +177,19 @@ def by_blocks(
             watch = Watch.of(model, needs(name), num_heads=num_heads)
             if watch.needs_gradients:
                 raise CalibrationError("gradients go through all blocks: use calibrate")
+            passed = []
             with watch.attached():
                 for state in states:
                     watch.begin(state.padding, state.grid)
-                    state.through(block)
+                    given = state.after(block, resting)
+                    if prune is None:
+                        passed.append(given)
             found = watch.found()
-            prune(name, found)
-            states = [state.after(block, resting) for state in states]
+            if prune is None:
+                states = passed
+            else:
+                prune(name, found)
+                states = [state.after(block, resting) for state in states]
             parts.append(found)
     return Calibration.merged(parts)
 

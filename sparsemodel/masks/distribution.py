@@ -166,17 +166,38 @@ def global_ranking(scores: Mapping[str, Any], density: float) -> dict[str, int]:
     >>> global_ranking({"a": np.array([9.0, 8.0, 7.0]), "b": np.array([1.0])}, 0.75)
     {'a': 2, 'b': 1}
     """
-    capacities = _capacities({name: tuple(score.shape) for name, score in scores.items()})
-    total = _total(density, capacities)
-    arrays = {name: score_array(score) for name, score in scores.items()}
-    for name, array in arrays.items():
-        if np.isnan(array).any():
-            raise MaskError(f"scores of {name!r} hold NaN: no order can be made of them")
-    others = np.concatenate([np.delete(array, array.argmax()) for array in arrays.values()])
-    chosen = largest(others, total - len(arrays))
-    ends = np.cumsum([array.size - 1 for array in arrays.values()])
-    counts = [1 + int(np.count_nonzero(part)) for part in np.split(chosen, ends[:-1])]
-    return dict(zip(capacities, counts, strict=True))
+    return _ranked(scores, density, least=1)
+
+
+def minimum_threshold(
+    scores: Mapping[str, Any], density: float, *, share: float = 0.0005
+) -> dict[str, int]:
+    """The counts of one threshold over all layers, of which none keeps fewer than a minimum.
+
+    The minimum is round(share * N) of N weights, at least 1. Layers with fewer weights stay
+    dense, every other one keeps at least its best so many, and the other places go to the highest
+    scores wherever they are, ties as in `global_ranking`. The total is exactly round(density * N).
+    Source: Gupta et al., Global Magnitude Pruning With Minimum Threshold Is All We Need (2022).
+
+    Args:
+        scores: name -> score of each weight, an array or a tensor (any real dtype, any device);
+            higher means keep.
+        density: active weights over all weights, in (0, 1].
+        share: the minimum of a layer over all weights of the model, in [0, 1].
+
+    Raises:
+        DensityError: a share outside [0, 1], a density outside (0, 1], or too low for the minimum
+            in every layer.
+        MaskError: scores that are NaN.
+
+    >>> scores = {"a": np.arange(10.0, 17.0), "b": np.arange(3.0)}
+    >>> minimum_threshold(scores, 0.5, share=0.2), global_ranking(scores, 0.5)
+    ({'a': 3, 'b': 2}, {'a': 4, 'b': 1})
+    """
+    if not 0 <= share <= 1:  # NaN fails both comparisons
+        raise DensityError(f"the share of a layer's minimum must be in [0, 1], got {share}")
+    num_weights = sum(math.prod(score.shape) for score in scores.values())
+    return _ranked(scores, density, least=max(1, round(share * num_weights)))
 
 
 DISTRIBUTIONS: dict[str, Distribution] = {
@@ -185,6 +206,7 @@ DISTRIBUTIONS: dict[str, Distribution] = {
     "erk-conv": erk_conv,
     "noise": noise_uniform,
     "global": global_ranking,
+    "global-minimum": minimum_threshold,
 }
 
 
@@ -205,17 +227,37 @@ def _capacities(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     return capacities
 
 
-def _total(density: float, capacities: Mapping[str, int]) -> int:
-    """Number of active weights of the whole model, checked to reach every layer."""
+def _ranked(scores: Mapping[str, Any], density: float, *, least: int) -> dict[str, int]:
+    """The counts of one threshold, where every layer keeps its `least` best, or all it has."""
+    capacities = _capacities({name: tuple(score.shape) for name, score in scores.items()})
+    total = _total(density, capacities, least=least)
+    kept = {name: min(least, capacity) for name, capacity in capacities.items()}
+    others = []
+    for name, score in scores.items():
+        array = score_array(score)
+        if np.isnan(array).any():
+            raise MaskError(f"scores of {name!r} hold NaN: no order can be made of them")
+        others.append(array[~largest(array, kept[name])])
+    chosen = largest(np.concatenate(others), total - sum(kept.values()))
+    ends = np.cumsum([len(array) for array in others])
+    return {
+        name: kept[name] + int(np.count_nonzero(part))
+        for name, part in zip(capacities, np.split(chosen, ends[:-1]), strict=True)
+    }
+
+
+def _total(density: float, capacities: Mapping[str, int], *, least: int = 1) -> int:
+    """Number of active weights of the whole model, checked to give every layer its `least`."""
     if not 0 < density <= 1:  # NaN fails both comparisons
         raise DensityError(f"density must be in (0, 1], got {density}")
     num_weights = sum(capacities.values())
     total = round(density * num_weights)
-    if total < len(capacities):
+    needed = sum(min(least, capacity) for capacity in capacities.values())
+    if total < needed:
+        wanted = f"the {needed} layers" if least == 1 else f"{needed}: {least} a layer, or all"
         raise DensityError(
-            f"density {density:g} keeps {total} of {num_weights} weights, fewer than the "
-            f"{len(capacities)} layers; the lowest density possible for this model is "
-            f"{len(capacities) / num_weights:.6g}"
+            f"density {density:g} keeps {total} of {num_weights} weights, fewer than {wanted}; the "
+            f"lowest density possible for this model is {needed / num_weights:.6g}"
         )
     return total
 

@@ -12,11 +12,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sparsemodel.errors import MaskError
+from sparsemodel.calibration.collect import calibrate
+from sparsemodel.calibration.statistics import Calibration
+from sparsemodel.errors import DensityError, MaskError
+from sparsemodel.masks.calibrated import CALIBRATED, needs_of
 from sparsemodel.masks.criteria import CRITERIA, STEPS, Criterion
 from sparsemodel.masks.distribution import DISTRIBUTIONS, Distribution
 from sparsemodel.masks.mask import Mask, mask_from_scores, prunable_parameters
 from sparsemodel.masks.probe import named_weights
+from sparsemodel.masks.structure import n_of_m, n_of_m_mask, row_mask
 
 BatchLoss = Callable[[nn.Module, Any], torch.Tensor]
 """(model, batch) -> scalar loss."""
@@ -37,6 +41,8 @@ def prune(
     data: Any = None,
     loss: BatchLoss = cross_entropy,
     names: Iterable[str] | None = None,
+    within: str = "layer",
+    calibration: Calibration | None = None,
     seed: int = 0,
 ) -> Mask:
     """The mask that keeps the most important weights of a model, which stays as it is.
@@ -48,13 +54,14 @@ def prune(
     stores no others.
 
     A criterion or a distribution is called with what its parameters are named after. Those of a
-    criterion: `model`, `names`, `loss` (model -> scalar), `input_shape` (of one sample) and
-    `generator`; it returns name -> score, high for keep. Those of a distribution: `shapes`
-    (name -> shape), `scores`, `density` and `generator`; it returns name -> how many weights stay.
+    criterion: `model`, `names`, `loss` (model -> scalar), `input_shape` (of one sample),
+    `calibration` and `generator`; it returns name -> score, high for keep. Those of a
+    distribution: `shapes` (name -> shape), `scores`, `density` and `generator`; it returns name ->
+    how many weights stay.
 
     Args:
         density: active weights over all prunable ones, in (0, 1].
-        criterion: a name in CRITERIA, or a function.
+        criterion: a name in CRITERIA or, of linear layers alone, in CALIBRATED; or a function.
         distribution: a name in DISTRIBUTIONS, or a function. Criteria with a loss are meant for
             "global": one threshold for all layers.
         data: for criteria that look at data: one batch (inputs, labels), or an iterable of
@@ -62,10 +69,16 @@ def prune(
             runs in the mode, train or eval, that it is in.
         loss: of the model on a batch, where it is not the cross-entropy of (inputs, labels).
         names: parameters to prune; None: `prunable_parameters`, all but the first layer's.
+        within: where weights are ranked against each other: in the "layer"; in each "row", that is
+            output, which all keep as many; or in groups, such as "2:4", which keep two of every
+            four neighbours along a row and give the density by themselves.
+        calibration: statistics for criteria of CALIBRATED; None: they are collected from `data`,
+            as `calibrate` does it.
         seed: of random criteria and distributions.
 
     Raises:
         MaskError: unknown names, or no data for a criterion that needs some.
+        CalibrationError: statistics that are missing, or that the data do not allow.
         DensityError: a density outside (0, 1], or too low for one weight in every layer.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -77,32 +90,63 @@ def prune(
     """
     chosen = list(prunable_parameters(model) if names is None else names)
     generator = torch.Generator().manual_seed(seed)
-    score = _function("criterion", criterion, CRITERIA)
+    score = criterion_of(criterion)
     count = _function("distribution", distribution, DISTRIBUTIONS)
     steps = STEPS.get(score, 1)
     # Later steps score the model under the mask of the one before.
     probed, mask = model if steps == 1 else copy.deepcopy(model), None
+    if calibration is None and (wanted := needs_of(score, chosen)):
+        if data is None:
+            raise MaskError(_no_data(score))
+        calibration = calibrate(model, _batches(data), wanted)
     for step in range(1, steps + 1):
-        scores = _scores(score, probed, chosen, data=data, loss=loss, generator=generator)
+        scores = _scores(
+            score, probed, chosen,
+            data=data, loss=loss, calibration=calibration, generator=generator,
+        )  # fmt: skip
         if mask is not None:  # what is pruned stays so
             scores = {
                 n: s.masked_fill(~mask[n].to(s.device), -torch.inf) for n, s in scores.items()
             }
-        mask = _counted(scores, count, density=density ** (step / steps), seed=seed)
+        share = density ** (step / steps)
+        mask = _selected(scores, count, density=share, within=within, seed=seed)
         if step < steps:
             mask.apply(probed)
     assert mask is not None, "there is a step at least"
     return mask
 
 
-def _counted(
-    scores: dict[str, torch.Tensor], count: Distribution, *, density: float, seed: int
+def criterion_of(given: str | Criterion) -> Criterion:
+    """A criterion by its name, or itself.
+
+    Raises:
+        MaskError: an unknown name.
+    """
+    found: Criterion = _function("criterion", given, {**CRITERIA, **CALIBRATED})
+    return found
+
+
+def _selected(
+    scores: dict[str, torch.Tensor],
+    count: Distribution,
+    *,
+    density: float,
+    within: str,
+    seed: int,
 ) -> Mask:
-    """The best weights, as many in each layer as the distribution says."""
+    """The best weights, as many in each layer as the distribution, or a pattern, says."""
+    if groups := n_of_m(within):
+        n, m = groups
+        if density not in {1.0, n / m}:
+            raise DensityError(f"{within!r} keeps {n / m:g} of all weights, not {density:g}")
+        return n_of_m_mask(scores, n=n, m=m)
+    if within not in {"layer", "row"}:
+        raise MaskError(f"within: expected 'layer', 'row' or such as '2:4', got {within!r}")
     shapes = {name: tuple(score.shape) for name, score in scores.items()}
     noise = np.random.default_rng(seed)
     offered = {"shapes": shapes, "scores": scores, "density": density, "generator": noise}
-    return mask_from_scores(scores, count(**_asked(count, offered)))
+    select = row_mask if within == "row" else mask_from_scores
+    return select(scores, count(**_asked(count, offered)))
 
 
 def _scores(
@@ -112,21 +156,20 @@ def _scores(
     *,
     data: Any,
     loss: BatchLoss,
+    calibration: Calibration | None,
     generator: torch.Generator,
 ) -> dict[str, torch.Tensor]:
     """Scores by the criterion, checked; of several batches their mean."""
     weights = named_weights(model, names)
     device = next(iter(weights.values())).device
-    offered = {"model": model, "names": names, "generator": generator}
+    offered: dict[str, Any] = {"model": model, "names": names, "generator": generator}
+    offered |= {} if calibration is None else {"calibration": calibration}
     of_data = {"loss", "input_shape"} & inspect.signature(criterion).parameters.keys()
     if not of_data:
         found = criterion(**_asked(criterion, offered))
         return _checked(criterion, found, weights)
     if data is None:
-        raise MaskError(
-            f"the criterion {_name(criterion)!r} looks at data; give data=(inputs, labels), or an "
-            "iterable of such batches"
-        )
+        raise MaskError(_no_data(criterion))
     total: dict[str, torch.Tensor] = {}
     num_batches = 0
     for batch in _batches(data):
@@ -180,6 +223,13 @@ def _checked(
                 f"of shape {tuple(weight.shape)}"
             )
     return {name: scores[name] for name in weights}
+
+
+def _no_data(criterion: Criterion) -> str:
+    return (
+        f"the criterion {_name(criterion)!r} looks at data; give data=(inputs, labels), or an "
+        "iterable of such batches"
+    )
 
 
 def _batches(data: Any) -> Iterable[Any]:

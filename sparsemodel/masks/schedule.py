@@ -6,16 +6,79 @@ A step is a round, an epoch or an iteration, counted from 0 by the caller.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from sparsemodel.errors import SparseModelError
+from sparsemodel.errors import DensityError, SparseModelError
 
 
-def cosine(step: float, *, value: float, end: float) -> float:
-    """From `value` at step 0 down half a cosine to 0 at `end`, and 0 after it.
+def cubic(step: float, *, start: float, end: float, final: float, initial: float = 1.0) -> float:
+    """The density of gradual pruning: fast at first, slowly towards `final`.
 
-    value / 2 · (1 + cos(π step / end)). FedTiny and RigL let the adjustment rate decay so, and
-    learning rates fall along it. A step may be a part of one.
+    final + (initial − final) (1 − (step − start) / (end − start))³ from `start` to `end`,
+    `initial` before and `final` after. Sparsities along the same curve are one minus it. Source:
+    Zhu and Gupta, To prune, or not to prune (2017), equation 1. Jin et al., The Journey Matters
+    (ICLR 2025), prune from 25 to 75 % of a run; GraNet (Liu et al., NeurIPS 2021) regrows after
+    each step.
+
+    Raises:
+        DensityError: a density outside (0, 1].
+        SparseModelError: a negative step, or an end that is not after the start.
+
+    >>> [round(cubic(step, start=0, end=10, final=0.1), 4) for step in (0, 1, 2, 10)]
+    [1.0, 0.7561, 0.5608, 0.1]
+    """
+    return _falling(step, start, end, final, initial, power=3)
+
+
+def linear(step: float, *, start: float, end: float, final: float, initial: float = 1.0) -> float:
+    """As `cubic`, at the same pace from `start` to `end`.
+
+    Raises:
+        DensityError: a density outside (0, 1].
+        SparseModelError: a negative step, or an end that is not after the start.
+
+    >>> linear(5, start=0, end=10, final=0.5)
+    0.75
+    """
+    return _falling(step, start, end, final, initial, power=1)
+
+
+def average_density(
+    schedule: Callable[[int], float], steps: int, *, of_compute: bool = False
+) -> float:
+    """The mean density of a run's steps, which says how many parameters it trained on average.
+
+    Where a schedule counts compute (25 % of it, say), its steps are equal parts of that, and a
+    part at density d trains for 1 / d as many steps: the mean is the harmonic one. Source of the
+    mean as a model's size in scaling laws: Jin et al. (ICLR 2025), equation 2.
+
+    Args:
+        schedule: step in 0, 1, ..., steps − 1 -> density, in (0, 1].
+        steps: of the run, at least 1.
+        of_compute: whether the schedule's steps are equal parts of the run's compute.
+
+    Raises:
+        SparseModelError: no step.
+
+    >>> average_density([1.0, 0.5].__getitem__, 2)
+    0.75
+    >>> round(average_density([1.0, 0.5].__getitem__, 2, of_compute=True), 4)
+    0.6667
+    """
+    if steps < 1:
+        raise SparseModelError(f"expected one step or more, got {steps}")
+    densities = [schedule(step) for step in range(steps)]
+    if of_compute:
+        return steps / math.fsum(1 / density for density in densities)
+    return math.fsum(densities) / steps
+
+
+def cosine(step: float, *, value: float, end: float, lowest: float = 0.0) -> float:
+    """From `value` at step 0 down half a cosine to `lowest` at `end`, and that after it.
+
+    lowest + (value − lowest) / 2 · (1 + cos(π step / end)). FedTiny and RigL let the adjustment
+    rate decay so, GraNet the share that it regenerates (from .5 to .005), and learning rates fall
+    along it. A step may be a part of one.
 
     Raises:
         SparseModelError: a negative step, or an end below 1.
@@ -26,8 +89,8 @@ def cosine(step: float, *, value: float, end: float) -> float:
     if step < 0 or end < 1:
         raise SparseModelError(f"expected step >= 0 and end >= 1, got {step} and {end}")
     if step >= end:
-        return 0.0
-    return value / 2.0 * (1.0 + math.cos(math.pi * step / end))
+        return lowest
+    return lowest + (value - lowest) / 2.0 * (1.0 + math.cos(math.pi * step / end))
 
 
 def adjustment_counts(
@@ -85,3 +148,19 @@ def block_of_adjustment(adjustment: int, num_blocks: int) -> int:
             f"expected adjustment >= 0 and num_blocks >= 1, got {adjustment} and {num_blocks}"
         )
     return num_blocks - 1 - adjustment % num_blocks
+
+
+def _falling(
+    step: float, start: float, end: float, final: float, initial: float, *, power: int
+) -> float:
+    if not (0 < initial <= 1 and 0 < final <= 1):  # NaN fails
+        raise DensityError(f"densities must be in (0, 1], got {initial} and {final}")
+    if not (step >= 0 and start < end):
+        raise SparseModelError(
+            f"expected step >= 0 and start < end, got step {step}, start {start} and end {end}"
+        )
+    if step >= end:
+        return final
+    if step <= start:
+        return initial
+    return final + (initial - final) * (1 - (step - start) / (end - start)) ** power

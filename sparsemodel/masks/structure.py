@@ -18,6 +18,54 @@ from sparsemodel.masks.mask import Mask, mask_from_scores
 SIDES = (64, 32, 16)
 
 
+def row_mask(scores: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> Mask:
+    """Keep the weights of highest score within each row, as many in one row as in another.
+
+    Of `counts[name]` weights each of R rows keeps ⌊count / R⌋; what is left over goes, one each, to
+    the rows whose next weight scores highest. Of equal scores the lower index is kept.
+
+    Args:
+        scores: name -> score of each weight, [out, ...] (any real dtype); higher means keep.
+        counts: name -> how many weights of the layer stay active.
+
+    Raises:
+        MaskError: scores that are NaN or a vector, or names that differ.
+        DensityError: a count outside [0, numel].
+
+    >>> row_mask({"w": torch.tensor([[4.0, 3.0], [2.0, 1.0]])}, {"w": 3})["w"]
+    tensor([[ True,  True],
+            [ True, False]])
+    """
+    if scores.keys() != counts.keys():
+        raise MaskError(f"scores for {list(scores)} but counts for {list(counts)}")
+    patterns = {}
+    for name, score in scores.items():
+        rows, count = _rows(name, score), counts[name]
+        if not 0 <= count <= rows.numel():
+            raise DensityError(f"{name!r} has {rows.numel()} weights; cannot keep {count}")
+        each, more = divmod(count, len(rows))
+        order = torch.argsort(rows, dim=1, descending=True, stable=True)
+        pattern = torch.zeros(rows.shape, dtype=torch.bool, device="cpu")
+        pattern.scatter_(1, order[:, :each], True)
+        if more:
+            following = order[:, each]
+            places = torch.arange(len(rows), device="cpu")
+            best = torch.argsort(rows[places, following], descending=True, stable=True)[:more]
+            pattern[best, following[best]] = True
+        patterns[name] = pattern.reshape(score.shape)
+    return Mask(patterns)
+
+
+def n_of_m(text: str) -> tuple[int, int] | None:
+    """n and m of a word such as "2:4"; None: it is no such word.
+
+    >>> n_of_m("2:4"), n_of_m("row")
+    ((2, 4), None)
+    """
+    n, colon, m = text.partition(":")
+    return (int(n), int(m)) if colon and n.isdecimal() and m.isdecimal() else None
+
+
 def n_of_m_mask(scores: Mapping[str, torch.Tensor], *, n: int = 2, m: int = 4) -> Mask:
     """Keep exactly the n weights of highest score in every m neighbours along the input.
 

@@ -24,6 +24,7 @@ from prunelab.errors import RunError
 from prunelab.runs.seeds import rng, stream_seed
 from sparsemodel.errors import MaskError
 from sparsemodel.masks.distribution import erk, erk_conv, noise_uniform, uniform
+from sparsemodel.masks.schedule import cubic
 from sparsemodel.runtime.adjust import carry, prune_to_largest, select_largest
 from sparsemodel.runtime.outputs import with_outputs
 from sparsemodel.runtime.state import SparseState
@@ -120,15 +121,13 @@ def _narrow(server: Start, density: float, outputs: bool) -> SparseState:
 def _gradual(server: Start, density: float, outputs: bool) -> SparseState:
     """The server's model trained on for as many epochs again, and pruned before each.
 
-    Before epoch e of E to density d + (1 − d)(1 − e/E)³, the same in every layer.
-    Source of the schedule: Zhu and Gupta, To prune, or not to prune, 2017, equation 1.
+    Before epoch e of E to density d + (1 − d)(1 − e/E)³, the same in every layer: `cubic`.
     """
     place, state = server.place(), server.state()
     training, own = place.config.training, place.data.train
     epochs = max(1, place.config.server.pretrain_epochs)
     for epoch in range(1, epochs + 1):
-        share = density + (1 - density) * (1 - epoch / epochs) ** 3
-        counts = uniform(server.prunable, share)
+        counts = uniform(server.prunable, cubic(epoch, start=0, end=epochs, final=density))
         prune = prune_to_largest if state.patterns is None else select_largest
         pruned = prune(state, counts)
         model = place.open(with_outputs(pruned, state) if outputs else pruned)

@@ -26,7 +26,13 @@ from prunelab.data.batches import Preprocessing
 from prunelab.data.samples import stored
 from sparsemodel.errors import DensityError
 from sparsemodel.layers.from_state import load_state_
-from sparsemodel.masks.distribution import erk, erk_conv, global_ranking, uniform
+from sparsemodel.masks.distribution import (
+    erk,
+    erk_conv,
+    global_ranking,
+    minimum_threshold,
+    uniform,
+)
 from sparsemodel.runtime.pattern import Patterns
 
 SCORED = ("magnitude", "snip", "grasp", "synflow")
@@ -248,6 +254,21 @@ def test_magnitudes_ranked_over_the_whole_network(work: tuple[Workspace, Setup])
         if p.num_active < p.num_weights
     }
     assert min(kept.values()) >= max(left.values())
+
+
+def test_a_ranking_with_a_minimum(work: tuple[Workspace, Setup]) -> None:
+    """A criterion that reads data and one that does not; every layer keeps a share of all."""
+    setup = work[1]
+    values = setup.start_state().values
+    scores = {name: np.abs(values[name]) for name in setup.prunable}
+    chosen: dict[str, Any] = {"density": 0.01, "distribution": "global-minimum"}
+    counts = method_of("magnitude", **chosen).mask(server_of(setup)).counts()
+    assert counts == minimum_threshold(scores, 0.01)
+    sizes = {name: int(np.prod(shape)) for name, shape in setup.prunable.items()}
+    least = round(0.0005 * sum(sizes.values()))
+    counts = method_of("snip", **chosen).mask(server_of(setup)).counts()
+    assert all(count >= min(least, sizes[name]) for name, count in counts.items())
+    assert sum(counts.values()) == round(0.01 * sum(sizes.values()))
 
 
 @pytest.mark.parametrize("name", CHOSEN)

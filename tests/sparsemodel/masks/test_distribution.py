@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 
 from sparsemodel.errors import DensityError, MaskError
-from sparsemodel.masks.distribution import erk, erk_conv, global_ranking, noise_uniform, uniform
+from sparsemodel.masks.distribution import (
+    erk,
+    erk_conv,
+    global_ranking,
+    minimum_threshold,
+    noise_uniform,
+    uniform,
+)
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -177,6 +184,69 @@ def test_global_ranking_equals_a_plain_loop(layers: list[list[int]], fraction: f
     assert global_ranking(scores, density) == expected
 
 
+def test_minimum_threshold_by_hand() -> None:
+    """5 of 10 at a minimum of 2: the layer of one weight stays dense, b keeps 2, a the other 2.
+
+    One threshold alone would give a 3 and b 1, as the best of every layer is kept anyway.
+    """
+    scores = {
+        "a": torch.tensor([9.0, 8.0, 7.0, 6.0]),
+        "b": torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]),
+        "c": torch.tensor([0.0]),
+    }
+    assert minimum_threshold(scores, 0.5, share=0.2) == {"a": 2, "b": 2, "c": 1}
+    assert global_ranking(scores, 0.5) == {"a": 3, "b": 1, "c": 1}
+
+
+def test_minimum_threshold_keeps_a_share_of_all_weights_by_default() -> None:
+    """0.0005 of 20,000 is 10: the layer of low scores keeps 10, that of 8 weights all, and no more.
+
+    At a density of 28 of 20,000 the minimum is all that there is.
+    """
+    scores = {"low": np.zeros(9_992), "small": np.zeros(8), "high": np.arange(1.0, 10_001.0)}
+    counts = {"low": 10, "small": 8, "high": 982}
+    assert minimum_threshold(scores, 0.05) == counts
+    assert minimum_threshold(scores, 28 / 20_000) == {"low": 10, "small": 8, "high": 10}
+    with pytest.raises(DensityError, match=r"fewer than 28: 10 a layer, or all; .* is 0\.0014$"):
+        minimum_threshold(scores, 27 / 20_000)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(-4, 4), min_size=1, max_size=8), min_size=1, max_size=4),
+    st.floats(0, 0.5),
+    st.floats(0, 1),
+)
+def test_minimum_threshold_equals_plain_water_filling(
+    layers: list[list[int]], share: float, fraction: float
+) -> None:
+    """Rank all; layers that get too few are given their minimum and left out; rank the others.
+
+    Scores have many ties, and where all are equal the count is exact too.
+    """
+    num_weights = sum(map(len, layers))
+    least = max(1, round(share * num_weights))
+    floors = [min(least, len(layer)) for layer in layers]
+    total = round(sum(floors) + fraction * (num_weights - sum(floors)))
+    fixed: dict[int, int] = {}
+    while True:
+        ranked = sorted(
+            (-v, i, j)
+            for i, layer in enumerate(layers)
+            for j, v in enumerate(layer)
+            if i not in fixed
+        )[: total - sum(fixed.values())]
+        counts = [fixed.get(i, sum(e[1] == i for e in ranked)) for i in range(len(layers))]
+        few = {i: floor for i, floor in enumerate(floors) if counts[i] < floor}
+        if not few:
+            break
+        fixed |= few
+    scores = {f"layer{i}": np.array(layer) for i, layer in enumerate(layers)}
+    found = minimum_threshold(scores, total / num_weights, share=share)
+    assert found == {f"layer{i}": count for i, count in enumerate(counts)}
+    assert sum(found.values()) == total
+
+
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.1, float("nan"), float("inf")])
 def test_densities_outside_the_range_are_refused(density: float) -> None:
     shapes: Shapes = {"a": (10, 10)}
@@ -205,5 +275,7 @@ def test_other_bad_arguments_are_refused() -> None:
         erk({"a": (0, 3)}, 0.5)
     with pytest.raises(DensityError, match="spread"):
         noise_uniform({"a": (9,)}, 0.5, generator=np.random.default_rng(0), spread=1.5)
+    with pytest.raises(DensityError, match="share"):
+        minimum_threshold({"a": torch.ones(9)}, 0.5, share=float("nan"))
     with pytest.raises(MaskError, match="NaN"):
         global_ranking({"a": torch.tensor([float("nan"), 1.0])}, 0.5)

@@ -1,0 +1,1 @@
+"""Pruning language models."""

@@ -1,0 +1,63 @@
+"""`fedprune prune`: a language model pruned in one shot, on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prunelab.pages.console import say, show_table
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+
+
+def prune(  # noqa: PLR0917 - the command's options
+    model: Annotated[
+        str, typer.Argument(help="A folder of transformers, a .gguf file, or a name on the hub.")
+    ],
+    data: Annotated[str, typer.Option(help="A text for calibration (.txt, .xz, .gz).")],
+    out: Annotated[Path, typer.Option(help="The folder that is written.")],
+    test: Annotated[
+        str, typer.Option(help="A text for testing; default: the last tenth of --data.")
+    ] = "",
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="wanda, gblm, obs, taylor-mixed, magnitude or random: what says which weights "
+            "matter."
+        ),
+    ] = "wanda",
+    density: Annotated[
+        float | None, typer.Option(help="Weights kept in every layer of the blocks; default 0.5.")
+    ] = None,
+    pattern: Annotated[
+        str,
+        typer.Option(
+            help="Weights are ranked within each row, within the layer, or in groups such as 2:4, "
+            "which keep two of four neighbours."
+        ),
+    ] = "row",
+    samples: Annotated[int, typer.Option(help="Sequences for calibration.")] = 128,
+    length: Annotated[
+        int, typer.Option(help="Tokens of a sequence; default the model's limit, 512 at most.")
+    ] = 0,
+    tested: Annotated[int, typer.Option(help="Sequences for testing, at most.")] = 64,
+    seed: Annotated[int, typer.Option(help="Draws the sequences for calibration.")] = 0,
+    controls: Annotated[
+        bool, typer.Option(help="Measure magnitude and random masks beside it.")
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder with files.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Prune a language model by calibration on a text; write it, and a page about it."""
+    from fedprune.language.page import result_rows  # noqa: PLC0415
+    from fedprune.language.pruning import Pruning, prune_language_model  # noqa: PLC0415
+
+    asked = Pruning(
+        model, data, test=test, criterion=criterion, pattern=pattern, density=density,
+        samples=samples, length=length, tested=tested, seed=seed, controls=controls,
+    )  # fmt: skip
+    summary = prune_language_model(asked, out, force=force, say=say)
+    show_table(["mask", "perplexity", "times dense"], result_rows(summary))
+    say(f"model and report: {out}")

@@ -1,0 +1,1 @@
+"""Causal language models of transformers: reading them, text for them, and their perplexity."""

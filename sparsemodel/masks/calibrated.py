@@ -1,0 +1,139 @@
+"""Importance scores of a linear layer's weights from calibration statistics. High means keep.
+
+Each takes the model, names of weights [out, in] of linear layers, and a calibration; NEEDS says
+which statistics of those layers it has to hold. They rank weights of one output against each other:
+`prune(within="row")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sparsemodel.calibration.collect import GRADIENTS, GRAM, INPUTS
+from sparsemodel.calibration.statistics import Calibration
+from sparsemodel.errors import CalibrationError
+from sparsemodel.masks.criteria import Criterion
+from sparsemodel.masks.probe import named_weights
+
+DAMPING = 0.01  # of the mean of H's diagonal, as SparseGPT has it
+
+
+def wanda(model: nn.Module, names: Iterable[str], calibration: Calibration) -> dict[str, Tensor]:
+    """|w_ij| · ‖x_j‖₂: its square is what removing that one weight changes the output by, squared.
+
+    Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models (ICLR
+    2024), equation 1.
+
+    Raises:
+        MaskError: an unknown name.
+        CalibrationError: the calibration lacks INPUTS of a layer.
+    """
+    return {
+        name: weight.detach().abs().float() * _norms(calibration, name, weight)
+        for name, weight in named_weights(model, names).items()
+    }
+
+
+def gblm(
+    model: nn.Module, names: Iterable[str], calibration: Calibration, *, alpha: float = 100.0
+) -> dict[str, Tensor]:
+    """|w_ij| · (‖x_j‖₂ + α ‖g_ij‖₂), where g_ij is the loss's gradient, one for each sequence.
+
+    With α = 0 it is Wanda.
+    Source: Das et al., Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models
+    (2023).
+
+    Raises:
+        MaskError: an unknown name.
+        CalibrationError: the calibration lacks INPUTS or GRADIENTS of a layer.
+    """
+    scores = {}
+    for name, weight in named_weights(model, names).items():
+        gradients = calibration.sums(GRADIENTS, _module(name)).totals["squares"].sqrt()
+        size = _norms(calibration, name, weight) + alpha * gradients.float().to(weight.device)
+        scores[name] = weight.detach().abs().float() * size
+    return scores
+
+
+def obs(model: nn.Module, names: Iterable[str], calibration: Calibration) -> dict[str, Tensor]:
+    """w_ij² / [H⁻¹]_jj, H = XᵀX: what the output changes by where the other weights make up for it.
+
+    H is damped by 1 % of the mean of its diagonal. Inputs that are all zero count for nothing.
+    Source: Hassibi and Stork, Second Order Derivatives for Network Pruning: Optimal Brain Surgeon
+    (NIPS 1992); with one H for all rows as Frantar and Alistarh, SparseGPT (ICML 2023).
+
+    Raises:
+        MaskError: an unknown name.
+        CalibrationError: the calibration lacks GRAM of a layer.
+    """
+    scores = {}
+    for name, weight in named_weights(model, names).items():
+        products = calibration.sums(GRAM, _module(name)).totals["products"]
+        diagonal = products.diagonal()
+        added = DAMPING * diagonal.mean() + (diagonal == 0)  # H is invertible then
+        inverse = torch.linalg.inv(products + torch.diag(added)).diagonal()
+        gains = torch.where(diagonal > 0, 1.0 / inverse, 0.0).float().to(weight.device)
+        scores[name] = weight.detach().float().square() * gains
+    return scores
+
+
+def taylor_mixed(
+    model: nn.Module, names: Iterable[str], calibration: Calibration
+) -> dict[str, Tensor]:
+    """|w g − ½ w² F|: the loss's change to second order, F the mean squared gradient of sequences.
+
+    Source: Ma et al., LLM-Pruner (NeurIPS 2023), equation 5, with g the mean gradient.
+
+    Raises:
+        MaskError: an unknown name.
+        CalibrationError: the calibration lacks GRADIENTS of a layer.
+    """
+    scores = {}
+    for name, weight in named_weights(model, names).items():
+        found = calibration.sums(GRADIENTS, _module(name))
+        values = weight.detach().double().cpu()
+        change = values * found.mean("gradient") - 0.5 * values.square() * found.mean("squares")
+        scores[name] = change.abs().float().to(weight.device)
+    return scores
+
+
+NEEDS: Mapping[Criterion, tuple[str, ...]] = {
+    wanda: (INPUTS,),
+    gblm: (INPUTS, GRADIENTS),
+    obs: (GRAM,),
+    taylor_mixed: (GRADIENTS,),
+}
+"""Criterion -> the statistics that it needs of the layers that it scores."""
+
+CALIBRATED: Mapping[str, Criterion] = {
+    "wanda": wanda,
+    "gblm": gblm,
+    "obs": obs,
+    "taylor-mixed": taylor_mixed,
+}
+
+
+def needs_of(criterion: Criterion, names: Sequence[str]) -> dict[str, list[str]]:
+    """What `calibrate` is to collect for a criterion on those weights."""
+    return {kind: list(map(_module, names)) for kind in NEEDS.get(criterion, ())}
+
+
+def _module(name: str) -> str:
+    """The linear layer that a weight is of."""
+    module, _, parameter = name.rpartition(".")
+    if parameter != "weight":
+        raise CalibrationError(f"{name!r}: statistics are of layers, whose weights end in .weight")
+    return module
+
+
+def _norms(calibration: Calibration, name: str, weight: Tensor) -> Tensor:
+    norms = calibration.moments(INPUTS, _module(name)).norms
+    if weight.dim() != 2 or weight.shape[1] != len(norms):
+        raise CalibrationError(
+            f"{name!r} is {tuple(weight.shape)}, its inputs have {len(norms)} features; expected a "
+            "linear layer's weight [out, in]"
+        )
+    return norms.float().to(weight.device)

@@ -1,0 +1,136 @@
+"""`fedprune prune` on a tiny language model: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from typer.testing import CliRunner
+
+import prunelab
+from fedprune.cli import cli
+from fedprune.language.pruning import Pruning, prune_language_model
+from prunelab.errors import RunError
+from prunelab.language.perplexity import perplexity
+from prunelab.language.text import parted, sequences
+from sparsemodel.errors import DensityError, MaskError
+from sparsemodel.masks.structure import is_n_of_m
+
+WORDS = [f"w{number}" for number in range(40)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model that has learned a text, and the text."""
+    folder = tmp_path_factory.mktemp("a b")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    vocabulary = Tokenizer(models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="w0"))
+    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary).save_pretrained(folder / "model")
+    steps = torch.randint(1, 4, (3000,)).cumsum(0) % 40
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(40):
+        tokens = steps[: 16 * 20].reshape(20, 16)
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(" ".join(WORDS[n] for n in steps), encoding="utf-8")
+    return folder
+
+
+def command(place: Path, out: Path, *more: str) -> Any:
+    words = ["prune", str(place / "model"), "--data", str(place / "text.txt"), "--out", str(out)]
+    return CliRunner().invoke(cli, [*words, "--length", "16", *more])
+
+
+def test_the_folder_is_a_model_for_transformers_and_for_us(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pruned model"
+    result = command(place, out)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    sparse = prunelab.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    text = (place / "text.txt").read_text(encoding="utf-8")
+    _, test = parted(sequences(text, tokenizer, length=16))
+    told = summary["perplexity"]
+    assert perplexity(plain, test[:64]) == pytest.approx(told, rel=1e-5)
+    assert perplexity(sparse, test[:64]) == pytest.approx(told, rel=1e-4)
+    assert summary["density"] == 0.5
+    zeros = sum(int((p == 0).sum()) for n, p in plain.named_parameters() if "_proj" in n)
+    assert zeros == summary["pruned"] == summary["prunable"] // 2
+    assert None not in [summary["perplexity_random"], summary["perplexity_magnitude"]]
+    assert len(summary["perplexity_by_block"]) == 3
+    report = (out / "report.html").read_text(encoding="utf-8")
+    for text in ("wanda", "magnitude", "random", "Block by block"):
+        assert text in report
+    assert re.search(r"wanda +│ +" + re.escape(f"{told:,.2f}"), result.output)
+
+
+def test_two_runs_give_the_same_bits_and_seeds_differ(place: Path, tmp_path: Path) -> None:
+    def pruned(name: str, seed: int) -> dict[str, torch.Tensor]:
+        asked = Pruning(
+            str(place / "model"), str(place / "text.txt"), length=16, samples=4, seed=seed,
+            controls=False,
+        )  # fmt: skip
+        summary = prune_language_model(asked, tmp_path / name)
+        assert summary["perplexity_random"] is None
+        state: dict[str, torch.Tensor] = prunelab.from_pretrained(
+            tmp_path / name, sparse=False
+        ).state_dict()
+        return state
+
+    one, again, other = pruned("a", 0), pruned("b", 0), pruned("c", 1)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_patterns_give_the_density(place: Path, tmp_path: Path) -> None:
+    result = command(place, tmp_path / "out", "--pattern", "2:4", "--criterion", "obs",
+                     "--no-controls", "--samples", "4")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    mask = prunelab.pretrained_mask(tmp_path / "out")
+    assert all(is_n_of_m(mask[name]) for name in mask)
+    assert mask.density == 0.5
+    again = command(place, tmp_path / "out")
+    assert isinstance(again.exception, RunError)
+    assert "not empty" in str(again.exception)
+    forced = command(place, tmp_path / "out", "--force", "--no-controls", "--samples", "4",
+                     "--density", "0.25")  # fmt: skip
+    assert forced.exit_code == 0
+    assert prunelab.pretrained_mask(tmp_path / "out").density == 0.25
+
+
+def test_what_cannot_be_is_told_before_work(place: Path, tmp_path: Path) -> None:
+    text, model = str(place / "text.txt"), str(place / "model")
+    for wrong, reason, kind in (
+        ({"criterion": "wnda"}, "unknown criterion 'wnda'; known: wanda, gblm", MaskError),
+        ({"criterion": "snip"}, "unknown criterion 'snip'", MaskError),
+        ({"pattern": "column"}, "expected 'row', 'layer' or such as '2:4'", MaskError),
+        ({"density": 0.0}, "density must be in", DensityError),
+        ({"samples": 0}, "samples: expected 1 or more", RunError),
+    ):
+        with pytest.raises(kind, match=reason):
+            Pruning(model, text, **wrong)
+    with pytest.raises(RunError, match="length 64: the model takes 32 tokens"):
+        prune_language_model(Pruning(model, text, length=64), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
