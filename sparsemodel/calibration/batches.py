@@ -42,6 +42,12 @@ def padding_of(batch: Any) -> Tensor | None:
     return None if mask is None or mask.dim() != 2 else mask.bool()
 
 
+def grid_of(batch: Any) -> tuple[int, int] | None:
+    """Sequences and tokens of a batch, by its "input_ids" [n, tokens]; None: it has none."""
+    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return None if tokens is None or tokens.dim() != 2 else (tokens.shape[0], tokens.shape[1])
+
+
 def moved_to(batch: Any, device: torch.device) -> Any:
     """A batch's tensors on a device; arrays become tensors."""
     if isinstance(batch, Mapping):

@@ -177,7 +177,7 @@ def by_blocks(
                 raise CalibrationError("gradients go through all blocks: use calibrate")
             with watch.attached():
                 for one in inputs:
-                    watch.begin(one.padding)
+                    watch.begin(one.padding, one.grid)
                     one.through(model.get_submodule(name))
             found = watch.found()
             prune(name, found)
@@ -225,6 +225,12 @@ class BlockInput:
     kwargs: Mapping[str, Any]
     padding: Tensor | None
     device: torch.device
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """n and tokens; None: it has no tokens."""
+        shape = self.hidden.shape
+        return (shape[0], shape[1]) if len(shape) == 3 else None
 
     def through(self, block: nn.Module) -> Tensor:
         """What a block gives for it, on the model's device."""

@@ -2,7 +2,8 @@
 
 Modules are watched while the network runs, in eval mode. Inputs that several modules share
 (queries, keys and values) are looked at once. Padding, where a batch's "attention_mask" is 0, is
-left out of everything that is counted by tokens.
+left out of everything that is counted by tokens. Where a network puts the tokens of all sequences
+into one row (OPT's feed-forward part), they are seen by sequences again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsemodel.calibration.batches import Losses, moved_to, next_token_losses, padding_of, run
+from sparsemodel.calibration.batches import (
+    Losses,
+    grid_of,
+    moved_to,
+    next_token_losses,
+    padding_of,
+    run,
+)
 from sparsemodel.calibration.statistics import Calibration, Key, Moments, Statistic, Sums
 from sparsemodel.errors import CalibrationError
 from sparsemodel.masks.probe import probing
@@ -77,12 +85,12 @@ def calibrate(
         for batch in batches:
             moved = moved_to(batch, device)
             if watch.needs_gradients:
-                watch.begin(padding_of(moved), differentiated=True)
+                watch.begin(padding_of(moved), grid_of(moved), differentiated=True)
                 losses(model, moved).sum().backward()
                 model.zero_grad(set_to_none=True)
             else:
                 with torch.no_grad():
-                    watch.begin(padding_of(moved))
+                    watch.begin(padding_of(moved), grid_of(moved))
                     run(model, moved)
     return watch.found()
 
@@ -102,6 +110,7 @@ class Watch:
     _sums: dict[Key, Statistic] = field(default_factory=dict)
     _seen: dict[tuple[str, int], tuple[Tensor, Statistic]] = field(default_factory=dict)
     _padding: Tensor | None = None
+    _grid: tuple[int, int] | None = None
     _differentiated: bool = False
     _num_batches: int = 0
 
@@ -133,14 +142,21 @@ class Watch:
         """Whether a backward pass is needed."""
         return bool(self.needs.get(GRADIENTS))
 
-    def begin(self, padding: Tensor | None, *, differentiated: bool = False) -> None:
+    def begin(
+        self,
+        padding: Tensor | None,
+        grid: tuple[int, int] | None = None,
+        *,
+        differentiated: bool = False,
+    ) -> None:
         """A new batch.
 
         Args:
             padding: bool [n, tokens], True for tokens that count; None: all do.
+            grid: n and tokens; None: it has no tokens.
             differentiated: whether there will be a backward pass.
         """
-        self._padding, self._differentiated = padding, differentiated
+        self._padding, self._grid, self._differentiated = padding, grid, differentiated
         self._seen = {}
         self._num_batches += 1
 
@@ -179,9 +195,10 @@ class Watch:
             for kind in kinds:
                 if kind == GRADIENTS:
                     if self._differentiated:
-                        self._watch_gradient(name, module, inputs.detach(), outputs)
+                        self._watch_gradient(name, self._by_sequences(inputs.detach()), outputs)
                     continue
-                statistic = self._statistic(kind, module, inputs.detach(), outputs.detach())
+                given, made = (self._by_sequences(each.detach()) for each in (inputs, outputs))
+                statistic = self._statistic(kind, module, given, made)
                 self._add((kind, name), statistic)
 
         return hook
@@ -215,6 +232,12 @@ class Watch:
             self._seen[form, id(watched.untyped_storage())] = watched, statistic
         return statistic
 
+    def _by_sequences(self, values: Tensor) -> Tensor:
+        """Values [n · tokens, features] as [n, tokens, features]; others as they are."""
+        if self._grid is None or values.dim() != 2 or len(values) != self._grid[0] * self._grid[1]:
+            return values
+        return values.reshape(*self._grid, -1)
+
     def _tokens(self, values: Tensor) -> Tensor:
         """All vectors of a tensor [..., features] that are not padding: [n, features]."""
         if self._padding is not None and values.shape[:2] == self._padding.shape:
@@ -241,10 +264,9 @@ class Watch:
         )
         return Sums.of(len(tokens), sizes=sizes)
 
-    def _watch_gradient(
-        self, name: str, module: nn.Module, inputs: Tensor, outputs: Tensor
-    ) -> None:
-        def add(gradient: Tensor) -> None:
+    def _watch_gradient(self, name: str, inputs: Tensor, outputs: Tensor) -> None:
+        def add(flat: Tensor) -> None:
+            gradient = self._by_sequences(flat)
             size = (gradient.shape[-1], inputs.shape[-1])
             total, squares, absolute = (torch.zeros(size, device=inputs.device) for _ in range(3))
             for one, back in zip(inputs, gradient, strict=True):

@@ -37,7 +37,7 @@ def uniform(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, 
     """
     capacities = _capacities(shapes)
     total = _total(density, capacities)
-    return _apportion({name: float(n) for name, n in capacities.items()}, capacities, total)
+    return apportion({name: float(n) for name, n in capacities.items()}, capacities, total)
 
 
 def erk(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, int]:
@@ -60,7 +60,7 @@ def erk(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, int]
     """
     capacities = _capacities(shapes)
     total = _total(density, capacities)
-    return _apportion({name: float(sum(s)) for name, s in shapes.items()}, capacities, total)
+    return apportion({name: float(sum(s)) for name, s in shapes.items()}, capacities, total)
 
 
 def erk_conv(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, int]:
@@ -87,7 +87,7 @@ def erk_conv(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str,
         return counts
     weights = {name: float(sum(shape)) for name, shape in convs.items()}
     total = sum(counts[name] for name in convs)
-    return {**counts, **_apportion(weights, _capacities(convs), total)}
+    return {**counts, **apportion(weights, _capacities(convs), total)}
 
 
 def noise_uniform(
@@ -144,7 +144,7 @@ def noise_uniform(
         counts = {name: max(1, round(quota)) for name, quota in quotas.items()}
         if abs(sum(counts.values()) - wanted) <= tolerance * wanted:
             return counts
-    return _apportion(quotas, capacities, total)
+    return apportion(quotas, capacities, total)
 
 
 def global_ranking(scores: Mapping[str, Any], density: float) -> dict[str, int]:
@@ -262,7 +262,7 @@ def _total(density: float, capacities: Mapping[str, int], *, least: int = 1) -> 
     return total
 
 
-def _apportion(
+def apportion(
     weights: Mapping[str, float], capacities: Mapping[str, int], total: int
 ) -> dict[str, int]:
     """Split `total` in proportion to `weights`, each share between 1 and the layer's capacity.

@@ -125,9 +125,10 @@ def test_angles_of_what_stays_turns_and_is_turned_about() -> None:
     assert means == pytest.approx([0.0, 0.5, 1.0], abs=1e-3)
 
 
-def test_gradients_are_those_of_every_sequence() -> None:
-    model, batches = llama().eval(), texts(2)
-    name = describe(model)[0].query
+@pytest.mark.parametrize(("make", "role"), [(llama, "query"), (opt, "query"), (opt, "down")])
+def test_gradients_are_those_of_every_sequence(make: Any, role: str) -> None:
+    model, batches = make().eval(), texts(2)
+    name = getattr(describe(model)[0], role)
     found = calibrate(model, batches, {"gradients": [name]}).sums("gradients", name)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     weight, each = model.get_parameter(f"{name}.weight"), []
@@ -178,8 +179,31 @@ def test_later_blocks_see_what_pruned_ones_give() -> None:
 
 
 @pytest.mark.parametrize("blockwise", [False, True])
-def test_padding_counts_for_nothing(*, blockwise: bool) -> None:
-    model = llama()
+def test_tokens_in_one_row_are_sequences_again(*, blockwise: bool) -> None:
+    """OPT's feed-forward part is given [sequences · tokens, features]."""
+    model, batches = opt().eval(), texts()
+    blocks = {block.name: block for block in describe(model)}
+    if blockwise:
+        found = by_blocks(model, batches, lambda name: needs(blocks[name]), num_heads=HEADS)
+    else:
+        found = calibrate(model, batches, all_needs(model), num_heads=HEADS)
+    for block in blocks.values():
+        x, _ = seen(model, block.down, batches)
+        _, normed = seen(model, block.norms[1], batches)
+        assert x.shape == (3 * 4 * 12, 24)
+        for kind, name, values in (
+            ("sequences", block.down, x), ("sequences-out", block.norms[1], normed)
+        ):  # fmt: skip
+            sums = found.sums(kind, name)
+            expected = values.reshape(12, 12, -1).abs().mean(1).square().sum(0)
+            assert sums.count == 12
+            torch.testing.assert_close(sums.totals["squares"], expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [llama, opt])
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_padding_counts_for_nothing(make: Any, *, blockwise: bool) -> None:
+    model = make()
     blocks = {block.name: block for block in describe(model)}
     (whole,) = texts(1, size=3, tokens=8)
     short = {"input_ids": whole["input_ids"][:, :5]}
