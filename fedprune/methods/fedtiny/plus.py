@@ -63,8 +63,8 @@ class FedTinyPlus(FedTiny):
         protect: rounds for which a grown weight is not pruned again.
         adjust_from: rounds before the first adjustment; α's cosine begins there.
         candidates: kinds of the pool's candidates (kinds.py), separated by commas: "noise"
-            (faithful) and "erk" are drawn and share `pool_size`; of "uniform",
-            "erk-conv", "synflow", "gradual" and "narrow" there is one each.
+            (faithful) and "erk" are drawn and share what the others leave of `pool_size`; of
+            "uniform", "erk-conv", "synflow", "snip", "gradual" and "narrow" there is one each.
         selection: how clients choose: by "batch-norm" (faithful), or after a few local "steps", or
             by gradient "flow" (trials.py).
         selection_steps: local steps, or mini-batches of the gradient, of each candidate.
@@ -79,13 +79,15 @@ class FedTinyPlus(FedTiny):
         FLOW: measure_flow,
     }
 
+    pool_size: int = 2
+    granularity: str = "entire"
     adjust_every: int = 1
-    growth_at: str = MERGED
+    growth_at: str = DRAWN
     growth_batches: int = 1
     keep_outputs: bool = True
     protect: int = 0
     adjust_from: int = 0
-    candidates: str = "synflow,erk-conv"
+    candidates: str = "synflow,erk"
     selection: str = STEPS
     selection_steps: int = 10
 

@@ -37,7 +37,8 @@ from sparsemodel.storage.state_file import load_state
 
 FAITHFUL = {
     "growth_at": "after", "growth_batches": 0, "keep_outputs": False, "protect": 0,
-    "adjust_from": 0, "candidates": "noise", "selection": "batch-norm",
+    "adjust_from": 0, "candidates": "noise", "selection": "batch-norm", "pool_size": 0,
+    "granularity": "block",
 }  # fmt: skip
 PLUS = {f"method__{key}": value for key, value in FAITHFUL.items()}
 
@@ -112,7 +113,7 @@ GOLDEN = [
 
 
 def test_with_every_option_faithful_it_is_fedtiny_bit_for_bit(tmp_path: Path) -> None:
-    plain = run_inline(tiny(), tmp_path / "fedtiny")
+    plain = run_inline(tiny(method__pool_size=0), tmp_path / "fedtiny")
     faithful = run_inline(tiny(method__name="fedtiny-plus", **PLUS), tmp_path / "plus")
     ends = [load_state(out / MODEL_FILE)[0] for out in (plain, faithful)]
     assert ends[0].patterns == ends[1].patterns
@@ -340,7 +341,7 @@ def test_random_growth_runs_for_fewer_bytes(tmp_path: Path) -> None:
     drawn = tiny(**settings, method__growth_at="drawn", method__protect=1)
     runs = [run_inline(drawn, tmp_path / name) for name in ("first", "second")]
     assert digest(runs[0]) == digest(runs[1])
-    asked = run_inline(tiny(**settings), tmp_path / "asked")
+    asked = run_inline(tiny(**settings, method__growth_at="merged"), tmp_path / "asked")
     lines, others = (
         [line for line in read_metrics(run) if "round" in line] for run in (runs[0], asked)
     )
