@@ -143,7 +143,7 @@ class Gate:
         """
         if self._equal_weights:
             return dict.fromkeys(clients, 1)
-        samples = {c: _samples(self.clients[c], on) for c in clients}
+        samples = {c: self.clients[c].samples(on) for c in clients}
         own = [c for c in clients if self.clients.has_own(c)]
         return capped(samples, own, self._max_share)
 
@@ -156,7 +156,7 @@ class Gate:
         Raises:
             ClientError: it holds more or less than was asked for, or what cannot be.
         """
-        expected = _samples(self.clients[client], request.on)
+        expected = self.clients[client].samples(request.on)
         if reply.num_examples != expected or expected < 1:
             raise ClientError(
                 f"a reply for {reply.num_examples} samples, and the client has {expected}"
@@ -284,10 +284,6 @@ def _norm(values: Tensors) -> float:
 def is_statistic(name: str) -> bool:
     """Whether a tensor of a state is a batch norm's running mean or variance."""
     return name.endswith(("running_mean", "running_var"))
-
-
-def _samples(info: ClientInfo, on: str) -> int:
-    return {"train": info.num_train, "dev": info.num_dev, "test": info.num_test}[on]
 
 
 def _holds_no_arrays(reply: Reply) -> bool:

@@ -42,7 +42,7 @@ class Reply:
         num_examples: the samples that it stands for.
         states: states by name; one that the request has too is under the request's patterns.
         entries: for states of the request: single entries at pruned places.
-        tensors: dictionaries of whole tensors of the model, by name.
+        tensors: dictionaries of whole tensors, by name: of the model, or as `Expected.shapes` says.
         masks: masks of layers of the model, by name; any layers, whatever the request's mask is.
         masked: all of it under masks (fedprune/privacy); the rest is empty then.
         weight: what it counts for in whatever is averaged; the server says (gate.py), and by
@@ -73,6 +73,8 @@ class Expected:
         sums: fields that are sums over the client's samples: name -> how many numbers a list of
             them has; 0: it is one number, no list.
         tensors: name of each dictionary -> the tensors in it.
+        shapes: of those tensors that have another shape than the model's of that name, or none
+            there.
         masks: name of each mask -> layer -> active weights at most.
         growth: layer -> how many entries at pruned places of the model at most.
         norm: where positive, states are updates, of at most that norm, and not weights.
@@ -82,6 +84,7 @@ class Expected:
     states: Collection[str] = ()
     sums: Mapping[str, int] = field(default_factory=dict)
     tensors: Mapping[str, Collection[str]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     masks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     growth: Mapping[str, int] = field(default_factory=dict)
     norm: float = 0.0
@@ -107,8 +110,8 @@ class Request:
             not travel.
         check: refuses, with ClientError, a reply whose fields do not answer it. It does not
             travel.
-        forward_passes: for the account of operations: of each pass over the development samples
-            that the answer takes, layer -> active weights. It does not travel.
+        forward_passes: for the account of operations: of each pass over the samples `on` that the
+            answer takes, layer -> active weights; a layer without is dense. It does not travel.
         batch_passes: the same of each pass over a mini-batch of training samples, of which a step
             takes three. It does not travel.
         program: of the network that the question is about, where it is not the run's.
@@ -181,6 +184,10 @@ class ClientInfo:
     num_dev: int
     label_histogram: list[int]
     num_test: int = 0
+
+    def samples(self, on: str) -> int:
+        """How many it has of one use: "train", "dev" or "test"."""
+        return {"train": self.num_train, "dev": self.num_dev, "test": self.num_test}[on]
 
 
 MAX_LOSS = 2.0**40

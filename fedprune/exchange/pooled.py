@@ -253,6 +253,7 @@ class Layout:
             shapes: of the model's tensors.
         """
         expected = request.expected
+        shapes = {**shapes, **expected.shapes}
         blank = {
             key: SparseState({n: np.broadcast_to(np.float32(0), shapes[n]) for n in names})
             for key, names in expected.tensors.items()

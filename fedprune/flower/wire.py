@@ -532,7 +532,7 @@ def decode_reply(
     """Server side: what a client answered to `request`.
 
     Args:
-        shapes: of the model's tensors, in its order.
+        shapes: of the model's tensors, in its order; `request` may expect others besides.
         uplink: how the model travels; unless exactly, `request` must be as the client read it.
 
     Raises:
@@ -564,7 +564,7 @@ def decode_reply(
         fields=_field(header, "f", dict, {}),
         states=states,
         entries=entries,
-        tensors=_decode_tensors(header, frames, shapes),
+        tensors=_decode_tensors(header, frames, {**shapes, **request.expected.shapes}),
         masks={
             name: _decode_mask_of(_asked_layers(request, name, shapes), _frame(frames, f"m{place}"))
             for place, name in enumerate(_names(header, "m"))

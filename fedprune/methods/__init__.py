@@ -13,6 +13,7 @@ from fedprune.exchange.pooled import Pooled
 from fedprune.local.site import Local
 from fedprune.local.training import train
 from fedprune.methods.base import Collector, Method, RunState, Start, train_request
+from fedprune.methods.calibrated import Wanda
 from fedprune.methods.feddst import FedDST
 from fedprune.methods.fedmef import FedMef
 from fedprune.methods.fedpm import FedPM
@@ -72,6 +73,7 @@ __all__ = [
     "SparsyFed",
     "Start",
     "SynFlow",
+    "Wanda",
     "is_given",
     "method_class",
     "method_name",
@@ -91,6 +93,7 @@ _ALL: tuple[type[Method], ...] = (
     Grasp,
     SynFlow,
     SSFL,
+    Wanda,
     PruneFL,
     FedDST,
     FedSGC,

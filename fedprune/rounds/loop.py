@@ -135,7 +135,7 @@ def start(setup: Setup, cohort: Cohort, folder: RunFolder) -> RunState:
     """Let the method begin."""
 
     def count_passes(request: Request) -> None:
-        samples = sum(info.num_dev for info in cohort.clients.values())
+        samples = sum(info.samples(request.on) for info in cohort.clients.values())
         folder.totals.count_passes(setup, request.forward_passes, samples)
         batches = setup.config.training.batch_size * len(cohort.clients)
         folder.totals.count_passes(setup, request.batch_passes, batches)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from sparsemodel.errors import CalibrationError
 
 Losses = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> the loss of each sequence or sample, [n]."""
@@ -48,6 +50,20 @@ def grid_of(batch: Any) -> tuple[int, int] | None:
     return None if tokens is None or tokens.dim() != 2 else (tokens.shape[0], tokens.shape[1])
 
 
+def unpadded(values: Tensor, padding: Tensor | None) -> Tensor:
+    """All vectors of [..., features] that are of tokens that count: [m, features].
+
+    Args:
+        values: of tokens [n, tokens, features] or, laid one behind the other, [n * tokens,
+            features]; in values of any other shape all vectors count.
+        padding: as of `padding_of`.
+    """
+    vectors = values.reshape(-1, values.shape[-1])
+    if padding is None or values.shape[:-1] not in {padding.shape, padding.reshape(-1).shape}:
+        return vectors
+    return vectors[padding.reshape(-1)]
+
+
 def moved_to(batch: Any, device: torch.device) -> Any:
     """A batch's tensors on a device; arrays become tensors."""
     if isinstance(batch, Mapping):
@@ -55,3 +71,15 @@ def moved_to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, tuple | list):
         return tuple(moved_to(part, device) for part in batch)
     return torch.as_tensor(batch).to(device)
+
+
+def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The first tensor that a module was called with.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise CalibrationError("a watched module was called without a tensor")

@@ -19,11 +19,13 @@ from torch.nn import functional
 
 from sparsemodel.calibration.batches import (
     Losses,
+    first_tensor,
     grid_of,
     moved_to,
     next_token_losses,
     padding_of,
     run,
+    unpadded,
 )
 from sparsemodel.calibration.statistics import Calibration, Key, Moments, Statistic, Sums
 from sparsemodel.errors import CalibrationError
@@ -190,7 +192,7 @@ class Watch:
 
     def _hook(self, name: str, kinds: Sequence[str]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            inputs = _first(args, kwargs)
+            inputs = first_tensor(args, kwargs)
             outputs = output[0] if isinstance(output, tuple | list) else output
             for kind in kinds:
                 if kind == GRADIENTS:
@@ -240,9 +242,7 @@ class Watch:
 
     def _tokens(self, values: Tensor) -> Tensor:
         """All vectors of a tensor [..., features] that are not padding: [n, features]."""
-        if self._padding is not None and values.shape[:2] == self._padding.shape:
-            return values[self._padding]
-        return values.reshape(-1, values.shape[-1])
+        return unpadded(values, self._padding)
 
     def _sequences(self, values: Tensor) -> Sums:
         if values.dim() < 3:  # one vector a sample
@@ -306,11 +306,3 @@ def _same(one: Tensor, other: Tensor) -> bool:
         and one.shape == other.shape
         and one.stride() == other.stride()
     )
-
-
-def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The first tensor that a module was called with."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value
-    raise CalibrationError("a watched module was called without a tensor")

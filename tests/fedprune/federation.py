@@ -76,10 +76,11 @@ def digest(out: Path) -> str:
 
 
 def places_of(setup: Setup) -> list[Local]:
-    """The places of a laid-out federation's four clients."""
+    """The places of a laid-out federation's clients."""
+    config, folder = setup.config, str(setup.folder)
     return [
-        Local(n, open_data(setup.config, n, setup=str(setup.folder)), setup.config, setup.network)
-        for n in range(4)
+        Local(client, open_data(config, client, setup=folder), config, setup.network)
+        for client in range(config.data.clients)
     ]
 
 

@@ -215,6 +215,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "small-dense": {"method.density": DENSITY},
     "fedprox": {"method.density": DENSITY, "method.mu": st.floats(0, allow_infinity=False)},
     "ssfl": {"method.density": DENSITY, "method.batches": st.integers(1, 10**6)},
+    "wanda": {"method.density": DENSITY, "method.within": st.sampled_from(["row", "layer"])},
     "prunefl": {
         "method.density": DENSITY,
         "method.adaptive": st.booleans(),
