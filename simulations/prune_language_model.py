@@ -2,133 +2,44 @@
 
     python -m simulations.prune_language_model --model FOLDER --data TEXT [--test TEXT]
 
-Every way prunes the same model to the same densities and N:M patterns, by the same sequences for
-calibration, of which there are several draws. Test sequences are the text's last tenth, or another
-text, and choose nothing. Every run leaves its outcome in a file; a finished one is not run again.
+Every way (language_ways.py) prunes the same model to the same densities and N:M patterns, by the
+same sequences for calibration, of which there are several draws. Test sequences are the text's last
+tenth, or another text, and choose nothing. Every run leaves its outcome in a file; a finished one
+is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunelab.errors import PrunelabError
 from prunelab.language.models import read_model
 from prunelab.language.perplexity import perplexity
 from prunelab.language.text import drawn, in_batches, parted, read_text, sequences
 from simulations.jobs import FAILED, FINISHED, Outcome, check_settings, parsed, run_jobs, workers_of
+from simulations.language_ways import NOT_IN_GROUPS, UNITS, WEIGHTS, Task
 from simulations.page import page, table
 from simulations.statistics import interval
-from sparsemodel.calibration.blocks import by_blocks
-from sparsemodel.calibration.collect import INPUTS
-from sparsemodel.calibration.statistics import Calibration
 from sparsemodel.errors import MaskError, SparseModelError
-from sparsemodel.masks.by_blocks import block_weights, prune_blocks
-from sparsemodel.masks.calibrated import CALIBRATED, needs_of, wanda
-from sparsemodel.masks.criteria import Criterion
-from sparsemodel.masks.mask import Mask
-from sparsemodel.masks.prune import prune
 from sparsemodel.masks.structure import n_of_m
-from sparsemodel.recovery.dsnot import dsnot
-from sparsemodel.recovery.reconstruction import reconstruct
-
-Batches = list[dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a way of pruning is asked for.
-
-    Attributes:
-        batches: for calibration.
-        within: "row", or such as "2:4".
-    """
-
-    batches: Batches
-    density: float
-    within: str
-    seed: int
-
-
-Way = Callable[[nn.Module, Task], Mask]
-"""Prunes the model; gives the mask, which has been applied."""
 
 REFUSED = "refused"
 PATTERNS = ("0.7", "0.5", "0.3", "2:4", "4:8")
-"""Densities, ranked within rows, and groups."""
+"""Densities of weights, ranked within rows, and groups."""
+SHARES = ("0.9", "0.8", "0.5")
+"""Densities of heads and channels."""
+CONTROL, UNIT_CONTROL = "magnitude", "units, magnitude"
 BATCH = 8
-
-
-def _by_blocks(criterion: str | Criterion) -> Way:
-    def prune_it(model: nn.Module, task: Task) -> Mask:
-        return prune_blocks(
-            model, task.density, task.batches, criterion=criterion, within=task.within,
-            seed=task.seed,
-        )  # fmt: skip
-
-    return prune_it
-
-
-def _globally(distribution: str) -> Way:
-    def prune_it(model: nn.Module, task: Task) -> Mask:
-        names = [name for block in block_weights(model).values() for name in block]
-        mask = prune(model, task.density, distribution=distribution, names=names)
-        mask.apply(model)
-        return mask
-
-    return prune_it
-
-
-def _mended(model: nn.Module, task: Task) -> Mask:
-    """Wanda's masks, each moved by DSnoT before the next block is looked at."""
-    patterns, weights = {}, block_weights(model)
-    groups = n_of_m(task.within)
-
-    def cut(block: str, found: Calibration) -> None:
-        mask = prune(
-            model, task.density, criterion=wanda, within=task.within, names=weights[block],
-            calibration=found,
-        )  # fmt: skip
-        for name in mask:
-            moments = found.moments(INPUTS, name.removesuffix(".weight"))
-            weight = model.get_parameter(name).detach()
-            patterns[name] = dsnot(weight, mask[name], moments, m=groups[1] if groups else None)
-        Mask({name: patterns[name] for name in mask}).apply(model)
-
-    by_blocks(model, task.batches, lambda block: needs_of(wanda, weights[block]), cut)
-    return Mask(patterns)
-
-
-def _reconstructed(model: nn.Module, task: Task) -> Mask:
-    """Wanda's mask, and PERP: norms and MaskLoRA trained for what the dense blocks gave."""
-    mask = _by_blocks("wanda")(copy.deepcopy(model), task)
-    reconstruct(
-        model, mask, task.batches, parts=("norms", "mask-lora"), steps=200, lr=3e-3, seed=task.seed
-    )
-    return mask
-
-
-WAYS: Mapping[str, Way] = {
-    "random": _by_blocks("random"),
-    "magnitude": _by_blocks("magnitude"),
-    **{name: _by_blocks(name) for name in CALIBRATED},
-    "wanda, then DSnoT": _mended,
-    "wanda, then PERP": _reconstructed,
-    "magnitude, all layers": _globally("global"),
-    "magnitude, all layers, a minimum each": _globally("global-minimum"),
-}
-NOT_IN_GROUPS = ("magnitude, all layers", "magnitude, all layers, a minimum each")
-"""Ways that share weights out over layers, which groups do not allow."""
 
 
 @dataclass(frozen=True)
@@ -190,57 +101,71 @@ class PruneJob:
             task = Task(calibration, density, self.pattern if groups else "row", self.draw)
             started = time.process_time()
             try:
-                mask = WAYS[self.way](model, task)
+                mask = {**WEIGHTS, **UNITS}[self.way](model, task)
             except MaskError as error:  # rows that do not divide into groups
                 return Outcome(REFUSED, reason=str(error))
             values = {"density": mask.density, "processor_seconds": time.process_time() - started}
         return Outcome(FINISHED, values={"perplexity": perplexity(model, test), **values})
 
 
-def jobs_of(setting: Setting, patterns: Sequence[str], draws: Sequence[int]) -> list[PruneJob]:
+def jobs_of(
+    setting: Setting, patterns: Sequence[str], shares: Sequence[str], draws: Sequence[int]
+) -> list[PruneJob]:
     """The dense model, then draw by draw every way at every pattern that it can."""
-    jobs = [
-        PruneJob(setting, way, pattern, draw)
-        for draw in draws
-        for pattern in patterns
-        for way in WAYS
-        if n_of_m(pattern) is None or way not in NOT_IN_GROUPS
-    ]
+    jobs = []
+    for draw in draws:
+        jobs += [
+            PruneJob(setting, way, pattern, draw)
+            for pattern in patterns
+            for way in WEIGHTS
+            if n_of_m(pattern) is None or way not in NOT_IN_GROUPS
+        ]
+        jobs += [PruneJob(setting, way, share, draw) for share in shares for way in UNITS]
     return [PruneJob(setting), *jobs]
 
 
 def body(jobs: Sequence[PruneJob], found: Mapping[str, Outcome]) -> list[str]:
-    """The tables: perplexities, and what is told apart from magnitude."""
+    """The tables: perplexities, what is told apart from magnitude, time."""
     done = {job: found[job.name].values for job in jobs if found[job.name].status == FINISHED}
-    patterns = list(dict.fromkeys(job.pattern for job in jobs if job.way))
+    dense = [value["perplexity"] for job, value in done.items() if not job.way]
+    lines = [f"The dense model's perplexity is {dense[0]:.2f}."] if dense else []
+    refused = {one.reason for one in found.values() if one.status == REFUSED}
+    lines += [f"\nRefused: {reason}." for reason in sorted(refused)]
+    for title, ways, control in (
+        ("Weights", WEIGHTS, CONTROL), ("Heads and channels", UNITS, UNIT_CONTROL),
+    ):  # fmt: skip
+        own = {job: value for job, value in done.items() if job.way in ways}
+        patterns = list(dict.fromkeys(job.pattern for job in jobs if job.way in ways))
+        lines += _tables(title, own, list(ways), patterns, control)
+    return lines
+
+
+def _tables(
+    title: str,
+    done: Mapping[PruneJob, Mapping[str, Any]],
+    ways: Sequence[str],
+    patterns: Sequence[str],
+    control: str,
+) -> list[str]:
     values: dict[tuple[str, str], dict[int, float]] = {}
     for job, value in done.items():
         values.setdefault((job.way, job.pattern), {})[job.draw] = value["perplexity"]
-    rows = []
-    for way in WAYS:
+    rows, against = [], []
+    for way in ways:
+        spent = [value["processor_seconds"] for job, value in done.items() if job.way == way]
         cells = [_told(list(values.get((way, pattern), {}).values())) for pattern in patterns]
-        rows.append([way, *cells])
-    dense = [value["perplexity"] for job, value in done.items() if not job.way]
-    text = f"The dense model's perplexity is {dense[0]:.2f}." if dense else ""
-    lines = ["## Perplexity", "", text, "", table(["way", *patterns], rows)]
-    refused = {one.reason for one in found.values() if one.status == REFUSED}
-    lines += [f"\nRefused: {reason}." for reason in sorted(refused)]
-    rows = [
-        [way, *(_against(values, way, pattern) for pattern in patterns)]
-        for way in WAYS
-        if way != "magnitude"
-    ]
-    lines += [
-        "", "## Against magnitude", "",
-        "The natural logarithm of the perplexity over that of magnitude's mask, paired by draws, "
-        "with its 95 % interval: below zero is better.", "",
-        table(["way", *patterns], rows),
+        rows.append([way, *cells, f"{statistics.mean(spent):.1f}" if spent else "-"])
+        if way != control:
+            pairs = [(values.get((way, p), {}), values.get((control, p), {})) for p in patterns]
+            against.append([way, *(_against(*pair) for pair in pairs)])
+    return [
+        "", f"## {title}", "",
+        "Perplexity at each density or pattern, and seconds of processor time for a pruning.", "",
+        table(["way", *patterns, "s"], rows), "",
+        f"The natural logarithm of the perplexity over that of `{control}`, paired by draws, with "
+        "its 95 % interval; below zero is better.", "",
+        table(["way", *patterns], against),
     ]  # fmt: skip
-    spent = {
-        way: [v["processor_seconds"] for job, v in done.items() if job.way == way] for way in WAYS
-    }
-    rows = [[way, f"{statistics.mean(each):.1f}"] for way, each in spent.items() if each]
-    return [*lines, "", "## Processor time of a pruning", "", table(["way", "s"], rows)]
 
 
 def _told(values: Sequence[float]) -> str:
@@ -254,8 +179,7 @@ def _told(values: Sequence[float]) -> str:
     return f"{mean:{form}}{spread}"
 
 
-def _against(values: Mapping[tuple[str, str], Mapping[int, float]], way: str, pattern: str) -> str:
-    ours, theirs = values.get((way, pattern), {}), values.get(("magnitude", pattern), {})
+def _against(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
     pairs = [
         math.log(ours[draw] / theirs[draw])
         for draw in sorted(ours.keys() & theirs.keys())
@@ -267,8 +191,12 @@ def _against(values: Mapping[tuple[str, str], Mapping[int, float]], way: str, pa
     return f"{one.mean:+.2f}" + (f" ± {one.half:.2f}" if len(pairs) > 1 else "")
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Run what is missing and write the page."""
+def parse(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[PruneJob], Path]:
+    """The command line, its runs, and where they go.
+
+    Raises:
+        SystemExit: it asks for what cannot be; nothing has been run.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m simulations.prune_language_model",
         description=__doc__,
@@ -278,44 +206,51 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="a text; its last tenth is for testing")
     parser.add_argument("--test", default="", help="another text for testing")
     parser.add_argument("--title", default="", help="what the page calls the model")
-    parser.add_argument("--patterns", default=",".join(PATTERNS))
+    parser.add_argument("--patterns", default=",".join(PATTERNS), help="densities, or such as 2:4")
+    parser.add_argument("--shares", default=",".join(SHARES), help="of heads and channels")
     parser.add_argument("--draws", type=int, default=3, help="of sequences for calibration")
     parser.add_argument("--samples", type=int, default=128, help="sequences for calibration")
     parser.add_argument("--tested", type=int, default=64, help="sequences for testing, at most")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--out", type=Path, help="where runs go; default runs/NAME-MODEL")
     given = parsed(parser, words)
-    title = given.title or Path(given.model).name
+    given.title = given.title or Path(given.model).name
     setting = Setting(
         given.model, given.data, given.test, given.samples, given.tested, given.length
     )
-    out = given.out or Path("runs") / f"prune_language_model-{title}"
+    out = given.out or Path("runs") / f"prune_language_model-{given.title}"
+    patterns, shares = given.patterns.split(","), given.shares.split(",")
     try:
+        for pattern in (*patterns, *shares):
+            if n_of_m(pattern) is None and not 0 < float(pattern) <= 1:
+                raise ValueError(f"{pattern}: a density is in (0, 1]")
         sides(setting)
         check_settings(out, asdict(setting))
-        for pattern in given.patterns.split(","):
-            if n_of_m(pattern) is None:
-                float(pattern)
     except (PrunelabError, SparseModelError, ValueError) as error:
         parser.error(str(error))
-    jobs = jobs_of(setting, given.patterns.split(","), range(given.draws))
+    return given, jobs_of(setting, patterns, shares, range(given.draws)), out
+
+
+def main() -> None:
+    """Run what is missing and write the page."""
+    given, jobs, out = parse()
     with workers_of(given, on_gpus=False) as workers:
         found = run_jobs(jobs, out, workers)
-    shown = {name: value for name, value in asdict(setting).items() if "/" not in str(value)}
-    command = f"python -m simulations.prune_language_model --model {title} --data TEXT"
+    setting = asdict(jobs[0].setting)
     text = page(
-        f"Pruning {title} in one shot",
-        command=f"{command} --samples {given.samples} --length {given.length}",
+        f"Pruning {given.title} in one shot",
+        command=f"python -m simulations.prune_language_model --model {given.title} --data TEXT "
+        f"--samples {given.samples} --length {given.length}",
         at=", ".join(sorted({one.commit for one in found.values()})),
         notes=[
             f"mean ± sample standard deviation over {given.draws} draws of sequences for "
-            "calibration; magnitude needs none, so it does not vary",
-            "densities are those of every linear layer of the blocks, ranked within rows; "
-            "embeddings, norms and the output layer are whole",
+            "calibration; what needs none does not vary",
+            "densities are those of every linear layer of the blocks, ranked within rows but where "
+            "all layers are said; embeddings, norms and the output layer are whole",
             "test sequences choose nothing",
         ],
         body=body(jobs, found),
-        settings=shown,
+        settings={name: value for name, value in setting.items() if "/" not in str(value)},
     )
     saved = out / "table.md"
     saved.write_text(text, encoding="utf-8")
