@@ -19,6 +19,10 @@ class CalibrationError(SparseModelError):
     """Statistics that are missing, do not fit, or cannot be collected as asked."""
 
 
+class ProtocolError(SparseModelError):
+    """A judgement of a pruning that cannot be made of what was given."""
+
+
 class CodecError(SparseModelError):
     """Bytes that are not a valid frame: damaged, truncated, too large or of another version."""
 
