@@ -81,7 +81,7 @@ class Setting:
 
 def grammar_text(seed: int, *, num_sentences: int) -> str:
     """Sentences of a grammar with agreement in number across a clause, and sums that are right."""
-    drawn = random.Random(seed)  # noqa: S311 - no secret
+    drawn = random.Random(seed)
     one = {"cat": "cats", "bird": "birds", "child": "children", "wolf": "wolves", "king": "kings"}
     verbs = {"sees": "see", "follows": "follow", "fears": "fear", "loves": "love", "helps": "help"}
     adjectives = ["old", "small", "grey", "quiet", "brave"]
@@ -255,13 +255,19 @@ def body(jobs: Sequence[TrainJob], found: Mapping[str, Outcome]) -> list[str]:
     def rows(ways: Sequence[str], cell: Callable[[str, float], str]) -> list[list[str]]:
         return [[way, *(cell(way, density) for density in densities)] for way in ways]
 
+    def measured(way: str, density: float) -> str:
+        return _told(values(way, density, "perplexity").values(), ".3f")
+
+    def trained(way: str, density: float) -> str:
+        return _told(values(way, density, "average_parameters").values(), ",.0f", spread=False)
+
     dense = list(values(DENSE, 1.0, "perplexity").values())
     everyone = (*WAYS, NARROW)
     once = next(iter(WAYS))
     return [
         "## Perplexity of a character", "",
         f"The dense model's is {_told(dense, '.3f')}.", "",
-        table(header, rows(everyone, lambda w, d: _told(values(w, d, "perplexity").values(), ".3f"))),
+        table(header, rows(everyone, measured)),
         "", "## Against pruning once", "",
         f'The natural logarithm of the perplexity over that of "{once}", paired by seeds, with its '
         "95 % interval: below zero is better.", "",
@@ -270,8 +276,7 @@ def body(jobs: Sequence[TrainJob], found: Mapping[str, Outcome]) -> list[str]:
         table(header, rows(["25-75 %"], lambda w, d: against(w, NARROW, d))),
         "", "## Parameters, averaged over the steps", "",
         "Embeddings, norms and the output layer are whole, and counted.", "",
-        table(header, rows(everyone, lambda w, d: _told(
-            values(w, d, "average_parameters").values(), ",.0f", spread=False))),
+        table(header, rows(everyone, trained)),
     ]  # fmt: skip
 
 
