@@ -100,11 +100,49 @@ def taylor_mixed(
     return scores
 
 
+def dpruner(
+    model: nn.Module, names: Iterable[str], calibration: Calibration, *, strength: float = 0.1
+) -> dict[str, Tensor]:
+    """|w g′ − ½ w² F|: what a domain needs, with what all text needs weighed in.
+
+    g and F are the mean gradient and the mean squared gradient of the domain's sequences, as in
+    `taylor_mixed`, which it is with a strength of 0. G, the scores of `obs`, is of open text:
+
+        calibrate(model, open_text, {GRAM: layers}).merge(
+            calibrate(model, domain, {GRADIENTS: layers}))
+
+    The domain's loss is added λ Σ G (w′ − w)², where w′ is w after a step of gradient descent at
+    rate η. Then w′ − w = −η g, and by the chain rule, with F for the second derivative of the
+    loss, the gradient becomes g′ = g (1 + 2 λ η² G F).
+
+    Source: Zhang et al., Pruning as a Domain-specific LLM Extractor (findings of NAACL 2024), the
+    loss and its Taylor score. How g′ follows from them, and η, is our reading: 2 η² is one over the
+    mean of G F in each layer, so that `strength`, λ, is the mean share that is added to g, whatever
+    the unit of the loss and the number of tokens.
+
+    Raises:
+        MaskError: an unknown name.
+        CalibrationError: the calibration lacks GRAM or GRADIENTS of a layer.
+    """
+    general = obs(model, names := list(names), calibration)
+    scores = {}
+    for name, weight in named_weights(model, names).items():
+        found = calibration.sums(GRADIENTS, _module(name))
+        values, squares = weight.detach().double().cpu(), found.mean("squares")
+        shared = general[name].double().cpu() * squares
+        mean = shared.mean()
+        added = strength * shared / mean if mean > 0 else torch.zeros_like(shared)
+        change = values * found.mean("gradient") * (1 + added) - 0.5 * values.square() * squares
+        scores[name] = change.abs().float().to(weight.device)
+    return scores
+
+
 NEEDS: Mapping[Criterion, tuple[str, ...]] = {
     wanda: (INPUTS,),
     gblm: (INPUTS, GRADIENTS),
     obs: (GRAM,),
     taylor_mixed: (GRADIENTS,),
+    dpruner: (GRAM, GRADIENTS),
 }
 """Criterion -> the statistics that it needs of the layers that it scores."""
 
@@ -113,6 +151,7 @@ CALIBRATED: Mapping[str, Criterion] = {
     "gblm": gblm,
     "obs": obs,
     "taylor-mixed": taylor_mixed,
+    "dpruner": dpruner,
 }
 
 

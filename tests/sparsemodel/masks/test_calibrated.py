@@ -15,6 +15,7 @@ from sparsemodel.errors import CalibrationError, DensityError, MaskError
 from sparsemodel.masks.by_blocks import block_weights, prune_blocks
 from sparsemodel.masks.calibrated import (
     CALIBRATED,
+    dpruner,
     gblm,
     needs_of,
     obs,
@@ -100,6 +101,67 @@ def test_taylor_by_hand() -> None:
     totals = {"gradient": torch.tensor([[1.0]]), "squares": torch.tensor([[0.5]])}
     found = Calibration({(GRADIENTS, "fc"): Sums.of(2, absolute=torch.ones(1, 1), **totals)})
     assert taylor_mixed(model, FC, found)["fc.weight"].item() == 0.5
+
+
+def domain_and_open(gradient: Tensor, squares: Tensor, products: Tensor) -> Calibration:
+    totals = {"gradient": gradient, "squares": squares, "absolute": squares}
+    of_domain = Calibration({(GRADIENTS, "fc"): Sums.of(1, **totals)})
+    return of_domain.merge(Calibration({(GRAM, "fc"): Sums.of(7, products=products)}))
+
+
+def test_dpruner_by_hand() -> None:
+    """w = (1, 2), g = (1, 1), F = (1, .5); H is diagonal, so G = w² H = (1, 4) · (3, .75) = (3, 3).
+
+    G F = (3, 1.5), over its mean (4/3, 2/3). At a strength of .3 g′ = (1.4, 1.2), and the scores
+    are 1.4 − .5 = .9 and 2.4 − 1 = 1.4. H is damped by .01 of its mean, which moves both a little.
+    """
+    model = Layer(1, 2)
+    model.fc.weight.data.copy_(torch.tensor([[1.0, 2.0]]))
+    h = torch.tensor([3.0, 0.75]) - 0.01 * 1.875 / 1.01  # damped, it is (3, .75)
+    found = domain_and_open(torch.ones(1, 2), torch.tensor([[1.0, 0.5]]), torch.diag(h))
+    scores = dpruner(model, FC, found, strength=0.3)["fc.weight"]
+    torch.testing.assert_close(scores, torch.tensor([[0.9, 1.4]]))
+
+
+def test_dpruner_of_no_strength_is_the_plain_taylor_score() -> None:
+    model = llama().eval()
+    names = block_weights(model)["model.layers.1"]
+    modules = [name.removesuffix(".weight") for name in names]
+    found = calibrate(model, texts(2, seed=1), {GRAM: modules}).merge(
+        calibrate(model, texts(2, seed=2), {GRADIENTS: modules})
+    )
+    plain, zero = taylor_mixed(model, names, found), dpruner(model, names, found, strength=0.0)
+    assert all(torch.equal(plain[name], zero[name]) for name in names)
+    other = calibrate(model, texts(2, seed=3), {GRAM: modules})
+    moved = Calibration({**found, **other})
+    for name in names:
+        one, two = dpruner(model, names, found)[name], dpruner(model, names, moved)[name]
+        assert not torch.equal(one, plain[name])
+        assert not torch.equal(one, two)  # open text has a say
+
+
+def test_dpruner_does_not_depend_on_units_of_open_text() -> None:
+    model, drawn = Layer(), torch.Generator().manual_seed(0)
+    gradient, x = torch.randn(4, 6, generator=drawn), inputs().double()
+    one, two = (
+        dpruner(model, FC, domain_and_open(gradient, gradient.square(), scale * x.T @ x))
+        for scale in (1.0, 64.0)
+    )
+    torch.testing.assert_close(one["fc.weight"], two["fc.weight"])
+
+
+def test_dpruner_keeps_what_open_text_needs_among_equals_of_the_domain() -> None:
+    """Planted: all weights, g and F are equal; open text uses the features 1 and 4."""
+    model = Layer()
+    model.fc.weight.data.fill_(1.0)
+    used = torch.full((6,), 0.1).index_fill(0, torch.tensor([1, 4]), 10.0)
+    found = domain_and_open(torch.ones(4, 6), torch.ones(4, 6), torch.diag(used))
+    mask = prune(
+        model, 1 / 3, criterion="dpruner", within="row", calibration=found, names=FC
+    )["fc.weight"]  # fmt: skip
+    assert mask.nonzero()[:, 1].tolist() == [1, 4] * 4
+    plain = taylor_mixed(model, FC, found)["fc.weight"]
+    assert (plain == plain[0, 0]).all()
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
