@@ -74,7 +74,7 @@ def test_page_by_hand() -> None:
 def test_the_narrow_model_has_as_many_parameters(wanted: int) -> None:
     """To half of what one more feed-forward feature brings."""
     model = narrow(TINY, vocabulary=36, seed=0, parameters=wanted)
-    assert abs(num_parameters(model) - wanted) <= 3 * model.config.hidden_size / 2
+    assert abs(num_parameters(model) - wanted) <= 3 * model.get_input_embeddings().embedding_dim / 2
 
 
 @pytest.mark.parametrize("way", [DENSE, NARROW, *WAYS])
