@@ -24,8 +24,8 @@ def prune(  # noqa: PLR0917 - the command's options
     criterion: Annotated[
         str,
         typer.Option(
-            help="wanda, gblm, obs, taylor-mixed, magnitude or random: what says which weights "
-            "matter."
+            help="wanda, gblm, obs, taylor-mixed, dpruner, magnitude or random: what says which "
+            "weights matter."
         ),
     ] = "wanda",
     density: Annotated[
