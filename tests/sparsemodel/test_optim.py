@@ -87,8 +87,9 @@ def test_steps_equal_masked_sgd(momentum: float, weight_decay: float, passes: in
             optimizer.step()
             reference_step(reference, mask, expected)
     for name, parameter in model.named_parameters():
+        # 25 steps, each rounded to float32 once: some processors add in another order.
         torch.testing.assert_close(
-            parameter, reference.get_parameter(name), rtol=0, atol=1e-7, msg=name
+            parameter, reference.get_parameter(name), rtol=0, atol=25 * 2**-24, msg=name
         )
     for name in mask:
         pruned = model.get_parameter(name).detach()[~mask[name]]
