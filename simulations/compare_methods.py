@@ -27,7 +27,8 @@ from simulations.comparison.presets import PRESETS
 from simulations.comparison.report import write_page
 from simulations.comparison.steps import Call, compare
 from simulations.comparison.tuning import tuning_cells
-from simulations.jobs import FAILED, check_settings, parsed, workers_of
+from simulations.jobs import check_settings, parsed, workers_of
+from simulations.page import publish
 
 T = TypeVar("T")
 
@@ -157,12 +158,7 @@ def main() -> None:
             with workers_of(given, on_gpus=on_gpus) as workers:
                 found = compare(call, workers)
     text = write_page(call, found)
-    call.saved.write_text(text, encoding="utf-8")
-    print(text)
-    print(f"table: {call.saved}")
-    failed = sum(one.status == FAILED for one in found.outcomes.values())
-    if failed:
-        raise SystemExit(f"{failed} runs failed: the page says why; run again, they are retried")
+    publish(text, call.saved, found.outcomes.values(), hint="the page says why; ")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ one is not run again.
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -26,9 +25,9 @@ from torch import Tensor, nn
 from prunelab.errors import PrunelabError
 from prunelab.language.perplexity import perplexity
 from prunelab.language.text import parted, read_text, sequences
-from simulations.jobs import FAILED, FINISHED, Outcome, check_settings, parsed, run_jobs, workers_of
-from simulations.page import page, table
-from simulations.statistics import interval
+from simulations.jobs import FINISHED, Outcome, check_settings, parsed, run_jobs, workers_of
+from simulations.page import page, publish, table
+from simulations.statistics import told_ratio, told_values
 from sparsemodel.loops.gradual import GradualPlan, GradualPruner, gmp, granet, journey
 from sparsemodel.masks.by_blocks import block_weights
 from sparsemodel.masks.mask import Mask
@@ -254,30 +253,24 @@ def body(jobs: Sequence[TrainJob], found: Mapping[str, Outcome]) -> list[str]:
         }  # fmt: skip
 
     def against(way: str, other: str, density: float) -> str:
-        ours, theirs = (values(each, density, "perplexity") for each in (way, other))
-        pairs = [
-            math.log(ours[seed] / theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())
-        ]
-        if not pairs:
-            return "-"
-        one = interval(pairs)
-        return f"{one.mean:+.3f}" + (f" ± {one.half:.3f}" if len(pairs) > 1 else "")
+        return told_ratio(*(values(each, density, "perplexity") for each in (way, other)), ".3f")
 
     def rows(ways: Sequence[str], cell: Callable[[str, float], str]) -> list[list[str]]:
         return [[way, *(cell(way, density) for density in densities)] for way in ways]
 
     def measured(way: str, density: float) -> str:
-        return _told(values(way, density, "perplexity").values(), ".3f")
+        return told_values(values(way, density, "perplexity").values(), ".3f")
 
     def trained(way: str, density: float) -> str:
-        return _told(values(way, density, "average_parameters").values(), ",.0f", spread=False)
+        each = values(way, density, "average_parameters").values()
+        return told_values([statistics.mean(each)] if each else [], ",.0f")
 
     dense = list(values(DENSE, 1.0, "perplexity").values())
     everyone = (*WAYS, NARROW)
     once = next(iter(WAYS))
     return [
         "## Perplexity of a character", "",
-        f"The dense model's is {_told(dense, '.3f')}.", "",
+        f"The dense model's is {told_values(dense, '.3f')}.", "",
         table(header, rows(everyone, measured)),
         "", "## Against pruning once", "",
         f'The natural logarithm of the perplexity over that of "{once}", paired by seeds, with its '
@@ -289,16 +282,6 @@ def body(jobs: Sequence[TrainJob], found: Mapping[str, Outcome]) -> list[str]:
         "Embeddings, norms and the output layer are whole, and counted.", "",
         table(header, rows(everyone, trained)),
     ]  # fmt: skip
-
-
-def _told(values: Iterable[float], form: str, *, spread: bool = True) -> str:
-    each = list(values)
-    if not each:
-        return "-"
-    if not all(map(math.isfinite, each)):
-        return "infinite"
-    more = f" ± {statistics.stdev(each):{form}}" if spread and len(each) > 1 else ""
-    return f"{statistics.mean(each):{form}}{more}"
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -341,13 +324,7 @@ def main(words: Sequence[str] | None = None) -> None:
         body=body(jobs, found),
         settings=shown,
     )
-    saved = given.out / "table.md"
-    saved.write_text(text, encoding="utf-8")
-    print(text)
-    print(f"table: {saved}")
-    failed = sum(one.status == FAILED for one in found.values())
-    if failed:
-        raise SystemExit(f"{failed} runs failed: run again, they are retried")
+    publish(text, given.out / "table.md", found.values())
 
 
 if __name__ == "__main__":

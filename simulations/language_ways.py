@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sparsemodel.calibration.blocks import Block, by_blocks, describe
+from sparsemodel.calibration.blocks import Block, describe
 from sparsemodel.calibration.collect import INPUTS, calibrate
 from sparsemodel.calibration.statistics import Calibration
 from sparsemodel.masks.by_blocks import block_weights, prune_blocks
-from sparsemodel.masks.calibrated import CALIBRATED, needs_of, wanda
+from sparsemodel.masks.calibrated import CALIBRATED
 from sparsemodel.masks.criteria import Criterion
+from sparsemodel.masks.distribution import n_of_m
 from sparsemodel.masks.mask import Mask
 from sparsemodel.masks.prune import prune
-from sparsemodel.masks.structure import n_of_m
 from sparsemodel.recovery.bias import prune_into_bias
 from sparsemodel.recovery.dsnot import dsnot
 from sparsemodel.recovery.reconstruction import reconstruct
@@ -70,22 +70,20 @@ def _globally(distribution: str) -> Way:
 
 def _mended(model: nn.Module, task: Task) -> Mask:
     """Wanda's masks, each moved by DSnoT before the next block is looked at."""
-    patterns, weights = {}, block_weights(model)
     groups = n_of_m(task.within)
 
-    def cut(block: str, found: Calibration) -> None:
-        mask = prune(
-            model, task.density, criterion=wanda, within=task.within, names=weights[block],
-            calibration=found,
-        )  # fmt: skip
-        for name in mask:
-            moments = found.moments(INPUTS, name.removesuffix(".weight"))
-            weight = model.get_parameter(name).detach()
-            patterns[name] = dsnot(weight, mask[name], moments, m=groups[1] if groups else None)
-        Mask({name: patterns[name] for name in mask}).apply(model)
+    def moved(mask: Mask, found: Calibration) -> Mask:
+        return Mask({
+            name: dsnot(
+                model.get_parameter(name).detach(),
+                pattern,
+                found.moments(INPUTS, name.removesuffix(".weight")),
+                m=groups[1] if groups else None,
+            )
+            for name, pattern in mask.items()
+        })  # fmt: skip
 
-    by_blocks(model, task.batches, lambda block: needs_of(wanda, weights[block]), cut)
-    return Mask(patterns)
+    return prune_blocks(model, task.density, task.batches, within=task.within, refine=moved)
 
 
 def _reconstructed(model: nn.Module, task: Task) -> Mask:

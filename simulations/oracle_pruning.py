@@ -32,7 +32,6 @@ from prunelab.training.loop import TrainingConfig, evaluate, train
 from prunelab.training.task import ImageClassification
 from simulations.jobs import (
     DID_DIVERGE,
-    FAILED,
     FINISHED,
     Outcome,
     check_settings,
@@ -40,7 +39,7 @@ from simulations.jobs import (
     run_jobs,
     workers_of,
 )
-from simulations.page import page, table
+from simulations.page import page, publish, table
 from simulations.statistics import LEVEL, interval
 from sparsemodel.protocols.oracle import kendall, retrain_correlation, subsets
 
@@ -305,12 +304,7 @@ def main(words: Sequence[str] | None = None) -> None:
     text = written(list(found.values()), given.preset, seeds)
     suffix = "" if given.preset == "small" else f"_{given.preset}"
     saved = Path(__file__).parent / f"oracle_pruning{suffix}.md"
-    saved.write_text(text, encoding="utf-8")
-    print(text)
-    print(f"table: {saved}")
-    failed = sum(one.status == FAILED for one in found.values())
-    if failed:
-        raise SystemExit(f"{failed} seeds failed: run again, they are retried")
+    publish(text, saved, found.values(), what="seeds")
 
 
 def written(found: Sequence[Outcome], name: str, seeds: Sequence[int]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prunelab.runs.provenance import machine
 from prunelab.runs.settings import flattened
+from simulations.jobs import FAILED, Outcome
 
 
 def page(
@@ -31,6 +33,26 @@ def page(
     lines += ["", *body, "", "Settings:", ""]
     lines += [f"- `{name} = {value}`" for name, value in flattened(settings).items()]
     return "\n".join([*lines, ""])
+
+
+def publish(
+    text: str, saved: Path, outcomes: Iterable[Outcome], *, what: str = "runs", hint: str = ""
+) -> None:
+    """Write a page, show it, and end with an error where something has failed.
+
+    Args:
+        outcomes: of the pieces that it is made of; `what` they are.
+        hint: where the reasons are.
+
+    Raises:
+        SystemExit: one or more failed, and are tried again another time.
+    """
+    saved.write_text(text, encoding="utf-8")
+    print(text)
+    print(f"table: {saved}")
+    failed = sum(one.status == FAILED for one in outcomes)
+    if failed:
+        raise SystemExit(f"{failed} {what} failed: {hint}run again, they are retried")
 
 
 def table(

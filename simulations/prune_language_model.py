@@ -11,7 +11,6 @@ is not run again.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -23,15 +22,15 @@ from typing import Any
 from torch import Tensor
 
 from prunelab.errors import PrunelabError
-from prunelab.language.models import read_model
+from prunelab.language.models import read_model, read_tokenizer
 from prunelab.language.perplexity import perplexity
-from prunelab.language.text import drawn, in_batches, parted, read_text, sequences
-from simulations.jobs import FAILED, FINISHED, Outcome, check_settings, parsed, run_jobs, workers_of
+from prunelab.language.text import both_sides, drawn, in_batches, read_text
+from simulations.jobs import FINISHED, Outcome, check_settings, parsed, run_jobs, workers_of
 from simulations.language_ways import NOT_IN_GROUPS, UNITS, WEIGHTS, Task
-from simulations.page import page, table
-from simulations.statistics import interval
+from simulations.page import page, publish, table
+from simulations.statistics import told_ratio, told_values
 from sparsemodel.errors import MaskError, SparseModelError
-from sparsemodel.masks.structure import n_of_m
+from sparsemodel.masks.distribution import n_of_m
 
 REFUSED = "refused"
 PATTERNS = ("0.7", "0.5", "0.3", "2:4", "4:8")
@@ -39,7 +38,6 @@ PATTERNS = ("0.7", "0.5", "0.3", "2:4", "4:8")
 SHARES = ("0.9", "0.8", "0.5")
 """Densities of heads and channels."""
 CONTROL, UNIT_CONTROL = "magnitude", "units, magnitude"
-BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,9 @@ class Setting:
 @cache
 def sides(setting: Setting) -> tuple[Tensor, Tensor]:
     """Sequences for calibration and for testing."""
-    _, tokenizer = read_model(setting.model)
-    pool = sequences(read_text(setting.data), tokenizer, length=setting.length)
-    if setting.test:
-        test = sequences(read_text(setting.test), tokenizer, length=setting.length)
-    else:
-        pool, test = parted(pool)
+    tokenizer = read_tokenizer(setting.model)
+    texts = read_text(setting.data), read_text(setting.test) if setting.test else ""
+    pool, test = both_sides(*texts, tokenizer, length=setting.length)
     return pool, test[: setting.tested]
 
 
@@ -92,12 +87,12 @@ class PruneJob:
         """Prune and measure."""
         del out
         pool, test = sides(self.setting)
-        model, _ = read_model(self.setting.model)
+        model = read_model(self.setting.model)
         values: dict[str, Any] = {}
         if self.way:
             groups = n_of_m(self.pattern)
             density = groups[0] / groups[1] if groups else float(self.pattern)
-            calibration = in_batches(drawn(pool, self.setting.samples, seed=self.draw), size=BATCH)
+            calibration = in_batches(drawn(pool, self.setting.samples, seed=self.draw))
             task = Task(calibration, density, self.pattern if groups else "row", self.draw)
             started = time.process_time()
             try:
@@ -157,7 +152,7 @@ def _tables(
         rows.append([way, *cells, f"{statistics.mean(spent):.1f}" if spent else "-"])
         if way != control:
             pairs = [(values.get((way, p), {}), values.get((control, p), {})) for p in patterns]
-            against.append([way, *(_against(*pair) for pair in pairs)])
+            against.append([way, *(told_ratio(*pair, ".2f") for pair in pairs)])
     return [
         "", f"## {title}", "",
         "Perplexity at each density or pattern, and seconds of processor time for a pruning.", "",
@@ -169,26 +164,8 @@ def _tables(
 
 
 def _told(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    if not all(map(math.isfinite, values)):
-        return "infinite"
-    mean = statistics.mean(values)
-    form = ".2f" if mean < 1000 else ",.0f"
-    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{mean:{form}}{spread}"
-
-
-def _against(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
-    pairs = [
-        math.log(ours[draw] / theirs[draw])
-        for draw in sorted(ours.keys() & theirs.keys())
-        if math.isfinite(ours[draw]) and math.isfinite(theirs[draw])
-    ]
-    if not pairs:
-        return "-"
-    one = interval(pairs)
-    return f"{one.mean:+.2f}" + (f" ± {one.half:.2f}" if len(pairs) > 1 else "")
+    is_small = not values or statistics.mean(values) < 1000
+    return told_values(values, ".2f" if is_small else ",.0f")
 
 
 def parse(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[PruneJob], Path]:
@@ -252,13 +229,7 @@ def main() -> None:
         body=body(jobs, found),
         settings={name: value for name, value in setting.items() if "/" not in str(value)},
     )
-    saved = out / "table.md"
-    saved.write_text(text, encoding="utf-8")
-    print(text)
-    print(f"table: {saved}")
-    failed = sum(one.status == FAILED for one in found.values())
-    if failed:
-        raise SystemExit(f"{failed} runs failed: run again, they are retried")
+    publish(text, out / "table.md", found.values())
 
 
 if __name__ == "__main__":

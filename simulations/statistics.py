@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy.special import stdtrit
+
+from prunelab.pages.units import mean_and_spread
 
 LEVEL = 0.95
 
@@ -47,6 +49,35 @@ def interval(values: Sequence[float], *, level: float = LEVEL) -> Interval:
         return Interval(statistics.mean(values), math.inf, math.nan, count)
     spread = statistics.stdev(values)
     return Interval(statistics.mean(values), _half(spread, count, level), spread, count)
+
+
+def told_values(values: Iterable[float], form: str) -> str:
+    """Mean ± sample standard deviation; what is infinite, and what is not there, is said.
+
+    >>> told_values([1.0, 3.0], ".1f"), told_values([1.0, math.inf], ".1f"), told_values([], ".1f")
+    ('2.0 ± 1.4', 'infinite', '-')
+    """
+    each = list(values)
+    if not each:
+        return "-"
+    return mean_and_spread(each, form) if all(map(math.isfinite, each)) else "infinite"
+
+
+def told_ratio(ours: Mapping[int, float], theirs: Mapping[int, float], form: str) -> str:
+    """ln(ours / theirs), paired by what both have finite, with its interval.
+
+    >>> told_ratio({0: 2.0, 1: 2.0, 2: 5.0}, {0: 2.0, 1: 2.0, 3: 1.0}, ".1f")
+    '+0.0 ± 0.0'
+    """
+    pairs = [
+        math.log(ours[key] / theirs[key])
+        for key in sorted(ours.keys() & theirs.keys())
+        if math.isfinite(ours[key]) and math.isfinite(theirs[key])
+    ]
+    if not pairs:
+        return "-"
+    found = interval(pairs)
+    return f"{found.mean:+{form}}" + (f" ± {found.half:{form}}" if found.count > 1 else "")
 
 
 def seeds_needed(spread: float, *, width: float, level: float = LEVEL) -> int | None:

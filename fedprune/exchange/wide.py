@@ -39,7 +39,7 @@ def parted(values: Mapping[str, NDArray[Any]]) -> dict[str, Tensors]:
     >>> {part: some["a"].tolist() for part, some in parted({"a": np.array([0.5, 2.0**50])}).items()}
     {'small': [0.0, 0.0], 'middle': [0.5, 0.0], 'large': [0.0, 1024.0]}
     """
-    parts: dict[str, Tensors] = {part: {} for part in PARTS}
+    parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
     for name, value in values.items():
         # Rounded before it is sorted, so that no number is rounded out of its part.
         with np.errstate(over="ignore"):
@@ -55,8 +55,8 @@ def parted(values: Mapping[str, NDArray[Any]]) -> dict[str, Tensors]:
         }
         for part, power in PARTS.items():
             scaled = np.where(chosen[part], rounded, 0.0) * 2.0**power
-            parts[part] = {**parts[part], name: scaled.astype(np.float32)}
-    return parts
+            parts[part][name] = scaled.astype(np.float32)
+    return dict(parts)
 
 
 def joined(parts: Mapping[str, Tensors]) -> dict[str, NDArray[np.float64]]:

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from fedprune.language.page import CONTROLS, pruning_page
 from prunelab.errors import RunError
-from prunelab.language.models import read_model
+from prunelab.language.models import read_model, read_tokenizer
 from prunelab.language.perplexity import perplexity
-from prunelab.language.text import drawn, in_batches, parted, read_text, sequences
+from prunelab.language.text import both_sides, drawn, in_batches, read_text
 from prunelab.pretrained import save_pretrained
 from prunelab.runs.folder import REPORT, SUMMARY, write_file
 from prunelab.runs.version import __version__
 from sparsemodel.errors import DensityError, MaskError
 from sparsemodel.masks.by_blocks import prune_blocks
 from sparsemodel.masks.calibrated import CALIBRATED
+from sparsemodel.masks.distribution import n_of_m
 from sparsemodel.masks.mask import Mask
-from sparsemodel.masks.structure import n_of_m
 
 CHOICES = (*CALIBRATED, *CONTROLS)
 LONGEST = 512  # tokens of a sequence, unless it is said
@@ -106,7 +106,7 @@ def prune_language_model(
     if folder.exists() and any(folder.iterdir()) and not force:
         raise RunError(f"{folder} is not empty; give another folder, or --force")
     texts = read_text(asked.data), read_text(asked.test) if asked.test else ""
-    model, tokenizer = read_model(asked.model)
+    model, tokenizer = read_model(asked.model), read_tokenizer(asked.model)
     pool, test = _sides(asked, texts, model, tokenizer)
     calibration = drawn(pool, asked.samples, seed=asked.seed)
     found: dict[str, float] = {"dense": perplexity(model, test)}
@@ -115,7 +115,7 @@ def prune_language_model(
     )
     for control in CONTROLS if asked.controls else ():
         if control != asked.criterion:
-            other, _ = read_model(asked.model)
+            other = read_model(asked.model)
             _pruned(asked, other, calibration, control)
             found[control] = perplexity(other, test)
             del other  # one model beside the one in hand
@@ -166,10 +166,7 @@ def _sides(
     length = asked.length or min(most, LONGEST)
     if length > most:
         raise RunError(f"length {length}: the model takes {most} tokens")
-    pool, test = (sequences(text, tokenizer, length=length) if text else None for text in texts)
-    assert pool is not None, "a text is not empty"
-    if test is None:
-        pool, test = parted(pool)
+    pool, test = both_sides(*texts, tokenizer, length=length)
     return pool, test[: asked.tested]
 
 
@@ -181,6 +178,6 @@ def _pruned(
     after: Callable[[str], None] = lambda _: None,
 ) -> Mask:
     return prune_blocks(
-        model, asked.share, in_batches(calibration, size=8), criterion=criterion,
+        model, asked.share, in_batches(calibration), criterion=criterion,
         within=asked.pattern, seed=asked.seed, after=after,
     )  # fmt: skip

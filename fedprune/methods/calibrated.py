@@ -37,6 +37,7 @@ from fedprune.local.training import train
 from fedprune.methods.base import Start, not_negative
 from fedprune.methods.fixed_mask import BY_SHAPES, FixedMask
 from prunelab.errors import RunError
+from sparsemodel.masks.distribution import n_of_m
 from sparsemodel.runtime.pattern import Patterns
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Wanda(FixedMask):
         yield from super().problems()
         if self.within in {"row", "layer"}:
             return
-        groups = _groups(self.within)
+        groups = n_of_m(self.within)
         if groups is None or not 1 <= groups[0] <= groups[1]:
             yield f"within: expected 'row', 'layer' or such as '2:4', got {self.within!r}"
         elif self.density != groups[0] / groups[1]:
@@ -136,7 +137,7 @@ class Wanda(FixedMask):
 
     def _check_groups(self, rows: Mapping[str, tuple[int, int]]) -> None:
         """Before anybody is asked."""
-        groups = _groups(self.within)
+        groups = n_of_m(self.within)
         odd = [name for name, (_, length) in rows.items() if groups and length % groups[1]]
         if odd:
             raise RunError(
@@ -189,9 +190,3 @@ def _scores(weight: NDArray[np.float32], squares: NDArray[np.float64]) -> Any:
     norms = np.sqrt(squares).astype(np.float32)[:, None]
     scores = np.abs(weight).reshape(groups, -1, length) * norms
     return torch.from_numpy(scores.reshape(weight.shape))
-
-
-def _groups(within: str) -> tuple[int, int] | None:
-    """n and m of a word such as "2:4"; None: it is no such word."""
-    n, colon, m = within.partition(":")
-    return (int(n), int(m)) if colon and n.isdecimal() and m.isdecimal() else None

@@ -1,4 +1,4 @@
-"""A causal language model and its tokenizer, from a folder, a GGUF file or the hub."""
+"""A causal language model, or its tokenizer, from a folder, a GGUF file or the hub."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 from prunelab.errors import ModelError
 
 
-def read_model(source: str | Path) -> tuple[nn.Module, Any]:
-    """The model in float32 and evaluation mode, and its tokenizer.
+def read_model(source: str | Path) -> nn.Module:
+    """The model in float32 and evaluation mode.
 
     Args:
         source: a folder as transformers writes it, a .gguf file, or a name on the hub.
@@ -20,30 +20,42 @@ def read_model(source: str | Path) -> tuple[nn.Module, Any]:
     Raises:
         ModelError: transformers is missing, there is no such model, or it cannot be read.
     """
+    model: nn.Module = _read(source, "AutoModelForCausalLM", dtype=torch.float32)
+    return model.eval()
+
+
+def read_tokenizer(source: str | Path) -> Any:
+    """The model's tokenizer.
+
+    Args:
+        source: as of `read_model`.
+
+    Raises:
+        ModelError: as `read_model`.
+    """
+    return _read(source, "AutoTokenizer")
+
+
+def _read(source: str | Path, reader: str, **options: Any) -> Any:
+    """What one of transformers' classes reads, without its progress bars."""
     try:
         import transformers  # noqa: PLC0415
     except ImportError:
         raise ModelError("language models need transformers: pip install 'fedprune[llm]'") from None
     path = Path(source).expanduser()
-    place, options = str(source), {}
+    place = str(path if path.is_dir() else source)
     if path.suffix == ".gguf":
-        place, options = str(path.parent), {"gguf_file": path.name}
+        place, options = str(path.parent), {**options, "gguf_file": path.name}
     if (path.suffix == ".gguf" or str(source).startswith((".", "/", "~"))) and not path.exists():
         raise ModelError(f"no such model: {path}")
-    if path.is_dir():
-        place = str(path)
     logging = transformers.utils.logging
     shows_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32, **options
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+        return getattr(transformers, reader).from_pretrained(place, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise ModelError(f"{source}: no causal language model of transformers ({reason})") from None
     finally:
         if shows_bars:
             logging.enable_progress_bar()
-    return model.eval(), tokenizer

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunelab.errors import DataError
-from prunelab.language.perplexity import BATCH
+from prunelab.language.text import BATCH
+from prunelab.training.loop import evaluating
 
 
 @dataclass(frozen=True)
@@ -231,20 +232,14 @@ def agreement(
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Tokens -> float32 logits on the CPU, in evaluation mode and without gradients."""
-    modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
 
     def logits_of(tokens: Tensor) -> Tensor:
         logits: Tensor = model(input_ids=tokens.to(device)).logits.float().cpu()
         return logits
 
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield logits_of
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.no_grad():
+        yield logits_of
 
 
 def _predicted(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prunelab.errors import DataError
 
+BATCH = 8  # sequences
 _OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
@@ -71,12 +72,24 @@ def parted(whole: Tensor, *, tested: float = 0.1) -> tuple[Tensor, Tensor]:
     return whole[:end], whole[end:]
 
 
+def both_sides(
+    text: str, test: str, tokenizer: Callable[..., Any], *, length: int
+) -> tuple[Tensor, Tensor]:
+    """Sequences for calibration and for testing: of two texts, or the `parted` ones of one.
+
+    Args:
+        test: "": the last tenth of the other.
+    """
+    pool = sequences(text, tokenizer, length=length)
+    return (pool, sequences(test, tokenizer, length=length)) if test else parted(pool)
+
+
 def drawn(pool: Tensor, count: int, *, seed: int) -> Tensor:
     """So many sequences, drawn without replacement; all of them where there are no more."""
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
     return pool[order[:count].sort().values]
 
 
-def in_batches(chosen: Tensor, *, size: int) -> list[dict[str, Tensor]]:
+def in_batches(chosen: Tensor, *, size: int = BATCH) -> list[dict[str, Tensor]]:
     """Sequences as batches for a model."""
     return [{"input_ids": part} for part in chosen.split(size)]

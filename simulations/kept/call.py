@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from prunelab.errors import PrunelabError
-from simulations.jobs import FAILED, check_settings, parsed, workers_of
+from simulations.jobs import check_settings, parsed, workers_of
 from simulations.kept.grid import Plan
 from simulations.kept.jobs import data_of
 from simulations.kept.steps import Found, run_plan
 from simulations.kept.tables import kept_page
+from simulations.page import publish
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -62,12 +63,7 @@ def main(
     suffix = "" if given.preset == "small" else f"_{given.preset}"
     is_own = given.data is None or Path(given.data).is_dir()
     saved = Path(__file__).parents[1] / f"{name}{suffix}.md" if is_own else out / "table.md"
-    saved.write_text(text, encoding="utf-8")
-    print(text)
-    print(f"table: {saved}")
-    failed = sum(one.status == FAILED for one in found.outcomes.values())
-    if failed:
-        raise SystemExit(f"{failed} runs failed: the page says why; run again, they are retried")
+    publish(text, saved, found.outcomes.values(), hint="the page says why; ")
 
 
 def _plan(plan: Plan, given: argparse.Namespace) -> Plan:

@@ -6,7 +6,7 @@ and of any split, and what has seen nothing changes nothing. All sums are float6
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -220,7 +220,7 @@ class Calibration(Mapping[Key, Statistic]):
         return Calibration(joint)
 
     @classmethod
-    def merged(cls, parts: Iterator[Calibration] | list[Calibration]) -> Calibration:
+    def merged(cls, parts: Iterable[Calibration]) -> Calibration:
         """That of all parts together, merged in their order; of none: nothing."""
         return reduce(Calibration.merge, parts, cls())
 

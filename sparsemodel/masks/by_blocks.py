@@ -17,6 +17,8 @@ from sparsemodel.masks.criteria import Criterion
 from sparsemodel.masks.mask import Mask
 from sparsemodel.masks.prune import criterion_of, prune
 
+Refine = Callable[[Mask, Calibration], Mask]
+
 
 def block_weights(model: nn.Module) -> dict[str, list[str]]:
     """Block -> names of the weights of its linear layers: what is usually pruned of a transformer.
@@ -40,6 +42,7 @@ def prune_blocks(
     within: str = "row",
     losses: Losses = next_token_losses,
     seed: int = 0,
+    refine: Refine = lambda mask, found: mask,
     after: Callable[[str], None] = lambda block: None,
 ) -> Mask:
     """Prune the linear layers of all blocks, each layer to the same density; the model changes.
@@ -52,6 +55,8 @@ def prune_blocks(
         batches: as of `calibrate`; read once, or twice for gradients (then no iterator).
         criterion, within, seed: as of `prune`.
         losses: of a batch's sequences; for criteria of gradients.
+        refine: is given a block's mask, before it is applied, and its statistics, and gives a
+            better one.
         after: is told of each block when it has been pruned.
 
     Returns:
@@ -79,6 +84,7 @@ def prune_blocks(
             model, density, criterion=score, within=within, names=weights[block], seed=own,
             calibration=dense.merge(found),
         )  # fmt: skip
+        mask = refine(mask, found)
         mask.apply(model)
         patterns.update({name: mask[name] for name in mask})
         after(block)

@@ -210,6 +210,16 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 }
 
 
+def n_of_m(text: str) -> tuple[int, int] | None:
+    """n and m of a word such as "2:4"; None: it is no such word.
+
+    >>> n_of_m("2:4"), n_of_m("row")
+    ((2, 4), None)
+    """
+    n, colon, m = text.partition(":")
+    return (int(n), int(m)) if colon and n.isdecimal() and m.isdecimal() else None
+
+
 def score_array(score: Any) -> NDArray[Any]:
     """The scores of a layer, an array or a tensor, as numpy can compare them: flat, on the CPU."""
     if not isinstance(score, np.ndarray):

@@ -17,10 +17,10 @@ from sparsemodel.calibration.statistics import Calibration
 from sparsemodel.errors import DensityError, MaskError
 from sparsemodel.masks.calibrated import CALIBRATED, needs_of
 from sparsemodel.masks.criteria import CRITERIA, STEPS, Criterion
-from sparsemodel.masks.distribution import DISTRIBUTIONS, Distribution
+from sparsemodel.masks.distribution import DISTRIBUTIONS, Distribution, n_of_m
 from sparsemodel.masks.mask import Mask, mask_from_scores, prunable_parameters
 from sparsemodel.masks.probe import named_weights
-from sparsemodel.masks.structure import n_of_m, n_of_m_mask, row_mask
+from sparsemodel.masks.structure import n_of_m_mask, row_mask
 
 BatchLoss = Callable[[nn.Module, Any], torch.Tensor]
 """(model, batch) -> scalar loss."""

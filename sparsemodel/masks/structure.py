@@ -56,16 +56,6 @@ def row_mask(scores: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> M
     return Mask(patterns)
 
 
-def n_of_m(text: str) -> tuple[int, int] | None:
-    """n and m of a word such as "2:4"; None: it is no such word.
-
-    >>> n_of_m("2:4"), n_of_m("row")
-    ((2, 4), None)
-    """
-    n, colon, m = text.partition(":")
-    return (int(n), int(m)) if colon and n.isdecimal() and m.isdecimal() else None
-
-
 def n_of_m_mask(scores: Mapping[str, torch.Tensor], *, n: int = 2, m: int = 4) -> Mask:
     """Keep exactly the n weights of highest score in every m neighbours along the input.
 

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_language import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 from typer.testing import CliRunner
@@ -35,12 +34,7 @@ WORDS = [f"w{number}" for number in range(40)]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model that has learned a text, and the text."""
     folder = tmp_path_factory.mktemp("a b")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model: Any = llama()
     vocabulary = Tokenizer(models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="w0"))
     vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=vocabulary).save_pretrained(folder / "model")
