@@ -242,8 +242,10 @@ class Link:
                     f"{self._address}: its certificate is not one of the authority's that was "
                     f"given with --root-certificates ({error})"
                 ) from None
-            # What a server with TLS does to whom it does not understand.
-            cut = self._plain and isinstance(error, httpx.RemoteProtocolError)
+            # What a server with TLS does to whom it does not understand: it closes, and what
+            # was still on the way makes a reset of that.
+            ends = httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError
+            cut = self._plain and isinstance(error, ends)
             hint = "; if it has TLS, give --root-certificates" if cut else ""
             raise Unreachable(f"{self._address} does not answer ({error}){hint}") from None
         except ValueError as error:
