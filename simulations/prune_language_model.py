@@ -4,8 +4,8 @@
 
 Every way (language_ways.py) prunes the same model to the same densities and N:M patterns, by the
 same sequences for calibration, of which there are several draws. Test sequences are the text's last
-tenth, or another text, and choose nothing. Every run leaves its outcome in a file; a finished one
-is not run again.
+tenth, or another text, and choose nothing. What perplexity hides (prunelab.language.tasks) is asked
+on the first draw. Every run leaves its outcome in a file; a finished one is not run again.
 """
 
 from __future__ import annotations
@@ -13,17 +13,26 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunelab.errors import PrunelabError
 from prunelab.language.models import read_model, read_tokenizer
 from prunelab.language.perplexity import perplexity
+from prunelab.language.tasks import (
+    Facts,
+    Planted,
+    agreement,
+    facts,
+    facts_kept,
+    planted,
+    retrieval,
+)
 from prunelab.language.text import both_sides, drawn, in_batches, read_text
 from simulations.jobs import FINISHED, Outcome, check_settings, parsed, run_jobs, workers_of
 from simulations.language_ways import NOT_IN_GROUPS, UNITS, WEIGHTS, Task
@@ -38,6 +47,9 @@ PATTERNS = ("0.7", "0.5", "0.3", "2:4", "4:8")
 SHARES = ("0.9", "0.8", "0.5")
 """Densities of heads and channels."""
 CONTROL, UNIT_CONTROL = "magnitude", "units, magnitude"
+EVERY_WAY = (*WEIGHTS, *UNITS)
+ASKED, PLANTED = 32, 64
+"""Test sequences of which more is asked than perplexity, and tokens of one with a planted pair."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class Setting:
     Attributes:
         model, data, test: as `fedprune prune` takes them.
         samples: sequences for calibration; tested: for testing, at most; of `length` tokens.
+        steps: of training for each block, where a way trains.
     """
 
     model: str
@@ -55,6 +68,7 @@ class Setting:
     samples: int
     tested: int
     length: int
+    steps: int
 
 
 @cache
@@ -64,6 +78,42 @@ def sides(setting: Setting) -> tuple[Tensor, Tensor]:
     texts = read_text(setting.data), read_text(setting.test) if setting.test else ""
     pool, test = both_sides(*texts, tokenizer, length=setting.length)
     return pool, test[: setting.tested]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What perplexity hides, asked of every model on the same sequences.
+
+    Attributes:
+        dense: the model before pruning.
+        known: rare tokens of which it is sure.
+        pairs: planted in sequences.
+        chosen: sequences on which two models are compared.
+    """
+
+    dense: nn.Module
+    known: Facts
+    pairs: Planted
+    chosen: Tensor
+
+    def answers(self, model: nn.Module) -> dict[str, float]:
+        """A model's, in shares."""
+        found = retrieval(model, self.pairs)
+        return {
+            "facts": facts_kept(model, self.known),
+            "retrieved": found.planted.first,
+            "said anyway": found.without.first,
+            "agreement": agreement(model, self.dense, self.chosen).share,
+        }
+
+
+@cache
+def questions(setting: Setting) -> Questions:
+    """Of test sequences; facts are counted as rare over the text for calibration."""
+    pool, test = sides(setting)
+    dense, chosen = read_model(setting.model), test[:ASKED]
+    known = facts(dense, chosen, reference=pool)
+    return Questions(dense, known, planted(chosen[:, :PLANTED], seed=0), chosen)
 
 
 @dataclass(frozen=True)
@@ -93,29 +143,38 @@ class PruneJob:
             groups = n_of_m(self.pattern)
             density = groups[0] / groups[1] if groups else float(self.pattern)
             calibration = in_batches(drawn(pool, self.setting.samples, seed=self.draw))
-            task = Task(calibration, density, self.pattern if groups else "row", self.draw)
+            within = self.pattern if groups else "row"
+            task = Task(calibration, density, within, self.draw, self.setting.steps)
             started = time.process_time()
             try:
                 mask = {**WEIGHTS, **UNITS}[self.way](model, task)
             except MaskError as error:  # rows that do not divide into groups
                 return Outcome(REFUSED, reason=str(error))
             values = {"density": mask.density, "processor_seconds": time.process_time() - started}
+        if self.draw == 0:
+            values["answers"] = questions(self.setting).answers(model)
         return Outcome(FINISHED, values={"perplexity": perplexity(model, test), **values})
 
 
 def jobs_of(
-    setting: Setting, patterns: Sequence[str], shares: Sequence[str], draws: Sequence[int]
+    setting: Setting,
+    patterns: Sequence[str],
+    shares: Sequence[str],
+    draws: Sequence[int],
+    ways: Collection[str] = EVERY_WAY,
 ) -> list[PruneJob]:
-    """The dense model, then draw by draw every way at every pattern that it can."""
+    """The dense model, then draw by draw those ways at every pattern that they can."""
     jobs = []
     for draw in draws:
         jobs += [
             PruneJob(setting, way, pattern, draw)
             for pattern in patterns
             for way in WEIGHTS
-            if n_of_m(pattern) is None or way not in NOT_IN_GROUPS
+            if way in ways and (n_of_m(pattern) is None or way not in NOT_IN_GROUPS)
         ]
-        jobs += [PruneJob(setting, way, share, draw) for share in shares for way in UNITS]
+        jobs += [
+            PruneJob(setting, way, share, draw) for share in shares for way in UNITS if way in ways
+        ]
     return [PruneJob(setting), *jobs]
 
 
@@ -130,9 +189,33 @@ def body(jobs: Sequence[PruneJob], found: Mapping[str, Outcome]) -> list[str]:
         ("Weights", WEIGHTS, CONTROL), ("Heads and channels", UNITS, UNIT_CONTROL),
     ):  # fmt: skip
         own = {job: value for job, value in done.items() if job.way in ways}
+        present = [way for way in ways if any(job.way == way for job in jobs)]
         patterns = list(dict.fromkeys(job.pattern for job in jobs if job.way in ways))
-        lines += _tables(title, own, list(ways), patterns, control)
-    return lines
+        if present:
+            lines += _tables(title, own, present, patterns, control)
+    return [*lines, *_hidden(done)]
+
+
+def _hidden(done: Mapping[PruneJob, Mapping[str, Any]]) -> list[str]:
+    """The table of what perplexity hides."""
+    asked = {job: value for job, value in done.items() if "answers" in value}
+    if not asked:
+        return []
+    names = list(dict.fromkeys(name for value in asked.values() for name in value["answers"]))
+    rows = [
+        [job.way or "dense", job.pattern or "1", told_values([value["perplexity"]], ".2f")]
+        + [f"{value['answers'][name]:.3f}" for name in names]
+        for job, value in sorted(asked.items(), key=lambda item: item[1]["perplexity"])
+    ]
+    return [
+        "", "## What perplexity hides", "",
+        "On the first draw, by perplexity. Facts: rare tokens of which the dense model is more "
+        "than half sure; the share that is still chosen. Retrieved: a random pair at the start "
+        f"of a sequence of {PLANTED}, its first token again at the end; the share where the second "
+        "follows. Said anyway: the same without the pair. Agreement: the share of tokens where the "
+        "dense model chooses the same.", "",
+        table(["way", "kept", "perplexity", *names], rows, words=(0, 1)),
+    ]  # fmt: skip
 
 
 def _tables(
@@ -189,12 +272,21 @@ def parse(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--samples", type=int, default=128, help="sequences for calibration")
     parser.add_argument("--tested", type=int, default=64, help="sequences for testing, at most")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--steps", type=int, default=200, help="of training a block, for PERP")
+    parser.add_argument(
+        "--way",
+        action="append",
+        choices=EVERY_WAY,
+        metavar="NAME",
+        help=f"one of those to run; default all: {'; '.join(EVERY_WAY)}",
+    )
     parser.add_argument("--out", type=Path, help="where runs go; default runs/NAME-MODEL")
     given = parsed(parser, words)
     given.title = given.title or Path(given.model).name
     setting = Setting(
-        given.model, given.data, given.test, given.samples, given.tested, given.length
-    )
+        given.model, given.data, given.test, given.samples, given.tested, given.length,
+        given.steps,
+    )  # fmt: skip
     out = given.out or Path("runs") / f"prune_language_model-{given.title}"
     patterns, shares = given.patterns.split(","), given.shares.split(",")
     try:
@@ -205,7 +297,8 @@ def parse(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[
         check_settings(out, asdict(setting))
     except (PrunelabError, SparseModelError, ValueError) as error:
         parser.error(str(error))
-    return given, jobs_of(setting, patterns, shares, range(given.draws)), out
+    ways = given.way or EVERY_WAY
+    return given, jobs_of(setting, patterns, shares, range(given.draws), ways), out
 
 
 def main() -> None:
@@ -217,7 +310,8 @@ def main() -> None:
     text = page(
         f"Pruning {given.title} in one shot",
         command=f"python -m simulations.prune_language_model --model {given.title} --data TEXT "
-        f"--samples {given.samples} --length {given.length}",
+        f"--samples {given.samples} --length {given.length} --steps {given.steps} "
+        f"--patterns {given.patterns} --shares {given.shares}",
         at=", ".join(sorted({one.commit for one in found.values()})),
         notes=[
             f"mean ± sample standard deviation over {given.draws} draws of sequences for "

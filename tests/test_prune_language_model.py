@@ -10,12 +10,21 @@ import pytest
 import torch
 from tiny_language import llama, texts
 
+from prunelab.language.tasks import Facts, planted
 from simulations.jobs import FINISHED, Outcome
 from simulations.language_ways import NOT_IN_GROUPS, UNITS, WEIGHTS, Task
-from simulations.prune_language_model import REFUSED, PruneJob, Setting, body, jobs_of, parse
+from simulations.prune_language_model import (
+    REFUSED,
+    PruneJob,
+    Questions,
+    Setting,
+    body,
+    jobs_of,
+    parse,
+)
 from sparsemodel.masks.structure import is_n_of_m
 
-SETTING = Setting("model", "text", "", 4, 4, 8)
+SETTING = Setting("model", "text", "", 4, 4, 8, 5)
 
 
 def finished(perplexity: float) -> Outcome:
@@ -52,18 +61,42 @@ def test_tables_by_hand() -> None:
     assert "| wanda | -0.69 ± 0.00 | - |" in text
     assert "| random | -0.36 | - |" in text  # the draw that is finite
     assert "| units, amp | +1.61 ± 0.00 |" in text
+    assert "What perplexity hides" not in text  # nobody was asked
+
+
+def test_what_was_asked_is_listed_by_perplexity() -> None:
+    jobs = jobs_of(SETTING, ["0.5"], [], range(1), ["random", "wanda"])
+    assert [job.way for job in jobs] == ["", "random", "wanda"]
+    found = {}
+    for job, perplexity, share in zip(jobs, (3.0, 9.0, 4.0), (1.0, 0.25, 0.5), strict=True):
+        one = finished(perplexity)
+        found[job.name] = Outcome(FINISHED, values={**one.values, "answers": {"facts": share}})
+    text = "\n".join(body(jobs, found))
+    order = [text.index(f"| {row} |") for row in (
+        "dense | 1 | 3.00 | 1.000", "wanda | 0.5 | 4.00 | 0.500", "random | 0.5 | 9.00 | 0.250"
+    )]  # fmt: skip
+    assert order == sorted(order)
+    assert "magnitude" not in text.split("## What")[0].split("over that of")[0]
+
+
+def test_questions_are_those_of_the_dense_model() -> None:
+    model, chosen = llama(), texts(1)[0]["input_ids"]
+    known = Facts(chosen, torch.tensor([[0, 1]]))
+    asked = Questions(model, known, planted(chosen[:, :4], seed=0), chosen)
+    assert asked.answers(model)["agreement"] == 1
+    assert asked.answers(llama(seed=1))["agreement"] < 1
 
 
 @pytest.mark.parametrize("way", [*WEIGHTS, *UNITS])
 def test_every_way_prunes(way: str) -> None:
     model, batches = llama(), texts(2)
-    mask = {**WEIGHTS, **UNITS}[way](model, Task(batches, 0.5, "row", 0))
+    mask = {**WEIGHTS, **UNITS}[way](model, Task(batches, 0.5, "row", 0, 5))
     for name in mask:
         assert torch.equal(model.get_parameter(name) * mask[name], model.get_parameter(name))
     assert mask.density == pytest.approx(0.5, abs=0.1 if way in UNITS else 1e-3)
     if way in WEIGHTS and way not in NOT_IN_GROUPS:
         grouped = llama()
-        mask = WEIGHTS[way](grouped, Task(batches, 0.5, "2:4", 0))
+        mask = WEIGHTS[way](grouped, Task(batches, 0.5, "2:4", 0, 5))
         assert all(is_n_of_m(mask[name]) for name in mask)
 
 
