@@ -12,11 +12,11 @@ from sparsemodel.calibration.blocks import Block, describe
 from sparsemodel.calibration.collect import INPUTS, calibrate
 from sparsemodel.calibration.statistics import Calibration
 from sparsemodel.masks.by_blocks import block_weights, prune_blocks
-from sparsemodel.masks.calibrated import CALIBRATED
 from sparsemodel.masks.criteria import Criterion
 from sparsemodel.masks.distribution import n_of_m
 from sparsemodel.masks.mask import Mask
 from sparsemodel.masks.prune import prune
+from sparsemodel.masks.registry import CALIBRATED
 from sparsemodel.recovery.bias import prune_into_bias
 from sparsemodel.recovery.dsnot import dsnot
 from sparsemodel.recovery.reconstruction import reconstruct
