@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BEFORE, DURING, AFTER = "before training", "during training", "after training"
-ANY = "any time"
-WEIGHTS, N_OF_M = "weights", "N:M"
-"""Units of single weights: one by one, or n of m neighbours."""
+BEFORE, DURING, AFTER, ANY, NEVER = "before", "during", "after", "any", "never"
+"""When, with respect to training."""
+WEIGHTS, N_OF_M, CHANNELS = "weights", "N:M", "channels"
+"""Units: single weights, n of m neighbours, channels; sparsemodel.units.unit has more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """A way of pruning. Those who hold one also say what data it looks at.
+    """A way of pruning; its children say besides what data it looks at.
 
     Attributes:
         criterion: what it goes by.
         source: its paper, or "baseline".
         units: what it removes.
-        when: the paper prunes.
+        when: the source prunes; one can at other times.
     """
 
     criterion: str

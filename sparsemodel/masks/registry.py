@@ -54,19 +54,19 @@ CRITERIA: dict[str, WeightCriterion] = {
         criteria.grasp, criterion="gradient flow", source="Wang et al., ICLR 2020", when=BEFORE
     ),
     "synflow": WeightCriterion(
-        criteria.synflow, criterion="flow from input to output",
+        criteria.synflow, criterion="synaptic flow",
         source="Tanaka et al., NeurIPS 2020", when=BEFORE, steps=100,
     ),
     "wanda": WeightCriterion(
-        calibrated.wanda, criterion="size times norm of the input",
+        calibrated.wanda, criterion="size × input norm",
         source="Sun et al., ICLR 2024", statistics=(INPUTS,),
     ),
     "gblm": WeightCriterion(
-        calibrated.gblm, criterion="size times norms of input and gradient",
+        calibrated.gblm, criterion="size × norms of input, gradient",
         source="Das et al., 2023", statistics=(INPUTS, GRADIENTS),
     ),
     "obs": WeightCriterion(
-        calibrated.obs, criterion="output once the others make up for it",
+        calibrated.obs, criterion="output, others compensating",
         source="Hassibi and Stork, NIPS 1992", statistics=(GRAM,),
     ),
     "taylor-mixed": WeightCriterion(
@@ -74,7 +74,7 @@ CRITERIA: dict[str, WeightCriterion] = {
         source="Ma et al., NeurIPS 2023", statistics=(GRADIENTS,),
     ),
     "dpruner": WeightCriterion(
-        calibrated.dpruner, criterion="loss of a domain, and obs of open text",
+        calibrated.dpruner, criterion="loss, second order, and obs",
         source="Zhang et al., NAACL 2024", statistics=(GRAM, GRADIENTS),
     ),
 }  # fmt: skip

@@ -62,15 +62,15 @@ _MINITRON = "Muralidharan et al., NeurIPS 2024"
 UNIT_CRITERIA: dict[str, UnitCriterion] = {
     "wifv": UnitCriterion(
         scores.wifv, {collect.INPUTS: _ends}, units=_WIDTH,
-        criterion="variance of inputs, weighted", source=_FLAP,
+        criterion="input variance, weighted", source=_FLAP,
     ),
     "ifv": UnitCriterion(
         scores.ifv, {collect.INPUTS: _ends}, units=_WIDTH,
-        criterion="variance of inputs", source=_FLAP,
+        criterion="input variance", source=_FLAP,
     ),
     "wifn": UnitCriterion(
         scores.wifn, {collect.INPUTS: _ends}, units=_WIDTH,
-        criterion="norm of inputs, weighted", source=_FLAP,
+        criterion="input norm, weighted", source=_FLAP,
     ),
     "amp": UnitCriterion(
         scores.amp, {collect.HEADS: _attention_out, collect.INPUTS: _down}, units=_WIDTH,
@@ -82,21 +82,21 @@ UNIT_CRITERIA: dict[str, UnitCriterion] = {
     ),
     "cfsp": UnitCriterion(
         scores.cfsp, {collect.INPUTS: _down}, units=(CHANNELS,),
-        criterion="shares of weights, norm of inputs", source=_CFSP,
+        criterion="weights, input norm", source=_CFSP,
     ),
     "magnitude": UnitCriterion(
-        scores.magnitude, {}, units=_WIDTH, criterion="size of weights", source="baseline"
+        scores.magnitude, {}, units=_WIDTH, criterion="size", source="baseline"
     ),
     "random": UnitCriterion(
         scores.random, {}, units=_WIDTH, criterion="chance", source="baseline", when=ANY
     ),
     "minitron-blocks": UnitCriterion(
         depth.minitron_blocks, {collect.ANGLES: _itself}, units=(BLOCKS,),
-        criterion="cosine of input and output", source=_MINITRON,
+        criterion="cosine of in- and output", source=_MINITRON,
     ),
     "cfsp-blocks": UnitCriterion(
         depth.cfsp_blocks, {collect.ANGLES: _itself}, units=(BLOCKS,),
-        criterion="angle of input and output", source=_CFSP,
+        criterion="angle of in- and output", source=_CFSP,
     ),
     "minitron-hidden": UnitCriterion(
         depth.minitron_hidden, {collect.SEQUENCES_OUT: _norms}, units=(HIDDEN,),

@@ -149,7 +149,7 @@ def test_an_entry_of_ones_own_says_its_statistics_and_steps() -> None:
     )
     assert seen == [8, 8, 8]
     assert (entry.data, entry.when, entry.units) == (
-        ("inputs",), "after training", ("weights", "N:M"),
+        ("inputs",), "after", ("weights", "N:M"),
     )  # fmt: skip
     with pytest.raises(MaskError, match="'shy' looks at data"):
         prune(model, 0.2, criterion=entry, names=names)
