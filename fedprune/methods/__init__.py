@@ -85,34 +85,6 @@ __all__ = [
     "train_request",
 ]
 
-_ALL: tuple[type[Method], ...] = (
-    Method,
-    Magnitude,
-    FedTiny,
-    FedTinyVanillaSelection,
-    FedTinyFixedMask,
-    FedTinyPlus,
-    RandomMask,
-    Snip,
-    Grasp,
-    SynFlow,
-    SSFL,
-    Wanda,
-    PruneFL,
-    FedDST,
-    FedSGC,
-    FedMef,
-    FedRTS,
-    SparsyFed,
-    FedPM,
-    LotteryFL,
-    HeteroFL,
-    FjORD,
-    SmallDense,
-    FedProx,
-)
-METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
-
 
 @dataclass(frozen=True, kw_only=True)
 class FederatedTraits(Traits):
@@ -127,79 +99,81 @@ class FederatedTraits(Traits):
 
 _SERVER, _CLIENTS = ("server's samples",), ("clients' samples",)
 _FEDTINY = "Huang et al., ICDCS 2023"
-TRAITS: dict[str, FederatedTraits] = {
-    Method.name: FederatedTraits(
+_ALL: dict[type[Method], FederatedTraits] = {
+    Method: FederatedTraits(
         when=NEVER, units=(), criterion="nothing", source="McMahan et al., AISTATS 2017"
     ),
-    Magnitude.name: FederatedTraits(when=BEFORE, criterion="size", source="baseline"),
-    FedTiny.name: FederatedTraits(
+    Magnitude: FederatedTraits(when=BEFORE, criterion="size", source="baseline"),
+    FedTiny: FederatedTraits(
         when=DURING, criterion="size, gradients", data=_CLIENTS, source=_FEDTINY
     ),
-    FedTinyVanillaSelection.name: FederatedTraits(
+    FedTinyVanillaSelection: FederatedTraits(
         when=DURING, criterion="size, gradients", data=_CLIENTS, source=_FEDTINY
     ),
-    FedTinyFixedMask.name: FederatedTraits(
+    FedTinyFixedMask: FederatedTraits(
         when=BEFORE, criterion="size, losses", data=_CLIENTS, source=_FEDTINY
     ),
-    FedTinyPlus.name: FederatedTraits(
+    FedTinyPlus: FederatedTraits(
         when=DURING, criterion="size, gradients", data=_CLIENTS, source=f"after {_FEDTINY}"
     ),
-    RandomMask.name: FederatedTraits(when=BEFORE, criterion="chance", source="baseline"),
-    Snip.name: FederatedTraits(
+    RandomMask: FederatedTraits(when=BEFORE, criterion="chance", source="baseline"),
+    Snip: FederatedTraits(
         when=BEFORE, criterion="loss, first order", data=_SERVER, source="Lee et al., ICLR 2019"
     ),
-    Grasp.name: FederatedTraits(
+    Grasp: FederatedTraits(
         when=BEFORE, criterion="gradient flow", data=_SERVER, source="Wang et al., ICLR 2020"
     ),
-    SynFlow.name: FederatedTraits(
+    SynFlow: FederatedTraits(
         when=BEFORE, criterion="synaptic flow", source="Tanaka et al., NeurIPS 2020"
     ),
-    SSFL.name: FederatedTraits(
+    SSFL: FederatedTraits(
         when=BEFORE, criterion="loss, first order", data=_CLIENTS, source="Ohib et al., TMLR 2025"
     ),
-    Wanda.name: FederatedTraits(
+    Wanda: FederatedTraits(
         when=BEFORE, units=(WEIGHTS, N_OF_M), criterion="size × input norm", data=_CLIENTS,
         source="Sun et al., ICLR 2024",
     ),
-    PruneFL.name: FederatedTraits(
+    PruneFL: FederatedTraits(
         when=DURING, criterion="size, gradients", data=_CLIENTS, source="Jiang et al., TNNLS 2022"
     ),
-    FedDST.name: FederatedTraits(
+    FedDST: FederatedTraits(
         when=DURING, criterion="size, gradients", data=_CLIENTS, source="Bibikar et al., AAAI 2022"
     ),
-    FedSGC.name: FederatedTraits(
+    FedSGC: FederatedTraits(
         when=DURING, criterion="size, gradients, signs", data=_CLIENTS,
         source="Tian et al., ICLR 2024 workshop",
     ),
-    FedMef.name: FederatedTraits(
+    FedMef: FederatedTraits(
         when=DURING, criterion="size, gradients", data=_CLIENTS, source="Huang et al., CVPR 2024"
     ),
-    FedRTS.name: FederatedTraits(
+    FedRTS: FederatedTraits(
         when=DURING, criterion="beliefs, drawn", data=_CLIENTS, source="Huang et al., NeurIPS 2025"
     ),
-    SparsyFed.name: FederatedTraits(
+    SparsyFed: FederatedTraits(
         when=DURING, criterion="size", data=_CLIENTS, source="Guastella et al., ICLR 2025"
     ),
-    FedPM.name: FederatedTraits(
+    FedPM: FederatedTraits(
         when=DURING, criterion="learned scores", data=_CLIENTS, source="Isik et al., ICLR 2023"
     ),
-    LotteryFL.name: FederatedTraits(
+    LotteryFL: FederatedTraits(
         when=DURING, criterion="size, accuracy", data=_CLIENTS, source="Li et al., SEC 2021"
     ),
-    HeteroFL.name: FederatedTraits(
+    HeteroFL: FederatedTraits(
         when=BEFORE, units=(CHANNELS,), criterion="order", source="Diao et al., ICLR 2021"
     ),
-    FjORD.name: FederatedTraits(
+    FjORD: FederatedTraits(
         when=DURING, units=(CHANNELS,), criterion="order, drawn widths",
         source="Horváth et al., NeurIPS 2021",
     ),
-    SmallDense.name: FederatedTraits(
+    SmallDense: FederatedTraits(
         when=BEFORE, units=(CHANNELS,), criterion="bytes", source="baseline"
     ),
-    FedProx.name: FederatedTraits(
+    FedProx: FederatedTraits(
         when=BEFORE, criterion="size", source="Li et al., MLSys 2020"
     ),
 }  # fmt: skip
+METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
+TRAITS = {method.name: traits for method, traits in _ALL.items()}
 """What each is, in the terms of a survey of pruning: `fedprune methods` shows it."""
 DEFAULT_METHOD = FedTiny.name
 BASELINES = (Method.name, Magnitude.name)
