@@ -37,7 +37,7 @@ def usual_losses(model: nn.Module, batch: Any) -> Tensor:
     Raises:
         CalibrationError: the batch is neither.
     """
-    if isinstance(batch, Mapping):
+    if isinstance(batch, Mapping) and "input_ids" in batch:
         return next_token_losses(model, batch)
     if not (isinstance(batch, tuple) and len(batch) == 2):
         raise CalibrationError(

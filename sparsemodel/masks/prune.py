@@ -69,6 +69,7 @@ def prune(
             batches, whose scores are averaged. Tensors are moved to the model's device; the model
             runs in the mode, train or eval, that it is in.
         loss: of the model on a batch, where it is not the cross-entropy of (inputs, labels).
+            Gradients among statistics are of the usual losses of `calibrate`.
         names: parameters to prune; None: `prunable_parameters`, all but the first layer's.
         within: where weights are ranked against each other: in the "layer"; in each "row", that is
             output, which all keep as many; or in groups, such as "2:4", which keep two of every
