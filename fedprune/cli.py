@@ -27,12 +27,12 @@ from fedprune.errors import USER_ERRORS, ConfigError
 from fedprune.fleet.commands import fleet, server
 from fedprune.given import name_dataset
 from fedprune.language import command as language
-from fedprune.methods import BASELINES, DEFAULT_METHOD, METHODS, method_class
+from fedprune.methods import BASELINES, DEFAULT_METHOD, METHODS, TRAITS, method_class
 from fedprune.methods.base import Method as FederatedMethod
 from fedprune.trained import commands
 from fedprune.trained.commands import Debug
 from prunelab.data.reading import with_target
-from prunelab.errors import RunError
+from prunelab.errors import RunError, close_names
 from prunelab.pages.console import (
     console,
     errors,
@@ -45,6 +45,7 @@ from prunelab.pages.console import (
     show_table,
     version_of,
 )
+from prunelab.pages.units import NOTHING
 
 cli = typer.Typer(
     help="Federated pruning on Flower: tiny models trained across fleets of small devices.",
@@ -274,18 +275,29 @@ def report(folder: Path, debug: Debug = False) -> None:
 @cli.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show this one, or module:Class.")] = None,
+    criteria: Annotated[
+        bool,
+        typer.Option(
+            "--criteria", help="Of sparsemodel.prune and fedprune prune, in place of the methods."
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """List the methods, or show one with its settings."""
+    """List the methods, or the criteria of pruning; or show one whole."""
+    if criteria:
+        _show_criteria(name)
+        return
     if name is not None:
         kind = method_class(name)
-        say("\n".join(_paragraphs(f"{name}: {python_inspect.cleandoc(kind.__doc__ or '')}")))
+        _show_whole(name, kind.__doc__, TRAITS.get(name))
         settings = (f"{key}={value}" for key, value in kind().settings().items())
         say("\n".join(_paragraphs(f"\nsettings: {', '.join(settings) or 'none'}")))
         say("--set method.NAME=VALUE changes one")
         return
     show_list(["method", "what it is"], [[k, _first_sentence(kind)] for k, kind in METHODS.items()])
-    say("fedprune methods NAME shows one whole, with its settings")
+    say("")
+    show_list(["method", *_TRAITS], [_traits_row(k, traits) for k, traits in TRAITS.items()])
+    say("fedprune methods NAME shows one whole; --criteria lists criteria of pruning")
 
 
 @cli.command()
@@ -346,6 +358,46 @@ def _silent_rows(row_ptr: Any, values: Any) -> int:
 
     nonzero = np.concatenate([[0], np.cumsum(values != 0)])
     return int((np.diff(nonzero[row_ptr]) == 0).sum())
+
+
+_TRAITS = ("when", "units", "looks at", "goes by")
+"""When is with respect to training."""
+
+
+def _traits_row(name: str, traits: Any) -> list[str]:
+    units, data = (", ".join(found) or NOTHING for found in (traits.units, traits.data))
+    return [name, traits.when, units, data, traits.criterion]
+
+
+def _show_criteria(name: str | None) -> None:
+    from sparsemodel.masks.registry import CRITERIA  # noqa: PLC0415
+    from sparsemodel.units.registry import UNIT_CRITERIA  # noqa: PLC0415
+
+    registries: tuple[Mapping[str, Any], ...] = (CRITERIA, UNIT_CRITERIA)
+    if name is None:
+        rows = [["of weights", *_TRAITS], *(_traits_row(k, e) for k, e in CRITERIA.items())]
+        header, *others = [[k, when, *rest] for k, when, _, *rest in rows]  # all have one unit
+        show_list(header, others)
+        say("")
+        show_list(["of units", *_TRAITS], [_traits_row(k, e) for k, e in UNIT_CRITERIA.items()])
+        say("fedprune methods --criteria NAME shows one whole; docs/pruning.md has examples")
+        return
+    found = [registry[name] for registry in registries if name in registry]
+    if not found:
+        known = list(dict.fromkeys(key for registry in registries for key in registry))
+        hint = close_names(name, known)
+        raise ConfigError(f"unknown criterion {name!r}; known: {', '.join(known)}{hint}")
+    for entry in found:
+        _show_whole(name, entry.score.__doc__, entry)
+
+
+def _show_whole(name: str, doc: str | None, traits: Any) -> None:
+    """A docstring, and what kind of pruning it is where that is said."""
+    say("\n".join(_paragraphs(f"{name}: {python_inspect.cleandoc(doc or '')}".split("\n\n>>>")[0])))
+    if traits is not None:
+        _, *values = _traits_row(name, traits)
+        said = [f"{key}: {value}" for key, value in zip(_TRAITS, values, strict=True)]
+        say("\n".join(_paragraphs("\n" + "; ".join([*said, f"source: {traits.source}"]))))
 
 
 def _first_sentence(kind: type[FederatedMethod]) -> str:

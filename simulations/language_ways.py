@@ -18,12 +18,13 @@ from sparsemodel.calibration.collect import INPUTS, calibrate
 from sparsemodel.calibration.statistics import Calibration
 from sparsemodel.masks.block_search import annealed, doubtful_block, search_block
 from sparsemodel.masks.by_blocks import block_weights, prune_blocks
-from sparsemodel.masks.calibrated import CALIBRATED, needs_of, wanda
+from sparsemodel.masks.calibrated import wanda
 from sparsemodel.masks.criteria import Criterion
 from sparsemodel.masks.distribution import n_of_m
 from sparsemodel.masks.mask import Mask
 from sparsemodel.masks.probe import probing
 from sparsemodel.masks.prune import prune
+from sparsemodel.masks.registry import CALIBRATED, needs_of
 from sparsemodel.recovery.bias import prune_into_bias
 from sparsemodel.recovery.dsnot import dsnot
 from sparsemodel.recovery.reconstruction import reconstruct
@@ -119,7 +120,7 @@ def _searched(model: nn.Module, task: Task) -> Mask:
     over the sequences.
     """
     names = [name for block in block_weights(model).values() for name in block]
-    found = calibrate(model, task.batches, needs_of(wanda, names))
+    found = calibrate(model, task.batches, needs_of("wanda", names))
     mask = prune(
         model, task.density, criterion=wanda, within="layer", calibration=found, names=names
     )

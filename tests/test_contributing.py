@@ -51,6 +51,7 @@ EXAMPLES = {
         "method",
         (
             "tests/fedprune/methods/test_methods.py::test_contract_of_every_method[server-step]",
+            "tests/fedprune/methods/test_traits.py::test_a_method_is_of_its_kind[server-step]",
             "tests/fedprune/test_config.py::test_every_method_has_a_target_density",
             "tests/fedprune/test_config.py::test_the_settings_of_a_method_are_one_key_of_flower",
         ),
@@ -79,6 +80,8 @@ EXAMPLES = {
             "tests/sparsemodel/masks/test_criteria.py::"
             "test_every_criterion_keeps_its_contract_and_leaves_no_trace[lamp]",
             f"{PRUNE}[erk-lamp]",
+            "tests/sparsemodel/test_planted.py::test_planted_weights_are_found[lamp]",
+            "tests/test_pruning_page.py::test_its_tables_are_the_registries",
         ),
     ),
     "a layer-density distribution": Example(

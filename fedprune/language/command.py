@@ -25,7 +25,7 @@ def prune(  # noqa: PLR0917 - the command's options
         str,
         typer.Option(
             help="wanda, gblm, obs, taylor-mixed, dpruner, magnitude or random: what says which "
-            "weights matter."
+            "weights matter (fedprune methods --criteria)."
         ),
     ] = "wanda",
     density: Annotated[

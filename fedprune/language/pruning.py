@@ -21,9 +21,9 @@ from prunelab.runs.folder import REPORT, SUMMARY, write_file
 from prunelab.runs.version import __version__
 from sparsemodel.errors import DensityError, MaskError
 from sparsemodel.masks.by_blocks import prune_blocks
-from sparsemodel.masks.calibrated import CALIBRATED
 from sparsemodel.masks.distribution import n_of_m
 from sparsemodel.masks.mask import Mask
+from sparsemodel.masks.registry import CALIBRATED
 
 CHOICES = (*CALIBRATED, *CONTROLS)
 LONGEST = 512  # tokens of a sequence, unless it is said

@@ -7,6 +7,8 @@ client's.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from fedprune.errors import ConfigError
 from fedprune.exchange.messages import MODEL, Expected, Reply, Request
 from fedprune.exchange.pooled import Pooled
@@ -36,6 +38,7 @@ from fedprune.methods.ssfl import SSFL
 from fedprune.methods.synflow import SynFlow
 from prunelab.errors import close_names
 from prunelab.runs.imported import imported
+from sparsemodel.taxonomy import BEFORE, CHANNELS, DURING, N_OF_M, NEVER, WEIGHTS, Traits
 
 __all__ = [
     "BASELINES",
@@ -43,6 +46,7 @@ __all__ = [
     "METHODS",
     "MODEL",
     "SSFL",
+    "TRAITS",
     "Collector",
     "Expected",
     "FedDST",
@@ -81,33 +85,96 @@ __all__ = [
     "train_request",
 ]
 
-_ALL: tuple[type[Method], ...] = (
-    Method,
-    Magnitude,
-    FedTiny,
-    FedTinyVanillaSelection,
-    FedTinyFixedMask,
-    FedTinyPlus,
-    RandomMask,
-    Snip,
-    Grasp,
-    SynFlow,
-    SSFL,
-    Wanda,
-    PruneFL,
-    FedDST,
-    FedSGC,
-    FedMef,
-    FedRTS,
-    SparsyFed,
-    FedPM,
-    LotteryFL,
-    HeteroFL,
-    FjORD,
-    SmallDense,
-    FedProx,
-)
+
+@dataclass(frozen=True, kw_only=True)
+class FederatedTraits(Traits):
+    """A federated method as a way of pruning.
+
+    Attributes:
+        data: whose samples its choice of a mask looks at.
+    """
+
+    data: tuple[str, ...] = ()
+
+
+_SERVER, _CLIENTS = ("server's samples",), ("clients' samples",)
+_FEDTINY = "Huang et al., ICDCS 2023"
+_ALL: dict[type[Method], FederatedTraits] = {
+    Method: FederatedTraits(
+        when=NEVER, units=(), criterion="nothing", source="McMahan et al., AISTATS 2017"
+    ),
+    Magnitude: FederatedTraits(when=BEFORE, criterion="size", source="baseline"),
+    FedTiny: FederatedTraits(
+        when=DURING, criterion="size, gradients", data=_CLIENTS, source=_FEDTINY
+    ),
+    FedTinyVanillaSelection: FederatedTraits(
+        when=DURING, criterion="size, gradients", data=_CLIENTS, source=_FEDTINY
+    ),
+    FedTinyFixedMask: FederatedTraits(
+        when=BEFORE, criterion="size, losses", data=_CLIENTS, source=_FEDTINY
+    ),
+    FedTinyPlus: FederatedTraits(
+        when=DURING, criterion="size, gradients", data=_CLIENTS, source=f"after {_FEDTINY}"
+    ),
+    RandomMask: FederatedTraits(when=BEFORE, criterion="chance", source="baseline"),
+    Snip: FederatedTraits(
+        when=BEFORE, criterion="loss, first order", data=_SERVER, source="Lee et al., ICLR 2019"
+    ),
+    Grasp: FederatedTraits(
+        when=BEFORE, criterion="gradient flow", data=_SERVER, source="Wang et al., ICLR 2020"
+    ),
+    SynFlow: FederatedTraits(
+        when=BEFORE, criterion="synaptic flow", source="Tanaka et al., NeurIPS 2020"
+    ),
+    SSFL: FederatedTraits(
+        when=BEFORE, criterion="loss, first order", data=_CLIENTS, source="Ohib et al., TMLR 2025"
+    ),
+    Wanda: FederatedTraits(
+        when=BEFORE, units=(WEIGHTS, N_OF_M), criterion="size × input norm", data=_CLIENTS,
+        source="Sun et al., ICLR 2024",
+    ),
+    PruneFL: FederatedTraits(
+        when=DURING, criterion="size, gradients", data=_CLIENTS, source="Jiang et al., TNNLS 2022"
+    ),
+    FedDST: FederatedTraits(
+        when=DURING, criterion="size, gradients", data=_CLIENTS, source="Bibikar et al., AAAI 2022"
+    ),
+    FedSGC: FederatedTraits(
+        when=DURING, criterion="size, gradients, signs", data=_CLIENTS,
+        source="Tian et al., ICLR 2024 workshop",
+    ),
+    FedMef: FederatedTraits(
+        when=DURING, criterion="size, gradients", data=_CLIENTS, source="Huang et al., CVPR 2024"
+    ),
+    FedRTS: FederatedTraits(
+        when=DURING, criterion="beliefs, drawn", data=_CLIENTS, source="Huang et al., NeurIPS 2025"
+    ),
+    SparsyFed: FederatedTraits(
+        when=DURING, criterion="size", data=_CLIENTS, source="Guastella et al., ICLR 2025"
+    ),
+    FedPM: FederatedTraits(
+        when=DURING, criterion="learned scores", data=_CLIENTS, source="Isik et al., ICLR 2023"
+    ),
+    LotteryFL: FederatedTraits(
+        when=DURING, criterion="size, accuracy", data=_CLIENTS, source="Li et al., SEC 2021"
+    ),
+    HeteroFL: FederatedTraits(
+        when=BEFORE, units=(CHANNELS,), criterion="order", source="Diao et al., ICLR 2021"
+    ),
+    FjORD: FederatedTraits(
+        when=DURING, units=(CHANNELS,), criterion="order, drawn widths",
+        source="Horváth et al., NeurIPS 2021",
+    ),
+    SmallDense: FederatedTraits(
+        when=BEFORE, units=(CHANNELS,), criterion="bytes", source="baseline"
+    ),
+    FedProx: FederatedTraits(
+        when=BEFORE, criterion="size", source="Li et al., MLSys 2020"
+    ),
+}  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
+TRAITS = {method.name: traits for method, traits in _ALL.items()}
+"""What each is, in the terms of a survey of pruning: `fedprune methods` shows it."""
 DEFAULT_METHOD = FedTiny.name
 BASELINES = (Method.name, Magnitude.name)
 """What others are compared with: nothing is pruned, and what is pruned costs nothing to choose."""

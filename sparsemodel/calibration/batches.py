@@ -31,6 +31,22 @@ def next_token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return (each * counted).sum(1) / counted.sum(1).clamp(min=1.0)
 
 
+def usual_losses(model: nn.Module, batch: Any) -> Tensor:
+    """Those of the next token, or of (inputs, labels) each sample's cross-entropy, [n].
+
+    Raises:
+        CalibrationError: the batch is neither.
+    """
+    if isinstance(batch, Mapping) and "input_ids" in batch:
+        return next_token_losses(model, batch)
+    if not (isinstance(batch, tuple) and len(batch) == 2):
+        raise CalibrationError(
+            "gradients need a loss: give batches of (inputs, labels) or with input_ids, or `losses`"
+        )
+    inputs, labels = batch
+    return functional.cross_entropy(model(inputs), labels, reduction="none")
+
+
 def run(model: nn.Module, batch: Any) -> Any:
     """The model's output for a batch, whose labels are left aside."""
     if isinstance(batch, Mapping):

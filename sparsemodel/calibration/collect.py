@@ -22,10 +22,10 @@ from sparsemodel.calibration.batches import (
     first_tensor,
     grid_of,
     moved_to,
-    next_token_losses,
     padding_of,
     run,
     unpadded,
+    usual_losses,
 )
 from sparsemodel.calibration.statistics import Calibration, Key, Moments, Statistic, Sums
 from sparsemodel.errors import CalibrationError
@@ -61,7 +61,7 @@ def calibrate(
     batches: Iterable[Any],
     needs: Needs,
     *,
-    losses: Losses = next_token_losses,
+    losses: Losses = usual_losses,
     num_heads: int = 0,
 ) -> Calibration:
     """The statistics that are asked for, over all batches; of none, an empty calibration.
@@ -73,6 +73,7 @@ def calibrate(
             alone, of which the inputs are given. Tensors are moved to the model's device.
         needs: kinds of statistics, with the modules that they are wanted of.
         losses: of each sample of a batch; for GRADIENTS alone, of which each sample's is one.
+            Usually the cross-entropy, of the next token or of (inputs, labels).
         num_heads: for HEADS.
 
     Raises:

@@ -12,10 +12,10 @@ from sparsemodel.calibration.batches import Losses, next_token_losses
 from sparsemodel.calibration.blocks import block_names, by_blocks
 from sparsemodel.calibration.collect import GRADIENTS, calibrate
 from sparsemodel.calibration.statistics import Calibration
-from sparsemodel.masks.calibrated import needs_of
 from sparsemodel.masks.criteria import Criterion
 from sparsemodel.masks.mask import Mask
-from sparsemodel.masks.prune import criterion_of, prune
+from sparsemodel.masks.prune import prune
+from sparsemodel.masks.registry import WeightCriterion, needs_of
 
 Refine = Callable[[Mask, Calibration], Mask]
 
@@ -38,7 +38,7 @@ def prune_blocks(
     density: float,
     batches: Iterable[Any] = (),
     *,
-    criterion: str | Criterion = "wanda",
+    criterion: str | Criterion | WeightCriterion = "wanda",
     within: str = "row",
     losses: Losses = next_token_losses,
     seed: int = 0,
@@ -66,8 +66,7 @@ def prune_blocks(
         MaskError, DensityError, CalibrationError: as `prune` and `calibrate`.
     """
     weights = block_weights(model)
-    score = criterion_of(criterion)
-    every = needs_of(score, [name for names in weights.values() for name in names])
+    every = needs_of(criterion, [name for names in weights.values() for name in names])
     dense = Calibration()
     if GRADIENTS in every:
         dense = calibrate(model, batches, {GRADIENTS: every[GRADIENTS]}, losses=losses)
@@ -75,13 +74,13 @@ def prune_blocks(
     places = {block: place for place, block in enumerate(weights)}
 
     def needs(block: str) -> Mapping[str, Iterable[str]]:
-        found = needs_of(score, weights[block])
+        found = needs_of(criterion, weights[block])
         return {kind: names for kind, names in found.items() if kind != GRADIENTS}
 
     def cut(block: str, found: Calibration) -> None:
         own = int(np.random.SeedSequence((seed, places[block])).generate_state(1)[0])
         mask = prune(
-            model, density, criterion=score, within=within, names=weights[block], seed=own,
+            model, density, criterion=criterion, within=within, names=weights[block], seed=own,
             calibration=dense.merge(found),
         )  # fmt: skip
         mask = refine(mask, found)

@@ -1,13 +1,13 @@
 """Importance scores of a linear layer's weights from calibration statistics. High means keep.
 
-Each takes the model, names of weights [out, in] of linear layers, and a calibration; NEEDS says
-which statistics of those layers it has to hold. They rank weights of one output against each other:
-`prune(within="row")`.
+Each takes the model, names of weights [out, in] of linear layers, and a calibration, with the
+statistics of those layers that its entry in `registry.CRITERIA` names. They rank weights of one
+output against each other: `prune(within="row")`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from sparsemodel.calibration.collect import GRADIENTS, GRAM, INPUTS
 from sparsemodel.calibration.statistics import Calibration
 from sparsemodel.errors import CalibrationError
-from sparsemodel.masks.criteria import Criterion
 from sparsemodel.masks.probe import named_weights
 
 DAMPING = 0.01  # of the mean of H's diagonal, as SparseGPT has it
@@ -52,7 +51,7 @@ def gblm(
     """
     scores = {}
     for name, weight in named_weights(model, names).items():
-        gradients = calibration.sums(GRADIENTS, _module(name)).totals["squares"].sqrt()
+        gradients = calibration.sums(GRADIENTS, layer_of(name)).totals["squares"].sqrt()
         size = _norms(calibration, name, weight) + alpha * gradients.float().to(weight.device)
         scores[name] = weight.detach().abs().float() * size
     return scores
@@ -71,7 +70,7 @@ def obs(model: nn.Module, names: Iterable[str], calibration: Calibration) -> dic
     """
     scores = {}
     for name, weight in named_weights(model, names).items():
-        products = calibration.sums(GRAM, _module(name)).totals["products"]
+        products = calibration.sums(GRAM, layer_of(name)).totals["products"]
         diagonal = products.diagonal()
         added = DAMPING * diagonal.mean() + (diagonal == 0)  # H is invertible then
         inverse = torch.linalg.inv(products + torch.diag(added)).diagonal()
@@ -93,7 +92,7 @@ def taylor_mixed(
     """
     scores = {}
     for name, weight in named_weights(model, names).items():
-        found = calibration.sums(GRADIENTS, _module(name))
+        found = calibration.sums(GRADIENTS, layer_of(name))
         values = weight.detach().double().cpu()
         change = values * found.mean("gradient") - 0.5 * values.square() * found.mean("squares")
         scores[name] = change.abs().float().to(weight.device)
@@ -127,7 +126,7 @@ def dpruner(
     general = obs(model, names := list(names), calibration)
     scores = {}
     for name, weight in named_weights(model, names).items():
-        found = calibration.sums(GRADIENTS, _module(name))
+        found = calibration.sums(GRADIENTS, layer_of(name))
         values, squares = weight.detach().double().cpu(), found.mean("squares")
         shared = general[name].double().cpu() * squares
         mean = shared.mean()
@@ -137,30 +136,7 @@ def dpruner(
     return scores
 
 
-NEEDS: Mapping[Criterion, tuple[str, ...]] = {
-    wanda: (INPUTS,),
-    gblm: (INPUTS, GRADIENTS),
-    obs: (GRAM,),
-    taylor_mixed: (GRADIENTS,),
-    dpruner: (GRAM, GRADIENTS),
-}
-"""Criterion -> the statistics that it needs of the layers that it scores."""
-
-CALIBRATED: Mapping[str, Criterion] = {
-    "wanda": wanda,
-    "gblm": gblm,
-    "obs": obs,
-    "taylor-mixed": taylor_mixed,
-    "dpruner": dpruner,
-}
-
-
-def needs_of(criterion: Criterion, names: Sequence[str]) -> dict[str, list[str]]:
-    """What `calibrate` is to collect for a criterion on those weights."""
-    return {kind: list(map(_module, names)) for kind in NEEDS.get(criterion, ())}
-
-
-def _module(name: str) -> str:
+def layer_of(name: str) -> str:
     """The linear layer that a weight is of."""
     module, _, parameter = name.rpartition(".")
     if parameter != "weight":
@@ -169,7 +145,7 @@ def _module(name: str) -> str:
 
 
 def _norms(calibration: Calibration, name: str, weight: Tensor) -> Tensor:
-    norms = calibration.moments(INPUTS, _module(name)).norms
+    norms = calibration.moments(INPUTS, layer_of(name)).norms
     if weight.dim() != 2 or weight.shape[1] != len(norms):
         raise CalibrationError(
             f"{name!r} is {tuple(weight.shape)}, its inputs have {len(norms)} features; expected a "

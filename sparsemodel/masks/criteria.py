@@ -111,7 +111,7 @@ def synflow(
     parameter is replaced by its absolute value. R is computed in float64, and the division by
     it, which changes no order, keeps deep models inside the range of float32. Without biases
     the scores of a layer that all paths cross sum to 1. Scored once, wide layers would lose all
-    their weights first; `prune` takes the published 100 steps (STEPS).
+    their weights first; `prune` takes the published 100 steps.
     Source: Tanaka et al., Pruning neural networks without any data by iteratively conserving
     synaptic flow (NeurIPS 2020), equation 2 and algorithm 1.
 
@@ -158,19 +158,6 @@ def synflow(
         name: (positive[name].detach() * product / flow.detach()).float()
         for name, product in zip(weights, products, strict=True)
     }
-
-
-CRITERIA: dict[str, Criterion] = {
-    "magnitude": magnitude,
-    "random": random,
-    "snip": snip,
-    "taylor": taylor,
-    "grasp": grasp,
-    "synflow": synflow,
-}
-
-# In how many steps `prune` goes down to a density, where that is not one: density^(k/n) in step k.
-STEPS: dict[Criterion, int] = {synflow: 100}
 
 
 def _gradient_products(

@@ -15,11 +15,11 @@ from torch.nn import functional
 from sparsemodel.calibration.collect import calibrate
 from sparsemodel.calibration.statistics import Calibration
 from sparsemodel.errors import DensityError, MaskError
-from sparsemodel.masks.calibrated import CALIBRATED, needs_of
-from sparsemodel.masks.criteria import CRITERIA, STEPS, Criterion
+from sparsemodel.masks.criteria import Criterion
 from sparsemodel.masks.distribution import DISTRIBUTIONS, Distribution, n_of_m
 from sparsemodel.masks.mask import Mask, mask_from_scores, prunable_parameters
 from sparsemodel.masks.probe import named_weights
+from sparsemodel.masks.registry import OF_DATA, WeightCriterion, criterion_of, needs_of
 from sparsemodel.masks.structure import n_of_m_mask, row_mask
 
 BatchLoss = Callable[[nn.Module, Any], torch.Tensor]
@@ -36,7 +36,7 @@ def prune(
     model: nn.Module,
     density: float,
     *,
-    criterion: str | Criterion = "magnitude",
+    criterion: str | Criterion | WeightCriterion = "magnitude",
     distribution: str | Distribution = "uniform",
     data: Any = None,
     loss: BatchLoss = cross_entropy,
@@ -47,7 +47,7 @@ def prune(
 ) -> Mask:
     """The mask that keeps the most important weights of a model, which stays as it is.
 
-    A criterion in STEPS (synflow) is meant for many small steps: density^(k/n) is reached in step
+    A criterion may be meant for many small steps, as synflow is: density^(k/n) is reached in step
     k of n, and the remaining weights are scored again for the next.
 
     `mask.apply(model)` sets the pruned weights to zero; `sparsify(model, mask)` makes a model that
@@ -61,19 +61,21 @@ def prune(
 
     Args:
         density: active weights over all prunable ones, in (0, 1].
-        criterion: a name in CRITERIA or, of linear layers alone, in CALIBRATED; or a function.
+        criterion: a name in `registry.CRITERIA`, of which those with statistics are of linear
+            layers alone; a function, or an entry such as are there.
         distribution: a name in DISTRIBUTIONS, or a function. Criteria with a loss are meant for
             "global": one threshold for all layers.
         data: for criteria that look at data: one batch (inputs, labels), or an iterable of
             batches, whose scores are averaged. Tensors are moved to the model's device; the model
             runs in the mode, train or eval, that it is in.
         loss: of the model on a batch, where it is not the cross-entropy of (inputs, labels).
+            Gradients among statistics are of the usual losses of `calibrate`.
         names: parameters to prune; None: `prunable_parameters`, all but the first layer's.
         within: where weights are ranked against each other: in the "layer"; in each "row", that is
             output, which all keep as many; or in groups, such as "2:4", which keep two of every
             four neighbours along a row and give the density by themselves.
-        calibration: statistics for criteria of CALIBRATED; None: they are collected from `data`,
-            as `calibrate` does it.
+        calibration: the criterion's statistics; None: they are collected from `data`, as
+            `calibrate` does it.
         seed: of random criteria and distributions.
 
     Raises:
@@ -90,12 +92,12 @@ def prune(
     """
     chosen = list(prunable_parameters(model) if names is None else names)
     generator = torch.Generator().manual_seed(seed)
-    score = criterion_of(criterion)
-    count = _function("distribution", distribution, DISTRIBUTIONS)
-    steps = STEPS.get(score, 1)
+    entry = criterion_of(criterion)
+    score, steps = entry.score, entry.steps
+    count = _distribution(distribution)
     # Later steps score the model under the mask of the one before.
     probed, mask = model if steps == 1 else copy.deepcopy(model), None
-    if calibration is None and (wanted := needs_of(score, chosen)):
+    if calibration is None and (wanted := needs_of(entry, chosen)):
         if data is None:
             raise MaskError(_no_data(score))
         calibration = calibrate(model, _batches(data), wanted)
@@ -114,16 +116,6 @@ def prune(
             mask.apply(probed)
     assert mask is not None, "there is a step at least"
     return mask
-
-
-def criterion_of(given: str | Criterion) -> Criterion:
-    """A criterion by its name, or itself.
-
-    Raises:
-        MaskError: an unknown name.
-    """
-    found: Criterion = _function("criterion", given, {**CRITERIA, **CALIBRATED})
-    return found
 
 
 def _selected(
@@ -164,7 +156,7 @@ def _scores(
     device = next(iter(weights.values())).device
     offered: dict[str, Any] = {"model": model, "names": names, "generator": generator}
     offered |= {} if calibration is None else {"calibration": calibration}
-    of_data = {"loss", "input_shape"} & inspect.signature(criterion).parameters.keys()
+    of_data = set(OF_DATA) & inspect.signature(criterion).parameters.keys()
     if not of_data:
         found = criterion(**_asked(criterion, offered))
         return _checked(criterion, found, weights)
@@ -187,12 +179,13 @@ def _scores(
     return {name: score / num_batches for name, score in total.items()}
 
 
-def _function(kind: str, given: Any, known: Mapping[str, Any]) -> Any:
+def _distribution(given: str | Distribution) -> Distribution:
     if callable(given):
         return given
-    if given not in known:
-        raise MaskError(f"unknown {kind} {given!r}; known: {', '.join(known)}; or give a function")
-    return known[given]
+    if given not in DISTRIBUTIONS:
+        known = ", ".join(DISTRIBUTIONS)
+        raise MaskError(f"unknown distribution {given!r}; known: {known}; or give a function")
+    return DISTRIBUTIONS[given]
 
 
 def _asked(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:

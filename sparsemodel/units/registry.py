@@ -10,98 +10,97 @@ from torch import Tensor, nn
 from sparsemodel.calibration import collect
 from sparsemodel.calibration.blocks import Block
 from sparsemodel.calibration.statistics import Calibration
+from sparsemodel.taxonomy import ANY, Traits
 from sparsemodel.units import depth, scores
 from sparsemodel.units.unit import BLOCKS, CHANNELS, HEADS, HIDDEN, Key
 
-Needs = Callable[[Sequence[Block]], dict[str, list[str]]]
-"""blocks -> kind of statistic -> modules, as `calibrate` takes them."""
-
 
 @dataclass(frozen=True)
-class UnitCriterion:
-    """A criterion in the terms of Cheng et al., A Survey on Deep Neural Network Pruning (2024).
+class UnitCriterion(Traits):
+    """A criterion of units, after training where nothing else is said.
 
     Attributes:
         score: (model, blocks, calibration) -> (kind of unit, block) -> scores.
-        needs: which statistics it looks at.
-        units: kinds that it scores.
-        criterion: what it goes by.
-        source: paper.
-        when: units are removed.
+        statistics: kind -> of which modules of a block `calibrate` has to collect it.
     """
 
     score: Callable[[nn.Module, Sequence[Block], Calibration], dict[Key, Tensor]]
-    needs: Needs
-    units: tuple[str, ...]
-    criterion: str
-    source: str
-    when: str = "after training"
+    statistics: Mapping[str, Callable[[Block], Iterable[str]]]
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """What it looks at beside the weights."""
+        return tuple(self.statistics)
 
 
-def _nothing(blocks: Sequence[Block]) -> dict[str, list[str]]:
-    del blocks
-    return {}
+def _ends(block: Block) -> Iterable[str]:
+    """The layers that heads and channels end in."""
+    return block.attention_out, block.down
 
 
-def _of_outputs(kind: str) -> Needs:
-    """A kind of statistic of the layers that heads and channels end in."""
-    return lambda blocks: {kind: [name for b in blocks for name in (b.attention_out, b.down)]}
+def _attention_out(block: Block) -> Iterable[str]:
+    return (block.attention_out,)
 
 
-def _of_blocks(blocks: Sequence[Block]) -> dict[str, list[str]]:
-    return {collect.ANGLES: [block.name for block in blocks]}
+def _down(block: Block) -> Iterable[str]:
+    return (block.down,)
 
 
-def _of_norms(blocks: Sequence[Block]) -> dict[str, list[str]]:
-    return {collect.SEQUENCES_OUT: [name for block in blocks for name in block.norms]}
+def _itself(block: Block) -> Iterable[str]:
+    return (block.name,)
 
 
-def _of_sizes(blocks: Sequence[Block]) -> dict[str, list[str]]:
-    return {
-        collect.HEADS: [block.attention_out for block in blocks],
-        collect.INPUTS: [block.down for block in blocks],
-    }
-
-
-def _of_channels(blocks: Sequence[Block]) -> dict[str, list[str]]:
-    return {collect.INPUTS: [block.down for block in blocks]}
+def _norms(block: Block) -> Iterable[str]:
+    return block.norms
 
 
 _WIDTH = (HEADS, CHANNELS)
 _FLAP = "An et al., AAAI 2024"
+_CFSP = "Wang et al., COLING 2025"
 _MINITRON = "Muralidharan et al., NeurIPS 2024"
 
 UNIT_CRITERIA: dict[str, UnitCriterion] = {
     "wifv": UnitCriterion(
-        scores.wifv, _of_outputs(collect.INPUTS), _WIDTH, "variance of inputs, weighted", _FLAP
+        scores.wifv, {collect.INPUTS: _ends}, units=_WIDTH,
+        criterion="input variance, weighted", source=_FLAP,
     ),
     "ifv": UnitCriterion(
-        scores.ifv, _of_outputs(collect.INPUTS), _WIDTH, "variance of inputs", _FLAP
+        scores.ifv, {collect.INPUTS: _ends}, units=_WIDTH,
+        criterion="input variance", source=_FLAP,
     ),
     "wifn": UnitCriterion(
-        scores.wifn, _of_outputs(collect.INPUTS), _WIDTH, "norm of inputs, weighted", _FLAP
+        scores.wifn, {collect.INPUTS: _ends}, units=_WIDTH,
+        criterion="input norm, weighted", source=_FLAP,
     ),
     "amp": UnitCriterion(
-        scores.amp, _of_sizes, _WIDTH, "size of activations", "Mugnaini et al., 2025"
+        scores.amp, {collect.HEADS: _attention_out, collect.INPUTS: _down}, units=_WIDTH,
+        criterion="size of activations", source="Mugnaini et al., 2025",
     ),
     "minitron": UnitCriterion(
-        scores.minitron, _of_outputs(collect.SEQUENCES), _WIDTH, "size of activations", _MINITRON
+        scores.minitron, {collect.SEQUENCES: _ends}, units=_WIDTH,
+        criterion="size of activations", source=_MINITRON,
     ),
     "cfsp": UnitCriterion(
-        scores.cfsp, _of_channels, (CHANNELS,), "shares of weights, norm of inputs",
-        "Wang et al., COLING 2025",
+        scores.cfsp, {collect.INPUTS: _down}, units=(CHANNELS,),
+        criterion="weights, input norm", source=_CFSP,
     ),
-    "magnitude": UnitCriterion(scores.magnitude, _nothing, _WIDTH, "size of weights", "baseline"),
-    "random": UnitCriterion(scores.random, _nothing, _WIDTH, "chance", "baseline"),
+    "magnitude": UnitCriterion(
+        scores.magnitude, {}, units=_WIDTH, criterion="size", source="baseline"
+    ),
+    "random": UnitCriterion(
+        scores.random, {}, units=_WIDTH, criterion="chance", source="baseline", when=ANY
+    ),
     "minitron-blocks": UnitCriterion(
-        depth.minitron_blocks, _of_blocks, (BLOCKS,), "cosine of input and output", _MINITRON
+        depth.minitron_blocks, {collect.ANGLES: _itself}, units=(BLOCKS,),
+        criterion="cosine of in- and output", source=_MINITRON,
     ),
     "cfsp-blocks": UnitCriterion(
-        depth.cfsp_blocks, _of_blocks, (BLOCKS,), "angle of input and output",
-        "Wang et al., COLING 2025",
+        depth.cfsp_blocks, {collect.ANGLES: _itself}, units=(BLOCKS,),
+        criterion="angle of in- and output", source=_CFSP,
     ),
     "minitron-hidden": UnitCriterion(
-        depth.minitron_hidden, _of_norms, (HIDDEN,), "size of activations", _MINITRON
+        depth.minitron_hidden, {collect.SEQUENCES_OUT: _norms}, units=(HIDDEN,),
+        criterion="size of activations", source=_MINITRON,
     ),
 }  # fmt: skip
 
@@ -117,7 +116,8 @@ def needs_of(names: Iterable[str], blocks: Sequence[Block]) -> Mapping[str, list
     """
     joint: dict[str, list[str]] = {}
     for name in names:
-        for kind, modules in UNIT_CRITERIA[name].needs(blocks).items():
+        for kind, modules_of in UNIT_CRITERIA[name].statistics.items():
             known = joint.setdefault(kind, [])
-            known.extend(module for module in modules if module not in known)
+            found = (module for block in blocks for module in modules_of(block))
+            known.extend(module for module in found if module not in known)
     return joint

@@ -2,7 +2,7 @@
 
 Each function takes a model, its blocks and their statistics, and returns (kind, block) -> scores
 [units], float64 on the CPU; the model is left as it was. What it needs of `calibrate` is said by
-`needs` in its entry of sparsemodel.units.registry.UNIT_CRITERIA. A head is scored alone, with
+`statistics` in its entry of sparsemodel.units.registry.UNIT_CRITERIA. A head is scored alone, with
 grouped queries too; `allocation.by_groups` makes scores of KV groups of them.
 """
 

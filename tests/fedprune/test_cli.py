@@ -34,7 +34,9 @@ from fedprune.rounds.folder import (
     read_metrics,
     read_summary,
 )
+from sparsemodel.masks.registry import CRITERIA
 from sparsemodel.storage.checkpoint import load_sparse
+from sparsemodel.units.registry import UNIT_CRITERIA
 
 FEDPRUNE = str(Path(sys.executable).parent / "fedprune")
 OPTIONS = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
@@ -274,14 +276,45 @@ def test_version_methods_and_the_module(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
-    assert [line.split()[0] for line in lines[1:-1]] == list(METHODS)
+    listed = [line.split()[0] for line in lines if line.strip()]
+    assert listed == ["method", *METHODS, "method", *METHODS, "fedprune"]
+    assert lines[len(METHODS) + 2].split() == [
+        "method",
+        "when",
+        "units",
+        "looks",
+        "at",
+        "goes",
+        "by",
+    ]
+    assert re.search(
+        "^snip +before +weights +server's samples +loss, first order", done.stdout, re.M
+    )
     assert all(kind.__doc__ and "(density" not in kind.__doc__ for kind in METHODS.values())
     done = Command("fedprune", "methods", "fedprox", cwd=tmp_path, columns=80).ended()
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "settings: density=1.0, distribution=uniform, mu=0.01" in done.stdout
     assert "mu: μ, the weight of the proximal term, >= 0." in done.stdout
+    assert "when: before; units: weights; looks at: –; goes by: size;" in done.stdout
     done = Command("fedprune", "methods", "magic", cwd=tmp_path).ended()
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_criteria_of_pruning_are_listed(tmp_path: Path) -> None:
+    done = Command("fedprune", "methods", "--criteria", cwd=tmp_path, columns=80).ended()
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    names = [line.split()[0] for line in lines if line]
+    assert names == ["of", *CRITERIA, "of", *UNIT_CRITERIA, "fedprune"]
+    assert "…" not in done.stdout
+    done = Command("fedprune", "methods", "--criteria", "magnitude", cwd=tmp_path).ended()
+    assert "|θ|, the absolute value of each weight." in done.stdout
+    assert "The sum of the squares of a unit's weights" in done.stdout
+    assert ">>>" not in done.stdout
+    done = Command("fedprune", "methods", "--criteria", "wonda", cwd=tmp_path).ended()
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "did you mean 'wanda'" in done.stderr
 
 
 def test_a_run_is_never_silent_and_no_line_is_wider_than_80_columns(tmp_path: Path) -> None:

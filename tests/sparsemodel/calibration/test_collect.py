@@ -250,6 +250,9 @@ def test_what_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(CalibrationError, match=reason):
             calibrate(model, batches, wrong)
+    for batch in ({"pixels": torch.ones(1, 2)}, torch.ones(1, 2)):
+        with pytest.raises(CalibrationError, match="gradients need a loss: give batches of"):
+            calibrate(nn.Sequential(nn.Linear(2, 2)), [batch], {"gradients": ["0"]})
     model.unused = nn.Linear(2, 2)  # type: ignore[assignment]
     with pytest.raises(CalibrationError, match="no batch has reached 'unused'"):
         calibrate(model, batches, {"inputs": ["unused"]})

@@ -13,16 +13,9 @@ from sparsemodel.calibration.collect import GRADIENTS, GRAM, INPUTS, calibrate
 from sparsemodel.calibration.statistics import Calibration, Moments, Sums
 from sparsemodel.errors import CalibrationError, DensityError, MaskError
 from sparsemodel.masks.by_blocks import block_weights, prune_blocks
-from sparsemodel.masks.calibrated import (
-    CALIBRATED,
-    dpruner,
-    gblm,
-    needs_of,
-    obs,
-    taylor_mixed,
-    wanda,
-)
+from sparsemodel.masks.calibrated import dpruner, gblm, obs, taylor_mixed, wanda
 from sparsemodel.masks.prune import prune
+from sparsemodel.masks.registry import CALIBRATED, CRITERIA, needs_of
 from sparsemodel.masks.structure import is_n_of_m
 
 NAME = "weight"
@@ -170,9 +163,9 @@ def test_an_input_that_is_always_zero_counts_for_nothing(name: str) -> None:
     model, x = Layer(), inputs()
     x[:, 2] = 0.0
     model.fc.weight.data[:, 2] = 100.0
-    wanted = needs_of(CALIBRATED[name], FC)
+    wanted = needs_of(name, FC)
     found = calibrate(model, [x], wanted, losses=lambda m, batch: m(batch).square().sum(1))
-    scores = CALIBRATED[name](model, FC, found)["fc.weight"]
+    scores = CRITERIA[name].score(model, FC, found)["fc.weight"]
     assert (scores[:, 2] == 0).all()
     others = [0, 1, 3, 4, 5]
     assert (scores[:, others] > 0).all()
@@ -182,10 +175,10 @@ def test_an_input_that_is_always_zero_counts_for_nothing(name: str) -> None:
 def test_scores_do_not_depend_on_how_data_were_divided(name: str) -> None:
     model, batches = llama(), texts(4)
     names = [n for block in block_weights(model).values() for n in block]
-    wanted = needs_of(CALIBRATED[name], names)
+    wanted = needs_of(name, names)
     parts = [calibrate(model, own, wanted) for own in (batches[2:], [], batches[:2])]
-    joint = CALIBRATED[name](model, names, Calibration.merged(parts))
-    whole = CALIBRATED[name](model, names, calibrate(model, batches, wanted))
+    joint = CRITERIA[name].score(model, names, Calibration.merged(parts))
+    whole = CRITERIA[name].score(model, names, calibrate(model, batches, wanted))
     for each in names:
         torch.testing.assert_close(joint[each], whole[each], rtol=1e-5, atol=1e-9)
 

@@ -86,6 +86,15 @@ def test_erk_saturates_layers_one_after_another() -> None:
     assert counts == {"a": 1, "b": 4, "c": 495}
 
 
+def test_erk_of_a_perceptron() -> None:
+    """784·300, 300·100 and 100·10 at .1: ε · sums of dimensions, once the last is full."""
+    shapes: Shapes = {"a": (300, 784), "b": (100, 300), "c": (10, 100)}
+    counts = erk(shapes, 0.1)
+    densities = [counts[name] / math.prod(shape) for name, shape in shapes.items()]
+    assert densities == pytest.approx([0.079568, 0.230189, 1], abs=5e-5)
+    assert counts == {"a": 18714, "b": 6906, "c": 1000}
+
+
 def test_erk_conv_leaves_matrices_the_density_of_the_whole() -> None:
     """52 of 520 weights: the matrix keeps 4 of its 40; sums 15 and 25 split the other 48 as 3 : 5.
 

@@ -11,12 +11,15 @@ from little_networks import Residual
 from torch import nn
 from torch.nn import functional
 
+from sparsemodel.calibration.statistics import Calibration
 from sparsemodel.errors import DensityError, MaskError
-from sparsemodel.masks.criteria import CRITERIA, magnitude, synflow, taylor
+from sparsemodel.masks.criteria import magnitude, synflow, taylor
 from sparsemodel.masks.distribution import DISTRIBUTIONS, erk, noise_uniform, uniform
 from sparsemodel.masks.mask import Mask, mask_from_scores
 from sparsemodel.masks.prune import prune
+from sparsemodel.masks.registry import CALIBRATED, CRITERIA, WeightCriterion
 
+Scores = dict[str, torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -45,8 +48,11 @@ def batch(seed: int = 0) -> Batch:
 def test_every_criterion_and_distribution_by_name(criterion: str, distribution: str) -> None:
     model = network()
     before = copy.deepcopy(model.state_dict())
-    mask = prune(model, 0.3, criterion=criterion, distribution=distribution, data=batch())
-    assert list(mask) == NAMES
+    names = ["5.weight"] if criterion in CALIBRATED else None  # statistics are of linear layers
+    mask = prune(
+        model, 0.3, criterion=criterion, distribution=distribution, data=batch(), names=names
+    )
+    assert list(mask) == (names or NAMES)
     tolerance = 0.02 if distribution == "noise" else 1 / mask.num_weights
     assert mask.density == pytest.approx(0.3, rel=tolerance, abs=1 / mask.num_weights)
     for name, tensor in model.state_dict().items():
@@ -128,6 +134,41 @@ def test_functions_are_given_what_their_parameters_are_named_after() -> None:
     assert kept.max() == model.get_parameter("5.weight").detach().abs().flatten().sort().values[4]
     wide = prune(model, 0.5, distribution=partial(noise_uniform, spread=0.0))
     assert wide == prune(model, 0.5)
+
+
+def test_an_entry_of_ones_own_says_its_statistics_and_steps() -> None:
+    def shy(model: nn.Module, names: list[str], calibration: Calibration) -> Scores:
+        seen.append(calibration.moments("inputs", "5").count)
+        return {name: model.get_parameter(name).detach().abs() for name in names}
+
+    seen: list[float] = []
+    model, names = network(), ["5.weight"]
+    entry = WeightCriterion(shy, criterion="size", source="here", statistics=("inputs",), steps=3)
+    assert prune(model, 0.2, criterion=entry, names=names, data=batch()) == prune(
+        model, 0.2, names=names
+    )
+    assert seen == [8, 8, 8]
+    assert (entry.data, entry.when, entry.units) == (
+        ("inputs",), "after", ("weights", "N:M"),
+    )  # fmt: skip
+    with pytest.raises(MaskError, match="'shy' looks at data"):
+        prune(model, 0.2, criterion=entry, names=names)
+    with pytest.raises(MaskError, match="a value is there for"):  # alone it says of no statistics
+        prune(model, 0.2, criterion=shy, names=names, data=batch())
+
+
+def test_gradients_of_samples_are_of_the_cross_entropy() -> None:
+    """gblm looks at √Σ g² over samples; those of the last layer are (p − y) x."""
+    model, names = network().eval(), ["5.weight"]
+    images, labels = batch()
+    x = model[:5](images).detach().double()
+    errors = model(images).detach().double().softmax(1) - functional.one_hot(labels, 3)
+    gradients = torch.einsum("bo,bi->boi", errors, x).square().sum(0).sqrt()
+    weight = model.get_parameter("5.weight").detach().double().abs()
+    expected = weight * (x.square().sum(0).sqrt() + 100 * gradients)
+    kept = expected.flatten().argsort(descending=True)[:20]
+    mask = prune(model, 20 / 72, criterion="gblm", names=names, data=(images, labels))
+    assert mask["5.weight"].flatten().nonzero().flatten().tolist() == sorted(kept.tolist())
 
 
 def test_scores_of_several_batches_are_averaged() -> None:

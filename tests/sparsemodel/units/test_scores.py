@@ -54,7 +54,7 @@ def test_minitron_of_two_sequences() -> None:
     data = torch.tensor([[[1.0, 0.0], [-3.0, 0.0]], [[3.0, 4.0], [3.0, -4.0]]])
     model = Single()
     block = model.block
-    seen = calibrate(model, [data], UNIT_CRITERIA["minitron"].needs([block]))
+    seen = calibrate(model, [data], needs_of(["minitron"], [block]))
     found = criteria.minitron(model, [block], seen)
     torch.testing.assert_close(found["channels", ""], torch.tensor([13.0**0.5, 4.0]).double())
     torch.testing.assert_close(found["heads", ""], torch.tensor([29.0**0.5]).double())
@@ -69,7 +69,7 @@ def test_flap_by_hand() -> None:
         model.down.weight.copy_(weight)
     block = model.block
     data = torch.tensor([[1.0, 2.0], [3.0, 2.0]])
-    seen = calibrate(model, [data], UNIT_CRITERIA["wifv"].needs([block]))
+    seen = calibrate(model, [data], needs_of(["wifv"], [block]))
     for score, channels in (
         (criteria.wifv, [10.0, 0.0]),
         (criteria.ifv, [1.0, 0.0]),
@@ -441,7 +441,7 @@ def test_every_criterion_keeps_its_contract(name: str) -> None:
     entry, model, batches = UNIT_CRITERIA[name], llama(), texts()
     blocks = describe(model)
     before = copy.deepcopy(model.state_dict())
-    needs = entry.needs(blocks)
+    needs = needs_of([name], blocks)
     whole = calibrate(model, batches, needs, num_heads=4)
     found = entry.score(model, blocks, whole)
     assert {kind for kind, _ in found} == set(entry.units)
