@@ -23,6 +23,7 @@ from fedprune.methods.fedsgc import FedSGC
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
 from fedprune.methods.fedtiny.plus import FedTinyPlus
 from fedprune.methods.fjord import FjORD
+from fedprune.methods.gmp import GMP, GraNet
 from fedprune.methods.grasp import Grasp
 from fedprune.methods.heterofl import HeteroFL
 from fedprune.methods.lotteryfl import LotteryFL
@@ -40,6 +41,7 @@ from prunelab.runs.imported import imported
 __all__ = [
     "BASELINES",
     "DEFAULT_METHOD",
+    "GMP",
     "METHODS",
     "MODEL",
     "SSFL",
@@ -56,6 +58,7 @@ __all__ = [
     "FedTinyPlus",
     "FedTinyVanillaSelection",
     "FjORD",
+    "GraNet",
     "Grasp",
     "HeteroFL",
     "Local",
@@ -94,6 +97,8 @@ _ALL: tuple[type[Method], ...] = (
     SynFlow,
     SSFL,
     Wanda,
+    GMP,
+    GraNet,
     PruneFL,
     FedDST,
     FedSGC,

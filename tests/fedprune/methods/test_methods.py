@@ -58,6 +58,7 @@ SMALL = {
     "method.density": 0.2,
     "method.adjust_every": 2,
     "method.adjust_until": 30,
+    "method.prune_until": 2,
 }
 
 
