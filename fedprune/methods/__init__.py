@@ -28,6 +28,7 @@ from fedprune.methods.grasp import Grasp
 from fedprune.methods.heterofl import HeteroFL
 from fedprune.methods.lotteryfl import LotteryFL
 from fedprune.methods.magnitude import Magnitude
+from fedprune.methods.perp import PERP
 from fedprune.methods.prunefl import PruneFL
 from fedprune.methods.random_mask import RandomMask
 from fedprune.methods.small_dense import SmallDense
@@ -44,6 +45,7 @@ __all__ = [
     "GMP",
     "METHODS",
     "MODEL",
+    "PERP",
     "SSFL",
     "Collector",
     "Expected",
@@ -97,6 +99,7 @@ _ALL: tuple[type[Method], ...] = (
     SynFlow,
     SSFL,
     Wanda,
+    PERP,
     GMP,
     GraNet,
     PruneFL,
