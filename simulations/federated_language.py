@@ -41,11 +41,11 @@ METHODS: Mapping[str, Callable[[float], Method]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "perp": PERP,
-    "perp, 10 lr": PERP,
+    "perp-fast": PERP,
     "gmp": GMP,
     "granet": GraNet,
 }
-RATES = {"perp, 10 lr": 10.0}
+RATES = {"perp-fast": 10.0}
 """What few parameters are trained take larger steps: the rate over the others'."""
 CONTROL = "magnitude"
 BATCH = 8
@@ -134,7 +134,7 @@ class RolesJob:
     @property
     def name(self) -> str:
         """Of its outcome."""
-        return f"{self.method}-{self.seed}".replace(", ", "-").replace(" ", "_")
+        return f"{self.method}-{self.seed}"
 
     def run(self, out: Path) -> Outcome:
         """Train, and measure the model, and what its mask does before any training."""
@@ -239,7 +239,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--model", required=True, help="a folder, a .gguf file, or a hub's name")
     parser.add_argument("--data", required=True, help="a text whose paragraphs begin with ROLE:")
     parser.add_argument("--title", default="", help="what the page calls the model")
-    parser.add_argument("--methods", default=";".join(METHODS), help="with ; between them")
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--roles", type=int, default=10, help="clients")
@@ -250,7 +250,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--out", type=Path, help="where runs go; default runs/NAME-MODEL")
     given = parsed(parser, words)
     given.title = given.title or Path(given.model).name
-    methods = given.methods.split(";")
+    methods = given.methods.split(",")
     setting = Setting(
         given.model, given.data, given.density, given.roles, given.samples, given.length,
         given.rounds, given.lr,
@@ -284,7 +284,8 @@ def main() -> None:
             "all linear layers of the blocks are pruned, the output layer, which is tied to the "
             "embedding, and the embedding are not",
             "the last tenth of what each role says is for testing and chooses nothing; no method's "
-            "settings were tuned, and all have the same learning rate but for `perp, 10 lr`",
+            "settings were tuned, and all have the same learning rate but `perp-fast`, "
+            "which is `perp` with ten times that",
         ],
         body=body(jobs, found),
         settings={name: value for name, value in setting.items() if "/" not in str(value)},

@@ -86,7 +86,7 @@ def test_tables_by_hand() -> None:
 
 
 def test_every_method_takes_a_density() -> None:
-    assert [make(0.25).name for make in METHODS.values()] == [n.split(",")[0] for n in METHODS]
+    assert [make(0.25).name for make in METHODS.values()] == [n.split("-")[0] for n in METHODS]
     assert {make(0.25).target_density for make in METHODS.values()} == {0.25, 1.0}
 
 
