@@ -4,8 +4,8 @@ Zimmer et al., PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs, 2
 network the weights and biases of norms, and all other biases, are enough to train again. The mask
 is that of calibrated.py. All else is frozen at the start's values: a client is sent it once, and
 from then on each round brings it what is trained and takes that back, with the running statistics
-of batch norms where there are any. The server means it as it does whole models, also by secure sums
-and robust rules.
+of batch norms where there are any. The server means it as it does whole models, also by secure
+sums; under a robust rule coordinate by coordinate. Differential privacy refuses the method.
 
 A client that lost what it held is sent it again; so is everybody in each round where clients test
 (`federation.evaluate`), as they are sent whole models then. A client's steps take the gradients of
