@@ -103,28 +103,29 @@ class GMP(Method):
         if not plan.changes_after(after.round_index):
             return after
         density = plan.density_after(after.round_index)
-        return replace(after, model=shrunk(after.model, state.memory["layers"], density, plan))
+        model = shrunk(after.model, state.memory["layers"], density, within=self.within)
+        return replace(after, model=model)
 
 
 def shrunk(
-    model: SparseState, layers: Iterable[str], density: float, plan: GradualPlan
+    model: SparseState, layers: Iterable[str], density: float, *, within: str
 ) -> SparseState:
     """The model with its smallest weights pruned until it has a density.
 
     Args:
         layers: that are pruned; a dense model of which nothing goes stays dense.
-        plan: says where weights are ranked against each other.
+        within: "layer" or "all", where weights are ranked against each other.
 
     >>> model = SparseState({"a": np.float32([3, -1, 2]), "b": np.float32([4, 9, 5])})
     >>> for within in ("layer", "all"):
-    ...     plan = GradualPlan(0.34, 0, 1, within=within)
-    ...     print(shrunk(model, ["a", "b"], 0.34, plan).values)
-    {'a': array([3.], dtype=float32), 'b': array([9.], dtype=float32)}
-    {'a': array([3.], dtype=float32), 'b': array([9.], dtype=float32)}
+    ...     pruned = shrunk(model, ["a", "b"], 0.6, within=within)
+    ...     print({name: values.tolist() for name, values in pruned.values.items()})
+    {'a': [3.0, 2.0], 'b': [9.0, 5.0]}
+    {'a': [3.0], 'b': [4.0, 9.0, 5.0]}
     """
     shapes, sizes = model.shapes(), {name: np.abs(model.values[name]) for name in layers}
     capacities = {name: int(np.prod(shapes[name])) for name in sizes}
-    if plan.within == "all":
+    if within == "all":
         num_kept = round(density * sum(capacities.values()))
         counts = global_ranking(sizes, num_kept / sum(size.size for size in sizes.values()))
     else:
