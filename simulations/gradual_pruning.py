@@ -28,10 +28,10 @@ from prunelab.language.text import parted, read_text, sequences
 from simulations.jobs import FINISHED, Outcome, check_settings, parsed, run_jobs, workers_of
 from simulations.page import page, publish, table
 from simulations.statistics import told_ratio, told_values
-from sparsemodel.loops.gradual import GradualPlan, GradualPruner, gmp, granet, journey
+from sparsemodel.loops.gradual import GradualPruner, gmp, granet, journey
 from sparsemodel.masks.by_blocks import block_weights
 from sparsemodel.masks.mask import Mask
-from sparsemodel.masks.schedule import average_density, cosine
+from sparsemodel.masks.schedule import GradualPlan, average_density, cosine
 
 EVERY = 5  # steps from one change of a mask to the next
 RETRAINED = 0.5  # of the steps, after pruning once

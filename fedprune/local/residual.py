@@ -29,8 +29,9 @@ def recall(kept: Mapping[str, bytes], state: SparseState) -> SparseState | None:
     try:
         return decode_state(kept[RESIDUAL], shapes=shapes, patterns=state.patterns)
     except MaskMismatch:
-        (mask,) = (data for name, data in kept.items() if name.startswith(_MASK))
-        before = decode_state(kept[RESIDUAL], shapes=shapes, patterns=decode_mask(mask))
+        masks = [decode_mask(data) for name, data in kept.items() if name.startswith(_MASK)]
+        patterns = masks[0] if masks else None  # none: the model was dense
+        before = decode_state(kept[RESIDUAL], shapes=shapes, patterns=patterns)
     assert state.patterns is not None, "a model stays pruned"
     return carry(before, state.patterns)
 

@@ -25,10 +25,12 @@ from fedprune.methods.fedsgc import FedSGC
 from fedprune.methods.fedtiny import FedTiny, FedTinyFixedMask, FedTinyVanillaSelection
 from fedprune.methods.fedtiny.plus import FedTinyPlus
 from fedprune.methods.fjord import FjORD
+from fedprune.methods.gmp import GMP, GraNet
 from fedprune.methods.grasp import Grasp
 from fedprune.methods.heterofl import HeteroFL
 from fedprune.methods.lotteryfl import LotteryFL
 from fedprune.methods.magnitude import Magnitude
+from fedprune.methods.perp import PERP
 from fedprune.methods.prunefl import PruneFL
 from fedprune.methods.random_mask import RandomMask
 from fedprune.methods.small_dense import SmallDense
@@ -43,8 +45,10 @@ from sparsemodel.taxonomy import BEFORE, CHANNELS, DURING, N_OF_M, NEVER, WEIGHT
 __all__ = [
     "BASELINES",
     "DEFAULT_METHOD",
+    "GMP",
     "METHODS",
     "MODEL",
+    "PERP",
     "SSFL",
     "TRAITS",
     "Collector",
@@ -60,6 +64,7 @@ __all__ = [
     "FedTinyPlus",
     "FedTinyVanillaSelection",
     "FjORD",
+    "GraNet",
     "Grasp",
     "HeteroFL",
     "Local",
@@ -132,6 +137,14 @@ _ALL: dict[type[Method], FederatedTraits] = {
     Wanda: FederatedTraits(
         when=BEFORE, units=(WEIGHTS, N_OF_M), criterion="size × input norm", data=_CLIENTS,
         source="Sun et al., ICLR 2024",
+    ),
+    PERP: FederatedTraits(
+        when=BEFORE, units=(WEIGHTS, N_OF_M), criterion="size × input norm", data=_CLIENTS,
+        source="Zimmer et al., 2023",
+    ),
+    GMP: FederatedTraits(when=DURING, criterion="size", source="Zhu and Gupta, 2017"),
+    GraNet: FederatedTraits(
+        when=DURING, criterion="size, gradients", data=_CLIENTS, source="Liu et al., NeurIPS 2021"
     ),
     PruneFL: FederatedTraits(
         when=DURING, criterion="size, gradients", data=_CLIENTS, source="Jiang et al., TNNLS 2022"

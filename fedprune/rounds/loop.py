@@ -290,7 +290,8 @@ class Fold:
         if self._collector is not None:
             self._collector.add(client, reply)
         else:
-            self._mean.add(reply.states[MODEL], weight=reply.weight)
+            if MODEL in reply.states:
+                self._mean.add(reply.states[MODEL], weight=reply.weight)
             self._growth.add(reply.entries.get(MODEL, {}), weight=reply.weight)
             for name, tensors in reply.tensors.items():
                 mean = self._tensors.setdefault(name, self._aggregation.states())
@@ -313,7 +314,7 @@ class Fold:
         return Pooled(
             sorted(self.losses),
             self._weight,
-            states={MODEL: self._mean.result()},
+            states={MODEL: self._mean.result()} if self._mean.num_replies else {},
             tensors={name: mean.result().values for name, mean in self._tensors.items()},
             growth=self._growth.result(),
         )

@@ -7,7 +7,7 @@ which grows weights again after each step (`granet`). They are one loop with thr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,59 +19,7 @@ from sparsemodel.errors import DensityError, MaskError
 from sparsemodel.loops.hold import HeldMask, masked_weights
 from sparsemodel.masks.distribution import global_ranking
 from sparsemodel.masks.mask import Mask, mask_from_scores, num_not_zero, prunable_parameters
-from sparsemodel.masks.schedule import adjustment_counts, cosine, cubic
-
-
-@dataclass(frozen=True)
-class GradualPlan:
-    """When a mask changes, to which density, and whether weights are exchanged.
-
-    It changes after the optimiser's steps start + every, start + 2 every, ... and `end`.
-
-    Attributes:
-        density: from step `end` on, in (0, 1].
-        start: the last step of the density that training began with, at least 0.
-        end: a step after it.
-        every: steps from one change to the next, at least 1.
-        within: where magnitudes are ranked against each other: in each "layer", which all reach
-            the density, or over "all" layers, which reach it together.
-        regeneration: shares of a layer's active weights that are exchanged after each change, the
-            first at `start`, falling along a cosine to the second at `end`; (0, 0): none.
-
-    Raises:
-        DensityError: a density outside (0, 1].
-        MaskError: another value outside its range.
-    """
-
-    density: float
-    start: int
-    end: int
-    every: int = 100
-    within: str = "layer"
-    regeneration: tuple[float, float] = (0.0, 0.0)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:  # NaN fails both comparisons
-            raise DensityError(f"density must be in (0, 1], got {self.density}")
-        if not 0 <= self.start < self.end or self.every < 1:
-            raise MaskError(
-                f"expected 0 <= start < end and every >= 1, got start {self.start}, end {self.end} "
-                f"and every {self.every}"
-            )
-        if self.within not in {"layer", "all"}:
-            raise MaskError(f"within: expected 'layer' or 'all', got {self.within!r}")
-        if not all(0 <= share <= 1 for share in self.regeneration):
-            raise MaskError(f"shares of regeneration are in [0, 1], got {self.regeneration}")
-
-    def changes_after(self, step: int) -> bool:
-        """Whether the mask changes after so many steps of the optimiser."""
-        is_in_turn = (step - self.start) % self.every == 0 or step == self.end
-        return self.start < step <= self.end and is_in_turn
-
-    def density_after(self, step: int, *, initial: float = 1.0) -> float:
-        """The density after so many steps, constant between changes; a schedule."""
-        last = step if step >= self.end else step - max(0, step - self.start) % self.every
-        return cubic(last, start=self.start, end=self.end, final=self.density, initial=initial)
+from sparsemodel.masks.schedule import GradualPlan, adjustment_counts
 
 
 def gmp(
@@ -258,19 +206,15 @@ class GradualPruner:
         counts = mask.counts()
         if max(self.plan.regeneration) > 0:
             capacities = {name: size.numel() for name, size in sizes.items()}
-            exchanged = adjustment_counts(counts, capacities, rate=self._share())
+            exchanged = adjustment_counts(
+                counts, capacities, rate=self.plan.share_after(self.num_steps)
+            )
             left = {name: count - exchanged[name] for name, count in counts.items()}
             mask = mask_from_scores(sizes, left)  # a part of the one before
             self._hold(mask)  # what is dropped becomes zero, and forgotten, though it may grow
             gains = {name: self._gain(name).masked_fill(mask[name], torch.inf) for name in mask}
             mask = mask_from_scores(gains, counts)
         self._hold(mask)
-
-    def _share(self) -> float:
-        """Of active weights, which are exchanged now."""
-        first, last = self.plan.regeneration
-        since, span = self.num_steps - self.plan.start, self.plan.end - self.plan.start
-        return cosine(since, value=first, end=span, lowest=last)
 
     def _counts(self, sizes: Mapping[str, Tensor]) -> dict[str, int]:
         """How many weights of each layer are active after this change, before any exchange."""

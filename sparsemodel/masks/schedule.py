@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from sparsemodel.errors import DensityError, SparseModelError
+from sparsemodel.errors import DensityError, MaskError, SparseModelError
 
 
 def cubic(step: float, *, start: float, end: float, final: float, initial: float = 1.0) -> float:
@@ -122,6 +123,63 @@ def adjustment_counts(
         name: min(math.floor(rate * count), capacities[name] - count)
         for name, count in counts.items()
     }
+
+
+@dataclass(frozen=True)
+class GradualPlan:
+    """When a mask changes, to which density, and whether weights are exchanged.
+
+    It changes after the optimiser's steps start + every, start + 2 every, ... and `end`.
+
+    Attributes:
+        density: from step `end` on, in (0, 1].
+        start: the last step of the density that training began with, at least 0.
+        end: a step after it.
+        every: steps from one change to the next, at least 1.
+        within: where magnitudes are ranked against each other: in each "layer", which all reach
+            the density, or over "all" layers, which reach it together.
+        regeneration: shares of a layer's active weights that are exchanged after each change, the
+            first at `start`, falling along a cosine to the second at `end`; (0, 0): none.
+
+    Raises:
+        DensityError: a density outside (0, 1].
+        MaskError: another value outside its range.
+    """
+
+    density: float
+    start: int
+    end: int
+    every: int = 100
+    within: str = "layer"
+    regeneration: tuple[float, float] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:  # NaN fails both comparisons
+            raise DensityError(f"density must be in (0, 1], got {self.density}")
+        if not 0 <= self.start < self.end or self.every < 1:
+            raise MaskError(
+                f"expected 0 <= start < end and every >= 1, got start {self.start}, end {self.end} "
+                f"and every {self.every}"
+            )
+        if self.within not in {"layer", "all"}:
+            raise MaskError(f"within: expected 'layer' or 'all', got {self.within!r}")
+        if not all(0 <= share <= 1 for share in self.regeneration):
+            raise MaskError(f"shares of regeneration are in [0, 1], got {self.regeneration}")
+
+    def changes_after(self, step: int) -> bool:
+        """Whether the mask changes after so many steps of the optimiser."""
+        is_in_turn = (step - self.start) % self.every == 0 or step == self.end
+        return self.start < step <= self.end and is_in_turn
+
+    def density_after(self, step: int, *, initial: float = 1.0) -> float:
+        """The density after so many steps, constant between changes; a schedule."""
+        last = step if step >= self.end else step - max(0, step - self.start) % self.every
+        return cubic(last, start=self.start, end=self.end, final=self.density, initial=initial)
+
+    def share_after(self, step: int) -> float:
+        """Of a layer's active weights, which is exchanged in the change after so many steps."""
+        first, last = self.regeneration
+        return cosine(step - self.start, value=first, end=self.end - self.start, lowest=last)
 
 
 def block_of_adjustment(adjustment: int, num_blocks: int) -> int:

@@ -142,6 +142,19 @@ class Retraining:
         self.merge()
 
 
+def parameter_names(model: nn.Module, parts: Iterable[str] = (BIASES, NORMS)) -> list[str]:
+    """The names of all parameters in some parts without adapters, in the model's order.
+
+    Raises:
+        MaskError: unknown parts.
+
+    >>> parameter_names(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+    ['0.bias', '1.weight', '1.bias']
+    """
+    found = {id(p) for part in _checked(parts) if part in _FINDERS for p in _FINDERS[part](model)}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in found]
+
+
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 

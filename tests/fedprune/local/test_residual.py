@@ -78,3 +78,17 @@ def test_of_a_dense_model_no_mask_is_kept() -> None:
     assert len(kept) == 1
     assert back is not None
     assert back.values["w"].tolist() == [[1, 2]]
+
+
+def test_of_a_model_that_was_dense_the_weights_stay_that_do() -> None:
+    """A mask that is made while clients train: their residuals are those of dense models before."""
+    random = np.random.default_rng(1)
+    dense = {n: random.standard_normal(shape).astype(np.float32) for n, shape in SHAPES.items()}
+    kept: dict[str, bytes] = {}
+    keep(kept, SparseState({**dense, "bias": np.ones(3, np.float32)}))
+    patterns = masked({1, 7}, {0, 29})
+    back = recall(kept, model(patterns))
+    assert back is not None
+    assert back.patterns == patterns
+    for name, pattern in patterns.items():
+        assert np.array_equal(back.values[name], dense[name].reshape(-1)[pattern.positions()])

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsemodel.errors import DensityError, MaskError
-from sparsemodel.loops.gradual import GradualPlan, GradualPruner, gmp, granet, journey
+from sparsemodel.loops.gradual import GradualPruner, gmp, granet, journey
 from sparsemodel.masks.distribution import erk
 from sparsemodel.masks.mask import Mask, mask_from_scores, prunable_parameters
-from sparsemodel.masks.schedule import average_density, cosine, cubic
+from sparsemodel.masks.schedule import GradualPlan, average_density, cosine, cubic
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
