@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 import prunelab
 from fedprune.cli import cli
-from fedprune.language.pruning import Pruning, prune_language_model
+from fedprune.language.asked import Pruning
+from fedprune.language.pruning import prune_language_model
 from prunelab.errors import RunError
 from prunelab.language.perplexity import perplexity
 from prunelab.language.text import parted, sequences
