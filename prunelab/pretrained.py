@@ -7,11 +7,13 @@ model; `sparsemodel.save` writes a file of the active weights alone, which trans
 from __future__ import annotations
 
 import base64
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from prunelab.errors import ModelError, RunError
@@ -19,12 +21,14 @@ from prunelab.runs.folder import write_file
 from sparsemodel.codec import Limits, decode_mask, encode_mask
 from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.layers.sparsify import densify, mask_of, sparse_layers, sparsify
+from sparsemodel.masks.by_blocks import block_weights
 from sparsemodel.masks.mask import Mask, num_not_zero, weights_under
 from sparsemodel.storage.sealed import read_sealed_json, sealed_json
 
 MASK_FILE = "fedprune_mask.json"
 _OF = "mask of a pretrained model"
 _CURE = "save the model again by prunelab.save_pretrained"
+_BIASES = ("attention_bias", "mlp_bias", "enable_bias")  # settings of Llama's kind, and of OPT
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 _LIMITS = Limits(max_elements=2**31 - 1)  # its checksum is looked at first
 
@@ -104,6 +108,35 @@ def save_pretrained(
     write_file(folder / MASK_FILE, data)
     num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Saved(folder, num_bytes, len(data), mask.density)
+
+
+def allow_biases(model: nn.Module) -> None:
+    """Say in a model's configuration that the linear layers of its blocks have biases.
+
+    Without it `from_pretrained` drops those that a recovery has added (`recovery.bias`). Some
+    classes have no such setting, and no biases.
+
+    Raises:
+        ModelError: the model's class would not read them back, whatever the configuration says.
+    """
+    wanted = {
+        f"{name.removesuffix('.weight')}.bias"
+        for block in block_weights(model).values()
+        for name in block
+    }
+    config: Any = copy.deepcopy(model.config)
+    for flag in _BIASES:
+        if hasattr(config, flag):
+            setattr(config, flag, True)
+    make: Any = type(model)
+    with torch.device("meta"):
+        found = set(make(config).state_dict())
+    if found != set(model.state_dict()) | wanted:
+        raise ModelError(
+            f"{type(model).__name__} is read back by transformers without biases in all linear "
+            "layers of its blocks: leave the recovery by biases out"
+        )
+    model.config = config
 
 
 def from_pretrained(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -13,28 +12,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sparsemodel.calibration.batches import next_token_losses
-from sparsemodel.calibration.blocks import Block, describe
-from sparsemodel.calibration.collect import INPUTS, calibrate
+from sparsemodel.calibration.collect import calibrate
 from sparsemodel.calibration.statistics import Calibration
 from sparsemodel.masks.block_search import annealed, doubtful_block, search_block
 from sparsemodel.masks.by_blocks import block_weights, prune_blocks
 from sparsemodel.masks.calibrated import wanda
-from sparsemodel.masks.criteria import Criterion
 from sparsemodel.masks.distribution import n_of_m
 from sparsemodel.masks.mask import Mask
 from sparsemodel.masks.probe import probing
 from sparsemodel.masks.prune import prune
-from sparsemodel.masks.registry import CALIBRATED, needs_of
-from sparsemodel.recovery.bias import prune_into_bias
-from sparsemodel.recovery.dsnot import dsnot
-from sparsemodel.recovery.reconstruction import reconstruct
-from sparsemodel.units import scores as unit_scores
-from sparsemodel.units.allocation import by_shares, cfsp_shares, pooled, uniform
-from sparsemodel.units.depth import cfsp_blocks
-from sparsemodel.units.masked import unit_mask
-from sparsemodel.units.registry import UNIT_CRITERIA
-from sparsemodel.units.registry import needs_of as units_needs
-from sparsemodel.units.unit import CHANNELS, HEADS
+from sparsemodel.masks.registry import CALIBRATED, CRITERIA, WeightCriterion, needs_of
+from sparsemodel.pipeline.running import Pipeline
+from sparsemodel.pipeline.stages import Bias, Dsnot, Perp, Stage, Units, Weights
+from sparsemodel.units.unit import CHANNELS
 
 Batches = list[dict[str, Tensor]]
 
@@ -60,7 +50,7 @@ Way = Callable[[nn.Module, Task], Mask]
 """Prunes the model; gives the mask, which has been applied."""
 
 
-def _by_blocks(criterion: str | Criterion) -> Way:
+def _by_blocks(criterion: str | WeightCriterion) -> Way:
     def prune_it(model: nn.Module, task: Task) -> Mask:
         return prune_blocks(
             model, task.density, task.batches, criterion=criterion, within=task.within,
@@ -80,32 +70,15 @@ def _globally(distribution: str) -> Way:
     return prune_it
 
 
-def _mended(model: nn.Module, task: Task) -> Mask:
-    """Wanda's masks, each moved by DSnoT before the next block is looked at."""
-    groups = n_of_m(task.within)
-
-    def moved(mask: Mask, found: Calibration) -> Mask:
-        return Mask({
-            name: dsnot(
-                model.get_parameter(name).detach(),
-                pattern,
-                found.moments(INPUTS, name.removesuffix(".weight")),
-                m=groups[1] if groups else None,
-            )
-            for name, pattern in mask.items()
-        })  # fmt: skip
-
-    return prune_blocks(model, task.density, task.batches, within=task.within, refine=moved)
+def _in_stages(stages: Callable[[Task], Sequence[Stage]]) -> Way:
+    return lambda model, task: Pipeline(
+        model, stages(task), task.batches, seed=task.seed
+    ).run()  # fmt: skip
 
 
-def _reconstructed(model: nn.Module, task: Task) -> Mask:
-    """Wanda's mask, and PERP: norms and MaskLoRA trained for what the dense blocks gave."""
-    mask = _by_blocks("wanda")(copy.deepcopy(model), task)
-    reconstruct(
-        model, mask, task.batches, parts=("norms", "mask-lora"), steps=task.steps, lr=3e-3,
-        seed=task.seed,
-    )  # fmt: skip
-    return mask
+def _wanda(task: Task) -> Weights:
+    """Of a density, or of groups, which say it by themselves."""
+    return Weights(None if n_of_m(task.within) else task.density, within=task.within)
 
 
 SEARCHES, SEARCHED, TABU = 8, 256, 3
@@ -173,60 +146,13 @@ def _sample_gradients(
     return {name: torch.stack(found).numpy() for name, found in rows.items()}
 
 
-def _units(name: str, kinds: Collection[str] = (HEADS, CHANNELS)) -> Way:
-    """Heads and channels by a criterion of units, the same share of each in every block."""
-
-    def prune_it(model: nn.Module, task: Task) -> Mask:
-        blocks = describe(model)
-        found = _calibrated(name, model, blocks, task)
-        if name == "random":
-            scores = unit_scores.random(model, blocks, seed=task.seed)
-        else:
-            scores = UNIT_CRITERIA[name].score(model, blocks, found)
-        scores = {key: score for key, score in scores.items() if key[0] in kinds}
-        mask = unit_mask(model, blocks, uniform(scores, task.density))
-        mask.apply(model)
-        return mask
-
-    return prune_it
+def _least_first(
+    model: nn.Module, names: Sequence[str], calibration: Calibration
+) -> dict[str, Tensor]:
+    return {name: -score for name, score in wanda(model, names, calibration).items()}
 
 
-def _flap(*, with_bias: bool) -> Way:
-    """FLAP: one ranking over all blocks, and biases for what was removed."""
-
-    def prune_it(model: nn.Module, task: Task) -> Mask:
-        blocks = describe(model)
-        found = _calibrated("wifv", model, blocks, task)
-        scores = unit_scores.wifv(model, blocks, found, standard=True)
-        mask = unit_mask(model, blocks, pooled(model, blocks, scores, task.density))
-        outputs = [name for block in blocks for name in (block.attention_out, block.down)]
-        for name in outputs if with_bias else []:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, nn.Linear), "a block is described by its linear layers"
-            prune_into_bias(layer, mask[f"{name}.weight"], found.moments(INPUTS, name))
-        mask.apply(model)
-        return mask
-
-    return prune_it
-
-
-def _cfsp(model: nn.Module, task: Task) -> Mask:
-    """CFSP: channels alone, more of them in blocks that turn their input more."""
-    blocks = describe(model)
-    found = calibrate(model, task.batches, units_needs(["cfsp", "cfsp-blocks"], blocks))
-    shares = cfsp_shares(cfsp_blocks(model, blocks, found), task.density)
-    mask = unit_mask(model, blocks, by_shares(unit_scores.cfsp(model, blocks, found), shares))
-    mask.apply(model)
-    return mask
-
-
-def _calibrated(name: str, model: nn.Module, blocks: Sequence[Block], task: Task) -> Calibration:
-    needs = units_needs([name], blocks)
-    if not needs:
-        return Calibration()
-    return calibrate(model, task.batches, needs, num_heads=blocks[0].num_heads)
-
-
+_REVERSED = replace(CRITERIA["wanda"], score=_least_first)
 NOT_IN_GROUPS = (
     "wanda by layers, then iCBS",
     "magnitude, all layers",
@@ -237,8 +163,9 @@ WEIGHTS: Mapping[str, Way] = {
     "random": _by_blocks("random"),
     "magnitude": _by_blocks("magnitude"),
     **{name: _by_blocks(name) for name in CALIBRATED},
-    "wanda, then DSnoT": _mended,
-    "wanda, then PERP": _reconstructed,
+    "wanda, reversed": _by_blocks(_REVERSED),
+    "wanda, then DSnoT": _in_stages(lambda task: [_wanda(task), Dsnot()]),
+    "wanda, then PERP": _in_stages(lambda task: [_wanda(task), Perp(steps=task.steps)]),
     NOT_IN_GROUPS[0]: _searched,
     NOT_IN_GROUPS[1]: _globally("global"),
     NOT_IN_GROUPS[2]: _globally("global-minimum"),
@@ -246,12 +173,12 @@ WEIGHTS: Mapping[str, Way] = {
 """Of single weights."""
 UNITS: Mapping[str, Way] = {
     **{
-        f"units, {name}": _units(name)
+        f"units, {name}": _in_stages(lambda task, name=name: [Units(task.density, name)])
         for name in ("random", "magnitude", "ifv", "wifv", "wifn", "amp", "minitron")
     },
-    "units, FLAP without bias": _flap(with_bias=False),
-    "units, FLAP": _flap(with_bias=True),
-    "channels, magnitude": _units("magnitude", [CHANNELS]),
-    "channels, CFSP": _cfsp,
+    "units, FLAP without bias": _in_stages(lambda task: [Units(task.density)]),
+    "units, FLAP": _in_stages(lambda task: [Units(task.density), Bias()]),
+    "channels, magnitude": _in_stages(lambda task: [Units(task.density, "magnitude", (CHANNELS,))]),
+    "channels, CFSP": _in_stages(lambda task: [Units(task.density, "cfsp", (CHANNELS,))]),
 }
 """Of heads and channels."""

@@ -11,11 +11,10 @@ from markupsafe import Markup
 from prunelab.pages import plots
 from prunelab.pages.page import Fact, Figure, Page, Section, Table, Text, settings
 from prunelab.pages.units import NOTHING, format_bytes, format_seconds
+from sparsemodel.pipeline.stages import CONTROLS
 
-CONTROLS = ("magnitude", "random")
-"""Criteria that any other has to beat."""
-_ASKED = ("model", "data", "test", "criterion", "pattern", "density", "samples", "length",
-          "tested", "seed")  # fmt: skip
+_ASKED = ("model", "data", "test", "units", "unit_criterion", "unit_kind", "criterion", "pattern",
+          "density", "recover", "samples", "length", "tested", "seed")  # fmt: skip
 
 
 def pruning_page(summary: Mapping[str, Any]) -> Page:
@@ -25,7 +24,7 @@ def pruning_page(summary: Mapping[str, Any]) -> Page:
     return Page(
         product="fedprune",
         kind="language model",
-        heading=f"{summary['criterion']} at density {summary['density']:.4g}",
+        heading=f"{_way(summary)} at density {summary['density']:.4g}",
         subtitle=f"{summary['model']} · seed {summary['seed']}",
         facts=[
             Fact("perplexity", _number(pruned), f"dense {_number(dense)}"),
@@ -42,16 +41,28 @@ def pruning_page(summary: Mapping[str, Any]) -> Page:
         "the output layer are not pruned. The folder holds zeros, so it is as large as the dense "
         "model's.",
         sections=[
+            Section("Stages", [
+                Table(
+                    ("stage", "density", "perplexity", "times dense", "time"),
+                    [["dense", "1", _number(dense), "1.00", NOTHING]] + [
+                        [one["told"], f"{one['density']:.4f}", _number(one["perplexity"]),
+                         f"{one['perplexity'] / dense:.2f}", format_seconds(one["seconds"])]
+                        for one in summary["stages"]
+                    ],
+                ),
+                Text("Densities are kept shares of all weights that can be pruned, over all stages "
+                     "so far.", is_note=True),
+            ]),
             Section("Beside controls", [
                 Table(("mask", "perplexity", "times dense"), result_rows(summary), marked=1),
-                Text("All masks have the same density in every layer. A choice that does not beat "
-                     "a random one says nothing.", is_note=True),
+                Text("All masks have the same density, up to whole units. A choice that does not "
+                     "beat a random one says nothing. Controls are not mended.", is_note=True),
             ]),
-            Section("Block by block", [Figure(
+            *([Section("Block by block", [Figure(
                 _chart(summary["perplexity_by_block"]),
-                "Perplexity on the first test sequences once so many blocks are pruned, from the "
-                "first on.",
-            )]),
+                "Perplexity on the first test sequences once the weights of so many blocks are "
+                "pruned, from the first on.",
+            )])] if summary["perplexity_by_block"] else []),
             Section("Layers", [Table(
                 ("layer", "density"),
                 [[name, f"{density:.4f}"] for name, density in summary["layer_densities"].items()],
@@ -66,12 +77,20 @@ def pruning_page(summary: Mapping[str, Any]) -> Page:
 
 def result_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """Mask, perplexity, and how many times that of the dense model: dense first, then ours."""
-    known = {"dense": summary["perplexity_dense"], summary["criterion"]: summary["perplexity"]}
+    known = {
+        "dense": summary["perplexity_dense"],
+        summary["way"]: summary["perplexity_chosen"],
+        _way(summary): summary["perplexity"],
+    }
     for name in CONTROLS:
-        if name != summary["criterion"] and summary[f"perplexity_{name}"] is not None:
+        if name not in known and summary[f"perplexity_{name}"] is not None:
             known[name] = summary[f"perplexity_{name}"]
     dense = summary["perplexity_dense"]
     return [[name, _number(value), f"{value / dense:.2f}"] for name, value in known.items()]
+
+
+def _way(summary: Mapping[str, Any]) -> str:
+    return ", ".join([summary["way"], *summary["recover"]])
 
 
 def _number(value: float | None) -> str:

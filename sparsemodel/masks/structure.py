@@ -7,6 +7,8 @@ hands to the tensor cores. Groups of m then cross from one input channel into th
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -22,7 +24,8 @@ def row_mask(scores: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> M
     """Keep the weights of highest score within each row, as many in one row as in another.
 
     Of `counts[name]` weights each of R rows keeps ⌊count / R⌋; what is left over goes, one each, to
-    the rows whose next weight scores highest. Of equal scores the lower index is kept.
+    the rows whose next weight scores highest. Of equal scores the lower index is kept. Weights that
+    score −inf are no choice: a row with fewer others keeps those, and the rest goes to other rows.
 
     Args:
         scores: name -> score of each weight, [out, ...] (any real dtype); higher means keep.
@@ -30,7 +33,7 @@ def row_mask(scores: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> M
 
     Raises:
         MaskError: scores that are NaN or a vector, or names that differ.
-        DensityError: a count outside [0, numel].
+        DensityError: a count outside [0, numel], or of more weights than there is a choice of.
 
     >>> row_mask({"w": torch.tensor([[4.0, 3.0], [2.0, 1.0]])}, {"w": 3})["w"]
     tensor([[ True,  True],
@@ -43,10 +46,18 @@ def row_mask(scores: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> M
         rows, count = _rows(name, score), counts[name]
         if not 0 <= count <= rows.numel():
             raise DensityError(f"{name!r} has {rows.numel()} weights; cannot keep {count}")
-        each, more = divmod(count, len(rows))
+        choices = (rows > -torch.inf).sum(1)
+        if count > (most := int(choices.sum())):
+            raise DensityError(f"{name!r}: {most} weights can stay, not {count}")
+        # How many stay once every row has kept none, one, two, ..., or all that it can.
+        open_rows = [int((choices >= each).sum()) for each in range(1, rows.shape[1] + 1)]
+        totals = list(itertools.accumulate(open_rows, initial=0))
+        each = bisect.bisect_right(totals, count) - 1
+        more = count - totals[each]
         order = torch.argsort(rows, dim=1, descending=True, stable=True)
         pattern = torch.zeros(rows.shape, dtype=torch.bool, device="cpu")
         pattern.scatter_(1, order[:, :each], True)
+        pattern &= rows > -torch.inf
         if more:
             following = order[:, each]
             places = torch.arange(len(rows), device="cpu")

@@ -38,6 +38,7 @@ def reconstruct(
     mask: Mask,
     batches: Iterable[Any],
     *,
+    dense: nn.Module | None = None,
     parts: Iterable[str] = USUAL,
     steps: int = 20,
     lr: float = 5e-4,
@@ -62,6 +63,8 @@ def reconstruct(
             what is trainable stay.
         mask: of weights in its blocks.
         batches: as for `calibrate`; padding is left out.
+        dense: what the blocks are to give is told by this network's, which stays; None: by those of
+            the model as it comes. For a model that was pruned, or given biases, before.
         parts: of each block, some of sparsemodel.recovery.perp.PARTS but the head.
         steps, lr: 20 and 5e-4 as published.
         rank, scale: of adapters.
@@ -90,9 +93,9 @@ def reconstruct(
             if not own[name]:
                 errors[name] = BlockError(0.0, 0.0)
                 continue
-            block = model.get_submodule(name)
+            block, teacher = model.get_submodule(name), (dense or model).get_submodule(name)
             with torch.no_grad():
-                targets = [one.through(block).to(one.hidden.device) for one in inputs]
+                targets = [one.through(teacher).to(one.hidden.device) for one in inputs]
             with Retraining(
                 block, Mask(own[name]), parts, rank=rank, scale=scale, seed=seed + place
             ) as retraining:

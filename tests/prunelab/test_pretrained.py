@@ -13,6 +13,7 @@ from torch import nn
 import prunelab
 import sparsemodel
 from prunelab.errors import ModelError, RunError
+from prunelab.pretrained import allow_biases
 from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.layers.sparsify import mask_of, sparse_layers
 from sparsemodel.masks.mask import Mask
@@ -87,6 +88,20 @@ def test_a_masked_model_and_its_tokenizer(tmp_path: Path) -> None:
     )
     assert sparse_layers(body).keys() == set(mask)
     assert prunelab.pretrained_mask(tmp_path / "bert").digest() == mask.digest()
+
+
+def test_biases_are_allowed_where_the_class_reads_them_back() -> None:
+    """Qwen2's attention has biases but in its output, whatever its configuration says."""
+    model = llama()
+    allow_biases(model)
+    assert model.config.attention_bias
+    assert model.config.mlp_bias
+    qwen = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        hidden_size=32, intermediate_size=48, vocab_size=40, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    ))  # fmt: skip
+    with pytest.raises(ModelError, match="Qwen2ForCausalLM is read back by transformers without"):
+        allow_biases(qwen)
 
 
 def test_gpt2_is_masked_and_not_sparse(tmp_path: Path) -> None:

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsemodel.errors import DensityError, MaskError
-from sparsemodel.masks.structure import block_counts, block_mask, block_side, is_n_of_m, n_of_m_mask
+from sparsemodel.masks.structure import (
+    block_counts,
+    block_mask,
+    block_side,
+    is_n_of_m,
+    n_of_m_mask,
+    row_mask,
+)
 
 scored = st.integers(0, 2**16)
 
@@ -54,6 +61,31 @@ def test_blocks_equal_a_plain_loop(
     found = block_side(pattern)
     assert found is not None
     assert found >= side
+
+
+@settings(deadline=None, max_examples=40)
+@given(scored, st.integers(1, 5), st.integers(1, 6), st.data())
+def test_rows_keep_as_many_as_they_can(
+    seed: int, out: int, width: int, data: st.DataObject
+) -> None:
+    """One weight after the other, each by the rows that have kept the fewest, −inf never."""
+    score = scores(seed, out, width)
+    score[score == 0] = -torch.inf
+    left = [sorted(range(width), key=lambda i, r=row: (-score[r, i], i)) for row in range(out)]
+    left = [[i for i in each if score[row, i] > -torch.inf] for row, each in enumerate(left)]
+    most = sum(map(len, left))
+    count = data.draw(st.integers(0, most))
+    expected = torch.zeros(out, width, dtype=torch.bool)
+    for _ in range(count):
+        rows = [row for row in range(out) if left[row]]
+        fewest = min(int(expected[row].sum()) for row in rows)
+        rows = [row for row in rows if int(expected[row].sum()) == fewest]
+        row = max(rows, key=lambda r: (score[r, left[r][0]], -r))
+        expected[row, left[row].pop(0)] = True
+    assert torch.equal(row_mask({"w": score}, {"w": count})["w"], expected)
+    if most < out * width:
+        with pytest.raises(DensityError, match=f"'w': {most} weights can stay, not {most + 1}"):
+            row_mask({"w": score}, {"w": most + 1})
 
 
 def test_ties_go_to_the_lower_index() -> None:

@@ -1,0 +1,1 @@
+"""Stages of pruning one after the other, with one budget."""
