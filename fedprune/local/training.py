@@ -7,6 +7,7 @@ Pure functions of a request and the client's data and model; the default answers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -51,8 +52,14 @@ class Plan(NamedTuple):
 class TrainsWhole(Protocol):
     """A model that may do a whole local training by itself, without a word between steps."""
 
-    def train(self, inputs: Array, targets: Array, plan: Plan, *, sgd: Sgd) -> float | None:
-        """Sum of the losses of the last epoch's samples; None: it does not, and is unchanged."""
+    def train(
+        self, inputs: Array, targets: Array, plan: Callable[[], Plan], *, sgd: Sgd
+    ) -> float | None:
+        """Sum of the losses of the last epoch's samples; None: it does not, and is unchanged.
+
+        Args:
+            plan: draws.
+        """
         ...
 
 
@@ -150,8 +157,13 @@ def train_epochs(
     """
     count = max(1, len(targets))
     if correction is None and before_step is None and isinstance(model, TrainsWhole):
-        plan = training_plan(
-            inputs, epochs=epochs, batch_size=batch_size, seed=seed, augmented=augmented
+        plan = partial(
+            training_plan,
+            inputs,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=seed,
+            augmented=augmented,
         )
         if (whole := model.train(inputs, targets, plan, sgd=sgd)) is not None:
             return whole / count
