@@ -164,9 +164,15 @@ class Watch(TorchDispatchMode):
 
 
 def check_capturable(body: Body, device: torch.device) -> None:
-    """Run a body; raise NotCapturableError where a graph could not repeat it."""
-    with Watch(device) as watch:
-        body()
+    """Run a body; raise NotCapturableError where a graph could not repeat it, or it fails.
+
+    A network may fail here alone: it calls view() on maps that are laid out channels last, say.
+    """
+    try:
+        with Watch(device) as watch:
+            body()
+    except RuntimeError as error:
+        raise NotCapturableError(f"{type(error).__name__}: {error}") from error
     if watch.obstacles:
         raise NotCapturableError("; ".join(sorted(set(watch.obstacles))))
 
@@ -246,7 +252,9 @@ class CapturedTraining:
         self._device = next(model.parameters()).device
         self._lies_last = self._device.type != "cpu"  # channels, as tensor cores take them
         if self._lies_last:
-            model.to(memory_format=torch.channels_last)
+            for parameter in model.parameters():
+                if parameter.dim() == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._model, self._task, self._precision = model.train(), task, precision
         self._weights = [p for p in model.parameters() if p.requires_grad]
         self._momenta = [torch.zeros_like(w, requires_grad=False) for w in self._weights]

@@ -370,6 +370,7 @@ def test_whatever_waits_or_copies_is_seen(fault: str) -> None:
         (lambda: torch.ones(()).item(), r"_local_scalar_dense.*the host waits for a value"),
         (lambda: torch.ones(2).mul_(torch.tensor([2.0, 3.0])), "new data come from the host"),
         (lambda: torch.ones(2)[torch.zeros(2) > 0], "number of true entries"),
+        (lambda: torch.ones(2, 3).t().view(6), "view size is not compatible"),
     ],
 )
 def test_the_check_says_what_and_why(body: Body, why: str) -> None:
