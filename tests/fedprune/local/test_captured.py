@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from little_clients import narrow, random_mask, samples, state_of
+from little_clients import narrow, network_from, random_mask, samples, state_of
 from torch import nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytest.importorskip("flwr", reason="needs flwr, which fedprune installs")
+sys.path.insert(0, str(Path(__file__).parent.parent))  # whose modules are no package
+
+from federation import tiny
+
+from fedprune.config import RunConfig
+from fedprune.errors import ConfigError
 from fedprune.local import captured
 from fedprune.local.captured import (
     Body,
@@ -26,9 +35,11 @@ from fedprune.local.captured import (
     check_capturable,
     forget_trainings,
 )
-from fedprune.local.model import Sgd
+from fedprune.local.model import Sgd, open_model
 from fedprune.local.torch_models import DenseModel, MaskedModel, TorchModel
 from fedprune.local.training import train_epochs, training_plan
+from fedprune.rounds.folder import read_metrics
+from fedprune.rounds.run import run
 from fedprune.settings import PRECISIONS, TrainingConfig
 from prunelab.training import precision
 from prunelab.training.task import ImageClassification
@@ -232,6 +243,40 @@ def test_bfloat16_steps_are_those_of_eager_training(
         np.testing.assert_allclose(ours[name], value, rtol=1e-5, atol=1e-6)
     assert any(np.abs(full[name] - value).max() > 1e-5 for name, value in eager.items())
     assert precision.PRECISIONS == PRECISIONS
+
+
+def test_what_bfloat16_is_not_for(tmp_path: Path) -> None:
+    """The runtime and stacked clients compute in float32: a pruned model is masked, by torch."""
+    config = RunConfig.parse({"training.precision": "bfloat16"})
+    model = open_model(network_from(narrow), state_of(narrow(), random_mask(0.3)), config.training)
+    assert isinstance(model, MaskedModel)
+    with pytest.raises(ConfigError, match="the batched engine computes in float32"):
+        run(config, tmp_path, engine="batched")
+
+
+def test_a_run_keeps_one_training_for_all_clients_and_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(
+        method__name="magnitude", training__rounds=2, training__execution="masked",
+        training__lr=0.02, training__local_epochs=1,
+    )  # fmt: skip
+    keep, keys = captured.kept_training, list[Any]()
+
+    def counted(key: Any, make: Callable[[], CapturedTraining]) -> CapturedTraining:
+        keys.append(key)
+        return keep(key, make)
+
+    monkeypatch.setattr(captured, "kept_training", counted)
+    for folder, way in (("eager", None), ("ours", Tapes)):
+        monkeypatch.setattr(captured, "replays_on", lambda device, way=way: way)
+        run(config, tmp_path / folder, engine="inline")
+    eager, ours = (read_metrics(tmp_path / folder) for folder in ("eager", "ours"))
+    for mine, other in zip(ours[1:], eager[1:], strict=True):
+        assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+    assert len(keys) == 2 * config.data.clients
+    assert len(set(keys)) == 1
+    assert not captured._kept  # with the run its memory goes
 
 
 def test_what_training_holds_is_told(taped: None) -> None:
