@@ -198,7 +198,7 @@ class TorchModel:
         return loss.item()
 
     @_repeatable
-    def train(
+    def train_whole(
         self, inputs: Array, targets: Array, plan: Callable[[], Plan], *, sgd: Sgd
     ) -> float | None:
         """A whole training by captured steps, on a GPU where no step has been made before it.

@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 class TrainsWhole(Protocol):
     """A model that may do a whole local training by itself, without a word between steps."""
 
-    def train(
+    def train_whole(
         self, inputs: Array, targets: Array, plan: Callable[[], Plan], *, sgd: Sgd
     ) -> float | None:
         """Sum of the losses of the last epoch's samples; None: it does not, and is unchanged.
@@ -165,7 +165,7 @@ def train_epochs(
             seed=seed,
             augmented=augmented,
         )
-        if (whole := model.train(inputs, targets, plan, sgd=sgd)) is not None:
+        if (whole := model.train_whole(inputs, targets, plan, sgd=sgd)) is not None:
             return whole / count
     loss_sum = 0.0
     source = epoch_batches(
