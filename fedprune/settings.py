@@ -20,6 +20,8 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "linear", "constant")
 SERVER_OPTIMIZERS = ("none", "momentum", "adam", "yogi", "adagrad")
 EXECUTIONS = ("auto", "sparse", "masked", "dense")
+FLOAT32 = "float32"
+PRECISIONS = (FLOAT32, "bfloat16")
 CPU_COHORT = 4  # a compromise: no size stands out (benchmarks.gpu_simulation --cohorts)
 
 
@@ -72,7 +74,10 @@ class TrainingConfig:
     done, rounds) -> factor. Gradients of a step are scaled down to the norm `clip_norm`; 0: never.
 
     `execution` is how a masked model is computed: "sparse" (active weights only), "masked",
-    "dense", or "auto": sparse on a CPU that has the native kernels, else masked. `cohort` is how
+    "dense", or "auto": sparse on a CPU that has the native kernels, else masked. On a GPU masked
+    and dense training capture their step once and replay it, where it can be. `precision` is
+    "float32", or "bfloat16": forward and backward passes of training under torch's autocast, which
+    sparse execution does not have; weights, gradients and losses are float32. `cohort` is how
     many clients the batched engine trains at a time; 0: on a GPU as many of a round as its memory
     holds, which the first round measures, and CPU_COHORT on a CPU. `recompute` makes the sparse
     runtime compute some activations again in the backward pass instead of keeping them: the same
@@ -92,6 +97,7 @@ class TrainingConfig:
     device: str = "cpu"
     threads: int = 1
     execution: str = "auto"
+    precision: str = FLOAT32
     cohort: int = 0
     recompute: bool = False
 
@@ -220,6 +226,7 @@ def problems(
         "federation.uplink_dtype": (federation.uplink_dtype or "fp32", VALUE_DTYPES),
         "training.device": (training.device, DEVICES),
         "training.execution": (training.execution, EXECUTIONS),
+        "training.precision": (training.precision, PRECISIONS),
         "server.optimizer": (server.optimizer, SERVER_OPTIMIZERS),
         "federation.evaluate": (federation.evaluate, EVALUATIONS),
         "federation.aggregation": (federation.aggregation, AGGREGATIONS),
@@ -230,6 +237,7 @@ def problems(
         if value not in allowed:
             yield f"{key}: expected one of {', '.join(allowed)}; got {value!r}"
     yield from _unknown_functions(data, training)
+    yield from _numbers(training)
     try:
         reading(resize=data.resize, columns=data.columns, test_share=data.test_share)
     except DataError as error:
@@ -347,6 +355,14 @@ def _private(
         yield "privacy.secure_aggregation: a sum over one client is that client's; ask more"
     if privacy.dp != "none" and federation.clients_test:
         yield ('federation.evaluate: tests by clients are not covered by privacy.dp; use "server"')
+
+
+def _numbers(training: TrainingConfig) -> Iterable[str]:
+    if training.execution == "sparse" and training.precision != FLOAT32:
+        yield (
+            f"training.precision: sparse execution computes in {FLOAT32}; leave it at that, or "
+            "choose another training.execution"
+        )
 
 
 def _unknown_functions(data: DataConfig, training: TrainingConfig) -> Iterable[str]:

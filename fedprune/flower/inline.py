@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 import traceback
@@ -245,6 +246,8 @@ def _run_apps(
             server_app(grid, context)
     finally:
         forget_stores()
+        if trainings := sys.modules.get("fedprune.local.captured"):  # imported where torch is
+            trainings.forget_trainings()
 
 
 @contextlib.contextmanager

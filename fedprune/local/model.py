@@ -6,13 +6,13 @@ has no program, dense models, and the executions "masked" and "dense".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 
-from fedprune.settings import TrainingConfig
+from fedprune.settings import FLOAT32, TrainingConfig
 from prunelab.data.batches import Preprocessing
 from sparsemodel.kernels.cpu import library as cpu
 from sparsemodel.runtime.program import Program
@@ -120,6 +120,7 @@ class Network:
         shapes: of the float state, in its order.
         task: makes the task, with torch.
         other: whether it is another network than the run's (`Request.program`).
+        key: equal for networks that are the same module; None: nobody knows.
     """
 
     program: Program | None
@@ -127,6 +128,7 @@ class Network:
     shapes: Mapping[str, tuple[int, ...]]
     task: Callable[[], Task] = _classification
     other: bool = False
+    key: Hashable = None
 
 
 def open_model(network: Network, state: SparseState, training: TrainingConfig) -> LocalModel:
@@ -136,7 +138,7 @@ def open_model(network: Network, state: SparseState, training: TrainingConfig) -
         return RuntimeModel(network.program, state, training)
     from fedprune.local.torch_models import open_torch_model  # noqa: PLC0415
 
-    return open_torch_model(network.build, state, training, network.task())
+    return open_torch_model(network.build, state, training, network.task(), key=network.key)
 
 
 def execution_of(training: TrainingConfig, *, pruned: bool) -> str:
@@ -145,7 +147,8 @@ def execution_of(training: TrainingConfig, *, pruned: bool) -> str:
         return "dense"
     if training.execution != "auto":
         return training.execution
-    return "sparse" if training.device == "cpu" and cpu.library() is not None else "masked"
+    native = training.device == "cpu" and cpu.library() is not None
+    return "sparse" if native and training.precision == FLOAT32 else "masked"
 
 
 def uses_runtime(network: Network, state: SparseState, training: TrainingConfig) -> bool:
@@ -156,6 +159,8 @@ def uses_runtime(network: Network, state: SparseState, training: TrainingConfig)
     (benchmarks/dense_steps.py). A network that a question brings is the runtime's in any case.
     """
     if network.program is None or training.device != "cpu" or cpu.library() is None:
+        return False
+    if training.precision != FLOAT32:
         return False
     if network.other or state.patterns is None:
         return network.other or training.execution == "sparse"

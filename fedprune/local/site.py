@@ -138,7 +138,7 @@ def other_network(program: Program) -> Network:
 
         return ProgramModule(program)
 
-    return Network(program, build, program.shapes(), other=True)
+    return Network(program, build, program.shapes(), other=True, key=program)
 
 
 class Described(Protocol):
@@ -180,6 +180,7 @@ def network_for(
         build=lambda: torch_network().empty_model(),
         shapes=torch_network().shapes if shapes is None else shapes,
         task=lambda: torch_network().task,
+        key=(config.digest, data.num_classes, data.input_shape, data.task),
     )
 
 

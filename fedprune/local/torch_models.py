@@ -9,15 +9,18 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fedprune.local import captured
+from fedprune.local.captured import CapturedTraining, Job, NotCapturableError
 from fedprune.local.model import (
     Correction,
     LocalModel,
@@ -26,10 +29,12 @@ from fedprune.local.model import (
     execution_of,
     normalization,
 )
+from fedprune.local.training import Plan
 from fedprune.settings import TrainingConfig
 from prunelab.data.tensors import batch_of, tensor_of
 from prunelab.runs.seeds import seeded
 from prunelab.runs.threads import computing
+from prunelab.training.precision import computing_in
 from prunelab.training.steps import is_planned
 from prunelab.training.task import ImageClassification, Task, forward
 from sparsemodel.errors import PlanError
@@ -37,7 +42,7 @@ from sparsemodel.kernels.cpu import library as cpu
 from sparsemodel.layers.from_state import fixed_tensors, load_state_, sparse_model
 from sparsemodel.layers.growth import topk_pruned_gradients
 from sparsemodel.masks import adjust
-from sparsemodel.masks.mask import Mask
+from sparsemodel.masks.mask import Mask, weights_under
 from sparsemodel.optim import MaskedSGD, SparseSGD
 from sparsemodel.plans.plan import TrainingPlan
 from sparsemodel.runtime.bound import statistics_batches
@@ -54,11 +59,17 @@ def open_torch_model(
     state: SparseState,
     training: TrainingConfig,
     task: Task | None = None,
+    *,
+    key: Hashable = None,
 ) -> LocalModel:
-    """A model that holds `state`, computed by torch as the configuration says."""
+    """A model that holds `state`, computed by torch as the configuration says.
+
+    Args:
+        key: as of `Network`.
+    """
     execution = execution_of(training, pruned=state.patterns is not None)
     kind = {"sparse": SparseModules, "masked": MaskedModel, "dense": DenseModel}[execution]
-    return kind(build, state, training, task)
+    return kind(build, state, training, task, key=key)
 
 
 def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
@@ -134,8 +145,10 @@ class TorchModel:
         state: SparseState,
         training: TrainingConfig,
         task: Task | None = None,
+        *,
+        key: Hashable = None,
     ) -> None:
-        self._build, self._training = build, training
+        self._build, self._training, self._key = build, training, key
         self._task = task or ImageClassification()
         self._device = torch.device(training.device)
         self._model: nn.Module | None = None
@@ -143,12 +156,13 @@ class TorchModel:
         self._order: list[str] = []
         self._optimizer: Any = None
         self._sgd: Sgd | None = None
+        self._captured: CapturedTraining | None = None
         self.load(state)
 
     def load(self, state: SparseState) -> None:
         """Take over a state; momentum starts at zero."""
         self._close()
-        self._optimizer = None
+        self._optimizer = self._captured = None
         self._patterns, self._order = state.patterns, list(state.values)
         self._take(state)
         self._module.train()
@@ -175,12 +189,47 @@ class TorchModel:
     ) -> float:
         optimizer = self._optimizer_of(sgd)
         optimizer.zero_grad()
-        loss = self._loss(inputs, targets)(self._module)
+        with computing_in(self._training.precision, self._module):
+            loss = self._loss(inputs, targets)(self._module)
         loss.backward()
         if correction is not None:
             self._correct(correction)
         optimizer.step()
         return loss.item()
+
+    @_repeatable
+    def train_whole(
+        self, inputs: Array, targets: Array, plan: Callable[[], Plan], *, sgd: Sgd
+    ) -> float | None:
+        """A whole training by captured steps, on a GPU where no step has been made before it.
+
+        Momentum starts at zero and ends with it.
+        """
+        replays, precision = captured.replays_on(self._device), self._training.precision
+        started = self._optimizer is not None or self._captured is not None
+        if replays is None or started or not self._may_be_captured(inputs):
+            return None
+        training = captured.kept_training(
+            (self._key, self._device, precision),
+            lambda: CapturedTraining(
+                self._build().to(self._device), self._task, precision=precision, replays=replays
+            ),
+        )
+        try:
+            loss = training.train(self._module, Job(inputs, targets, plan(), self._patterns, sgd))
+        except NotCapturableError:
+            return None
+        self._captured = training
+        return loss
+
+    def _may_be_captured(self, inputs: Array) -> bool:
+        """Whether a graph may repeat steps on such samples, by what is known without one."""
+        weights = (p for p in self._module.parameters() if p.requires_grad)
+        return (
+            self._key is not None
+            and inputs.dtype != np.int64  # texts: each batch has a length of its own
+            and all(weight.dtype == torch.float32 for weight in weights)
+        )
 
     @_repeatable
     def growth(self, counts: Mapping[str, int], inputs: Array, targets: Array) -> Entries:
@@ -247,6 +296,8 @@ class TorchModel:
 
     def held_bytes(self) -> int:
         """Bytes held now for weights, gradients, momentum and patterns."""
+        if self._captured is not None:
+            return self._captured.state_bytes() + state_bytes(self._module)["weights"]
         if isinstance(self._optimizer, MaskedSGD):
             return sum(self._optimizer.state_bytes().values())
         held = state_bytes(self._module, self._optimizer)
@@ -310,13 +361,20 @@ class DenseModel(TorchModel):
     def _take(self, state: SparseState) -> None:
         super()._take(state)
         self._mask = None if state.patterns is None else Mask.from_csr(state.patterns)
+        self._pruned: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if self._mask is not None:
+            weights = weights_under(self._mask, self._module)
+            self._pruned = [
+                (weight.detach(), ~self._mask[name].to(self._device))
+                for name, weight in weights.items()
+            ]
 
     def _step(
         self, inputs: Array, targets: Array, sgd: Sgd, correction: Correction | None
     ) -> float:
         loss = super()._step(inputs, targets, sgd, correction)
-        if self._mask is not None:
-            self._mask.apply(self._module)
+        for weight, pruned in self._pruned:
+            weight.masked_fill_(pruned, 0.0)
         return loss
 
     def _correct(self, correction: Correction) -> None:
@@ -383,6 +441,9 @@ class SparseModules(TorchModel):
     All is done by a training plan where the network has one, with the bits of the runtime, else
     module by module.
     """
+
+    def _may_be_captured(self, inputs: Array) -> bool:
+        return False
 
     def _step(
         self, inputs: Array, targets: Array, sgd: Sgd, correction: Correction | None

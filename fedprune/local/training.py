@@ -7,8 +7,9 @@ Pure functions of a request and the client's data and model; the default answers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from fedprune.errors import ClientError
 from fedprune.exchange.messages import MODEL, Reply, Request
 from fedprune.local.model import Correction, LocalModel, Sgd
 from fedprune.local.optimizer import Optimizer
-from prunelab.data.batches import augment, batches
+from prunelab.data.batches import Integers, batches, cropped, draw_crops
 from prunelab.runs.seeds import rng, stream_seed
 
 if TYPE_CHECKING:
@@ -30,6 +31,36 @@ GROWTH_BATCHES = "growth_batches"
 """The field that asks for growth over so many mini-batches, 0: all; without it, over one."""
 
 Array = NDArray[Any]
+
+
+class Plan(NamedTuple):
+    """All that is drawn for a local training.
+
+    Attributes:
+        rows: int64 [1, samples of all epochs], which sample is taken; with augmentation [4, ...],
+            below it what `draw_crops` gives.
+        sizes: of the mini-batches, in their order.
+        last: how many of these are the last epoch's.
+    """
+
+    rows: Integers
+    sizes: list[int]
+    last: int
+
+
+@runtime_checkable
+class TrainsWhole(Protocol):
+    """A model that may do a whole local training by itself, without a word between steps."""
+
+    def train_whole(
+        self, inputs: Array, targets: Array, plan: Callable[[], Plan], *, sgd: Sgd
+    ) -> float | None:
+        """Sum of the losses of the last epoch's samples; None: it does not, and is unchanged.
+
+        Args:
+            plan: draws.
+        """
+        ...
 
 
 def train(
@@ -115,7 +146,7 @@ def train_epochs(
     seed: int,
     augmented: bool = False,
     correction: Correction | None = None,
-    before_step: Callable[[int], None] = lambda number: None,
+    before_step: Callable[[int], None] | None = None,
 ) -> float:
     """Train a model on samples; the mean loss of the last epoch.
 
@@ -124,28 +155,63 @@ def train_epochs(
         seed: decides the order of samples, the augmentation and what layers draw.
         before_step: is told the number of each step, from 0 on.
     """
+    count = max(1, len(targets))
+    if correction is None and before_step is None and isinstance(model, TrainsWhole):
+        plan = partial(
+            training_plan,
+            inputs,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=seed,
+            augmented=augmented,
+        )
+        if (whole := model.train_whole(inputs, targets, plan, sgd=sgd)) is not None:
+            return whole / count
     loss_sum = 0.0
     source = epoch_batches(
         inputs, targets, epochs=epochs, batch_size=batch_size, seed=seed, augmented=augmented
     )
     for number, (epoch, batch, target) in enumerate(source):
-        before_step(number)
+        if before_step is not None:
+            before_step(number)
         drawn = stream_seed(seed, number)
         loss = model.step(batch, target, sgd=sgd, correction=correction, seed=drawn)
         if epoch == epochs - 1:
             loss_sum += loss * len(target)
-    return loss_sum / max(1, len(targets))
+    return loss_sum / count
+
+
+def training_plan(
+    inputs: Array, *, epochs: int, batch_size: int, seed: int, augmented: bool
+) -> Plan:
+    """What `epoch_batches` would draw, before anything is computed."""
+    drawn = list(_draws(inputs, epochs, batch_size, seed, augmented))
+    sizes = [rows.shape[1] for _, rows in drawn]
+    rows = np.concatenate([rows for _, rows in drawn], axis=1) if drawn else np.empty((1, 0), int)
+    return Plan(rows, sizes, sum(epoch == epochs - 1 for epoch, _ in drawn))
 
 
 def epoch_batches(
     inputs: Array, targets: Array, *, epochs: int, batch_size: int, seed: int, augmented: bool
 ) -> Iterator[tuple[int, Array, Array]]:
     """Epoch, inputs and targets of every mini-batch of a client's local training, in its order."""
+    for epoch, (index, *crops) in _draws(inputs, epochs, batch_size, seed, augmented):
+        batch = inputs[index]
+        yield epoch, cropped(batch, np.stack(crops)) if augmented else batch, targets[index]
+
+
+def _draws(
+    inputs: Array, epochs: int, batch_size: int, seed: int, augmented: bool
+) -> Iterator[tuple[int, Integers]]:
+    """Epoch and rows of a `Plan` of every mini-batch."""
     order = rng(seed)
     for epoch in range(epochs):
-        for index in batches(len(targets), batch_size=batch_size, rng=order):
-            batch = inputs[index]
-            yield epoch, augment(batch, rng=order) if augmented else batch, targets[index]
+        for index in batches(len(inputs), batch_size=batch_size, rng=order):
+            if augmented:
+                crops = draw_crops(len(index), height=inputs.shape[2], rng=order)
+                yield epoch, np.concatenate([index[None], crops])
+            else:
+                yield epoch, index[None]
 
 
 def gradient_batches(

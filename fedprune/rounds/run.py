@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedprune.config import RunConfig
 from fedprune.errors import USER_ERRORS, ConfigError
+from fedprune.settings import FLOAT32
 from sparsemodel.extras import need
 
 if TYPE_CHECKING:
@@ -61,6 +62,11 @@ def run(
         raise ConfigError(
             "the batched engine trains stacked dense weights; use --execution masked, or "
             "--engine inline for sparse execution"
+        )
+    if engine == "batched" and config.training.precision != FLOAT32:
+        raise ConfigError(
+            f"the batched engine computes in {FLOAT32}; use --engine inline for "
+            f"training.precision = {config.training.precision!r}"
         )
     if config.training.device != "cpu":
         from fedprune.rounds.workspace import compute_device  # noqa: PLC0415

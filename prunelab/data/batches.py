@@ -165,12 +165,27 @@ def augment(images: Images, *, rng: np.random.Generator) -> Images:
     Args:
         images: [N, C, H, W]; the padding is H / 8 on every side, rounded up (4 for CIFAR's 32).
     """
-    n, _, height, width = images.shape
-    pad = math.ceil(height / 8)
+    return cropped(images, draw_crops(len(images), height=images.shape[2], rng=rng))
+
+
+def draw_crops(count: int, *, height: int, rng: np.random.Generator) -> Integers:
+    """What `augment` draws for so many images: rows top, left and flip (0 or 1), [3, count]."""
+    offsets = rng.integers(0, 2 * padding(height) + 1, size=(2, count))
+    return np.stack([*offsets, rng.random(count) < 0.5])
+
+
+def cropped(images: Images, crops: Integers) -> Images:
+    """Images [N, C, H, W] cut and flipped as `draw_crops` says."""
+    count, _, height, width = images.shape
+    pad, (top, left, flip) = padding(height), crops
     padded = np.pad(images, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
-    top, left = rng.integers(0, 2 * pad + 1, size=(2, n))
-    flip = rng.random(n) < 0.5
     windows = sliding_window_view(padded, (height, width), axis=(2, 3))
-    crops = np.ascontiguousarray(windows[np.arange(n), :, top, left])
-    crops[flip] = crops[flip, ..., ::-1]
-    return crops
+    cuts = np.ascontiguousarray(windows[np.arange(count), :, top, left])
+    flipped = flip.astype(bool)
+    cuts[flipped] = cuts[flipped, ..., ::-1]
+    return cuts
+
+
+def padding(height: int) -> int:
+    """Rows and columns of zeros on every side of images of this height, before they are cut."""
+    return math.ceil(height / 8)

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
-from prunelab.data.batches import Preprocessing, augment
+from prunelab.data.batches import Preprocessing, augment, padding
 
 PREPROCESSING = Preprocessing()
 
@@ -35,6 +36,24 @@ def prepare(images: torch.Tensor, *, preprocessing: Preprocessing = PREPROCESSIN
 def augmented(images: torch.Tensor, *, rng: np.random.Generator) -> torch.Tensor:
     """`augment` of images on the CPU, uint8 or float32 [N, C, H, W]."""
     return torch.from_numpy(augment(images.numpy(), rng=rng))
+
+
+def cropped(images: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
+    """`batches.cropped` where the images are: the same bits, laid out channels last.
+
+    Args:
+        images: uint8 or float32 [N, C, H, W].
+        crops: int64 [3, N] on their device.
+    """
+    count, _, height, width = images.shape
+    pad, (top, left, flip) = padding(height), crops[:, :, None]
+    padded = functional.pad(images, (pad, pad, pad, pad))
+    each, down, across = (
+        torch.arange(size, device=images.device) for size in (count, height, width)
+    )
+    rows, columns = top + down, left + torch.where(flip > 0, width - 1 - across, across)
+    cut = padded.permute(0, 2, 3, 1)[each[:, None, None], rows[:, :, None], columns[:, None]]
+    return cut.permute(0, 3, 1, 2)
 
 
 def batch_of(inputs: Any, targets: Any, device: torch.device | str = "cpu") -> Any:

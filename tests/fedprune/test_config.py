@@ -67,6 +67,11 @@ def test_text_values_take_the_type_of_their_key() -> None:
         ({"method.name": "fedprox", "method.mu": -1}, "method.mu: expected 0 or more"),
         ({"method.name": "ssfl", "method.batches": 0}, "method.batches: expected at least 1"),
         ({"method.name": "magnitude", "method.pool_size": 2}, "of method 'magnitude'; "),
+        ({"training.precision": "half"}, "training.precision: expected one of float32, bfloat16"),
+        (
+            {"training.precision": "bfloat16", "training.execution": "sparse"},
+            "training.precision: sparse execution computes in float32",
+        ),
         ({"method.granularity": "row"}, "method.granularity: .*layer, block, entire; got 'row'"),
     ],
 )

@@ -292,7 +292,7 @@ def test_choice_of_execution(
 ) -> None:
     for kind, name in KINDS.items():
         place = models if kind == "runtime" else torch_models
-        monkeypatch.setattr(place, name, lambda *_, kind=kind: kind)
+        monkeypatch.setattr(place, name, lambda *_, kind=kind, key=None: kind)
     config = TrainingConfig(execution=execution, device=device)
     network = network_from(narrow)
     assert open_model(network, state_of(narrow(), random_mask(0.5)), config) == expected

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunelab.data.batches import Preprocessing, augment, batches
+from prunelab.data import tensors
+from prunelab.data.batches import Preprocessing, augment, batches, cropped, draw_crops
 from prunelab.data.tensors import augmented, prepare
 from prunelab.errors import DataError
 from prunelab.runs.seeds import rng
@@ -124,6 +125,11 @@ def test_augment_equals_a_loop_over_images(
     assert result.dtype == dtype
     assert result.flags.c_contiguous
     assert torch.equal(augmented(torch.from_numpy(images), rng=rng(2)), torch.from_numpy(result))
+    crops = draw_crops(len(images), height=shape[2], rng=rng(2))
+    assert np.array_equal(cropped(images, crops), result)
+    on_device = tensors.cropped(torch.from_numpy(images), torch.from_numpy(crops))
+    assert torch.equal(on_device, torch.from_numpy(result))
+    assert on_device.is_contiguous(memory_format=torch.channels_last)
     random = rng(2)
     tops, lefts = random.integers(0, 2 * pad + 1, (2, shape[0]))
     flips = random.random(shape[0]) < 0.5
