@@ -26,10 +26,9 @@ from sparsemodel.layers.derived import DerivedWeight
 from sparsemodel.masks.adjust import TensorEntries
 from sparsemodel.masks.structure import check_structure
 
-Execution = Literal["auto", "sparse", "dense", "blocks", "2:4"]
-# What every layer takes, and what a linear layer takes beside under a mask that is made so.
+Execution = Literal["auto", "sparse", "dense", "blocks"]
+# What every layer takes; a linear one under a mask of whole blocks takes "blocks" as well.
 EXECUTIONS: tuple[Execution, ...] = ("auto", "sparse", "dense")
-STRUCTURED: tuple[Execution, ...] = ("blocks", "2:4")
 
 # For so many shapes of input a layer remembers which kernels it takes.
 MAX_CHOICES = 64
@@ -81,7 +80,7 @@ class SparseLayer(nn.Module):
     def execution(self) -> Execution:
         """Which kernels compute the layer: "sparse", "dense", or "auto", by the cost model.
 
-        A linear layer whose mask is made so also takes "blocks" and "2:4" (docs/sparse.md).
+        A linear layer whose mask is whole blocks also takes "blocks" (docs/sparse.md).
         """
         return self._execution
 
@@ -214,7 +213,7 @@ class SparseLayer(nn.Module):
 
     def _side_of(self, row_ptr: torch.Tensor, cols: torch.Tensor) -> int:
         """The side of the blocks of a pattern, 0 where it has none; refuses what does not fit."""
-        if self._execution not in STRUCTURED:
+        if self._execution != "blocks":
             return 0
         return check_structure(mask_from_csr(row_ptr, cols, self._weight_shape), self._execution)
 
