@@ -98,9 +98,6 @@ def cases(device: torch.device, sizes: Sizes, densities: Sequence[float]) -> Ite
 def _arrays(sizes: Sizes) -> Iterator[Case]:
     n, ops = sizes.entries, cuda_array_ops
     mask = torch.rand(n) < 0.05
-    packed = ops.pack_mask(mask)
-    yield Case("pack_mask", 0.05, lambda: ops.pack_mask(mask), peers.pack(mask), n + n // 8)
-    yield Case("popcount", 0.05, lambda: ops.popcount(packed), peers.count(packed), n // 8)
     values, gradient, mean, square = torch.randn(4, n).unbind()
     square = square.abs()
     step = (0.0, 0.9, 0.0)  # a learning rate of 0, so that turns do not move the values

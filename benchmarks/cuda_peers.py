@@ -31,14 +31,6 @@ def both(function: Callable[..., Any], *arguments: Any) -> dict[str, Call]:
     return {EAGER: lambda: function(*arguments), COMPILED: lambda: compiled(*arguments)}
 
 
-def pack(mask: Tensor) -> dict[str, Call]:
-    return both(reference.pack_mask, mask)
-
-
-def count(packed: Tensor) -> dict[str, Call]:
-    return both(reference.popcount, packed)
-
-
 def sgd(values: Tensor, gradient: Tensor, buffer: Tensor, step: tuple[Any, ...]) -> dict[str, Call]:
     return both(plain.sgd_step, values, gradient, buffer, *step)
 

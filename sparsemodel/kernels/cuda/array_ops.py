@@ -1,4 +1,4 @@
-"""Operators beyond layers: masks as bits, optimiser steps, sums of updates, nearest, losses.
+"""Operators beyond layers: optimiser steps, sums of updates, nearest, norms and losses.
 
 `torch.ops.sparsemodel.*`, on any device: on GPUs by the CUDA kernels where those are to be had
 (see sparsemodel.kernels.cuda.launch), else by the reference in plain torch. The operators take
@@ -53,37 +53,6 @@ def _check_dtype(name: str, dtype: torch.dtype, *tensors: Tensor) -> None:
     for x in tensors:
         if x.dtype != dtype:
             raise SparseModelError(f"{name}: expected {dtype}, got {x.dtype}; convert it first")
-
-
-def _pack_mask(mask: Tensor) -> Tensor:
-    _check("pack_mask", mask)
-    _check_dtype("pack_mask", torch.bool, mask)
-    flat, runner = mask.view(-1), _runner(mask)
-    if runner is None:
-        return cuda_reference.pack_mask(flat)
-    return cuda_arrays.pack_mask(runner, flat)
-
-
-def _unpack_mask(packed: Tensor, n: int) -> Tensor:
-    _check("unpack_mask", packed)
-    _check_dtype("unpack_mask", torch.uint8, packed)
-    if packed.numel() != (n + 7) // 8:
-        raise SparseModelError(
-            f"unpack_mask: {n} entries are {(n + 7) // 8} bytes, got {packed.numel()}"
-        )
-    runner = _runner(packed)
-    if runner is None:
-        return cuda_reference.unpack_mask(packed, n)
-    return cuda_arrays.unpack_mask(runner, packed, n)
-
-
-def _popcount(packed: Tensor) -> Tensor:
-    _check("popcount", packed)
-    _check_dtype("popcount", torch.uint8, packed)
-    runner = _runner(packed)
-    if runner is None:
-        return cuda_reference.popcount(packed)
-    return cuda_arrays.popcount(runner, packed)
 
 
 def _sgd_step(
@@ -285,24 +254,6 @@ def _kd_loss_shapes(
     )
 
 
-pack_mask = _define(
-    "pack_mask",
-    "(Tensor mask) -> Tensor",
-    _pack_mask,
-    lambda mask: mask.new_empty((mask.numel() + 7) // 8, dtype=torch.uint8),
-)
-unpack_mask = _define(
-    "unpack_mask",
-    "(Tensor packed, SymInt n) -> Tensor",
-    _unpack_mask,
-    lambda packed, n: packed.new_empty(n, dtype=torch.bool),
-)
-popcount = _define(
-    "popcount",
-    "(Tensor packed) -> Tensor",
-    _popcount,
-    lambda packed: packed.new_empty((), dtype=torch.int64),
-)
 sgd_step = _define(
     "sgd_step",
     "(Tensor(a!) values, Tensor gradient, Tensor(b!)? momentum_buffer, float lr, float momentum, "

@@ -115,7 +115,7 @@ def _runner(index: int) -> Runner | None:
     if why is None:
         try:
             made = DeviceRunner(index)
-            made._kernel("arrays", "popcount", torch.float32)
+            made._kernel("arrays", "sgd_step", torch.float32)
         except Exception as error:  # whatever driver and compiler raise, the reference still runs
             why = f"they do not load on cuda:{index} ({error}); update the driver"
         else:

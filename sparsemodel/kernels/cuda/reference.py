@@ -16,24 +16,6 @@ IGNORED = -100  # the label of a row that is left out
 _CHUNK = 1 << 24  # about so many coordinates are subtracted at one time
 
 
-def pack_mask(mask: Tensor) -> Tensor:
-    """bool [n] -> uint8 [ceil(n / 8)], the first entry in the highest bit."""
-    padded = functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    weights = 1 << torch.arange(7, -1, -1, device=mask.device)
-    return (padded * weights).sum(1).to(torch.uint8)
-
-
-def unpack_mask(packed: Tensor, n: int) -> Tensor:
-    """What `pack_mask` packed: bool [n]."""
-    places = torch.arange(7, -1, -1, device=packed.device)
-    return ((packed[:, None].long() >> places) & 1).flatten()[:n].bool()
-
-
-def popcount(packed: Tensor) -> Tensor:
-    """How many bits are set: int64, no dimensions."""
-    return unpack_mask(packed, 8 * packed.numel()).sum()
-
-
 def nearest(points: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     """Index and squared distance of each point's nearest prototype, ties to the lower index."""
     index = points.new_empty(len(points), dtype=torch.int64)

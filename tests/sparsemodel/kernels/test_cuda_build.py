@@ -63,12 +63,14 @@ def test_kernels_run_in_blocks_of_the_size_they_are_written_for() -> None:
 
 
 def test_an_argument_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(AssertionError, match="takes 3 arguments"):
-        cuda_source.arguments("arrays", "unpack_mask", (None, 1))
+    call = [None, None, None, 1, 0.1, 0.9, 0.0]
+    cuda_source.arguments("arrays", "sgd_step", call)
+    with pytest.raises(AssertionError, match="takes 7 arguments"):
+        cuda_source.arguments("arrays", "sgd_step", call[:-1])
     with pytest.raises(AssertionError, match="n is a number"):
-        cuda_source.arguments("arrays", "unpack_mask", (None, None, None))
-    with pytest.raises(AssertionError, match="mask is a pointer"):
-        cuda_source.arguments("arrays", "unpack_mask", (None, 1, 1))
+        cuda_source.arguments("arrays", "sgd_step", [None, None, None, None, *call[4:]])
+    with pytest.raises(AssertionError, match="values is a pointer"):
+        cuda_source.arguments("arrays", "sgd_step", [1, *call[1:]])
 
 
 def test_a_size_that_does_not_fit_is_refused_and_not_wrapped() -> None:

@@ -112,14 +112,6 @@ def test_growth_of_a_convolution() -> None:
 
 
 @pytest.mark.usefixtures("_computed_by")
-def test_masks_go_through_bits() -> None:
-    mask = torch.rand(13, 9) < 0.3
-    packed = ops.pack_mask(mask)
-    assert int(ops.popcount(packed)) == int(mask.sum())
-    assert torch.equal(ops.unpack_mask(packed, 117), mask.flatten())
-
-
-@pytest.mark.usefixtures("_computed_by")
 def test_steps_are_torchs() -> None:
     for kind, options in ((torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})):
         expected = torch.randn(9).requires_grad_()
@@ -212,9 +204,6 @@ def test_schemas_shapes_and_autograd_hold() -> None:
     n = torch.arange(3)
     row_ptr, cols = csr_from_mask(torch.rand(5, 8) < 0.5)
     check = torch.library.opcheck
-    check(ops.pack_mask, (torch.rand(9) < 0.5,))
-    check(ops.unpack_mask, (torch.zeros(2, dtype=torch.uint8), 9))
-    check(ops.popcount, (torch.zeros(2, dtype=torch.uint8),))
     check(ops.sgd_step, (torch.rand(3), torch.rand(3), torch.rand(3), 0.1, 0.9, 0.1))
     check(ops.adam_step, (*torch.rand(4, 3), 0.1, 0.9, 0.999, 1e-8, 0.0, False, 1))
     sums = [torch.zeros(size, dtype=torch.int64) for size in (5, 5, 2)]
@@ -239,9 +228,10 @@ def add_to(n: int, values: Tensor, positions: Tensor | None, weight: int) -> Non
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.pack_mask(torch.zeros(3)), "expected torch.bool"),
-        (lambda: ops.pack_mask(torch.zeros(3, 2, dtype=torch.bool).t()), "contiguous"),
-        (lambda: ops.unpack_mask(torch.zeros(3, dtype=torch.uint8), 9), "9 entries are 2 bytes"),
+        (
+            lambda: ops.sgd_step(*torch.zeros(2, 3, 2).mT.unbind(), None, 1.0, 0.0, 0.0),
+            "contiguous",
+        ),
         (lambda: ops.sgd_step(torch.zeros(3), torch.zeros(2), None, 1.0, 0.0, 0.0), "shape"),
         (lambda: add_to(3, torch.zeros(2), None, 1), "expected 3 values"),
         (lambda: add_to(3, torch.zeros(2), torch.arange(3), 1), "one shape"),
