@@ -50,13 +50,11 @@ class Sizes:
     plane: int = 32
     channels: int = 256
     images: int = 128
-    prototypes: int = 4096
-    points: int = 1 << 17
     vocabulary: int = 128_000
     rows: int = 2048
 
 
-QUICK = Sizes(entries=1 << 24, batch=2048, images=32, points=1 << 15, rows=512)
+QUICK = Sizes(entries=1 << 24, batch=2048, images=32, rows=512)
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,6 @@ def cases(device: torch.device, sizes: Sizes, densities: Sequence[float]) -> Ite
         for density in densities:
             yield from _linear(sizes, density)
             yield from _conv(sizes, density)
-        yield _nearest(sizes)
         yield _loss(sizes)
 
 
@@ -203,13 +200,6 @@ def _conv(sizes: Sizes, density: float) -> Iterator[Case]:
         lambda: cuda_array_ops.conv2d_square_norms(*planes, row_ptr, cols, g),
         peers.sample_norms(*planes, row_ptr, cols, g), num_bytes,
     )  # fmt: skip
-
-
-def _nearest(sizes: Sizes) -> Case:
-    points, prototypes = torch.randn(sizes.points, 384), torch.randn(sizes.prototypes, 384)
-    num_bytes = 4 * (points.numel() + prototypes.numel()) + 12 * len(points)
-    ours = lambda: cuda_array_ops.nearest(points, prototypes)[1]  # noqa: E731
-    return Case("nearest prototype", 1.0, ours, peers.nearest(points, prototypes), num_bytes)
 
 
 def _loss(sizes: Sizes) -> Case:

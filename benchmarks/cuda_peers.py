@@ -45,15 +45,6 @@ def fixed_add(given: tuple[Any, ...]) -> dict[str, Call]:
     return both(fixed_point.add, *given)
 
 
-def nearest(points: Tensor, prototypes: Tensor) -> dict[str, Call]:
-    """Through the matrix of distances."""
-
-    def least(points: Tensor, prototypes: Tensor) -> Tensor:
-        return torch.cdist(points, prototypes).square().min(1).values
-
-    return both(least, points, prototypes)
-
-
 def loss(logits: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Call]:
     """The gradient by autograd."""
 

@@ -1,4 +1,4 @@
-"""Operators beyond layers: optimiser steps, sums of updates, nearest, norms and losses.
+"""Operators beyond layers: optimiser steps, sums of updates, norms and losses.
 
 `torch.ops.sparsemodel.*`, on any device: on GPUs by the CUDA kernels where those are to be had
 (see sparsemodel.kernels.cuda.launch), else by the reference in plain torch. The operators take
@@ -20,7 +20,6 @@ from sparsemodel.kernels.cuda import conv as cuda_conv
 from sparsemodel.kernels.cuda import launch as cuda
 from sparsemodel.kernels.cuda import linear as cuda_linear
 from sparsemodel.kernels.cuda import loss as cuda_loss
-from sparsemodel.kernels.cuda import nearest as cuda_nearest
 from sparsemodel.kernels.cuda import reference as cuda_reference
 from sparsemodel.kernels.geometry import ConvGeometry
 
@@ -135,21 +134,6 @@ def _fixed_add(
         cuda_arrays.fixed_add(runner, *arrays)
 
 
-def _nearest(points: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    _check("nearest", points, prototypes)
-    _check_dtype("nearest", points.dtype, prototypes)
-    fit = points.dim() == prototypes.dim() == 2 and points.shape[1] == prototypes.shape[1]
-    if not fit or len(prototypes) == 0:
-        raise SparseModelError(
-            "nearest: expected points [N, D] and at least one prototype [K, D], got "
-            f"{tuple(points.shape)} and {tuple(prototypes.shape)}"
-        )
-    runner = cuda.runner_for(points)
-    if runner is None:
-        return cuda_reference.nearest(points, prototypes)
-    return cuda_nearest.nearest(runner, points, prototypes)
-
-
 def _square_norms(dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, bias: bool) -> Tensor:
     _check("square_norms", dy, x, row_ptr, cols)
     _check_dtype("square_norms", dy.dtype, x)
@@ -239,11 +223,6 @@ def _nothing(*_: Any) -> None:
     """The shape rule of what changes its arguments alone."""
 
 
-def _nearest_shapes(points: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    n = points.shape[0]
-    return points.new_empty(n, dtype=torch.int64), points.new_empty(n, dtype=torch.float32)
-
-
 def _kd_loss_shapes(
     logits: Tensor, teacher: Tensor, labels: Tensor, alpha: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -274,12 +253,6 @@ fixed_add = _define(
     "int weight, Tensor(c!) refused) -> ()",
     _fixed_add,
     _nothing,
-)
-nearest = _define(
-    "nearest",
-    "(Tensor points, Tensor prototypes) -> (Tensor, Tensor)",
-    _nearest,
-    _nearest_shapes,
 )
 square_norms = _define(
     "square_norms",

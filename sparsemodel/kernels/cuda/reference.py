@@ -13,21 +13,6 @@ from sparsemodel.kernels.geometry import ConvGeometry
 Tensor = torch.Tensor
 
 IGNORED = -100  # the label of a row that is left out
-_CHUNK = 1 << 24  # about so many coordinates are subtracted at one time
-
-
-def nearest(points: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    """Index and squared distance of each point's nearest prototype, ties to the lower index."""
-    index = points.new_empty(len(points), dtype=torch.int64)
-    distance = points.new_empty(len(points), dtype=torch.float32)
-    step = max(1, _CHUNK // max(1, prototypes.numel()))
-    for start in range(0, len(points), step):
-        part = points[start : start + step].float()
-        distances = (part[:, None] - prototypes.float()).square().sum(2)
-        found = distances.argmin(1)
-        index[start : start + step] = found
-        distance[start : start + step] = distances.gather(1, found[:, None]).squeeze(1)
-    return index, distance
 
 
 def square_norms(dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, bias: bool) -> Tensor:

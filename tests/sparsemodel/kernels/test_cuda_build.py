@@ -74,9 +74,10 @@ def test_an_argument_that_does_not_fit_is_refused() -> None:
 
 
 def test_a_size_that_does_not_fit_is_refused_and_not_wrapped() -> None:
-    cuda_source.arguments("nearest", "nearest", (None, None, None, None, 2**31 - 1, 1, 1))
-    with pytest.raises(SparseModelError, match="num_points = 2,147,483,648 is too large"):
-        cuda_source.arguments("nearest", "nearest", (None, None, None, None, 2**31, 1, 1))
+    call = [None, None, None, None, None, None, None]
+    cuda_source.arguments("linear", "spmm", [*call, 1, 2**31 - 1])
+    with pytest.raises(SparseModelError, match="batch = 2,147,483,648 is too large"):
+        cuda_source.arguments("linear", "spmm", [*call, 1, 2**31])
     geometry = ConvGeometry(1, 1, 1, 1)
     with pytest.raises(SparseModelError, match="split the batch"):
         cuda_conv.sizes(geometry, 2**15, (2**8, 2**8), torch.device("cpu"))

@@ -147,13 +147,6 @@ def test_updates_are_added_in_fixed_point(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("_computed_by")
-def test_nearest_of_ties_is_the_first() -> None:
-    index, distance = ops.nearest(torch.zeros(2, 3), torch.ones(4, 3))
-    assert index.tolist() == [0, 0]
-    assert distance.tolist() == [3, 3]
-
-
-@pytest.mark.usefixtures("_computed_by")
 def test_square_norms_are_those_of_each_sample() -> None:
     mask, dy, x = torch.rand(5, 8) < 0.5, torch.randn(5, 3), torch.randn(8, 3)
     found = ops.square_norms(dy, x, *csr_from_mask(mask), True)
@@ -209,7 +202,6 @@ def test_schemas_shapes_and_autograd_hold() -> None:
     sums = [torch.zeros(size, dtype=torch.int64) for size in (5, 5, 2)]
     check(ops.fixed_add, (*sums[:2], torch.rand(3), torch.rand(3), n, 7, sums[2]))
     check(ops.fixed_add, (*sums[:2], torch.rand(5), None, None, 7, sums[2]))
-    check(ops.nearest, (torch.rand(4, 3), torch.rand(2, 3)))
     check(ops.square_norms, (torch.rand(5, 3), torch.rand(8, 3), row_ptr, cols, True))
     g = ConvGeometry(5, 8, 1, 1)
     check(
@@ -237,8 +229,6 @@ def add_to(n: int, values: Tensor, positions: Tensor | None, weight: int) -> Non
         (lambda: add_to(3, torch.zeros(2), torch.arange(3), 1), "one shape"),
         (lambda: add_to(3, torch.zeros(3), torch.arange(3).int(), 1), "expected torch.int64"),
         (lambda: add_to(3, torch.zeros(3), None, 2**27), "overflow"),
-        (lambda: ops.nearest(torch.zeros(3, 2), torch.zeros(0, 2)), "at least one prototype"),
-        (lambda: ops.nearest(torch.zeros(3, 2), torch.zeros(1, 3)), "at least one prototype"),
         (
             lambda: ops.conv2d_square_norms(
                 torch.zeros(2, 4, 1, 3), torch.zeros(3, 5, 1, 3), torch.zeros(3).int(),

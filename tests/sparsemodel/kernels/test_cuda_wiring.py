@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from datapruning.scores.prototypes import _distance_to_nearest, self_supervised
 from datapruning.students.distill import kd_loss
 from fedprune.errors import ClientError
 from fedprune.exchange.aggregate import WeightedMean
@@ -168,22 +167,3 @@ def test_norms_of_samples_are_taken_by_kernels(launched: list[str], kind: str) -
             expected.append(sum(part.double().square().sum() for part in parts) ** 0.5)
     assert launched == ["square_norms" if kind == "linear" else "conv_square_norms"]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-6)
-
-
-def test_prototypes_are_found_by_the_kernel(cuda: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    embeddings = torch.randn(80, 5)
-    embeddings[3] = 0
-    expected = self_supervised(embeddings, num_clusters=7, seed=0)
-    names = recording(cuda, monkeypatch)
-    found = self_supervised(embeddings, num_clusters=7, seed=0)
-    torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=0, atol=1e-6)
-    assert names == ["nearest"]
-
-
-def test_a_centroid_without_direction_is_nobodys_prototype(launched: list[str]) -> None:
-    """Of points on the unit sphere zero may be the nearest, though its cosine is the smallest."""
-    unit = torch.tensor([[0.6, 0.8], [1.0, 0.0]], dtype=torch.float64)
-    centroids = torch.tensor([[0.0, 0.0], [0.28, -0.96]], dtype=torch.float64)
-    found = _distance_to_nearest(unit, centroids)
-    expected = 1 - (unit @ centroids.T).max(1).values
-    torch.testing.assert_close(found, expected.cpu())
