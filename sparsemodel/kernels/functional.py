@@ -154,8 +154,8 @@ def linear_topk_grad(
 ) -> tuple[Tensor, Tensor]:
     """The k weight gradients of `sparse_linear` of largest magnitude outside the mask.
 
-    The dense gradient is never made: memory is a tile and O(k). Of equal magnitudes the lower
-    flat index wins.
+    The dense gradient is never made: memory is a tile and O(k), on a GPU tiles of torch's own
+    products. Of equal magnitudes the lower flat index wins.
 
     Args:
         x: the layer's input, [*, in].
@@ -175,10 +175,10 @@ def linear_topk_grad(
     _check_alike(x, dy, index)
     _check_width(x, geometry.in_channels)
     _check_width(dy, geometry.out_channels)
-    if not _native(dy, index):
+    if dy.is_cuda or not _native(dy, index):
         return reference.linear_topk_grad(x, dy, index.row_ptr, index.cols, k)
     indices, values = ops.linear_topk_grad(x, dy, index.row_ptr, index.cols, k)
-    return indices.cpu(), values.cpu()
+    return indices, values
 
 
 def conv2d_topk_grad(
@@ -188,10 +188,10 @@ def conv2d_topk_grad(
     _check_alike(x, dy, index)
     _check_planes(x, geometry.in_channels)
     _check_planes(dy, geometry.out_channels)
-    if not _native(dy, index):
+    if dy.is_cuda or not _native(dy, index):
         return reference.conv2d_topk_grad(x, dy, index.row_ptr, index.cols, geometry, k)
     indices, values = ops.conv2d_topk_grad(x, dy, index.row_ptr, index.cols, geometry, k)
-    return indices.cpu(), values.cpu()
+    return indices, values
 
 
 class _Linear(torch.autograd.Function):

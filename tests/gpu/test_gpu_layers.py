@@ -62,6 +62,23 @@ def test_layers_are_the_same_under_torch_compile(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(LAYERS))
+@pytest.mark.parametrize("k", [0, 7, 10_000])
+def test_growth_finds_what_a_sort_finds(name: str, k: int) -> None:
+    """Of small whole numbers, whose sums are exact and mostly tie; on the CPU, as ever."""
+    _, sparse, x = pair(name)
+    x = torch.randint(-1, 2, x.shape).float()
+    dy = torch.randint(-1, 2, sparse(x).shape).float()
+    plain = sparse.to_dense()
+    (gradient,) = torch.autograd.grad(plain(x), plain.weight, dy)
+    pruned = torch.nonzero(~sparse.mask().flatten()).flatten().tolist()
+    values = gradient.flatten().tolist()
+    expected = sorted(sorted(pruned, key=lambda at: (-abs(values[at]), at))[:k])
+    positions, gradients = sparse.topk_grad(x, dy, k)
+    assert positions.tolist() == expected
+    assert gradients.tolist() == [values[at] for at in expected]
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
 def test_left_to_themselves_layers_stay_dense(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, sparse, x = pair(name)
     sparse.execution = "auto"

@@ -17,7 +17,6 @@ from sparsemodel.kernels.csr import flat_positions
 from sparsemodel.kernels.cuda import conv as cuda_conv
 from sparsemodel.kernels.cuda import launch as cuda
 from sparsemodel.kernels.cuda import linear as cuda_linear
-from sparsemodel.kernels.cuda import topk as cuda_topk
 from sparsemodel.kernels.cuda.conv import Transposed
 from sparsemodel.kernels.geometry import (
     ConvGeometry,
@@ -136,32 +135,6 @@ def conv2d_backward(
     return dx, dvalues, dbias
 
 
-def linear_topk_grad(
-    x: Tensor, dy: Tensor, row_ptr: Tensor, cols: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
-    """Indices (ascending) and values of the k largest gradients outside the mask."""
-    runner = cuda.runner_for(x)
-    if runner is None:
-        found = reference.linear_topk_grad(x, dy, row_ptr, cols, k)
-        return found[0].to(x.device), found[1].to(x.device)
-    flat_x, flat_dy = _flat(features_first(x)), _flat(features_first(dy))
-    geometry = ConvGeometry(dy.shape[-1], x.shape[-1], 1, 1)
-    planes = flat_x[:, None, None], flat_dy[:, None, None]
-    return cuda_topk.topk_grad(runner, *planes, row_ptr, cols, geometry, k)
-
-
-def conv2d_topk_grad(
-    x: Tensor, dy: Tensor, row_ptr: Tensor, cols: Tensor, geometry: Sequence[int], k: int
-) -> tuple[Tensor, Tensor]:
-    """As `linear_topk_grad`, for `conv2d`."""
-    g, runner = ConvGeometry(*geometry), cuda.runner_for(x)
-    if runner is None:
-        found = reference.conv2d_topk_grad(x, dy, row_ptr, cols, g, k)
-        return found[0].to(x.device), found[1].to(x.device)
-    planes = _planes(batch_innermost(x)), _planes(batch_innermost(dy))
-    return cuda_topk.topk_grad(runner, *planes, row_ptr, cols, g, k)
-
-
 def transposed_index(row_ptr: Tensor, cols: Tensor, geometry: ConvGeometry) -> Tensor:
     """The pattern by input that the gradients of inputs read: int32, one vector."""
     return cuda_conv.transpose(row_ptr, cols, geometry).joined()
@@ -186,7 +159,5 @@ for _implementation in (
     linear_backward,
     conv2d,
     conv2d_backward,
-    linear_topk_grad,
-    conv2d_topk_grad,
 ):
     _LIBRARY.impl(_implementation.__name__, _implementation, "CUDA")

@@ -27,8 +27,7 @@ def _computed_by(
     runner = cuda if request.param == "kernels" else None
     monkeypatch.setattr(ops.cuda, "runner", lambda device: runner)
     monkeypatch.setattr(sparse, "_native", lambda values, index: True)
-    for name in ("linear", "linear_backward", "linear_topk_grad", "conv2d", "conv2d_backward",
-                 "conv2d_topk_grad"):  # fmt: skip
+    for name in ("linear", "linear_backward", "conv2d", "conv2d_backward"):
         monkeypatch.setattr(layer_ops, name, getattr(cuda_ops, name))
 
 
@@ -85,30 +84,6 @@ def test_convolutions_are_differentiable(batch: int) -> None:
         torch.randn(batch, 4, 6, 5),
         mask,
     )
-
-
-@pytest.mark.usefixtures("_computed_by")
-def test_growth_finds_what_a_sort_finds() -> None:
-    geometry, mask = ConvGeometry(5, 8, 1, 1), torch.rand(5, 8) < 0.5
-    x, dy = torch.randn(3, 8), torch.randn(3, 5)
-    found = sparse.linear_topk_grad(x, dy, index_of(mask, geometry), geometry, 6)
-    dense = (dy.t() @ x).masked_fill(mask, 0).flatten()
-    expected = dense.abs().topk(6).indices.sort().values
-    assert torch.equal(found[0], expected)
-    torch.testing.assert_close(found[1], dense[expected])
-
-
-@pytest.mark.usefixtures("_computed_by")
-def test_growth_of_a_convolution() -> None:
-    g = ConvGeometry(4, 2, 3, 3, 1, 1, 1, 1)
-    mask = torch.rand(g.weight_shape) < 0.5
-    x, dy = torch.randn(2, 2, 5, 5), torch.randn(2, 4, 5, 5)
-    found = sparse.conv2d_topk_grad(x, dy, index_of(mask, g), g, 6)
-    dense = torch.nn.grad.conv2d_weight(x, g.weight_shape, dy, padding=1)
-    dense = dense.masked_fill(mask, 0).flatten()
-    expected = dense.abs().topk(6).indices.sort().values
-    assert torch.equal(found[0], expected)
-    torch.testing.assert_close(found[1], dense[expected], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("_computed_by")
