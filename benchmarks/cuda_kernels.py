@@ -27,8 +27,7 @@ from sparsemodel.kernels.csr import csr_from_mask
 from sparsemodel.kernels.cuda import array_ops as cuda_array_ops
 from sparsemodel.kernels.cuda import launch as cuda
 from sparsemodel.kernels.cuda import layer_ops as cuda_ops
-from sparsemodel.kernels.geometry import ConvGeometry
-from sparsemodel.kernels.layout import batch_innermost, features_first
+from sparsemodel.kernels.layout import features_first
 from sparsemodel.kernels.reference import linear_topk_grad
 
 Tensor = torch.Tensor
@@ -48,14 +47,11 @@ class Sizes:
     width: int = 4096
     batch: int = 8192
     tokens: int = 64
-    plane: int = 32
-    channels: int = 256
-    images: int = 128
     vocabulary: int = 128_000
     rows: int = 2048
 
 
-QUICK = Sizes(entries=1 << 24, batch=2048, images=32, rows=512)
+QUICK = Sizes(entries=1 << 24, batch=2048, rows=512)
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,6 @@ def cases(device: torch.device, sizes: Sizes, densities: Sequence[float]) -> Ite
         yield from _arrays(sizes)
         for density in densities:
             yield from _linear(sizes, density)
-            yield from _conv(sizes, density)
         yield _loss(sizes)
 
 
@@ -127,8 +122,7 @@ def _linear(sizes: Sizes, density: float) -> Iterator[Case]:
     values = torch.randn(len(cols)) / width**0.5
     weight = torch.zeros(width, width).masked_scatter(mask, values)
     x, dy = (features_first(torch.randn(batch, width)) for _ in range(2))
-    geometry = ConvGeometry(width, width, 1, 1)
-    index = row_ptr, cols, cuda_ops.transposed_index(row_ptr, cols, geometry)
+    index = row_ptr, cols, cuda_ops.transposed_index(row_ptr, cols, width)
     layer = peers.Linear(weight, mask, row_ptr, cols, x, dy)
     num_bytes = 8 * width * batch + 8 * len(cols)
 
@@ -158,49 +152,15 @@ def _linear(sizes: Sizes, density: float) -> Iterator[Case]:
     pattern = row_ptr, cols
     yield Case(
         "per-sample norms", density,
-        lambda: cuda_array_ops.square_norms(flat_dy, flat_x, *pattern, False),
+        lambda: cuda_array_ops.square_norms(flat_dy, flat_x, *pattern),
         layer.norms(), num_bytes,
     )  # fmt: skip
-    shape = width, sizes.tokens, 1, batch // sizes.tokens
+    shape = width, sizes.tokens, batch // sizes.tokens
     planes = flat_dy.view(shape), flat_x.view(shape)
     yield Case(
         "per-sample norms of sequences", density,
-        lambda: cuda_array_ops.conv2d_square_norms(*planes, *pattern, geometry),
-        peers.sample_norms(*planes, *pattern, geometry), num_bytes,
-    )  # fmt: skip
-
-
-def _conv(sizes: Sizes, density: float) -> Iterator[Case]:
-    c, side, batch = sizes.channels, sizes.plane, sizes.images
-    g = ConvGeometry(c, c, 3, 3, 1, 1, 1, 1)
-    mask = torch.rand(g.weight_shape) < density
-    row_ptr, cols = csr_from_mask(mask)
-    values = torch.randn(len(cols)) / g.row_length**0.5
-    weight = torch.zeros(g.weight_shape).masked_scatter(mask, values)
-    x, dy = (batch_innermost(torch.randn(batch, c, side, side)) for _ in range(2))
-    index = row_ptr, cols, cuda_ops.transposed_index(row_ptr, cols, g)
-    num_bytes = 8 * c * side * side * batch + 8 * len(cols)
-
-    def backward(wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
-        return cuda_ops.conv2d_backward(dy, x, values, *index, g, (side, side), wanted)
-
-    yield Case(
-        "conv 3x3", density, lambda: cuda_ops.conv2d(x, values, None, row_ptr, cols, g),
-        peers.conv(x, weight), num_bytes,
-    )  # fmt: skip
-    yield Case(
-        "conv 3x3, input gradient", density, lambda: backward((True, False, False))[0],
-        peers.conv_backward(x, dy, weight, None), num_bytes,
-    )  # fmt: skip
-    yield Case(
-        "conv 3x3, gradient at the mask", density, lambda: backward((False, True, False))[1],
-        peers.conv_backward(x, dy, weight, mask), num_bytes,
-    )  # fmt: skip
-    planes = dy.permute(1, 2, 3, 0), x.permute(1, 2, 3, 0)
-    yield Case(
-        "conv 3x3, per-sample norms", density,
-        lambda: cuda_array_ops.conv2d_square_norms(*planes, row_ptr, cols, g),
-        peers.sample_norms(*planes, row_ptr, cols, g), num_bytes,
+        lambda: cuda_array_ops.square_norms(*planes, *pattern),
+        peers.sequence_norms(*planes, *pattern), num_bytes,
     )  # fmt: skip
 
 

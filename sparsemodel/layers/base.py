@@ -44,6 +44,8 @@ class SparseLayer(nn.Module):
     when they first run); `blocks` those of execution "blocks".
     """
 
+    # Whether there are sparse kernels on a GPU.
+    gpu_kernels: ClassVar[bool] = False
     # What `execution` may be.
     executions: ClassVar[tuple[Execution, ...]] = EXECUTIONS
     # Of the layer in whose place this one stands.
@@ -221,7 +223,7 @@ class SparseLayer(nn.Module):
         self._side = self._side_of(row_ptr, cols)
         self._choices: dict[object, bool] = {}
         # The cost model knows processors alone: on other devices "auto" stays dense.
-        sparse = self._execution == "sparse" or (
+        sparse = (self._execution == "sparse" and (cols.is_cpu or self.gpu_kernels)) or (
             self._execution == "auto"
             and cols.is_cpu
             and sparse_may_be_faster(self._geometry, len(cols))

@@ -48,6 +48,7 @@ class SparseLinear(SparseLayer):
     (torch.Size([3]), torch.Size([5, 2]))
     """
 
+    gpu_kernels = True
     executions = (*EXECUTIONS, "blocks")
 
     def __init__(

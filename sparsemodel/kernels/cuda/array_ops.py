@@ -8,7 +8,7 @@ contiguous tensors on one device and check that; only `kd_loss` is differentiabl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +16,10 @@ import torch
 from sparsemodel.errors import SparseModelError
 from sparsemodel.kernels import fixed_point, reference
 from sparsemodel.kernels.cuda import arrays as cuda_arrays
-from sparsemodel.kernels.cuda import conv as cuda_conv
 from sparsemodel.kernels.cuda import launch as cuda
 from sparsemodel.kernels.cuda import linear as cuda_linear
 from sparsemodel.kernels.cuda import loss as cuda_loss
 from sparsemodel.kernels.cuda import reference as cuda_reference
-from sparsemodel.kernels.geometry import ConvGeometry
 
 Tensor = torch.Tensor
 
@@ -134,38 +132,20 @@ def _fixed_add(
         cuda_arrays.fixed_add(runner, *arrays)
 
 
-def _square_norms(dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, bias: bool) -> Tensor:
+def _square_norms(dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor) -> Tensor:
+    """Of dy [out, B] and x [in, B], or of samples of T positions, [out, T, B] and [in, T, B]."""
     _check("square_norms", dy, x, row_ptr, cols)
     _check_dtype("square_norms", dy.dtype, x)
-    if dy.dim() != 2 or x.dim() != 2 or dy.shape[1] != x.shape[1]:
+    if dy.dim() not in {2, 3} or dy.shape[1:] != x.shape[1:] or len(dy) != row_ptr.numel() - 1:
         raise SparseModelError(
-            f"square_norms: expected dy [out, B] and x [in, B], got {tuple(dy.shape)} and "
-            f"{tuple(x.shape)}"
+            f"square_norms: expected dy [{row_ptr.numel() - 1}, B] and x [in, B], or both with "
+            f"positions [*, T, B], got {tuple(dy.shape)} and {tuple(x.shape)}"
         )
     runner = cuda.runner_for(dy)
     if runner is None:
-        return cuda_reference.square_norms(dy, x, row_ptr, cols, bias)
-    return cuda_linear.square_norms(runner, dy, x, row_ptr, cols, bias=bias)
-
-
-def _conv2d_square_norms(
-    dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, geometry: Sequence[int]
-) -> Tensor:
-    """A sequence of T tokens is a 1 × 1 convolution of a T × 1 plane."""
-    _check("conv2d_square_norms", dy, x, row_ptr, cols)
-    _check_dtype("conv2d_square_norms", dy.dtype, x)
-    _check_dtype("conv2d_square_norms", torch.int32, row_ptr, cols)
-    g = ConvGeometry(*geometry)
-    fit = x.dim() == 4 and row_ptr.numel() == g.out_channels + 1
-    if not fit or dy.shape != (g.out_channels, *g.output_size(*x.shape[1:3]), x.shape[3]):
-        raise SparseModelError(
-            f"conv2d_square_norms: expected dy [out, OH, OW, B] and x [in, H, W, B] of {g}, got "
-            f"{tuple(dy.shape)} and {tuple(x.shape)}"
-        )
-    runner = cuda.runner_for(dy)
-    if runner is None:
-        return cuda_reference.conv2d_square_norms(dy, x, row_ptr, cols, g)
-    return cuda_conv.square_norms(runner, dy, x, row_ptr, cols, g)
+        return cuda_reference.square_norms(dy, x, row_ptr, cols)
+    norms = cuda_linear.square_norms if dy.dim() == 2 else cuda_linear.sequence_norms
+    return norms(runner, dy, x, row_ptr, cols)
 
 
 def _kd_loss(
@@ -256,15 +236,9 @@ fixed_add = _define(
 )
 square_norms = _define(
     "square_norms",
-    "(Tensor dy, Tensor x, Tensor row_ptr, Tensor cols, bool bias) -> Tensor",
+    "(Tensor dy, Tensor x, Tensor row_ptr, Tensor cols) -> Tensor",
     _square_norms,
-    lambda dy, x, row_ptr, cols, bias: dy.new_empty(dy.shape[1], dtype=torch.float32),
-)
-conv2d_square_norms = _define(
-    "conv2d_square_norms",
-    "(Tensor dy, Tensor x, Tensor row_ptr, Tensor cols, int[] geometry) -> Tensor",
-    _conv2d_square_norms,
-    lambda dy, x, row_ptr, cols, geometry: dy.new_empty(dy.shape[3], dtype=torch.float32),
+    lambda dy, x, row_ptr, cols: dy.new_empty(dy.shape[-1], dtype=torch.float32),
 )
 # The losses and what the gradient needs.
 kd_loss = _define(

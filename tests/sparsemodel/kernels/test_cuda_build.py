@@ -10,10 +10,8 @@ import torch
 
 from sparsemodel.errors import NativeLibraryWarning, SparseModelError
 from sparsemodel.kernels.cuda import build as cuda_build
-from sparsemodel.kernels.cuda import conv as cuda_conv
 from sparsemodel.kernels.cuda import launch as cuda
 from sparsemodel.kernels.cuda import source as cuda_source
-from sparsemodel.kernels.geometry import ConvGeometry
 
 
 @pytest.fixture
@@ -78,9 +76,6 @@ def test_a_size_that_does_not_fit_is_refused_and_not_wrapped() -> None:
     cuda_source.arguments("linear", "spmm", [*call, 1, 2**31 - 1])
     with pytest.raises(SparseModelError, match="batch = 2,147,483,648 is too large"):
         cuda_source.arguments("linear", "spmm", [*call, 1, 2**31])
-    geometry = ConvGeometry(1, 1, 1, 1)
-    with pytest.raises(SparseModelError, match="split the batch"):
-        cuda_conv.sizes(geometry, 2**15, (2**8, 2**8), torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("compiler")

@@ -13,7 +13,7 @@ from sparsemodel.kernels.csr import csr_from_mask
 from sparsemodel.kernels.cuda import array_ops as ops
 from sparsemodel.kernels.cuda import layer_ops as cuda_ops
 from sparsemodel.kernels.cuda.launch import Runner
-from sparsemodel.kernels.functional import SparseIndex, sparse_conv2d, sparse_linear
+from sparsemodel.kernels.functional import SparseIndex, sparse_linear
 from sparsemodel.kernels.geometry import ConvGeometry
 
 Tensor = torch.Tensor
@@ -27,13 +27,13 @@ def _computed_by(
     runner = cuda if request.param == "kernels" else None
     monkeypatch.setattr(ops.cuda, "runner", lambda device: runner)
     monkeypatch.setattr(sparse, "_native", lambda values, index: True)
-    for name in ("linear", "linear_backward", "conv2d", "conv2d_backward"):
+    for name in ("linear", "linear_backward"):
         monkeypatch.setattr(layer_ops, name, getattr(cuda_ops, name))
 
 
-def index_of(mask: Tensor, geometry: ConvGeometry) -> SparseIndex:
+def index_of(mask: Tensor) -> SparseIndex:
     row_ptr, cols = csr_from_mask(mask)
-    transposed = cuda_ops.transposed_index(row_ptr, cols, geometry)
+    transposed = cuda_ops.transposed_index(row_ptr, cols, mask.shape[1])
     return SparseIndex(row_ptr, cols, transposed, torch.empty(0, dtype=torch.int16))
 
 
@@ -63,25 +63,11 @@ def check_layer(
 @pytest.mark.parametrize("shape", [(7,), (0, 7), (5, 7), (2, 3, 7)])
 def test_linear_layers_are_differentiable(shape: tuple[int, ...]) -> None:
     geometry, mask = ConvGeometry(4, 7, 1, 1), torch.rand(4, 7) < 0.5
-    index = index_of(mask, geometry)
+    index = index_of(mask)
     check_layer(
         lambda x, v, b: sparse_linear(x, v, b, index, geometry),
         functional.linear,
         torch.randn(shape),
-        mask,
-    )
-
-
-@pytest.mark.usefixtures("_computed_by")
-@pytest.mark.parametrize("batch", [1, 3])
-def test_convolutions_are_differentiable(batch: int) -> None:
-    g = ConvGeometry(6, 4, 3, 2, 2, 1, 1, 1, 1, 2, 2)
-    mask = torch.rand(g.weight_shape) < 0.5
-    index = index_of(mask, g)
-    check_layer(
-        lambda x, v, b: sparse_conv2d(x, v, b, index, g),
-        lambda x, w, b: functional.conv2d(x, w, b, g.stride, g.padding, g.dilation, g.groups),
-        torch.randn(batch, 4, 6, 5),
         mask,
     )
 
@@ -124,17 +110,15 @@ def test_updates_are_added_in_fixed_point(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("_computed_by")
 def test_square_norms_are_those_of_each_sample() -> None:
     mask, dy, x = torch.rand(5, 8) < 0.5, torch.randn(5, 3), torch.randn(8, 3)
-    found = ops.square_norms(dy, x, *csr_from_mask(mask), True)
-    own = torch.einsum("ob,ib->boi", dy, x)[:, mask].square().sum(1) + dy.square().sum(0)
+    found = ops.square_norms(dy, x, *csr_from_mask(mask))
+    own = torch.einsum("ob,ib->boi", dy, x)[:, mask].square().sum(1)
     torch.testing.assert_close(found, own)
 
 
 @pytest.mark.usefixtures("_computed_by")
 def test_square_norms_add_over_the_positions_of_a_sample() -> None:
-    """A sequence is a 1 x 1 convolution: the gradient of a sample is the sum over its tokens."""
     mask, dy, x = torch.rand(5, 8) < 0.5, torch.randn(5, 7, 3), torch.randn(8, 7, 3)
-    geometry = ConvGeometry(5, 8, 1, 1)
-    found = ops.conv2d_square_norms(dy[:, :, None], x[:, :, None], *csr_from_mask(mask), geometry)
+    found = ops.square_norms(dy, x, *csr_from_mask(mask))
     own = torch.einsum("otb,itb->boi", dy.double(), x.double())[:, mask].square().sum(1)
     torch.testing.assert_close(found.double(), own, rtol=1e-5, atol=1e-5)
 
@@ -143,9 +127,8 @@ def test_square_norms_add_over_the_positions_of_a_sample() -> None:
 @pytest.mark.parametrize(("batch", "density"), [(0, 0.5), (2, 0.0)])
 def test_square_norms_of_nothing(batch: int, density: float) -> None:
     mask = torch.rand(5, 8) < density
-    dy, x = torch.randn(5, 2, 3, batch), torch.randn(8, 2, 3, batch)
-    geometry = ConvGeometry(5, 8, 1, 1)
-    found = ops.conv2d_square_norms(dy, x, *csr_from_mask(mask), geometry)
+    dy, x = torch.randn(5, 6, batch), torch.randn(8, 6, batch)
+    found = ops.square_norms(dy, x, *csr_from_mask(mask))
     assert found.tolist() == [0.0] * batch
 
 
@@ -177,11 +160,8 @@ def test_schemas_shapes_and_autograd_hold() -> None:
     sums = [torch.zeros(size, dtype=torch.int64) for size in (5, 5, 2)]
     check(ops.fixed_add, (*sums[:2], torch.rand(3), torch.rand(3), n, 7, sums[2]))
     check(ops.fixed_add, (*sums[:2], torch.rand(5), None, None, 7, sums[2]))
-    check(ops.square_norms, (torch.rand(5, 3), torch.rand(8, 3), row_ptr, cols, True))
-    g = ConvGeometry(5, 8, 1, 1)
-    check(
-        ops.conv2d_square_norms, (torch.rand(5, 2, 2, 3), torch.rand(8, 2, 2, 3), row_ptr, cols, g)
-    )
+    check(ops.square_norms, (torch.rand(5, 3), torch.rand(8, 3), row_ptr, cols))
+    check(ops.square_norms, (torch.rand(5, 4, 3), torch.rand(8, 4, 3), row_ptr, cols))
     logits = torch.rand(3, 4, requires_grad=True)
     check(ops.kd_loss, (logits, torch.rand(3, 4), n, 0.5, 2.0))
 
@@ -205,13 +185,13 @@ def add_to(n: int, values: Tensor, positions: Tensor | None, weight: int) -> Non
         (lambda: add_to(3, torch.zeros(3), torch.arange(3).int(), 1), "expected torch.int64"),
         (lambda: add_to(3, torch.zeros(3), None, 2**27), "overflow"),
         (
-            lambda: ops.conv2d_square_norms(
-                torch.zeros(2, 4, 1, 3), torch.zeros(3, 5, 1, 3), torch.zeros(3).int(),
-                torch.zeros(0).int(), ConvGeometry(2, 3, 1, 1),
+            lambda: ops.square_norms(
+                torch.zeros(2, 4, 3), torch.zeros(3, 5, 3), torch.zeros(3).int(),
+                torch.zeros(0).int(),
             ),
             "expected dy",
         ),
-        (lambda: ops.square_norms(*torch.zeros(2, 3), *torch.zeros(2, 1).int(), True), "dy"),
+        (lambda: ops.square_norms(*torch.zeros(2, 3), *torch.zeros(2, 1).int()), "dy"),
         (
             lambda: ops.kd_loss(*torch.zeros(2, 1, 3), torch.zeros(2).long(), 0.5, 1.0),
             "labels",

@@ -165,5 +165,6 @@ def test_norms_of_samples_are_taken_by_kernels(launched: list[str], kind: str) -
         for value in losses(layer):
             parts = torch.autograd.grad(value, list(layer.parameters()), retain_graph=True)
             expected.append(sum(part.double().square().sum() for part in parts) ** 0.5)
-    assert launched == ["square_norms" if kind == "linear" else "conv_square_norms"]
+    kernels_of = {"linear": ["square_norms"], "tokens": ["sequence_norms"], "conv": []}
+    assert launched == kernels_of[kind]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-6)
