@@ -27,6 +27,7 @@ from sparsemodel.kernels.csr import csr_from_mask
 from sparsemodel.kernels.cuda import array_ops as cuda_array_ops
 from sparsemodel.kernels.cuda import launch as cuda
 from sparsemodel.kernels.cuda import layer_ops as cuda_ops
+from sparsemodel.kernels.cuda import linear as cuda_linear
 from sparsemodel.kernels.layout import features_first
 from sparsemodel.kernels.reference import linear_topk_grad
 
@@ -84,7 +85,7 @@ def cases(device: torch.device, sizes: Sizes, densities: Sequence[float]) -> Ite
     with torch.device(device):
         yield from _arrays(sizes)
         for density in densities:
-            yield from _linear(sizes, density)
+            yield from linear_cases(sizes, density)
         yield _loss(sizes)
 
 
@@ -115,7 +116,8 @@ def _arrays(sizes: Sizes) -> Iterator[Case]:
         yield Case(name, density, ours, peers.fixed_add(given), num_bytes, compared=None)
 
 
-def _linear(sizes: Sizes, density: float) -> Iterator[Case]:
+def linear_cases(sizes: Sizes, density: float) -> Iterator[Case]:
+    """The operators of a sparse linear layer, on the current default device."""
     width, batch = sizes.width, sizes.batch
     mask = torch.rand(width, width) < density
     row_ptr, cols = csr_from_mask(mask)
@@ -125,21 +127,25 @@ def _linear(sizes: Sizes, density: float) -> Iterator[Case]:
     index = row_ptr, cols, cuda_ops.transposed_index(row_ptr, cols, width)
     layer = peers.Linear(weight, mask, row_ptr, cols, x, dy)
     num_bytes = 8 * width * batch + 8 * len(cols)
+    flat_dy, flat_x, pattern = dy.t(), x.t(), (row_ptr, cols)
 
-    def backward(wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
-        return cuda_ops.linear_backward(dy, x, values, *index, width, wanted)
+    def input_gradient() -> Tensor:
+        return cuda_ops.linear_backward(dy, x, values, *index, width, (True, False, False))[0]
+
+    def at_the_mask() -> Tensor:  # whatever the table says
+        runner = cuda.runner(x.device)
+        assert runner is not None
+        return cuda_linear.weight_gradient(runner, flat_dy, flat_x, *pattern)
 
     yield Case(
         "linear", density, lambda: cuda_ops.linear(x, values, None, row_ptr, cols),
         layer.forward(density), num_bytes,
     )  # fmt: skip
     yield Case(
-        "linear, input gradient", density, lambda: backward((True, False, False))[0],
-        layer.input_gradient(), num_bytes,
+        "linear, input gradient", density, input_gradient, layer.input_gradient(), num_bytes
     )  # fmt: skip
     yield Case(
-        "linear, gradient at the mask", density, lambda: backward((False, True, False))[1],
-        layer.weight_gradient(), num_bytes,
+        "linear, gradient at the mask", density, at_the_mask, layer.weight_gradient(), num_bytes
     )  # fmt: skip
     k = len(cols) // 10
     yield Case(
@@ -148,8 +154,6 @@ def _linear(sizes: Sizes, density: float) -> Iterator[Case]:
         # At the threshold any may win; ours come back to the CPU.
         compared=lambda gradients: gradients.abs().sort().values.cpu(),
     )  # fmt: skip
-    flat_dy, flat_x = dy.t(), x.t()
-    pattern = row_ptr, cols
     yield Case(
         "per-sample norms", density,
         lambda: cuda_array_ops.square_norms(flat_dy, flat_x, *pattern),

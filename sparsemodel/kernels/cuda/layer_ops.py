@@ -17,6 +17,7 @@ from sparsemodel.kernels import reference
 from sparsemodel.kernels.csr import flat_positions
 from sparsemodel.kernels.cuda import launch as cuda
 from sparsemodel.kernels.cuda import linear as cuda_linear
+from sparsemodel.kernels.cuda import measured
 from sparsemodel.kernels.geometry import empty_features_first
 from sparsemodel.kernels.layout import features_first
 
@@ -62,14 +63,22 @@ def linear_backward(
     if wanted[1]:
         assert x is not None, "the values' gradient needs the input"
         flat_x, flat_dy = _flat(features_first(x)), _flat(dy)
-        if runner is None:
+        if runner is not None and _at_the_mask_alone(flat_dy, in_features, cols.numel()):
+            dvalues = cuda_linear.weight_gradient(runner, flat_dy, flat_x, row_ptr, cols)
+        else:
             dense = flat_dy.matmul(flat_x.t())
             dvalues = dense.reshape(-1)[flat_positions(row_ptr, cols, in_features)]
-        else:
-            dvalues = cuda_linear.weight_gradient(runner, flat_dy, flat_x, row_ptr, cols)
     if wanted[2]:
         dbias = _flat(dy).sum(1)
     return dx, dvalues, dbias
+
+
+def _at_the_mask_alone(dy: Tensor, in_features: int, nnz: int) -> bool:
+    """Whether the dense gradient would take too much memory, or longer than the kernel."""
+    weights = len(dy) * in_features
+    return weights > measured.MAX_DENSE_GRADIENT or measured.sparse_is_faster(
+        "gradient at the mask", dy, weights=weights, nnz=nnz, rows=dy.shape[1]
+    )
 
 
 def transposed_index(row_ptr: Tensor, cols: Tensor, in_features: int) -> Tensor:

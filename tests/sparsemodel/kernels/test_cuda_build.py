@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from sparsemodel.errors import NativeLibraryWarning, SparseModelError
 from sparsemodel.kernels.cuda import build as cuda_build
 from sparsemodel.kernels.cuda import launch as cuda
+from sparsemodel.kernels.cuda import measured
 from sparsemodel.kernels.cuda import source as cuda_source
 
 
@@ -106,8 +109,24 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:
     assert cuda_build.read_entry(tmp_path / "file" / "entry") is None
 
 
-def test_kernels_are_used_only_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _unknown() -> Iterator[None]:
+    """What is known of this machine's GPUs is forgotten, before and after."""
+    for kept in (cuda._loaded, cuda._warn_once):
+        kept.cache_clear()
+    yield
+    for kept in (cuda._loaded, cuda._warn_once):
+        kept.cache_clear()
+
+
+def test_kernels_are_used_where_they_run_unless_they_are_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = object()
+    monkeypatch.setattr(cuda, "_loaded", lambda index: made)
     monkeypatch.delenv(cuda.ENVIRONMENT, raising=False)
+    assert cuda.runner(torch.device("cuda", 0)) is made
+    monkeypatch.setenv(cuda.ENVIRONMENT, "off")
     assert cuda.runner(torch.device("cuda", 0)) is None
 
 
@@ -116,28 +135,53 @@ def test_no_kernels_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.runner(torch.device("cpu")) is None
 
 
+@pytest.mark.usefixtures("_unknown")
 def test_without_cuda_core_there_is_one_warning_with_the_cure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(cuda.ENVIRONMENT, "on")
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    cuda._runner.cache_clear()
     with pytest.warns(NativeLibraryWarning, match=r"fedprune\[cuda\]"):
         assert cuda.runner(torch.device("cuda", 0)) is None
     assert cuda.runner(torch.device("cuda", 0)) is None  # a second warning would be an error
-    cuda._runner.cache_clear()
 
 
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("_unknown")
+def test_kernels_that_nobody_asked_for_are_missed_in_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(cuda.ENVIRONMENT, raising=False)
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cuda.runner(torch.device("cuda", 0)) is None
+
+
+@pytest.mark.usefixtures("compiler", "_unknown")
 def test_without_a_gpu_there_is_one_warning_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
     monkeypatch.setenv(cuda.ENVIRONMENT, "on")
-    cuda._runner.cache_clear()
     with pytest.warns(NativeLibraryWarning, match="do not load on cuda:0"):
         assert cuda.runner(torch.device("cuda")) is None
     assert cuda.runner(torch.device("cuda", 0)) is None
-    cuda._runner.cache_clear()
+
+
+@pytest.mark.usefixtures("_unknown")
+def test_a_line_says_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    assert cuda.in_use(torch.device("cpu")) == ""
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    assert re.match(r"plain torch on cuda:0 \(.*fedprune\[cuda\]", cuda.in_use(device))
+    monkeypatch.setenv(cuda.ENVIRONMENT, "off")
+    assert cuda.in_use(device) == "plain torch on cuda:0 (SPARSEMODEL_CUDA=off)"
+    monkeypatch.setenv(cuda.ENVIRONMENT, "on")
+    monkeypatch.setattr(cuda, "_loaded", lambda index: object())
+    monkeypatch.setattr(measured, "gpu_of", lambda device: measured.MEASURED[0])
+    for name, rule in (("NVIDIA H200", "its own measurements"),
+                       ("NVIDIA A100", "measurements of an NVIDIA H200")):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index, name=name: name)
+        assert cuda.in_use(device) == f"CUDA kernels on cuda:0 ({name}), chosen by {rule}"
 
 
 def test_importing_the_kernels_imports_no_binding() -> None:

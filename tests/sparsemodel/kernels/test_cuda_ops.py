@@ -12,6 +12,7 @@ from sparsemodel.kernels import ops as layer_ops
 from sparsemodel.kernels.csr import csr_from_mask
 from sparsemodel.kernels.cuda import array_ops as ops
 from sparsemodel.kernels.cuda import layer_ops as cuda_ops
+from sparsemodel.kernels.cuda import measured
 from sparsemodel.kernels.cuda.launch import Runner
 from sparsemodel.kernels.functional import SparseIndex, sparse_linear
 from sparsemodel.kernels.geometry import ConvGeometry
@@ -19,13 +20,15 @@ from sparsemodel.kernels.geometry import ConvGeometry
 Tensor = torch.Tensor
 
 
-@pytest.fixture(params=["kernels", "reference"])
+@pytest.fixture(params=["kernels", "kernels where they won", "reference"])
 def _computed_by(
     request: pytest.FixtureRequest, cuda: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the operators do on a GPU, with kernels or without, on CPU tensors."""
-    runner = cuda if request.param == "kernels" else None
+    runner = None if request.param == "reference" else cuda
     monkeypatch.setattr(ops.cuda, "runner", lambda device: runner)
+    if request.param == "kernels":
+        monkeypatch.setattr(measured, "MAX_DENSE_GRADIENT", 0)
     monkeypatch.setattr(sparse, "_native", lambda values, index: True)
     for name in ("linear", "linear_backward"):
         monkeypatch.setattr(layer_ops, name, getattr(cuda_ops, name))
