@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_simulation [--device cuda] [--data FOLDER] [--quick] [--json]
         [--engines inline,batched,flower] [--cohorts 0,4] [--clients N] [--local-epochs N]
-        [--repeats N]
+        [--repeats N] [--images N]
 
 Both sides train the same network class on the same samples of the same clients, in mini-batches
 of the same size, for as many local epochs, and evaluate on the same test images after every
@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--data", help="a folder of parquet such as CIFAR-10's; default: drawn")
     parser.add_argument("--engines", default="", help=f"comma-separated, of {', '.join(ENGINES)}")
+    parser.add_argument("--images", type=int, default=0, help="drawn for training")
     parser.add_argument("--cohorts", default="0", help="training.cohort of batched; 0: automatic")
     parser.add_argument("--clients", type=int, default=0)
     parser.add_argument("--local-epochs", type=int, default=1)
@@ -288,7 +289,8 @@ def main() -> None:
         try:
             device = compute_device(arguments.device)
             if not arguments.data:
-                num_train, num_test = (400, 100) if arguments.quick else (10_000, 1_000)
+                num_train = arguments.images or (400 if arguments.quick else 10_000)
+                num_test = max(100, num_train // 10)
                 write_images(Path(temporary), num_train=num_train, num_test=num_test)
             config = configuration(arguments, arguments.data or str(temporary))
             if device.type == "cuda":
