@@ -97,6 +97,27 @@ def test_left_to_themselves_layers_stay_dense(name: str, monkeypatch: pytest.Mon
     sparse(x)
 
 
+@pytest.mark.parametrize(("sparse", "expected"), [(1.0, ["spmm", "spmm"]), (3.0, [])])
+def test_linear_layers_follow_the_table(
+    sparse: float, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [measured.Timed(o, 1, 1, 0.9, sparse, 2.0) for o in ("forward", "input gradient")]
+    gpu = measured.Gpu("any", (9, 0), tuple(rows))
+    monkeypatch.setattr(measured, "gpu_of", lambda device: gpu)
+    launched = []
+    launch = cuda.DeviceRunner.launch
+
+    def recorded(self: cuda.DeviceRunner, family: str, kernel: str, *rest: object, **real: object):
+        launched.append(kernel)
+        launch(self, family, kernel, *rest, **real)
+
+    monkeypatch.setattr(cuda.DeviceRunner, "launch", recorded)
+    _, layer, x = pair("linear")
+    layer.execution = "auto"
+    layer(x.requires_grad_()).sum().backward()
+    assert launched == expected
+
+
 def test_kernels_run_on_the_current_stream() -> None:
     """Work queued before on the same stream is seen, and nothing waits for the default stream."""
     values, gradient = torch.zeros(2, 1 << 24).unbind()

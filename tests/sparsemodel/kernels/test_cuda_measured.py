@@ -5,6 +5,7 @@ import torch
 
 from sparsemodel.kernels.cuda import measured
 from sparsemodel.kernels.cuda.measured import Gpu, Timed, nearest, sparse_is_faster
+from sparsemodel.layers.linear_and_conv import SparseConv2d, SparseLinear
 
 WIDTH, ROWS = 4096, 8192
 X = torch.zeros(1)
@@ -65,3 +66,15 @@ def test_a_device_without_rows_goes_by_the_nearest(monkeypatch: pytest.MonkeyPat
     assert nearest("other", (7, 5)) is old
     assert nearest("other", (10, 0)) is new
     assert nearest("old", (9, 0)) is old
+
+
+def test_layers_train_sparse_only_where_both_products_won(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse forward 1 ms against 2, for the input's gradient 3 against 2; convolutions never."""
+    rows = (Timed("forward", 2, 5, 0.5, 1, 2), Timed("input gradient", 2, 5, 0.5, 3, 2))
+    monkeypatch.setattr(measured, "gpu_of", lambda device: Gpu("any", (9, 0), rows))
+    linear = SparseLinear(4, 4, torch.eye(4, dtype=torch.bool))
+    assert linear._won_on_gpu(4, 5, training=False)
+    assert not linear._won_on_gpu(4, 4, training=False)
+    assert not linear._won_on_gpu(4, 5, training=True)
+    conv = SparseConv2d(4, 4, 1, torch.eye(4, dtype=torch.bool)[..., None, None])
+    assert not conv._won_on_gpu(4, 5, training=False)
