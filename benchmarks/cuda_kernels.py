@@ -27,8 +27,9 @@ from sparsemodel.kernels.csr import csr_from_mask
 from sparsemodel.kernels.cuda import array_ops as cuda_array_ops
 from sparsemodel.kernels.cuda import launch as cuda
 from sparsemodel.kernels.cuda import layer_ops as cuda_ops
-from sparsemodel.kernels.geometry import ConvGeometry
-from sparsemodel.kernels.layout import batch_innermost, features_first
+from sparsemodel.kernels.cuda import linear as cuda_linear
+from sparsemodel.kernels.layout import features_first
+from sparsemodel.kernels.reference import linear_topk_grad
 
 Tensor = torch.Tensor
 Call = Callable[[], Any]
@@ -47,16 +48,11 @@ class Sizes:
     width: int = 4096
     batch: int = 8192
     tokens: int = 64
-    plane: int = 32
-    channels: int = 256
-    images: int = 128
-    prototypes: int = 4096
-    points: int = 1 << 17
     vocabulary: int = 128_000
     rows: int = 2048
 
 
-QUICK = Sizes(entries=1 << 24, batch=2048, images=32, points=1 << 15, rows=512)
+QUICK = Sizes(entries=1 << 24, batch=2048, rows=512)
 
 
 @dataclass(frozen=True)
@@ -89,18 +85,13 @@ def cases(device: torch.device, sizes: Sizes, densities: Sequence[float]) -> Ite
     with torch.device(device):
         yield from _arrays(sizes)
         for density in densities:
-            yield from _linear(sizes, density)
-            yield from _conv(sizes, density)
-        yield _nearest(sizes)
+            yield from linear_cases(sizes, density)
         yield _loss(sizes)
 
 
 def _arrays(sizes: Sizes) -> Iterator[Case]:
     n, ops = sizes.entries, cuda_array_ops
     mask = torch.rand(n) < 0.05
-    packed = ops.pack_mask(mask)
-    yield Case("pack_mask", 0.05, lambda: ops.pack_mask(mask), peers.pack(mask), n + n // 8)
-    yield Case("popcount", 0.05, lambda: ops.popcount(packed), peers.count(packed), n // 8)
     values, gradient, mean, square = torch.randn(4, n).unbind()
     square = square.abs()
     step = (0.0, 0.9, 0.0)  # a learning rate of 0, so that turns do not move the values
@@ -125,94 +116,56 @@ def _arrays(sizes: Sizes) -> Iterator[Case]:
         yield Case(name, density, ours, peers.fixed_add(given), num_bytes, compared=None)
 
 
-def _linear(sizes: Sizes, density: float) -> Iterator[Case]:
+def linear_cases(sizes: Sizes, density: float) -> Iterator[Case]:
+    """The operators of a sparse linear layer, on the current default device."""
     width, batch = sizes.width, sizes.batch
     mask = torch.rand(width, width) < density
     row_ptr, cols = csr_from_mask(mask)
     values = torch.randn(len(cols)) / width**0.5
     weight = torch.zeros(width, width).masked_scatter(mask, values)
     x, dy = (features_first(torch.randn(batch, width)) for _ in range(2))
-    geometry = ConvGeometry(width, width, 1, 1)
-    index = row_ptr, cols, cuda_ops.transposed_index(row_ptr, cols, geometry)
+    index = row_ptr, cols, cuda_ops.transposed_index(row_ptr, cols, width)
     layer = peers.Linear(weight, mask, row_ptr, cols, x, dy)
     num_bytes = 8 * width * batch + 8 * len(cols)
+    flat_dy, flat_x, pattern = dy.t(), x.t(), (row_ptr, cols)
 
-    def backward(wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
-        return cuda_ops.linear_backward(dy, x, values, *index, width, wanted)
+    def input_gradient() -> Tensor:
+        return cuda_ops.linear_backward(dy, x, values, *index, width, (True, False, False))[0]
+
+    def at_the_mask() -> Tensor:  # whatever the table says
+        runner = cuda.runner(x.device)
+        assert runner is not None
+        return cuda_linear.weight_gradient(runner, flat_dy, flat_x, *pattern)
 
     yield Case(
         "linear", density, lambda: cuda_ops.linear(x, values, None, row_ptr, cols),
         layer.forward(density), num_bytes,
     )  # fmt: skip
     yield Case(
-        "linear, input gradient", density, lambda: backward((True, False, False))[0],
-        layer.input_gradient(), num_bytes,
+        "linear, input gradient", density, input_gradient, layer.input_gradient(), num_bytes
     )  # fmt: skip
     yield Case(
-        "linear, gradient at the mask", density, lambda: backward((False, True, False))[1],
-        layer.weight_gradient(), num_bytes,
+        "linear, gradient at the mask", density, at_the_mask, layer.weight_gradient(), num_bytes
     )  # fmt: skip
     k = len(cols) // 10
     yield Case(
-        "top-K growth", density, lambda: cuda_ops.linear_topk_grad(x, dy, row_ptr, cols, k)[1],
+        "top-K growth", density, lambda: linear_topk_grad(x, dy, row_ptr, cols, k)[1],
         layer.growth(k), num_bytes,
-        compared=lambda gradients: gradients.abs().sort().values,  # at the threshold any may win
+        # At the threshold any may win; ours come back to the CPU.
+        compared=lambda gradients: gradients.abs().sort().values.cpu(),
     )  # fmt: skip
-    flat_dy, flat_x = dy.t(), x.t()
-    pattern = row_ptr, cols
     yield Case(
         "per-sample norms", density,
-        lambda: cuda_array_ops.square_norms(flat_dy, flat_x, *pattern, False),
+        lambda: cuda_array_ops.square_norms(flat_dy, flat_x, *pattern),
         layer.norms(), num_bytes,
     )  # fmt: skip
-    shape = width, sizes.tokens, 1, batch // sizes.tokens
+    shape = width, sizes.tokens, batch // sizes.tokens
     planes = flat_dy.view(shape), flat_x.view(shape)
     yield Case(
         "per-sample norms of sequences", density,
-        lambda: cuda_array_ops.conv2d_square_norms(*planes, *pattern, geometry),
-        peers.sample_norms(*planes, *pattern, geometry), num_bytes,
+        lambda: cuda_array_ops.square_norms(*planes, *pattern),
+        peers.sequence_norms(*planes, *pattern), num_bytes,
     )  # fmt: skip
-
-
-def _conv(sizes: Sizes, density: float) -> Iterator[Case]:
-    c, side, batch = sizes.channels, sizes.plane, sizes.images
-    g = ConvGeometry(c, c, 3, 3, 1, 1, 1, 1)
-    mask = torch.rand(g.weight_shape) < density
-    row_ptr, cols = csr_from_mask(mask)
-    values = torch.randn(len(cols)) / g.row_length**0.5
-    weight = torch.zeros(g.weight_shape).masked_scatter(mask, values)
-    x, dy = (batch_innermost(torch.randn(batch, c, side, side)) for _ in range(2))
-    index = row_ptr, cols, cuda_ops.transposed_index(row_ptr, cols, g)
-    num_bytes = 8 * c * side * side * batch + 8 * len(cols)
-
-    def backward(wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
-        return cuda_ops.conv2d_backward(dy, x, values, *index, g, (side, side), wanted)
-
-    yield Case(
-        "conv 3x3", density, lambda: cuda_ops.conv2d(x, values, None, row_ptr, cols, g),
-        peers.conv(x, weight), num_bytes,
-    )  # fmt: skip
-    yield Case(
-        "conv 3x3, input gradient", density, lambda: backward((True, False, False))[0],
-        peers.conv_backward(x, dy, weight, None), num_bytes,
-    )  # fmt: skip
-    yield Case(
-        "conv 3x3, gradient at the mask", density, lambda: backward((False, True, False))[1],
-        peers.conv_backward(x, dy, weight, mask), num_bytes,
-    )  # fmt: skip
-    planes = dy.permute(1, 2, 3, 0), x.permute(1, 2, 3, 0)
-    yield Case(
-        "conv 3x3, per-sample norms", density,
-        lambda: cuda_array_ops.conv2d_square_norms(*planes, row_ptr, cols, g),
-        peers.sample_norms(*planes, row_ptr, cols, g), num_bytes,
-    )  # fmt: skip
-
-
-def _nearest(sizes: Sizes) -> Case:
-    points, prototypes = torch.randn(sizes.points, 384), torch.randn(sizes.prototypes, 384)
-    num_bytes = 4 * (points.numel() + prototypes.numel()) + 12 * len(points)
-    ours = lambda: cuda_array_ops.nearest(points, prototypes)[1]  # noqa: E731
-    return Case("nearest prototype", 1.0, ours, peers.nearest(points, prototypes), num_bytes)
 
 
 def _loss(sizes: Sizes) -> Case:

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from sparsemodel.gradients.sample_gradients import Active, Convolution, Factored, norms_by_blocks
+from sparsemodel.gradients.sample_gradients import Active, Factored, norms_by_blocks
 from sparsemodel.kernels import fixed_point
 from sparsemodel.kernels import reference as plain
 from sparsemodel.kernels.cuda import reference
-from sparsemodel.kernels.geometry import ConvGeometry
 
 Tensor = torch.Tensor
 Call = Callable[[], Any]
@@ -31,14 +29,6 @@ def both(function: Callable[..., Any], *arguments: Any) -> dict[str, Call]:
     return {EAGER: lambda: function(*arguments), COMPILED: lambda: compiled(*arguments)}
 
 
-def pack(mask: Tensor) -> dict[str, Call]:
-    return both(reference.pack_mask, mask)
-
-
-def count(packed: Tensor) -> dict[str, Call]:
-    return both(reference.popcount, packed)
-
-
 def sgd(values: Tensor, gradient: Tensor, buffer: Tensor, step: tuple[Any, ...]) -> dict[str, Call]:
     return both(plain.sgd_step, values, gradient, buffer, *step)
 
@@ -51,15 +41,6 @@ def adam(
 
 def fixed_add(given: tuple[Any, ...]) -> dict[str, Call]:
     return both(fixed_point.add, *given)
-
-
-def nearest(points: Tensor, prototypes: Tensor) -> dict[str, Call]:
-    """Through the matrix of distances."""
-
-    def least(points: Tensor, prototypes: Tensor) -> Tensor:
-        return torch.cdist(points, prototypes).square().min(1).values
-
-    return both(least, points, prototypes)
 
 
 def loss(logits: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Call]:
@@ -79,42 +60,9 @@ def loss(logits: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Call]:
     return {EAGER: lambda: gradient(logits, teacher, labels), COMPILED: compiled}
 
 
-def conv(x: Tensor, weight: Tensor) -> dict[str, Call]:
-    """Dense, in torch's two layouts."""
-    contiguous = x.contiguous()
-    last = x.contiguous(memory_format=torch.channels_last)
-    return {
-        "torch dense": lambda: functional.conv2d(contiguous, weight, padding=1),
-        "torch dense, channels last": lambda: functional.conv2d(last, weight, padding=1),
-    }
-
-
-def conv_backward(x: Tensor, dy: Tensor, weight: Tensor, mask: Tensor | None) -> dict[str, Call]:
-    """The dense input gradient, or with `mask` the dense weight gradient at it."""
-    wanted = (mask is None, mask is not None, False)
-
-    def gradient(x: Tensor, dy: Tensor) -> Tensor:
-        found = torch.ops.aten.convolution_backward.default(
-            dy, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
-        )
-        return found[0] if mask is None else found[1][mask]
-
-    contiguous = x.contiguous(), dy.contiguous()
-    last = tuple(t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
-    return {
-        "torch dense": lambda: gradient(*contiguous),
-        "torch dense, channels last": lambda: gradient(*last),
-    }
-
-
-def sample_norms(
-    dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, g: ConvGeometry
-) -> dict[str, Call]:
-    """Each sample's gradient, of as many samples at a time as fit; `dy` and `x` [C, H, W, B]."""
-    dy, x = (t.permute(3, 0, 1, 2).contiguous() for t in (dy, x))
-    dense: Factored | Convolution = Convolution(x, dy, g)
-    if g.kernel_h * g.kernel_w == 1:
-        dense = Factored(dy.flatten(2).mT, x.flatten(2).mT)
+def sequence_norms(dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor) -> dict[str, Call]:
+    """Each sample's gradient, of as many samples at a time as fit; `dy` and `x` [C, T, B]."""
+    dense = Factored(*(t.permute(2, 1, 0).contiguous() for t in (dy, x)))
     return {EAGER: lambda: norms_by_blocks([Active(dense, row_ptr, cols)])}
 
 

@@ -1,10 +1,9 @@
-"""Structured sparsity on a GPU: blocks and 2:4 against torch dense, torch's BSR and cuSPARSELt.
+"""Sparse blocks on a GPU against torch dense and torch's BSR.
 
     python -m benchmarks.cuda_structured [--quick] [--json]
 
 Layers of 4096 → 4096 at a batch of 8192. Every result is compared with dense torch's before
-anything is timed. Times are medians of device events, all sides in turn in one process. The
-density of a case is that of its mask; "torch 2:4" multiplies another pattern, of density 0.5.
+anything is timed. Times are medians of device events, all sides in turn in one process.
 """
 
 from __future__ import annotations
@@ -16,24 +15,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from benchmarks.cuda_kernels import command, milliseconds, show
 from benchmarks.rows import Row
 from sparsemodel.kernels.blocks import ops as block_ops
-from sparsemodel.kernels.blocks import semi_structured
 from sparsemodel.kernels.blocks.index import BlockIndex
 from sparsemodel.kernels.csr import csr_from_mask
-from sparsemodel.layers.linear_and_conv import SparseLinear
-from sparsemodel.masks.structure import SIDES, block_counts, block_mask, n_of_m_mask
+from sparsemodel.masks.structure import SIDES, block_counts, block_mask
 
 Tensor = torch.Tensor
 Call = Callable[[], Any]
 
 BENCH = "cuda_structured"
 DENSITIES = (0.05, 0.1, 0.25, 0.5)
-DENSE, BSR, TWO_OF_FOUR = "torch", "torch BSR", "torch 2:4"
+DENSE, BSR = "torch", "torch BSR"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of the largest
 
 
@@ -52,8 +48,6 @@ def cases(width: int, batch: int, dtype: torch.dtype, sides: tuple[int, ...]) ->
     for density in DENSITIES:
         for side in sides:
             yield from _blocks(width, batch, dtype, density, side)
-    if dtype != torch.float32:
-        yield from _two_of_four(width, batch, dtype)
 
 
 def _blocks(
@@ -75,44 +69,17 @@ def _blocks(
     yield Case(
         f"blocks, {name}", density,
         lambda: block_ops.block_linear(x, values, None, *pattern),
-        {DENSE: lambda: functional.linear(x, weight), **_sparse_peers(x, weight, side, density)},
+        {DENSE: lambda: functional.linear(x, weight), **_bsr_peer(x, weight, side)},
     )  # fmt: skip
     yield Case(
         f"blocks, {name}, input gradient", density,
         lambda: backward(dy, x, values, *pattern, [True, False])[0],
-        {DENSE: lambda: dy @ weight, **_sparse_peers(dy, weight.t(), side, density)},
+        {DENSE: lambda: dy @ weight, **_bsr_peer(dy, weight.t(), side)},
     )  # fmt: skip
     yield Case(
         f"blocks, {name}, gradient at the blocks", density,
         lambda: backward(dy, x, values, *pattern, [False, True])[1], {DENSE: gradient},
     )  # fmt: skip
-
-
-def _two_of_four(width: int, batch: int, dtype: torch.dtype) -> Iterator[Case]:
-    plain = nn.Linear(width, width, dtype=dtype)
-    mask = n_of_m_mask({"weight": plain.weight.detach().abs().float()})
-    mask.apply(plain)
-    layer = SparseLinear.from_dense(plain, mask["weight"], execution="2:4")
-    x, dy = torch.randn(2, batch, width, dtype=dtype).unbind()
-    name = str(dtype).removeprefix("torch.")
-
-    def inference(module: nn.Module) -> Tensor:
-        with torch.no_grad():
-            y: Tensor = module(x)
-            return y
-
-    def training(module: nn.Module) -> Tensor:
-        inputs = x.detach().requires_grad_()
-        module.zero_grad()
-        module(inputs).backward(dy)
-        assert inputs.grad is not None
-        return inputs.grad
-
-    for case, call in (("inference", inference), ("forward and backward", training)):
-        yield Case(
-            f"2:4, {name}, {case}", 0.5, lambda call=call: call(layer),  # type: ignore[misc]
-            {DENSE: lambda call=call: call(plain)},  # type: ignore[dict-item]
-        )  # fmt: skip
 
 
 def _weight(width: int, dtype: torch.dtype, density: float, side: int) -> tuple[Tensor, Tensor]:
@@ -124,18 +91,12 @@ def _weight(width: int, dtype: torch.dtype, density: float, side: int) -> tuple[
     return pattern, weight * pattern
 
 
-def _sparse_peers(x: Tensor, weight: Tensor, side: int, density: float) -> dict[str, Call]:
-    """torch's own sparse products with x · Wᵀ; 2:4 where the density is the same."""
-    with warnings.catch_warnings():  # torch calls both formats a beta and a prototype
+def _bsr_peer(x: Tensor, weight: Tensor, side: int) -> dict[str, Call]:
+    """torch's own block-sparse product x · Wᵀ."""
+    with warnings.catch_warnings():  # torch calls the format a beta
         warnings.simplefilter("ignore", UserWarning)
         blocks = weight.contiguous().to_sparse_bsr((side, side))
-        peers: dict[str, Call] = {BSR: lambda: functional.linear(x, blocks)}
-        shape = tuple(weight.shape)
-        if density == 0.5 and semi_structured.obstacle(x, shape) is None:
-            half = n_of_m_mask({"w": torch.rand(shape)})["w"].to(x.device) * torch.randn_like(x[0])
-            packed = torch.sparse.to_sparse_semi_structured(half.to(x.dtype).contiguous())
-            peers[TWO_OF_FOUR] = lambda: functional.linear(x, packed)
-    return peers
+    return {BSR: lambda: functional.linear(x, blocks)}
 
 
 def compare(case: Case, dtype: torch.dtype) -> None:

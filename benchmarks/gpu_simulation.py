@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu_simulation [--device cuda] [--data FOLDER] [--quick] [--json]
         [--engines inline,batched,flower] [--cohorts 0,4] [--clients N] [--local-epochs N]
+        [--repeats N] [--images N]
 
 Both sides train the same network class on the same samples of the same clients, in mini-batches
 of the same size, for as many local epochs, and evaluate on the same test images after every
@@ -75,9 +76,8 @@ def rows(config: RunConfig, ways: Sequence[Way], *, repeats: int) -> Iterator[Ro
     for _ in range(repeats):
         for name, call in calls.items():
             found[name].append(statistics.mean(call()[1:]))
+            print(f"# {name}: {60 / found[name][-1]:.2f} rounds a minute", file=sys.stderr)
     seconds = {name: statistics.median(values) for name, values in found.items()}
-    for name, value in seconds.items():
-        print(f"# {name}: {60 / value:.2f} rounds a minute", file=sys.stderr)
     case = f"{config.model_name} {config.data.clients} clients on {config.training.device}"
     for way in ways:
         ours, peer = seconds[way.name], seconds["plain"]
@@ -269,10 +269,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--data", help="a folder of parquet such as CIFAR-10's; default: drawn")
     parser.add_argument("--engines", default="", help=f"comma-separated, of {', '.join(ENGINES)}")
+    parser.add_argument("--images", type=int, default=0, help="drawn for training")
     parser.add_argument("--cohorts", default="0", help="training.cohort of batched; 0: automatic")
     parser.add_argument("--clients", type=int, default=0)
     parser.add_argument("--local-epochs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5, help="of each run, at least 2")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side; 1 with --quick")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds: the first is not counted, so give at least 2")
@@ -287,13 +289,15 @@ def main() -> None:
         try:
             device = compute_device(arguments.device)
             if not arguments.data:
-                num_train, num_test = (400, 100) if arguments.quick else (10_000, 1_000)
+                num_train = arguments.images or (400 if arguments.quick else 10_000)
+                num_test = max(100, num_train // 10)
                 write_images(Path(temporary), num_train=num_train, num_test=num_test)
-            config = configuration(arguments, arguments.data or temporary)
+            config = configuration(arguments, arguments.data or str(temporary))
             if device.type == "cuda":
                 print(f"# {torch.cuda.get_device_name()}", file=sys.stderr)
             ways = ways_of(engines, cohorts, device=arguments.device)
-            show(rows(config, ways, repeats=1 if arguments.quick else 3), arguments)
+            repeats = 1 if arguments.quick else arguments.repeats
+            show(rows(config, ways, repeats=repeats), arguments, native=False)
         except USER_ERRORS as error:
             raise SystemExit(str(error)) from None
 

@@ -62,11 +62,11 @@ def add_timing_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def show(rows: Iterable[Row], arguments: argparse.Namespace) -> list[Row]:
-    """Print rows as they come, then draw them if that was asked for."""
+def show(rows: Iterable[Row], arguments: argparse.Namespace, *, native: bool = True) -> list[Row]:
+    """Print rows as they come, then draw them if that was asked for; `native` as of `machine`."""
     notes, neighbours = sys.stderr if arguments.json else sys.stdout, Neighbours()
     clock = ", processor time" if getattr(arguments, "processor_time", False) else ""
-    print(f"# {machine()}{clock}", file=notes, flush=True)
+    print(f"# {machine(native=native)}{clock}", file=notes, flush=True)
     shown: list[Row] = []
     for row in rows:
         print(row.as_json() if arguments.json else row.as_line(), flush=True)

@@ -78,16 +78,19 @@ def clock(*, processor_time: bool) -> Clock:
     return time.process_time
 
 
-def machine() -> str:
+def machine(*, native: bool = True) -> str:
     """Processor, threads and versions, for the line above a table.
 
+    Args:
+        native: whether the native kernels are what is measured.
+
     Raises:
-        SystemExit: the native kernels are missing, so that there is nothing to measure.
+        SystemExit: they are, and are missing.
     """
-    if cpu.isa() is None:
+    if native and cpu.isa() is None:
         raise SystemExit("no native kernels in this environment: install fedprune with a compiler")
     return (
-        f"{_processor()}, {torch.get_num_threads()} threads, {cpu.isa()} kernels, "
+        f"{_processor()}, {torch.get_num_threads()} threads, {cpu.isa() or 'no native'} kernels, "
         f"torch {torch.__version__.partition('+')[0]}"
     )
 

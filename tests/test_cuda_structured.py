@@ -17,7 +17,7 @@ def test_all_cases_compute_what_dense_torch_does(
         cuda_structured.compare(case, dtype)
         assert cuda_structured.DENSE in cuda_structured.working(case)
         names.add(case.name)
-    assert len(names) == (6 if dtype == torch.float32 else 8)
+    assert len(names) == 6
     assert "left out torch BSR" in capsys.readouterr().err or dtype == torch.float32
 
 

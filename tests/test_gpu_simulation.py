@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_simulation
+from benchmarks import gpu_simulation, timing
 from benchmarks.gpu_simulation import plain_rounds, rows, ways_of, write_images
+from benchmarks.rows import Row
 from fedprune.config import RunConfig
 from fedprune.rounds.workspace import open_workspace
 from prunelab.data.datasets import load_dataset
@@ -87,3 +88,25 @@ def test_cuda_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "argv", ["benchmark", "--device", "cuda"])
     with pytest.raises(SystemExit, match="torch finds no CUDA device"):
         gpu_simulation.main()
+
+
+def test_images_are_drawn_and_native_kernels_not_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[RunConfig, int]] = []
+
+    def noted(config: RunConfig, ways: list[gpu_simulation.Way], *, repeats: int) -> list[Row]:
+        assert (Path(config.data.dataset) / "train.parquet").is_file()
+        seen.append((config, repeats))
+        return []
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(timing.cpu, "isa", lambda: None)
+    monkeypatch.setattr(gpu_simulation, "rows", noted)
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--quick", "--rounds", "2", "--json"])
+    gpu_simulation.main()
+    ((config, repeats),) = seen
+    assert (config.training.rounds, config.data.clients, repeats) == (2, 4, 1)
+    assert "no native kernels" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="no native kernels in this environment"):
+        timing.machine()

@@ -14,8 +14,6 @@ from torch.nn import functional
 
 from datapruning.errors import ScoreError
 from prunelab.runs.seeds import stream_seed
-from sparsemodel.kernels.cuda import array_ops as cuda_array_ops
-from sparsemodel.kernels.cuda import launch as cuda
 
 MINIBATCH_ABOVE = 100_000
 """Samples from which k-means looks at random batches instead of all samples in each step."""
@@ -132,11 +130,6 @@ def rows_at_a_time(num_columns: int) -> int:
 
 
 def _distance_to_nearest(unit: Tensor, centroids: Tensor) -> Tensor:
-    if cuda.runner(unit.device) is not None and bool(centroids.any(1).all()):
-        # Of vectors of norm 1 the nearest has the largest cosine. float32 finds it, float64 says
-        # how large it is: where two are alike to float32, either may be taken.
-        index, _ = cuda_array_ops.nearest(unit.float(), centroids.float())
-        return _distance((unit * centroids[index]).sum(1)).cpu()
     parts = [
         _distance((part @ centroids.T).max(1).values)
         for part in unit.split(rows_at_a_time(len(centroids)))

@@ -70,8 +70,9 @@ def run(
         )
     if config.training.device != "cpu":
         from fedprune.rounds.workspace import compute_device  # noqa: PLC0415
+        from sparsemodel.kernels.cuda.launch import in_use  # noqa: PLC0415
 
-        compute_device(config.training.device)
+        say(in_use(compute_device(config.training.device)))
     runfolder.prepare(folder, config, resume=resume)
     if not (folder / runfolder.SUMMARY).exists():
         # Flower takes seconds to import: not before all that can be refused has been.

@@ -17,6 +17,7 @@ from torch.nn import functional
 from sparsemodel.kernels.csr import flat_positions
 from sparsemodel.kernels.cuda import array_ops as cuda_array_ops
 from sparsemodel.kernels.cuda import launch as cuda
+from sparsemodel.kernels.cuda import measured
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.kernels.reference import conv2d_backward
 
@@ -247,28 +248,31 @@ class Active(SampleGradient):
 
     def square_norm(self) -> Tensor:
         dense = self.dense
-        if cuda.runner_for(dense.right if isinstance(dense, Factored) else dense.x) is not None:
-            return self._norm_by_kernel()
+        if isinstance(dense, Factored) and self._kernel_is_faster(dense):
+            return self._norm_by_kernel(dense)
         if isinstance(dense, Factored) and dense.positions == 1:
             # Σ left_o² right_i² over the active (o, i): a product with the pattern.
             squares = Factored(dense.left.double().square(), dense.right.double().square())
             return squares.dot(self._scattered(torch.ones_like(self.cols, dtype=torch.float64)))
         return norms_by_blocks([self])
 
-    def _norm_by_kernel(self) -> Tensor:
+    def _kernel_is_faster(self, dense: Factored) -> bool:
+        x, positions = dense.right, dense.positions
+        return cuda.runner_for(x) is not None and measured.sparse_is_faster(
+            "norms" if positions == 1 else "norms of sequences",
+            x,
+            weights=self.num_rows * self.row_length,
+            nnz=len(self.cols),
+            rows=self.batch * positions,
+        )
+
+    def _norm_by_kernel(self, dense: Factored) -> Tensor:
         """On a GPU, from the factors alone, the samples innermost."""
-        dense, pattern = self.dense, (self.row_ptr, self.cols)
-        if isinstance(dense, Convolution):
-            dy, x = (t.permute(1, 2, 3, 0).contiguous() for t in (dense.dy, dense.x))
-            found = cuda_array_ops.conv2d_square_norms(dy, x, *pattern, dense.geometry)
-        else:
-            dy, x = (t.permute(2, 1, 0).contiguous() for t in (dense.left, dense.right))
-            if dense.positions == 1:
-                found = cuda_array_ops.square_norms(dy.squeeze(1), x.squeeze(1), *pattern, False)
-            else:
-                geometry = ConvGeometry(dense.num_rows, dense.row_length, 1, 1)
-                planes = dy.unsqueeze(2), x.unsqueeze(2)
-                found = cuda_array_ops.conv2d_square_norms(*planes, *pattern, geometry)
+        dy, x = (t.permute(2, 1, 0) for t in (dense.left, dense.right))
+        if dense.positions == 1:
+            dy, x = dy.squeeze(1), x.squeeze(1)
+        pattern = self.row_ptr, self.cols
+        found = cuda_array_ops.square_norms(dy.contiguous(), x.contiguous(), *pattern)
         norms: Tensor = found.double()
         return norms
 

@@ -1,7 +1,8 @@
 """Differentiable sparse layers as functions of tensors, checked and brought into layout.
 
-`dense` picks the plain-torch kernel through the dense weight; where the native library cannot
-run (another device or dtype, or it is not there) that kernel is used whatever `dense` says.
+`dense` picks the plain-torch kernel through the dense weight; where native kernels cannot run
+(another device or dtype, they are not there, or convolutions on a GPU) that kernel is used whatever
+`dense` says.
 Gradients of gradients are not offered.
 """
 # ruff: noqa: PLR0917 - kernels take their arrays by position, in the library's order
@@ -51,12 +52,15 @@ class SparseIndex(NamedTuple):
     def build(
         cls, row_ptr: Tensor, cols: Tensor, geometry: ConvGeometry, *, sparse: bool = True
     ) -> SparseIndex:
-        """The index of a checked pattern; of what `sparse` kernels alone read, only if asked."""
+        """The index of a checked pattern; of what `sparse` kernels alone read, only if asked.
+
+        On a GPU those of linear layers.
+        """
         transposed = torch.empty(0, dtype=torch.int32, device=cols.device)
         if sparse and cols.device.type == "cpu" and native.loaded():
             transposed = native.transpose_pattern(row_ptr, cols, geometry)
         elif sparse and cuda.runner(cols.device) is not None:
-            transposed = cuda_ops.transposed_index(row_ptr, cols, geometry)
+            transposed = cuda_ops.transposed_index(row_ptr, cols, geometry.in_channels)
         return cls(row_ptr, cols, transposed, cols.new_empty(0, dtype=torch.int16))
 
     def with_bits(self, row_length: int) -> SparseIndex:
@@ -140,7 +144,7 @@ def sparse_conv2d(
         )
     differentiable = _differentiable(x, values, bias)
     y: Tensor
-    if dense or not _native(values, index):
+    if dense or x.is_cuda or not _native(values, index):
         return _dense_conv2d(x, values, bias, index, geometry, differentiable)
     if differentiable:
         y = _Conv2d.apply(x, values, bias, index.row_ptr, index.cols, index.transposed, geometry)
@@ -154,8 +158,8 @@ def linear_topk_grad(
 ) -> tuple[Tensor, Tensor]:
     """The k weight gradients of `sparse_linear` of largest magnitude outside the mask.
 
-    The dense gradient is never made: memory is a tile and O(k). Of equal magnitudes the lower
-    flat index wins.
+    The dense gradient is never made: memory is a tile and O(k), on a GPU tiles of torch's own
+    products. Of equal magnitudes the lower flat index wins.
 
     Args:
         x: the layer's input, [*, in].
@@ -175,10 +179,10 @@ def linear_topk_grad(
     _check_alike(x, dy, index)
     _check_width(x, geometry.in_channels)
     _check_width(dy, geometry.out_channels)
-    if not _native(dy, index):
+    if dy.is_cuda or not _native(dy, index):
         return reference.linear_topk_grad(x, dy, index.row_ptr, index.cols, k)
     indices, values = ops.linear_topk_grad(x, dy, index.row_ptr, index.cols, k)
-    return indices.cpu(), values.cpu()
+    return indices, values
 
 
 def conv2d_topk_grad(
@@ -188,10 +192,10 @@ def conv2d_topk_grad(
     _check_alike(x, dy, index)
     _check_planes(x, geometry.in_channels)
     _check_planes(dy, geometry.out_channels)
-    if not _native(dy, index):
+    if dy.is_cuda or not _native(dy, index):
         return reference.conv2d_topk_grad(x, dy, index.row_ptr, index.cols, geometry, k)
     indices, values = ops.conv2d_topk_grad(x, dy, index.row_ptr, index.cols, geometry, k)
-    return indices.cpu(), values.cpu()
+    return indices, values
 
 
 class _Linear(torch.autograd.Function):

@@ -16,8 +16,10 @@ from sparsemodel.kernels.csr import flat_positions
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.masks.adjust import TensorEntries, TopKBuffer
 
-# A gradient tile of top-K growth holds about this many coordinates.
+# A gradient tile of top-K growth holds about this many coordinates. On a GPU a product must be
+# large to be fast; 64 MiB of float32 are.
 TILE_COORDINATES = 1 << 18
+GPU_TILE_COORDINATES = 1 << 24
 
 # Whether the gradients for input, weight and bias are asked for, and those gradients.
 Wanted = tuple[bool, bool, bool]
@@ -108,7 +110,7 @@ def linear_topk_grad(
     """
     rows_x, rows_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     buffer = TopKBuffer(k)
-    for start, stop in _tiles(dy.shape[-1], x.shape[-1]):
+    for start, stop in _tiles(dy.shape[-1], x.shape[-1], dy.device):
         tile = rows_dy[:, start:stop].t().matmul(rows_x)
         _offer(buffer, tile, row_ptr, cols, start)
     return buffer.entries()
@@ -128,7 +130,7 @@ def conv2d_topk_grad(
     out_width = geometry.out_channels // geometry.groups
     for group in range(geometry.groups):
         x_group = x[:, group * in_width : (group + 1) * in_width]
-        for start, stop in _tiles(out_width, geometry.row_length):
+        for start, stop in _tiles(out_width, geometry.row_length, dy.device):
             first, last = group * out_width + start, group * out_width + stop
             part = geometry._replace(out_channels=stop - start, in_channels=in_width, groups=1)
             weight = dy.new_empty(1).expand(part.weight_shape)
@@ -193,9 +195,10 @@ def adam_step(
     values.addcdiv_(mean, divisor, value=-lr / (1 - beta1**step))
 
 
-def _tiles(num_rows: int, row_length: int) -> list[tuple[int, int]]:
-    """Ranges of rows that hold about TILE_COORDINATES coordinates each, at least one row."""
-    height = max(1, TILE_COORDINATES // max(1, row_length))
+def _tiles(num_rows: int, row_length: int, device: torch.device) -> list[tuple[int, int]]:
+    """Ranges of rows that hold about a tile's coordinates each, at least one row."""
+    coordinates = GPU_TILE_COORDINATES if device.type == "cuda" else TILE_COORDINATES
+    height = max(1, coordinates // max(1, row_length))
     return [(start, min(start + height, num_rows)) for start in range(0, num_rows, height)]
 
 

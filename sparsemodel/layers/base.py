@@ -20,16 +20,16 @@ from sparsemodel.kernels.csr import (
     flat_positions,
     mask_from_csr,
 )
+from sparsemodel.kernels.cuda import measured
 from sparsemodel.kernels.functional import SparseIndex
 from sparsemodel.kernels.geometry import ConvGeometry
 from sparsemodel.layers.derived import DerivedWeight
 from sparsemodel.masks.adjust import TensorEntries
 from sparsemodel.masks.structure import check_structure
 
-Execution = Literal["auto", "sparse", "dense", "blocks", "2:4"]
-# What every layer takes, and what a linear layer takes beside under a mask that is made so.
+Execution = Literal["auto", "sparse", "dense", "blocks"]
+# What every layer takes; a linear one under a mask of whole blocks takes "blocks" as well.
 EXECUTIONS: tuple[Execution, ...] = ("auto", "sparse", "dense")
-STRUCTURED: tuple[Execution, ...] = ("blocks", "2:4")
 
 # For so many shapes of input a layer remembers which kernels it takes.
 MAX_CHOICES = 64
@@ -45,6 +45,8 @@ class SparseLayer(nn.Module):
     when they first run); `blocks` those of execution "blocks".
     """
 
+    # Whether there are sparse kernels on a GPU.
+    gpu_kernels: ClassVar[bool] = False
     # What `execution` may be.
     executions: ClassVar[tuple[Execution, ...]] = EXECUTIONS
     # Of the layer in whose place this one stands.
@@ -79,9 +81,9 @@ class SparseLayer(nn.Module):
 
     @property
     def execution(self) -> Execution:
-        """Which kernels compute the layer: "sparse", "dense", or "auto", by the cost model.
+        """Which kernels compute the layer: "sparse", "dense", or "auto", what is taken for faster.
 
-        A linear layer whose mask is made so also takes "blocks" and "2:4" (docs/sparse.md).
+        A linear layer whose mask is whole blocks also takes "blocks" (docs/sparse.md).
         """
         return self._execution
 
@@ -214,19 +216,17 @@ class SparseLayer(nn.Module):
 
     def _side_of(self, row_ptr: torch.Tensor, cols: torch.Tensor) -> int:
         """The side of the blocks of a pattern, 0 where it has none; refuses what does not fit."""
-        if self._execution not in STRUCTURED:
+        if self._execution != "blocks":
             return 0
         return check_structure(mask_from_csr(row_ptr, cols, self._weight_shape), self._execution)
 
     def _set_pattern(self, row_ptr: torch.Tensor, cols: torch.Tensor) -> None:
         self._side = self._side_of(row_ptr, cols)
         self._choices: dict[object, bool] = {}
-        # The cost model knows processors alone: on other devices "auto" stays dense.
         sparse = self._execution == "sparse" or (
-            self._execution == "auto"
-            and cols.is_cpu
-            and sparse_may_be_faster(self._geometry, len(cols))
+            self._execution == "auto" and self._sparse_may_be_faster(cols)
         )
+        sparse = sparse and (cols.is_cpu or self.gpu_kernels)
         index = SparseIndex.build(row_ptr, cols, self._geometry, sparse=sparse)
         self.register_buffer("row_ptr", row_ptr)
         self.register_buffer("cols", cols)
@@ -249,11 +249,31 @@ class SparseLayer(nn.Module):
             buffers["bits"] = index.bits
         return index
 
+    def _sparse_may_be_faster(self, cols: torch.Tensor) -> bool:
+        """Whether "auto" takes sparse kernels for some input; on other devices it never does."""
+        if cols.is_cpu:
+            return sparse_may_be_faster(self._geometry, len(cols))
+        return cols.is_cuda and self._won_on_gpu(len(cols), None, training=False)
+
+    def _won_on_gpu(self, nnz: int, rows: int | None, *, training: bool) -> bool:
+        """Whether sparse kernels are faster on this GPU, forward and for the input's gradient."""
+        operators: tuple[measured.Operator, ...] = ("forward", "input gradient")
+        return self.gpu_kernels and all(
+            measured.sparse_is_faster(
+                operator, self.values, weights=self._numel, nnz=nnz, rows=rows
+            )
+            for operator in operators[: 1 + training]
+        )
+
     def _dense_is_faster(
         self, x: torch.Tensor, batch: int, size: tuple[int, int], in_layout: Callable[..., bool]
     ) -> bool:
-        # Asking the cost model again would cost as much as a small layer.
         training = torch.is_grad_enabled()
+        if not x.is_cpu:  # compiled code stays dense
+            if not x.is_cuda or torch.compiler.is_compiling():
+                return True
+            return not self._won_on_gpu(self.values.numel(), batch, training=training)
+        # Asking the cost model again would cost as much as a small layer.
         key = x.shape, x.stride(), training
         choice = None if torch.compiler.is_compiling() else self._choices.get(key)
         if choice is None:

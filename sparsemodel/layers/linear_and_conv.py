@@ -16,8 +16,8 @@ from sparsemodel.kernels.functional import (
     sparse_linear,
 )
 from sparsemodel.kernels.geometry import ConvGeometry, is_batch_innermost, is_features_first
-from sparsemodel.layers.base import EXECUTIONS, STRUCTURED, Execution, SparseLayer
-from sparsemodel.layers.tensor_cores import structured_linear
+from sparsemodel.layers.base import EXECUTIONS, Execution, SparseLayer
+from sparsemodel.layers.tensor_cores import block_linear
 from sparsemodel.masks.adjust import TensorEntries
 
 __all__ = ["EXECUTIONS", "Execution", "SparseConv2d", "SparseLayer", "SparseLinear"]
@@ -37,7 +37,7 @@ class SparseLinear(SparseLayer):
         mask: bool [out, in], which weights exist.
         bias: whether there is an additive bias.
         execution: "sparse" or "dense" kernels, or "auto": what the cost model takes for faster.
-            Under a mask of whole blocks also "blocks", under one of 2 of 4 neighbours "2:4".
+            Under a mask of whole blocks also "blocks".
 
     Raises:
         MaskError: a mask of another shape, or without the structure that `execution` needs.
@@ -48,7 +48,8 @@ class SparseLinear(SparseLayer):
     (torch.Size([3]), torch.Size([5, 2]))
     """
 
-    executions = (*EXECUTIONS, *STRUCTURED)
+    gpu_kernels = True
+    executions = (*EXECUTIONS, "blocks")
 
     def __init__(
         self,
@@ -122,8 +123,8 @@ class SparseLinear(SparseLayer):
         self._refuse_export()
         if torch.is_autocast_enabled(x.device.type):
             return _without_autocast(self, x)
-        if self._execution in STRUCTURED:
-            return structured_linear(self, x)
+        if self._execution == "blocks":
+            return block_linear(self, x)
         dense = self._dense(x)
         return sparse_linear(
             x, self.values, self.bias, self._index(dense), self._geometry, dense=dense

@@ -35,8 +35,8 @@ def sparsify(
         model: its masked layers are nn.Linear or nn.Conv2d.
         mask: weight name -> pattern.
         execution: for each layer "sparse" or "dense" kernels, or "auto": what the cost model
-            takes for faster. Under structured masks of linear layers also "blocks" and "2:4"; of
-            a model where only some layers are so, set `execution` of those.
+            takes for faster. Under masks of whole blocks of linear layers also "blocks"; of a
+            model where only some layers are so, set `execution` of those.
         fuse: whether batch norm, addition and ReLU become one pass where the model can be
             traced by torch.fx. Results are the same up to rounding. What forward decides by
             Python values from elsewhere (globals, isinstance) is decided once, here; a model that

@@ -61,10 +61,14 @@ class TopKBuffer:
         values = values.detach().to(torch.float32)
         if torch.isnan(values).any():
             raise MaskError("values hold NaN: no order can be made of them; has training diverged?")
+        if self._k == 0:
+            return
         if len(self._values) == self._k:  # full, so most entries fall short of the smallest one
-            if self._k == 0:
-                return
             reaches = values.abs() >= self._values[-1].abs().to(values.device)
+            indices, values = indices[reaches], values[reaches]
+        if len(values) > self._k:  # those of the k-th magnitude all stay, for their order to say
+            largest = values.abs()
+            reaches = largest >= largest.topk(self._k, sorted=False).values.min()
             indices, values = indices[reaches], values[reaches]
         indices = torch.cat([self._indices.to(values.device), indices.to(torch.int64)])
         values = torch.cat([self._values.to(values.device), values])

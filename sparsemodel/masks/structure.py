@@ -1,4 +1,4 @@
-"""Masks with a structure that tensor cores multiply: n of m along the input, and square blocks.
+"""Masks with a structure: n of m along the input, and square blocks.
 
 A weight is looked at as a matrix [out, row_length], a convolution's as [out, in/groups · kh · kw]:
 that row is what one output value multiplies, and what a convolution written as a matrix product
@@ -179,23 +179,17 @@ def check_structure(pattern: torch.Tensor, execution: str) -> int:
     """The side of a pattern's blocks for execution "blocks"; 0 for what needs none.
 
     Raises:
-        MaskError: "blocks" or "2:4" is asked for and the pattern [out, in] is not made so.
+        MaskError: "blocks" is asked for and the pattern [out, in] is not made so.
     """
-    if execution == "blocks":
-        side = block_side(pattern)
-        if side is None:
-            raise MaskError(
-                f'execution="blocks" needs a mask of whole blocks of a side of {SIDES} '
-                f"(masks.structure.block_mask); this one, {tuple(pattern.shape)}, is not"
-            )
-        return side
-    if execution == "2:4" and not is_n_of_m(pattern):
+    if execution != "blocks":
+        return 0
+    side = block_side(pattern)
+    if side is None:
         raise MaskError(
-            'execution="2:4" needs a mask with at most 2 of every 4 neighbours of a row active '
-            f"(masks.structure.n_of_m_mask); this one, {tuple(pattern.shape)}, has more, or "
-            "rows that are no multiple of 4"
+            f'execution="blocks" needs a mask of whole blocks of a side of {SIDES} '
+            f"(masks.structure.block_mask); this one, {tuple(pattern.shape)}, is not"
         )
-    return 0
+    return side
 
 
 def _rows(name: str, score: torch.Tensor) -> torch.Tensor:

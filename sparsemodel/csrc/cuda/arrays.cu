@@ -1,29 +1,5 @@
-// Masks as bits, optimiser steps on active values, and exact sums of client updates.
+// Optimiser steps on active values, and exact sums of client updates.
 #include "common.cuh"
-
-// A bit an entry, the first in the highest bit of the first byte.
-KERNEL pack_mask(const uint8* mask, int64 n, uint8* bytes) {
-  int64 i = global_thread();
-  uint32 ballot = __ballot_sync(FULL_WARP, i < n && mask[i] != 0);
-  int lane = threadIdx.x % WARP;
-  int64 byte = (i - lane) / 8 + lane;
-  if (lane < WARP / 8 && byte * 8 < n)
-    bytes[byte] = (uint8)(__brev(ballot) >> (WARP - 8 - 8 * lane));
-}
-
-KERNEL unpack_mask(const uint8* bytes, int64 n, uint8* mask) {
-  int64 i = global_thread();
-  if (i < n) mask[i] = (bytes[i / 8] >> (7 - i % 8)) & 1;
-}
-
-// Adds to `total`; integers, so the order of the atomics does not show.
-KERNEL popcount(const uint8* bytes, int64 num_bytes, uint64* total) {
-  uint32 count = 0;
-  for (int64 i = global_thread(); i < num_bytes; i += (int64)gridDim.x * BLOCK)
-    count += (uint32)__popc(bytes[i]);
-  for (int step = WARP / 2; step > 0; step /= 2) count += __shfl_xor_sync(FULL_WARP, count, step);
-  if (threadIdx.x % WARP == 0 && count) atomicAdd(total, (uint64)count);
-}
 
 // One step of SGD; `momentum` is null where there is none.
 KERNEL sgd_step(float* values, const float* gradient, float* momentum, int64 n, float lr,

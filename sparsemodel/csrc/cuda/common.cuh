@@ -11,7 +11,6 @@
 #endif
 #define KERNEL extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
 
-typedef unsigned char uint8;
 typedef unsigned int uint32;
 typedef long long int64;
 typedef unsigned long long uint64;

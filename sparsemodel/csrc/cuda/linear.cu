@@ -5,7 +5,7 @@
 #define COLUMNS 4  // batch entries of a lane, a warp apart
 #define TILE (WARP * COLUMNS)
 #define WARPS (BLOCK / WARP)
-#define ENTRIES 4  // non-zeros of a warp in sddmm
+#define ENTRIES 4  // non-zeros of a warp in sddmm and sequence_norms
 
 // y[r, b] = bias[r] + sum over the entries k of row r of values[k] x[cols[k], b].
 //
@@ -68,10 +68,10 @@ KERNEL sddmm(const int* row_ptr, const int* cols, const Real* dy, const Real* x,
   }
 }
 
-// norms[chunk, b] = sum over the rows of a chunk of dy[r, b]^2 (bias + sum over k of x[cols[k], b]^2):
-// the squared norm of each sample's gradient at the mask. A thread has one sample.
+// norms[chunk, b] = sum over the rows of a chunk of dy[r, b]^2 (sum over k of x[cols[k], b]^2): the
+// squared norm of each sample's gradient at the mask. A thread has one sample.
 KERNEL square_norms(const int* row_ptr, const int* cols, const Real* dy, const Real* x,
-                    float* norms, int rows, int batch, int rows_in_chunk, float bias) {
+                    float* norms, int rows, int batch, int rows_in_chunk) {
   int blocks_of_batch = (batch + BLOCK - 1) / BLOCK;
   int b = blockIdx.x % blocks_of_batch * BLOCK + threadIdx.x;
   int chunk = blockIdx.x / blocks_of_batch;
@@ -79,7 +79,7 @@ KERNEL square_norms(const int* row_ptr, const int* cols, const Real* dy, const R
   int last = min(rows, (chunk + 1) * rows_in_chunk);
   float total = 0.0f;
   for (int row = chunk * rows_in_chunk; row < last; ++row) {
-    float squares = bias;
+    float squares = 0.0f;
     for (int k = row_ptr[row]; k < row_ptr[row + 1]; ++k) {
       float v = load(x[(int64)cols[k] * batch + b]);
       squares += v * v;
@@ -87,5 +87,41 @@ KERNEL square_norms(const int* row_ptr, const int* cols, const Real* dy, const R
     float g = load(dy[(int64)row * batch + b]);
     total += g * g * squares;
   }
+  norms[(int64)chunk * batch + b] = total;
+}
+
+// The same of samples with several positions t, dy [rows, positions, batch] and x alike: norms =
+// sum over a chunk of non-zeros of (sum over t of dy[r, t, b] x[c, t, b])^2. A block has a chunk of
+// WARPS * ENTRIES non-zeros and 32 samples, a warp ENTRIES neighbours, a lane one sample.
+KERNEL sequence_norms(const int* row_ptr, const int* cols, const Real* dy, const Real* x,
+                      float* norms, int rows, int nnz, int positions, int batch) {
+  __shared__ float squares[WARPS][WARP];
+  int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  int tiles = (batch + WARP - 1) / WARP, chunk = blockIdx.x / tiles;
+  int b = blockIdx.x % tiles * WARP + lane;
+  int64 first = ((int64)chunk * WARPS + warp) * ENTRIES, places = (int64)positions * batch;
+  int count = (int)min((int64)ENTRIES, nnz - first);
+  float total = 0.0f;
+  if (count > 0 && b < batch) {
+    int low = row_of(row_ptr, rows, first);
+    const Real* from_dy[ENTRIES];
+    const Real* from_x[ENTRIES];
+    float sum[ENTRIES];
+    for (int e = 0; e < ENTRIES; ++e) {
+      int64 k = first + min(e, count - 1);
+      while (row_ptr[low + 1] <= k) ++low;
+      from_dy[e] = dy + low * places;
+      from_x[e] = x + cols[k] * places;
+      sum[e] = 0.0f;
+    }
+    for (int64 at = b; at < places; at += batch)
+      for (int e = 0; e < ENTRIES; ++e) sum[e] += load(from_dy[e][at]) * load(from_x[e][at]);
+    for (int e = 0; e < ENTRIES; ++e)
+      if (e < count) total += sum[e] * sum[e];
+  }
+  squares[warp][lane] = total;
+  __syncthreads();
+  if (warp > 0 || b >= batch) return;
+  for (int other = 1; other < WARPS; ++other) total += squares[other][lane];
   norms[(int64)chunk * batch + b] = total;
 }

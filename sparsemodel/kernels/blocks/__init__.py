@@ -1,1 +1,1 @@
-"""Block-sparse and 2:4 linear layers for tensor cores."""
+"""Block-sparse linear layers for tensor cores."""

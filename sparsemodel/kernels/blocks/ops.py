@@ -1,7 +1,7 @@
 """Block-sparse linear layers: the operators `torch.ops.sparsemodel.block_linear*`.
 
-On a GPU by the Triton kernels, which have not been run on one and so are used only where
-SPARSEMODEL_CUDA is "on" (see kernels.cuda.launch); else by the reference in plain torch.
+On a GPU by the Triton kernels, unless SPARSEMODEL_CUDA is "off" (see kernels.cuda.launch); else by
+the reference in plain torch.
 The arguments after the bias are the layer's pattern, what `BlockIndex.build` adds to it, and the
 side of a block.
 """

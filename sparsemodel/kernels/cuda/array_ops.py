@@ -1,4 +1,4 @@
-"""Operators beyond layers: masks as bits, optimiser steps, sums of updates, nearest, losses.
+"""Operators beyond layers: optimiser steps, sums of updates, norms and losses.
 
 `torch.ops.sparsemodel.*`, on any device: on GPUs by the CUDA kernels where those are to be had
 (see sparsemodel.kernels.cuda.launch), else by the reference in plain torch. The operators take
@@ -8,7 +8,7 @@ contiguous tensors on one device and check that; only `kd_loss` is differentiabl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +16,10 @@ import torch
 from sparsemodel.errors import SparseModelError
 from sparsemodel.kernels import fixed_point, reference
 from sparsemodel.kernels.cuda import arrays as cuda_arrays
-from sparsemodel.kernels.cuda import conv as cuda_conv
 from sparsemodel.kernels.cuda import launch as cuda
 from sparsemodel.kernels.cuda import linear as cuda_linear
 from sparsemodel.kernels.cuda import loss as cuda_loss
-from sparsemodel.kernels.cuda import nearest as cuda_nearest
 from sparsemodel.kernels.cuda import reference as cuda_reference
-from sparsemodel.kernels.geometry import ConvGeometry
 
 Tensor = torch.Tensor
 
@@ -53,37 +50,6 @@ def _check_dtype(name: str, dtype: torch.dtype, *tensors: Tensor) -> None:
     for x in tensors:
         if x.dtype != dtype:
             raise SparseModelError(f"{name}: expected {dtype}, got {x.dtype}; convert it first")
-
-
-def _pack_mask(mask: Tensor) -> Tensor:
-    _check("pack_mask", mask)
-    _check_dtype("pack_mask", torch.bool, mask)
-    flat, runner = mask.view(-1), _runner(mask)
-    if runner is None:
-        return cuda_reference.pack_mask(flat)
-    return cuda_arrays.pack_mask(runner, flat)
-
-
-def _unpack_mask(packed: Tensor, n: int) -> Tensor:
-    _check("unpack_mask", packed)
-    _check_dtype("unpack_mask", torch.uint8, packed)
-    if packed.numel() != (n + 7) // 8:
-        raise SparseModelError(
-            f"unpack_mask: {n} entries are {(n + 7) // 8} bytes, got {packed.numel()}"
-        )
-    runner = _runner(packed)
-    if runner is None:
-        return cuda_reference.unpack_mask(packed, n)
-    return cuda_arrays.unpack_mask(runner, packed, n)
-
-
-def _popcount(packed: Tensor) -> Tensor:
-    _check("popcount", packed)
-    _check_dtype("popcount", torch.uint8, packed)
-    runner = _runner(packed)
-    if runner is None:
-        return cuda_reference.popcount(packed)
-    return cuda_arrays.popcount(runner, packed)
 
 
 def _sgd_step(
@@ -166,53 +132,20 @@ def _fixed_add(
         cuda_arrays.fixed_add(runner, *arrays)
 
 
-def _nearest(points: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    _check("nearest", points, prototypes)
-    _check_dtype("nearest", points.dtype, prototypes)
-    fit = points.dim() == prototypes.dim() == 2 and points.shape[1] == prototypes.shape[1]
-    if not fit or len(prototypes) == 0:
-        raise SparseModelError(
-            "nearest: expected points [N, D] and at least one prototype [K, D], got "
-            f"{tuple(points.shape)} and {tuple(prototypes.shape)}"
-        )
-    runner = cuda.runner_for(points)
-    if runner is None:
-        return cuda_reference.nearest(points, prototypes)
-    return cuda_nearest.nearest(runner, points, prototypes)
-
-
-def _square_norms(dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, bias: bool) -> Tensor:
+def _square_norms(dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor) -> Tensor:
+    """Of dy [out, B] and x [in, B], or of samples of T positions, [out, T, B] and [in, T, B]."""
     _check("square_norms", dy, x, row_ptr, cols)
     _check_dtype("square_norms", dy.dtype, x)
-    if dy.dim() != 2 or x.dim() != 2 or dy.shape[1] != x.shape[1]:
+    if dy.dim() not in {2, 3} or dy.shape[1:] != x.shape[1:] or len(dy) != row_ptr.numel() - 1:
         raise SparseModelError(
-            f"square_norms: expected dy [out, B] and x [in, B], got {tuple(dy.shape)} and "
-            f"{tuple(x.shape)}"
+            f"square_norms: expected dy [{row_ptr.numel() - 1}, B] and x [in, B], or both with "
+            f"positions [*, T, B], got {tuple(dy.shape)} and {tuple(x.shape)}"
         )
     runner = cuda.runner_for(dy)
     if runner is None:
-        return cuda_reference.square_norms(dy, x, row_ptr, cols, bias)
-    return cuda_linear.square_norms(runner, dy, x, row_ptr, cols, bias=bias)
-
-
-def _conv2d_square_norms(
-    dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, geometry: Sequence[int]
-) -> Tensor:
-    """A sequence of T tokens is a 1 × 1 convolution of a T × 1 plane."""
-    _check("conv2d_square_norms", dy, x, row_ptr, cols)
-    _check_dtype("conv2d_square_norms", dy.dtype, x)
-    _check_dtype("conv2d_square_norms", torch.int32, row_ptr, cols)
-    g = ConvGeometry(*geometry)
-    fit = x.dim() == 4 and row_ptr.numel() == g.out_channels + 1
-    if not fit or dy.shape != (g.out_channels, *g.output_size(*x.shape[1:3]), x.shape[3]):
-        raise SparseModelError(
-            f"conv2d_square_norms: expected dy [out, OH, OW, B] and x [in, H, W, B] of {g}, got "
-            f"{tuple(dy.shape)} and {tuple(x.shape)}"
-        )
-    runner = cuda.runner_for(dy)
-    if runner is None:
-        return cuda_reference.conv2d_square_norms(dy, x, row_ptr, cols, g)
-    return cuda_conv.square_norms(runner, dy, x, row_ptr, cols, g)
+        return cuda_reference.square_norms(dy, x, row_ptr, cols)
+    norms = cuda_linear.square_norms if dy.dim() == 2 else cuda_linear.sequence_norms
+    return norms(runner, dy, x, row_ptr, cols)
 
 
 def _kd_loss(
@@ -270,11 +203,6 @@ def _nothing(*_: Any) -> None:
     """The shape rule of what changes its arguments alone."""
 
 
-def _nearest_shapes(points: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    n = points.shape[0]
-    return points.new_empty(n, dtype=torch.int64), points.new_empty(n, dtype=torch.float32)
-
-
 def _kd_loss_shapes(
     logits: Tensor, teacher: Tensor, labels: Tensor, alpha: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -285,24 +213,6 @@ def _kd_loss_shapes(
     )
 
 
-pack_mask = _define(
-    "pack_mask",
-    "(Tensor mask) -> Tensor",
-    _pack_mask,
-    lambda mask: mask.new_empty((mask.numel() + 7) // 8, dtype=torch.uint8),
-)
-unpack_mask = _define(
-    "unpack_mask",
-    "(Tensor packed, SymInt n) -> Tensor",
-    _unpack_mask,
-    lambda packed, n: packed.new_empty(n, dtype=torch.bool),
-)
-popcount = _define(
-    "popcount",
-    "(Tensor packed) -> Tensor",
-    _popcount,
-    lambda packed: packed.new_empty((), dtype=torch.int64),
-)
 sgd_step = _define(
     "sgd_step",
     "(Tensor(a!) values, Tensor gradient, Tensor(b!)? momentum_buffer, float lr, float momentum, "
@@ -324,23 +234,11 @@ fixed_add = _define(
     _fixed_add,
     _nothing,
 )
-nearest = _define(
-    "nearest",
-    "(Tensor points, Tensor prototypes) -> (Tensor, Tensor)",
-    _nearest,
-    _nearest_shapes,
-)
 square_norms = _define(
     "square_norms",
-    "(Tensor dy, Tensor x, Tensor row_ptr, Tensor cols, bool bias) -> Tensor",
+    "(Tensor dy, Tensor x, Tensor row_ptr, Tensor cols) -> Tensor",
     _square_norms,
-    lambda dy, x, row_ptr, cols, bias: dy.new_empty(dy.shape[1], dtype=torch.float32),
-)
-conv2d_square_norms = _define(
-    "conv2d_square_norms",
-    "(Tensor dy, Tensor x, Tensor row_ptr, Tensor cols, int[] geometry) -> Tensor",
-    _conv2d_square_norms,
-    lambda dy, x, row_ptr, cols, geometry: dy.new_empty(dy.shape[3], dtype=torch.float32),
+    lambda dy, x, row_ptr, cols: dy.new_empty(dy.shape[-1], dtype=torch.float32),
 )
 # The losses and what the gradient needs.
 kd_loss = _define(

@@ -1,4 +1,4 @@
-"""Masks as bits, optimiser steps and exact sums of updates, by the kernels of arrays.cu.
+"""Optimiser steps and exact sums of updates, by the kernels of arrays.cu.
 
 The functions take checked, contiguous tensors on the runner's device.
 """
@@ -13,30 +13,6 @@ from sparsemodel.kernels.cuda.launch import Runner, blocks_of
 Tensor = torch.Tensor
 
 _FAMILY = "arrays"
-_MAX_BLOCKS = 1024  # of a kernel that goes over its input in strides
-
-
-def pack_mask(runner: Runner, mask: Tensor) -> Tensor:
-    """A bit an entry, bool [n] -> uint8 [ceil(n / 8)]; the first is the highest bit."""
-    n = mask.numel()
-    packed = mask.new_empty((n + 7) // 8, dtype=torch.uint8)
-    runner.launch(_FAMILY, "pack_mask", blocks_of(n), mask, n, packed)
-    return packed
-
-
-def unpack_mask(runner: Runner, packed: Tensor, n: int) -> Tensor:
-    """What `pack_mask` packed: bool [n]."""
-    mask = packed.new_empty(n, dtype=torch.bool)
-    runner.launch(_FAMILY, "unpack_mask", blocks_of(n), packed, n, mask)
-    return mask
-
-
-def popcount(runner: Runner, packed: Tensor) -> Tensor:
-    """How many bits are set: int64, no dimensions."""
-    total = packed.new_zeros((), dtype=torch.int64)
-    blocks = min(blocks_of(packed.numel()), _MAX_BLOCKS)
-    runner.launch(_FAMILY, "popcount", blocks, packed, packed.numel(), total)
-    return total
 
 
 def sgd_step(

@@ -1,9 +1,9 @@
 """Launching the CUDA kernels on torch's current stream.
 
-Nothing loads at import. The kernels have not been run on a GPU yet, so they are used only where
-the environment variable SPARSEMODEL_CUDA is "on". Where they then cannot run (no cuda-core, an
-old driver, a GPU that NVRTC knows nothing of) there is one warning, and callers compute by the
-reference.
+Nothing loads at import. The kernels are used where there are a GPU and what compiles them;
+elsewhere callers compute by the reference. The environment variable SPARSEMODEL_CUDA turns them
+"off", or with "on" asks for them: there is then one warning where they cannot run (no cuda-core,
+an old driver, a GPU that NVRTC knows nothing of).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from sparsemodel.errors import NativeLibraryWarning
 from sparsemodel.kernels.cuda import build as cuda_build
+from sparsemodel.kernels.cuda import measured
 from sparsemodel.kernels.cuda import source as cuda_source
 
 ENVIRONMENT = "SPARSEMODEL_CUDA"
@@ -87,8 +88,8 @@ class DeviceRunner:
 
 
 def enabled() -> bool:
-    """Whether kernels that have not been run on a GPU yet may be used on one."""
-    return os.environ.get(ENVIRONMENT) == "on"
+    """Whether kernels may be used on a GPU."""
+    return os.environ.get(ENVIRONMENT) != "off"
 
 
 def runner_for(x: torch.Tensor) -> Runner | None:
@@ -100,8 +101,25 @@ def runner(device: torch.device) -> Runner | None:
     """What runs kernels on tensors of `device`; None where they are off or cannot run."""
     if device.type != "cuda" or not enabled():
         return None
-    current = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    return _runner(current if device.index is None else device.index)
+    found = _loaded(_index(device))
+    if not isinstance(found, str):
+        return found
+    if os.environ.get(ENVIRONMENT) == "on":
+        _warn_once(found)
+    return None
+
+
+def in_use(device: torch.device) -> str:
+    """One line: what computes sparse layers on `device`; "" on a CPU."""
+    if device.type != "cuda":
+        return ""
+    index = _index(device)
+    found = _loaded(index) if enabled() else f"{ENVIRONMENT}=off"
+    if isinstance(found, str):
+        return f"plain torch on cuda:{index} ({found})"
+    name, gpu = torch.cuda.get_device_name(index), measured.gpu_of(device)
+    rule = "its own measurements" if gpu.name == name else f"measurements of an {gpu.name}"
+    return f"CUDA kernels on cuda:{index} ({name}), chosen by {rule}"
 
 
 def blocks_of(count: int, per_block: int = cuda_source.BLOCK) -> int:
@@ -109,23 +127,32 @@ def blocks_of(count: int, per_block: int = cuda_source.BLOCK) -> int:
     return -(-count // per_block)
 
 
+def _index(device: torch.device) -> int:
+    current = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return current if device.index is None else device.index
+
+
 @functools.cache
-def _runner(index: int) -> Runner | None:
+def _loaded(index: int) -> Runner | str:
+    """What runs kernels on a GPU, or why nothing does."""
     why = obstacle()
-    if why is None:
-        try:
-            made = DeviceRunner(index)
-            made._kernel("arrays", "popcount", torch.float32)
-        except Exception as error:  # whatever driver and compiler raise, the reference still runs
-            why = f"they do not load on cuda:{index} ({error}); update the driver"
-        else:
-            return made
+    if why is not None:
+        return why
+    try:
+        made = DeviceRunner(index)
+        made._kernel("arrays", "sgd_step", torch.float32)
+    except Exception as error:  # whatever driver and compiler raise, the reference still runs
+        return f"they do not load on cuda:{index} ({error}); update the driver"
+    return made
+
+
+@functools.cache
+def _warn_once(why: str) -> None:
     warnings.warn(
         f"the CUDA kernels are not used, the reference computes instead: {why}",
         NativeLibraryWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
-    return None
 
 
 def obstacle() -> str | None:

@@ -6,69 +6,22 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from sparsemodel.kernels import reference
 from sparsemodel.kernels.csr import flat_positions, mask_from_csr
-from sparsemodel.kernels.geometry import ConvGeometry
 
 Tensor = torch.Tensor
 
 IGNORED = -100  # the label of a row that is left out
-_CHUNK = 1 << 24  # about so many coordinates are subtracted at one time
 
 
-def pack_mask(mask: Tensor) -> Tensor:
-    """bool [n] -> uint8 [ceil(n / 8)], the first entry in the highest bit."""
-    padded = functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    weights = 1 << torch.arange(7, -1, -1, device=mask.device)
-    return (padded * weights).sum(1).to(torch.uint8)
-
-
-def unpack_mask(packed: Tensor, n: int) -> Tensor:
-    """What `pack_mask` packed: bool [n]."""
-    places = torch.arange(7, -1, -1, device=packed.device)
-    return ((packed[:, None].long() >> places) & 1).flatten()[:n].bool()
-
-
-def popcount(packed: Tensor) -> Tensor:
-    """How many bits are set: int64, no dimensions."""
-    return unpack_mask(packed, 8 * packed.numel()).sum()
-
-
-def nearest(points: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    """Index and squared distance of each point's nearest prototype, ties to the lower index."""
-    index = points.new_empty(len(points), dtype=torch.int64)
-    distance = points.new_empty(len(points), dtype=torch.float32)
-    step = max(1, _CHUNK // max(1, prototypes.numel()))
-    for start in range(0, len(points), step):
-        part = points[start : start + step].float()
-        distances = (part[:, None] - prototypes.float()).square().sum(2)
-        found = distances.argmin(1)
-        index[start : start + step] = found
-        distance[start : start + step] = distances.gather(1, found[:, None]).squeeze(1)
-    return index, distance
-
-
-def square_norms(dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, bias: bool) -> Tensor:
+def square_norms(dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor) -> Tensor:
     """Squared norm of each sample's gradient at the mask: float32 [B]."""
-    mask = mask_from_csr(row_ptr, cols, (dy.shape[0], x.shape[0])).float()
-    inputs = mask @ x.float().square() + float(bias)
-    return (dy.float().square() * inputs).sum(0)
-
-
-def conv2d_square_norms(
-    dy: Tensor, x: Tensor, row_ptr: Tensor, cols: Tensor, geometry: ConvGeometry
-) -> Tensor:
-    """Squared norm of each sample's weight gradient at the mask: float32 [B]."""
-    weight = dy.new_empty(1, dtype=torch.float32).expand(geometry.weight_shape)
-    places = flat_positions(row_ptr, cols, geometry.row_length)
-    norms = dy.new_zeros(dy.shape[3], dtype=torch.float32)
-    for b in range(dy.shape[3]):
-        gradient, seen = (t[None, ..., b].float().contiguous() for t in (dy, x))
-        wanted = False, True, False
-        dense = reference.conv2d_backward(gradient, seen, weight, geometry, wanted)[1]
-        assert dense is not None
-        norms[b] = dense.reshape(-1)[places].square().sum()
-    return norms
+    if dy.dim() == 3:  # [*, T, B]: a sample's gradient is the sum over its positions
+        places = flat_positions(row_ptr, cols, len(x))
+        samples = zip(dy.float().unbind(2), x.float().unbind(2), strict=True)
+        norms = [(d @ seen.t()).reshape(-1)[places].square().sum() for d, seen in samples]
+        return torch.stack(norms) if norms else dy.new_empty(0, dtype=torch.float32)
+    mask = mask_from_csr(row_ptr, cols, (len(dy), len(x))).float()
+    return (dy.float().square() * (mask @ x.float().square())).sum(0)
 
 
 def kd_loss(

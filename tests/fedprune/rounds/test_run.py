@@ -832,3 +832,20 @@ def test_config_error_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="density"):
         tiny(method__density=3)
     assert issubclass(ConfigError, ValueError)
+
+
+def test_what_computes_on_a_gpu_is_said_before_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        raise RunError("far enough")
+
+    monkeypatch.setenv("SPARSEMODEL_CUDA", "off")
+    monkeypatch.setattr(workspace, "compute_device", lambda name: torch.device("cuda", 0))
+    with pytest.raises(RunError, match="far enough"):
+        run(tiny(training__device="cuda"), tmp_path / "run", say=say)
+    assert said == ["plain torch on cuda:0 (SPARSEMODEL_CUDA=off)"]
+    assert not (tmp_path / "run").exists()

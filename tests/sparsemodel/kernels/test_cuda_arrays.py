@@ -1,39 +1,15 @@
-"""Masks as bits, optimiser steps and sums of updates: the kernels of arrays.cu, run on the host."""
+"""Optimiser steps and sums of updates: the kernels of arrays.cu, run on the host."""
 
 import math
 from fractions import Fraction
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
 from sparsemodel.kernels import fixed_point
 from sparsemodel.kernels.cuda import arrays as cuda_arrays
 from sparsemodel.kernels.cuda.launch import Runner
-
-SIZES = [1, 7, 8, 31, 33, 256, 1000]
-
-
-@pytest.mark.parametrize("n", SIZES)
-def test_packing_is_numpys_and_unpacking_its_inverse(cuda: Runner, n: int) -> None:
-    mask = torch.rand(n) < 0.4
-    packed = cuda_arrays.pack_mask(cuda, mask)
-    assert packed.tolist() == np.packbits(mask.cpu().numpy()).tolist()
-    assert torch.equal(cuda_arrays.unpack_mask(cuda, packed, n), mask)
-
-
-@pytest.mark.parametrize("n", [1, 33, 1000, 5000])
-def test_popcount_counts_bits(cuda: Runner, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_arrays, "_MAX_BLOCKS", 2)
-    packed = torch.randint(0, 256, (n,), dtype=torch.uint8)
-    assert int(cuda_arrays.popcount(cuda, packed)) == np.unpackbits(packed.cpu().numpy()).sum()
-
-
-def test_an_empty_mask_has_no_bytes_and_no_bits(cuda: Runner) -> None:
-    packed = cuda_arrays.pack_mask(cuda, torch.empty(0, dtype=torch.bool))
-    assert packed.numel() == 0
-    assert int(cuda_arrays.popcount(cuda, packed)) == 0
 
 
 @pytest.mark.parametrize("n", [1, 300])

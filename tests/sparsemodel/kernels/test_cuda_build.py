@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,9 @@ import torch
 
 from sparsemodel.errors import NativeLibraryWarning, SparseModelError
 from sparsemodel.kernels.cuda import build as cuda_build
-from sparsemodel.kernels.cuda import conv as cuda_conv
 from sparsemodel.kernels.cuda import launch as cuda
+from sparsemodel.kernels.cuda import measured
 from sparsemodel.kernels.cuda import source as cuda_source
-from sparsemodel.kernels.geometry import ConvGeometry
 
 
 @pytest.fixture
@@ -63,21 +64,21 @@ def test_kernels_run_in_blocks_of_the_size_they_are_written_for() -> None:
 
 
 def test_an_argument_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(AssertionError, match="takes 3 arguments"):
-        cuda_source.arguments("arrays", "unpack_mask", (None, 1))
+    call = [None, None, None, 1, 0.1, 0.9, 0.0]
+    cuda_source.arguments("arrays", "sgd_step", call)
+    with pytest.raises(AssertionError, match="takes 7 arguments"):
+        cuda_source.arguments("arrays", "sgd_step", call[:-1])
     with pytest.raises(AssertionError, match="n is a number"):
-        cuda_source.arguments("arrays", "unpack_mask", (None, None, None))
-    with pytest.raises(AssertionError, match="mask is a pointer"):
-        cuda_source.arguments("arrays", "unpack_mask", (None, 1, 1))
+        cuda_source.arguments("arrays", "sgd_step", [None, None, None, None, *call[4:]])
+    with pytest.raises(AssertionError, match="values is a pointer"):
+        cuda_source.arguments("arrays", "sgd_step", [1, *call[1:]])
 
 
 def test_a_size_that_does_not_fit_is_refused_and_not_wrapped() -> None:
-    cuda_source.arguments("nearest", "nearest", (None, None, None, None, 2**31 - 1, 1, 1))
-    with pytest.raises(SparseModelError, match="num_points = 2,147,483,648 is too large"):
-        cuda_source.arguments("nearest", "nearest", (None, None, None, None, 2**31, 1, 1))
-    geometry = ConvGeometry(1, 1, 1, 1)
-    with pytest.raises(SparseModelError, match="split the batch"):
-        cuda_conv.sizes(geometry, 2**15, (2**8, 2**8), torch.device("cpu"))
+    call = [None, None, None, None, None, None, None]
+    cuda_source.arguments("linear", "spmm", [*call, 1, 2**31 - 1])
+    with pytest.raises(SparseModelError, match="batch = 2,147,483,648 is too large"):
+        cuda_source.arguments("linear", "spmm", [*call, 1, 2**31])
 
 
 @pytest.mark.usefixtures("compiler")
@@ -108,8 +109,24 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:
     assert cuda_build.read_entry(tmp_path / "file" / "entry") is None
 
 
-def test_kernels_are_used_only_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _unknown() -> Iterator[None]:
+    """What is known of this machine's GPUs is forgotten, before and after."""
+    for kept in (cuda._loaded, cuda._warn_once):
+        kept.cache_clear()
+    yield
+    for kept in (cuda._loaded, cuda._warn_once):
+        kept.cache_clear()
+
+
+def test_kernels_are_used_where_they_run_unless_they_are_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = object()
+    monkeypatch.setattr(cuda, "_loaded", lambda index: made)
     monkeypatch.delenv(cuda.ENVIRONMENT, raising=False)
+    assert cuda.runner(torch.device("cuda", 0)) is made
+    monkeypatch.setenv(cuda.ENVIRONMENT, "off")
     assert cuda.runner(torch.device("cuda", 0)) is None
 
 
@@ -118,28 +135,53 @@ def test_no_kernels_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.runner(torch.device("cpu")) is None
 
 
+@pytest.mark.usefixtures("_unknown")
 def test_without_cuda_core_there_is_one_warning_with_the_cure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(cuda.ENVIRONMENT, "on")
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    cuda._runner.cache_clear()
     with pytest.warns(NativeLibraryWarning, match=r"fedprune\[cuda\]"):
         assert cuda.runner(torch.device("cuda", 0)) is None
     assert cuda.runner(torch.device("cuda", 0)) is None  # a second warning would be an error
-    cuda._runner.cache_clear()
 
 
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("_unknown")
+def test_kernels_that_nobody_asked_for_are_missed_in_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(cuda.ENVIRONMENT, raising=False)
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cuda.runner(torch.device("cuda", 0)) is None
+
+
+@pytest.mark.usefixtures("compiler", "_unknown")
 def test_without_a_gpu_there_is_one_warning_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
     monkeypatch.setenv(cuda.ENVIRONMENT, "on")
-    cuda._runner.cache_clear()
     with pytest.warns(NativeLibraryWarning, match="do not load on cuda:0"):
         assert cuda.runner(torch.device("cuda")) is None
     assert cuda.runner(torch.device("cuda", 0)) is None
-    cuda._runner.cache_clear()
+
+
+@pytest.mark.usefixtures("_unknown")
+def test_a_line_says_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    assert cuda.in_use(torch.device("cpu")) == ""
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    assert re.match(r"plain torch on cuda:0 \(.*fedprune\[cuda\]", cuda.in_use(device))
+    monkeypatch.setenv(cuda.ENVIRONMENT, "off")
+    assert cuda.in_use(device) == "plain torch on cuda:0 (SPARSEMODEL_CUDA=off)"
+    monkeypatch.setenv(cuda.ENVIRONMENT, "on")
+    monkeypatch.setattr(cuda, "_loaded", lambda index: object())
+    monkeypatch.setattr(measured, "gpu_of", lambda device: measured.MEASURED[0])
+    for name, rule in (("NVIDIA H200", "its own measurements"),
+                       ("NVIDIA A100", "measurements of an NVIDIA H200")):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index, name=name: name)
+        assert cuda.in_use(device) == f"CUDA kernels on cuda:0 ({name}), chosen by {rule}"
 
 
 def test_importing_the_kernels_imports_no_binding() -> None:

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from sparsemodel.kernels.csr import csr_from_mask
-from sparsemodel.kernels.cuda import conv as cuda_conv
 from sparsemodel.kernels.cuda import linear as cuda_linear
 from sparsemodel.kernels.cuda.launch import Runner
-from sparsemodel.kernels.geometry import ConvGeometry
 
 Tensor = torch.Tensor
 
@@ -33,9 +31,9 @@ class Case(NamedTuple):
     x: Tensor
     dy: Tensor
 
-    def transposed(self) -> cuda_conv.Transposed:
-        geometry = ConvGeometry(*self.weight.shape, 1, 1)
-        return cuda_conv.transpose(self.row_ptr, self.cols, geometry)
+    def transposed(self) -> cuda_linear.Transposed:
+        made = cuda_linear.transpose(self.row_ptr, self.cols, self.weight.shape[1])
+        return cuda_linear.Transposed.split(made.joined(), self.cols.numel())
 
     def forward(self, cuda: Runner, bias: Tensor | None) -> Tensor:
         y = torch.empty_like(self.dy)
@@ -94,8 +92,10 @@ def test_half_types_are_summed_in_float32(cuda: Runner, dtype: torch.dtype) -> N
     y = c.forward(cuda, c.bias)
     exact = c.weight @ c.x.double() + c.bias.double()[:, None]
     c.near(y, exact)
-    nearest = exact.to(dtype).double()
-    assert ((y.double() - nearest).abs() <= nearest.abs() * 2 * torch.finfo(dtype).eps + 1e-5).all()
+    terms = c.weight.abs() @ c.x.double().abs() + c.bias.double().abs()[:, None]
+    summed = 301 * torch.finfo(torch.float32).eps * terms  # n eps Σ|terms|, however it is added
+    rounded = torch.finfo(dtype).eps * exact.abs()
+    assert ((y.double() - exact).abs() <= summed + rounded).all()
     c.near(c.input_gradient(cuda), c.weight.t() @ c.dy.double())
     dvalues = cuda_linear.weight_gradient(cuda, c.dy, c.x, c.row_ptr, c.cols)
     c.near(dvalues, (c.dy.double() @ c.x.double().t())[c.mask])
@@ -121,11 +121,23 @@ def test_square_norms(cuda: Runner, out: int, width: int, batch: int, density: f
     """Against each sample's own gradient."""
     c = make(out, width, batch, density)
     own = torch.einsum("ob,ib->boi", c.dy.double(), c.x.double())[:, c.mask]
-    expected = own.square().sum(1)
-    found = cuda_linear.square_norms(cuda, c.dy, c.x, c.row_ptr, c.cols, bias=False)
-    c.near(found, expected)
-    found = cuda_linear.square_norms(cuda, c.dy, c.x, c.row_ptr, c.cols, bias=True)
-    c.near(found, expected + c.dy.double().square().sum(0))
+    found = cuda_linear.square_norms(cuda, c.dy, c.x, c.row_ptr, c.cols)
+    c.near(found, own.square().sum(1))
+
+
+@pytest.mark.parametrize(("positions", "batch"), [(0, 3), (1, 33), (5, 4), (7, 40), (3, 0)])
+@every_density
+@every_type
+def test_norms_of_sequences(
+    cuda: Runner, positions: int, batch: int, density: float, dtype: torch.dtype
+) -> None:
+    """A sample's gradient is the sum over its positions."""
+    c = make(9, 14, positions * batch, density, dtype)
+    dy, x = (t.view(len(t), positions, batch) for t in (c.dy, c.x))
+    found = cuda_linear.sequence_norms(cuda, dy, x, c.row_ptr, c.cols)
+    own = torch.einsum("otb,itb->boi", dy.double(), x.double())[:, c.mask].square().sum(1)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), own, rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_of_none_has_no_output_and_no_gradient(cuda: Runner) -> None:

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from datapruning.scores.prototypes import _distance_to_nearest, self_supervised
 from datapruning.students.distill import kd_loss
 from fedprune.errors import ClientError
 from fedprune.exchange.aggregate import WeightedMean
 from sparsemodel.gradients.per_sample import gradient_norms
 from sparsemodel.kernels.cuda import launch as kernels
+from sparsemodel.kernels.cuda import measured
 from sparsemodel.kernels.cuda.launch import Runner
 from sparsemodel.layers.linear_and_conv import SparseConv2d, SparseLinear
 from sparsemodel.optim import SparseAdam, SparseSGD
@@ -154,8 +154,13 @@ def sparse_layer(kind: str) -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["linear", "tokens", "conv"])
-def test_norms_of_samples_are_taken_by_kernels(launched: list[str], kind: str) -> None:
+def test_norms_of_samples_are_taken_by_kernels(
+    launched: list[str], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer, x = sparse_layer(kind)
+    won = [measured.Timed(o, 0, 0, 1.0, 1.0, 2.0) for o in ("norms", "norms of sequences")]
+    gpu = measured.Gpu("any", (9, 0), tuple(won))
+    monkeypatch.setattr(measured, "gpu_of", lambda device: gpu)
 
     def losses(model: nn.Module) -> Tensor:
         return model(x).flatten(1).sin().sum(1)
@@ -166,24 +171,6 @@ def test_norms_of_samples_are_taken_by_kernels(launched: list[str], kind: str) -
         for value in losses(layer):
             parts = torch.autograd.grad(value, list(layer.parameters()), retain_graph=True)
             expected.append(sum(part.double().square().sum() for part in parts) ** 0.5)
-    assert launched == ["square_norms" if kind == "linear" else "conv_square_norms"]
+    kernels_of = {"linear": ["square_norms"], "tokens": ["sequence_norms"], "conv": []}
+    assert launched == kernels_of[kind]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-6)
-
-
-def test_prototypes_are_found_by_the_kernel(cuda: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    embeddings = torch.randn(80, 5)
-    embeddings[3] = 0
-    expected = self_supervised(embeddings, num_clusters=7, seed=0)
-    names = recording(cuda, monkeypatch)
-    found = self_supervised(embeddings, num_clusters=7, seed=0)
-    torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=0, atol=1e-6)
-    assert names == ["nearest"]
-
-
-def test_a_centroid_without_direction_is_nobodys_prototype(launched: list[str]) -> None:
-    """Of points on the unit sphere zero may be the nearest, though its cosine is the smallest."""
-    unit = torch.tensor([[0.6, 0.8], [1.0, 0.0]], dtype=torch.float64)
-    centroids = torch.tensor([[0.0, 0.0], [0.28, -0.96]], dtype=torch.float64)
-    found = _distance_to_nearest(unit, centroids)
-    expected = 1 - (unit @ centroids.T).max(1).values
-    torch.testing.assert_close(found, expected.cpu())

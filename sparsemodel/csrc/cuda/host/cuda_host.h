@@ -169,31 +169,9 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int step) {
   return host::exchange(value, (host::current % host::LANES) ^ step);
 }
-inline unsigned __ballot_sync(unsigned, int predicate) {
-  unsigned ballot = 0, own = predicate != 0;
-  unsigned first = host::current / host::LANES * host::LANES;
-  std::memcpy(&host::slots[host::current], &own, sizeof own);
-  host::wait(host::State::at_exchange);
-  for (unsigned lane = 0; lane < host::LANES; ++lane) {
-    unsigned bit;
-    std::memcpy(&bit, &host::slots[first + lane], sizeof bit);
-    ballot |= bit << lane;
-  }
-  host::wait(host::State::at_exchange);
-  return ballot;
-}
-
 template <class T>
 T atomicAdd(T* address, T value) { T old = *address; *address += value; return old; }
-template <class T>
-T atomicOr(T* address, T value) { T old = *address; *address |= value; return old; }
 
-inline unsigned __brev(unsigned x) {
-  unsigned y = 0;
-  for (int i = 0; i < 32; ++i) y |= ((x >> i) & 1u) << (31 - i);
-  return y;
-}
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __float_as_uint(float f) { unsigned u; std::memcpy(&u, &f, 4); return u; }
 inline float __uint_as_float(unsigned u) { float f; std::memcpy(&f, &u, 4); return f; }
 using std::max;
