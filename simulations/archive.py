@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,14 @@ from typing import Any
 
 from simulations.jobs import Outcome, read_outcome, write_outcome
 from sparsemodel.storage.files import write_atomically
+
+
+def add_archive_argument(parser: argparse.ArgumentParser) -> None:
+    """What `archived` is given."""
+    parser.add_argument(
+        "--archive", type=Path, metavar="FILE",
+        help="of outcomes: those in it are not run again, and it is brought up to date",
+    )  # fmt: skip
 
 
 @contextmanager

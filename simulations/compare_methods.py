@@ -21,7 +21,7 @@ from fedprune.config import RunConfig, parse_assignments
 from fedprune.methods import METHODS
 from prunelab.data.datasets import check_dataset
 from prunelab.errors import PrunelabError
-from simulations.archive import archived
+from simulations.archive import add_archive_argument, archived
 from simulations.comparison.cells import Point, grid
 from simulations.comparison.presets import PRESETS
 from simulations.comparison.report import write_page
@@ -53,10 +53,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[Call, argparse.Namespace]
     parser.add_argument("--no-tuning", action="store_true", help="--set training.lr=... for all")
     parser.add_argument("--data", help="a folder of parquet, or a name, instead of the data set")
     parser.add_argument("--out", type=Path, help="where runs go; default runs/NAME-PRESET")
-    parser.add_argument(
-        "--archive", type=Path, metavar="FILE",
-        help="of outcomes: those in it are not run again, and it is brought up to date",
-    )  # fmt: skip
+    add_archive_argument(parser)
     parser.add_argument("--table-only", action="store_true", help="run nothing")
     given = parsed(parser, words)
     try:

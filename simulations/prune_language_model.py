@@ -34,6 +34,7 @@ from prunelab.language.tasks import (
     retrieval,
 )
 from prunelab.language.text import both_sides, drawn, in_batches, read_text
+from simulations.archive import add_archive_argument, archived
 from simulations.jobs import FINISHED, Outcome, check_settings, parsed, run_jobs, workers_of
 from simulations.language_ways import NOT_IN_GROUPS, UNITS, WEIGHTS, Task
 from simulations.page import page, publish, table
@@ -48,7 +49,7 @@ SHARES = ("0.9", "0.8", "0.5")
 """Densities of heads and channels."""
 CONTROL, UNIT_CONTROL = "magnitude", "units, magnitude"
 EVERY_WAY = (*WEIGHTS, *UNITS)
-ASKED, PLANTED = 32, 64
+ASKED, PLANTED = 32, 32
 """Test sequences of which more is asked than perplexity, and tokens of one with a planted pair."""
 
 
@@ -97,12 +98,12 @@ class Questions:
     chosen: Tensor
 
     def answers(self, model: nn.Module) -> dict[str, float]:
-        """A model's, in shares."""
+        """A model's: shares, and ranks of the token that was planted."""
         found = retrieval(model, self.pairs)
         return {
             "facts": facts_kept(model, self.known),
-            "retrieved": found.planted.first,
-            "said anyway": found.without.first,
+            "rank": found.planted.rank,
+            "without the pair": found.without.rank,
             "agreement": agreement(model, self.dense, self.chosen).share,
         }
 
@@ -204,18 +205,22 @@ def _hidden(done: Mapping[PruneJob, Mapping[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for value in asked.values() for name in value["answers"]))
     rows = [
         [job.way or "dense", job.pattern or "1", told_values([value["perplexity"]], ".2f")]
-        + [f"{value['answers'][name]:.3f}" for name in names]
+        + [_answer(value["answers"][name]) for name in names]
         for job, value in sorted(asked.items(), key=lambda item: item[1]["perplexity"])
     ]
     return [
         "", "## What perplexity hides", "",
         "On the first draw, by perplexity. Facts: rare tokens of which the dense model is more "
-        "than half sure; the share that is still chosen. Retrieved: a random pair at the start "
-        f"of a sequence of {PLANTED}, its first token again at the end; the share where the second "
-        "follows. Said anyway: the same without the pair. Agreement: the share of tokens where the "
-        "dense model chooses the same.", "",
+        "than half sure; the share that is still chosen. Rank: a random pair of tokens at the "
+        f"start of a sequence of {PLANTED}, its first token again at the end; the place of the "
+        "second among all tokens there, the median over sequences, and without the pair. "
+        "Agreement: the share of tokens where the dense model chooses the same.", "",
         table(["way", "kept", "perplexity", *names], rows, words=(0, 1)),
     ]  # fmt: skip
+
+
+def _answer(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:,.0f}"
 
 
 def _tables(
@@ -281,6 +286,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[
         help=f"one of those to run; default all: {'; '.join(EVERY_WAY)}",
     )
     parser.add_argument("--out", type=Path, help="where runs go; default runs/NAME-MODEL")
+    add_archive_argument(parser)
     given = parsed(parser, words)
     given.title = given.title or Path(given.model).name
     setting = Setting(
@@ -304,9 +310,12 @@ def parse(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[
 def main() -> None:
     """Run what is missing and write the page."""
     given, jobs, out = parse()
-    with workers_of(given, on_gpus=False) as workers:
-        found = run_jobs(jobs, out, workers)
     setting = asdict(jobs[0].setting)
+    with (
+        archived(given.archive, out, setting),
+        workers_of(given, on_gpus=False) as workers,
+    ):
+        found = run_jobs(jobs, out, workers)
     text = page(
         f"Pruning {given.title} in one shot",
         command=f"python -m simulations.prune_language_model --model {given.title} --data TEXT "
