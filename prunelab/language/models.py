@@ -15,12 +15,16 @@ def read_model(source: str | Path) -> nn.Module:
     """The model in float32 and evaluation mode.
 
     Args:
-        source: a folder as transformers writes it, a .gguf file, or a name on the hub.
+        source: a folder as transformers writes it, a .gguf file, whose weights are no longer
+            quantised then, or a name on the hub.
 
     Raises:
         ModelError: transformers is missing, there is no such model, or it cannot be read.
     """
     model: nn.Module = _read(source, "AutoModelForCausalLM", dtype=torch.float32)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and Path(source).suffix == ".gguf":
+        quantizer.remove_quantization_config(model)  # with it transformers would not save it
     return model.eval()
 
 
@@ -46,6 +50,9 @@ def _read(source: str | Path, reader: str, **options: Any) -> Any:
     place = str(path if path.is_dir() else source)
     if path.suffix == ".gguf":
         place, options = str(path.parent), {**options, "gguf_file": path.name}
+        if reader == "AutoModelForCausalLM" and hasattr(transformers, "GgufConfig"):
+            # Else some installations would keep the weights packed.
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if (path.suffix == ".gguf" or str(source).startswith((".", "/", "~"))) and not path.exists():
         raise ModelError(f"no such model: {path}")
     logging = transformers.utils.logging

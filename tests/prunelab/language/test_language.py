@@ -8,7 +8,9 @@ import math
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,3 +113,41 @@ def test_what_is_no_model_is_told(tmp_path: Path) -> None:
     ):
         with pytest.raises(ModelError, match=reason):
             read_model(source)
+
+
+def test_a_quantised_file_is_read_as_plain_weights(tmp_path: Path) -> None:
+    """Which transformers saves again: a model that says it is quantised it does not."""
+    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'fedprune[llm]'")
+    width, kind = 32, gguf.GGMLQuantizationType.Q4_1
+    file = gguf.GGUFWriter(str(tmp_path / "tiny.gguf"), "llama")
+    file.add_context_length(16)
+    file.add_embedding_length(width)
+    file.add_block_count(1)
+    file.add_feed_forward_length(width)
+    file.add_head_count(4)
+    file.add_layer_norm_rms_eps(1e-5)
+    file.add_vocab_size(8)
+    random = np.random.default_rng(0)
+    matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    packed = {}
+    for name in ("token_embd", "output", *(f"blk.0.{each}" for each in matrices)):
+        rows = width if name.startswith("blk") else 8
+        packed[name] = gguf.quants.quantize(
+            random.standard_normal((rows, width), dtype=np.float32), kind
+        )
+        file.add_tensor(f"{name}.weight", packed[name], raw_dtype=kind)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        file.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+
+    model = read_model(tmp_path / "tiny.gguf")
+    down = gguf.quants.dequantize(packed["blk.0.ffn_down"], kind)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert np.array_equal(model.get_parameter(name).detach(), down)
+    save: Any = model.save_pretrained
+    save(tmp_path / "saved")
+    again = read_model(tmp_path / "saved")
+    assert np.array_equal(again.get_parameter(name).detach(), down)
