@@ -15,9 +15,9 @@ PACKAGES = ("fedprune", "prunelab", "sparsemodel", "datapruning")
 # The front door offers the classes, by names that type checkers can see.
 FRONT_DOOR = ROOT / "fedprune" / "__init__.py"
 REGISTRY = ROOT / "fedprune" / "methods" / "__init__.py"
-# English, or the name of a criterion too: no method is meant where it is not the whole text,
-# where files speak of criteria.
-WORDS = {"magnitude", "random", "snip", "grasp", "synflow", "wanda"}
+# English, or the name of a criterion or a recovery too: no method is meant where it is not the
+# whole text, where files speak of criteria.
+WORDS = {"magnitude", "random", "snip", "grasp", "synflow", "wanda", "perp"}
 CLASSES = {method.__name__: method for method in METHODS.values() if method.name != "fedavg"}
 
 
