@@ -31,7 +31,7 @@ from prunelab.language.models import read_model, read_tokenizer
 from prunelab.language.perplexity import perplexity
 from prunelab.language.text import drawn, parted, read_text, sequences
 from simulations.jobs import FINISHED, Outcome, check_settings, parsed, run_jobs, workers_of
-from simulations.page import page, publish, table
+from simulations.page import commits_of, page, publish, table, without_paths
 from simulations.statistics import told_ratio, told_values
 from sparsemodel.masks.mask import Mask
 
@@ -277,7 +277,7 @@ def main() -> None:
     text = page(
         f"Pruning {given.title} over the roles of plays",
         command=f"python -m simulations.federated_language --model {given.title} --data TEXT",
-        at=", ".join(sorted({one.commit for one in found.values()})),
+        at=commits_of(found.values()),
         notes=[
             f"mean ± sample standard deviation over {given.seeds} seeds, which draw each role's "
             "samples, the random mask and the order of batches",
@@ -288,7 +288,7 @@ def main() -> None:
             "which is `perp` with ten times that",
         ],
         body=body(jobs, found),
-        settings={name: value for name, value in setting.items() if "/" not in str(value)},
+        settings=without_paths(setting),
     )
     publish(text, out / "table.md", found.values())
 

@@ -26,7 +26,7 @@ from prunelab.errors import PrunelabError
 from prunelab.language.perplexity import perplexity
 from prunelab.language.text import parted, read_text, sequences
 from simulations.jobs import FINISHED, Outcome, check_settings, parsed, run_jobs, workers_of
-from simulations.page import page, publish, table
+from simulations.page import commits_of, page, publish, table
 from simulations.statistics import told_ratio, told_values
 from sparsemodel.loops.gradual import GradualPruner, gmp, granet, journey
 from sparsemodel.masks.by_blocks import block_weights
@@ -312,7 +312,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "Pruning a small language model while it trains",
         command=f"python -m simulations.gradual_pruning --steps {given.steps}"
         + (" --data TEXT" if given.data else ""),
-        at=", ".join(sorted({one.commit for one in found.values()})),
+        at=commits_of(found.values()),
         notes=[
             f"mean ± sample standard deviation over {given.seeds} seeds of weights and batches",
             "all runs have the same steps, batches and learning rates; none was tuned",

@@ -101,12 +101,8 @@ def _searched(model: nn.Module, task: Task) -> Mask:
     dense = {name: model.get_parameter(name).detach().clone() for name in names}
     solver = partial(annealed, generator=np.random.default_rng(task.seed))
     known: dict[str, list[NDArray[np.int64]]] = {name: [] for name in names}
-    for step in range(SEARCHES + 1):
-        with torch.no_grad():
-            for name, weight in dense.items():
-                model.get_parameter(name).copy_(weight * mask[name])
-        if step == SEARCHES:
-            return mask
+    mask.apply(model)
+    for _ in range(SEARCHES):
         blocks = {
             name: doubtful_block(
                 scores[name],
@@ -127,7 +123,10 @@ def _searched(model: nn.Module, task: Task) -> Mask:
             )  # fmt: skip
             patterns[name] = torch.from_numpy(flat).view_as(mask[name])
         mask = Mask(patterns)
-    raise AssertionError("the last step returns")
+        with torch.no_grad():
+            for name, weight in dense.items():
+                model.get_parameter(name).copy_(weight * mask[name])
+    return mask
 
 
 def _sample_gradients(

@@ -39,7 +39,7 @@ from simulations.jobs import (
     run_jobs,
     workers_of,
 )
-from simulations.page import page, publish, table
+from simulations.page import commits_of, page, publish, table
 from simulations.statistics import LEVEL, interval
 from sparsemodel.protocols.oracle import kendall, retrain_correlation, subsets
 
@@ -329,7 +329,7 @@ def written(found: Sequence[Outcome], name: str, seeds: Sequence[int]) -> str:
     return page(
         "Is the best pruned network the best retrained one?",
         command=f"python -m simulations.oracle_pruning --preset {name} --seeds {listed}",
-        at=", ".join(sorted({one.commit for one in found})),
+        at=commits_of(found),
         notes=notes,
         body=body(found, preset),
         settings=asdict(preset),

@@ -35,6 +35,16 @@ def page(
     return "\n".join([*lines, ""])
 
 
+def commits_of(outcomes: Iterable[Outcome]) -> str:
+    """The commits that outcomes are of."""
+    return ", ".join(sorted({one.commit for one in outcomes})) or "unknown"
+
+
+def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that mean the same on another machine."""
+    return {name: value for name, value in settings.items() if "/" not in str(value)}
+
+
 def publish(
     text: str, saved: Path, outcomes: Iterable[Outcome], *, what: str = "runs", hint: str = ""
 ) -> None:

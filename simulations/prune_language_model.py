@@ -37,7 +37,7 @@ from prunelab.language.text import both_sides, drawn, in_batches, read_text
 from simulations.archive import add_archive_argument, archived
 from simulations.jobs import FINISHED, Outcome, check_settings, parsed, run_jobs, workers_of
 from simulations.language_ways import NOT_IN_GROUPS, UNITS, WEIGHTS, Task
-from simulations.page import page, publish, table
+from simulations.page import commits_of, page, publish, table, without_paths
 from simulations.statistics import told_ratio, told_values
 from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.masks.distribution import n_of_m
@@ -321,7 +321,7 @@ def main() -> None:
         command=f"python -m simulations.prune_language_model --model {given.title} --data TEXT "
         f"--samples {given.samples} --length {given.length} --steps {given.steps} "
         f"--patterns {given.patterns} --shares {given.shares}",
-        at=", ".join(sorted({one.commit for one in found.values()})),
+        at=commits_of(found.values()),
         notes=[
             f"mean ± sample standard deviation over {given.draws} draws of sequences for "
             "calibration; what needs none does not vary",
@@ -330,7 +330,7 @@ def main() -> None:
             "test sequences choose nothing",
         ],
         body=body(jobs, found),
-        settings={name: value for name, value in setting.items() if "/" not in str(value)},
+        settings=without_paths(setting),
     )
     publish(text, out / "table.md", found.values())
 

@@ -16,7 +16,7 @@ from simulations.comparison.tables import (
 )
 from simulations.comparison.tuning import chosen, tuning_rows
 from simulations.jobs import FINISHED, Outcome
-from simulations.page import page, table
+from simulations.page import commits_of, page, table
 
 
 def write_page(call: Call, found: Found) -> str:
@@ -35,7 +35,7 @@ def write_page(call: Call, found: Found) -> str:
     return page(
         preset.title,
         command=call.command,
-        at=", ".join(sorted({one.commit for one in outcomes.values()})) or "unknown",
+        at=commits_of(outcomes.values()),
         notes=_notes(call, found),
         body=body,
         # Where somebody's folder of data lies is nothing for a page.

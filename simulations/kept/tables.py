@@ -8,7 +8,7 @@ from prunelab.pages.units import mean_and_spread
 from simulations.jobs import FINISHED
 from simulations.kept.grid import ALL, distilled_with
 from simulations.kept.steps import Found
-from simulations.page import page, table
+from simulations.page import commits_of, page, table, without_paths
 from simulations.statistics import Interval, interval, seeds_needed
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
@@ -116,11 +116,11 @@ def kept_page(title: str, found: Found, *, command: str, data: str, body: Sequen
             f"α is chosen on a fifth of the training side that the student does not see, on seeds "
             f"{seeds}; the teacher may have seen it, which flatters a large α a little"
         )
-    settings = {key: value for key, value in plan.shared.items() if "/" not in str(value)}
+    settings = without_paths(plan.shared)
     return page(
         title,
         command=command,
-        at=", ".join(sorted({one.commit for one in found.outcomes.values()})) or "unknown",
+        at=commits_of(found.outcomes.values()),
         notes=[*notes, *plan.notes],
         body=[*body, *refused(found)],
         settings=settings,

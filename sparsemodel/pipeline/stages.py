@@ -208,9 +208,7 @@ class Perp:
     """Few parameters are trained so that blocks give what dense ones gave (`reconstruct`).
 
     Attributes:
-        parts, steps, lr: as of `reconstruct`. More and larger steps than published, which mend
-            less: half of the weights of stories260K by Wanda, of perplexity 25.3, come to 11.5 by
-            these and to 18.1 by those (one draw of 128 sequences).
+        parts, steps, lr: as of `reconstruct`. More and larger steps than published.
     """
 
     parts: tuple[str, ...] = USUAL

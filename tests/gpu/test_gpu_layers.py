@@ -36,19 +36,25 @@ def pair(name: str) -> tuple[nn.Module, SparseLinear | SparseConv2d, torch.Tenso
     return dense, sparse, torch.randn(shape)
 
 
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are launched from now on."""
+    launched: list[str] = []
+    launch = cuda.DeviceRunner.launch
+
+    def record(self: cuda.DeviceRunner, family: str, kernel: str, *rest: object, **real: object):
+        launched.append(kernel)
+        launch(self, family, kernel, *rest, **real)
+
+    monkeypatch.setattr(cuda.DeviceRunner, "launch", record)
+    return launched
+
+
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_layers_run_the_kernels_and_equal_dense_ones(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense, sparse, x = pair(name)
-    launched = []
-    launch = cuda.DeviceRunner.launch
-
-    def recorded(self: cuda.DeviceRunner, family: str, kernel: str, *rest: object, **real: object):
-        launched.append(kernel)
-        launch(self, family, kernel, *rest, **real)
-
-    monkeypatch.setattr(cuda.DeviceRunner, "launch", recorded)
+    launched = recorded(monkeypatch)
     monkeypatch.setattr(measured, "MAX_DENSE_GRADIENT", 0)  # so that it is taken at the mask
     exact = dense.double()
     x64 = x.double().requires_grad_()
@@ -104,14 +110,7 @@ def test_linear_layers_follow_the_table(
     rows = [measured.Timed(o, 1, 1, 0.9, sparse, 2.0) for o in ("forward", "input gradient")]
     gpu = measured.Gpu("any", (9, 0), tuple(rows))
     monkeypatch.setattr(measured, "gpu_of", lambda device: gpu)
-    launched = []
-    launch = cuda.DeviceRunner.launch
-
-    def recorded(self: cuda.DeviceRunner, family: str, kernel: str, *rest: object, **real: object):
-        launched.append(kernel)
-        launch(self, family, kernel, *rest, **real)
-
-    monkeypatch.setattr(cuda.DeviceRunner, "launch", recorded)
+    launched = recorded(monkeypatch)
     _, layer, x = pair("linear")
     layer.execution = "auto"
     layer(x.requires_grad_()).sum().backward()
