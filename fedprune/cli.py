@@ -6,7 +6,7 @@ import inspect as python_inspect
 import json
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +57,11 @@ cli = typer.Typer(
 
 def main() -> None:
     """Entry point."""
-    run_command(cli, expected=USER_ERRORS, go_on=lambda _: "continue with --resume")
+    run_command(cli, expected=USER_ERRORS, go_on=_go_on)
+
+
+def _go_on(arguments: Sequence[str]) -> str:
+    return "start it again" if arguments[0] == "demo" else "continue with --resume"
 
 
 @cli.callback()
@@ -298,6 +302,22 @@ def methods(
     say("")
     show_list(["method", *_TRAITS], [_traits_row(k, traits) for k, traits in TRAITS.items()])
     say("fedprune methods NAME shows one whole; --criteria lists criteria of pruning")
+
+
+@cli.command()
+def demo(
+    rounds: Annotated[int, typer.Option(help="Communication rounds.")] = 20,
+    seed: Annotated[int, typer.Option(help="Decides every random choice.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder; default: one under runs/.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show in half a minute what federated pruning does, on eight clients in this process."""
+    from fedprune.demo import demo as show  # noqa: PLC0415
+    from prunelab.runs.folder import default_path  # noqa: PLC0415
+
+    show(out or default_path("demo", resume=False), rounds=rounds, seed=seed, say=say)
 
 
 @cli.command()
