@@ -353,7 +353,7 @@ def test_page_by_hand(tmp_path: Path) -> None:
         "| fedtiny | 0.2 | **lr0.1: 40.0**; lr0.3: diverged | the lowest |",
         "| magnitude | 0.2 | lr0.1: diverged |  |",
         "- left out, for it diverged wherever it was tuned: magnitude at 0.2",
-        "| magnitude-d0.2-a0.5-lr0.1-s3 | diverged | too high |",
+        "`magnitude-d0.2-a0.5-lr0.1-s3`",
         "- 10 of 11 runs have ended",
         "- left out, for its tuning has not ended: fedavg\n",
     ):

@@ -15,7 +15,7 @@ from simulations.comparison.tables import (
     method_sections,
 )
 from simulations.comparison.tuning import chosen, tuning_rows
-from simulations.jobs import FINISHED, Outcome
+from simulations.jobs import DID_DIVERGE, FINISHED, Outcome
 from simulations.page import commits_of, page, table
 
 
@@ -82,16 +82,19 @@ def _notes(call: Call, found: Found) -> list[str]:
 
 
 def _troubles(outcomes: Mapping[str, Outcome]) -> list[str]:
-    """Runs that did not finish, and why."""
+    """Runs that did not finish: which diverged, and why others failed."""
+    lost = [f"`{name}`" for name, one in outcomes.items() if one.status == DID_DIVERGE]
     rows = [
         [name, one.status, (one.reason.strip().splitlines() or ["?"])[-1][-300:]]
         for name, one in outcomes.items()
-        if one.status != FINISHED
+        if one.status not in {FINISHED, DID_DIVERGE}
     ]
-    if not rows:
-        return []
-    header = ["run", "outcome", "reason"]
-    return ["", "## Runs that did not finish", "", table(header, rows, words=(0, 1, 2))]
+    lines = ["", "## Runs that did not finish"] if lost or rows else []
+    if lost:
+        lines += ["", f"Diverged, {len(lost)} of {len(outcomes)} runs: {', '.join(lost)}."]
+    if rows:
+        lines += ["", table(["run", "outcome", "reason"], rows, words=(0, 1, 2))]
+    return lines
 
 
 def _pair_name(pair: Pair) -> str:
