@@ -27,9 +27,9 @@ from prunelab.language.perplexity import perplexity
 from prunelab.language.tasks import (
     Facts,
     Planted,
-    agreement,
+    agreeing,
+    choices,
     facts,
-    facts_kept,
     planted,
     retrieval,
 )
@@ -86,25 +86,25 @@ class Questions:
     """What perplexity hides, asked of every model on the same sequences.
 
     Attributes:
-        dense: the model before pruning.
-        known: rare tokens of which it is sure.
+        known: rare tokens of which the model before pruning is sure.
         pairs: planted in sequences.
         chosen: sequences on which two models are compared.
+        said: what the model before pruning chooses there.
     """
 
-    dense: nn.Module
     known: Facts
     pairs: Planted
     chosen: Tensor
+    said: Tensor
 
     def answers(self, model: nn.Module) -> dict[str, float]:
         """A model's: shares, and ranks of the token that was planted."""
-        found = retrieval(model, self.pairs)
+        found, said = retrieval(model, self.pairs), choices(model, self.chosen)
         return {
-            "facts": facts_kept(model, self.known),
+            "facts": self.known.kept_by(said),
             "rank": found.planted.rank,
             "without the pair": found.without.rank,
-            "agreement": agreement(model, self.dense, self.chosen).share,
+            "agreement": agreeing(said, self.said),
         }
 
 
@@ -114,7 +114,8 @@ def questions(setting: Setting) -> Questions:
     pool, test = sides(setting)
     dense, chosen = read_model(setting.model), test[:ASKED]
     known = facts(dense, chosen, reference=pool)
-    return Questions(dense, known, planted(chosen[:, :PLANTED], seed=0), chosen)
+    pairs = planted(chosen[:, :PLANTED], seed=0)
+    return Questions(known, pairs, chosen, choices(dense, chosen))
 
 
 @dataclass(frozen=True)

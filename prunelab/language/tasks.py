@@ -43,6 +43,15 @@ class Facts:
         """What stands there, int64 [facts]."""
         return self.sequences[self.places[:, 0], self.places[:, 1]]
 
+    def kept_by(self, said: Tensor) -> float:
+        """Share of facts that are still chosen, in [0, 1].
+
+        Args:
+            said: what `choices` gives of a model and `sequences`.
+        """
+        found = said[self.places[:, 0], self.places[:, 1] - 1]
+        return float((found == self.tokens).double().mean())
+
 
 def facts(
     dense: nn.Module,
@@ -91,12 +100,29 @@ def facts_kept(model: nn.Module, asked: Facts, *, batch_size: int = BATCH) -> fl
 
     Of the dense model it is 1. A place with logits that are NaN has no choice.
     """
-    choices = torch.full_like(asked.sequences, -1)
+    return asked.kept_by(choices(model, asked.sequences, batch_size=batch_size))
+
+
+def choices(model: nn.Module, chosen: Tensor, *, batch_size: int = BATCH) -> Tensor:
+    """The token of highest logit at every place but the first, int64 [n, length - 1].
+
+    A place with logits that are NaN has no choice, -1.
+
+    Args:
+        chosen: sequences of tokens, int64 [n, length].
+
+    Raises:
+        DataError: sequences of another shape.
+    """
+    _check_sequences(chosen)
     with _evaluating(model) as logits_of:
-        for rows, logits in _predicted(logits_of, asked.sequences, batch_size):
-            choices[rows, 1:] = _choices(logits)
-    found = choices[asked.places[:, 0], asked.places[:, 1]]
-    return float((found == asked.tokens).double().mean())
+        parts = [_choices(logits) for _, logits in _predicted(logits_of, chosen, batch_size)]
+    return torch.cat(parts)
+
+
+def agreeing(ours: Tensor, theirs: Tensor) -> float:
+    """Share of places where two models choose the same token, in [0, 1]; -1 agrees with nothing."""
+    return float(((ours == theirs) & (ours >= 0)).double().mean())
 
 
 @dataclass(frozen=True)
@@ -213,14 +239,13 @@ def agreement(
         DataError: sequences of another shape.
     """
     _check_sequences(chosen)
-    same, total = 0, 0.0
+    same, total = 0.0, 0.0
     with _evaluating(pruned) as ours, _evaluating(dense) as theirs:
         for (_, q), (_, p) in zip(
             _predicted(ours, chosen, batch_size), _predicted(theirs, chosen, batch_size),
             strict=True,
         ):  # fmt: skip
-            choices = _choices(p)
-            same += int(((choices == _choices(q)) & (choices >= 0)).sum())
+            same += agreeing(_choices(p), _choices(q)) * p[..., 0].numel()
             log_p, log_q = p.log_softmax(2), q.log_softmax(2)
             # What the dense model excludes adds nothing, whatever the other says: 0 log 0 = 0.
             ratio = torch.where(log_p == -math.inf, 0.0, log_p - log_q)
