@@ -66,7 +66,7 @@ def _default(option: Any) -> str:
     if option.required:
         return "required"
     value = option.default
-    return "" if value is None or value == "" or callable(value) else f"`{value}`"
+    return "" if value in {None, "", False} or callable(value) else f"`{value}`"
 
 
 def _settings() -> str:
