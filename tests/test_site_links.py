@@ -1,4 +1,4 @@
-"""The links of the site: how pages' links are rewritten, and what the built pages are checked for."""
+"""How links are rewritten for the site, and what its written pages are checked for."""
 
 from __future__ import annotations
 

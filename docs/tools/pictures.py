@@ -45,17 +45,18 @@ def main() -> None:
 def round_() -> Figure:
     """What travels in a steady round, and when the mask changes."""
     figure, axes = _paper(9.0, 3.9)
-    _box(axes, 0.2, 1.2, 2.0, 1.6, "server\n\nmask, values,\nsum of answers")
+    _box(axes, (0.2, 1.2, 2.0, 1.6), "server\n\nmask, values,\nsum of answers")
     for row, name in enumerate(("client 1", "client 2", "client N")):
-        _box(axes, 6.8, 2.75 - 1.25 * row, 2.0, 1.0, f"{name}\nown samples, mask,\nactive weights")
+        place = (6.8, 2.75 - 1.25 * row, 2.0, 1.0)
+        _box(axes, place, f"{name}\nown samples, mask,\nactive weights")
         y = 3.25 - 1.25 * row
         _arrow(axes, (2.25, 2.25 - 0.1 * row), (6.75, y + 0.12), TEAL)
         _arrow(axes, (6.75, y - 0.18), (2.25, 1.85 - 0.2 * row), ORANGE)
     axes.text(4.4, 3.55, "down: active values", color=TEAL, ha="center")
     axes.text(4.4, 0.05, "up: trained active values", color=ORANGE, ha="center")
     axes.text(
-        1.2, 0.35, "mask changes:\ngradients go up,\nthe difference\nof masks goes down", ha="center",
-        va="center", fontsize=8.5,
+        1.2, 0.35, "mask changes:\ngradients go up,\nthe difference\nof masks goes down",
+        ha="center", va="center", fontsize=8.5,
     )  # fmt: skip
     return figure
 
@@ -177,11 +178,11 @@ def blocks() -> Figure:
     figure, axes = _paper(9.0, 3.2)
     states = ("pruned", "pruned", "being pruned", "still dense", "still dense")
     colours = (PALE, PALE, "#ffe0b2", "white", "white")
-    _box(axes, 0.1, 1.2, 1.1, 1.0, "sequences\nof a text")
+    _box(axes, (0.1, 1.2, 1.1, 1.0), "sequences\nof a text")
     _arrow(axes, (1.22, 1.7), (1.58, 1.7), INK)
     for place, (state, colour) in enumerate(zip(states, colours, strict=True)):
         left = 1.6 + 1.5 * place
-        _box(axes, left, 1.2, 1.1, 1.0, f"block {place + 1}\n{state}", colour)
+        _box(axes, (left, 1.2, 1.1, 1.0), f"block {place + 1}\n{state}", colour)
         if place < len(states) - 1:
             _arrow(axes, (left + 1.12, 1.7), (left + 1.48, 1.7), INK if place < 2 else GRAY)
     axes.text(
@@ -205,8 +206,10 @@ def _paper(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _box(
-    axes: Axes, left: float, low: float, width: float, height: float, text: str, colour: str = PALE
+    axes: Axes, place: tuple[float, float, float, float], text: str, colour: str = PALE
 ) -> None:
+    """A box with words in it; its place is left, low, width, height."""
+    left, low, width, height = place
     patch = FancyBboxPatch(
         (left, low), width, height, boxstyle="round,pad=0,rounding_size=0.08", facecolor=colour,
         edgecolor=INK, linewidth=1.0,
