@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -79,7 +80,7 @@ def selection() -> Figure:
     return figure
 
 
-def _selection(method: FedTiny) -> dict[str, list[float]]:
+def _selection(method: FedTiny) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         settings = {"server.per_class": 20, "server.pretrain_epochs": 20}
         result = fedprune.run(
