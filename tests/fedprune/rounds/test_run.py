@@ -129,6 +129,12 @@ def test_summary_has_the_keys_of_the_contract_in_order(finished: Path) -> None:
     assert summary["client_seconds"] > 0
 
 
+def test_the_page_about_the_summary_has_its_keys() -> None:
+    page = Path(__file__).parents[3] / "docs" / "reference" / "summary.md"
+    told = re.findall(r"^\| `(\w+)` \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert told == SUMMARY_KEYS
+
+
 def test_metrics_hold_a_line_a_round_and_sum_to_the_summary(finished: Path) -> None:
     start, *rounds = read_metrics(finished)
     assert start["event"] == "start"
