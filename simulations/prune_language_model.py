@@ -35,7 +35,15 @@ from prunelab.language.tasks import (
 )
 from prunelab.language.text import both_sides, drawn, in_batches, read_text
 from simulations.archive import add_archive_argument, archived
-from simulations.jobs import FINISHED, Outcome, check_settings, parsed, run_jobs, workers_of
+from simulations.jobs import (
+    FINISHED,
+    Outcome,
+    check_settings,
+    parsed,
+    read_outcome,
+    run_jobs,
+    workers_of,
+)
 from simulations.language_ways import NOT_IN_GROUPS, UNITS, WEIGHTS, Task
 from simulations.page import commits_of, page, publish, table, without_paths
 from simulations.statistics import told_ratio, told_values
@@ -182,7 +190,8 @@ def jobs_of(
 
 def body(jobs: Sequence[PruneJob], found: Mapping[str, Outcome]) -> list[str]:
     """The tables: perplexities, what is told apart from magnitude, time."""
-    done = {job: found[job.name].values for job in jobs if found[job.name].status == FINISHED}
+    ended = {job: found[job.name] for job in jobs if job.name in found}
+    done = {job: one.values for job, one in ended.items() if one.status == FINISHED}
     dense = [value["perplexity"] for job, value in done.items() if not job.way]
     lines = [f"The dense model's perplexity is {dense[0]:.2f}."] if dense else []
     refused = {one.reason for one in found.values() if one.status == REFUSED}
@@ -191,8 +200,8 @@ def body(jobs: Sequence[PruneJob], found: Mapping[str, Outcome]) -> list[str]:
         ("Weights", WEIGHTS, CONTROL), ("Heads and channels", UNITS, UNIT_CONTROL),
     ):  # fmt: skip
         own = {job: value for job, value in done.items() if job.way in ways}
-        present = [way for way in ways if any(job.way == way for job in jobs)]
-        patterns = list(dict.fromkeys(job.pattern for job in jobs if job.way in ways))
+        present = [way for way in ways if any(job.way == way for job in ended)]
+        patterns = list(dict.fromkeys(job.pattern for job in ended if job.way in ways))
         if present:
             lines += _tables(title, own, present, patterns, control)
     return [*lines, *_hidden(done)]
@@ -287,6 +296,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[
         help=f"one of those to run; default all: {'; '.join(EVERY_WAY)}",
     )
     parser.add_argument("--out", type=Path, help="where runs go; default runs/NAME-MODEL")
+    parser.add_argument("--table-only", action="store_true", help="run nothing")
     add_archive_argument(parser)
     given = parsed(parser, words)
     given.title = given.title or Path(given.model).name
@@ -312,11 +322,12 @@ def main() -> None:
     """Run what is missing and write the page."""
     given, jobs, out = parse()
     setting = asdict(jobs[0].setting)
-    with (
-        archived(given.archive, out, setting),
-        workers_of(given, on_gpus=False) as workers,
-    ):
-        found = run_jobs(jobs, out, workers)
+    with archived(given.archive, out, setting):
+        if given.table_only:
+            found = {job.name: one for job in jobs if (one := read_outcome(job.name, out))}
+        else:
+            with workers_of(given, on_gpus=False) as workers:
+                found = run_jobs(jobs, out, workers)
     text = page(
         f"Pruning {given.title} in one shot",
         command=f"python -m simulations.prune_language_model --model {given.title} --data TEXT "
@@ -325,7 +336,7 @@ def main() -> None:
         at=commits_of(found.values()),
         notes=[
             f"mean ± sample standard deviation over {given.draws} draws of sequences for "
-            "calibration; what needs none does not vary",
+            "calibration; what needs none does not vary, and a single number is of one draw",
             "densities are those of every linear layer of the blocks, ranked within rows but where "
             "all layers are said; embeddings, norms and the output layer are whole",
             "test sequences choose nothing",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_language import llama, texts
 
-from prunelab.language.tasks import Facts, planted
+from prunelab.language.tasks import Facts, choices, planted
 from simulations.jobs import FINISHED, Outcome
 from simulations.language_ways import NOT_IN_GROUPS, UNITS, WEIGHTS, Task
 from simulations.prune_language_model import (
@@ -63,6 +63,12 @@ def test_tables_by_hand() -> None:
     assert "| random | -0.36 | - |" in text  # the draw that is finite
     assert "| units, amp | +1.61 ± 0.00 |" in text
     assert "What perplexity hides" not in text  # nobody was asked
+    some = {job.name: found[job.name] for job in jobs if job.way in {"magnitude", "wanda"}}
+    del some["wanda-0.5-1"]  # a page of what there is
+    text = "\n".join(body(jobs, some))
+    assert "| wanda | 5.00 | - | 2.0 |" in text
+    assert "| wanda | -0.69 | - |" in text
+    assert "random" not in text.split("over that of")[0]
 
 
 def test_what_was_asked_is_listed_by_perplexity() -> None:
@@ -83,7 +89,8 @@ def test_what_was_asked_is_listed_by_perplexity() -> None:
 def test_questions_are_those_of_the_dense_model() -> None:
     model, chosen = llama(), texts(1)[0]["input_ids"]
     known = Facts(chosen, torch.tensor([[0, 1]]))
-    asked = Questions(model, known, planted(chosen[:, :4], seed=0), chosen)
+    said = choices(model, chosen)
+    asked = Questions(known, planted(chosen[:, :4], seed=0), chosen, said)
     assert asked.answers(model)["agreement"] == 1
     assert asked.answers(llama(seed=1))["agreement"] < 1
 
