@@ -1,7 +1,8 @@
 """Draws the pictures of the pages anew: python docs/tools/pictures.py
 
-Drawings are drawn; the losses of candidates come from two small runs on digits, and the accuracies
-of kept shares from the saved page simulations/ten_metrics.md. The same input gives the same files.
+Drawings are drawn; accuracies by round and the losses of candidates come from small runs on digits,
+the accuracies of kept shares from the saved page simulations/ten_metrics.md. The same input gives
+the same files.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 import fedprune
-from fedprune.methods import FedTiny, FedTinyVanillaSelection
+from fedprune.methods import DEFAULT_METHOD, FedTiny, FedTinyVanillaSelection
+from fedprune.methods.base import Method
 from fedprune.methods.fedtiny.progressive import is_adjustment_round
 from prunelab.networks.blocks import parameter_blocks
 from prunelab.networks.build import build_model
@@ -37,10 +39,33 @@ def main() -> None:
         "text.color": INK, "axes.labelcolor": INK,
     })  # fmt: skip
     PICTURES.mkdir(exist_ok=True)
-    for draw in (round_, selection, progressive, storage, keep, blocks):
+    for draw in (run, round_, selection, progressive, storage, keep, blocks):
         figure = draw()
         name = draw.__name__.rstrip("_")
         figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None})
+
+
+def run() -> Figure:
+    """The README's command beside the same run with all weights: accuracy, and bytes for it."""
+    figure = Figure(figsize=(8.4, 2.9), layout="constrained")
+    rounds, sent = figure.subplots(1, 2, sharey=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for method, colour, label in (
+            (DEFAULT_METHOD, TEAL, "5 % of the weights"),
+            (Method.name, GRAY, "all weights"),
+        ):
+            result = fedprune.run(data="digits", method=method, folder=f"{folder}/{method}")
+            start, *lines = result.metrics
+            clients = len(start["clients"])
+            both = [line["bytes_up"] + line["bytes_down"] for line in result.metrics]
+            accuracy = [100 * line["test_accuracy"] for line in lines]
+            megabytes = np.cumsum(both)[1:] / clients / 1e6
+            rounds.plot([line["round"] for line in lines], accuracy, color=colour, label=label)
+            sent.plot(megabytes, accuracy, color=colour)
+    rounds.set(xlabel="round", ylabel="test accuracy, %", xticks=[1, 5, 10, 15, 20])
+    rounds.legend(frameon=False, loc="lower right")
+    sent.set(xlabel="sent and received by a client so far, MB", xscale="log")
+    return figure
 
 
 def round_() -> Figure:
