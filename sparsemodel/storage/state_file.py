@@ -52,6 +52,8 @@ def save_state(
 def load_state(path: str | os.PathLike[str]) -> tuple[SparseState, dict[str, str]]:
     """Read a file that `save_state` or `save_sparse` wrote: the state, and the caller's strings.
 
+    What torch's batch norms count of their batches is no part of a state, and left out.
+
     Raises:
         CheckpointError: the file is missing, truncated or damaged, of another kind or version, or
             holds a tensor that is not float32.
@@ -62,6 +64,7 @@ def load_state(path: str | os.PathLike[str]) -> tuple[SparseState, dict[str, str
         arrays = safetensors.numpy.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise damaged(path, f"it is no whole safetensors file of float32 ({error})") from error
+    arrays = {name: array for name, array in arrays.items() if not _is_counter(name, array)}
     layers, metadata = read_header(path, data)
     patterns: dict[str, Pattern] = {}
     for name, shape in layers:
@@ -73,6 +76,10 @@ def load_state(path: str | os.PathLike[str]) -> tuple[SparseState, dict[str, str
             raise CheckpointError(f"{path}: {name!r} is {array.dtype}, expected float32")
     values = dict(sorted(arrays.items()))
     return SparseState(values, Patterns(patterns) if patterns else None), metadata
+
+
+def _is_counter(name: str, array: Array) -> bool:
+    return name.rpartition(".")[2] == "num_batches_tracked" and array.shape == ()
 
 
 def _take_layer(
