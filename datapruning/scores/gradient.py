@@ -57,7 +57,7 @@ def norms(
     found = explained(
         lambda: gradient_norms(model, loss, num_samples=batch_size(batch), parameters=parameters)
     )
-    return found.where(~seen[-1].detach().isnan(), torch.nan)
+    return found.masked_fill(seen[-1].detach().isnan(), torch.nan)
 
 
 def vog(task: Task, models: Sequence[nn.Module], batch: Any) -> Tensor:
