@@ -47,13 +47,13 @@ def pictures(count: int) -> ImageSamples:
         "el2n",
         "grand",
         "prototypes-supervised",
-        "influence-lissa",
+        "influence-cg",
         replace(METHODS["tracin"], moments="last", name="tracin-last"),
     ],
     ids=str,
 )
 def test_scores_are_those_of_the_cpu(method: str | Method) -> None:
-    options = {"damping": 1.0} if method == "influence-lissa" else {}
+    options = {"damping": 1.0} if method == "influence-cg" else {}
     here, there = (
         score(pictures(600), method=method, model=network(), device=device, options=options).scores
         for device in ("cpu", "cuda")
