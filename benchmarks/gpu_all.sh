@@ -4,8 +4,9 @@
 #   bash benchmarks/gpu_all.sh [--small]
 #
 # Each part has a time limit and files of its own, so that a hang or a failure costs that part
-# alone. The exit code is 1 where a part failed. --small reduces every part; without a GPU a part
-# then runs on the CPU, or says in a line why it cannot.
+# alone. On a GPU the limits add up to 478 seconds, those of the first three, which run side by
+# side, counted once. The exit code is 1 where a part failed. --small reduces every part; without a
+# GPU a part then runs on the CPU, or says in a line why it cannot.
 #
 # OUT     where results go (./gpu_results)        PYTHON  the interpreter (python3)
 # DATA    a folder of parquet such as CIFAR-10's  COMMIT  of the source, where there is no git
@@ -84,8 +85,10 @@ part choice 30 "$no_gpu" "$python" -m benchmarks.gpu_choice $quick
 part structured 40 "$no_gpu" "$python" -m benchmarks.cuda_structured --json $quick
 step=$(missing benchmarks.gpu_step)
 part step 60 "${no_gpu:-$step}" "$python" -m benchmarks.gpu_step
-no_run=$(missing flwr)
-[ -n "$no_gpu" ] && [ -z "$small" ] && no_run=$no_gpu
+no_run=$(missing flwr) no_scores=$(missing sklearn)
+[ -n "$no_gpu" ] && [ -z "$small" ] && no_run=$no_gpu no_scores=$no_gpu
+part scores $([ -n "$no_gpu" ] && echo 120 || echo 28) "$no_scores" \
+  "$python" -m benchmarks.gpu_scores --json --device $device $quick ${DATA:+--data "$DATA"}
 if [ -n "$small" ]; then
   rounds=(--quick --rounds 2 --engines inline --clients 2 --images 200) limit=240
 else

@@ -132,7 +132,7 @@ def _compared(
         ours = sides["ours"]()
         for name, side in sides.items():
             if name != "one training step":
-                _check(f"{of.name}, {what}, {name}", side(), ours)
+                compare(f"{of.name}, {what}, {name}", side(), ours)
     seconds = interleaved(sides, rounds=rounds, clock=clock)
     times = {name: 1e3 * value / of.size for name, value in seconds.items()}
     fastest = min((n for n in times if n.startswith("vmap")), key=lambda n: times[n], default=None)
@@ -141,10 +141,12 @@ def _compared(
             yield Row(BENCH, f"{what}, {of.name} b{of.size}", 1.0, times["ours"], value, name, "ms")
 
 
-def _check(case: str, found: Tensor, ours: Tensor) -> None:
+def compare(case: str, found: Tensor, ours: Tensor) -> float:
+    """The largest difference in the largest of ours; raise RuntimeError above TOLERANCE."""
     error = float((found.double() - ours).abs().max() / ours.abs().max())
     if not error < TOLERANCE:
         raise RuntimeError(f"{case}: off by {error:.1e}")
+    return error
 
 
 def _forward(of: Subject) -> Tensor:
@@ -180,8 +182,8 @@ def looped(of: Subject, direction: dict[str, Tensor] | None = None) -> Tensor:
     return torch.stack(found)
 
 
-def vmapped(of: Subject, chunk: int) -> Tensor:
-    """torch.func: the gradients of so many samples at once, then their norms."""
+def vmapped(of: Subject, chunk: int, direction: dict[str, Tensor] | None = None) -> Tensor:
+    """torch.func: the gradients of so many samples at once, then norms, or products with one."""
     parameters = {name: p.detach() for name, p in of.model.named_parameters()}
     adapter = _Losses(of.model, of.task)
 
@@ -195,8 +197,12 @@ def vmapped(of: Subject, chunk: int) -> Tensor:
     for start in range(0, of.size, chunk):
         part = of.rows(start, min(start + chunk, of.size))
         gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, part)
-        squares = [g.flatten(1).square().sum(1) for g in gradients.values()]
-        found.append(torch.stack(squares).sum(0).sqrt())
+        if direction is None:
+            squares = [g.flatten(1).square().sum(1) for g in gradients.values()]
+            found.append(torch.stack(squares).sum(0).sqrt())
+        else:
+            parts = [g.flatten(1) @ direction[n].flatten() for n, g in gradients.items()]
+            found.append(torch.stack(parts).sum(0))
     return torch.cat(found)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from datapruning.embeddings.pretrained import embed_pretrained
+from datapruning.embeddings.pretrained import embed_pretrained, embedded
 from datapruning.embeddings.simclr import SimclrConfig, train_simclr
 from prunelab.data.samples import Samples
 from prunelab.errors import DataError, ModelError
 from prunelab.runs.seeds import stream_seed
-from prunelab.training.task import Task, to_device
+from prunelab.training.task import Task
 
 NUM_COMPONENTS = 64
 SOURCES = ("pixels", "pca", "simclr", "model:NAME")
@@ -63,7 +64,9 @@ def embed(
         encoder = train_simclr(
             samples, config=config or SimclrConfig(), seed=seed, checkpoint=checkpoint, device=where
         )
-        return _forward(encoder, samples, batch_size=batch_size, device=where)
+        return embedded(
+            samples, lambda batch: encoder(batch[0]), batch_size=batch_size, device=where
+        )
     if source.startswith(_MODEL):
         return embed_pretrained(
             samples, source.removeprefix(_MODEL), seed=seed, batch_size=batch_size, device=where
@@ -71,23 +74,22 @@ def embed(
     raise ModelError(f"unknown source of embeddings {source!r}; known: {', '.join(SOURCES)}")
 
 
-@torch.no_grad()
 def embed_by_task(
     samples: Samples, task: Task, model: nn.Module, *, batch_size: int = 256
 ) -> Tensor:
     """`task.embedding` of a model in eval mode; its modes are restored. float32 [N, D]."""
-    device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        parts = [
-            task.embedding(model, to_device(samples.batch(rows), device)).float().cpu()
-            for rows in torch.arange(len(samples)).split(batch_size)
-        ]
+        return embedded(
+            samples,
+            partial(task.embedding, model),
+            batch_size=batch_size,
+            device=next(model.parameters()).device,
+        )
     finally:
         for module, mode in modes:
             module.training = mode
-    return torch.cat(parts)
 
 
 def pca(samples: Samples, *, num_components: int, seed: int) -> Tensor:
@@ -117,11 +119,3 @@ def _pixels(samples: Samples) -> Tensor:
         )
     pixels: Tensor = batch[0].flatten(1).float()
     return pixels
-
-
-@torch.no_grad()
-def _forward(
-    encoder: nn.Module, samples: Samples, *, batch_size: int, device: torch.device
-) -> Tensor:
-    rows = torch.arange(len(samples)).split(batch_size)
-    return torch.cat([encoder(samples.batch(part)[0].to(device)).float().cpu() for part in rows])

@@ -13,10 +13,13 @@ from torch.nn import functional
 
 from prunelab.data.samples import Samples
 from prunelab.errors import ModelError
-from prunelab.training.task import CausalLM, ImageClassification, to_device
+from prunelab.training.task import CausalLM, ImageClassification, batch_on
 
 _RANDOM = "?random"
 _SIZE = 224  # where a model does not say for which size of image it was trained
+
+AT_ONCE = 16
+"""Batches whose embeddings leave a device together."""
 
 Embedder = Callable[[Any], Tensor]
 """A batch on the model's device -> [B, D]."""
@@ -51,11 +54,22 @@ def embed_pretrained(
     """float32 [N, D] on the CPU, in the order of the rows; see `load_embedder`."""
     of_tokens = not isinstance(samples.batch(torch.tensor([0])), tuple)
     embedder = load_embedder(name, seed=seed, device=device, of_tokens=of_tokens)
-    parts = []
-    with torch.no_grad():
-        for rows in torch.arange(len(samples)).split(batch_size):
-            parts.append(embedder(to_device(samples.batch(rows), device)).float().cpu())
-    return torch.cat(parts)
+    return embedded(samples, embedder, batch_size=batch_size, device=device)
+
+
+@torch.no_grad()
+def embedded(
+    samples: Samples, embedder: Embedder, *, batch_size: int, device: torch.device
+) -> Tensor:
+    """What an embedder makes of all samples, float32 [N, D] on the CPU.
+
+    A GPU is waited for once in AT_ONCE batches.
+    """
+    found = []
+    for block in torch.arange(len(samples)).split(AT_ONCE * batch_size):
+        parts = [embedder(batch_on(samples, rows, device)) for rows in block.split(batch_size)]
+        found.append(torch.cat([part.float() for part in parts]).cpu())
+    return torch.cat(found)
 
 
 def _load(name: str, *, pretrained: bool, of_tokens: bool) -> tuple[Embedder, nn.Module]:

@@ -39,6 +39,13 @@ def grand(
         ScoreError: a model in train mode, unknown names, or layers whose gradients cannot be told
             apart by sample (the message names them).
     """
+    return norms(task, model, batch, parameters=parameters).cpu()
+
+
+def norms(
+    task: Task, model: nn.Module, batch: Any, *, parameters: Sequence[str] | None = None
+) -> Tensor:
+    """`grand` on the model's device; the host has not waited for it."""
     batch = on_device(model, batch)
     check_eval(model)
     seen: list[Tensor] = []
@@ -47,10 +54,10 @@ def grand(
         seen.append(task.loss(m, batch))
         return seen[-1]
 
-    norms = explained(
+    found = explained(
         lambda: gradient_norms(model, loss, num_samples=batch_size(batch), parameters=parameters)
     )
-    return norms.where(~seen[-1].detach().isnan(), torch.nan).cpu()
+    return found.masked_fill(seen[-1].detach().isnan(), torch.nan)
 
 
 def vog(task: Task, models: Sequence[nn.Module], batch: Any) -> Tensor:
@@ -115,8 +122,14 @@ def check_eval(model: nn.Module) -> None:
 
 def on_device(model: nn.Module, batch: Any) -> Any:
     """A batch on the model's device."""
+    has_parameters = next(model.parameters(), None) is not None
+    return to_device(batch, device_of(model)) if has_parameters else batch
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are; the CPU for one that has none."""
     parameter = next(model.parameters(), None)
-    return batch if parameter is None else to_device(batch, parameter.device)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def batch_size(batch: Any) -> int:

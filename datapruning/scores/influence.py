@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -20,10 +19,16 @@ from torch import Tensor, nn
 
 from datapruning.errors import ScoreError
 from datapruning.scores import hessian
-from datapruning.scores.gradient import batch_size, check_eval, explained, on_device
+from datapruning.scores.gradient import (
+    batch_size,
+    check_eval,
+    device_of,
+    explained,
+    on_device,
+)
 from prunelab.data.samples import Samples
 from prunelab.runs.seeds import generator
-from prunelab.training.task import Task
+from prunelab.training.task import Task, batch_on
 from sparsemodel.gradients.per_sample import gradient_dots
 
 Direction = dict[str, Tensor]
@@ -93,13 +98,18 @@ def influence_of(
     Raises:
         ScoreError: as `gradient.grand`, or a direction that does not fit.
     """
+    return products(task, model, batch, direction).cpu()
+
+
+def products(task: Task, model: nn.Module, batch: Any, direction: Mapping[str, Tensor]) -> Tensor:
+    """`influence_of` on the model's device; the host has not waited for it."""
     check_eval(model)
     batch = on_device(model, batch)
     return explained(
         lambda: gradient_dots(
             model, lambda m: task.loss(m, batch), direction, num_samples=batch_size(batch)
         )
-    ).cpu()
+    )
 
 
 def mean_gradient(
@@ -119,7 +129,7 @@ def mean_gradient(
     """
     check_eval(model)
     return explained(
-        lambda: hessian.mean_gradient(task, model, _parts(samples, rows, chunk), parameters)
+        lambda: hessian.mean_gradient(task, model, _parts(model, samples, rows, chunk), parameters)
     )
 
 
@@ -173,7 +183,7 @@ def inverse_hvp(
     names = list(vector)
     product = hessian.Product(task, model, names, damping)
     v = product.flat(vector)
-    parts = _parts(samples, rows, chunk)
+    parts = _parts(model, samples, rows, chunk)
     if solver == "exact":
         return product.named(hessian.solve_exactly(product, parts, v))
     if solver == "cg":
@@ -181,7 +191,7 @@ def inverse_hvp(
     scale = 1.5 * hessian.largest_eigenvalue(product, parts, seed=seed) if scale is None else scale
     found = torch.zeros_like(v)
     for repeat in range(repeats):
-        draw = _drawn(samples, rows, chunk, generator(seed, repeat))
+        draw = _drawn(model, samples, rows, chunk, generator(seed, repeat))
         found += hessian.lissa(product, draw, v, depth=depth, scale=scale) / repeats
     return product.named(found)
 
@@ -189,22 +199,27 @@ def inverse_hvp(
 def _all_products(
     task: Task, model: nn.Module, samples: Samples, direction: Direction, chunk: int
 ) -> Tensor:
-    parts = _parts(samples, None, chunk)
-    return torch.cat([influence_of(task, model, batch, direction) for batch in parts()])
+    parts = _parts(model, samples, None, chunk)
+    return torch.cat([products(task, model, batch, direction) for batch in parts()]).cpu()
 
 
-def _parts(samples: Samples, rows: Tensor | None, chunk: int) -> hessian.Batches:
+def _parts(model: nn.Module, samples: Samples, rows: Tensor | None, chunk: int) -> hessian.Batches:
     """A function that goes through the rows in order, batch by batch."""
     order = torch.arange(len(samples)) if rows is None else rows
     if not len(order):
         raise ScoreError("no samples to take gradients of")
-    bounds = list(pairwise([*range(0, len(order), chunk), len(order)]))
-    return lambda: (samples.batch(order[start:stop]) for start, stop in bounds)
+    device = device_of(model)
+    return lambda: (batch_on(samples, part, device) for part in order.split(chunk))
 
 
 def _drawn(
-    samples: Samples, rows: Tensor, chunk: int, random: torch.Generator
+    model: nn.Module, samples: Samples, rows: Tensor, chunk: int, random: torch.Generator
 ) -> Callable[[], Any]:
     """A function that draws a batch of distinct rows at each call."""
-    size = min(chunk, len(rows))
-    return lambda: samples.batch(rows[torch.randperm(len(rows), generator=random)[:size]])
+    size, device = min(chunk, len(rows)), device_of(model)
+
+    def draw() -> Any:
+        drawn = torch.randperm(len(rows), generator=random)[:size]
+        return batch_on(samples, rows[drawn], device)
+
+    return draw

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from datapruning.errors import ScoreError
+from datapruning.scores.kmeans import kmeans
 from prunelab.runs.seeds import stream_seed
 
 MINIBATCH_ABOVE = 100_000
@@ -26,7 +27,8 @@ def self_supervised(embeddings: Tensor, *, num_clusters: int, seed: int) -> Tens
     """1 − cosine similarity to the nearest of `num_clusters` centroids, float64 [N] in [0, 2].
 
     K-means (scikit-learn's, k-means++ starts, the best of four; mini-batches above
-    MINIBATCH_ABOVE samples) runs on embeddings scaled to norm 1. An embedding of zeros has
+    MINIBATCH_ABOVE samples; of embeddings on a GPU `kmeans`, there) runs on embeddings scaled to
+    norm 1. An embedding of zeros has
     distance 1. The paper finds the number of clusters to matter little, from a tenth of the
     number of classes to ten times it.
 
@@ -76,26 +78,33 @@ def supervised(embeddings: Tensor, labels: Tensor) -> Tensor:
 def clusters(unit: Tensor, *, num_clusters: int, seed: int) -> tuple[Tensor, Tensor]:
     """Centroids of k-means, scaled to norm 1, [K, D], and the cluster of each sample, int64 [N].
 
-    On the device of `unit`; the sums themselves run on the CPU.
+    Both on the device of `unit`.
 
     Raises:
         ScoreError: fewer samples than clusters.
     """
-    from sklearn.cluster import KMeans, MiniBatchKMeans  # noqa: PLC0415
-    from sklearn.exceptions import ConvergenceWarning  # noqa: PLC0415
-
     if not 1 <= num_clusters <= len(unit):
         raise ScoreError(
             f"{num_clusters} clusters of {len(unit)} samples; expected 1 to {len(unit)}"
         )
+    if unit.device.type == "cpu":
+        centroids, labels = _of_scikit_learn(unit, num_clusters, seed)
+    else:
+        centroids, labels = kmeans(unit, num_clusters=num_clusters, seed=seed, restarts=_RESTARTS)
+    return functional.normalize(centroids, dim=1), labels
+
+
+def _of_scikit_learn(unit: Tensor, num_clusters: int, seed: int) -> tuple[Tensor, Tensor]:
+    from sklearn.cluster import KMeans, MiniBatchKMeans  # noqa: PLC0415
+    from sklearn.exceptions import ConvergenceWarning  # noqa: PLC0415
+
     kind = MiniBatchKMeans if len(unit) > MINIBATCH_ABOVE else KMeans
     means = kind(num_clusters, n_init=_RESTARTS, random_state=stream_seed(seed) % 2**32)
     with warnings.catch_warnings():
         # Fewer different samples than clusters: some clusters stay empty, and no score changes.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        means.fit(unit.cpu().numpy())
-    centroids = torch.from_numpy(means.cluster_centers_).to(unit)
-    return functional.normalize(centroids, dim=1), torch.from_numpy(means.labels_).long()
+        means.fit(unit.numpy())
+    return torch.from_numpy(means.cluster_centers_).to(unit), torch.from_numpy(means.labels_).long()
 
 
 def unit_embeddings(embeddings: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, Self
 
-from datapruning.scoring.jobs import Progress, Recipe, observe_shard, train_run
+from datapruning.scoring.jobs import Opened, Progress, Recipe, observe_shard, train_run
 from prunelab.errors import RunError
 
 
@@ -35,9 +35,9 @@ class Inline:
         return sum(train_run(recipe, k, progress) for k in range(len(recipe.all_runs)))
 
     def observe(self, recipe: Recipe, progress: Progress | None) -> float:
-        seconds = 0.0
+        seconds, opened = 0.0, Opened(recipe)
         for number in range(recipe.num_shards):
-            seconds += observe_shard(recipe, number)
+            seconds += observe_shard(recipe, number, opened)
             if progress is not None:
                 progress("scoring shards", number + 1, recipe.num_shards)
         return seconds

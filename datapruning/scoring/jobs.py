@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ from prunelab.training.task import Task
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, how much of it is done, how much there is)."""
+
+OPEN_BYTES = 1 << 30
+"""Models that stay in memory from one shard to the next."""
 
 _MODEL, _DRAW, _METHOD = 0, 1, 2  # streams of the seed
 
@@ -202,8 +206,55 @@ def train_run(recipe: Recipe, number: int, progress: Progress | None = None) -> 
     return float(done["seconds"])
 
 
-def observe_shard(recipe: Recipe, number: int) -> float:
-    """Observe the number-th shard for all methods; returns processor seconds."""
+class Opened:
+    """What the shards of a recipe have in common, read from its folder once for many of them.
+
+    Models used last stay on the device, OPEN_BYTES of them; those in use stay in any case.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._models: OrderedDict[tuple[object, ...], Sequence[nn.Module]] = OrderedDict()
+        self._prepared: dict[str, Any] = {}
+
+    def models(self, method: Method) -> Callable[[int], Sequence[nn.Module]]:
+        """As `Recipe.models`."""
+        read, moments = self._recipe.models(method), self._recipe.moments(method)
+
+        def of_run(number: int) -> Sequence[nn.Module]:
+            key = method.share, number, moments
+            if key not in self._models:
+                self._models[key] = read(number)
+                while len(self._models) > 1 and self._num_bytes() > OPEN_BYTES:
+                    self._models.popitem(last=False)
+            self._models.move_to_end(key)
+            return self._models[key]
+
+        return of_run
+
+    def prepared(self, name: str) -> Any:
+        """What a method prepared; None for one that prepares nothing."""
+        if self._recipe.methods[name].prepare is None:
+            return None
+        if name not in self._prepared:
+            self._prepared[name] = (self._recipe.parts.load(f"{name}.pt") or {"value": None})[
+                "value"
+            ]
+        return self._prepared[name]
+
+    def _num_bytes(self) -> int:
+        models = chain.from_iterable(self._models.values())
+        tensors = chain.from_iterable(model.state_dict().values() for model in models)
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def observe_shard(recipe: Recipe, number: int, opened: Opened | None = None) -> float:
+    """Observe the number-th shard for all methods; returns processor seconds.
+
+    Args:
+        opened: of the same recipe; shards that are given one read models once.
+    """
+    opened = Opened(recipe) if opened is None else opened
     _check_folder(recipe)
     if recipe.parts.has_shard(number):
         return 0.0
@@ -215,16 +266,15 @@ def observe_shard(recipe: Recipe, number: int) -> float:
         for name, method in recipe.methods.items():
             if method.observe is None:
                 continue
-            prepared = recipe.parts.load(f"{name}.pt") if method.prepare else None
             shard = Shard(
                 samples=recipe.samples,
                 task=recipe.task,
                 rows=rows,
                 device=torch.device(recipe.device),
                 num_runs=recipe.num_runs(method),
-                models=recipe.models(method),
+                models=opened.models(method),
                 in_subset=partial(_in_subset, recipe, method, rows),
-                prepared=None if prepared is None else prepared["value"],
+                prepared=opened.prepared(name),
             )
             wanted = (
                 recipe.options[name] if method.finish is None and method.prepare is None else {}

@@ -19,7 +19,7 @@ from datapruning.scores import dynamics, ensemble, memorization
 from datapruning.scores.error import el2n, loss
 from prunelab.data.samples import Samples
 from prunelab.runs.seeds import generator
-from prunelab.training.task import Classification, Task, to_device
+from prunelab.training.task import Classification, Task, batch_on
 
 BATCH = 256
 
@@ -48,7 +48,7 @@ class Shard:
     def batches(self) -> Iterator[Any]:
         """The shard's samples in order, on the device."""
         for part in self.rows.split(BATCH):
-            yield to_device(self.samples.batch(part), self.device)
+            yield batch_on(self.samples, part, self.device)
 
 
 @dataclass(frozen=True)
@@ -116,17 +116,17 @@ def of_runs(
         total = torch.zeros(len(shard.rows), dtype=torch.float64)
         for run in range(shard.num_runs):
             models = shard.models(run)
-            scores = [score(shard.task, models, batch).cpu() for batch in shard.batches()]
-            total += torch.cat(scores)
+            scores = [score(shard.task, models, batch) for batch in shard.batches()]
+            total += torch.cat(scores).cpu()
         return total / shard.num_runs
 
     return observe
 
 
 def grand_of(task: Task, model: nn.Module, batch: Any) -> Tensor:
-    from datapruning.scores.gradient import grand  # noqa: PLC0415
+    from datapruning.scores.gradient import norms  # noqa: PLC0415
 
-    return grand(task, model, batch)
+    return norms(task, model, batch)
 
 
 @torch.no_grad()
@@ -219,9 +219,8 @@ def of_held_out(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def embedding_of(shard: Shard) -> Tensor:
     """float32 [B, D] of run 0's last model."""
     model = shard.models(0)[-1]
-    return torch.cat(
-        [shard.task.embedding(model, batch).float().cpu() for batch in shard.batches()]
-    )
+    parts = [shard.task.embedding(model, batch).float() for batch in shard.batches()]
+    return torch.cat(parts).cpu()
 
 
 def embed_all(whole: Whole, *, embedding: str, **_: Any) -> Tensor:
@@ -315,15 +314,15 @@ def gradients(whole: Whole, *, parameters: str) -> Any:
 
 def products(shard: Shard) -> Tensor:
     """⟨∇ℓ_i, direction⟩, summed over the checkpoints where there are several."""
-    from datapruning.scores.influence import influence_of  # noqa: PLC0415
+    from datapruning.scores import influence  # noqa: PLC0415
 
     models = shard.models(0)
     directions = shard.prepared if isinstance(shard.prepared, list) else [shard.prepared]
     total = torch.zeros(len(shard.rows), dtype=torch.float64)
     for model, direction in zip(models, directions, strict=True):
         here = {name: part.to(shard.device) for name, part in direction.items()}
-        parts = [influence_of(shard.task, model, batch, here) for batch in shard.batches()]
-        total += torch.cat(parts)
+        parts = [influence.products(shard.task, model, batch, here) for batch in shard.batches()]
+        total += torch.cat(parts).cpu()
     return total
 
 

@@ -68,7 +68,20 @@ class Ordered(Protocol):
         ...
 
 
-class ImageSamples:
+class Pairs:
+    """Samples that are stored as (inputs, targets), of which a batch has the inputs as floats."""
+
+    def raw(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of these rows as they are stored: pictures as bytes."""
+        raise NotImplementedError
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Samples.batch`."""
+        inputs, targets = self.raw(rows)
+        return prepare(inputs), targets
+
+
+class ImageSamples(Pairs):
     """Labelled images in memory; a batch is (float32 [B, C, H, W], int64 [B]).
 
     Args:
@@ -103,15 +116,15 @@ class ImageSamples:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return prepare(self.images[rows]), self.labels[rows]
+    def raw(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.images[rows], self.labels[rows]
 
     def augmented_batch(self, rows: Tensor, *, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A batch of random crops and flips, drawn for each image (see `augment`)."""
         return prepare(augmented(self.images[rows], rng=rng)), self.labels[rows]
 
 
-class TargetSamples:
+class TargetSamples(Pairs):
     """Inputs with numbers to predict; a batch is (float32 [B, ...], float32 [B] or [B, K]).
 
     Args:
@@ -153,8 +166,8 @@ class TargetSamples:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return prepare(self.inputs[rows]), self.targets[rows]
+    def raw(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inputs[rows], self.targets[rows]
 
 
 class TokenSamples:

@@ -19,6 +19,7 @@ from prunelab.data.batches import Integers
 from prunelab.data.parquet_shards import ParquetShards
 from prunelab.data.pictures import pixels, resized
 from prunelab.data.reading import reading
+from prunelab.data.samples import Pairs
 from prunelab.data.shards import BLOCK_BYTES, ShardFile, Shards, fingerprint_of, shard_files
 from prunelab.data.tar_shards import TarShards
 from prunelab.data.tensors import augmented, prepare
@@ -28,7 +29,7 @@ WINDOW = 64 << 20
 """Bytes of encoded pictures among which training draws its order."""
 
 
-class StreamedImages:
+class StreamedImages(Pairs):
     """Samples of sharded files; a batch is (float32 [B, C, H, W], int64 [B]). `stream` makes one.
 
     In memory are labels, ids and where pictures lie, 32 bytes a sample, and at most about `WINDOW`
@@ -76,8 +77,8 @@ class StreamedImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return prepare(self.pixels(rows)), self.labels[rows]
+    def raw(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.pixels(rows), self.labels[rows]
 
     def augmented_batch(self, rows: Tensor, *, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A batch of random crops and flips, drawn for each image (see `augment`)."""

@@ -85,6 +85,13 @@ def batch_of(inputs: Any, targets: Any, device: torch.device | str = "cpu") -> A
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; to a GPU it goes from pinned memory, and the host does not wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def tensor_of(array: Any) -> torch.Tensor:
     """A tensor of an array, which may be a memory map: torch knows none that is read-only."""
     return torch.from_numpy(array if array.flags.writeable else np.array(array))

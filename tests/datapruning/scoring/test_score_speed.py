@@ -31,9 +31,9 @@ def test_a_side_that_computes_something_else_is_refused() -> None:
     with torch.random.fork_rng():
         of = score_speed.subject("resnet8", 2)
     ours = score_speed.looped(of).double()
-    score_speed._check("a case", ours.float(), ours)
+    score_speed.compare("a case", ours.float(), ours)
     with pytest.raises(RuntimeError, match=r"a case: off by 1\.0e-0"):
-        score_speed._check("a case", ours * 1.1, ours)
+        score_speed.compare("a case", ours * 1.1, ours)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

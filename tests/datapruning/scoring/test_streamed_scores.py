@@ -102,10 +102,10 @@ def test_a_run_that_was_cut_off_goes_on_but_not_with_changed_files(
     whole = datapruning.score(datapruning.stream(folder), **arguments)
     observe = engines.observe_shard
 
-    def cut(recipe: Any, number: int) -> float:
+    def cut(recipe: Any, number: int, *others: Any) -> float:
         if number == 2:
             raise KeyboardInterrupt
-        return observe(recipe, number)
+        return observe(recipe, number, *others)
 
     out = tmp_path / "s.parquet"
     with monkeypatch.context() as patch:
