@@ -31,8 +31,11 @@ def fill(markdown: str, root: Path) -> str:
 
 
 def _names(package: str) -> str:
-    """A directive of mkdocstrings for each public name of a package."""
-    names = importlib.import_module(package).__all__
+    """A directive of mkdocstrings for each public name of a package: functions, classes, others."""
+    module = importlib.import_module(package)
+    kinds = {name: getattr(module, name) for name in module.__all__}
+    names = sorted(kinds, key=lambda name: (not inspect.isroutine(kinds[name]),
+                                            not inspect.isclass(kinds[name]), name))  # fmt: skip
     return "\n\n".join(f"::: {package}.{name}" for name in names if not name.startswith("__"))
 
 
