@@ -33,6 +33,9 @@ PICTURES = {
     "01_tiny_federated_model": 5,
     "02_choose_and_move_a_mask": 6,
     "03_prune_your_data": 4,
+    "04_recommenders": 4,
+    "05_from_simulation_to_a_fleet": 3,
+    "06_your_own": 4,
     "07_sparse_kernels": 3,
     "08_prune_a_language_model": 5,
 }
