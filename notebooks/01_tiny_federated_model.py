@@ -400,8 +400,8 @@ runs.cleanup()
 #
 # - Change a line of `settings` and run the notebook again: a smaller `data.alpha`, another
 #   `method.density`, `"method.adjust_until": 1` for a mask that never moves.
-# - [02_choose_and_move_a_mask.ipynb](02_choose_and_move_a_mask.ipynb) builds FedTiny by hand, with a
-#   picture of every step; [06_your_own.ipynb](06_your_own.ipynb) brings your own data and network.
+# - [02_choose_and_move_a_mask.ipynb](02_choose_and_move_a_mask.ipynb) builds FedTiny by hand, with
+#   a picture of every step; [06_your_own.ipynb](06_your_own.ipynb) brings your data and network.
 # - [docs/fedtiny.md](../docs/fedtiny.md) describes FedTiny step by step, with what departs from
 #   the paper.
 # - [README.md](../README.md) lists methods, data sets and models, and says how to use your own

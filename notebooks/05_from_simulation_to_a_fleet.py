@@ -88,7 +88,7 @@ for text, (x, y, color) in boxes.items():
             bbox={"boxstyle": "round,pad=0.5", "facecolor": color, "edgecolor": "none"})
 for begin, end, text, gap in (
     ("you:\nfedprune run", "SuperLink", "submits", 46),
-    ("ServerApp:\nrounds", "SuperLink", "asks     ", 22),
+    ("ServerApp:\nrounds", "SuperLink", "asks", 22),
     ("node 0", "SuperLink", "", 32), ("node 1", "SuperLink", "TLS, key", 32),
     ("node 2", "SuperLink", "", 32),
 ):
@@ -96,7 +96,8 @@ for begin, end, text, gap in (
     arrow = {"arrowstyle": "->", "color": GREY, "linewidth": 1.5, **shrink}
     (x0, y0, _), (x1, y1, _) = boxes[begin], boxes[end]
     ax.annotate("", (x1, y1), (x0, y0), arrowprops=arrow)
-    ax.text((x0 + x1) / 2 + 0.03, (y0 + y1) / 2 + 0.06, text, ha="center", fontsize=9)
+    aside = 0.12 if x0 == x1 else 0.03
+    ax.text((x0 + x1) / 2 + aside, (y0 + y1) / 2 + 0.06, text, ha="center", fontsize=9)
 ax.add_patch(plt.Rectangle((-0.35, -0.4), 1.72, 2.4, fill=False, edgecolor=GREY, linestyle=":"))
 ax.text(-0.32, -0.33, "server machine", color=GREY)
 ax.text(2.2, -0.33, "devices", color=GREY, ha="center")

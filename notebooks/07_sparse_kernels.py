@@ -289,8 +289,10 @@ plt.show()
 # each multiplication needs a load of its own. At the lowest densities there is so little to
 # multiply that reading and writing the activations takes most of the time.
 #
-# From some density on, dense kernels are faster. A sparse layer knows: `execution="auto"`, which is
-# the default, predicts for each call which kernel wins.
+# From some density on, dense kernels are faster. `execution="auto"`, which is the default, predicts
+# for each call which kernel wins. The prediction was fitted on another processor than the one of
+# this picture. Here it stays with sparse kernels for too long, and loses where half of the weights
+# are active; `sparsify(..., execution="dense")` would have been right there.
 #
 # ## 7. Measured: a whole training step
 #
