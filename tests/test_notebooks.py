@@ -15,11 +15,30 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from notebooks.execute import fewer_colours, sources_digest
+from notebooks.execute import (
+    DIGEST,
+    MACHINE,
+    MEASURED,
+    METADATA,
+    fewer_colours,
+    machine,
+    notebook_of,
+    scripts,
+    sources_digest,
+)
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 # Notebook -> number of pictures that it must show, at least.
-PICTURES = {"01_tiny_federated_model.ipynb": 5, "02_prune_your_data.ipynb": 4}
+PICTURES = {
+    "01_tiny_federated_model": 5,
+    "02_choose_and_move_a_mask": 6,
+    "03_prune_your_data": 4,
+    "04_recommenders": 4,
+    "05_from_simulation_to_a_fleet": 3,
+    "06_your_own": 4,
+    "07_sparse_kernels": 3,
+    "08_prune_a_language_model": 5,
+}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 MOST_BYTES = 250_000
@@ -31,19 +50,18 @@ import sys
 from pathlib import Path
 import nbformat
 
-source, target, folder = map(Path, sys.argv[1:])
-sys.path.insert(0, str(source.parent))
-from execute import execute
+script, target, folder = map(Path, sys.argv[1:])
+sys.path.insert(0, str(script.parent))
+from execute import execute, notebook_of
 
-notebook = nbformat.read(source, as_version=4)
-nbformat.validate(notebook)
-for cell in notebook.cells:
-    if cell.cell_type == "code":
-        cell.outputs, cell.execution_count = [], None
+notebook = notebook_of(script)
 notebook.cells.append(nbformat.v4.new_code_cell("import sys; print(sys.executable)"))
+nbformat.validate(notebook)
 execute(notebook, folder)
 nbformat.write(notebook, target)
 """
+
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def code_cells(path: Path) -> list[dict[str, Any]]:
@@ -51,19 +69,33 @@ def code_cells(path: Path) -> list[dict[str, Any]]:
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
+def texts(cell: dict[str, Any]) -> list[str]:
+    """What a code cell printed and showed, pictures as their size."""
+    shown = [out.get("text") or out.get("data", {}).get("text/plain") for out in cell["outputs"]]
+    return ["".join(text) for text in shown]
+
+
+def words(cell: dict[str, Any]) -> list[list[str]]:
+    """The same without its numbers, nor the spaces that fill lines up to their width."""
+    return [NUMBER.sub("#", text).split() for text in texts(cell)]
+
+
 def test_every_notebook_is_known_here() -> None:
-    assert sorted(path.name for path in NOTEBOOKS.glob("*.ipynb")) == sorted(PICTURES)
+    assert [path.stem for path in scripts()] == sorted(PICTURES)
+    assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == sorted(PICTURES)
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_stored_with_the_outputs_of_its_sources(name: str) -> None:
+def test_stored_with_the_outputs_of_its_script(name: str) -> None:
     """GitHub shows what is stored, and runs nothing."""
-    notebook = json.loads((NOTEBOOKS / name).read_text(encoding="utf-8"))
-    cells = code_cells(NOTEBOOKS / name)
-    hint = f"run: python notebooks/execute.py {name}"
+    path = NOTEBOOKS / f"{name}.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    cells = code_cells(path)
+    hint = f"run: python notebooks/execute.py {name}.py"
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), hint
-    assert notebook["metadata"]["executed_sources"] == sources_digest(notebook), hint
-    assert set(notebook["metadata"]) == {"executed_sources", "kernelspec", "language_info"}
+    script = sources_digest(notebook_of(NOTEBOOKS / f"{name}.py"))
+    assert notebook["metadata"][DIGEST] == sources_digest(notebook) == script, hint
+    assert notebook["metadata"].keys() == {*METADATA, DIGEST, MACHINE}
     assert notebook["metadata"]["language_info"] == {"name": "python"}  # and no version of it
     assert all(cell["metadata"] == {} for cell in notebook["cells"])  # and no times
     outputs = [output for cell in cells for output in cell["outputs"]]
@@ -71,7 +103,7 @@ def test_stored_with_the_outputs_of_its_sources(name: str) -> None:
     assert len(pictures_of(outputs)) >= PICTURES[name]
     text = json.dumps(outputs)
     assert not re.search(r"/(home|root|tmp|work|Users)/", text), "a path of this machine"
-    assert (NOTEBOOKS / name).stat().st_size <= MOST_BYTES
+    assert path.stat().st_size <= MOST_BYTES
 
 
 def test_the_digest_tells_sources_from_outputs() -> None:
@@ -104,14 +136,15 @@ def test_pictures_lose_colours_and_no_more() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
-def test_runs_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
+def test_runs_to_what_is_stored_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
+    """The same pictures by number and the same words; on the same machine the same numbers."""
     executed, temporary, work = tmp_path / name, tmp_path / "temporary", tmp_path / "work"
     for folder in (temporary, work):
         folder.mkdir()
     environment = {**os.environ, "TMPDIR": str(temporary)}
     # An inherited backend would draw elsewhere than in the notebook.
     environment.pop("MPLBACKEND", None)
-    arguments = [NOTEBOOKS / name, executed, work]
+    arguments = [NOTEBOOKS / f"{name}.py", executed, work]
     done = subprocess.run(
         [sys.executable, "-c", RUNNER, *map(str, arguments)],
         env=environment,
@@ -130,6 +163,12 @@ def test_runs_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
     assert len(pictures) >= PICTURES[name]
     for picture in pictures:
         assert base64.b64decode(picture).startswith(PNG_SIGNATURE)
+    stored = NOTEBOOKS / f"{name}.ipynb"
+    computed_on = json.loads(stored.read_text(encoding="utf-8"))["metadata"][MACHINE]
+    for old, new in zip(code_cells(stored), cells, strict=True):
+        assert words(new) == words(old), old["source"]
+        if computed_on == machine() and not old["source"][0].startswith(MEASURED):
+            assert texts(new) == texts(old)
     assert not list(work.iterdir())
     assert not list(temporary.glob("fedprune-*"))
 

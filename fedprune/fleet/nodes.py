@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from fedprune.fleet.processes import flower_environment
 from fedprune.fleet.server import Server
-from fedprune.flower.simulation import is_healthy
+from fedprune.flower.simulation import PLAIN, is_healthy
 from prunelab.errors import RunError
 from sparsemodel.storage.files import write_atomically
 
@@ -165,7 +165,7 @@ def flwr(arguments: list[str], environment: Mapping[str, str]) -> dict[str, Any]
     """
     done = subprocess.run(
         ["flwr", *arguments, "--format", "json"],
-        env={**os.environ, **environment},
+        env={**os.environ, **environment, **PLAIN},
         capture_output=True,
         text=True,
         check=False,

@@ -191,6 +191,10 @@ def commands(home: Path) -> Path:
     return commands
 
 
+PLAIN = {"FORCE_COLOR": ""}
+"""For commands whose output is read: inside Jupyter they would answer in colours."""
+
+
 def private_environment(home: Path, *, commands: Path) -> dict[str, str]:
     """A private Flower home; quiet, offline, and this interpreter's commands first."""
     own = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
@@ -211,6 +215,7 @@ def private_environment(home: Path, *, commands: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "PATH": os.pathsep.join([str(commands), os.environ.get("PATH", "")]),
+        **PLAIN,
     }
 
 

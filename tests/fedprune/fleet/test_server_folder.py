@@ -144,6 +144,15 @@ def test_a_server_that_does_not_run_is_named(tmp_path: Path) -> None:
         nodes.register(made, public)
 
 
+def test_flower_answers_without_colours_inside_jupyter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernels force colours upon commands; an answer with colours is no JSON."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with pytest.raises(RunError, match="flwr list nowhere failed"):
+        nodes.flwr(["list", "nowhere"], {"FLWR_HOME": str(tmp_path)})
+
+
 def test_the_gate_hands_through_what_nodes_ask_and_nothing_else(tmp_path: Path) -> None:
     made = server.init(tmp_path / "fleet", port=free_port())
     seen: list[tuple[str, bytes, bytes]] = []
