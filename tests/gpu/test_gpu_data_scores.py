@@ -50,6 +50,7 @@ def pictures(count: int) -> ImageSamples:
         "influence-cg",
         replace(METHODS["tracin"], moments="last", name="tracin-last"),
     ],
+    ids=lambda method: getattr(method, "name", method),
     ids=str,
 )
 def test_scores_are_those_of_the_cpu(method: str | Method) -> None:
