@@ -51,7 +51,6 @@ def pictures(count: int) -> ImageSamples:
         replace(METHODS["tracin"], moments="last", name="tracin-last"),
     ],
     ids=lambda method: getattr(method, "name", method),
-    ids=str,
 )
 def test_scores_are_those_of_the_cpu(method: str | Method) -> None:
     options = {"damping": 1.0} if method == "influence-cg" else {}
