@@ -162,9 +162,7 @@ def plan(folder: Path) -> list[Names]:
         },
         {"input_shape": (3, 32, 32), "PlanError": PlanError},
         {},
-        {
-            "batches": [(arrays["images"], arrays["labels"])], **arrays,
-        },
+        {"batches": [(arrays["images"], arrays["labels"])], **arrays},
     ]  # fmt: skip
 
 

@@ -122,7 +122,11 @@ def choices(model: nn.Module, chosen: Tensor, *, batch_size: int = BATCH) -> Ten
 
 def agreeing(ours: Tensor, theirs: Tensor) -> float:
     """Share of places where two models choose the same token, in [0, 1]; -1 agrees with nothing."""
-    return float(((ours == theirs) & (ours >= 0)).double().mean())
+    return float(_same(ours, theirs).double().mean())
+
+
+def _same(ours: Tensor, theirs: Tensor) -> Tensor:
+    return (ours == theirs) & (ours >= 0)
 
 
 @dataclass(frozen=True)
@@ -239,13 +243,13 @@ def agreement(
         DataError: sequences of another shape.
     """
     _check_sequences(chosen)
-    same, total = 0.0, 0.0
+    same, total = 0, 0.0
     with _evaluating(pruned) as ours, _evaluating(dense) as theirs:
         for (_, q), (_, p) in zip(
             _predicted(ours, chosen, batch_size), _predicted(theirs, chosen, batch_size),
             strict=True,
         ):  # fmt: skip
-            same += agreeing(_choices(p), _choices(q)) * p[..., 0].numel()
+            same += int(_same(_choices(p), _choices(q)).sum())
             log_p, log_q = p.log_softmax(2), q.log_softmax(2)
             # What the dense model excludes adds nothing, whatever the other says: 0 log 0 = 0.
             ratio = torch.where(log_p == -math.inf, 0.0, log_p - log_q)

@@ -15,7 +15,7 @@ from sparsemodel.errors import MaskError, SparseModelError
 from sparsemodel.layers.gate import check_copied, replaceable_layer
 from sparsemodel.layers.linear_and_conv import Execution, SparseConv2d, SparseLayer, SparseLinear
 from sparsemodel.layers.sparsify import exchange, sparse_layer_of
-from sparsemodel.runtime.state import SparseState
+from sparsemodel.runtime.state import SparseState, is_counter
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def load_state_(model: nn.Module, state: SparseState) -> None:
     """
     _check_names(model, state)
     for name, buffer in model.named_buffers():
-        if _is_counter(name):
+        if is_counter(name):
             buffer.zero_()
     for name, tensor in carried_tensors(model).items():
         value, pattern = torch.from_numpy(state.values[name]), state.pattern(name)
@@ -105,7 +105,7 @@ def _filled(name: str, tensor: torch.Tensor, state: SparseState) -> torch.Tensor
     if name in state.values:
         value = torch.from_numpy(state.values[name].copy())
         return nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
-    if _is_counter(name):
+    if is_counter(name):
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
     if tensor.is_meta:
         what = "frozen parameter" if is_parameter else "buffer"
@@ -144,12 +144,7 @@ def fixed_tensors(model: nn.Module) -> list[str]:
     """
     carried = carried_tensors(model).keys()
     own = [name for name, _ in (*model.named_buffers(), *model.named_parameters())]
-    return [name for name in own if name not in carried and not _is_counter(name)]
-
-
-def _is_counter(name: str) -> bool:
-    """Whether a state's entry counts the batches of a batch norm."""
-    return name.rpartition(".")[2] == "num_batches_tracked"
+    return [name for name in own if name not in carried and not is_counter(name)]
 
 
 def _check_names(model: nn.Module, state: SparseState) -> None:

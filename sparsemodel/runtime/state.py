@@ -20,6 +20,11 @@ Entries = Mapping[str, LayerEntries]
 """Single weights of some layers, by the layer's name."""
 
 
+def is_counter(name: str) -> bool:
+    """Whether an entry of a torch state counts the batches of a batch norm: no state has it."""
+    return name.rpartition(".")[2] == "num_batches_tracked"
+
+
 @dataclass(frozen=True, eq=False)
 class SparseState:
     """The float state of a model, parameters and running statistics, in the model's order.

@@ -17,6 +17,7 @@ from sparsemodel.layers.linear_and_conv import Execution, SparseLayer
 from sparsemodel.layers.sparsify import exchange, sparse_layer_of, sparse_layers
 from sparsemodel.masks.mask import Mask
 from sparsemodel.runtime.pattern import Pattern
+from sparsemodel.runtime.state import is_counter
 from sparsemodel.storage.checkpoint import SparseCheckpoint, load_sparse, save_sparse
 from sparsemodel.storage.format import layer_tensors, read_file, take_layer, write_file
 
@@ -134,7 +135,7 @@ def load(
         for key, buffer in module._buffers.items():
             if buffer is None or not buffer.is_meta:
                 continue
-            if key != "num_batches_tracked":
+            if not is_counter(key):
                 raise CheckpointError(
                     f"{path}: it does not hold the buffer {key!r} of {path_!r}; build the model on "
                     "the CPU"

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from sparsemodel.errors import CheckpointError
 from sparsemodel.runtime.pattern import Pattern, Patterns, Shape
-from sparsemodel.runtime.state import Array, SparseState
+from sparsemodel.runtime.state import Array, SparseState, is_counter
 from sparsemodel.storage.header import (
     damaged,
     header_metadata,
@@ -64,7 +64,7 @@ def load_state(path: str | os.PathLike[str]) -> tuple[SparseState, dict[str, str
         arrays = safetensors.numpy.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise damaged(path, f"it is no whole safetensors file of float32 ({error})") from error
-    arrays = {name: array for name, array in arrays.items() if not _is_counter(name, array)}
+    arrays = {n: array for n, array in arrays.items() if not is_counter(n) or array.shape}
     layers, metadata = read_header(path, data)
     patterns: dict[str, Pattern] = {}
     for name, shape in layers:
@@ -76,10 +76,6 @@ def load_state(path: str | os.PathLike[str]) -> tuple[SparseState, dict[str, str
             raise CheckpointError(f"{path}: {name!r} is {array.dtype}, expected float32")
     values = dict(sorted(arrays.items()))
     return SparseState(values, Patterns(patterns) if patterns else None), metadata
-
-
-def _is_counter(name: str, array: Array) -> bool:
-    return name.rpartition(".")[2] == "num_batches_tracked" and array.shape == ()
 
 
 def _take_layer(
