@@ -331,7 +331,8 @@ def main() -> None:
     text = page(
         f"Pruning {given.title} in one shot",
         command=f"python -m simulations.prune_language_model --model {given.title} --data TEXT "
-        f"--samples {given.samples} --length {given.length} --steps {given.steps} "
+        f"{'--test TEXT ' * bool(given.test)}--samples {given.samples} --tested {given.tested} "
+        f"--length {given.length} --steps {given.steps} "
         f"--patterns {given.patterns} --shares {given.shares}",
         at=commits_of(found.values()),
         notes=[
