@@ -16,6 +16,7 @@ from fedprune.fleet.server import SETTINGS, Server, init
 from fedprune.fleet.superlink import LOG, await_health, superlink
 from fedprune.fleet.superlink import start as start_superlink
 from fedprune.flower.simulation import free_port
+from prunelab.data.folders import shown_folders
 from prunelab.errors import DataError, RunError
 
 NODE_LOG = "node.log"
@@ -159,7 +160,7 @@ def _own_data(data: Path | None) -> list[Path]:
         return []
     if not data.is_dir():
         raise DataError(f"{data} is not a folder; it takes one with a folder for each node")
-    found = sorted(path for path in data.iterdir() if path.is_dir() and path.name[0] != ".")
+    found = shown_folders(data)
     if not found:
         raise DataError(f"{data} has no folders; it takes one for each node")
     return found

@@ -18,6 +18,7 @@ PICTURE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 )
 _SIDES = ("train", "test", "val")
+_NOT_DATA = frozenset({"__pycache__", "__MACOSX"})
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def side_folders(folder: Path) -> tuple[Path, Path | None]:
 def read_classes(folder: Path, *, class_names: Sequence[str] | None = None) -> ClassFolders:
     """The pictures of each class, in the order of their names, at any depth.
 
-    Hidden files and what is no picture by its suffix are passed over and counted in a warning.
+    Hidden files and what is no picture by its suffix are passed over and counted in a warning;
+    folders that Python and archivers leave are no classes.
 
     Args:
         class_names: of the run, or of another side: their order numbers the classes, and one may
@@ -61,8 +63,7 @@ def read_classes(folder: Path, *, class_names: Sequence[str] | None = None) -> C
         DataError: no folder of a class, one that is a side instead, no picture, or a class that is
             none of those; damaged pictures once they are read, by name.
     """
-    shown = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    found = [folder / name for name in in_order(shown)]
+    found = [folder / name for name in in_order([path.name for path in shown_folders(folder)])]
     others = sum(path.is_file() for path in folder.iterdir())
     if not found:
         raise DataError(
@@ -105,6 +106,12 @@ def read_classes(folder: Path, *, class_names: Sequence[str] | None = None) -> C
             yield str(files[row]), data
 
     return ClassFolders(np.array(labels, np.int64), cells, names)
+
+
+def shown_folders(folder: Path) -> list[Path]:
+    """Those that hold data, sorted: none is hidden, or left by Python or an archiver."""
+    found = (path for path in folder.iterdir() if path.is_dir())
+    return sorted(p for p in found if not p.name.startswith(".") and p.name not in _NOT_DATA)
 
 
 def _named(folder: Path, names: Sequence[str]) -> list[Path]:

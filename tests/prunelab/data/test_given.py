@@ -597,7 +597,8 @@ def test_class_folders(tmp_path: Path) -> None:
     (root / "ant" / ".hidden.png").write_bytes(b"?")
     (root / "cat" / "notes.txt").write_text("?")
     (root / "README.md").write_text("?")
-    (root / ".cache").mkdir()
+    for name in (".cache", "__pycache__", "__MACOSX"):
+        (root / name).mkdir()
     forget()
     with pytest.warns(DataWarning, match="3 files are hidden or no pictures"):
         assert as_sample_set(root, test_share=0).train.fingerprint == expected
