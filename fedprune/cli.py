@@ -61,7 +61,10 @@ def main() -> None:
 
 
 def _go_on(arguments: Sequence[str]) -> str:
-    return "start it again" if arguments[0] == "demo" else "continue with --resume"
+    if arguments[0] == "run":
+        return "continue with the same command and --resume"
+    kept = ": what was finished is kept" if arguments[0] == "compare" else ""
+    return f"start it again{kept}"
 
 
 @cli.callback()
