@@ -1,6 +1,6 @@
 """Clients adapt a small language model by LoRA: only the adapters travel.
 
-python examples/federated_lora.py
+python examples/federated_lora.py   (needs transformers and peft: pip install '.[llm]')
 """
 
 import copy

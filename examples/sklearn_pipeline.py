@@ -1,6 +1,6 @@
 """Keep the half of a table that is worth training on, as a step of a pipeline.
 
-Run: python examples/sklearn_pipeline.py   (needs imbalanced-learn for the Pipeline)
+Run: python examples/sklearn_pipeline.py   (needs pip install imbalanced-learn)
 """
 
 from imblearn.pipeline import Pipeline

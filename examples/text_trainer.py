@@ -1,6 +1,6 @@
 """Score texts by the Trainer's own run, keep half of them, and train a pruned BERT on those.
 
-Run: python examples/text_trainer.py
+Run: python examples/text_trainer.py   (needs transformers: pip install '.[llm]')
 """
 
 import random

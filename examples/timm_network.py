@@ -1,6 +1,6 @@
 """Clients prune a network of timm together, on pictures drawn here.
 
-python examples/timm_network.py
+python examples/timm_network.py   (needs timm: pip install '.[embeddings]')
 
 "torchvision/NAME" and "hf/FOLDER" name those of torchvision and transformers in the same way. The
 seed draws their weights; for pre-trained ones give a function that loads them.

@@ -23,7 +23,9 @@ import pytest
 from federation import TINY, digest, run_inline, tiny
 from PIL import Image
 from processes import Command
+from typer.main import get_command
 
+from fedprune.cli import _go_on, cli
 from fedprune.config import read_toml
 from fedprune.methods import METHODS
 from fedprune.rounds.folder import (
@@ -89,25 +91,10 @@ def test_kill_at_random_moments_then_resume_gives_the_same_bits(tmp_path: Path) 
     assert [line.get("round") for line in read_metrics(out)] == [None, *range(1, 41)]
 
 
-@pytest.mark.parametrize("command", ["run", "compare"])
-def test_an_interruption_says_how_to_go_on(command: str, tmp_path: Path) -> None:
-    """Followed to the letter: `compare` has no --resume, `run` needs it and what was given."""
-    given = [command, "--engine", "inline", *OPTIONS, "--rounds", "12"]
-    if command == "compare":
-        given += ["--methods", "fedtiny", "--seeds", "0"]
-    first = Command("fedprune", *given, cwd=tmp_path)
-    while not list(tmp_path.glob(f"runs/**/{CHECKPOINT}")):
-        assert first.is_running()
-        time.sleep(0.01)
-    first.send(signal.SIGINT)
-    done = first.ended()
-    assert done.returncode == 130
-    again = "start it again" if command == "compare" else "continue with the same command and"
-    assert f"interrupted; {again}" in done.stderr
-    second = fedprune(*given, *re.findall(r"--\w+", done.stderr), cwd=tmp_path)
-    assert second.returncode == 0, second.stderr
-    (complete,) = tmp_path.glob(f"runs/**/{SUMMARY}")
-    assert read_summary(complete.parent)["rounds"] == 12
+def test_an_interruption_names_resume_where_the_command_has_it() -> None:
+    for name, command in get_command(cli).commands.items():  # type: ignore[attr-defined]
+        has = any("--resume" in option.opts for option in command.params)
+        assert ("--resume" in _go_on([name])) == has, name
 
 
 def test_a_second_resume_does_not_take_a_folder_from_a_running_run(tmp_path: Path) -> None:
