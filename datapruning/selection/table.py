@@ -62,6 +62,9 @@ class ScoreTable:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        return f"<ScoreTable: {self.method} of {len(self):,} samples of {self.dataset}>"
+
     def select(
         self, *, keep: float | int, policy: str | Policy = "hardest", **options: Any
     ) -> Subset:
@@ -146,6 +149,10 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        kept = f"{len(self):,} of {self.num_samples:,} samples of {self.dataset}"
+        return f"<Subset: {kept}, {self.policy}{self.method and f' by {self.method}'}>"
 
     @property
     def indices(self) -> NDArray[np.int64]:

@@ -38,6 +38,9 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.values)
 
+    def __repr__(self) -> str:
+        return f"<Predictions: {len(self):,} samples, {len(self.names):,} {self.kind}>"
+
     @property
     def classes(self) -> list[str]:
         """The name of each sample's class; of several, all above a half, joined by a semicolon."""

@@ -145,6 +145,7 @@ def test_a_narrow_network_is_built_again(tmp_path: Path) -> None:
 def test_predictions_are_those_of_the_model(result: Result, tmp_path: Path) -> None:
     data = load_dataset("digits")
     found = result.predict("digits")
+    assert repr(found) == f"<Predictions: {len(found)} samples, 10 classes>"
     fed = torch.from_numpy(result.preprocessing.apply(data.test_images.numpy()))
     with torch.no_grad():
         expected = result.model(fed).softmax(1)

@@ -623,3 +623,10 @@ def test_fresh_random_differs_by_epoch_and_seed_and_feeds_training() -> None:
     assert tuple(fresh_random(100, keep=0.3, seed=2)(0).tolist()) not in drawn
     with pytest.raises(SelectionError, match="expected 1 to 100"):
         fresh_random(100, keep=101, seed=0)
+
+
+def test_what_is_shown_is_a_line() -> None:
+    scored = table(torch.arange(2000.0))
+    assert repr(scored) == "<ScoreTable: el2n of 2,000 samples of made>"
+    kept = scored.select(keep=0.5, policy="hardest")
+    assert repr(kept) == "<Subset: 1,000 of 2,000 samples of made, hardest by el2n>"
