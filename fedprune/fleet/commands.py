@@ -131,6 +131,7 @@ def nodes(
 
 @fleet.command()
 def up(
+    *,
     number: Annotated[int, typer.Option("--nodes", min=1, help="How many nodes.")] = 8,
     folder: Annotated[Path, typer.Option("--dir", help="Where everything is kept.")] = Path(
         "fleet"
@@ -140,7 +141,7 @@ def up(
     ] = None,
     name: Annotated[str, typer.Option(help="For Flower's commands; default: the folder's.")] = "",
     port: Annotated[
-        int | None, typer.Option(min=1, help="That it listens on; default: any free, then the same.")
+        int | None, typer.Option(min=1, help="That it listens on; default: any that is free.")
     ] = None,
     debug: Debug = False,
 ) -> None:
