@@ -131,12 +131,17 @@ def nodes(
 
 @fleet.command()
 def up(
-    number: Annotated[int, typer.Option("--nodes", help="How many nodes.")] = 8,
+    *,
+    number: Annotated[int, typer.Option("--nodes", min=1, help="How many nodes.")] = 8,
     folder: Annotated[Path, typer.Option("--dir", help="Where everything is kept.")] = Path(
         "fleet"
     ),
     data: Annotated[
         Path | None, typer.Option(help="A folder with one folder of samples for each node.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="For Flower's commands; default: the folder's.")] = "",
+    port: Annotated[
+        int | None, typer.Option(min=1, help="That it listens on; default: any that is free.")
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -146,7 +151,8 @@ def up(
 
     _end_as_interrupted()
     try:
-        with fleet_up(folder, nodes=number, data=data) as running:
+        say(f"starting a SuperLink and nodes in {folder}, which takes some seconds")
+        with fleet_up(folder, nodes=number, data=data, name=name, port=port or 0) as running:
             say(f"{len(running.nodes)} nodes are online; everything lies in {folder}")
             say(f"try: fedprune run --superlink {running.server.name} --rounds 5")
             say("Ctrl-C ends it")

@@ -37,7 +37,7 @@ def connection(name: str) -> dict[str, Any]:
         names = sorted(key for key, value in known.items() if isinstance(value, dict))
         raise RunError(
             f"{path} has no connection {name!r}; it has {', '.join(names) or 'none'} "
-            "(`fedprune server init` makes one)"
+            "(`fedprune server init` and `fedprune fleet up` make one)"
         )
     return found
 

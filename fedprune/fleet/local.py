@@ -12,7 +12,7 @@ from pathlib import Path
 from fedprune.device.home import PROFILE, PUBLIC, TEMPORARY, Profile, make_home
 from fedprune.fleet import nodes as registry
 from fedprune.fleet.processes import START_SECONDS, Kept, flower_environment
-from fedprune.fleet.server import SETTINGS, Server, init
+from fedprune.fleet.server import SETTINGS, Server, init, move
 from fedprune.fleet.superlink import LOG, await_health, superlink
 from fedprune.fleet.superlink import start as start_superlink
 from fedprune.flower.simulation import free_port
@@ -102,8 +102,8 @@ def fleet_up(
         nodes: how many; where `data` is given, as many as that has folders.
         data: a folder with one folder a node, its own samples: class folders, parquet, tables or
             stores; None: nodes take their share of the run's data set.
-        name: of the connection in Flower's configuration; by default the folder's.
-        port: of the SuperLink; 0: any that is free.
+        name: of the connection in Flower's configuration, of a new folder; by default the folder's.
+        port: of the SuperLink; 0: that of before, at first any that is free.
 
     Raises:
         DataError: `data` has no folders.
@@ -114,6 +114,8 @@ def fleet_up(
     home = folder / "server"
     if (home / SETTINGS).exists():
         server = Server.read(home)
+        if port not in (0, server.port):
+            server = move(server, port)
     else:
         server = init(home, name=name or folder.resolve().name, port=port or free_port())
     link = superlink(server, log=server.state / LOG)

@@ -39,7 +39,10 @@ def count_nodes(superlink: str) -> int:
         RunError: no such connection, no answer, or no node.
     """
     connection(superlink)
-    answer = flwr(["supernode", "list", superlink], _environment())
+    try:
+        answer = flwr(["supernode", "list", superlink], _environment())
+    except UnreachedError as error:
+        raise _not_running(error) from None
     count = [node["status"] for node in answer["nodes"]].count(ONLINE)
     if not count:
         raise RunError(
@@ -87,7 +90,7 @@ def run_submitted(
                 status, details = submissions.follow(number)
             except UnreachedError as error:
                 if not submissions.numbers:
-                    raise
+                    raise _not_running(error) from None
                 status, details = "", str(error)
             if status == COMPLETED:
                 return
@@ -209,6 +212,12 @@ def _ticket(out: Path) -> Iterator[str]:
         yield word
     finally:
         file.unlink(missing_ok=True)
+
+
+def _not_running(error: UnreachedError) -> UnreachedError:
+    return UnreachedError(
+        f"{error}; start it with `fedprune server start`, or `fedprune fleet up`, and its folder"
+    )
 
 
 def _stamp(out: Path) -> float:

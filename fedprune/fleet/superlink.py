@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 from fedprune.fleet import certificates
@@ -53,8 +54,12 @@ def start(server: Server, kept: Kept) -> None:
     """Start a SuperLink and wait until it answers.
 
     Raises:
-        RunError: its certificate has expired, its port is taken, or it does not start.
+        RunError: Flower lies where it makes no data base, the certificate has expired, the port is
+            taken, or it does not start.
     """
+    flower = find_spec("flwr")
+    if flower is not None and flower.origin is not None:
+        check_place(Path(flower.origin).resolve().parent)
     left = certificates.expiry(server.folder / certificates.SERVER) - datetime.now(UTC)
     if left.total_seconds() < 0:
         raise RunError(
@@ -65,6 +70,25 @@ def start(server: Server, kept: Kept) -> None:
         check_port(port)
     kept.start()
     await_health(server, kept)
+
+
+def check_place(flower: Path) -> None:
+    """Refuse an environment in which Flower's SuperLink answers every question with an error.
+
+    Flower 1.42 hands the folder of its tables on in a list that is parted at spaces and commas.
+    Where none is found there it starts nevertheless, with an empty data base.
+
+    Args:
+        flower: where the package `flwr` lies.
+
+    Raises:
+        RunError: its path has a space or a comma.
+    """
+    if any(letter in " ," for letter in str(flower)):
+        raise RunError(
+            f"Flower's SuperLink makes no data base where its path has a space or a comma, {flower}"
+            "; install fedprune in an environment elsewhere (python3 -m venv ~/fedprune)"
+        )
 
 
 def await_health(server: Server, kept: Kept) -> None:

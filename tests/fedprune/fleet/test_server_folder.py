@@ -7,6 +7,7 @@ import socket
 import ssl
 import stat
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import uvicorn
 
 from fedprune.device.keys import write_keys
-from fedprune.fleet import certificates, nodes, server
+from fedprune.fleet import certificates, nodes, server, superlink
 from fedprune.fleet.connections import connection, write_connection
 from fedprune.fleet.gate import Gate
 from fedprune.flower.simulation import free_port
@@ -117,6 +118,22 @@ def test_a_folder_is_made_once(tmp_path: Path) -> None:
         server.init(tmp_path / "odd", port=0)
     with pytest.raises(RunError, match="cannot be called"):
         server.init(tmp_path / "two words")
+
+
+@pytest.mark.parametrize("place", ["new user", "a,b"])
+def test_no_superlink_is_started_where_flower_makes_no_data_base(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / place / "flwr"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    made = server.init(tmp_path / "fleet", port=free_port())
+    link = superlink.superlink(made)
+    monkeypatch.delitem(sys.modules, "flwr")
+    monkeypatch.syspath_prepend(package.parent)
+    with pytest.raises(RunError, match=rf"space or a comma, {package}; install"):
+        superlink.start(made, link)
+    assert link.status() is None
 
 
 def test_keys_are_known_by_their_fingerprints_and_other_files_refused(tmp_path: Path) -> None:
