@@ -442,7 +442,7 @@ def test_sparse_models_stay_sparse_and_follow_the_dense_masked_one() -> None:
 def test_a_plan_takes_the_same_steps_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sparse network that plans know: by modules where a callback sees batches, else by a plan."""
+    """A sparse network that plans know: by modules if a callback sees batches, else by a plan."""
     if cpu.library() is None:
         pytest.skip("no native kernels here")
     samples, file = image_samples(), tmp_path / "checkpoint.pt"
