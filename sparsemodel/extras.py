@@ -19,6 +19,7 @@ EXTRAS = {
     "jinja2": "torch",
     "PIL": "device",
     "ray": "sim",
+    "kronfluence": "influence",
 }
 """Package -> the extra; a device has none of them but Pillow."""
 

@@ -65,10 +65,12 @@ def score(  # noqa: PLR0917 - the command's options
     """Score every sample by influence and effort; run again after an interruption to go on."""
     from datapruning.recommend import steps  # noqa: PLC0415
     from datapruning.recommend.histories import HistorySamples  # noqa: PLC0415
+    from datapruning.recommend.language import check_name  # noqa: PLC0415
     from datapruning.recommend.overall import overall_table  # noqa: PLC0415
     from datapruning.recommend.surrogate import SurrogateConfig  # noqa: PLC0415
     from datapruning.selection.table import write_once  # noqa: PLC0415
 
+    check_name(model)
     histories = _read(data, titles)
     config = SurrogateConfig(epochs=epochs, patience=patience, negatives=negatives or None)
     samples = HistorySamples(histories, max_length=config.max_length)

@@ -65,10 +65,8 @@ def load(
     Raises:
         ModelError: transformers is missing, the name is unknown, or no texts for a tokenizer.
     """
-    try:
-        import transformers  # noqa: PLC0415
-    except ImportError:
-        raise ModelError("language models need transformers: pip install 'fedprune[llm]'") from None
+    check_name(name)
+    import transformers  # noqa: PLC0415
 
     if name.startswith(SCRATCH):
         return _from_scratch(name.removeprefix(SCRATCH), list(texts), seed=seed, device=device)
@@ -85,6 +83,23 @@ def load(
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name!r} has no end token, which ends a title")
     return model.to(device).eval(), tokenizer
+
+
+def check_name(name: str) -> None:
+    """What can be told of a model's name before anything is trained; nothing is fetched.
+
+    Raises:
+        ModelError: transformers is missing, or a size of scratch: models is unknown.
+    """
+    try:
+        import transformers  # noqa: F401, PLC0415
+    except ImportError:
+        raise ModelError("language models need transformers: pip install 'fedprune[llm]'") from None
+    size = name.removeprefix(SCRATCH)
+    if name.startswith(SCRATCH) and size not in SIZES:
+        raise ModelError(
+            f"unknown size {size!r}; known: {', '.join(SCRATCH + known for known in SIZES)}"
+        )
 
 
 def with_lora(model: nn.Module, settings: LoraSettings, *, seed: int = 0) -> nn.Module:
@@ -153,10 +168,6 @@ def _from_scratch(
 ) -> tuple[nn.Module, Any]:
     import transformers  # noqa: PLC0415
 
-    if size not in SIZES:
-        raise ModelError(
-            f"unknown size {size!r}; known: {', '.join(SCRATCH + name for name in SIZES)}"
-        )
     shape = SIZES[size]
     tokenizer = train_tokenizer(texts, vocabulary=shape.vocabulary)
     config = transformers.LlamaConfig(

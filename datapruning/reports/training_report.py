@@ -37,11 +37,12 @@ def run_facts(summary: Mapping[str, Any]) -> list[Fact]:
     kept, total = summary["num_kept"], summary["num_samples"]
     how = " by ".join(part for part in (summary["policy"], summary["method"]) if part)
     share = f"{percent(kept / total)} of {total:,}" + f", {how}" * bool(how)
+    epochs = f"{summary['epochs']} epoch" + "s" * (summary["epochs"] != 1)
     facts = [
         Fact("test accuracy", percent(summary["test_accuracy"]), "test data, read once"),
         Fact("test loss", rounded(summary["test_loss"])),
         Fact("samples", f"{kept:,}", share),
-        Fact("optimiser steps", f"{summary['steps']:,}", f"{summary['epochs']} epochs"),
+        Fact("optimiser steps", f"{summary['steps']:,}", epochs),
     ]
     if summary["alpha"] is not None:
         chosen = "chosen on held-out training samples" if summary["alpha_curve"] else "as given"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, Self
@@ -58,7 +59,9 @@ class Ray:
         self._ray = ray
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
-            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+            with warnings.catch_warnings():  # of what later versions of Ray will do
+                warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+                ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
         return self
 
     def __exit__(self, *error: object) -> None:

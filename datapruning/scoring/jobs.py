@@ -322,9 +322,6 @@ class _Keeper:
         self.seconds = 0.0
         self._started = time.process_time()
 
-    def on_batch(self, epoch: int, rows: Tensor, logits: Tensor, labels: Tensor) -> None:
-        pass
-
     def on_epoch(self, epoch: int, model: nn.Module) -> None:
         last = self.recipe.training.epochs if self.run.records else max(self.run.epochs)
         done = epoch + 1
@@ -347,6 +344,8 @@ class _Keeper:
 
 def _train(recipe: Recipe, run: Run, progress: Progress | None) -> float:
     run_seed = recipe.run_seed(run)
+    # The first optimiser of a process imports for seconds, which are no time of this training.
+    torch.optim.SGD([torch.zeros(1)], lr=0.0)
     keeper = _Keeper(recipe, run, progress)
     recorder = Recorder(len(recipe.samples)) if run.records else None
     watchers: list[Callback] = [keeper] if recorder is None else [recorder, keeper]

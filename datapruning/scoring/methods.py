@@ -41,6 +41,7 @@ class Method:
         observe: Shard, options -> [B, ...], a row a sample, independent of the other samples.
         finish: Whole, options -> float64 [N]; without it, what was observed is the score.
         options: names and defaults of what a user may change.
+        package: an optional one that it computes with; asked for before anything is trained.
         name: of a method that is not in METHODS.
     """
 
@@ -55,6 +56,7 @@ class Method:
     observe: Callable[..., Tensor] | None = None
     finish: Callable[..., Tensor] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    package: str = ""
     name: str = ""
 
 
@@ -340,6 +342,7 @@ METHODS: dict[str, Method] = {
         runs=1,
         classes=False,
         finish=steps.ekfac_scores,
+        package="kronfluence",
     ),
     "tracin": Method(
         "How much training on the sample lowers the mean loss, over five checkpoints; high: helps.",

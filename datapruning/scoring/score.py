@@ -40,6 +40,7 @@ from prunelab.runs.version import __version__
 from prunelab.training.loop import TrainingConfig
 from prunelab.training.precision import FLOAT32
 from prunelab.training.task import Classification, Task, check_fits, make_task, task_of
+from sparsemodel.extras import need
 from sparsemodel.storage.sealed import checksum, read_sealed_json, sealed_json
 
 SHARD_SIZE = 4096
@@ -341,6 +342,8 @@ def _check_fits(
             f"method {name!r} trains models of its own; give a model's name or a function "
             "seed -> model, not a trained model"
         )
+    if method.package:
+        need(method.package, f"method {name!r}")
 
 
 def _check_model(recipe: Recipe) -> None:

@@ -62,7 +62,10 @@ def _read(source: str | Path, reader: str, **options: Any) -> Any:
         return getattr(transformers, reader).from_pretrained(place, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0][:300]
-        raise ModelError(f"{source}: no causal language model of transformers ({reason})") from None
+        where = "" if path.exists() else "; there is no folder of that name here"
+        raise ModelError(
+            f"{source}: no causal language model of transformers ({reason}){where}"
+        ) from None
     finally:
         if shows_bars:
             logging.enable_progress_bar()

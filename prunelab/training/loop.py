@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -60,6 +60,15 @@ class Callback(Protocol):
     checkpoints; one without has to stand missing the epochs before a resume.
     """
 
+    def on_epoch(self, epoch: int, model: nn.Module) -> None:
+        """After each epoch; may change the model's mode, but not its parameters."""
+        ...
+
+
+@runtime_checkable
+class BatchCallback(Callback, Protocol):
+    """Sees every batch, too. While there is one, no native plan trains: it has no logits."""
+
     def on_batch(self, epoch: int, rows: Tensor, logits: Tensor, labels: Tensor) -> None:
         """After each forward pass of a Classification task, before the step.
 
@@ -69,10 +78,6 @@ class Callback(Protocol):
                 (train mode, augmented if so configured).
             labels: int64 [B], on the model's device.
         """
-        ...
-
-    def on_epoch(self, epoch: int, model: nn.Module) -> None:
-        """After each epoch; may change the model's mode, but not its parameters."""
         ...
 
 
@@ -212,8 +217,8 @@ def train(
     The order of samples, augmentation and dropout of epoch e follow from (seed, e) alone, and
     the global random state is left as it was: a run that was cut off and resumed ends with the
     same bits as one that was not, on the CPU with one number of threads. A sparsified model
-    without callbacks takes its steps by a `TrainingPlan`, where the network has one: the same
-    updates up to rounding, in less time.
+    takes its steps by a `TrainingPlan`, where the network has one and no callback sees batches:
+    the same updates up to rounding, in less time.
 
     Args:
         model: moved to `device`; only parameters with requires_grad are trained.
@@ -232,9 +237,10 @@ def train(
     optimizer = make_optimizer(
         model, config.optimizer, momentum=config.momentum, weight_decay=config.weight_decay
     )
+    watching = [one for one in callbacks if isinstance(one, BatchCallback)]
     stepper = Stepper(
         model, task, optimizer, objective=objective, batch_size=config.batch_size,
-        planned=not callbacks, precision=config.precision,
+        planned=not watching, precision=config.precision,
     )  # fmt: skip
     signature = _signature(model, samples, config=config, seed=seed, rows=rows, run=run)
     progress = _Progress()
@@ -249,7 +255,7 @@ def train(
         with seeded(stream_seed(seed, _DROPOUT, epoch), device):
             _train_epoch(
                 model, samples, stepper, optimizer, progress,
-                config=config, seed=seed, rows=chosen, callbacks=callbacks, device=device,
+                config=config, seed=seed, rows=chosen, watching=watching, device=device,
             )  # fmt: skip
         for callback in callbacks:
             callback.on_epoch(epoch, model)
@@ -350,7 +356,7 @@ def _train_epoch(
     config: TrainingConfig,
     seed: int,
     rows: Tensor,
-    callbacks: Sequence[Callback],
+    watching: Sequence[BatchCallback],
     device: torch.device,
 ) -> None:
     epoch = len(progress.losses)
@@ -366,7 +372,7 @@ def _train_epoch(
         batch = to_device(_batch(samples, chosen, config, order), device)
 
         def look(logits: Tensor, labels: Tensor, rows: Tensor = chosen) -> None:
-            for callback in callbacks:
+            for callback in watching:
                 callback.on_batch(epoch, rows, logits, labels)
 
         loss = stepper.step(batch, chosen, look)

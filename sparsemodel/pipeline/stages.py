@@ -76,7 +76,7 @@ class Units:
         if not self.kinds or not set(self.kinds) <= set(KINDS):
             raise MaskError(f"kinds of units: expected some of {KINDS}, got {self.kinds}")
         if self.criterion == CFSP and self.kinds != (CHANNELS,):
-            raise MaskError("cfsp scores channels alone: ask for units of that kind")
+            raise MaskError("cfsp scores channels alone: take these units (--unit-kind channels)")
 
     @property
     def told(self) -> str:

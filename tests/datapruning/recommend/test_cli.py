@@ -146,6 +146,13 @@ def test_a_count_that_is_none_is_refused(tmp_path: Path) -> None:
     assert isinstance(result.exception, SelectionError)
 
 
+def test_an_unknown_size_is_refused_before_anything_is_trained(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("score", data, "--model", "scratch:huge", "--out", out, *SCORE)
+    assert isinstance(result.exception, ModelError)
+    assert not out.exists()
+
+
 def test_a_model_of_transformers_gets_adapters(data: Path, tmp_path: Path) -> None:
     model, _ = _local_model(tmp_path / "local")
     out = tmp_path / "tuned"

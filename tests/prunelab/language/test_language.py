@@ -110,6 +110,7 @@ def test_what_is_no_model_is_told(tmp_path: Path) -> None:
         (tmp_path / "nothing", "no such model"),
         (tmp_path / "model.gguf", "no such model"),
         (tmp_path, "no causal language model of transformers"),
+        ("no/such/model", "no causal .*; there is no folder of that name here"),
     ):
         with pytest.raises(ModelError, match=reason):
             read_model(source)

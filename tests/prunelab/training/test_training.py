@@ -442,13 +442,22 @@ def test_sparse_models_stay_sparse_and_follow_the_dense_masked_one() -> None:
 def test_a_plan_takes_the_same_steps_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sparse network that plans know: with a callback by modules, without by a plan."""
+    """A sparse network that plans know: by modules if a callback sees batches, else by a plan."""
     if cpu.library() is None:
         pytest.skip("no native kernels here")
     samples, file = image_samples(), tmp_path / "checkpoint.pt"
     config = TrainingConfig(epochs=3, batch_size=13, lr=0.05)  # 40 samples: 13, 13, 14
 
-    def run(callbacks: list[Watcher], checkpoint: Path | None = None) -> nn.Module:
+    class Epochs:
+        """Sees epochs alone, and keeps the model of each."""
+
+        def __init__(self) -> None:
+            self.kept: list[dict[str, Tensor]] = []
+
+        def on_epoch(self, epoch: int, model: nn.Module) -> None:
+            self.kept.append({name: value.clone() for name, value in model.state_dict().items()})
+
+    def run(callbacks: list[Any], checkpoint: Path | None = None) -> nn.Module:
         model = build_model("resnet8", num_classes=3, input_shape=(1, 8, 8), seed=0, width=4)
         model = sparse_proxy(model, samples, TASK, density=0.3)
         train(model, samples, TASK, config=config, seed=0, callbacks=callbacks,
@@ -466,8 +475,12 @@ def test_a_plan_takes_the_same_steps_and_resumes(
         return step(*arguments, **keywords)
 
     monkeypatch.setattr(TrainingPlan, "step", counting)
-    by_plan = run([])
+    epochs = Epochs()
+    by_plan = run([epochs])
     assert taken.seen == 9
+    for name, value in by_plan.state_dict().items():
+        assert torch.equal(epochs.kept[-1][name], value)
+    assert not torch.equal(epochs.kept[0]["conv1.weight"], epochs.kept[1]["conv1.weight"])
     for value, other in zip(by_modules.parameters(), by_plan.parameters(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4)
     taken.die_at = 9 + 5  # within the second epoch
