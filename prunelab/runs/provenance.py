@@ -8,14 +8,22 @@ import subprocess
 from pathlib import Path
 
 SOURCE = Path(__file__)
+# What no result depends on: pages, which are results themselves, and the outcomes behind them.
+_RESULTS = (":(top,exclude)*.md", ":(top,exclude)simulations/outcomes")
 
 
 def commit() -> str:
-    """The commit of the checkout that this code runs from; "unknown" where it is installed."""
+    """The commit of the checkout that this code runs from; "unknown" where it is installed.
+
+    It ends in "-dirty" where a file differs from it, but for pages and saved outcomes: a command
+    that writes its page leaves the next one clean.
+    """
     try:
         # An environment may lie inside the checkout of something else.
-        is_ours = bool(_git("ls-files", SOURCE.name))
-        return (is_ours and _git("describe", "--always", "--dirty")) or "unknown"
+        if not _git("ls-files", SOURCE.name):
+            return "unknown"
+        changed = _git("diff", "--name-only", "HEAD", "--", ":(top)", *_RESULTS)
+        return _git("describe", "--always") + "-dirty" * bool(changed)
     except FileNotFoundError:  # no git
         return "unknown"
 

@@ -36,6 +36,15 @@ def test_checkout_of_something_else_is_not_ours(
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "-m", "y")
     assert provenance.commit() == git(tmp_path, "rev-parse", "--short", "HEAD")
+    # A page that a command writes leaves the next command's commit as it is.
+    for name in ("page.md", "simulations/outcomes/all.json"):
+        page = tmp_path / name
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text("old")
+        git(tmp_path, "add", ".")
+        git(tmp_path, "commit", "-q", "-m", "z")
+        page.write_text("new")
+        assert provenance.commit() == git(tmp_path, "rev-parse", "--short", "HEAD")
     source.write_text("# changed")
     assert provenance.commit().endswith("-dirty")
 
