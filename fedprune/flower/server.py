@@ -268,7 +268,9 @@ class GridCohort:
         taken, self._traffic = self._traffic, Traffic()
         # A grid whose nodes are in this process knows how long they worked.
         seconds = getattr(self._grid, "take_client_seconds", None)
-        return replace(taken, client_seconds=seconds()) if seconds else taken
+        if seconds is None:
+            return taken
+        return replace(taken, client_seconds=(taken.client_seconds or 0.0) + seconds())
 
     def count_traffic(self, traffic: Traffic) -> None:
         """Count what was sent."""

@@ -19,7 +19,7 @@ from fedprune.flower import client, wire
 from fedprune.flower.batched import BatchedGrid
 from fedprune.methods import Method, RunState, Start, train_request
 from fedprune.privacy.randomness import packed, unpacked
-from fedprune.rounds.folder import read_metrics, read_model
+from fedprune.rounds.folder import read_metrics, read_model, read_summary
 from prunelab.errors import RunError
 
 EIGHT = {"data__clients": 8, "training__rounds": 2, "data__num_train": 400}
@@ -94,6 +94,9 @@ def test_who_leaves_before_the_masks_are_taken_away_is_in_the_sum(tmp_path: Path
     out = run_inline(config, tmp_path / "run", clients=gone)
     assert arrays(out) == arrays(plain)
     assert all(line["clients"] == list(range(8)) for line in read_metrics(out)[1:])
+    # Whoever masks works longer; the steps of a sum once lost what had been counted.
+    worked, plainly = (read_summary(each)["client_seconds"] for each in (out, plain))
+    assert worked > plainly / 2 > 0
 
 
 @pytest.mark.parametrize(
