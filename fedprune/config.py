@@ -107,15 +107,13 @@ class RunConfig:
                 parts[section][setting] = _convert(key, value, type(known[key]))
             except ConfigError as error:
                 found.append(str(error))
-        if found:
-            raise ConfigError("; ".join(found))
         sections = {section: kind(**parts[section]) for section, kind in _SECTIONS.items()}
         try:
             method = kind(**parts["method"])
         except ConfigError as error:
-            found = [str(error)]
-            found += problems(**sections)
-            raise ConfigError("; ".join(found)) from None
+            found.append(str(error))
+        if found:
+            raise ConfigError("; ".join([*found, *problems(**sections)]))
         return cls(**parts[""], method=method, **sections)
 
     @classmethod

@@ -98,6 +98,14 @@ def test_every_problem_is_reported_at_once() -> None:
         assert str(caught.value).count(f"{part}: ") == 1
 
 
+def test_problems_of_values_are_told_beside_unknown_keys() -> None:
+    values = {"training.lrr": 0.1, "method.density": 2, "training.batch_size": 1, "seed": "none"}
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.parse(values)
+    for part in ("'training.lrr'", "method.density: ", "training.batch_size: ", "seed: "):
+        assert str(caught.value).count(part) == 1
+
+
 def test_missing_or_broken_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no config file"):
         RunConfig.read(tmp_path / "none.toml")
