@@ -31,9 +31,12 @@ class DataConfig:
 
     `num_train` and `num_test` cut a stratified subset; 0 keeps everything. `resize` brings pictures
     to one size ("32", "32x48"), `columns` says what columns are for ("image=picture,label=kind"),
-    and `test_share` is set aside for the test where there is no test side. `alpha` is the Dirichlet
-    concentration (small = every client sees few classes). `partition` may also be
-    "module:function" of (labels, num_clients, seed) -> each client's indices.
+    and `test_share` is set aside for the test where there is no test side. `augment` crops and
+    mirrors training pictures at random.
+
+    `partition` is "iid"; "dirichlet", with the concentration `alpha` (small = every client sees few
+    classes); "pathological", `classes_per_client` classes each; "natural", by the data's own
+    clients; or "module:function" of (labels, num_clients, seed) -> each client's indices.
     """
 
     dataset: str = "digits"
@@ -146,10 +149,10 @@ class FederationConfig:
     who tests the model after each round: the "server", on its test samples, or the "clients", each
     on a tenth of its own that neither trains nor chooses anything; then the server needs none.
 
-    Values travel as `value_dtype`; those of a trained model on its way up as `uplink_dtype` ("":
-    the same), and of its weights the share `uplink_topk` alone that changed most, 1 for all. With
-    `error_feedback` a client keeps what was lost that way and adds it to its next answer; a node
-    that was restarted, or a run that is resumed, begins without.
+    Values travel as `value_dtype`: "fp32", "fp16", "bf16" or "int8"; those of a trained model on
+    its way up as `uplink_dtype` ("": the same), and of its weights the share `uplink_topk` alone
+    that changed most, 1 for all. With `error_feedback` a client keeps what was lost that way and
+    adds it to its next answer; a node that was restarted, or a run that is resumed, begins without.
     """
 
     clients_per_round: int = 0
@@ -305,7 +308,10 @@ def _who_takes_part(federation: FederationConfig, *, clients: int) -> Iterable[s
         )
     asked = federation.clients_per_round or clients
     if federation.quorum > max(1, asked):
-        yield f"federation.quorum: {federation.quorum:g} answers of {asked} clients a round"
+        yield (
+            f"federation.quorum: {federation.quorum:g} answers of {asked} clients a round cannot "
+            f"come; set it to {asked} or less"
+        )
     if not 0 <= federation.byzantine < 0.5:
         yield f"federation.byzantine: expected 0 <= byzantine < 0.5, got {federation.byzantine}"
     elif federation.aggregation != "mean" and federation.byzantine > 0:

@@ -36,7 +36,7 @@ from prunelab.data.tensors import PREPROCESSING
 from prunelab.errors import DataError, RunError
 from prunelab.networks import build_model, check_model
 from prunelab.runs import folder as runfolder
-from prunelab.runs.settings import differences
+from prunelab.runs.settings import OR_ELSEWHERE, differences
 from prunelab.runs.threads import computing
 from prunelab.runs.version import __version__
 from prunelab.training.loop import TrainingConfig, TrainingResult, predict, train
@@ -224,7 +224,9 @@ def _open(folder: Path, settings: RunSettings, *, resume: bool) -> None:
         return
     changed = differences(asdict(settings), asdict(RunSettings.read(folder)))
     if changed:
-        raise RunError(f"{folder} holds a run with other settings: {'; '.join(changed)}")
+        raise RunError(
+            f"{folder} holds a run with other settings: {'; '.join(changed)}; {OR_ELSEWHERE}"
+        )
 
 
 def _run(

@@ -34,7 +34,7 @@ from prunelab.pages.units import format_bytes
 from prunelab.runs.children import ended_with_parent
 from prunelab.runs.folder import LOCK, MODEL, SUMMARY, locked, write_file
 from prunelab.runs.seeds import rng, stream_seed
-from prunelab.runs.settings import differences
+from prunelab.runs.settings import OR_ELSEWHERE, differences
 from sparsemodel.errors import SparseModelError
 from sparsemodel.masks.schedule import cosine
 from sparsemodel.runtime.memory import give_back
@@ -128,7 +128,7 @@ def _before(out: Path, *, resume: bool) -> Checkpoint | None:
 
 def _same(run: LocalRun, given: dict[str, Any], out: Path) -> LocalRun:
     if found := differences({**asdict(run), **given}, asdict(run)):
-        raise RunError(f"the run in {out} has other settings: {'; '.join(found)}")
+        raise RunError(f"the run in {out} has other settings: {'; '.join(found)}; {OR_ELSEWHERE}")
     return run
 
 

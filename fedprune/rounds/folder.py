@@ -33,7 +33,7 @@ from prunelab.runs.folder import (
     read_metrics,
     read_summary,
 )
-from prunelab.runs.settings import differences
+from prunelab.runs.settings import OR_ELSEWHERE, differences
 from sparsemodel.runtime.pattern import Patterns
 from sparsemodel.runtime.state import SparseState
 from sparsemodel.storage.state_file import load_state, save_state
@@ -148,7 +148,9 @@ def check_usable(path: Path, config: RunConfig, *, resume: bool) -> None:
         raise RunError(f"nothing to resume in {path}: it has no {CONFIG}")
     changed = differences(config.flat(), stored_config(path).flat(), free=FREE_ON_RESUME)
     if changed:
-        raise RunError(f"{path} holds a run with other settings: {'; '.join(changed)}")
+        raise RunError(
+            f"{path} holds a run with other settings: {'; '.join(changed)}; {OR_ELSEWHERE}"
+        )
     if not (path / SUMMARY).exists():
         read_checkpoint(path)  # a damaged one is better told before the run is laid out
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from typing import Any
 
+OR_ELSEWHERE = "leave them as they were, or begin a new run in another folder (--out)"
+"""What to do where a run is to go on with settings that differ."""
+
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings under names with dots; an empty table keeps its name.
