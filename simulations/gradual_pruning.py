@@ -324,7 +324,14 @@ def main(words: Sequence[str] | None = None) -> None:
         body=body(jobs, found),
         settings=shown,
     )
-    publish(text, given.out / "table.md", found.values())
+    # Only the whole grid on the text that everybody has replaces the saved page.
+    plain = parser.parse_args([])
+    is_whole = all(
+        getattr(given, name) == getattr(plain, name)
+        for name in ("data", "densities", "seeds", "steps")
+    )
+    saved = Path(__file__).with_suffix(".md") if is_whole else given.out / "table.md"
+    publish(text, saved, found.values())
 
 
 if __name__ == "__main__":
