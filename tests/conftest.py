@@ -1,4 +1,4 @@
-"""How the tests share a machine: one thread a worker, slow files first, Ray alone."""
+"""How the tests share a machine: workers of one thread, slow files first, Ray alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ if _WORKER is not None:
     # torch is imported, and handed down to the processes that tests start.
     for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(_name, "1")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: tests of processes and servers wait a third of their time."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(trylast=True)

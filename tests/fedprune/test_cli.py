@@ -144,7 +144,9 @@ def test_resume_compares_what_was_given_and_no_default(finished: Path, tmp_path:
         done = fedprune(*command, *given, cwd=tmp_path)
         assert done.returncode == 1
         assert difference in done.stderr
-        assert ("; " in done.stderr) == (given[0] == "--method")
+        told, _, cure = done.stderr.partition("; leave them as they were")
+        assert "in another folder (--out)" in cure
+        assert ("; " in told) == (given[0] == "--method")
         assert "data.clients" not in done.stderr
         assert len(done.stderr.splitlines()) == 1
 
