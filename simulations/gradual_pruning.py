@@ -325,11 +325,8 @@ def main(words: Sequence[str] | None = None) -> None:
         settings=shown,
     )
     # Only the whole grid on the text that everybody has replaces the saved page.
-    plain = parser.parse_args([])
-    is_whole = all(
-        getattr(given, name) == getattr(plain, name)
-        for name in ("data", "densities", "seeds", "steps")
-    )
+    asked = ("data", "densities", "seeds", "steps")
+    is_whole = all(getattr(given, name) == parser.get_default(name) for name in asked)
     saved = Path(__file__).with_suffix(".md") if is_whole else given.out / "table.md"
     publish(text, saved, found.values())
 

@@ -354,7 +354,7 @@ def test_what_cannot_be_added_up_is_left_out(lie: str, aggregation: str, tmp_pat
 ORDERS = st.permutations(range(4)).map(tuple)
 
 
-@settings(max_examples=8 * FACTOR, deadline=None)
+@settings(max_examples=15 * FACTOR, deadline=None)
 @given(st.data())
 def test_whatever_a_client_answers_the_run_ends_and_arrival_plays_no_part(
     data: st.DataObject,

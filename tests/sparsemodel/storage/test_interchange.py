@@ -66,6 +66,7 @@ def bert() -> tuple[nn.Module, Example]:
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Example]]] = {
     "resnet8": lambda: built_in("resnet8", 1, 8, 8, width=4),
+    "resnet20": lambda: built_in("resnet20", 1, 8, 8, width=4),
     "resnet18": lambda: built_in("resnet18", 3, 16, 16, width=4),
     "vgg11_bn": lambda: built_in("vgg11_bn", 3, 32, 32),
     "torchvision's squeezenet": squeezenet,
@@ -119,15 +120,8 @@ def read(path: Path, fresh: nn.Module, example: Example) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "pruned"),
-    [
-        *((name, False) for name in NETWORKS),
-        # Sparse layers are made dense first: one network of convolutions and one without.
-        ("resnet8", True),
-        ("transformers' BERT", True),
-    ],
-)
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("pruned", [False, True], ids=["dense", "sparse"])
 @torch.no_grad()
 def test_every_network_goes_out_and_computes_the_same(
     name: str, pruned: bool, tmp_path: Path
