@@ -194,9 +194,8 @@ def score(  # noqa: PLR0917 - the command's options
     for name in names:
         found = proxy_check(paths[name])
         if found is not None:
-            agreement, times = found
-            say(f"{name}: Spearman {agreement.spearman:.3f} with the dense model's scores")
-            say(f"{name}: processor time {times}")
+            share = "" if found[1] is None else f", {100 * found[1]:.0f} % of its processor time"
+            say(f"{name}: Spearman {found[0].spearman:.3f} with the dense model's scores{share}")
     if is_new:
         write_score_report(list(paths.values()), page)
     say(f"report: {page}")

@@ -87,16 +87,16 @@ def write_score_report(
     return _page(tables, paths, subset).write(target)
 
 
-def proxy_check(path: Path) -> tuple[Agreement, str] | None:
-    """A sparse proxy's agreement with the dense table beside it, and both processor times.
+def proxy_check(path: Path) -> tuple[Agreement, float | None] | None:
+    """A sparse proxy's agreement with the dense table beside it, and its share of the time.
 
-    None where there is no dense table of the same samples.
+    None where there is no dense table of the same samples. The share is of processor time.
     """
     if not dense_path(path).exists():
         return None
     found = agreement(ScoreTable.read(path), ScoreTable.read(dense_path(path)))
     sparse, dense = processor_seconds(path), processor_seconds(dense_path(path))
-    return found, f"{format_seconds(sparse)}, dense {format_seconds(dense)}"
+    return found, None if not sparse or not dense else sparse / dense
 
 
 def class_counts(table: ScoreTable, kept: Subset) -> tuple[list[int], list[int]]:
@@ -322,14 +322,14 @@ def _proxy(table: ScoreTable, path: Path) -> Section | None:
     found = proxy_check(path)
     if found is None:
         return None
-    result, times = found
+    result, share = found
     density = table.provenance.get("settings", {}).get("density")
     rows = [["Spearman with the dense model's scores", rounded(result.spearman, ".3f")]]
     rows += [
         [f"kept by both, at {100 * keep:.0f} %", percent(overlap)]
         for keep, overlap in result.overlap.items()
     ]
-    rows.append(["processor time", times])
+    rows.append(["processor time of the dense model's", percent(share)])
     title = f"Sparse proxy (density {rounded(density)}) against the dense model"
     return Section(title, [Table(["", ""], rows)])
 
